@@ -1,0 +1,110 @@
+# Every target sets up what it needs: a virtual environment, and the project in it. `make help` lists them.
+
+VENV   ?= .venv
+# Tried in turn; the first that is 3.11 or newer and can make virtual environments is taken.
+PYTHON ?= python3 python3.13 python3.12 python3.11 python
+# More arguments for pip, for example an index that has the CPU build of torch.
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+BENCHMARKS ?= $(sort $(wildcard benchmarks/*.py))
+
+BIN := $(VENV)/bin
+# A stamp names the clone that the environment was installed from: an environment shared by two
+# clones (VENV=...) imports one of them only, and must be installed again for the other.
+CLONE     := $(shell pwd -P | cksum | cut -d ' ' -f 1)
+RUN_STAMP := $(VENV)/.mlm-eval-run-$(CLONE)
+DEV_STAMP := $(VENV)/.mlm-eval-dev-$(CLONE)
+INSTALL    = $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt
+
+SAMPLE      := checkpoints/samples
+SAMPLE_ARGS := --ckpt $(SAMPLE)/gpt --tokenizer $(SAMPLE)/gpt/tokenizer --device cpu
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint typecheck wheel bench clean
+
+help: ## list the targets and the variables
+	@echo 'usage: make TARGET [VARIABLE=value ...]'
+	@echo
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+	@echo
+	@echo '  VENV=DIR       the virtual environment to make or to use (now: $(VENV))'
+	@echo '  PYTHON=FILE    the interpreter to make it with, 3.11 or newer'
+	@echo '  PIP_ARGS=...   more arguments for pip. On Linux without a GPU, plain pip takes the CUDA build'
+	@echo '                 of torch, several GB; PIP_ARGS="--extra-index-url URL", with the URL of an'
+	@echo '                 index that has the CPU build, takes that one. All work here runs on either.'
+	@echo '  PYTEST_ARGS=.. more arguments for pytest, for example "-k wikitext" or "-m slow"'
+	@echo '  BENCHMARKS=... the scripts that bench runs (now: $(or $(BENCHMARKS),none))'
+
+$(BIN)/python:
+	@for python in $(PYTHON); do \
+	  if "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "making $(VENV) with $$python"; \
+	    "$$python" -m venv "$(VENV)" && exit 0; \
+	    rm -f $(BIN)/python*; exit 1; \
+	  fi; \
+	done; \
+	echo "no Python 3.11 or newer that can make a virtual environment was found (looked for: $(PYTHON));" \
+	  "install one (on Debian also its -venv package), or name it: make PYTHON=/path/to/python" >&2; \
+	exit 1
+
+# No prerequisite but the two files, so that a second run starts at once; the installation is
+# editable, so that a change of the code needs none.
+$(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@rm -f $(VENV)/.mlm-eval-*
+	$(INSTALL) -e .
+	@touch $@
+
+$(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@rm -f $(VENV)/.mlm-eval-*
+	$(INSTALL) -e '.[dev,lm-eval]'
+	@touch $(RUN_STAMP) $@
+
+demo: $(RUN_STAMP) ## evaluate the sample checkpoint that ships, on one process and on two ranks
+	@printf '%s\n' '' \
+	  'The sample is a small GPT in the layout that Megatron-LM writes, split over two tensor-parallel' \
+	  'ranks, with a held-out text and cloze lines of its own. First it is evaluated on one process' \
+	  '(the two halves are merged while loading), then on two ranks (each reads its half).' ''
+	$(BIN)/mlm-eval inspect --ckpt $(SAMPLE)/gpt
+	$(BIN)/mlm-eval wikitext103 $(SAMPLE_ARGS) --data $(SAMPLE)/text/wiki.sample.tokens --tp 1
+	$(BIN)/mlm-eval lambada $(SAMPLE_ARGS) --data $(SAMPLE)/text/lambada.sample.jsonl --tp 1
+	$(BIN)/mlm-eval wikitext103 $(SAMPLE_ARGS) --data $(SAMPLE)/text/wiki.sample.tokens --tp 2
+	$(BIN)/mlm-eval lambada $(SAMPLE_ARGS) --data $(SAMPLE)/text/lambada.sample.jsonl --tp 2
+	@printf '%s\n' '' \
+	  'What the numbers mean:' \
+	  '  perplexity  how many words the model hesitates between, on average, at each word of the held-out' \
+	  '              text: lower is better. "Adjusted" counts by the words of the original text, not by' \
+	  '              the pieces that the tokenizer makes of them, as the paper does.' \
+	  '  accuracy    the share of the cloze lines whose last word the model names outright: higher is better.' \
+	  'Both tensor-parallel sizes must give the same numbers: how a model is split never changes a result.' \
+	  'They are the numbers of the sample, a model of a few megabytes on a text of its own. They say' \
+	  'nothing about the models of the Megatron-LM paper and do not compare with its tables; for those,' \
+	  'name a real checkpoint (--ckpt) and the real data (--data).'
+
+test: $(DEV_STAMP) ## run the tests, but for those marked slow
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(DEV_STAMP) ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# On an installed copy: mypy cannot see through the mapping of tasks/ and checkpoints/ in an
+# editable installation. Stale copies would hide errors and bring deleted files back.
+typecheck: $(DEV_STAMP) ## check the types
+	rm -rf .typecheck build
+	$(BIN)/python -m pip install --quiet --no-deps --target .typecheck .
+	rm -rf build
+	$(BIN)/mypy .typecheck/mlm_eval
+
+wheel: $(DEV_STAMP) ## build the wheel in dist/ and check what is in it
+	rm -rf build dist
+	$(BIN)/python -m build --wheel
+	rm -rf build
+	$(BIN)/python tests/check_wheel.py dist/*.whl
+
+bench: $(DEV_STAMP) ## run the measurements of benchmarks/
+	@test -n '$(BENCHMARKS)' || { echo 'benchmarks/ holds no script' >&2; exit 1; }
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+clean: ## remove what builds and checks leave; the virtual environment stays
+	rm -rf build dist .typecheck .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

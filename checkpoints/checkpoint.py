@@ -1,0 +1,231 @@
+"""Checkpoint: a config, lazy tensors under canonical names, and where they came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.lazy import LazyTensor
+from mlm_eval.checkpoints.parameters import num_parameters, parameters
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a checkpoint came from, and what the user should know about it."""
+
+    path: Path
+    """The folder or file that holds the weights (below the root that was given)."""
+    format: str
+    """`megatron-torch`, `megatron-torch-dist` or `huggingface`."""
+    checkpoint_version: float | None = None
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    iteration: int | str | None = None
+    config_sources: Mapping[str, str] = field(default_factory=dict)
+    """Setting -> where its value came from (shapes, args.NAME, assumed, --set)."""
+    pickle_classes: list[str] = field(default_factory=list)
+    """Pickled classes that are not on the allow-list: they became inert stubs."""
+    hostile: list[str] = field(default_factory=list)
+    """Pickled names that would run commands elsewhere."""
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Neutral remarks: the form of the files, names that were met."""
+    files: list[Path] = field(default_factory=list)
+    digest: str = ""
+    args: Mapping[str, Any] = field(default_factory=dict)
+    """Megatron's saved args as plain values, for the writers; empty elsewhere."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One model, unread: `tensors[name].read()` touches the file."""
+
+    config: ModelConfig
+    tensors: Mapping[str, LazyTensor]
+    provenance: Provenance
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights in the model, padded vocabulary rows included, tied embeddings once."""
+        return num_parameters(self.config)
+
+    def check(self) -> Checkpoint:
+        """Return itself after comparing the tensors with the table.
+
+        Raises:
+            InputError: A parameter is missing, superfluous or of another shape than the config says.
+        """
+        table = parameters(self.config)
+        where = self.provenance.path
+        for name, parameter in table.items():
+            if name not in self.tensors:
+                raise InputError(
+                    f"{where} lacks the parameter {name} {list(parameter.shape)}; the checkpoint is not complete"
+                )
+            if self.tensors[name].shape != parameter.shape:
+                raise InputError(
+                    f"{where}: {name} has shape {list(self.tensors[name].shape)}, expected "
+                    f"{list(parameter.shape)}; ranks of two checkpoints may be mixed, or a --set value is wrong"
+                )
+        extra = sorted(set(self.tensors) - set(table))
+        if extra:
+            raise InputError(
+                f"{where} has {len(extra)} parameter(s) that its settings do not call for, such as "
+                f"{extra[0]}; check its args or the --set values"
+            )
+        return self
+
+
+def cheap_digest(files: Mapping[str, tuple[int, list[int] | bytes]]) -> str:
+    """Return a digest from names, sizes and the archives' own CRCs (or header bytes), without reading weights."""
+    state = hashlib.sha256()
+    for name in sorted(files):
+        size, marks = files[name]
+        state.update(f"{name}\0{size}\0".encode())
+        state.update(marks if isinstance(marks, bytes) else repr(marks).encode())
+    return f"quick-sha256:{state.hexdigest()}"
+
+
+def full_digest(checkpoint: Checkpoint) -> str:
+    """Return a digest over every byte of the checkpoint's files."""
+    state = hashlib.sha256()
+    for path in sorted(checkpoint.provenance.files):
+        state.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                state.update(block)
+    return f"sha256:{state.hexdigest()}"
+
+
+def open_checkpoint(
+    path: str | Path, overrides: Mapping[str, Any] | None = None, *, allow_hostile: bool = False
+) -> Checkpoint:
+    """Return the checkpoint at `path`, its format detected; no weight is read yet.
+
+    Args:
+        path: A checkpoint root with its tracker file, an `iter_*` or `release` folder, a single `.pt`, a
+            published zip archive, or a Hugging Face folder.
+        overrides: Settings that win over the file's (see `parse_overrides`).
+        allow_hostile: Open a file whose pickle names harmful callables all the same (`inspect` does;
+            nothing in a pickle ever runs either way).
+
+    Raises:
+        InputError: There is no checkpoint, or it is damaged, incomplete, or of an unsupported kind.
+    """
+    from mlm_eval.checkpoints.archive import is_archive, unpack
+
+    target = Path(path).expanduser()
+    if not target.exists():
+        raise InputError(f"{target} does not exist; give --ckpt the folder or file of a checkpoint")
+    if is_archive(target):
+        target = unpack(target)
+    checkpoint = _open(target, dict(overrides or {}))
+    hostile = checkpoint.provenance.hostile
+    if hostile and not allow_hostile:
+        raise InputError(
+            f"{checkpoint.provenance.path} asks for {', '.join(hostile)} when it is unpickled, which no Megatron "
+            "checkpoint needs; nothing was run, but do not trust this file: get it from its source again"
+        )
+    return checkpoint
+
+
+def _open(target: Path, overrides: dict[str, Any]) -> Checkpoint:
+    if target.is_file():
+        from mlm_eval.checkpoints.megatron_torch import read_file
+
+        return read_file(target, overrides)
+    if (target / "config.json").is_file():
+        from mlm_eval.checkpoints.huggingface import read_folder
+
+        return read_folder(target, overrides)
+    return open_iteration(find_iteration(target), overrides)
+
+
+def open_iteration(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
+    """Return the checkpoint in an `iter_*` or `release` folder."""
+    names = {entry.name for entry in folder.iterdir()}
+    if any(re.match(r"mp_rank_\d", name) for name in names):
+        from mlm_eval.checkpoints.megatron_torch import read_iteration
+
+        return read_iteration(folder, overrides)
+    refuse_unreadable_format(folder, names)
+    from mlm_eval.checkpoints.megatron_dist import read_iteration as read_distributed
+
+    return read_distributed(folder, overrides)
+
+
+def refuse_unreadable_format(folder: Path, names: set[str]) -> None:
+    """Refuse, by name, folders that hold no format that can be read.
+
+    Raises:
+        InputError: The folder holds zarr arrays, an unfinished save, or nothing known.
+    """
+    metadata = folder / "metadata.json"
+    backend = None
+    if metadata.is_file():
+        try:
+            backend = json.loads(metadata.read_text()).get("sharded_backend")
+        except (ValueError, AttributeError, UnicodeDecodeError):
+            raise InputError(f"{metadata} is not valid JSON; copy the checkpoint again") from None
+    zarr = any((folder / name / ".zarray").is_file() for name in names)
+    if backend == "zarr" or zarr:
+        raise InputError(
+            f"{folder} is in the zarr format, which Megatron removed in core 0.16; convert it to torch_dist "
+            "with Megatron-LM core 0.8 to 0.15 (--dist-ckpt-format zarr to load, torch_dist to save) first"
+        )
+    if ".metadata" not in names:
+        what = "an unfinished save: it has .distcp files but no .metadata" if any(
+            name.endswith(".distcp") for name in names
+        ) else f"no checkpoint that mlm-eval knows (found {', '.join(sorted(names)[:4]) or 'nothing'})"
+        raise InputError(
+            f"{folder} holds {what}; expected mp_rank_XX folders, a .metadata file with .distcp files, "
+            "or a Hugging Face config.json"
+        )
+
+
+def find_iteration(root: Path) -> Path:
+    """Return the folder that holds the weights: by the tracker file, or `root` itself.
+
+    Raises:
+        InputError: The tracker file is damaged or names a folder that is not there.
+    """
+    names = {entry.name for entry in root.iterdir()}
+    if re.fullmatch(r"mp_rank_\d\d.*", root.name) and any(name.endswith(".pt") for name in names):
+        return root.parent
+    if ".metadata" in names or any(
+        re.match(r"mp_rank_\d", name) or name.endswith(".distcp") for name in names
+    ):
+        return root
+    steps = sorted(name for name in names if re.fullmatch(r"iter_\d{7,}|release", name))
+    tracker = root / TRACKER
+    if not tracker.is_file():
+        if len(steps) == 1:
+            return root / steps[0]
+        if steps:
+            raise InputError(
+                f"{root} has no {TRACKER} and several checkpoints ({', '.join(steps[:5])}); "
+                "give --ckpt one of these folders"
+            )
+        return root
+    try:
+        text = tracker.read_text(encoding="utf-8").strip()
+        folder = root / ("release" if text == "release" else f"iter_{int(text):07d}")
+    except (ValueError, UnicodeDecodeError):
+        raise InputError(
+            f"{tracker} should hold an iteration number or 'release'; give --ckpt an iter_* folder instead"
+        ) from None
+    if not folder.is_dir():
+        found = ", ".join(steps[:5]) or "no iter_* folder"
+        raise InputError(
+            f"{tracker} names {folder.name}, which is not there (found {found}); give --ckpt an iter_* folder"
+        )
+    return folder

@@ -1,0 +1,176 @@
+"""ModelConfig: everything that is needed to rebuild one model, whatever file it came from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlm_eval.checkpoints.errors import InputError
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu", "squared_relu")
+"""`gelu` is the exact erf form, `gelu_tanh` the approximation; `swiglu` gates with silu."""
+
+POSITION_TYPES = ("learned_absolute", "rope", "learned_absolute+rope", "none")
+"""Megatron's names; the sum stands for runs of spring 2023, when both could be on."""
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3.1's stretching of rotary frequencies (Megatron `use_rope_scaling`)."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One model. Names are Megatron's; sizes are those of the whole model, never of a shard.
+
+    `vocab_size` counts the stored rows, padding included. `ffn_hidden_size` is the width of one branch
+    when the MLP is gated. `num_query_groups` equals `num_attention_heads` without grouped queries.
+    """
+
+    family: str  # "gpt" or "bert"
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    ffn_hidden_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    position_embedding_type: str = "learned_absolute"
+    rotary_percent: float = 1.0
+    rotary_base: float = 10000.0
+    rotary_interleaved: bool = False
+    rotary_seq_len_interpolation_factor: float | None = None
+    rope_scaling: RopeScaling | None = None
+    normalization: str = "LayerNorm"
+    layernorm_epsilon: float = 1e-5
+    layernorm_zero_centered_gamma: bool = False
+    """The stored gain is (gain - 1), Megatron's `apply_layernorm_1p`."""
+    activation: str = "gelu"
+    head_activation: str = "gelu"
+    """BERT's LM head: erf since v1.0, whatever the MLP uses (facts E.5)."""
+    add_bias_linear: bool = True
+    add_qkv_bias: bool = True
+    qk_layernorm: bool = False
+    qk_layernorm_bias: bool = False
+    untie_embeddings_and_output_weights: bool = False
+    apply_residual_connection_post_layernorm: bool = False
+    """Take the residual after the norm: the original BERT order, the paper's Figure 7 (a)."""
+    num_tokentypes: int = 0
+    lm_head: bool = True
+    """False for fine-tuned BERT files, which hold a task head instead."""
+    pooler: bool = False
+    binary_head: bool = False
+    num_classes: int = 0
+    """Outputs of `classification_head`; 0 without one."""
+    multichoice_head: bool = False
+    qa_head: bool = False
+    params_dtype: str = "float32"
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    init_method_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        """Check what the model code relies on.
+
+        Raises:
+            InputError: A setting is impossible or of an unknown kind.
+        """
+        for name in ("num_layers", "hidden_size", "num_attention_heads", "kv_channels"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_query_groups < 1 or self.num_attention_heads % self.num_query_groups:
+            raise InputError(
+                f"num_query_groups {self.num_query_groups} does not divide "
+                f"num_attention_heads {self.num_attention_heads}; correct it with --set"
+            )
+        for name, known in (
+            ("family", ("gpt", "bert")),
+            ("activation", ACTIVATIONS),
+            ("head_activation", ("gelu", "gelu_tanh")),
+            ("position_embedding_type", POSITION_TYPES),
+            ("normalization", ("LayerNorm", "RMSNorm")),
+        ):
+            if getattr(self, name) not in known:
+                raise InputError(
+                    f"{name} {getattr(self, name)!r} is not supported; known are {', '.join(known)}"
+                )
+
+    @property
+    def gated(self) -> bool:
+        """Whether fc1 holds a gate and an up branch."""
+        return self.activation == "swiglu"
+
+    @property
+    def learned_positions(self) -> bool:
+        """Whether there is a table of position embeddings."""
+        return "learned_absolute" in self.position_embedding_type
+
+    @property
+    def rotary(self) -> bool:
+        """Whether queries and keys are rotated."""
+        return "rope" in self.position_embedding_type
+
+    @property
+    def block(self) -> str:
+        """Canonical prefix of the layers, megatron-core's: `decoder` for GPT, `encoder` for BERT."""
+        return "decoder" if self.family == "gpt" else "encoder"
+
+    @property
+    def qkv_size(self) -> int:
+        """Rows of the packed QKV weight: (n + 2 ng) hn."""
+        return (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+# Accepted by --set beside the fields of ModelConfig; the readers use them before there is a config.
+READER_SETTINGS: dict[str, type] = {"checkpoint_version": float}
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, Any]:
+    """Return `--set field=value` pairs as typed values.
+
+    Raises:
+        InputError: A pair has no `=`, names no setting, or its value does not fit the setting.
+    """
+    fields = {f.name: f for f in dataclasses.fields(ModelConfig) if f.name != "rope_scaling"}
+    overrides: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = (part.strip() for part in pair.partition("="))
+        if not equals:
+            raise InputError(f"--set {pair!r} has no '='; write --set num_attention_heads=16")
+        if name in READER_SETTINGS:
+            kind = READER_SETTINGS[name].__name__
+        elif name in fields:
+            kind = str(fields[name].type).split(" | ")[0]
+        else:
+            known = ", ".join(sorted([*fields, *READER_SETTINGS]))
+            raise InputError(f"--set {name} is not a model setting; known are {known}")
+        overrides[name] = _parse_value(name, kind, text)
+    return overrides
+
+
+def _parse_value(name: str, kind: str, text: str) -> Any:
+    booleans = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    try:
+        if kind == "bool":
+            return booleans[text.lower()]
+        return {"int": int, "float": float, "str": str}[kind](text)
+    except (ValueError, KeyError):
+        raise InputError(f"--set {name}={text}: expected a value of type {kind}") from None
+
+
+def apply_overrides(config: ModelConfig, overrides: Mapping[str, Any]) -> ModelConfig:
+    """Return `config` with the overridden fields replaced."""
+    known = {f.name for f in dataclasses.fields(ModelConfig)}
+    return dataclasses.replace(config, **{k: v for k, v in overrides.items() if k in known})

@@ -1,0 +1,248 @@
+"""Tensors that are read late: the shape and dtype are known, the bytes stay in the file until asked for.
+
+A reader of a format returns `LazyTensor`s; merging ranks, reordering rows and transposing are views
+over them. Whoever asks for a slice touches only the pages of that slice, so that one rank of eight
+reads an eighth of a checkpoint, and a conversion holds one tensor at a time.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mlm_eval.checkpoints.errors import InputError
+
+Index = slice | Tensor | None
+"""Which entries along one dim: a slice with step 1, a 1-D int64 tensor, or None for all."""
+
+
+class LazyTensor(ABC):
+    """A tensor of known `shape` and `dtype` whose values are read on demand."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @abstractmethod
+    def read(self, dim: int = 0, index: Index = None) -> Tensor:
+        """Return the values, cut along `dim` to `index`.
+
+        The result may be a view of the mapped file: never write to it in place.
+        """
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the values in bytes, in the stored dtype."""
+        return self.numel * self.dtype.itemsize
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype})"
+
+
+class MappedFile:
+    """A file whose bytes are mapped on first use; shared by the tensors stored in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = path.stat().st_size
+        self._storage: torch.UntypedStorage | None = None
+
+    def tensor(
+        self, offset: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int]
+    ) -> Tensor:
+        """Return a view of the file's bytes as a tensor; `offset` in bytes, `stride` in elements.
+
+        The mapping is private and never written to, so its pages are clean: the kernel may drop them.
+        """
+        if self._storage is None:
+            if self.path.stat().st_size != self.size:
+                raise InputError(f"{self.path} changed its size while being read; copy it again")
+            self._storage = torch.UntypedStorage.from_file(str(self.path), False, self.size)
+        if offset % dtype.itemsize == 0:
+            view = torch.empty(0, dtype=dtype)
+            return view.set_(self._storage, offset // dtype.itemsize, tuple(shape), tuple(stride))
+        # The pickle-stream form of torch.save aligns nothing; torch views need whole elements.
+        extent = _extent(shape, stride) * dtype.itemsize
+        raw = torch.empty(0, dtype=torch.uint8).set_(self._storage, offset, (extent,), (1,))
+        return raw.clone().view(dtype).as_strided(tuple(shape), tuple(stride))
+
+
+def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """Return the number of elements from the first to the last one of a strided tensor."""
+    if any(size == 0 for size in shape):
+        return 0
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+
+
+class StoredTensor(LazyTensor):
+    """A tensor at a byte offset of a file."""
+
+    def __init__(
+        self,
+        file: MappedFile,
+        offset: int,
+        dtype: torch.dtype,
+        shape: Sequence[int],
+        stride: Sequence[int],
+    ) -> None:
+        self.file = file
+        self.offset = offset
+        self.dtype = dtype
+        self.shape = tuple(shape)
+        self.stride = tuple(stride)
+        end = offset + _extent(shape, stride) * dtype.itemsize
+        if end > file.size or offset < 0 or any(step < 0 for step in stride):
+            raise InputError(
+                f"{file.path} is cut off or damaged: a tensor of shape {list(shape)} would end at byte "
+                f"{end}, the file has {file.size}; copy the file again"
+            )
+
+    def read(self, dim: int = 0, index: Index = None) -> Tensor:
+        """See `LazyTensor.read`."""
+        if isinstance(index, slice) and self.shape:
+            start, stop = index.start or 0, index.stop
+            shape = list(self.shape)
+            shape[dim] = (shape[dim] if stop is None else stop) - start
+            offset = self.offset + start * self.stride[dim] * self.dtype.itemsize
+            return self.file.tensor(offset, self.dtype, shape, self.stride)
+        whole = self.file.tensor(self.offset, self.dtype, self.shape, self.stride)
+        return whole if index is None else take(whole, dim, index)
+
+
+class InMemory(LazyTensor):
+    """An ordinary tensor behind the same interface."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.shape = tuple(tensor.shape)
+        self.dtype = tensor.dtype
+
+    def read(self, dim: int = 0, index: Index = None) -> Tensor:
+        """See `LazyTensor.read`."""
+        return take(self.tensor, dim, index)
+
+
+class Concat(LazyTensor):
+    """Tensors one after the other along `dim`: the merge of a column- or row-parallel parameter."""
+
+    def __init__(self, parts: Sequence[LazyTensor], dim: int) -> None:
+        assert parts, "nothing to concatenate"
+        self.parts = list(parts)
+        self.dim = dim
+        self.dtype = parts[0].dtype
+        shape = list(parts[0].shape)
+        shape[dim] = sum(part.shape[dim] for part in parts)
+        for part in parts:
+            rest = [size for d, size in enumerate(part.shape) if d != dim]
+            assert rest == [size for d, size in enumerate(shape) if d != dim], "ragged parts"
+        self.shape = tuple(shape)
+
+    def read(self, dim: int = 0, index: Index = None) -> Tensor:
+        """See `LazyTensor.read`."""
+        if dim != self.dim or index is None:
+            return torch.cat([part.read(dim, index) for part in self.parts], dim=self.dim)
+        if isinstance(index, slice):
+            pieces = list(self._pieces(index.start or 0, index.stop))
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=self.dim)
+        # A scattered index: gather from every part, then put the rows where they belong.
+        size = list(self.shape)
+        size[dim] = index.numel()
+        result = torch.empty(size, dtype=self.dtype)
+        start = 0
+        for part in self.parts:
+            stop = start + part.shape[dim]
+            chosen = ((index >= start) & (index < stop)).nonzero().squeeze(1)
+            if chosen.numel():
+                values = part.read(dim, as_index(index[chosen] - start))
+                result.index_copy_(dim, chosen, values)
+            start = stop
+        return result
+
+    def _pieces(self, start: int, stop: int | None) -> list[Tensor]:
+        stop = self.shape[self.dim] if stop is None else stop
+        pieces, base = [], 0
+        for part in self.parts:
+            low, high = max(start - base, 0), min(stop - base, part.shape[self.dim])
+            if low < high:
+                pieces.append(part.read(self.dim, slice(low, high)))
+            base += part.shape[self.dim]
+        if not pieces:  # an empty slice keeps its shape
+            pieces.append(self.parts[0].read(self.dim, slice(0, 0)))
+        return pieces
+
+
+class Selected(LazyTensor):
+    """The entries `order` of a tensor along dim 0, in that order: row permutations and narrowing."""
+
+    def __init__(self, source: LazyTensor, order: Tensor) -> None:
+        self.source = source
+        self.order = order
+        self.dtype = source.dtype
+        self.shape = (order.numel(), *source.shape[1:])
+
+    def read(self, dim: int = 0, index: Index = None) -> Tensor:
+        """See `LazyTensor.read`."""
+        if dim == 0:
+            return self.source.read(0, as_index(take(self.order, 0, index)))
+        # Cut the columns first: row-parallel slices then never touch the rest of a row.
+        return take(self.source.read(dim, index), 0, as_index(self.order))
+
+
+class Transposed(LazyTensor):
+    """A matrix with its two dims exchanged (Hugging Face GPT-2 keeps linear weights `[in, out]`)."""
+
+    def __init__(self, source: LazyTensor) -> None:
+        assert len(source.shape) == 2, source.shape
+        self.source = source
+        self.dtype = source.dtype
+        self.shape = (source.shape[1], source.shape[0])
+
+    def read(self, dim: int = 0, index: Index = None) -> Tensor:
+        """See `LazyTensor.read`."""
+        return self.source.read(1 - dim, index).t()
+
+
+class Mapped(LazyTensor):
+    """A tensor with an elementwise function applied when read, such as adding 1 to a centred gain."""
+
+    def __init__(self, source: LazyTensor, function: Callable[[Tensor], Tensor]) -> None:
+        self.source = source
+        self.function = function
+        self.dtype = source.dtype
+        self.shape = source.shape
+
+    def read(self, dim: int = 0, index: Index = None) -> Tensor:
+        """See `LazyTensor.read`."""
+        return self.function(self.source.read(dim, index))
+
+
+def take(tensor: Tensor, dim: int, index: Index) -> Tensor:
+    """Return `tensor` cut along `dim` to `index` (a view for slices)."""
+    if index is None:
+        return tensor
+    if isinstance(index, slice):
+        start = index.start or 0
+        stop = tensor.shape[dim] if index.stop is None else index.stop
+        return tensor.narrow(dim, start, stop - start)
+    return tensor.index_select(dim, index)
+
+
+def as_index(order: Tensor) -> slice | Tensor:
+    """Return a slice where `order` is one ascending run, else `order` itself: slices read as views."""
+    if order.numel() == 0:
+        return slice(0, 0)
+    first = int(order[0])
+    if int(order[-1]) - first + 1 == order.numel() and bool((order.diff() == 1).all()):
+        return slice(first, first + order.numel())
+    return order

@@ -1,0 +1,164 @@
+"""Parameter names of every Megatron era, mapped to the canonical ones (megatron-core's, separate norms).
+
+One table serves all: 2019's flat GPT-2 names, v1.x (`transformer`, `attention`), v2.x to 23.06
+(`encoder`, `self_attention`), `input_norm` (2023-09 on), the legacy TransformerEngine layer, and
+megatron-core's local and TransformerEngine specs. Source: facts C.1 to C.4.
+"""
+
+from __future__ import annotations
+
+import re
+
+from mlm_eval.checkpoints.errors import InputError
+
+# Old name of a layer's part (a prefix of the key below `layers.N.`) -> canonical name.
+LAYER_ALIASES: dict[str, str] = {
+    # legacy, all eras
+    "input_layernorm.": "input_layernorm.",
+    "input_norm.": "input_layernorm.",
+    "attention.query_key_value.": "self_attention.linear_qkv.",
+    "self_attention.query_key_value.": "self_attention.linear_qkv.",
+    "attention.dense.": "self_attention.linear_proj.",
+    "self_attention.dense.": "self_attention.linear_proj.",
+    "post_attention_layernorm.": "pre_mlp_layernorm.",
+    "post_attention_norm.": "pre_mlp_layernorm.",
+    "mlp.dense_h_to_4h.": "mlp.linear_fc1.",
+    "mlp.dense_4h_to_h.": "mlp.linear_fc2.",
+    # legacy with transformer_impl=transformer_engine
+    "self_attention.layernorm_qkv.layer_norm_": "input_layernorm.",
+    "self_attention.layernorm_qkv.": "self_attention.linear_qkv.",
+    "self_attention.proj.": "self_attention.linear_proj.",
+    "layernorm_mlp.layer_norm_": "pre_mlp_layernorm.",
+    "layernorm_mlp.fc1_": "mlp.linear_fc1.",
+    "layernorm_mlp.fc2_": "mlp.linear_fc2.",
+    # megatron-core; the TransformerEngine spec keeps each norm inside the linear that follows it
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "self_attention.linear_qkv.": "self_attention.linear_qkv.",
+    "self_attention.linear_proj.": "self_attention.linear_proj.",
+    "self_attention.q_layernorm.": "self_attention.q_layernorm.",
+    "self_attention.k_layernorm.": "self_attention.k_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+    "pre_mlp_layernorm.": "pre_mlp_layernorm.",
+    "post_self_attn_layernorm.": "pre_mlp_layernorm.",  # spring 2023
+    "mlp.linear_fc1.": "mlp.linear_fc1.",
+    "mlp.linear_fc2.": "mlp.linear_fc2.",
+}
+
+# Whole keys outside the layers, after `language_model.` has been taken off.
+TOP_ALIASES: dict[str, str] = {
+    "word_embeddings.weight": "embedding.word_embeddings.weight",
+    "position_embeddings.weight": "embedding.position_embeddings.weight",
+    "tokentype_embeddings.weight": "embedding.tokentype_embeddings.weight",
+    "lm_head.layernorm.weight": "lm_head.layer_norm.weight",
+    "lm_head.layernorm.bias": "lm_head.layer_norm.bias",
+    "lm_head.norm.weight": "lm_head.layer_norm.weight",
+    "lm_head.norm.bias": "lm_head.layer_norm.bias",
+    "lm_head.bias": "output_layer.bias",
+}
+TOP_NAMES = frozenset(
+    """embedding.word_embeddings.weight embedding.position_embeddings.weight
+    embedding.tokentype_embeddings.weight output_layer.weight output_layer.bias lm_head.dense.weight
+    lm_head.dense.bias lm_head.layer_norm.weight lm_head.layer_norm.bias pooler.dense.weight
+    pooler.dense.bias binary_head.weight binary_head.bias classification_head.weight
+    classification_head.bias multichoice_head.weight multichoice_head.bias qa_head.weight
+    qa_head.bias""".split()
+)
+BERT_ONLY = ("embedding.tokentype", "lm_head.", "pooler.", "binary_head.", "output_layer.bias")
+TASK_HEADS = ("classification_head.", "multichoice_head.", "qa_head.")
+
+LAYER = re.compile(r"(?P<block>transformer|encoder|decoder)\.layers\.(?P<layer>\d+)\.(?P<rest>.+)")
+FINAL_NORM = re.compile(
+    r"(?P<block>transformer|encoder|decoder)\.(final_layernorm|final_norm)\.(?P<leaf>weight|bias)"
+)
+HEAD_COPY = "word_embeddings_for_head.weight"
+"""The tied embedding's copy in the last pipeline stage of a legacy checkpoint."""
+
+REFUSED: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), what)
+    for pattern, what in (
+        (r"\.(router|experts|local_experts|shared_experts)\.", "a mixture-of-experts model"),
+        (r"(inter_attention|cross_attention)\.", "an encoder-decoder model (T5)"),
+        (r"\.mixer\.", "a Mamba or hybrid model"),
+        (r"linear_(q|kv)_(down|up)_proj|linear_q_proj", "a model with multi-latent attention"),
+        (r"(^|\.)mtp\.", "a model with multi-token prediction"),
+        (r"(^|\.)(query_model|context_model|retriever|biencoder)\.", "a retrieval model (ICT, REALM)"),
+        (
+            r"(^|\.)(vision_model|backbone|cls_token|conv1|linear_encoder|vision_projection)",
+            "a vision model",
+        ),
+        (r"(lora_|\.adapter)", "a model with unmerged adapters"),
+    )
+)
+
+
+def refuse_unsupported(keys: list[str], where: str) -> None:
+    """Refuse, by name, models that are neither GPT nor BERT.
+
+    Raises:
+        InputError: A key belongs to a kind of model that is not supported.
+    """
+    for pattern, what in REFUSED:
+        for key in keys:
+            if pattern.search(key):
+                raise InputError(
+                    f"{where} holds {what} (parameter {key}); mlm-eval reads dense GPT and BERT models only"
+                )
+    prefixes = {match["block"] for key in keys if (match := LAYER.search(key))}
+    if {"encoder", "decoder"} <= prefixes:
+        raise InputError(
+            f"{where} holds an encoder-decoder model (T5): it has encoder and decoder layers; "
+            "mlm-eval reads GPT and BERT models only"
+        )
+
+
+def is_ignored(key: str) -> bool:
+    """Whether a key carries no weight: TransformerEngine's extra state, rotary tables."""
+    return key.endswith(("_extra_state", "inv_freq")) or "._extra_state/" in key
+
+
+def strip_prefixes(key: str) -> str:
+    """Return a flat key without wrapper prefixes (`module.`, `model.`, `language_model.`)."""
+    for prefix in ("module.", "model.", "module.", "language_model."):
+        key = key.removeprefix(prefix)
+    return key
+
+
+def canonical_name(key: str, block: str, layer_offset: int, where: str) -> str:
+    """Return the canonical name of a flat Megatron key.
+
+    Args:
+        key: Key below `model`, joined by dots.
+        block: `decoder` (GPT) or `encoder` (BERT).
+        layer_offset: Global index of the file's layer 0 (pipeline stages count from 0).
+        where: The file, for messages.
+
+    Raises:
+        InputError: The key is none that a GPT or BERT model has.
+    """
+    name = strip_prefixes(key)
+    name = TOP_ALIASES.get(name, name)
+    if name in TOP_NAMES:
+        return name
+    if match := FINAL_NORM.fullmatch(name):
+        return f"{block}.final_layernorm.{match['leaf']}"
+    if match := LAYER.fullmatch(name):
+        # The longest prefix wins: the norm inside a linear comes before the linear.
+        for old in sorted(LAYER_ALIASES, key=len, reverse=True):
+            leaf = match["rest"].removeprefix(old)
+            if leaf != match["rest"] and leaf in ("weight", "bias"):
+                layer = int(match["layer"]) + layer_offset
+                return f"{block}.layers.{layer}.{LAYER_ALIASES[old]}{leaf}"
+    raise InputError(
+        f"{where} has a parameter that no GPT or BERT model of Megatron-LM has: {key}; "
+        "mlm-eval would compute something else than the model did, so it stops here"
+    )
+
+
+def is_bert(names: list[str]) -> bool:
+    """Tell BERT from GPT by the parameters that only BERT has."""
+    for key in names:
+        name = strip_prefixes(key)
+        name = TOP_ALIASES.get(name, name)
+        if name.startswith(BERT_ONLY + TASK_HEADS) or key.startswith("encoder.layers"):
+            return True
+    return False

@@ -1,0 +1,39 @@
+"""Evaluate, convert and fine-tune Megatron-LM checkpoints.
+
+The names below are the public Python API. They are looked up when first used, so that
+`import mlm_eval` and `mlm-eval --help` cost no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlm_eval.checkpoints.checkpoint import open_checkpoint
+    from mlm_eval.checkpoints.errors import InputError
+    from mlm_eval.engine import Engine
+    from mlm_eval.tasks import evaluate
+
+__version__ = "0.1.0"
+
+__all__ = ["Engine", "InputError", "__version__", "evaluate", "open_checkpoint"]
+
+_HOME = {
+    "Engine": "mlm_eval.engine",
+    "InputError": "mlm_eval.checkpoints.errors",
+    "evaluate": "mlm_eval.tasks",
+    "open_checkpoint": "mlm_eval.checkpoints.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Return a public name from the module that defines it, importing that module now."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value  # the next use does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the names of the package, those not looked up yet included."""
+    return sorted({*globals(), *__all__})

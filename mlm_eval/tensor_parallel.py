@@ -1,0 +1,204 @@
+"""The paper's tensor parallelism (arXiv 1909.08053, section 3), and the only file with collectives of the model.
+
+A layer is cut so that two of its matrix products need one all-reduce: the first matrix by columns (of the
+output), the second by rows (of the input). Two functions connect the ranks: `f` is the identity forward and an
+all-reduce backward, `g` the reverse. The vocabulary is cut by rows; log-probabilities and the argmax are
+computed without ever gathering logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LOGIT_CHUNK_ELEMENTS = 1 << 24
+"""Logits computed at a time (64 MB in float32): the head never holds more, however many rows are scored."""
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """This process's place in its tensor-parallel group; size 1 needs no group."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+
+SINGLE = TensorParallel()
+"""One process holds the whole model."""
+
+
+class _CopyToRegion(torch.autograd.Function):
+    """The paper's f: identity forward, all-reduce backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].contiguous()
+        dist.all_reduce(grad, group=ctx.tp.group)
+        return grad, None
+
+
+class _ReduceFromRegion(torch.autograd.Function):
+    """The paper's g: all-reduce forward, identity backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        total = x.clone() if x.requires_grad else x
+        dist.all_reduce(total, group=tp.group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def copy_to_region(x: Tensor, tp: TensorParallel) -> Tensor:
+    """Return `x`; its gradient is summed over the tensor-parallel ranks (the paper's f)."""
+    if tp.size == 1 or not torch.is_grad_enabled():
+        return x
+    return _CopyToRegion.apply(x, tp)  # type: ignore[no-any-return]
+
+
+def reduce_from_region(x: Tensor, tp: TensorParallel) -> Tensor:
+    """Return the sum of `x` over the tensor-parallel ranks (the paper's g); one all-reduce."""
+    if tp.size == 1:
+        return x
+    return _ReduceFromRegion.apply(x.contiguous(), tp)  # type: ignore[no-any-return]
+
+
+class ColumnParallelLinear(nn.Module):
+    """A linear layer of which this rank computes some outputs: `[..., in]` -> `[..., out / tp]`.
+
+    No communication forward; the gradient of the input is summed over ranks.
+    """
+
+    def __init__(self, inputs: int, local_outputs: int, *, bias: bool, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = nn.Parameter(torch.empty(local_outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(local_outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return this rank's outputs."""
+        return F.linear(copy_to_region(x, self.tp), self.weight, self.bias)
+
+
+class RowParallelLinear(nn.Module):
+    """A linear layer of which this rank holds some inputs: `[..., in / tp]` -> `[..., out]`.
+
+    One all-reduce forward. The bias is replicated and added once, after the sum.
+    """
+
+    def __init__(self, local_inputs: int, outputs: int, *, bias: bool, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = nn.Parameter(torch.empty(outputs, local_inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the whole output, the same on every rank."""
+        if self.tp.size == 1:
+            return F.linear(x, self.weight, self.bias)
+        total = reduce_from_region(F.linear(x, self.weight), self.tp)
+        return total if self.bias is None else total + self.bias
+
+
+class VocabParallelEmbedding(nn.Module):
+    """An embedding table of which this rank holds the rows `[first_row, first_row + rows)`."""
+
+    def __init__(self, rows: int, width: int, *, first_row: int, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp = tp
+        self.first_row = first_row
+        self.weight = nn.Parameter(torch.empty(rows, width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the embeddings `[batch, seq, hidden]`; one all-reduce, of zeros but on one rank."""
+        if self.tp.size == 1:
+            return F.embedding(tokens, self.weight)
+        local = tokens - self.first_row
+        mine = (local >= 0) & (local < self.weight.shape[0])
+        if self.weight.shape[0] == 0:  # more ranks than rows: this rank only takes part in the sum
+            x = self.weight.new_zeros(*tokens.shape, self.weight.shape[1])
+        else:
+            x = F.embedding(local.where(mine, 0), self.weight) * mine.unsqueeze(-1)
+        return reduce_from_region(x, self.tp)
+
+
+@torch.no_grad()
+def vocab_parallel_log_probs(
+    rows: Tensor,
+    targets: Tensor,
+    *,
+    weight: Tensor,
+    bias: Tensor | None,
+    first_row: int,
+    tp: TensorParallel,
+) -> tuple[Tensor, Tensor]:
+    """Return the log-probability of each target and whether it is the argmax.
+
+    Three small all-reduces per chunk of rows: the maximum, the pair (sum of exponentials, target's logit),
+    and the lowest index among the maxima. Logits are never gathered.
+
+    Args:
+        rows: Hidden states of the scored positions, `[rows, hidden]`, the same on every rank.
+        targets: Token ids, `[rows]`.
+        weight: This rank's rows of the output table, `[vocab / tp, hidden]`.
+        bias: This rank's part of the output bias, `[vocab / tp]`, or None.
+        first_row: Token id of `weight`'s row 0.
+        tp: The tensor-parallel group.
+
+    Returns:
+        Log-probabilities in nats, float32 `[rows]`, normalised over all rows of the table; and bool `[rows]`,
+        true where the target is the argmax (the lowest id on a tie, as torch.argmax has it).
+    """
+    chunk = max(1, LOGIT_CHUNK_ELEMENTS // max(weight.shape[0], 1))
+    pieces = [
+        _log_probs_chunk(rows[i : i + chunk], targets[i : i + chunk], weight, bias, first_row, tp)
+        for i in range(0, rows.shape[0], chunk)
+    ]
+    if not pieces:
+        empty = rows.new_empty(0, dtype=torch.float32)
+        return empty, empty.bool()
+    return torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
+
+
+def _log_probs_chunk(
+    rows: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    first_row: int,
+    tp: TensorParallel,
+) -> tuple[Tensor, Tensor]:
+    logits = F.linear(rows, weight, bias).float()  # [N, V/p]
+    local = targets - first_row
+    mine = (local >= 0) & (local < weight.shape[0])
+    if weight.shape[0] == 0:
+        top = logits.new_full((rows.shape[0],), -torch.inf)
+        top_index = targets.new_zeros(rows.shape[0])
+        target_logit = logits.new_zeros(rows.shape[0])
+    else:
+        top, top_index = logits.max(dim=-1)  # [N]
+        target_logit = logits.gather(1, local.where(mine, 0).unsqueeze(1)).squeeze(1) * mine
+    best = top.clone()
+    if tp.size > 1:
+        dist.all_reduce(best, op=dist.ReduceOp.MAX, group=tp.group)
+    sums = logits.sub_(best.unsqueeze(1)).exp_().sum(dim=-1)
+    totals = torch.stack([sums, target_logit])  # [2, N]
+    # A rank that does not hold the maximum must not win the argmax.
+    winner = torch.where(top == best, top_index + first_row, torch.iinfo(torch.int64).max)
+    if tp.size > 1:
+        dist.all_reduce(totals, group=tp.group)
+        dist.all_reduce(winner, op=dist.ReduceOp.MIN, group=tp.group)
+    return totals[1] - best - totals[0].log(), winner == targets
