@@ -25,7 +25,8 @@ def unpack(path: Path) -> Path:
     """Return a folder with the archive's files, unpacked once into the cache.
 
     The weights inside are compressed, so they cannot be mapped where they are. The folder's name
-    follows from the archive's own sizes and CRCs; a second call finds it. Nothing outside of it is written:
+    follows from the archive's own sizes and CRCs; a second call finds it. Nothing outside of it
+    is written:
     names that would leave the folder are refused.
 
     Raises:
@@ -39,7 +40,9 @@ def unpack(path: Path) -> Path:
         for member in members:
             name = PurePosixPath(member.filename)
             if name.is_absolute() or ".." in name.parts or "\\" in member.filename:
-                raise InputError(f"{path} holds the unsafe name {member.filename!r}; it is not unpacked")
+                raise InputError(
+                    f"{path} holds the unsafe name {member.filename!r}; it is not unpacked"
+                )
         key = repr([(m.filename, m.file_size, m.CRC) for m in members]).encode()
         folder = _cache() / "unpacked" / hashlib.sha256(key).hexdigest()[:24]
         if not folder.is_dir():

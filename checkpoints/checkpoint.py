@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -10,9 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.lazy import LazyTensor
+from mlm_eval.checkpoints.lazy import InMemory, LazyTensor
 from mlm_eval.checkpoints.parameters import num_parameters, parameters
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -25,7 +28,7 @@ class Provenance:
     path: Path
     """The folder or file that holds the weights (below the root that was given)."""
     format: str
-    """`megatron-torch`, `megatron-torch-dist` or `huggingface`."""
+    """`megatron-torch`, `megatron-torch-dist`, `huggingface`, or `memory` for one that no file holds."""
     checkpoint_version: float | None = None
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
@@ -62,19 +65,22 @@ class Checkpoint:
         """Return itself after comparing the tensors with the table.
 
         Raises:
-            InputError: A parameter is missing, superfluous or of another shape than the config says.
+            InputError: A parameter is missing, superfluous or of another shape than the
+                config says.
         """
         table = parameters(self.config)
         where = self.provenance.path
         for name, parameter in table.items():
             if name not in self.tensors:
                 raise InputError(
-                    f"{where} lacks the parameter {name} {list(parameter.shape)}; the checkpoint is not complete"
+                    f"{where} lacks the parameter {name} {list(parameter.shape)}; the checkpoint "
+                    "is not complete"
                 )
             if self.tensors[name].shape != parameter.shape:
                 raise InputError(
                     f"{where}: {name} has shape {list(self.tensors[name].shape)}, expected "
-                    f"{list(parameter.shape)}; ranks of two checkpoints may be mixed, or a --set value is wrong"
+                    f"{list(parameter.shape)}; ranks of two checkpoints may be mixed, or a --set "
+                    "value is wrong"
                 )
         extra = sorted(set(self.tensors) - set(table))
         if extra:
@@ -83,6 +89,27 @@ class Checkpoint:
                 f"{extra[0]}; check its args or the --set values"
             )
         return self
+
+
+def checkpoint_from_state_dict(
+    config: ModelConfig, state: Mapping[str, Tensor], *, args: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """Return a Checkpoint of tensors in memory, for a writer.
+
+    Args:
+        config: The model; its `params_dtype` is taken from the word embeddings.
+        state: Whole tensors under canonical names (`parameters` lists them).
+        args: Megatron args of the run that the model comes from, to be carried over where harmless.
+
+    Raises:
+        InputError: The tensors are not those that `config` calls for.
+    """
+    tensors = {name: InMemory(tensor.detach()) for name, tensor in state.items()}
+    if words := tensors.get("embedding.word_embeddings.weight"):
+        dtype = str(words.dtype).removeprefix("torch.")
+        config = dataclasses.replace(config, params_dtype=dtype)
+    provenance = Provenance(Path("the state dict"), "memory", args=dict(args or {}))
+    return Checkpoint(config, tensors, provenance).check()
 
 
 def cheap_digest(files: Mapping[str, tuple[int, list[int] | bytes]]) -> str:
@@ -112,10 +139,12 @@ def open_checkpoint(
     """Return the checkpoint at `path`, its format detected; no weight is read yet.
 
     Args:
-        path: A checkpoint root with its tracker file, an `iter_*` or `release` folder, a single `.pt`, a
+        path: A checkpoint root with its tracker file, an `iter_*` or `release` folder, a
+            single `.pt`, a
             published zip archive, or a Hugging Face folder.
         overrides: Settings that win over the file's (see `parse_overrides`).
-        allow_hostile: Open a file whose pickle names harmful callables all the same (`inspect` does;
+        allow_hostile: Open a file whose pickle names harmful callables all the same
+            (`inspect` does;
             nothing in a pickle ever runs either way).
 
     Raises:
@@ -132,8 +161,10 @@ def open_checkpoint(
     hostile = checkpoint.provenance.hostile
     if hostile and not allow_hostile:
         raise InputError(
-            f"{checkpoint.provenance.path} asks for {', '.join(hostile)} when it is unpickled, which no Megatron "
-            "checkpoint needs; nothing was run, but do not trust this file: get it from its source again"
+            f"{checkpoint.provenance.path} asks for {', '.join(hostile)} when it is unpickled, "
+            "which no Megatron "
+            "checkpoint needs; nothing was run, but do not trust this file: get it from its source "
+            "again"
         )
     return checkpoint
 
@@ -179,15 +210,20 @@ def refuse_unreadable_format(folder: Path, names: set[str]) -> None:
     zarr = any((folder / name / ".zarray").is_file() for name in names)
     if backend == "zarr" or zarr:
         raise InputError(
-            f"{folder} is in the zarr format, which Megatron removed in core 0.16; convert it to torch_dist "
-            "with Megatron-LM core 0.8 to 0.15 (--dist-ckpt-format zarr to load, torch_dist to save) first"
+            f"{folder} is in the zarr format, which Megatron removed in core 0.16; convert it to "
+            "torch_dist "
+            "with Megatron-LM core 0.8 to 0.15 (--dist-ckpt-format zarr to load, torch_dist to "
+            "save) first"
         )
     if ".metadata" not in names:
-        what = "an unfinished save: it has .distcp files but no .metadata" if any(
-            name.endswith(".distcp") for name in names
-        ) else f"no checkpoint that mlm-eval knows (found {', '.join(sorted(names)[:4]) or 'nothing'})"
+        what = (
+            "an unfinished save: it has .distcp files but no .metadata"
+            if any(name.endswith(".distcp") for name in names)
+            else f"no checkpoint that mlm-eval knows (found {', '.join(sorted(names)[:4]) or 'nothing'})"
+        )
         raise InputError(
-            f"{folder} holds {what}; expected mp_rank_XX folders, a .metadata file with .distcp files, "
+            f"{folder} holds {what}; expected mp_rank_XX folders, a .metadata file with .distcp "
+            "files, "
             "or a Hugging Face config.json"
         )
 
@@ -221,11 +257,13 @@ def find_iteration(root: Path) -> Path:
         folder = root / ("release" if text == "release" else f"iter_{int(text):07d}")
     except (ValueError, UnicodeDecodeError):
         raise InputError(
-            f"{tracker} should hold an iteration number or 'release'; give --ckpt an iter_* folder instead"
+            f"{tracker} should hold an iteration number or 'release'; give --ckpt an iter_* folder "
+            "instead"
         ) from None
     if not folder.is_dir():
         found = ", ".join(steps[:5]) or "no iter_* folder"
         raise InputError(
-            f"{tracker} names {folder.name}, which is not there (found {found}); give --ckpt an iter_* folder"
+            f"{tracker} names {folder.name}, which is not there (found {found}); give --ckpt an "
+            "iter_* folder"
         )
     return folder

@@ -30,7 +30,8 @@ class RopeScaling:
 class ModelConfig:
     """One model. Names are Megatron's; sizes are those of the whole model, never of a shard.
 
-    `vocab_size` counts the stored rows, padding included. `ffn_hidden_size` is the width of one branch
+    `vocab_size` counts the stored rows, padding included. `ffn_hidden_size` is the width of one
+    branch
     when the MLP is gated. `num_query_groups` equals `num_attention_heads` without grouped queries.
     """
 

@@ -1,4 +1,5 @@
-"""Tensors that are read late: the shape and dtype are known, the bytes stay in the file until asked for.
+"""Tensors that are read late: the shape and dtype are known, the bytes stay in the file until asked
+for.
 
 A reader of a format returns `LazyTensor`s; merging ranks, reordering rows and transposing are views
 over them. Whoever asks for a slice touches only the pages of that slice, so that one rank of eight
@@ -63,7 +64,8 @@ class MappedFile:
     ) -> Tensor:
         """Return a view of the file's bytes as a tensor; `offset` in bytes, `stride` in elements.
 
-        The mapping is private and never written to, so its pages are clean: the kernel may drop them.
+        The mapping is private and never written to, so its pages are clean: the kernel may
+        drop them.
         """
         if self._storage is None:
             if self.path.stat().st_size != self.size:
@@ -104,7 +106,8 @@ class StoredTensor(LazyTensor):
         end = offset + _extent(shape, stride) * dtype.itemsize
         if end > file.size or offset < 0 or any(step < 0 for step in stride):
             raise InputError(
-                f"{file.path} is cut off or damaged: a tensor of shape {list(shape)} would end at byte "
+                f"{file.path} is cut off or damaged: a tensor of shape {list(shape)} would end at "
+                "byte "
                 f"{end}, the file has {file.size}; copy the file again"
             )
 
@@ -225,6 +228,21 @@ class Mapped(LazyTensor):
     def read(self, dim: int = 0, index: Index = None) -> Tensor:
         """See `LazyTensor.read`."""
         return self.function(self.source.read(dim, index))
+
+
+class Computed(LazyTensor):
+    """A tensor that a function makes when it is read."""
+
+    def __init__(
+        self, shape: Sequence[int], dtype: torch.dtype, function: Callable[[], Tensor]
+    ) -> None:
+        self.shape = tuple(shape)
+        self.dtype = dtype
+        self.function = function
+
+    def read(self, dim: int = 0, index: Index = None) -> Tensor:
+        """See `LazyTensor.read`."""
+        return take(self.function(), dim, index)
 
 
 def take(tensor: Tensor, dim: int, index: Index) -> Tensor:

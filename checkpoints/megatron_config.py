@@ -1,6 +1,7 @@
 """ModelConfig from Megatron's saved `args`, from tensor shapes, or both.
 
-Shapes win over args where both speak; a setting that neither holds is assumed, and the assumption is
+Shapes win over args where both speak; a setting that neither holds is assumed, and the assumption
+is
 kept in `sources`, so that `inspect` can show it. Source: facts B.3 and E.5.
 """
 
@@ -18,7 +19,8 @@ from mlm_eval.checkpoints.errors import InputError
 Shapes = Mapping[str, tuple[int, ...]]
 """Canonical name -> full shape."""
 
-# Settings that change the mathematics in ways that are not implemented: refused unless at this value.
+# Settings that change the mathematics in ways that are not implemented: refused unless at this
+# value.
 REFUSED_ARGS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("num_experts", (None, 0), "a mixture of experts"),
     ("multi_latent_attention", (None, False), "multi-latent attention"),
@@ -90,7 +92,8 @@ def build_config(
         shapes: Full shapes of the parameters found, by canonical name.
         args: Megatron's saved args; empty for files without them.
         family: `gpt` or `bert`.
-        megatron_core: Whether the names are megatron-core's: legacy and core code read args differently.
+        megatron_core: Whether the names are megatron-core's: legacy and core code read args
+            differently.
         overrides: `--set` values; they win over everything.
         where: The checkpoint, for messages.
         params_dtype: The stored dtype.
@@ -101,7 +104,8 @@ def build_config(
     for name, harmless, what in REFUSED_ARGS:
         if not any(args.get(name) is value or args.get(name) == value for value in harmless):
             raise InputError(
-                f"{where} was trained with {what} (args.{name} = {args[name]!r}), which mlm-eval does not compute"
+                f"{where} was trained with {what} (args.{name} = {args[name]!r}), which mlm-eval "
+                "does not compute"
             )
     b = _Builder(args, overrides, where)
     b.set("family", family, "parameter names")
@@ -123,9 +127,7 @@ def build_config(
         b.from_args(name, default=default)
     config = ModelConfig(**b.values)
     used = {f.name for f in dataclasses.fields(ModelConfig)}
-    return ConfigBuild(
-        config, {k: v for k, v in b.sources.items() if k in used}, b.warnings
-    )
+    return ConfigBuild(config, {k: v for k, v in b.sources.items() if k in used}, b.warnings)
 
 
 def layer_indices(shapes: Shapes) -> list[int]:
@@ -149,11 +151,14 @@ def _sizes(b: _Builder, shapes: Shapes) -> None:
         raise InputError(f"{where} holds no {missing}; it is not a whole GPT or BERT model")
     if layers != list(range(len(layers))):
         gap = next(i for i, layer in enumerate(layers) if layer != i)
-        raise InputError(f"{where} lacks layer {gap} of {layers[-1] + 1}; is a pipeline stage missing?")
+        raise InputError(
+            f"{where} lacks layer {gap} of {layers[-1] + 1}; is a pipeline stage missing?"
+        )
     saved_layers = args.get("num_layers") or args.get("encoder_num_layers")
     if saved_layers and saved_layers != len(layers) and "num_layers" not in b.overrides:
         raise InputError(
-            f"{where} holds {len(layers)} layers where its args say {saved_layers}; is a pipeline stage missing?"
+            f"{where} holds {len(layers)} layers where its args say {saved_layers}; is a pipeline "
+            "stage missing?"
         )
     b.set("num_layers", len(layers), "shapes")
     vocab, hidden = shapes["embedding.word_embeddings.weight"]
@@ -174,12 +179,15 @@ def _heads(b: _Builder, shapes: Shapes, hidden: int) -> None:
     if qkv is None or proj is None:
         raise InputError(f"{where} holds layers without attention weights; it is not a whole model")
     if args.get("num_attention_heads"):
-        heads = b.set("num_attention_heads", args["num_attention_heads"], "args.num_attention_heads")
+        heads = b.set(
+            "num_attention_heads", args["num_attention_heads"], "args.num_attention_heads"
+        )
     else:
         heads = b.set("num_attention_heads", max(proj[1] // 64, 1), "assumed: heads of 64")
         if b.sources["num_attention_heads"] != "--set":
             b.warnings.append(
-                f"the file holds no args: {heads} heads of 64 assumed; correct it with --set num_attention_heads=N"
+                f"the file holds no args: {heads} heads of 64 assumed; correct it with --set "
+                "num_attention_heads=N"
             )
     if heads < 1 or proj[1] % heads:
         raise InputError(
@@ -215,9 +223,7 @@ def _positions(b: _Builder, shapes: Shapes) -> None:
         )
     if kind is None:  # before 2023-07 the two were separate flags, and both could be on
         rotary = bool(args.get("use_rotary_position_embeddings"))
-        kind = "+".join(
-            name for name, on in (("learned_absolute", table), ("rope", rotary)) if on
-        )
+        kind = "+".join(name for name, on in (("learned_absolute", table), ("rope", rotary)) if on)
         source = "shapes and args" if args else "shapes"
         b.set("position_embedding_type", kind or "none", source)
     else:
@@ -250,7 +256,8 @@ def _norms_and_biases(b: _Builder, shapes: Shapes) -> None:
     saved = b.args.get("normalization")
     if saved and saved != b.values["normalization"] and "normalization" not in b.overrides:
         raise InputError(
-            f"{b.where}: args say {saved}, but the final norm has {'a' if has_norm_bias else 'no'} bias; "
+            f"{b.where}: args say {saved}, but the final norm has {'a' if has_norm_bias else 'no'} "
+            "bias; "
             "ranks of two checkpoints may be mixed"
         )
     b.from_args("layernorm_epsilon", "norm_epsilon", "layernorm_epsilon", default=1e-5)
@@ -284,13 +291,15 @@ def _activation(b: _Builder, shapes: Shapes, megatron_core: bool) -> None:
         b.set("activation", guess, "assumed: the file holds no args")
         if b.sources["activation"] != "--set":
             b.warnings.append(
-                f"the file holds no args: activation {guess} assumed; correct it with --set activation=gelu or gelu_tanh"
+                f"the file holds no args: activation {guess} assumed; correct it with --set "
+                "activation=gelu or gelu_tanh"
             )
     else:
         b.set("activation", *_activation_from_args(args, megatron_core))
     if (b.values["activation"] == "swiglu") != gated:
         raise InputError(
-            f"{b.where}: activation {b.values['activation']} does not fit an MLP of {fc1[0]} x {ffn} rows; "
+            f"{b.where}: activation {b.values['activation']} does not fit an MLP of {fc1[0]} x "
+            f"{ffn} rows; "
             "correct it with --set activation=..."
         )
     openai = bool(args.get("openai_gelu")) and not megatron_core

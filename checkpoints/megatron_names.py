@@ -1,4 +1,5 @@
-"""Parameter names of every Megatron era, mapped to the canonical ones (megatron-core's, separate norms).
+"""Parameter names of every Megatron era, mapped to the canonical ones (megatron-core's, separate
+norms).
 
 One table serves all: 2019's flat GPT-2 names, v1.x (`transformer`, `attention`), v2.x to 23.06
 (`encoder`, `self_attention`), `input_norm` (2023-09 on), the legacy TransformerEngine layer, and
@@ -81,7 +82,10 @@ REFUSED: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\.mixer\.", "a Mamba or hybrid model"),
         (r"linear_(q|kv)_(down|up)_proj|linear_q_proj", "a model with multi-latent attention"),
         (r"(^|\.)mtp\.", "a model with multi-token prediction"),
-        (r"(^|\.)(query_model|context_model|retriever|biencoder)\.", "a retrieval model (ICT, REALM)"),
+        (
+            r"(^|\.)(query_model|context_model|retriever|biencoder)\.",
+            "a retrieval model (ICT, REALM)",
+        ),
         (
             r"(^|\.)(vision_model|backbone|cls_token|conv1|linear_encoder|vision_projection)",
             "a vision model",
@@ -101,7 +105,8 @@ def refuse_unsupported(keys: list[str], where: str) -> None:
         for key in keys:
             if pattern.search(key):
                 raise InputError(
-                    f"{where} holds {what} (parameter {key}); mlm-eval reads dense GPT and BERT models only"
+                    f"{where} holds {what} (parameter {key}); mlm-eval reads dense GPT and BERT "
+                    "models only"
                 )
     prefixes = {match["block"] for key in keys if (match := LAYER.search(key))}
     if {"encoder", "decoder"} <= prefixes:

@@ -1,7 +1,9 @@
 """Megatron's `torch` format: mp_rank_XX[_YYY]/model_optim_rng.pt, every era since 2019-07.
 
-Each tensor-parallel rank and pipeline stage wrote one file. This reader merges them lazily: the QKV order
-of versions 0 and 1.0 becomes group order, gated fc1 becomes `[gate; up]`, pipeline stages get global layer
+Each tensor-parallel rank and pipeline stage wrote one file. This reader merges them lazily: the QKV
+order
+of versions 0 and 1.0 becomes group order, gated fc1 becomes `[gate; up]`, pipeline stages get
+global layer
 numbers. Source: facts A.2, A.3, B, C, D.
 """
 
@@ -30,7 +32,8 @@ MODEL_FILES = ("model_optim_rng.pt", "model_rng.pt")
 RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3}))?(?:_(\d{3}))?")
 
 UNVERSIONED = (
-    "the files hold no checkpoint_version, so version 0 (QKV rows [3, heads, head]) is assumed, as Megatron does; "
+    "the files hold no checkpoint_version, so version 0 (QKV rows [3, heads, head]) is assumed, as "
+    "Megatron does; "
     "if the model's numbers look random it was saved between 2020-09-11 and 2020-09-29: "
     "use --set checkpoint_version=2.0"
 )
@@ -52,10 +55,12 @@ class RankFile:
 
 
 def read_file(path: Path, overrides: dict[str, Any]) -> Checkpoint:
-    """Return the checkpoint of a single `.pt` file (its whole folder, where it is one rank of several).
+    """Return the checkpoint of a single `.pt` file (its whole folder, where it is one rank of
+    several).
 
     Raises:
-        InputError: The file is damaged, or is one rank of a checkpoint whose other files are not beside it.
+        InputError: The file is damaged, or is one rank of a checkpoint whose other files
+            are not beside it.
     """
     if RANK_FOLDER.fullmatch(path.resolve().parent.name) and path.name in MODEL_FILES:
         return read_iteration(path.resolve().parent.parent, overrides)
@@ -63,7 +68,8 @@ def read_file(path: Path, overrides: dict[str, Any]) -> Checkpoint:
     tp, pp = _parallel_sizes(rank_file.args)
     if (tp, pp) not in ((1, 1), (None, None)):
         raise InputError(
-            f"{path} is one of {tp or 1} tensor-parallel x {pp or 1} pipeline files of a checkpoint; "
+            f"{path} is one of {tp or 1} tensor-parallel x {pp or 1} pipeline files of a "
+            "checkpoint; "
             "give --ckpt the folder that holds its mp_rank_XX folders"
         )
     return _merge(path, {(0, 0): rank_file}, 1, 1, overrides)
@@ -73,31 +79,41 @@ def read_iteration(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     """Return the checkpoint in an `iter_*` or `release` folder with mp_rank_XX folders.
 
     Raises:
-        InputError: A rank is missing, files of two checkpoints are mixed, or the model is unsupported.
+        InputError: A rank is missing, files of two checkpoints are mixed, or the model is
+            unsupported.
     """
     paths = _scan(folder)
     first_key = min(paths)
     first = _read_rank(paths[first_key])
     tp, pp = _parallel_sizes(first.args)
-    if any(len(key) > 2 for key in paths) or (first.args.get("expert_model_parallel_size") or 1) > 1:
+    if (
+        any(len(key) > 2 for key in paths)
+        or (first.args.get("expert_model_parallel_size") or 1) > 1
+    ):
         raise InputError(
             f"{folder} holds an expert-parallel checkpoint (a mixture of experts); "
             "mlm-eval reads dense GPT and BERT models only"
         )
     tp = tp or max(key[0] for key in paths) + 1
     pp = pp or max((key[1] if len(key) > 1 else 0) for key in paths) + 1
-    keys = {(t, p): ((t,) if pp == 1 and (t,) in paths else (t, p)) for t in range(tp) for p in range(pp)}
+    keys = {
+        (t, p): ((t,) if pp == 1 and (t,) in paths else (t, p))
+        for t in range(tp)
+        for p in range(pp)
+    }
     for (t, p), key in keys.items():
         if key not in paths:
             name = f"mp_rank_{t:02d}" + (f"_{p:03d}" if pp > 1 else "")
             raise InputError(
-                f"{folder / name} is missing: the checkpoint was saved by {tp} tensor-parallel x {pp} pipeline "
+                f"{folder / name} is missing: the checkpoint was saved by {tp} tensor-parallel x "
+                f"{pp} pipeline "
                 f"ranks, {len(paths)} of {tp * pp} are here; copy the missing folder"
             )
     extra = sorted(set(paths) - set(keys.values()))
     if extra:
         raise InputError(
-            f"{paths[extra[0]].parent} does not belong here: the checkpoint was saved by {tp} tensor-parallel x "
+            f"{paths[extra[0]].parent} does not belong here: the checkpoint was saved by {tp} "
+            "tensor-parallel x "
             f"{pp} pipeline ranks; two checkpoints may be mixed in {folder}"
         )
     files = {
@@ -196,7 +212,9 @@ def _merge(
         megatron_core=megatron_core,
         overrides=overrides,
         where=str(where),
-        params_dtype=str(shards[0]["embedding.word_embeddings.weight"].dtype).removeprefix("torch."),
+        params_dtype=str(shards[0]["embedding.word_embeddings.weight"].dtype).removeprefix(
+            "torch."
+        ),
     )
     config = apply_overrides(build.config, overrides)
     warnings += _drop_head_copies(shards, tied=not config.untie_embeddings_and_output_weights)
@@ -254,7 +272,8 @@ def _stage_tensors(
 ) -> dict[str, LazyTensor]:
     """Return one tensor-parallel rank's tensors of all stages, under canonical names.
 
-    Every stage counts its layers from 0. In the order chunk by chunk (virtual pipeline), stage by stage
+    Every stage counts its layers from 0. In the order chunk by chunk (virtual pipeline), stage
+    by stage
     within a chunk, the global number is a running sum: facts A.3's `chunk * L / v + stage * c`.
     """
     block = "encoder" if family == "bert" else "decoder"
@@ -291,7 +310,8 @@ def _drop_head_copies(shards: list[dict[str, LazyTensor]], *, tied: bool) -> lis
             differs |= not torch.equal(copy.read(0, rows), table.read(0, rows))
     if differs:
         return [
-            "the last pipeline stage's copy of the tied embedding differs from the first stage's; the first is used"
+            "the last pipeline stage's copy of the tied embedding differs from the first stage's; "
+            "the first is used"
         ]
     return []
 
@@ -299,20 +319,29 @@ def _drop_head_copies(shards: list[dict[str, LazyTensor]], *, tied: bool) -> lis
 def _check_same_run(files: dict[tuple[int, int], RankFile], tp: int, where: Path) -> None:
     """Refuse files that were not saved together."""
     first = files[0, 0]
-    fields = ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size", "ffn_hidden_size")
+    fields = (
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "padded_vocab_size",
+        "ffn_hidden_size",
+    )
     ranks = {}
     for rank, file in files.items():
         for key in ("iteration", "checkpoint_version"):
             if file.value.get(key) != first.value.get(key):
                 raise InputError(
-                    f"{where} mixes two checkpoints: {key} is {first.value.get(key)} in {first.path.parent.name} "
-                    f"and {file.value.get(key)} in {file.path.parent.name}; copy all ranks of one save"
+                    f"{where} mixes two checkpoints: {key} is {first.value.get(key)} in "
+                    f"{first.path.parent.name} "
+                    f"and {file.value.get(key)} in {file.path.parent.name}; copy all ranks of one "
+                    "save"
                 )
         for key in (*fields, "tensor_model_parallel_size", "model_parallel_size"):
             if file.args.get(key) != first.args.get(key):
                 raise InputError(
                     f"{where} mixes two checkpoints: args.{key} is {first.args.get(key)} in "
-                    f"{first.path.parent.name} and {file.args.get(key)} in {file.path.parent.name}; "
+                    f"{first.path.parent.name} and {file.args.get(key)} in "
+                    f"{file.path.parent.name}; "
                     "copy all ranks of one save"
                 )
         if isinstance(file.args.get("rank"), int):
@@ -322,7 +351,8 @@ def _check_same_run(files: dict[tuple[int, int], RankFile], tp: int, where: Path
         for (t, p), saved in ranks.items():
             if saved % tp != t:
                 raise InputError(
-                    f"{files[t, p].path} was saved by rank {saved}, which is tensor-parallel rank {saved % tp}, "
+                    f"{files[t, p].path} was saved by rank {saved}, which is tensor-parallel rank "
+                    f"{saved % tp}, "
                     f"not {t}; the mp_rank folders were renamed or swapped"
                 )
 
@@ -334,19 +364,22 @@ def _check_same_keys(
         odd = sorted(set(shard) ^ set(shards[0]))
         if odd:
             raise InputError(
-                f"{where} mixes two checkpoints: {odd[0]} is in one of {files[0, 0].path.parent.name} and "
+                f"{where} mixes two checkpoints: {odd[0]} is in one of "
+                f"{files[0, 0].path.parent.name} and "
                 f"{files[t, 0].path.parent.name} only; copy all ranks of one save"
             )
         for name, tensor in shard.items():
             if tensor.shape != shards[0][name].shape or tensor.dtype != shards[0][name].dtype:
                 raise InputError(
-                    f"{where} mixes two checkpoints: {name} is {list(shards[0][name].shape)} {shards[0][name].dtype} in "
+                    f"{where} mixes two checkpoints: {name} is {list(shards[0][name].shape)} "
+                    f"{shards[0][name].dtype} in "
                     f"{files[0, 0].path.parent.name} and {list(tensor.shape)} {tensor.dtype} in "
                     f"{files[t, 0].path.parent.name}; copy all ranks of one save"
                 )
 
 
-# Which dim tensor parallelism cuts, by the end of the name: needed before there is a config and a table.
+# Which dim tensor parallelism cuts, by the end of the name: needed before there is a config and a
+# table.
 _CUT_ROWS = (
     "word_embeddings.weight",
     "output_layer.weight",
@@ -391,15 +424,14 @@ def _merge_qkv(parts: list[LazyTensor], version: float, config: Any, where: Path
                 f"{where}: checkpoint_version {version} is older than grouped-query attention; "
                 "correct it with --set checkpoint_version=3.0"
             )
-        order = qkv_order(
-            version, config.num_attention_heads // len(parts), config.kv_channels
-        )
+        order = qkv_order(version, config.num_attention_heads // len(parts), config.kv_channels)
         parts = [Selected(part, order) for part in parts]
     return parts[0] if len(parts) == 1 else Concat(parts, 0)
 
 
 def qkv_order(version: float, heads: int, channels: int) -> torch.Tensor:
-    """Return where each row of `[heads, 3, channels]` stands in a rank's weight of an older version.
+    """Return where each row of `[heads, 3, channels]` stands in a rank's weight of an older
+    version.
 
     Version 0 keeps `[3, heads, channels]`, version 1.0 `[heads, channels, 3]` (facts D.3).
     """
@@ -428,13 +460,15 @@ def _compare_replicas(
             scale = reference.float().abs().max().item() or 1.0
             if not gap <= 0.1 * scale:  # also catches NaN
                 raise InputError(
-                    f"{where} mixes two checkpoints: {name} differs by {gap:.3g} between tensor-parallel ranks 0 "
+                    f"{where} mixes two checkpoints: {name} differs by {gap:.3g} between "
+                    "tensor-parallel ranks 0 "
                     f"and {t}, where it should be the same; copy all ranks of one save"
                 )
             drifted, worst = drifted + 1, max(worst, gap)
     if drifted:
         return [
-            f"{drifted} replicated tensor(s) differ between tensor-parallel ranks by up to {worst:.2g} "
+            f"{drifted} replicated tensor(s) differ between tensor-parallel ranks by up to "
+            f"{worst:.2g} "
             "(rounding drift in training); rank 0's are used"
         ]
     return []
@@ -450,7 +484,9 @@ def _iteration(where: Path, value: Mapping[str, Any]) -> int | str | None:
 def _notes(files: dict[tuple[int, int], RankFile]) -> list[str]:
     notes = []
     if any(file.torch_file.form == "stream" for file in files.values()):
-        notes.append("files are in torch.save's older stream form (before torch 1.6), read by offset")
+        notes.append(
+            "files are in torch.save's older stream form (before torch 1.6), read by offset"
+        )
     if any(len(file.chunks) > 1 for file in files.values()):
         notes.append(f"virtual pipeline: {len(files[0, 0].chunks)} model chunks in each file")
     return notes

@@ -1,7 +1,8 @@
 """THE TABLE: every parameter of a model, its full shape, and how tensor parallelism cuts it.
 
 Names and layout are megatron-core's, with separate norms. QKV rows stand in group order
-`[groups, heads / groups + 2, head]` (Megatron checkpoint versions 2 and 3), a gated fc1 is `[gate; up]`.
+`[groups, heads / groups + 2, head]` (Megatron checkpoint versions 2 and 3), a gated fc1 is `[gate;
+up]`.
 Source: Megatron-LM paper, section 3; facts C.4 and D.
 """
 
@@ -23,8 +24,10 @@ class ShardRule:
 
     Attributes:
         dim: The dim that is cut; None for a replicated parameter.
-        unit: What must stay whole: `even` (any equal cut), `vocab` (rows of ceil(V / tp), the last rank has
-            the rest) or `qkv` (whole query groups; key and value heads are copied where tp exceeds them).
+        unit: What must stay whole: `even` (any equal cut), `vocab` (rows of ceil(V / tp),
+            the last rank has
+            the rest) or `qkv` (whole query groups; key and value heads are copied where
+            tp exceeds them).
         blocks: Packed equal blocks along `dim`, each cut on its own: 2 for `[gate; up]`.
     """
 
@@ -158,7 +161,8 @@ def check_tp(config: ModelConfig, tp_size: int) -> None:
     allowed = allowed_tp(config)
     if tp_size not in allowed:
         raise InputError(
-            f"cannot split this model over tp={tp_size}: it has {config.num_attention_heads} attention heads "
+            f"cannot split this model over tp={tp_size}: it has {config.num_attention_heads} "
+            "attention heads "
             f"and an MLP of width {config.ffn_hidden_size}, and tp must divide both; "
             f"it allows tp in {', '.join(map(str, allowed))}"
         )
@@ -167,9 +171,11 @@ def check_tp(config: ModelConfig, tp_size: int) -> None:
 def local_groups(config: ModelConfig, tp_rank: int, tp_size: int) -> list[tuple[list[int], int]]:
     """Return the query groups that one rank computes: (its query heads, the key/value head).
 
-    Heads go to ranks in contiguous runs. With `tp_size` up to the number of groups each rank holds whole
+    Heads go to ranks in contiguous runs. With `tp_size` up to the number of groups each rank
+    holds whole
     groups. Beyond, a key/value head is copied to every rank that has a query of its group; where a
-    rank's run would cover groups unevenly each query head gets its own copy, so that the groups of one
+    rank's run would cover groups unevenly each query head gets its own copy, so that the groups
+    of one
     rank all have the same size.
     """
     n, ng = config.num_attention_heads, config.num_query_groups
@@ -200,7 +206,8 @@ def shard_index(parameter: Parameter, config: ModelConfig, tp_rank: int, tp_size
     block = size // rule.blocks
     if block % tp_size:
         raise InputError(
-            f"cannot split {parameter.name} over tp={tp_size}: dim {rule.dim} is {size} = {rule.blocks} "
+            f"cannot split {parameter.name} over tp={tp_size}: dim {rule.dim} is {size} = "
+            f"{rule.blocks} "
             f"block(s) of {block}, not divisible by {tp_size}; "
             f"this model allows tp in {', '.join(map(str, allowed_tp(config)))}"
         )

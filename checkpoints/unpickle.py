@@ -1,12 +1,17 @@
-"""Reads what `torch.save` wrote, without torch.load and without running anything that the file asks for.
+"""Reads what `torch.save` wrote, without torch.load and without running anything that the file asks
+for.
 
-A `.pt` file is a pickle plus raw storages. Here the pickle is read by an unpickler that knows a short
-list of names: containers, torch's tensor rebuilders (replaced by ours, which only note offset, dtype and
-shape) and `argparse.Namespace` (replaced by an inert one). Every other class becomes an inert stub that
+A `.pt` file is a pickle plus raw storages. Here the pickle is read by an unpickler that knows a
+short
+list of names: containers, torch's tensor rebuilders (replaced by ours, which only note offset,
+dtype and
+shape) and `argparse.Namespace` (replaced by an inert one). Every other class becomes an inert stub
+that
 takes any argument and does nothing; the names met are kept, so that `inspect` can show them.
 Tensors come back as `StoredTensor`s: no byte of a storage is read here.
 
-Both forms of torch.save are read: the zip archive (torch >= 1.6) and the older stream of pickles, whose
+Both forms of torch.save are read: the zip archive (torch >= 1.6) and the older stream of pickles,
+whose
 storages stand at the end of the file, each behind its element count.
 """
 
@@ -30,9 +35,11 @@ STREAM_MAGIC = 0x1950A86A20F9469CFC6C
 """First object in the stream form of torch.save (torch/serialization.py, MAGIC_NUMBER)."""
 
 HOSTILE_MODULES = frozenset(
-    "os posix nt subprocess sys shutil socket importlib runpy code codeop pty ctypes pickle _pickle "
+    "os posix nt subprocess sys shutil socket importlib runpy code codeop pty ctypes pickle "
+    "_pickle "
     "marshal webbrowser asyncio multiprocessing threading _thread http urllib requests "
-    "operator _operator functools types inspect pip setuptools site timeit cProfile profile pdb bdb "
+    "operator _operator functools types inspect pip setuptools site timeit cProfile profile pdb "
+    "bdb "
     "doctest builtins __builtin__ commands popen2 platform tempfile glob".split()
 )
 """Modules whose callables no Megatron checkpoint needs: a file that names one was made to do harm."""
@@ -135,15 +142,14 @@ class _PendingTensor:
         )
         if (last + 1) * itemsize > storage.numel * storage.dtype.itemsize and 0 not in self.shape:
             raise InputError(
-                f"{storage.file.path}: a tensor of shape {list(self.shape)} does not fit its storage "
+                f"{storage.file.path}: a tensor of shape {list(self.shape)} does not fit its "
+                "storage "
                 f"of {storage.numel} elements; the file is damaged, copy it again"
             )
         return tensor
 
 
-def _rebuild_tensor(
-    storage: Any, offset: Any, size: Any, stride: Any, *_: Any
-) -> _PendingTensor:
+def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _PendingTensor:
     """Note a tensor (torch._utils._rebuild_tensor and _rebuild_tensor_v2)."""
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError("tensor without a storage")
@@ -178,7 +184,11 @@ def _rebuild_from_type(function: Any, _type: Any, args: Any, _state: Any) -> Any
 
 def _reconstructor(cls: Any, _base: Any, _state: Any) -> Any:
     """Make an empty stub (copyreg._reconstructor, written by pickle protocols 0 and 1)."""
-    return cls.__new__(cls) if isinstance(cls, type) and issubclass(cls, Stub | Namespace) else Stub(cls)
+    return (
+        cls.__new__(cls)
+        if isinstance(cls, type) and issubclass(cls, Stub | Namespace)
+        else Stub(cls)
+    )
 
 
 _STORAGES = {
@@ -265,7 +275,7 @@ class TorchFile:
     value: Any
     globals_met: set[tuple[str, str]] = field(default_factory=set)
     form: str = "zip"
-    """`zip`, or `stream` for the form before torch 1.6."""
+    """`zip`, `stream` for the form before torch 1.6, or `pickle` for one without storages."""
     crcs: list[int] = field(default_factory=list)
     """The archive's own CRC-32 of every record, in order; empty for a stream."""
 
@@ -288,19 +298,51 @@ class TorchFile:
         )
 
 
-def read_torch_file(path: Path, *, offset: int = 0, length: int | None = None) -> TorchFile:
+def state_of(stub: Any) -> dict[str, Any]:
+    """Return the attributes that a stub was given when it was unpickled; none for anything else."""
+    state = stub.__dict__.get("stub_state") if isinstance(stub, Stub) else None
+    # An object with __slots__ gives two dicts, either of which may be None.
+    parts = state if isinstance(state, tuple) else (state,)
+    return {key: value for part in parts if isinstance(part, dict) for key, value in part.items()}
+
+
+def read_pickle(path: Path) -> TorchFile:
+    """Return the contents of a plain pickle, such as torch.distributed.checkpoint's `.metadata`.
+
+    Raises:
+        InputError: The file is missing, cut off, or no pickle.
+    """
+    met: set[tuple[str, str]] = set()
+    try:
+        with path.open("rb") as stream:
+            return TorchFile(path, SafeUnpickler(stream, met).load(), met, "pickle")
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; copy the whole checkpoint folder") from None
+    except PermissionError:
+        raise InputError(f"{path} cannot be read: permission denied") from None
+    except _DAMAGE as error:
+        raise InputError(
+            f"{path} is cut off or damaged ({_first_line(error)}); copy the file again"
+        ) from None
+
+
+def read_torch_file(
+    path: Path, *, offset: int = 0, length: int | None = None, mapped: MappedFile | None = None
+) -> TorchFile:
     """Return the contents of a file that torch.save wrote, with tensors as `StoredTensor`s.
 
     Args:
         path: The file.
-        offset: First byte of the torch.save archive in it (entries of `.distcp` files, stored zip members).
+        offset: First byte of the torch.save archive in it (entries of `.distcp` files,
+            stored zip members).
         length: Its length; None for the rest of the file.
+        mapped: The file's mapping, where several archives in one file share it.
 
     Raises:
         InputError: The file is missing, cut off, or not written by torch.save.
     """
     try:
-        mapped = MappedFile(path)
+        mapped = mapped or MappedFile(path)
         with path.open("rb") as stream:
             window = _Window(stream, offset, mapped.size - offset if length is None else length)
             head = window.read(4)
@@ -318,15 +360,15 @@ def read_torch_file(path: Path, *, offset: int = 0, length: int | None = None) -
     except InputError:
         raise
     except _DAMAGE as error:
-        detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{path} is cut off or damaged ({detail[:120]}); copy the file again"
+            f"{path} is cut off or damaged ({_first_line(error)}); copy the file again"
         ) from None
     what = "is empty" if mapped.size == 0 else "was not written by torch.save"
     raise InputError(f"{path} {what}; expected a Megatron model file such as model_optim_rng.pt")
 
 
-# What a damaged or hostile pickle can raise while it is read: it builds only lists, numbers and stubs.
+# What a damaged or hostile pickle can raise while it is read: it builds only lists, numbers and
+# stubs.
 _DAMAGE = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
@@ -343,6 +385,11 @@ _DAMAGE = (
     struct.error,
     OSError,
 )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:120] if lines else type(error).__name__
 
 
 class _Window(io.RawIOBase):

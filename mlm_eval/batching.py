@@ -14,7 +14,8 @@ class Request:
     """A sequence of which the last tokens are scored.
 
     Attributes:
-        tokens: Token ids `[n]`, int64 on the CPU, n up to positions + 1: the last token is only predicted.
+        tokens: Token ids `[n]`, int64 on the CPU, n up to positions + 1: the last token is
+            only predicted.
             May be a view of a longer tensor.
         num_scored: The last `num_scored` tokens are scored, each given all the tokens before it;
             1 <= num_scored < n.
@@ -48,7 +49,9 @@ class Scores:
     def nll_sums(self) -> Tensor:
         """Return the negative sum of each request's log-probabilities, float64 `[requests]`."""
         running = torch.cat([torch.zeros(1, dtype=torch.float64), self.logprobs.double().cumsum(0)])
-        if self.offsets.numel() < 10_000:  # exact per-request sums; a running difference loses digits
+        if (
+            self.offsets.numel() < 10_000
+        ):  # exact per-request sums; a running difference loses digits
             pieces = [
                 -self.logprobs[a:b].double().sum()
                 for a, b in zip(self.offsets[:-1].tolist(), self.offsets[1:].tolist(), strict=True)

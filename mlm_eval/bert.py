@@ -74,12 +74,15 @@ class BERT(nn.Module):
             return self.output_layer.weight
         return self.embedding.word_embeddings.weight
 
-    def forward(self, tokens: Tensor, padding_mask: Tensor, tokentypes: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, padding_mask: Tensor, tokentypes: Tensor | None = None
+    ) -> Tensor:
         """Return the final states `[batch, seq, hidden]`.
 
         Args:
             tokens: Token ids `[batch, seq]`.
-            padding_mask: 1 on real tokens, 0 on padding, `[batch, seq]`. States of padding positions mean nothing.
+            padding_mask: 1 on real tokens, 0 on padding, `[batch, seq]`. States of
+                padding positions mean nothing.
             tokentypes: Segment ids `[batch, seq]`; None for all zero.
         """
         cos = sin = None

@@ -40,7 +40,8 @@ class BertOutput:
     Attributes:
         states: Final states `[n, hidden]` float32, when asked for.
         pooled: The pooler's output `[hidden]` float32, when asked for and there is a pooler.
-        logprobs: Masked-LM log-probability of each token given the whole input, `[n]` float32, nats.
+        logprobs: Masked-LM log-probability of each token given the whole input, `[n]`
+            float32, nats.
         greedy: Whether each token is the argmax, `[n]` bool.
         heads: Logits of the sentence-level heads by name, float32.
     """
@@ -61,7 +62,8 @@ def run_bert(
     Collectives: those of the model over tp; one gather of the results over dp.
 
     Raises:
-        InputError: The model is no BERT, an input is empty or too long, or an id is outside a table.
+        InputError: The model is no BERT, an input is empty or too long, or an id is outside
+            a table.
     """
     if not isinstance(engine.model, BERT):
         raise InputError("this is a GPT checkpoint; only BERT checkpoints encode whole inputs")
@@ -69,7 +71,13 @@ def run_bert(
     batches = pack([item.tokens.numel() for item in inputs], engine.batch_tokens)
     mine: dict[int, BertOutput] = {}
     for indices in batches[engine.mesh.dp_rank :: engine.dp]:
-        mine.update(zip(indices, _run_batch(engine, [inputs[i] for i in indices], states, score), strict=True))
+        mine.update(
+            zip(
+                indices,
+                _run_batch(engine, [inputs[i] for i in indices], states, score),
+                strict=True,
+            )
+        )
     if engine.dp > 1:
         parts: list[dict[int, BertOutput] | None] = [None] * engine.dp
         dist.all_gather_object(parts, mine, group=engine.mesh.dp_group)
@@ -126,12 +134,14 @@ def check_inputs(inputs: Sequence[BertInput], engine: Engine) -> None:
         length = item.tokens.numel()
         if not 1 <= length <= config.max_position_embeddings:
             raise InputError(
-                f"input {index} has {length} tokens; this BERT takes 1 to {config.max_position_embeddings}, "
+                f"input {index} has {length} tokens; this BERT takes 1 to "
+                f"{config.max_position_embeddings}, "
                 "so shorten it"
             )
         if int(item.tokens.min()) < 0 or int(item.tokens.max()) >= config.vocab_size:
             raise InputError(
-                f"input {index} holds a token id outside the vocabulary of {config.vocab_size} rows; "
+                f"input {index} holds a token id outside the vocabulary of {config.vocab_size} "
+                "rows; "
                 "the tokenizer does not belong to this checkpoint"
             )
         for name, values, limit in (

@@ -1,8 +1,11 @@
 """The engine: a checkpoint's shard in memory, and scoring over a mesh of dp x tp ranks.
 
-Each rank asks the table for its slice of each parameter and reads only that. Requests are packed by length
-under a token budget and dealt to the data-parallel ranks; none is repeated or dropped, and results come
-back in request order, so they do not depend on the layout beyond the rounding of the forward itself.
+Each rank asks the table for its slice of each parameter and reads only that. Requests are packed by
+length
+under a token budget and dealt to the data-parallel ranks; none is repeated or dropped, and results
+come
+back in request order, so they do not depend on the layout beyond the rounding of the forward
+itself.
 """
 
 from __future__ import annotations
@@ -135,14 +138,17 @@ class Engine:
 
         Args:
             checkpoint: What `open_checkpoint` returned.
-            tp: Tensor-parallel size; tp x dp must be the number of running ranks (1 without a process group).
+            tp: Tensor-parallel size; tp x dp must be the number of running ranks (1
+                without a process group).
             dp: Data-parallel size.
             dtype: Compute dtype; `auto` is the checkpoint's on CUDA and float32 on the CPU.
             device: Where to compute: `cpu`, `cuda` or `cuda:N`.
-            vocab: `padded`: the softmax runs over all stored rows, as Megatron's does; `true`: over the first
+            vocab: `padded`: the softmax runs over all stored rows, as Megatron's does;
+                `true`: over the first
                 `true_vocab_size` rows.
             true_vocab_size: Entries of the tokenizer; needed for `vocab="true"`.
-            batch_tokens: Padded tokens per forward pass and rank; None: 4,096 on the CPU, 32,768 on CUDA.
+            batch_tokens: Padded tokens per forward pass and rank; None: 4,096 on the
+                CPU, 32,768 on CUDA.
             compile_model: Compile the layers with torch.compile.
 
         Raises:
@@ -222,11 +228,13 @@ class Engine:
             partial: Results of an interrupted run, and where to keep those of this one.
 
         Raises:
-            InputError: The model is no GPT, a request is too long, or a token id is outside the vocabulary.
+            InputError: The model is no GPT, a request is too long, or a token id is
+                outside the vocabulary.
         """
         if not isinstance(self.model, GPT):
             raise InputError(
-                "this is a BERT checkpoint: it scores whole inputs, not continuations; use `mlm-eval score`"
+                "this is a BERT checkpoint: it scores whole inputs, not continuations; use "
+                "`mlm-eval score`"
             )
         started = time.perf_counter()
         check_requests(requests, self.config)
@@ -259,7 +267,8 @@ class Engine:
             where = torch.cat(spans)
             values[0, where], values[1, where] = logprobs.cpu(), greedy.float().cpu()
         if self.mesh.dp > 1:
-            # Every sample was scored by one copy of the model only; the sum puts them together exactly.
+            # Every sample was scored by one copy of the model only; the sum puts them
+            # together exactly.
             on_device = values.to(self.device)
             dist.all_reduce(on_device, group=self.mesh.dp_group)
             values = on_device.cpu()
@@ -350,7 +359,11 @@ def resolve_dtype(
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
-        return DTYPES.get(config.params_dtype, torch.float32) if device.type == "cuda" else torch.float32
+        return (
+            DTYPES.get(config.params_dtype, torch.float32)
+            if device.type == "cuda"
+            else torch.float32
+        )
     if dtype not in DTYPES:
         raise InputError(f"--dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
@@ -412,7 +425,8 @@ def check_requests(requests: Sequence[Request], config: ModelConfig) -> None:
     for index, request in enumerate(requests):
         if not 1 <= request.num_scored <= request.length:
             raise InputError(
-                f"sequence {index} has {request.tokens.numel()} token(s) of which {request.num_scored} are to be "
+                f"sequence {index} has {request.tokens.numel()} token(s) of which "
+                f"{request.num_scored} are to be "
                 "scored; at least one token must stand before the scored ones"
             )
         if request.length > config.max_position_embeddings:
@@ -427,6 +441,7 @@ def check_requests(requests: Sequence[Request], config: ModelConfig) -> None:
             low, high = min(low, int(small)), max(high, int(large))
         if low < 0 or high >= config.vocab_size:
             raise InputError(
-                f"token id {low if low < 0 else high} is outside the model's vocabulary of {config.vocab_size} rows; "
+                f"token id {low if low < 0 else high} is outside the model's vocabulary of "
+                f"{config.vocab_size} rows; "
                 "the tokenizer does not belong to this checkpoint"
             )

@@ -28,7 +28,8 @@ class GPT(nn.Module):
         return self.embedding.word_embeddings.weight
 
     def forward(self, tokens: Tensor, query_from: int = 0) -> Tensor:
-        """Return the final states of the positions from `query_from` on, `[batch, seq - query_from, hidden]`.
+        """Return the final states of the positions from `query_from` on, `[batch, seq - query_from,
+        hidden]`.
 
         Sequences are padded on the right: no position sees a later one, so padding needs no mask.
         """

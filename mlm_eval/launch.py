@@ -149,18 +149,18 @@ def _adopt_slurm() -> bool:
 
 def expand_nodelist(nodelist: str) -> list[str]:
     """Return the hosts of a Slurm node list, in order: `n[08-10,2],m` gives n08 n09 n10 n2 m."""
-    items = re.findall(r"(?:[^,\[\]\s]|\[[\d,-]+\])+", nodelist)
-    if not items or ",".join(items) != nodelist:
-        raise InputError(
-            f"Slurm's node list is {nodelist!r}, expected hosts such as 'node[01-04,07],login1'; "
-            "set MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE and LOCAL_RANK for each process instead"
-        )
+    items = re.findall(r"(?:[^,\[\]\s]|\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\])+", nodelist)
     hosts = []
     for item in items:
         # "rack[1-2]n[1,3]" splits to "rack", "1-2", "n", "1,3", "": odd places are number lists.
         pieces = re.split(r"\[(.*?)\]", item)
         choices = [_numbers(p) if i % 2 else [p] for i, p in enumerate(pieces)]
         hosts += ["".join(parts) for parts in itertools.product(*choices)]
+    if not hosts or ",".join(items) != nodelist:
+        raise InputError(
+            f"Slurm's node list is {nodelist!r}, expected hosts such as 'node[01-04,07],login1'; "
+            "set MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE and LOCAL_RANK for each process instead"
+        )
     return hosts
 
 
@@ -252,8 +252,9 @@ def reporting_errors(world: World | None) -> Iterator[None]:
         kind, text = ("input", str(error)) if wrong_input else ("fault", traceback.format_exc())
         if world is None or not report_error(world.rank, kind, text):
             raise
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # a closed pipe
+            sys.stdout.flush()
+            sys.stderr.flush()
         # Not sys.exit: torch's exit handlers may wait for ranks that wait for this one.
         os._exit(2 if wrong_input else 1)
 
@@ -387,22 +388,22 @@ def launch(
     command = [*(command or (sys.executable, "-P", "-m", "mlm_eval")), *argv]
     try:
         from torch.distributed import TCPStore
-        from torch.distributed.elastic.multiprocessing import SignalException
 
         if device == "cuda":
             _check_gpus(ranks)
         # Port 0: the system picks a free one, and it is taken from that moment on.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        with tempfile.TemporaryDirectory(prefix="mlm-eval-") as error_dir, _elastic_signals():
-            try:
-                context = _start(command, ranks, port=store.port, error_dir=error_dir)
-                codes, stopped = _wait(context)
-            except SignalException as interruption:
-                signum = interruption.sigval
-                told = None if signum == signal.SIGINT else f"stopped by {signum.name}"
-                return LaunchResult(128 + signum, told)
+        with (
+            tempfile.TemporaryDirectory(prefix="mlm-eval-") as error_dir,
+            _noting_signals() as noted,
+        ):
+            context = _start(command, ranks, port=store.port, error_dir=error_dir)
+            codes, stopped = _wait(context, until=noted)
+            if noted and stopped:
+                message = None if noted[0] == signal.SIGINT else f"stopped by {noted[0].name}"
+                return LaunchResult(128 + noted[0], message)
             return _outcome(Path(error_dir), codes, stopped=stopped)
-    except KeyboardInterrupt:  # before the handlers of elastic were there
+    except KeyboardInterrupt:  # before any rank was started
         return LaunchResult(128 + signal.SIGINT)
 
 
@@ -453,21 +454,22 @@ def _start(command: Sequence[str], ranks: int, *, port: int, error_dir: str) -> 
     return context
 
 
-def _wait(context: SubprocessContext) -> tuple[dict[int, int], set[int]]:
-    """Return the exit code of each rank, and the ranks that were stopped because one failed."""
+def _wait(
+    context: SubprocessContext, *, until: Sequence[signal.Signals]
+) -> tuple[dict[int, int], set[int]]:
+    """Return the exit code of each rank, and the ranks that had to be stopped.
+
+    Ranks are stopped when one fails, and when a signal turns up in `until`.
+    """
     workers = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
-    running = set(workers)
-    try:
-        while running:
-            codes = {rank: proc.poll() for rank, proc in workers.items()}
-            running = {rank for rank, code in codes.items() if code is None}
-            if any(code not in (None, *DONE_CODES) for code in codes.values()):
-                break
-            time.sleep(POLL_SECONDS if running else 0)
-    finally:
-        with _signals_ignored():
-            context.close(signal.SIGTERM, timeout=STOP_SECONDS)
-    return {rank: proc.returncode for rank, proc in workers.items()}, running
+    while True:
+        codes = {rank: worker.poll() for rank, worker in workers.items()}
+        running = {rank for rank, code in codes.items() if code is None}
+        if not running or until or any(codes[r] not in DONE_CODES for r in codes.keys() - running):
+            break
+        time.sleep(POLL_SECONDS)
+    context.close(signal.SIGTERM, timeout=STOP_SECONDS)
+    return {rank: worker.returncode for rank, worker in workers.items()}, running
 
 
 def _outcome(error_dir: Path, codes: dict[int, int], *, stopped: set[int]) -> LaunchResult:
@@ -501,28 +503,21 @@ def _outcome(error_dir: Path, codes: dict[int, int], *, stopped: set[int]) -> La
 
 
 @contextlib.contextmanager
-def _elastic_signals() -> Iterator[None]:
-    """Let elastic turn signals into its SignalException, for the body only.
+def _noting_signals() -> Iterator[list[signal.Signals]]:
+    """Note the signals that ask the job to stop, in place of acting on them, for the body only.
 
+    An exception from a handler could hit between the start of a rank and the note of its number.
     Signals that are ignored stay so: `nohup mlm-eval ...` must survive its terminal.
     """
+    noted: list[signal.Signals] = []
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    handled = [number for number in STOP_SIGNALS if before[number] is not signal.SIG_IGN]
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(number.name for number in handled)
+    before = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, lambda number, _: noted.append(signal.Signals(number)))
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""  # or it would install handlers that raise
     try:
-        yield
+        yield noted
     finally:
         del os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"]
-        for number in handled:
-            signal.signal(number, before[number])
-
-
-@contextlib.contextmanager
-def _signals_ignored() -> Iterator[None]:
-    """Keep a second Ctrl-C from interrupting the body, which must be short."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)

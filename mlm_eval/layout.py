@@ -48,7 +48,8 @@ def choose_layout(
         itemsize: Bytes of a weight in the compute dtype.
         running: Ranks that torchrun or Slurm has started; None when this command starts its own.
 
-    On the CPU auto means 1 and 1, or whatever fills the running ranks. On CUDA it is the smallest tp whose
+    On the CPU auto means 1 and 1, or whatever fills the running ranks. On CUDA it is the
+    smallest tp whose
     shard fits the free memory of the fullest device, and the other devices as dp.
 
     Raises:
@@ -65,7 +66,9 @@ def choose_layout(
     devices = torch.cuda.device_count()
     if tp is None:
         free = min(torch.cuda.mem_get_info(i)[0] for i in range(devices))
-        tp = smallest_fitting_tp(checkpoint, free=free, itemsize=itemsize, limit=devices // (dp or 1))
+        tp = smallest_fitting_tp(
+            checkpoint, free=free, itemsize=itemsize, limit=devices // (dp or 1)
+        )
     return tp, dp or max(devices // tp, 1)
 
 
@@ -81,7 +84,8 @@ def smallest_fitting_tp(checkpoint: Checkpoint, *, free: int, itemsize: int, lim
         if weights / size + ACTIVATION_BYTES <= free:
             return size
     raise InputError(
-        f"the model has {weights / 1e9:.1f} GB of weights, which does not fit {allowed[-1]} device(s) with "
+        f"the model has {weights / 1e9:.1f} GB of weights, which does not fit {allowed[-1]} "
+        "device(s) with "
         f"{free / 1e9:.1f} GB free each; use more devices, --dtype bfloat16, or --device cpu"
     )
 
@@ -94,6 +98,7 @@ def _fill(running: int, tp: int | None, dp: int | None) -> tuple[int, int]:
         dp = running // tp if tp else 0
     if tp * dp != running:
         raise InputError(
-            f"--tp {tp} x --dp {dp} is {tp * dp} ranks, {running} are running; give sizes whose product is {running}"
+            f"--tp {tp} x --dp {dp} is {tp * dp} ranks, {running} are running; give sizes whose "
+            f"product is {running}"
         )
     return tp, dp

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mlm_eval.batching import Request
     from mlm_eval.checkpoints.checkpoint import Checkpoint
     from mlm_eval.engine import Engine
+    from mlm_eval.resume import PartialScores
     from mlm_eval.tokenizer import Tokenizer
 
 LIBRARIES = ("torch", "tokenizers", "transformers", "safetensors", "datasets", "numpy")
@@ -123,18 +124,26 @@ def engine_settings(engine: Engine, tokenizer: Tokenizer) -> dict[str, Any]:
     return {**engine.describe(), "tokenizer": tokenizer.record()}
 
 
-def timing_record(engine: Engine, requests: Sequence[Request], seconds: float) -> dict[str, Any]:
+def timing_record(
+    engine: Engine,
+    requests: Sequence[Request],
+    seconds: float,
+    partial: PartialScores | None = None,
+) -> dict[str, Any]:
     """Return speed figures of one scoring run; tokens are those that went through the model.
 
     `model_tflops` is the rate of the floating-point operations that were carried out, all ranks
-    together, in units of 1e12 a second.
+    together, in units of 1e12 a second. What a resumed run took over from an earlier one is no work
+    of its `seconds` and does not count.
     """
-    tokens = sum(request.length for request in requests)
+    earlier = partial.finished() if partial is not None else {}
+    fresh = [request for index, request in enumerate(requests) if index not in earlier]
+    tokens = sum(request.length for request in fresh)
     return {
         "load_seconds": engine.load_seconds,
         "eval_seconds": seconds,
         "tokens_per_second": tokens / seconds if seconds else None,
-        "model_tflops": engine.flops(requests) / seconds / 1e12 if seconds else None,
+        "model_tflops": engine.flops(fresh) / seconds / 1e12 if seconds else None,
     }
 
 
@@ -143,8 +152,8 @@ def loss_warnings(nll_sum: float) -> list[str]:
     if math.isfinite(nll_sum):
         return []
     return [
-        f"the model's summed loss is {nll_sum}: its weights or the arithmetic of its dtype are broken; "
-        f"try --dtype float32 and check the checkpoint with `mlm-eval inspect`"
+        f"the model's summed loss is {nll_sum}: its weights or the arithmetic of its dtype are "
+        f"broken; try --dtype float32 and check the checkpoint with `mlm-eval inspect`"
     ]
 
 

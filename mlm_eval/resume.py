@@ -1,7 +1,9 @@
 """Scores of an unfinished run, kept on disk so that `--resume` goes on where it stopped.
 
-A chunk is a safetensors file with the scores of some requests. Chunks carry a key made of everything that
-decides a score (checkpoint, data, protocol, dtype), so results of another model or file are never mixed in.
+A chunk is a safetensors file with the scores of some requests. Chunks carry a key made of
+everything that
+decides a score (checkpoint, data, protocol, dtype), so results of another model or file are never
+mixed in.
 They do not depend on the layout: a run may go on at another tp x dp.
 """
 
@@ -86,7 +88,8 @@ class PartialScores:
                 logprobs = chunk.get_tensor("logprobs").split(counts)
                 greedy = chunk.get_tensor("greedy").split(counts)
                 finished.update(
-                    (i, pair) for i, *pair in zip(indices, logprobs, greedy, strict=True)  # type: ignore[misc]
+                    (i, pair)
+                    for i, *pair in zip(indices, logprobs, greedy, strict=True)  # type: ignore[misc]
                 )
         return finished
 
@@ -94,7 +97,9 @@ class PartialScores:
         """Return the scores of earlier runs."""
         return self._finished
 
-    def add(self, requests: Sequence[Request], batch: Batch, logprobs: Tensor, greedy: Tensor) -> None:
+    def add(
+        self, requests: Sequence[Request], batch: Batch, logprobs: Tensor, greedy: Tensor
+    ) -> None:
         """Keep one batch's scores; written in chunks, not at once."""
         counts = [requests[i].num_scored for i in batch.indices]
         self._buffer.append((batch.indices, counts, logprobs, greedy))

@@ -1,8 +1,12 @@
-"""The paper's tensor parallelism (arXiv 1909.08053, section 3), and the only file with collectives of the model.
+"""The paper's tensor parallelism (arXiv 1909.08053, section 3), and the only file with collectives
+of the model.
 
-A layer is cut so that two of its matrix products need one all-reduce: the first matrix by columns (of the
-output), the second by rows (of the input). Two functions connect the ranks: `f` is the identity forward and an
-all-reduce backward, `g` the reverse. The vocabulary is cut by rows; log-probabilities and the argmax are
+A layer is cut so that two of its matrix products need one all-reduce: the first matrix by columns
+(of the
+output), the second by rows (of the input). Two functions connect the ranks: `f` is the identity
+forward and an
+all-reduce backward, `g` the reverse. The vocabulary is cut by rows; log-probabilities and the
+argmax are
 computed without ever gathering logits.
 """
 

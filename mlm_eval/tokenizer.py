@@ -1,4 +1,4 @@
-"""Tokenizer: text to ids by the rules that Megatron used, from the files that lie beside a checkpoint.
+"""Tokenizer: text to ids by the rules that Megatron used, from the files of a vocabulary.
 
 It wraps the `tokenizers` library (or `sentencepiece`), not transformers, whose import takes
 seconds and whose conversion of a bare `tokenizer.model` changes the ids. No form adds special
@@ -68,8 +68,8 @@ class Tokenizer:
             lost = self.missing_bytes.intersection(text.encode())
             if lost:
                 raise InputError(
-                    f"{self.source} has no symbol for the byte(s) {sorted(lost)} of the text, which "
-                    f"would be dropped; use a byte-level vocabulary that holds all 256 bytes"
+                    f"{self.source} has no symbol for the byte(s) {sorted(lost)} of the text, "
+                    f"which would be dropped; use a byte-level vocabulary that holds all 256 bytes"
                 )
         return list(self.backend.encode(text, add_special_tokens=False).ids)
 
@@ -125,7 +125,7 @@ def load_tokenizer(
     vocab_file: str | Path | None = None,
     merge_file: str | Path | None = None,
 ) -> Tokenizer:
-    """Return the tokenizer of a folder (`--tokenizer`) or of its files (`--vocab-file`, `--merge-file`).
+    """Return the tokenizer of a folder (`--tokenizer`) or of its files (`--vocab-file`).
 
     Args:
         directory: Folder with one of the accepted forms, or the one file of such a form.
@@ -386,7 +386,9 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); is it damaged?") from error
+        raise InputError(
+            f"{path} is not UTF-8 text (byte {error.start}); is it damaged?"
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The transformer layer of Megatron-LM, read top to bottom; GPT and BERT share it.
 
-Module names are the canonical parameter names, so a model's `named_parameters` are the table's keys. No
+Module names are the canonical parameter names, so a model's `named_parameters` are the table's
+keys. No
 layer here knows a rank: the parallel linears do. Source: facts E; megatron/model/transformer.py (v2.5),
 megatron/core/transformer (core 0.16).
 """
@@ -159,7 +160,10 @@ class SelfAttention(nn.Module):
         qkv = self.linear_qkv(x).view(batch, length, self.groups, self.queries + 2, self.channels)
         query, key, value = qkv.split([self.queries, 1, 1], dim=3)  # [B, T, G, q|1|1, d]
         query = query[:, query_from:].flatten(2, 3).transpose(1, 2)  # [B, G*q, T - from, d]
-        key, value = key.squeeze(3).transpose(1, 2), value.squeeze(3).transpose(1, 2)  # [B, G, T, d]
+        key, value = (
+            key.squeeze(3).transpose(1, 2),
+            value.squeeze(3).transpose(1, 2),
+        )  # [B, G, T, d]
         if self.qk_layernorm:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         if context.cos is not None and context.sin is not None:
@@ -221,9 +225,7 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            TransformerLayer(config, tp) for _ in range(config.num_layers)
-        )
+        self.layers = nn.ModuleList(TransformerLayer(config, tp) for _ in range(config.num_layers))
         self.final_layernorm = norm(config)
 
     def forward(self, x: Tensor, context: Context, query_from: int = 0) -> Tensor:
@@ -247,7 +249,9 @@ class Embedding(nn.Module):
         self.word_embeddings = VocabParallelEmbedding(stop - start, width, first_row=start, tp=tp)
         if config.learned_positions:
             self.position_embeddings = nn.Embedding(
-                config.max_position_embeddings, width, _weight=_table(config.max_position_embeddings, width)
+                config.max_position_embeddings,
+                width,
+                _weight=_table(config.max_position_embeddings, width),
             )
         if config.num_tokentypes:
             self.tokentype_embeddings = nn.Embedding(

@@ -1,4 +1,4 @@
-"""LAMBADA cloze accuracy as in the Megatron-LM paper: the last word of a passage from all before it.
+"""LAMBADA cloze accuracy as in the Megatron-LM paper: the last word of a passage from the rest.
 
 The paper's number counts a word only if every one of its tokens is the model's first choice
 (Megatron's `--strict-lambada`; here `word`). Megatron's own default asks for the last token only
@@ -66,8 +66,8 @@ class Work:
 def split_target(text: str, tokenizer: Tokenizer, *, target: str) -> tuple[list[int], list[int]]:
     """Return the tokens of a passage's context and of its target.
 
-    For a word, the context is the stripped text before the last place where that word stands; it and
-    the word, with one space before it, are cut into tokens each by itself. On 7 of the 5,153
+    For a word, the context is the stripped text before the last place where that word stands; it
+    and the word, with one space before it, are cut into tokens each by itself. On 7 of the 5,153
     passages this gives other tokens than the whole text does; it is what Megatron scores.
 
     Source: facts F.6; tasks/zeroshot_gpt/datasets.py.
@@ -112,8 +112,8 @@ def prepare(
             )
         if len(label) > positions:
             raise InputError(
-                f"{path}, line {example.line}: the last word has {len(label)} tokens, but the model "
-                f"has {positions} positions; this task needs a larger model"
+                f"{path}, line {example.line}: the last word has {len(label)} tokens, but the "
+                f"model has {positions} positions; this task needs a larger model"
             )
         tokens = context + label
         truncated += len(tokens) > positions + 1
@@ -194,7 +194,7 @@ def score(
             "warnings": [*work.settings["warnings"], *loss_warnings(nll_sum)],
         },
         checkpoint=checkpoint_record(engine.checkpoint),
-        timing=timing_record(engine, work.requests, scores.seconds),
+        timing=timing_record(engine, work.requests, scores.seconds, partial),
         versions=versions(),
     )
 
@@ -202,8 +202,8 @@ def score(
 def cloze_metrics(num_correct: int, *, examples: int, nll_sum: float) -> dict[str, Any]:
     """Return the metrics of a count of hits and a sum of losses.
 
-    `accuracy_stderr` is the standard error of the mean of the hits, with n - 1 in its denominator as
-    in lm-evaluation-harness; `target_ppl` is per target (a word has one, however many tokens).
+    `accuracy_stderr` is the standard error of the mean of the hits, with n - 1 in its denominator
+    as in lm-evaluation-harness; `target_ppl` is per target (a word has one, however many tokens).
 
     Args:
         num_correct: Targets of which every token is the argmax.
@@ -246,8 +246,8 @@ def parse_json_lines(text: str, path: str) -> list[Example]:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(
-                f"{path}, line {number} is not JSON ({error.msg} at column {error.colno}); expected "
-                f'{{"text": "..."}} on every line'
+                f"{path}, line {number} is not JSON ({error.msg} at column {error.colno}); "
+                f'expected {{"text": "..."}} on every line'
             ) from error
         passage = entry.get("text") if isinstance(entry, dict) else None
         if not isinstance(passage, str):
@@ -305,8 +305,8 @@ def _data_record(path: str, sha256: str, examples: int) -> dict[str, Any]:
 def _warnings(kept: int, examples: int, truncated: int, positions: int) -> Iterator[str]:
     if kept < examples:
         yield (
-            f"limit {kept}: only the first {kept} of {examples} passages are scored; the figures are "
-            f"not those of the whole set"
+            f"limit {kept}: only the first {kept} of {examples} passages are scored; the figures "
+            f"are not those of the whole set"
         )
     if truncated:
         yield (

@@ -36,14 +36,17 @@ def read_lines(path: Path, tokenizer: Tokenizer | None, *, limit: int | None = N
     """Return the lines of a JSON-lines file.
 
     Raises:
-        InputError: The file cannot be read, or a line is not of the form that `mlm-eval score --help` shows.
+        InputError: The file cannot be read, or a line is not of the form that `mlm-eval
+            score --help` shows.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give --input a file of JSON lines") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text ({error}); give --input a file of JSON lines") from None
+        raise InputError(
+            f"{path} cannot be read as UTF-8 text ({error}); give --input a file of JSON lines"
+        ) from None
     lines = []
     for number, content in enumerate(text.split("\n"), 1):
         if content.strip() and (limit is None or len(lines) < limit):
@@ -105,7 +108,8 @@ def score_lines(
     Args:
         engine: The loaded model, GPT or BERT.
         lines: The input.
-        stride: For GPT sequences of more than positions + 1 tokens: how many tokens each further window scores;
+        stride: For GPT sequences of more than positions + 1 tokens: how many tokens each
+            further window scores;
             None: half the positions.
         on_progress: See `Engine.score`.
 
@@ -126,16 +130,19 @@ def _check_row(row: list[int], line: Line, engine: Engine) -> None:
     outside = next((token for token in row if not 0 <= token < rows), None)
     if outside is not None:
         raise InputError(
-            f"line {line.number} holds token id {outside}, outside the model's vocabulary of {rows} rows; "
+            f"line {line.number} holds token id {outside}, outside the model's vocabulary of "
+            f"{rows} rows; "
             "the tokenizer does not belong to this checkpoint"
         )
     if engine.config.family == "bert" and len(row) > positions:
         raise InputError(
-            f"line {line.number} has {len(row)} tokens; this BERT takes at most {positions}, so shorten it"
+            f"line {line.number} has {len(row)} tokens; this BERT takes at most {positions}, so "
+            "shorten it"
         )
     if engine.config.family == "gpt" and (line.choices or line.tokentypes or line.padding_mask):
         raise InputError(
-            f"line {line.number} has BERT fields (choices, tokentypes or padding_mask), but this is a GPT checkpoint"
+            f"line {line.number} has BERT fields (choices, tokentypes or padding_mask), but this "
+            "is a GPT checkpoint"
         )
 
 
@@ -154,7 +161,9 @@ def _score_gpt(
     for line in lines:
         tokens = torch.tensor(line.rows[0], dtype=torch.int64)
         first = len(requests)
-        requests += [Request(tokens[a:b], n) for a, b, n in windows(tokens.numel(), positions, stride)]
+        requests += [
+            Request(tokens[a:b], n) for a, b, n in windows(tokens.numel(), positions, stride)
+        ]
         spans.append((first, len(requests)))
     scores = engine.score(requests, on_progress=on_progress)
     for line, (first, last) in zip(lines, spans, strict=True):
@@ -176,7 +185,9 @@ def _score_bert(engine: Engine, lines: Sequence[Line]) -> Iterator[dict[str, Any
     outputs = iter(run_bert(engine, inputs))
     for line in lines:
         mine = [next(outputs) for _ in line.rows]
-        record: dict[str, Any] = {"choices" if line.choices else "tokens": line.rows if line.choices else line.rows[0]}
+        record: dict[str, Any] = {
+            "choices" if line.choices else "tokens": line.rows if line.choices else line.rows[0]
+        }
         for name in ("logprobs", "greedy"):
             rows = [_values(getattr(output, name)) for output in mine]
             record[name] = rows if line.choices else rows[0]
@@ -223,7 +234,9 @@ def write_lines(path: Path, records: Iterator[dict[str, Any]]) -> int:
                 count += 1
         os.replace(beside, path)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); give another --output") from None
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}); give another --output"
+        ) from None
     finally:
         beside.unlink(missing_ok=True)
     return count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,9 @@ def _load(name: DatasetName) -> Any:
             f"datasets`, or give a local file with --data"
         ) from None
     folder = Path(name.path)
+    quiet = not (sys.stderr.isatty() or datasets.are_progress_bars_disabled())
+    if quiet:
+        datasets.disable_progress_bars()
     try:
         if any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):
             return datasets.load_from_disk(name.path)
@@ -147,3 +151,6 @@ def _load(name: DatasetName) -> Any:
             f"{reason[0] if reason else 'no reason given'}); --data takes a local file too, "
             f"which needs no network connection"
         ) from error
+    finally:
+        if quiet:
+            datasets.enable_progress_bars()

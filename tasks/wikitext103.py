@@ -61,7 +61,7 @@ BEFORE_BRACKETS = (
     *((f" @{mark}@ ", mark) for mark in "-,."),
     *((f" {mark} ", f"{mark} ") for mark in ":;.!?,"),
 )
-PAIRED_MARKS = ("()", "[]", "{}", '""', "''")
+PAIRED_MARKS = (("(", ")"), ("[", "]"), ("{", "}"), ('"', '"'), ("'", "'"))
 AFTER_BRACKETS = (
     ("= = = =", "===="),
     ("= = =", "==="),
@@ -92,7 +92,7 @@ def detokenize(text: str) -> str:
 
 
 def _strip_inside(text: str, opening: str, closing: str) -> str:
-    """Return `text` without blanks just inside each pair, from one opening to the next closing mark."""
+    """Return `text` without blanks just inside each opening mark and the next closing one."""
     inside = re.compile(f"{re.escape(opening)}([^{re.escape(closing)}]*){re.escape(closing)}")
     return inside.sub(lambda match: f"{opening}{match[1].strip()}{closing}", text)
 
@@ -107,8 +107,8 @@ def windows(num_tokens: int, seq_length: int, stride: int) -> list[tuple[int, in
 
     Window i starts at token i * stride and reads seq_length + 1 tokens, or up to the end. The first
     scores all its targets, the others the last `stride` positions of a full window; what a short
-    window has fewer is scored less. So every token but the first is scored once, and after the first
-    window with at least seq_length - stride tokens before it. Megatron also runs up to
+    window has fewer is scored less. So every token but the first is scored once, and after the
+    first window with at least seq_length - stride tokens before it. Megatron also runs up to
     seq_length / stride - 1 windows at the end that score nothing.
 
     Source: facts F.4.
@@ -286,7 +286,7 @@ def score(
             "warnings": [*work.settings["warnings"], *loss_warnings(nll_sum)],
         },
         checkpoint=checkpoint_record(engine.checkpoint),
-        timing=timing_record(engine, work.requests, scores.seconds),
+        timing=timing_record(engine, work.requests, scores.seconds, partial),
         versions=versions(),
     )
 
@@ -337,8 +337,8 @@ def restore_text(rows: Sequence[str], name: str) -> str:
     if ended == 0:
         return "".join(f"{row or ' '}\n" for row in rows)
     raise InputError(
-        f"{name}: {ended} of {len(filled)} rows end with a newline; expected all of them (the Hub's "
-        f"WikiText) or none (one line a row)"
+        f"{name}: {ended} of {len(filled)} rows end with a newline; expected all of them (the "
+        f"Hub's WikiText) or none (one line a row)"
     )
 
 
@@ -377,7 +377,8 @@ def _read_text(data: str | Path | None) -> tuple[str, str]:
 def _check_settings(positions: int, seq_length: int, stride: int, limit: int | None) -> None:
     if not 1 <= seq_length <= positions:
         raise InputError(
-            f"--seq-length {seq_length}: the model has {positions} positions; choose 1 to {positions}"
+            f"--seq-length {seq_length}: the model has {positions} positions; choose 1 to "
+            f"{positions}"
         )
     if not 1 <= stride <= seq_length:
         raise InputError(

@@ -16,11 +16,6 @@ from mlm_eval import launch
 from mlm_eval.checkpoints.errors import InputError
 
 
-def place(folder: Path, world: launch.World) -> None:
-    """Write where this rank finds itself, without torch."""
-    leave(folder, world, master=os.environ["MASTER_ADDR"], port=os.environ["MASTER_PORT"])
-
-
 def all_reduce(folder: Path, world: launch.World, *sizes: str) -> None:
     """Sum 10**rank over all ranks and over each group of a dp x tp mesh."""
     tp, dp = (int(size) for size in sizes)
@@ -35,7 +30,7 @@ def all_reduce(folder: Path, world: launch.World, *sizes: str) -> None:
         dist.all_reduce(value, group=group)
         sums[name] = int(value)
     launch.shutdown()
-    leave(folder, world, sums=sums, threads=torch.get_num_threads())
+    leave(folder, world, sums=sums, omp=os.environ["OMP_NUM_THREADS"])
 
 
 def wrong_input(folder: Path, world: launch.World, where: str) -> None:

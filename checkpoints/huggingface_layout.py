@@ -1,0 +1,141 @@
+"""How the tensors of a Hugging Face model hold a canonical parameter: each transform in both directions.
+
+`pack` goes from Hugging Face to canonical, `unpack` back; both return views that read late, and one undoes
+the other exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.lazy import (
+    Concat,
+    Index,
+    LazyTensor,
+    Selected,
+    Transposed,
+    take,
+)
+
+Shape = tuple[int, ...]
+
+
+class Zeros(LazyTensor):
+    """A tensor of zeros: a bias that one side of a conversion has and the other lacks."""
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.shape = tuple(shape)
+        self.dtype = dtype
+
+    def read(self, dim: int = 0, index: Index = None) -> Tensor:
+        """See `LazyTensor.read`."""
+        return take(torch.zeros(self.shape, dtype=self.dtype), dim, index)
+
+
+class Layout:
+    """One tensor on either side, unchanged; the other layouts derive from it."""
+
+    def shapes(self, shape: Shape, config: ModelConfig) -> list[Shape]:
+        """Return the shapes of the Hugging Face tensors that hold a parameter of `shape`."""
+        return [shape]
+
+    def pack(self, parts: list[LazyTensor], config: ModelConfig) -> LazyTensor:
+        """Return the canonical parameter that Hugging Face tensors hold."""
+        return parts[0]
+
+    def unpack(self, tensor: LazyTensor, config: ModelConfig) -> list[LazyTensor]:
+        """Return the Hugging Face tensors of a canonical parameter."""
+        return [tensor]
+
+
+class Conv1D(Layout):
+    """GPT-2's linear layers keep weights `[in, out]`."""
+
+    def shapes(self, shape: Shape, config: ModelConfig) -> list[Shape]:
+        """See `Layout`."""
+        return [shape[::-1]]
+
+    def pack(self, parts: list[LazyTensor], config: ModelConfig) -> LazyTensor:
+        """See `Layout`."""
+        return _transpose(parts[0])
+
+    def unpack(self, tensor: LazyTensor, config: ModelConfig) -> list[LazyTensor]:
+        """See `Layout`."""
+        return [_transpose(tensor)]
+
+
+class Conv1DQKV(Conv1D):
+    """GPT-2's c_attn: `[in, out]` with the outputs in the order all queries, all keys, all values."""
+
+    def pack(self, parts: list[LazyTensor], config: ModelConfig) -> LazyTensor:
+        """See `Layout`."""
+        return Selected(_transpose(parts[0]), group_order(config))
+
+    def unpack(self, tensor: LazyTensor, config: ModelConfig) -> list[LazyTensor]:
+        """See `Layout`."""
+        return [_transpose(Selected(tensor, torch.argsort(group_order(config))))]
+
+
+class SplitQKV(Layout):
+    """Queries, keys and values in three tensors."""
+
+    def shapes(self, shape: Shape, config: ModelConfig) -> list[Shape]:
+        """See `Layout`."""
+        return [(rows, *shape[1:]) for rows in _qkv_rows(config)]
+
+    def pack(self, parts: list[LazyTensor], config: ModelConfig) -> LazyTensor:
+        """See `Layout`."""
+        return Selected(Concat(parts, 0), group_order(config))
+
+    def unpack(self, tensor: LazyTensor, config: ModelConfig) -> list[LazyTensor]:
+        """See `Layout`."""
+        places = torch.argsort(group_order(config)).split(_qkv_rows(config))
+        return [Selected(tensor, rows) for rows in places]
+
+
+class GateUp(Layout):
+    """The gate and the up branch of a gated MLP in two tensors."""
+
+    def shapes(self, shape: Shape, config: ModelConfig) -> list[Shape]:
+        """See `Layout`."""
+        return [(shape[0] // 2, *shape[1:])] * 2
+
+    def pack(self, parts: list[LazyTensor], config: ModelConfig) -> LazyTensor:
+        """See `Layout`."""
+        return Concat(parts, 0)
+
+    def unpack(self, tensor: LazyTensor, config: ModelConfig) -> list[LazyTensor]:
+        """See `Layout`."""
+        return [Selected(tensor, rows) for rows in torch.arange(tensor.shape[0]).chunk(2)]
+
+
+SAME, CONV1D, CONV1D_QKV = Layout(), Conv1D(), Conv1DQKV()
+SPLIT_QKV, GATE_UP = SplitQKV(), GateUp()
+
+
+def _transpose(tensor: LazyTensor) -> LazyTensor:
+    if len(tensor.shape) == 1:  # a bias
+        return tensor
+    return tensor.source if isinstance(tensor, Transposed) else Transposed(tensor)
+
+
+def _qkv_rows(config: ModelConfig) -> list[int]:
+    groups = config.num_query_groups * config.kv_channels
+    return [config.num_attention_heads * config.kv_channels, groups, groups]
+
+
+def group_order(config: ModelConfig) -> Tensor:
+    """Return where each canonical QKV row stands in `[all queries; all keys; all values]`."""
+    return _group_order(config.num_attention_heads, config.num_query_groups, config.kv_channels)
+
+
+@lru_cache(maxsize=8)
+def _group_order(heads: int, groups: int, channels: int) -> Tensor:
+    query = torch.arange(heads * channels).view(groups, heads // groups, channels)
+    key = torch.arange(groups * channels).view(groups, 1, channels) + heads * channels
+    return torch.cat([query, key, key + groups * channels], dim=1).reshape(-1)
