@@ -1,7 +1,7 @@
-"""The `args` of a Megatron checkpoint that is written: what Megatron needs to build the model again.
+"""The `args` of a Megatron checkpoint that is written: what rebuilds the model.
 
-The inverse of `megatron_config.py`: the reader there, and Megatron's own, must get the same model back.
-Source: facts B.3 and E.5.
+The inverse of `megatron_config.py`: the reader there, and Megatron's own, must get the same model
+back. Source: facts B.3 and E.5.
 """
 
 from __future__ import annotations
@@ -22,18 +22,21 @@ DEFAULT_DIVISIBLE_BY = 128
 """Megatron's default of --make-vocab-size-divisible-by."""
 
 CARRIED_WORDS = frozenset(
-    "tokenizer_type optimizer lr_decay_style weight_decay_incr_style dataloader_type data_impl DDP_impl".split()
+    """tokenizer_type optimizer lr_decay_style weight_decay_incr_style dataloader_type data_impl
+    DDP_impl""".split()
 )
-"""Settings with a word as value that are kept. All other strings may name a place, a person or a machine."""
+"""Words that are kept. Any other string may name a place, a person or a machine."""
 
 NOT_CARRIED = frozenset(
-    """model_parallel_size rank local_rank node_rank world_size data_parallel_size context_parallel_size
-    expert_model_parallel_size expert_tensor_parallel_size sequence_parallel virtual_pipeline_model_parallel_size
-    num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank pipeline_model_parallel_split_rank
-    pipeline_model_parallel_layout decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers
-    account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split standalone_embedding_stage
-    encoder_tensor_model_parallel_size encoder_pipeline_model_parallel_size use_cpu_initialization
-    apply_layernorm_1p disable_bias_linear num_classes use_mcore_models use_legacy_models""".split()
+    """model_parallel_size rank local_rank node_rank world_size data_parallel_size
+    context_parallel_size expert_model_parallel_size expert_tensor_parallel_size sequence_parallel
+    virtual_pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage
+    num_virtual_stages_per_pipeline_rank pipeline_model_parallel_split_rank
+    pipeline_model_parallel_layout decoder_first_pipeline_num_layers
+    decoder_last_pipeline_num_layers account_for_embedding_in_pipeline_split
+    account_for_loss_in_pipeline_split standalone_embedding_stage encoder_tensor_model_parallel_size
+    encoder_pipeline_model_parallel_size use_cpu_initialization apply_layernorm_1p
+    disable_bias_linear num_classes use_mcore_models use_legacy_models""".split()
 )
 """About the machines and the layout of the run that saved the source, or said anew below."""
 
@@ -81,12 +84,16 @@ def _lacking_in_core(c: ModelConfig) -> str | None:
         return "task heads (classification, multiple choice, question answering)"
     if c.family == "bert" and not c.lm_head:
         return "BERT without a language-model head"
+    if c.family == "bert" and c.pooler != c.binary_head:
+        return "pooler without a binary head"
     if c.family == "bert" and c.head_activation != "gelu":
         return "tanh GELU in BERT's language-model head"
     if c.activation == "gelu_tanh" and not c.add_bias_linear:
         return "tanh GELU without biases"
     if c.position_embedding_type == "learned_absolute+rope":
         return "learned and rotary positions together"
+    if c.qk_layernorm and c.qk_layernorm_bias != (c.normalization == "LayerNorm"):
+        return "norm of queries and keys that differs in kind from the other norms"
     return _lacking_anywhere(c)
 
 
@@ -123,29 +130,31 @@ def padded_vocabulary(
 ) -> tuple[int, int]:
     """Return (rows to store, `make_vocab_size_divisible_by` that goes with them) for `tp` ranks.
 
-    With a true size, or a divisor, given: Megatron's formula, the smallest multiple of divisor x tp that
-    holds the vocabulary; the divisor is the source's unless given, 128 without one. With neither: the
-    stored rows are kept exactly where `tp` divides them, so that changing tp back and forth loses nothing;
-    the divisor then becomes the one from which Megatron's formula gives this same number of rows for
-    any true size that the source may have had. Rows that `tp` does not divide are padded by the formula.
+    With a true size, or a divisor, given: Megatron's formula, the smallest multiple of divisor x tp
+    that holds the vocabulary; the divisor is the source's unless given, 128 without one. With
+    neither: the stored rows are kept exactly where `tp` divides them, so that changing tp back and
+    forth loses nothing; the divisor then becomes the one from which Megatron's formula gives this
+    same number of rows for any true size that the source may have had. Rows that `tp` does not
+    divide are padded by the formula.
 
     Raises:
         InputError: `true_size` is more than there are rows, or a size is not positive.
     """
-    rows = checkpoint.config.vocab_size
-    saved = checkpoint.provenance.args.get("make_vocab_size_divisible_by")
+    rows, args = checkpoint.config.vocab_size, checkpoint.provenance.args
+    saved = args.get("make_vocab_size_divisible_by")
     saved = saved if isinstance(saved, int) and saved > 0 else None
     if true_size is not None and not 1 <= true_size <= rows:
         raise InputError(
-            f"{checkpoint.provenance.path} stores {rows} rows of vocabulary, which does not fit a true size of "
-            f"{true_size}; give the tokenizer that the model was trained with"
+            f"{checkpoint.provenance.path} stores {rows} rows of vocabulary, which does not fit a "
+            f"true size of {true_size}; give the tokenizer that the model was trained with"
         )
     if divisible_by is not None and divisible_by < 1:
         raise InputError(f"make_vocab_size_divisible_by is {divisible_by}; it must be at least 1")
     if true_size is None and divisible_by is None and rows % tp == 0:
-        multiple = (saved or 1) * checkpoint.provenance.tensor_parallel
-        if rows % multiple:
-            multiple = 1  # the source was not padded by the formula: take its rows for the vocabulary
+        saved_tp = args.get("tensor_model_parallel_size", args.get("model_parallel_size"))
+        multiple = (saved or 1) * (saved_tp or checkpoint.provenance.tensor_parallel)
+        if rows % multiple:  # not padded by the formula: take the rows for the vocabulary
+            multiple = 1
         return rows, math.lcm(multiple, tp) // tp
     divisor = divisible_by or saved or DEFAULT_DIVISIBLE_BY
     multiple = divisor * tp
@@ -181,6 +190,7 @@ def _is_carried(name: str, value: Any) -> bool:
 def _sizes(c: ModelConfig, layout: Layout, run_length: int | None) -> dict[str, Any]:
     length = run_length or c.max_position_embeddings
     grouped = c.num_query_groups != c.num_attention_heads
+    groups = c.num_query_groups if grouped else 1  # Megatron's default, which then says nothing
     values: dict[str, Any] = {
         "num_layers": c.num_layers,
         "encoder_num_layers": c.num_layers,
@@ -190,7 +200,7 @@ def _sizes(c: ModelConfig, layout: Layout, run_length: int | None) -> dict[str, 
         "num_attention_heads": c.num_attention_heads,
         "kv_channels": c.kv_channels,
         "group_query_attention": grouped,
-        "num_query_groups": c.num_query_groups if grouped else 1,  # Megatron's default without groups
+        "num_query_groups": groups,
         "max_position_embeddings": c.max_position_embeddings,
         "seq_length": length,
         "encoder_seq_length": length,
@@ -214,7 +224,7 @@ def _positions(c: ModelConfig) -> dict[str, Any]:
     whole_base = float(c.rotary_base).is_integer()
     values: dict[str, Any] = {
         "position_embedding_type": c.position_embedding_type,
-        # True also where positions are rotary: it is the default, and goes with the type since 2023-07.
+        # Megatron's default, and left on in rotary models too.
         "add_position_embedding": True,
         "use_rotary_position_embeddings": False,
         "rotary_percent": c.rotary_percent,
@@ -271,7 +281,7 @@ def _layout(layout: Layout, tp_rank: int, pp_rank: int) -> dict[str, Any]:
         "sequence_parallel": False,
         "data_parallel_size": 1,
         "world_size": layout.tp * layout.pp,
-        # Megatron counts tensor-parallel ranks fastest; files in each other's place are found out by it.
+        # Tensor-parallel ranks count fastest. It tells when folders were swapped.
         "rank": pp_rank * layout.tp + tp_rank,
         "transformer_impl": "local",
         "use_mcore_models": core,

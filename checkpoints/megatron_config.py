@@ -302,7 +302,8 @@ def _activation(b: _Builder, shapes: Shapes, megatron_core: bool) -> None:
             f"{ffn} rows; "
             "correct it with --set activation=..."
         )
-    openai = bool(args.get("openai_gelu")) and not megatron_core
+    # GPT has no such head: left at its default, so that equal models have equal configs.
+    openai = bool(args.get("openai_gelu")) and not megatron_core and b.values["family"] == "bert"
     b.set("head_activation", "gelu_tanh" if openai else "gelu", "Megatron's LM head")
 
 

@@ -1,8 +1,8 @@
 """Writes Megatron's `torch` format, at any tensor-parallel x pipeline size, one tensor at a time.
 
-The names are megatron-core's (local spec, `checkpoint_version` 3.0), or those of the legacy code of 2021 to
-2023 where megatron-core has no such model. Every file is a `torch.save` archive that Megatron, torch and
-this project's reader open. Source: facts A.1 to A.3, B, C, D.
+The names are megatron-core's (local spec, `checkpoint_version` 3.0), or those of the legacy code of
+2021 to 2023 where megatron-core has no such model. Every file is a `torch.save` archive that
+Megatron, torch and this project's reader open. Source: facts A.1 to A.3, B, C, D.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mlm_eval.checkpoints.megatron_args import (
 )
 from mlm_eval.checkpoints.megatron_names import HEAD_COPY
 from mlm_eval.checkpoints.output_folder import output_folder
-from mlm_eval.checkpoints.parameters import Parameter, check_tp, parameters, shard_index
+from mlm_eval.checkpoints.parameters import Parameter, allowed_tp, check_tp, parameters, shard_index
 from mlm_eval.checkpoints.torch_save import write_torch_file
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
@@ -67,11 +67,11 @@ def write_megatron_torch(
 ) -> Path:
     """Write `checkpoint` as a Megatron checkpoint folder and return the folder.
 
-    The vocabulary: without `true_vocab_size` and `make_vocab_size_divisible_by` its stored rows stay exactly as
-    they are where `tp` divides them, so that tp 4 -> 1 -> 4 gives the same bytes. Otherwise it is padded by
-    Megatron's formula, the smallest multiple of divisor x tp that holds the true size (or all stored rows
-    where that is not known): rows beyond are cut off, new ones repeat the last, as Megatron's own
-    converter does. See `padded_vocabulary`.
+    The vocabulary: without `true_vocab_size` and `make_vocab_size_divisible_by` its stored rows
+    stay exactly as they are where `tp` divides them, so that tp 4 -> 1 -> 4 gives the same bytes.
+    Otherwise it is padded by Megatron's formula, the smallest multiple of divisor x tp that holds
+    the true size (or all stored rows where that is not known): rows beyond are cut off, new ones
+    repeat the last, as Megatron's own converter does. See `padded_vocabulary`.
 
     Args:
         checkpoint: What to write.
@@ -79,7 +79,8 @@ def write_megatron_torch(
         tp: Tensor-parallel files; must divide the heads and the MLP's width.
         pp: Pipeline stages; must divide the layers.
         dtype: Of the weights; None keeps each as it is.
-        names: `core` or `legacy`; None: megatron-core's, legacy where megatron-core has no such model.
+        names: `core` or `legacy`; None: megatron-core's, legacy where megatron-core has no such
+            model.
         iteration: A number or `release`; None: the source's, `release` where it has none.
         true_vocab_size: Size of the tokenizer's vocabulary, where it is known.
         make_vocab_size_divisible_by: Megatron's divisor; None: see above.
@@ -87,7 +88,8 @@ def write_megatron_torch(
         on_progress: Called with (bytes written, bytes in all).
 
     Raises:
-        InputError: A size does not divide the model, Megatron has no such model, or `target` exists.
+        InputError: A size does not divide the model, Megatron has no such model, or `target`
+            exists.
     """
     config, target = checkpoint.config, Path(target)
     names = choose_names(config, names)
@@ -95,9 +97,7 @@ def write_megatron_torch(
     if iteration is None:
         iteration = checkpoint.provenance.iteration
     release = iteration is None or iteration == "release"
-    rows, divisor = padded_vocabulary(
-        checkpoint, tp, true_vocab_size, make_vocab_size_divisible_by
-    )
+    rows, divisor = padded_vocabulary(checkpoint, tp, true_vocab_size, make_vocab_size_divisible_by)
     layout = Layout(
         names=names,
         tp=tp,
@@ -149,15 +149,13 @@ def _check_sizes(config: ModelConfig, tp: int, pp: int, names: str) -> None:
     if tp < 1 or pp < 1:
         raise InputError(f"cannot write tp={tp} x pp={pp} files; both must be at least 1")
     check_tp(config, tp)
-    groups = config.num_query_groups
-    # Fewer groups than ranks: megatron-core cuts the packed rows evenly and gathers them when it runs.
-    if groups % tp and (names == "legacy" or tp % groups):
+    fitting = [n for n in allowed_tp(config) if _groups_fit(config.num_query_groups, n, names)]
+    if tp not in fitting:
+        rule = "tp must divide them" if names == "legacy" else "one must divide the other"
         raise InputError(
-            f"cannot write tp={tp} files: the model has {groups} query groups, and Megatron"
-            + (" under legacy names" if names == "legacy" else "")
-            + " asks for one number to divide the other"
-            + (" (tp the groups)" if names == "legacy" else "")
-            + "; choose another tp"
+            f"cannot write tp={tp} files with {names} names: the model has "
+            f"{config.num_query_groups} query groups, and {rule}; "
+            f"it allows tp in {', '.join(map(str, fitting))}"
         )
     if config.num_layers % pp:
         allowed = [n for n in range(1, config.num_layers + 1) if config.num_layers % n == 0]
@@ -167,12 +165,21 @@ def _check_sizes(config: ModelConfig, tp: int, pp: int, names: str) -> None:
         )
 
 
+def _groups_fit(groups: int, tp: int, names: str) -> bool:
+    """Whether Megatron can load tp files of a model with so many query groups.
+
+    With fewer groups than ranks megatron-core keeps even cuts of the packed rows and gathers them
+    when it runs.
+    """
+    return groups % tp == 0 or (names == "core" and tp % groups == 0)
+
+
 def rank_tensors(
     checkpoint: Checkpoint, layout: Layout, tp_rank: int, pp_rank: int, dtype: torch.dtype | None
 ) -> dict[str, LazyTensor]:
     """Return one file's tensors under canonical names, its layers numbered from 0.
 
-    The last of several stages holds a copy of a tied embedding under `HEAD_COPY`: its logits need it.
+    The last of several stages needs a copy of a tied embedding for its logits: `HEAD_COPY`.
     """
     config = checkpoint.config
     per_stage = config.num_layers // layout.pp
@@ -206,10 +213,10 @@ def _shard(
     rule, shape = parameter.rule, list(source.shape)
     to = dtype or source.dtype
     if rule.unit == "vocab":
-        rows = layout.vocab_size // layout.tp
+        rows = shape[0] = layout.vocab_size // layout.tp
         start = tp_rank * rows
         return Computed(
-            (rows, *shape[1:]), to, lambda: _vocab_rows(source, start, start + rows).to(to)
+            shape, to, lambda: _cast(_vocab_rows(source, start, start + rows), to, parameter)
         )
     if rule.unit == "qkv":
         # Files hold even cuts even where ranks that compute hold copies of a key/value head.
@@ -222,7 +229,19 @@ def _shard(
     dim = rule.dim or 0
     if rule.dim is not None:
         shape[dim] //= layout.tp
-    return Computed(shape, to, lambda: source.read(dim, index).to(to))
+    return Computed(shape, to, lambda: _cast(source.read(dim, index), to, parameter))
+
+
+def _cast(values: Tensor, dtype: torch.dtype, parameter: Parameter) -> Tensor:
+    """Return the values in another dtype; one that is too narrow for them is refused."""
+    result = values.to(dtype)
+    limit = torch.finfo(dtype).max
+    if limit < torch.finfo(values.dtype).max and bool((result.isinf() & values.isfinite()).any()):
+        raise InputError(
+            f"{parameter.name} has values up to {values.abs().max().item():.3g}, beyond the {limit:.3g} "
+            f"of {dtype}; choose --dtype bfloat16 or float32"
+        )
+    return result
 
 
 def _vocab_rows(source: LazyTensor, start: int, stop: int) -> Tensor:
@@ -262,7 +281,7 @@ def _legacy_model(tensors: dict[str, LazyTensor]) -> dict[str, Any]:
 
 
 def _legacy_path(name: str) -> tuple[str, ...]:
-    """Return the keys that lead to a parameter: modules of a legacy model save dicts with flat keys."""
+    """Return the keys that lead to a parameter: legacy modules save dicts with flat keys."""
     block, _, rest = name.partition(".")
     leaf = name.rpartition(".")[2]
     if layer := re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", rest):

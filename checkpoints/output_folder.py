@@ -1,7 +1,8 @@
-"""Folders that are either there whole or not at all: written beside the target, renamed at the end."""
+"""Folders that are there whole or not at all: written beside the target, renamed at the end."""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -19,8 +20,7 @@ _OF_A_CHECKPOINT = re.compile(
 
 @contextmanager
 def output_folder(target: Path, *, overwrite: bool = False, needs: int = 0) -> Iterator[Path]:
-    """Give an empty folder beside `target` to write into; it becomes `target` when the block ends
-    well.
+    """Give an empty folder beside `target`, which becomes `target` when the block ends well.
 
     A block that raises leaves the target as it was. A killed process leaves a hidden folder
     `.NAME.partial-*` beside it, never a target with half of the files.
@@ -52,6 +52,13 @@ def output_folder(target: Path, *, overwrite: bool = False, needs: int = 0) -> I
             )
         yield partial
         _replace(partial, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            raise
+        raise InputError(
+            f"{target} could not be written to the end ({error.strerror}); nothing was left there, "
+            "make room or choose another output folder"
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

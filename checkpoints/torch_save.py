@@ -1,13 +1,9 @@
-"""Writes what `torch.save` writes, tensor by tensor: memory for one of them, never for the state
-dict.
+"""Writes what `torch.save` writes with memory for one tensor, never for the whole state dict.
 
 A file is a zip archive: `data.pkl` describes every tensor (dtype, shape, number of its storage),
-then each
-storage is one stored record, its first byte at a multiple of 64 so that it can be mapped. Since
-torch 1.6,
-`torch.load` reads it, with `mmap=True` and `weights_only=True` too, as far as the values besides
-the
-tensors allow. The same contents give the same bytes: the records carry no date.
+then each storage is one stored record, its first byte at a multiple of 64 so that it can be mapped.
+`torch.load` reads it since torch 1.6, with `mmap=True` and `weights_only=True` too, as far as the
+values beside the tensors allow. The same contents give the same bytes: the records carry no date.
 """
 
 from __future__ import annotations
@@ -59,10 +55,9 @@ def write_torch_file(
 ) -> None:
     """Write `value` to `path`, as `torch.save(value, path)` would.
 
-    Tensors anywhere in `value` may be `LazyTensor`s: each is read when its record is written,
-    and let go
-    of before the next. Every tensor becomes a contiguous one on the CPU with a storage of its own;
-    the same object at two places stays one tensor. The file is written beside `path` and
+    Tensors anywhere in `value` may be `LazyTensor`s: each is read when its record is written, and
+    let go of before the next. Every tensor becomes a contiguous one on the CPU with a storage of
+    its own; the same object at two places stays one tensor. The file is written beside `path` and
     renamed at the end.
 
     Args:
@@ -89,7 +84,7 @@ class _Storage:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles tensors as references to storages; the tensors themselves are collected in `tensors`."""
+    """Pickles tensors as references to storages, and collects the tensors."""
 
     def __init__(self, stream: io.BytesIO) -> None:
         super().__init__(stream, protocol=PROTOCOL)

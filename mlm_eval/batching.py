@@ -48,16 +48,12 @@ class Scores:
 
     def nll_sums(self) -> Tensor:
         """Return the negative sum of each request's log-probabilities, float64 `[requests]`."""
-        running = torch.cat([torch.zeros(1, dtype=torch.float64), self.logprobs.double().cumsum(0)])
-        if (
-            self.offsets.numel() < 10_000
-        ):  # exact per-request sums; a running difference loses digits
-            pieces = [
-                -self.logprobs[a:b].double().sum()
-                for a, b in zip(self.offsets[:-1].tolist(), self.offsets[1:].tolist(), strict=True)
-            ]
-            return torch.stack(pieces) if pieces else torch.zeros(0, dtype=torch.float64)
-        return running[self.offsets[:-1]] - running[self.offsets[1:]]
+        counts = self.offsets.diff()
+        owner = torch.repeat_interleave(torch.arange(counts.numel()), counts)
+        # Each request by itself: differences of one running sum would lose digits, and a NaN in one
+        # request would reach all that follow.
+        sums = torch.zeros(counts.numel(), dtype=torch.float64)
+        return sums.index_add_(0, owner, -self.logprobs.double())
 
     def all_greedy(self) -> Tensor:
         """Return, per request, whether every scored token is the argmax: bool `[requests]`."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.dropout import Dropout
 from mlm_eval.tensor_parallel import SINGLE, TensorParallel, vocab_parallel_log_probs
 from mlm_eval.transformer import (
     Context,
@@ -75,7 +76,11 @@ class BERT(nn.Module):
         return self.embedding.word_embeddings.weight
 
     def forward(
-        self, tokens: Tensor, padding_mask: Tensor, tokentypes: Tensor | None = None
+        self,
+        tokens: Tensor,
+        padding_mask: Tensor,
+        tokentypes: Tensor | None = None,
+        dropout: Dropout | None = None,
     ) -> Tensor:
         """Return the final states `[batch, seq, hidden]`.
 
@@ -84,12 +89,13 @@ class BERT(nn.Module):
             padding_mask: 1 on real tokens, 0 on padding, `[batch, seq]`. States of
                 padding positions mean nothing.
             tokentypes: Segment ids `[batch, seq]`; None for all zero.
+            dropout: The masks of a training step; None for evaluation.
         """
         cos = sin = None
         if self.config.rotary:
             cos, sin = rotary_tables(self.config, tokens.shape[1], tokens.device)
         key_mask = padding_mask.bool()[:, None, None, :]
-        context = Context(causal=False, key_mask=key_mask, cos=cos, sin=sin)
+        context = Context(causal=False, key_mask=key_mask, cos=cos, sin=sin, dropout=dropout)
         return self.encoder(self.embedding(tokens, tokentypes), context)  # type: ignore[no-any-return]
 
     def log_probs(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,13 +109,17 @@ class BERT(nn.Module):
             tp=self.tp,
         )
 
-    def head_logits(self, x: Tensor) -> dict[str, Tensor]:
+    def head_logits(self, x: Tensor, dropout: Dropout | None = None) -> dict[str, Tensor]:
         """Return the logits of every sentence-level head the model has, each `[batch, outputs]`, float32."""
         pooled = self.pooler(x) if self.config.pooler else x[:, 0]
         heads = {}
+        # Task heads see dropped states in training; the binary head of pre-training does not.
+        dropped = pooled if dropout is None else dropout.pooled(pooled)
         for name in ("binary_head", "classification_head", "multichoice_head"):
             if hasattr(self, name):
-                heads[name] = getattr(self, name)(pooled).float()
+                heads[name] = getattr(self, name)(
+                    pooled if name == "binary_head" else dropped
+                ).float()
         return heads
 
 

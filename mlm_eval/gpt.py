@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.dropout import Dropout
 from mlm_eval.tensor_parallel import SINGLE, TensorParallel, vocab_parallel_log_probs
 from mlm_eval.transformer import Context, Embedding, OutputLayer, TransformerBlock, rotary_tables
 
@@ -27,7 +28,9 @@ class GPT(nn.Module):
             return self.output_layer.weight
         return self.embedding.word_embeddings.weight
 
-    def forward(self, tokens: Tensor, query_from: int = 0) -> Tensor:
+    def forward(
+        self, tokens: Tensor, query_from: int = 0, dropout: Dropout | None = None
+    ) -> Tensor:
         """Return the final states of the positions from `query_from` on, `[batch, seq - query_from,
         hidden]`.
 
@@ -36,7 +39,7 @@ class GPT(nn.Module):
         cos = sin = None
         if self.config.rotary:
             cos, sin = rotary_tables(self.config, tokens.shape[1], tokens.device)
-        context = Context(causal=True, cos=cos, sin=sin)
+        context = Context(causal=True, cos=cos, sin=sin, dropout=dropout)
         return self.decoder(self.embedding(tokens), context, query_from)  # type: ignore[no-any-return]
 
     def log_probs(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -206,3 +206,58 @@ def _log_probs_chunk(
         dist.all_reduce(totals, group=tp.group)
         dist.all_reduce(winner, op=dist.ReduceOp.MIN, group=tp.group)
     return totals[1] - best - totals[0].log(), winner == targets
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross entropy over a vocabulary cut by ranks; the gradient stays on the rank of its logits.
+
+    Source: megatron/core/tensor_parallel/cross_entropy.py, without label smoothing.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, first_row: int, tp: TensorParallel
+    ) -> Tensor:
+        local = targets - first_row
+        mine = (local >= 0) & (local < logits.shape[1])
+        local = local.where(mine, 0)
+        best = logits.amax(dim=-1) if logits.shape[1] else logits.new_full((), -torch.inf)
+        best = best.expand(targets.shape).contiguous()
+        if tp.size > 1:
+            dist.all_reduce(best, op=dist.ReduceOp.MAX, group=tp.group)
+        shifted = logits - best.unsqueeze(1)
+        target = shifted.new_zeros(targets.shape)
+        if logits.shape[1]:
+            target = shifted.gather(1, local.unsqueeze(1)).squeeze(1).where(mine, 0.0)
+        exponentials = shifted.exp_()
+        totals = torch.stack([exponentials.sum(dim=-1), target])
+        if tp.size > 1:
+            dist.all_reduce(totals, group=tp.group)
+        ctx.save_for_backward(exponentials.div_(totals[0].unsqueeze(1)), local, mine)
+        return totals[0].log() - totals[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        softmax, local, mine = ctx.saved_tensors
+        grad = softmax.clone()
+        if softmax.shape[1]:
+            grad.scatter_add_(1, local.unsqueeze(1), -mine.to(grad.dtype).unsqueeze(1))
+        return grad.mul_(grads[0].unsqueeze(1)), None, None, None
+
+
+def vocab_parallel_cross_entropy(
+    rows: Tensor,
+    targets: Tensor,
+    *,
+    weight: Tensor,
+    bias: Tensor | None,
+    first_row: int,
+    tp: TensorParallel,
+) -> Tensor:
+    """Return the loss of each row, float32 `[rows]`, differentiable; arguments as in `vocab_parallel_log_probs`.
+
+    Two all-reduces forward (maximum; sum of exponentials and target logit), one backward (the gradient of
+    `rows`).
+    """
+    logits = F.linear(copy_to_region(rows, tp), weight, bias).float()
+    return _CrossEntropy.apply(logits, targets, first_row, tp)  # type: ignore[no-any-return]

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.parameters import local_groups, vocab_range
+from mlm_eval.dropout import EMBEDDING, Dropout
 from mlm_eval.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -34,12 +36,14 @@ class Context:
         key_mask: `[batch, 1, 1, seq]`, true where a key may be seen; None when all may.
         cos: Rotary cosines `[seq, rotated channels]`, or None.
         sin: Rotary sines, or None.
+        dropout: The masks of a training step; None for evaluation.
     """
 
     causal: bool
     key_mask: Tensor | None = None
     cos: Tensor | None = None
     sin: Tensor | None = None
+    dropout: Dropout | None = None
 
 
 class Norm(nn.Module):
@@ -133,9 +137,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
 class SelfAttention(nn.Module):
     """Attention over this rank's query groups."""
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, tp: TensorParallel, number: int) -> None:
         super().__init__()
         groups = local_groups(config, tp.rank, tp.size)
+        self.number = number  # of the layer
+        self.heads = [head for heads, _ in groups for head in heads]
         self.groups = len(groups)
         self.queries = len(groups[0][0])  # per group
         self.channels = config.kv_channels
@@ -178,8 +184,28 @@ class SelfAttention(nn.Module):
             # Queries are the last rows only: position query_from + i sees keys up to itself.
             mask = torch.ones(length - query_from, length, dtype=torch.bool, device=x.device)
             mask, causal = mask.tril(query_from), False
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+        dropout = context.dropout
+        if dropout is not None and dropout.attention > 0.0:
+            out = self._with_dropout(query, key, value, context, dropout)
+        else:
+            out = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=causal
+            )
         return self.linear_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _with_dropout(
+        self, query: Tensor, key: Tensor, value: Tensor, context: Context, dropout: Dropout
+    ) -> Tensor:
+        """Attention step by step: SDPA would draw masks of its own, another set on every layout."""
+        scores = query @ key.transpose(-1, -2) * self.channels**-0.5  # [B, H, T, T]
+        if context.key_mask is not None:
+            scores = scores.masked_fill(~context.key_mask, -torch.inf)
+        if context.causal:
+            length = scores.shape[-1]
+            future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(future, -torch.inf)
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+        return dropout.attention_weights(weights, self.number, self.heads) @ value
 
 
 class MLP(nn.Module):
@@ -202,11 +228,12 @@ class MLP(nn.Module):
 class TransformerLayer(nn.Module):
     """Attention and MLP with residuals; the residual is the norm's input, or its output in the original order."""
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, tp: TensorParallel, number: int) -> None:
         super().__init__()
+        self.number = number
         self.residual_after_norm = config.apply_residual_connection_post_layernorm
         self.input_layernorm = norm(config)
-        self.self_attention = SelfAttention(config, tp)
+        self.self_attention = SelfAttention(config, tp, number)
         self.pre_mlp_layernorm = norm(config)
         self.mlp = MLP(config, tp)
 
@@ -214,10 +241,16 @@ class TransformerLayer(nn.Module):
         """Return the states of the positions from `query_from` on."""
         normed = self.input_layernorm(x)
         residual = normed if self.residual_after_norm else x
-        x = residual[:, query_from:] + self.self_attention(normed, context, query_from)
+        branch = self.self_attention(normed, context, query_from)
+        x = residual[:, query_from:] + self._drop(branch, 0, context)
         normed = self.pre_mlp_layernorm(x)
         residual = normed if self.residual_after_norm else x
-        return residual + self.mlp(normed)  # type: ignore[no-any-return]
+        return residual + self._drop(self.mlp(normed), 1, context)
+
+    def _drop(self, x: Tensor, branch: int, context: Context) -> Tensor:
+        if context.dropout is None:
+            return x
+        return context.dropout.residual(x, self.number, branch)
 
 
 class TransformerBlock(nn.Module):
@@ -225,17 +258,30 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(TransformerLayer(config, tp) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            TransformerLayer(config, tp, number) for number in range(config.num_layers)
+        )
         self.final_layernorm = norm(config)
+        self.recompute = False
+        """Keep only the layers' inputs for the backward pass and run each layer again in it."""
 
     def forward(self, x: Tensor, context: Context, query_from: int = 0) -> Tensor:
         """Return normed states `[batch, seq - query_from, hidden]`.
 
         The last layer computes queries, projection and MLP only for the rows that are needed.
         """
+        if context.dropout is not None:
+            x = context.dropout.residual(x, EMBEDDING, 0)
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
-            x = layer(x, context, query_from if index == last else 0)
+            first = query_from if index == last else 0
+            if self.recompute and torch.is_grad_enabled():
+                # The masks are functions of numbers: no generator has to be put back.
+                x = checkpoint(
+                    layer, x, context, first, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x = layer(x, context, first)
         return self.final_layernorm(x)  # type: ignore[no-any-return]
 
 

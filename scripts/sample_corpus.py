@@ -1,9 +1,10 @@
 r"""Build the texts behind the sample checkpoint from what every Python installation carries.
 
 The texts are the documentation topics that `help()` shows (`pydoc_data.topics`) and the docstrings
-of the standard library's own source files. Some topics are held out as a whole: they become a text
-in the form of WikiText-103 and cloze passages in the form of LAMBADA. All the rest is for training,
-except paragraphs that share a run of eight words with held-out text (topics quote each other).
+and comments of the standard library's source files. Some topics are held out as a whole: they
+become a text in the form of WikiText-103 and cloze passages in the form of LAMBADA. All the rest is
+for training, except paragraphs that share eight words in a row with held-out text (topics quote
+each other).
 
 Both sources change with Python's version. The held-out files are therefore stored in the repository
 (with `corpus.json`, which says what they were made from), and the training text is rebuilt from the
@@ -65,7 +66,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Article:
-    """One documentation topic, or the docstrings of one module."""
+    """One documentation topic, or the docstrings and comments of one module."""
 
     name: str
     blocks: tuple[Block, ...]
@@ -79,9 +80,9 @@ class Article:
 def is_prose(text: str) -> bool:
     """True for sentences; False for code, grammar, signatures, tables, notices and addresses."""
     pieces = text.split()
-    if len(pieces) < 8 or text[-1] not in ".:?!" or not text.isascii() or not text[0].isalpha():
+    if len(pieces) < 6 or text[-1] not in ".:?!" or not re.match('"?[A-Za-z]', text):
         return False
-    if re.search(r">>>|::=|@|https?:|copyright|licen[cs]e|\$ ", text, flags=re.IGNORECASE):
+    if re.search(r">>>|::=|@|https?:|copyright|licen[cs]e|\$ |[^ -~]", text, flags=re.IGNORECASE):
         return False
     word = re.compile(r"[\"'(\[]*[A-Za-z][A-Za-z'-]*[)\"'\],.:;?!]*")
     words = sum(bool(word.fullmatch(piece)) for piece in pieces)
@@ -145,22 +146,36 @@ def topic_articles() -> dict[str, Article]:
     return articles
 
 
+def comments(source: str) -> Iterator[tuple[int, str]]:
+    """Line number and text of each run of lines that hold a comment alone."""
+    run: list[str] = []
+    for number, line in enumerate([*source.split("\n"), ""], start=1):
+        match = re.match(r"\s*#+(?: (.*)|$)", line)
+        if match:
+            run.append(match[1] or "")
+        elif run:
+            yield number - len(run), "\n".join(run)
+            run = []
+
+
 def module_articles() -> Iterator[Article]:
-    """The docstrings of each module of the standard library, from its source, not imported."""
+    """The docstrings and comments of each module of the standard library; nothing is imported."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if SKIPPED_FOLDERS & set(relative.parts):
             continue
+        source = path.read_bytes().decode("utf-8", errors="replace")
+        texts = [(line, text, "") for line, text in comments(source)]
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                heading = node.name if isinstance(node, ast.ClassDef) else ""
+                texts.append((getattr(node, "lineno", 0), ast.get_docstring(node) or "", heading))
         name = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
         blocks = [Block(name, 1)]
-        for node in ast.walk(ast.parse(path.read_bytes())):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                found = read_blocks(ast.get_docstring(node) or "")
-                prose = [block for block in found if block.level == 0]
-                if prose and isinstance(node, ast.ClassDef):
-                    blocks.append(Block(node.name, 2))
-                blocks += prose
+        for _, text, heading in sorted(texts):
+            blocks += [Block(heading, 2)] if heading else []
+            blocks += [block for block in read_blocks(text) if block.level == 0]
         yield Article(name, tuple(blocks))
 
 

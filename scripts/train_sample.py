@@ -22,13 +22,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance
 from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.lazy import InMemory
+from mlm_eval.checkpoints.megatron_writer import write_megatron_torch
 from mlm_eval.gpt import GPT
 
 TENSOR_PARALLEL = 2
 VOCAB_ENTRIES = 2000  # <|endoftext|>, the last one, included
 END_OF_TEXT = "<|endoftext|>"
 DIVISIBLE_BY = 128  # Megatron pads the vocabulary to a multiple of this, times the ranks
+MULTIPLE = DIVISIBLE_BY * TENSOR_PARALLEL
+
+STEPS = 3000
+BATCH = 8  # windows of 256 tokens
+LEARNING_RATE = 3e-3
+MIN_LEARNING_RATE = 6e-5
+WARM_UP = 0.05  # of the steps
+ADAM_BETAS = (0.9, 0.95)
+WEIGHT_DECAY = 0.1
+CLIP = 1.0
 
 CONFIG = ModelConfig(
     family="gpt",
@@ -68,7 +81,7 @@ def train_tokenizer(texts: list[str], folder: Path) -> None:
 
 
 def initialise(model: GPT) -> None:
-    """Megatron's initial weights: N(0, 0.02), less for what is added to the residual; see facts E.9."""
+    """Megatron's initial weights: N(0, 0.02), less for what is added to the residual."""
     std = CONFIG.init_method_std
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -81,7 +94,7 @@ def initialise(model: GPT) -> None:
             nn.init.normal_(parameter, std=std)
 
 
-def windows(tokens: Tensor, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+def windows(tokens: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
     """Yield batches `[batch, positions + 1]` for ever.
 
     Each pass over the text cuts it into windows from another offset and takes them in random order;
@@ -93,23 +106,22 @@ def windows(tokens: Tensor, batch: int, generator: torch.Generator) -> Iterator[
         offset = int(torch.randint(length, (1,), generator=generator))
         cut = tokens[offset:].unfold(0, length + 1, length)  # [windows, positions + 1]
         waiting += cut[torch.randperm(len(cut), generator=generator)].unbind()
-        while len(waiting) >= batch:
-            yield torch.stack(waiting[:batch])
-            del waiting[:batch]
+        while len(waiting) >= BATCH:
+            yield torch.stack(waiting[:BATCH])
+            del waiting[:BATCH]
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first twentieth, then a cosine to a fiftieth of the peak."""
-    warm_up = max(1, steps // 20)
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine."""
+    warm_up = max(1, round(WARM_UP * steps))
     if step < warm_up:
-        return peak * (step + 1) / warm_up
+        return LEARNING_RATE * (step + 1) / warm_up
     progress = (step - warm_up) / max(1, steps - warm_up)
-    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+    swing = 0.5 * (1 + math.cos(math.pi * progress))
+    return MIN_LEARNING_RATE + (LEARNING_RATE - MIN_LEARNING_RATE) * swing
 
 
-def train(
-    model: GPT, tokens: Tensor, *, steps: int, batch: int, peak: float, seed: int
-) -> list[float]:
+def train(model: GPT, tokens: Tensor, *, steps: int, seed: int) -> list[float]:
     """Train the model in place; return the loss of each step, in nats per token.
 
     The softmax runs over the padded vocabulary, as in Megatron.
@@ -117,23 +129,24 @@ def train(
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]  # biases and norms: no decay
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-        lr=peak,
-        betas=(0.9, 0.95),
+        [
+            {"params": matrices, "weight_decay": WEIGHT_DECAY},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        betas=ADAM_BETAS,
     )
-    batches = windows(tokens, batch, torch.Generator().manual_seed(seed))
+    batches = windows(tokens, torch.Generator().manual_seed(seed))
     losses: list[float] = []
     started = time.perf_counter()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak)
-        window = next(batches)
-        states = model(window[:, :-1])  # [B, T, h]
-        logits = F.linear(states, model.output_table)  # [B, T, V]
+            group["lr"] = learning_rate(step, steps)
+        window = next(batches)  # [B, T + 1]
+        logits = F.linear(model(window[:, :-1]), model.output_table)  # [B, T, V]
         loss = F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         losses.append(loss.item())
         if (step + 1) % 100 == 0 or step + 1 == steps:
@@ -143,53 +156,89 @@ def train(
     return losses
 
 
-def megatron_args(steps: int, batch: int, peak: float, seed: int) -> dict[str, Any]:
-    """What Megatron (v2.5 to 23.06) would have stored of this run in its `args`."""
+def megatron_args(steps: int, seed: int) -> dict[str, Any]:
+    """How the model was trained, under the names that Megatron keeps it by in a file's `args`."""
     return {
-        "num_layers": CONFIG.num_layers,
-        "hidden_size": CONFIG.hidden_size,
-        "ffn_hidden_size": CONFIG.ffn_hidden_size,
-        "num_attention_heads": CONFIG.num_attention_heads,
-        "kv_channels": CONFIG.kv_channels,
-        "max_position_embeddings": CONFIG.max_position_embeddings,
-        "seq_length": CONFIG.max_position_embeddings,
-        "encoder_seq_length": CONFIG.max_position_embeddings,
-        "make_vocab_size_divisible_by": DIVISIBLE_BY,
-        "padded_vocab_size": CONFIG.vocab_size,
         "tokenizer_type": "GPT2BPETokenizer",
-        "vocab_file": "tokenizer/vocab.json",
-        "merge_file": "tokenizer/merges.txt",
-        "layernorm_epsilon": CONFIG.layernorm_epsilon,
-        "apply_residual_connection_post_layernorm": False,
-        "apply_query_key_layer_scaling": False,
-        "attention_softmax_in_fp32": False,
-        "openai_gelu": False,
-        "onnx_safe": None,
-        "bias_gelu_fusion": True,
-        "hidden_dropout": CONFIG.hidden_dropout,
-        "attention_dropout": CONFIG.attention_dropout,
-        "init_method_std": CONFIG.init_method_std,
-        "fp16": True,
-        "bf16": False,
-        "params_dtype": torch.float16,
-        "tensor_model_parallel_size": TENSOR_PARALLEL,
-        "pipeline_model_parallel_size": 1,
-        "virtual_pipeline_model_parallel_size": None,
-        "data_parallel_size": 1,
-        "world_size": TENSOR_PARALLEL,
-        "micro_batch_size": batch,
-        "global_batch_size": batch,
+        "make_vocab_size_divisible_by": DIVISIBLE_BY,
+        "seq_length": CONFIG.max_position_embeddings,
+        "micro_batch_size": BATCH,
+        "global_batch_size": BATCH,
         "train_iters": steps,
-        "iteration": steps,
-        "lr": peak,
-        "min_lr": 0.02 * peak,
-        "lr_decay_style": "cosine",
-        "lr_warmup_fraction": 0.05,
+        "consumed_train_samples": steps * BATCH,
         "optimizer": "adam",
-        "adam_beta1": 0.9,
-        "adam_beta2": 0.95,
+        "adam_beta1": ADAM_BETAS[0],
+        "adam_beta2": ADAM_BETAS[1],
         "adam_eps": 1e-08,
-        "weight_decay": 0.1,
-        "clip_grad": 1.0,
+        "lr": LEARNING_RATE,
+        "min_lr": MIN_LEARNING_RATE,
+        "lr_decay_style": "cosine",
+        "lr_warmup_fraction": WARM_UP,
+        "weight_decay": WEIGHT_DECAY,
+        "clip_grad": CLIP,
         "seed": seed,
     }
+
+
+def as_checkpoint(model: GPT, args: dict[str, Any], folder: Path) -> Checkpoint:
+    """The trained model as the writer takes it; `args` are those of the training run."""
+    tensors = {name: InMemory(tensor.detach()) for name, tensor in model.named_parameters()}
+    provenance = Provenance(folder, "megatron-torch", iteration=args["train_iters"], args=args)
+    return Checkpoint(CONFIG, tensors, provenance).check()
+
+
+def main() -> None:
+    """Train, and write the checkpoint, the tokenizer and a record of how they were made."""
+    parser = argparse.ArgumentParser(description="Train the sample checkpoint.")
+    parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to make")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int, default=1234)
+    arguments = parser.parse_args()
+    if arguments.output.exists():
+        parser.error(f"{arguments.output} is there already; remove it or choose another folder")
+    started = time.perf_counter()
+    torch.manual_seed(arguments.seed)
+    torch.use_deterministic_algorithms(True)
+
+    texts = [natural_text(article) for article in training_articles()]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "tokenizer"
+        train_tokenizer(texts, folder)
+        tokenizer = load_tokenizer(directory=folder)
+        assert tokenizer.eot_id == VOCAB_ENTRIES - 1
+        pieces = [[*tokenizer.encode(text), tokenizer.eot_id] for text in texts]
+        tokens = torch.tensor([token for piece in pieces for token in piece])
+        print(f"{len(texts)} articles, {len(tokens)} tokens", flush=True)
+
+        model = GPT(CONFIG)
+        initialise(model)
+        losses = train(model, tokens, steps=arguments.steps, seed=arguments.seed)
+        args = megatron_args(arguments.steps, arguments.seed)
+        write_megatron_torch(
+            as_checkpoint(model, args, arguments.output),
+            arguments.output,
+            tp=TENSOR_PARALLEL,
+            dtype=torch.float16,
+            names="legacy",
+            true_vocab_size=VOCAB_ENTRIES,
+        )
+        shutil.copytree(folder, arguments.output / "tokenizer")
+    record = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "tokenizers": tokenizers.__version__,
+        "training_text_sha256": sha256("".join(texts)),
+        "training_tokens": len(tokens),
+        "steps": arguments.steps,
+        "tokens_seen": arguments.steps * BATCH * CONFIG.max_position_embeddings,
+        "seed": arguments.seed,
+        "threads": torch.get_num_threads(),
+        "final_loss": round(sum(losses[-100:]) / len(losses[-100:]), 4),
+        "seconds": round(time.perf_counter() - started),
+    }
+    (arguments.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

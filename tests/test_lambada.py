@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mlm_eval.batching import Request, Scores
-from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance
+from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance, open_checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.engine import Engine, Mesh
@@ -369,3 +369,10 @@ def test_the_small_file_that_megatron_ran(shared_data, oracles):
     assert len(work.requests) == 120
     assert max(r.tokens.numel() for r in work.requests) <= 101
     assert work.truncated == 0
+
+    engine = Engine.load(open_checkpoint(oracles / "v25_gpt2vocab_tp2_trained"))
+    result = lambada.score(engine, work, tokenizer=gpt2)
+    assert lambada.megatron_line(result) == (
+        " validation results on LAMBADA | number correct: 5.4000E+01 | "
+        "total examples: 1.2000E+02 | avg accuracy: 4.5000E-01"
+    )

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from mlm_eval.batching import Request, Scores
-from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance
+from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance, open_checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.engine import Engine, Mesh
@@ -560,3 +560,10 @@ def test_the_small_file_that_megatron_ran(shared_data, oracles, gpt2):
     work = wikitext103.prepare(path, tokenizer=gpt2, positions=256)
     assert (work.original_tokens, work.tokens.numel()) == (7_930, 8_527)
     assert repr(work.token_ratio) == "1.075293227393114"
+
+    engine = Engine.load(open_checkpoint(oracles / "v25_gpt2vocab_tp2_trained"))
+    result = wikitext103.score(engine, work, tokenizer=gpt2)
+    assert wikitext103.megatron_line(result) == (
+        " validation results on WIKITEXT103 | avg loss: 7.6933E+00 | ppl: 2.1936E+03 | "
+        "adjusted ppl: 3.9148E+03 | token ratio: 1.075293227393114 |"
+    )
