@@ -28,7 +28,7 @@ class Provenance:
     path: Path
     """The folder or file that holds the weights (below the root that was given)."""
     format: str
-    """`megatron-torch`, `megatron-torch-dist`, `huggingface`, or `memory` for one that no file holds."""
+    """`megatron-torch`, `megatron-torch-dist`, `huggingface`, or `memory` where no file is."""
     checkpoint_version: float | None = None
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
@@ -215,17 +215,23 @@ def refuse_unreadable_format(folder: Path, names: set[str]) -> None:
             "with Megatron-LM core 0.8 to 0.15 (--dist-ckpt-format zarr to load, torch_dist to "
             "save) first"
         )
-    if ".metadata" not in names:
-        what = (
-            "an unfinished save: it has .distcp files but no .metadata"
-            if any(name.endswith(".distcp") for name in names)
-            else f"no checkpoint that mlm-eval knows (found {', '.join(sorted(names)[:4]) or 'nothing'})"
-        )
+    if ".metadata" in names:
+        return
+    if not any(name.endswith(".distcp") for name in names):
+        found = ", ".join(sorted(names)[:4]) or "nothing"
         raise InputError(
-            f"{folder} holds {what}; expected mp_rank_XX folders, a .metadata file with .distcp "
-            "files, "
-            "or a Hugging Face config.json"
+            f"{folder} holds no checkpoint that mlm-eval knows (found {found}); expected "
+            "mp_rank_XX folders, a .metadata file with .distcp files, or a Hugging Face config.json"
         )
+    if metadata.is_file():  # written after .metadata: the save had ended
+        raise InputError(
+            f"{folder} lacks the hidden file .metadata, although its save had ended; "
+            "`cp FOLDER/*` and some upload tools leave hidden files out: copy that file too"
+        )
+    raise InputError(
+        f"{folder} is an unfinished save: it has .distcp files but neither .metadata nor "
+        "metadata.json, which come last; use the checkpoint of an earlier iteration"
+    )
 
 
 def find_iteration(root: Path) -> Path:

@@ -28,6 +28,9 @@ METADATA = ".metadata"
 _TAIL = 1024
 """Bytes at the end of an archive that hold its table of contents, with the CRC of every record."""
 
+Tile = tuple[tuple[int, ...], LazyTensor]
+"""A box of a tensor: its offsets and its values."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -77,22 +80,18 @@ class DistributedFolder:
     def read_object(self, key: str) -> TorchFile:
         """Return an entry that is no tensor, read by the own unpickler."""
         record = self.objects[key]
-        return read_torch_file(
-            self.path / record.file, offset=record.offset, length=record.length
-        )
+        return read_torch_file(self.path / record.file, offset=record.offset, length=record.length)
 
     def tensor(self, key: str) -> LazyTensor:
         """Return a tensor, merged from its chunks."""
         entry = self.tensors[key]
-        tiles = [
-            (chunk.offsets, Archived(self, key, chunk, entry.dtype)) for chunk in entry.chunks
-        ]
+        tiles = [(chunk.offsets, Archived(self, key, chunk, entry.dtype)) for chunk in entry.chunks]
         return _assemble(tiles, entry.shape)
 
     def layers(self, key: str) -> Iterator[LazyTensor]:
         """Yield the entries of a tensor along its first dim, in order: views, one per layer."""
         entry = self.tensors[key]
-        of_layer: list[list[tuple[tuple[int, ...], LazyTensor]]] = [[] for _ in range(entry.shape[0])]
+        of_layer: list[list[Tile]] = [[] for _ in range(entry.shape[0])]
         for chunk in entry.chunks:
             for at in range(chunk.sizes[0]):
                 tile = Archived(self, key, chunk, entry.dtype, at)
@@ -143,7 +142,7 @@ def open_folder(path: Path) -> DistributedFolder:
     """Return what the `.metadata` of a folder says.
 
     Raises:
-        InputError: `.metadata` is missing, damaged, or not what torch.distributed.checkpoint writes.
+        InputError: `.metadata` is missing, damaged, or not torch.distributed.checkpoint's.
     """
     metadata = read_pickle(path / METADATA)
     try:
@@ -230,8 +229,8 @@ def check_coverage(entry: TensorEntry, where: Path) -> None:
         fits = len(chunk.offsets) == len(chunk.sizes) == len(entry.shape)
         if not fits or any(end > size for end, size in zip(ends, entry.shape, strict=True)):
             raise InputError(
-                f"{where / METADATA}: a chunk {list(chunk.sizes)} at {list(chunk.offsets)} does not "
-                f"fit {entry.key} {list(entry.shape)}; copy the checkpoint again from its source"
+                f"{where / METADATA}: a chunk {list(chunk.sizes)} at {list(chunk.offsets)} does "
+                f"not fit {entry.key} {list(entry.shape)}; copy the checkpoint again"
             )
         total += _count(chunk.sizes)
     if total != _count(entry.shape):
@@ -297,12 +296,10 @@ class Archived(LazyTensor):
         if self.layer is None:
             return stored
         start = stored.offset + self.layer * stored.stride[0] * stored.dtype.itemsize
-        return StoredTensor(
-            stored.file, start, stored.dtype, stored.shape[1:], stored.stride[1:]
-        )
+        return StoredTensor(stored.file, start, stored.dtype, stored.shape[1:], stored.stride[1:])
 
 
-def _assemble(tiles: list[tuple[tuple[int, ...], LazyTensor]], shape: tuple[int, ...]) -> LazyTensor:
+def _assemble(tiles: list[Tile], shape: tuple[int, ...]) -> LazyTensor:
     assert tiles, "check_coverage comes first"
     if len(tiles) == 1 and tiles[0][1].shape == shape:
         return tiles[0][1]
@@ -312,9 +309,7 @@ def _assemble(tiles: list[tuple[tuple[int, ...], LazyTensor]], shape: tuple[int,
 class Tiled(LazyTensor):
     """A tensor made up of boxes: what several ranks wrote, along any dims."""
 
-    def __init__(
-        self, tiles: Sequence[tuple[tuple[int, ...], LazyTensor]], shape: Sequence[int]
-    ) -> None:
+    def __init__(self, tiles: Sequence[Tile], shape: Sequence[int]) -> None:
         self.tiles = list(tiles)
         self.shape = tuple(shape)
         self.dtype = self.tiles[0][1].dtype

@@ -114,12 +114,19 @@ def read_config(
     _activation(r, family)
     if r.values.get("position_embedding_type") == "rope":
         _rotary(r, family)
-    untied, source = r.get("tie_word_embeddings", "bool", family.tied)
-    r.set("untie_embeddings_and_output_weights", not untied, source)
-    if found.untied:
-        r.set("untie_embeddings_and_output_weights", True, "weights")
     for name, value in found.heads.items():
         r.set(name, value, "weights")
+    tied, source = r.get("tie_word_embeddings", "bool", family.tied)
+    if found.untied:
+        tied, source = False, "weights"
+    if family.kind == "bert" and not tied:
+        if r.values["lm_head"]:
+            raise InputError(
+                f"{where}: the LM head has an output table of its own, which no Megatron BERT has; "
+                "mlm-eval computes tied ones only"
+            )
+        tied = True  # there is no output table at all
+    r.set("untie_embeddings_and_output_weights", not tied, source)
     return ConfigBuild(ModelConfig(**r.values), r.sources, switches, warnings)
 
 

@@ -171,7 +171,7 @@ def megatron_args(checkpoint: Checkpoint, layout: Layout, tp_rank: int, pp_rank:
     values |= _layout(layout, tp_rank, pp_rank)
     if checkpoint.config.family == "bert":
         values["bert_binary_head"] = checkpoint.config.binary_head
-    return Namespace(**values)
+    return Namespace(**dict(sorted(values.items())))  # sorted: equal args are equal bytes
 
 
 def carried(args: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,8 @@ All three are folders of torch.distributed.checkpoint (`distcp.py` reads those) 
 tensors, QKV in group order and gated fc1 as `[gate; up]`, whatever the parallel sizes of the run.
 `torch_dist` has megatron-core's keys, the layers stacked on a leading dim or each under its number;
 settings stand in `common.pt`, or since core 0.19 in the entry `common_state`. The other two have
-`model.` before each key and keep their settings in entries of their own. Source: facts A.4 to A.7, C.5.
+`model.` before each key and keep their settings in entries of their own.
+Source: facts A.4 to A.7 and C.5.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def read_iteration(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     """Return the checkpoint in a folder with `.metadata` and `.distcp` files.
 
     Raises:
-        InputError: The save is unfinished, a file is missing or damaged, or the model is unsupported.
+        InputError: The save is unfinished, a file is missing or damaged, or the model is not
+            supported.
     """
     files = open_folder(folder)
     nested = any(key.startswith("model.") for key in files.tensors)
@@ -77,7 +79,6 @@ def read_iteration(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     ]
     warnings = _check_finished(files, keys, nested=nested)
     common = _read_common(files)
-    names.refuse_unsupported(sorted(keys), str(folder))
     tensors, shapes, family = _canonical(files, keys)
     _check_rotary(folder, common.args, shapes, overrides)
     build = build_config(
@@ -128,8 +129,8 @@ def _check_finished(files: DistributedFolder, keys: list[str], *, nested: bool) 
     damage = files.damage(files.records(everything if unfinished else keys))
     if damage and unfinished:
         raise InputError(
-            f"{where} is an unfinished save: {damage}, and there is no {SAVE_FINISHED}, which Megatron "
-            "writes last; use the checkpoint of an earlier iteration"
+            f"{where} is an unfinished save: {damage}, and there is no {SAVE_FINISHED}, which "
+            "Megatron writes last; use the checkpoint of an earlier iteration"
         )
     if damage:
         raise InputError(f"{damage}; copy the file again")
@@ -137,8 +138,8 @@ def _check_finished(files: DistributedFolder, keys: list[str], *, nested: bool) 
         check_coverage(files.tensors[key], where)
     if unfinished:
         return [
-            f"there is no {SAVE_FINISHED}, which Megatron writes last: the save may have been "
-            f"interrupted, but all files that {METADATA} names are here in full length, so it is read"
+            f"there is no {SAVE_FINISHED}, which Megatron writes last: the save may have been cut "
+            f"short, but all files that {METADATA} names are here in full length, so it is read"
         ]
     return []
 
@@ -204,8 +205,8 @@ def _join_halves(flat: Mapping[str, LazyTensor], where: Path) -> dict[str, LazyT
             up = flat.get(f"{match['name']}_v")
             if up is None or up.shape != tensor.shape:
                 raise InputError(
-                    f"{where} has {name} {list(tensor.shape)} without a {match['name']}_v of the same "
-                    "shape: half of a gated MLP is missing; copy the checkpoint again"
+                    f"{where} has {name} {list(tensor.shape)} without a {match['name']}_v of the "
+                    "same shape: half of a gated MLP is missing; copy the checkpoint again"
                 )
             joined[match["name"]] = Concat([tensor, up], 0)
     return joined
@@ -232,8 +233,8 @@ def _version(where: Path, common: Mapping[str, Any], overrides: Mapping[str, Any
     version = 3.0 if version is None else version
     if version not in QKV_VERSIONS:
         raise InputError(
-            f"{where}: checkpoint_version {version} does not exist in Megatron's distributed formats, "
-            "whose QKV order is that of version 3.0; leave it out"
+            f"{where}: checkpoint_version {version} does not exist in Megatron's distributed "
+            "formats, whose QKV order is that of version 3.0; leave it out"
         )
     return float(version)
 
@@ -263,7 +264,7 @@ def _paths(files: DistributedFolder, records: Iterable[Record]) -> list[Path]:
 
 
 def _digest(files: DistributedFolder, records: list[Record], common: Common) -> str:
-    """Return the cheap digest: `.metadata`, and the CRCs at the end of every archive of the model."""
+    """Return the cheap digest: `.metadata`, and the CRCs that end every archive of the model."""
     marks: dict[str, tuple[int, list[int] | bytes]] = {}
     for name, tail in files.tails(records).items():
         marks[name] = ((files.path / name).stat().st_size, tail)

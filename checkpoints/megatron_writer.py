@@ -93,7 +93,7 @@ def write_megatron_torch(
     """
     config, target = checkpoint.config, Path(target)
     names = choose_names(config, names)
-    _check_sizes(config, tp, pp, names)
+    check_sizes(config, tp, pp, names)
     if iteration is None:
         iteration = checkpoint.provenance.iteration
     release = iteration is None or iteration == "release"
@@ -145,7 +145,12 @@ def _rank_folder(layout: Layout, tp_rank: int, pp_rank: int) -> str:
     return f"mp_rank_{tp_rank:02d}" + (f"_{pp_rank:03d}" if layout.pp > 1 else "")
 
 
-def _check_sizes(config: ModelConfig, tp: int, pp: int, names: str) -> None:
+def check_sizes(config: ModelConfig, tp: int, pp: int, names: str) -> None:
+    """Refuse parallel sizes that Megatron could not load the model at.
+
+    Raises:
+        InputError: `tp` does not fit the heads, the MLP or the query groups, or `pp` the layers.
+    """
     if tp < 1 or pp < 1:
         raise InputError(f"cannot write tp={tp} x pp={pp} files; both must be at least 1")
     check_tp(config, tp)
@@ -238,8 +243,8 @@ def _cast(values: Tensor, dtype: torch.dtype, parameter: Parameter) -> Tensor:
     limit = torch.finfo(dtype).max
     if limit < torch.finfo(values.dtype).max and bool((result.isinf() & values.isfinite()).any()):
         raise InputError(
-            f"{parameter.name} has values up to {values.abs().max().item():.3g}, beyond the {limit:.3g} "
-            f"of {dtype}; choose --dtype bfloat16 or float32"
+            f"{parameter.name} has values up to {values.abs().max().item():.3g}, beyond the "
+            f"{limit:.3g} of {dtype}; choose --dtype bfloat16 or float32"
         )
     return result
 

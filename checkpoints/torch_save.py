@@ -136,7 +136,7 @@ def _write_archive(
 def _bytes_of(tensor: Tensor) -> memoryview:
     """Return the values in row-major order as bytes, without a copy where they already are."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def _write_record(

@@ -50,5 +50,6 @@ class GPT(nn.Module):
             weight=self.output_table,
             bias=self.output_layer.bias,
             first_row=self.output_layer.first_row,
+            vocab_size=self.config.vocab_size,
             tp=self.tp,
         )

@@ -468,8 +468,12 @@ def _wait(
         if not running or until or any(codes[r] not in DONE_CODES for r in codes.keys() - running):
             break
         time.sleep(POLL_SECONDS)
+    begin = time.monotonic()
     context.close(signal.SIGTERM, timeout=STOP_SECONDS)
-    return {rank: worker.returncode for rank, worker in workers.items()}, running
+    ends = {rank: worker.returncode for rank, worker in workers.items()}
+    if time.monotonic() - begin < STOP_SECONDS:  # too early for SIGKILL: who died of it was dying
+        running = {rank for rank in running if ends[rank] == -signal.SIGTERM}
+    return ends, running
 
 
 def _outcome(error_dir: Path, codes: dict[int, int], *, stopped: set[int]) -> LaunchResult:

@@ -64,20 +64,35 @@ class Result:
         Raises:
             InputError: The file cannot be written.
         """
-        target = Path(path)
-        beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_text(self.to_json(), encoding="utf-8")
-            os.replace(beside, target)
-        except OSError as error:
-            raise InputError(
-                f"{target} cannot be written ({error.strerror}); name another file with --output"
-            ) from error
-        finally:
-            with suppress(OSError):  # gone already, unless something above failed
-                beside.unlink()
-        return target
+        return write_text(path, self.to_json())
+
+
+def write_json(path: str | Path, record: dict[str, Any]) -> Path:
+    """Write a record as JSON, infinities and NaN as null; see `write_text`."""
+    content = json.dumps(_finite(record), indent=2, ensure_ascii=False, allow_nan=False)
+    return write_text(path, content + "\n")
+
+
+def write_text(path: str | Path, content: str) -> Path:
+    """Write a file and return its path: the whole of it, or nothing.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    target = Path(path)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(content, encoding="utf-8")
+        os.replace(beside, target)
+    except OSError as error:
+        raise InputError(
+            f"{target} cannot be written ({error.strerror}); name another file with --output"
+        ) from error
+    finally:
+        with suppress(OSError):  # gone already, unless something above failed
+            beside.unlink()
+    return target
 
 
 def exponential(exponent: float) -> float:

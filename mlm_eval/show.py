@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.results import Result
+
+if TYPE_CHECKING:
+    from mlm_eval.verify import Comparison
 
 
 def rows_as_text(title: str, rows: Sequence[tuple[str, str]]) -> str:
@@ -161,3 +164,15 @@ def _time(result: Result) -> str:
 def work_text(unit: str, count: int, tokens: int, flops: float) -> str:
     """Return the announcement of the work ahead."""
     return f"work ahead: {count:,} {unit}, {tokens:,} tokens through the model, {flops / 1e12:,.3g} TFLOP"
+
+
+def comparison_text(comparison: Comparison) -> str:
+    """Return what `verify` prints."""
+    verdict = "the same" if comparison.same else "DIFFERENT"
+    rows = [
+        ("largest difference", f"{comparison.max_difference:.3g} (allowed: {comparison.tolerance:g})"),
+        ("mean difference", f"{comparison.mean_difference:.3g}"),
+        ("same greedy token", f"{100 * comparison.greedy_agreement:.2f} % of positions"),
+        *((f"  {name}", f"{gap:.3g}") for name, gap in comparison.by_output.items()),
+    ]
+    return rows_as_text(f"verdict: {verdict}", rows)

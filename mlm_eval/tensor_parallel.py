@@ -147,6 +147,7 @@ def vocab_parallel_log_probs(
     weight: Tensor,
     bias: Tensor | None,
     first_row: int,
+    vocab_size: int,
     tp: TensorParallel,
 ) -> tuple[Tensor, Tensor]:
     """Return the log-probability of each target and whether it is the argmax.
@@ -160,13 +161,15 @@ def vocab_parallel_log_probs(
         weight: This rank's rows of the output table, `[vocab / tp, hidden]`.
         bias: This rank's part of the output bias, `[vocab / tp]`, or None.
         first_row: Token id of `weight`'s row 0.
+        vocab_size: Rows of the whole table.
         tp: The tensor-parallel group.
 
     Returns:
         Log-probabilities in nats, float32 `[rows]`, normalised over all rows of the table; and bool `[rows]`,
         true where the target is the argmax (the lowest id on a tie, as torch.argmax has it).
     """
-    chunk = max(1, LOGIT_CHUNK_ELEMENTS // max(weight.shape[0], 1))
+    # Of the whole table: ranks that hold different numbers of rows must still meet at every chunk.
+    chunk = max(1, LOGIT_CHUNK_ELEMENTS // -(-vocab_size // tp.size))
     pieces = [
         _log_probs_chunk(rows[i : i + chunk], targets[i : i + chunk], weight, bias, first_row, tp)
         for i in range(0, rows.shape[0], chunk)
@@ -194,7 +197,8 @@ def _log_probs_chunk(
         target_logit = logits.new_zeros(rows.shape[0])
     else:
         top, top_index = logits.max(dim=-1)  # [N]
-        target_logit = logits.gather(1, local.where(mine, 0).unsqueeze(1)).squeeze(1) * mine
+        target_logit = logits.gather(1, local.where(mine, 0).unsqueeze(1)).squeeze(1)
+        target_logit = target_logit.where(mine, 0.0)
     best = top.clone()
     if tp.size > 1:
         dist.all_reduce(best, op=dist.ReduceOp.MAX, group=tp.group)

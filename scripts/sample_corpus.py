@@ -250,7 +250,7 @@ def split_words(text: str) -> list[str]:
     """
     text = re.sub(r"(?<=\d)([,.])(?=\d)", r" @\1@ ", text)
     text = re.sub(r"(?<=[^\W_])-(?=[^\W_])", " @-@ ", text)
-    text = re.sub(r"(\.\.\.|[][,;:!?(){}\"])", r" \1 ", text)
+    text = re.sub(r"(\.\.\.|[][;:!?(){}\"]|(?<!@),(?!@))", r" \1 ", text)
     text = re.sub(r"(?<=[^\s.])(?<!e\.g)(?<!i\.e)\.(?=\s|$)", " .", text)
     text = re.sub(r"(?<=\w)'(?=\s|$)|(?<!\S)'(?=\S)", " ' ", text)  # 'quoted'
     text = re.sub(r"(?<=\w)'(?=\w)", " '", text)  # object's

@@ -1,12 +1,14 @@
-"""The sample that ships: its size, its texts, and that its model has really learned the language."""
+"""The sample that ships: its size, its texts, and that its model has really learned."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.util
 import json
 import math
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 from types import ModuleType

@@ -1,0 +1,61 @@
+"""The command line. Each command parses its options, runs on the ranks it needs, and prints.
+
+Only the modules of this folder print. They import what they need inside functions, so that `--help`
+and `inspect` stay quick.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.cli import checkpoints, zero_shot
+from mlm_eval.cli.app import app
+from mlm_eval.launch import detect_world, prepare_worker, reporting_errors
+
+__all__ = ["app", "checkpoints", "main", "zero_shot"]
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code (see INTERFACE in the README)."""
+    sys.exit(_main())
+
+
+def _main() -> int:
+    world = None
+    try:
+        world = detect_world()
+        if world is not None:
+            prepare_worker()
+        with reporting_errors(world):
+            code = app(standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except InputError as error:
+        # Under torchrun every rank finds the same fault in the input: one sentence is enough.
+        if world is None or world.is_main:
+            print(f"mlm-eval: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "mlm-eval: interrupted; nothing was written but what an --output run keeps for "
+            "--resume",
+            file=sys.stderr,
+        )
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has left, as `head` does
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        # typer keeps its own copy of click: its errors are known by what they can do.
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            print(f"mlm-eval: {error.format_message()} (see --help)", file=sys.stderr)
+            return 2
+        if type(error).__name__ == "Abort":
+            return 130
+        traceback.print_exc()
+        print(
+            "mlm-eval: this is a fault of mlm-eval; please report it with the lines above",
+            file=sys.stderr,
+        )
+        return 1

@@ -1,0 +1,275 @@
+"""How a command runs a model: open the checkpoint, get ranks, load the engine, print on rank 0."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.launch import World, detect_world, init_process_group, launch, shutdown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mlm_eval.checkpoints.checkpoint import Checkpoint
+    from mlm_eval.engine import Engine
+    from mlm_eval.results import Result
+    from mlm_eval.resume import PartialScores
+    from mlm_eval.tokenizer import Tokenizer
+
+
+def shared(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the shared options of a command from its local variables."""
+    names = {
+        "ckpt", "tp", "dp", "device", "dtype", "batch_tokens", "vocab", "tokenizer", "vocab_file",
+        "merge_file", "output", "limit", "seed", "set_", "compile_", "full_digest",
+    }  # fmt: skip
+    return {name: values[name] for name in names}
+
+
+class ModelRun:
+    """A command that runs a model: opens the checkpoint, gets its ranks, loads the engine."""
+
+    def __init__(self, **options: Any) -> None:
+        from mlm_eval.checkpoints.checkpoint import open_checkpoint
+        from mlm_eval.checkpoints.config import parse_overrides
+
+        self.options = options
+        self.output: Path | None = options["output"]
+        self.limit: int | None = options["limit"]
+        self.checkpoint: Checkpoint = open_checkpoint(
+            options["ckpt"], parse_overrides(options["set_"] or [])
+        )
+        self.world: World | None = detect_world()
+        self.is_main = self.world is None or self.world.is_main
+
+    def say(self, text: str) -> None:
+        """Print for people who watch: on stderr, from rank 0."""
+        if self.is_main:
+            print(text, file=sys.stderr)
+
+    def tell(self, text: str) -> None:
+        """Print a result: on stdout, from rank 0."""
+        if self.is_main:
+            print(text)
+
+    def warn(self, warnings: Sequence[str]) -> None:
+        """Print warnings on stderr, from rank 0."""
+        for warning in warnings:
+            self.say(f"warning: {warning}")
+
+    def on_ranks(self, body: Callable[[Engine], None]) -> None:
+        """Run `body` with a loaded engine on every rank; start ranks first where there are none."""
+        from mlm_eval.engine import resolve_dtype
+        from mlm_eval.layout import choose_layout, pick_device
+
+        options = self.options
+        device = pick_device(options["device"])
+        import torch
+
+        dtype = resolve_dtype(options["dtype"], self.checkpoint.config, torch.device(device))
+        running = None if self.world is None else self.world.size
+        tp, dp = choose_layout(
+            self.checkpoint,
+            tp=parallel_size("--tp", options["tp"]),
+            dp=parallel_size("--dp", options["dp"]),
+            device=device,
+            itemsize=dtype.itemsize,
+            running=running,
+        )
+        if self.world is None and tp * dp > 1:
+            if "auto" in (options["tp"], options["dp"]) and device == "cuda":
+                self.say(f"layout: tp {tp} x dp {dp} on {tp * dp} CUDA device(s)")
+            start_ranks(tp, dp, device)
+        true_size = None
+        if options["vocab"] == "true":
+            true_size = self.tokenizer(required=True).vocab_size  # type: ignore[union-attr]
+        if self.world is not None and self.world.size > 1:
+            init_process_group(self.world, device=device)
+        where = device
+        if device == "cuda":
+            where = f"cuda:{torch.cuda.current_device()}"
+        from mlm_eval.engine import Engine
+
+        self.warn(self.checkpoint.provenance.warnings)
+        engine = Engine.load(
+            self.checkpoint,
+            tp=tp,
+            dp=dp,
+            dtype=dtype,
+            device=where,
+            vocab=options["vocab"],
+            true_vocab_size=true_size,
+            batch_tokens=options["batch_tokens"],
+            compile_model=options["compile_"],
+        )
+        body(engine)
+        shutdown()
+
+    def tokenizer(self, *, required: bool) -> Tokenizer | None:
+        """Return the tokenizer that the options name, or the one beside the checkpoint."""
+        options = self.options
+        found = find_words(
+            options["ckpt"], options["tokenizer"], options["vocab_file"], options["merge_file"]
+        )
+        if found is None and required:
+            raise InputError(
+                f"no tokenizer was found beside {options['ckpt']}; give --tokenizer DIR, or "
+                "--vocab-file F and --merge-file F (GPT-2: vocab.json and merges.txt)"
+            )
+        return found
+
+    def zero_shot(
+        self, task: str, unit: str, prepare: Callable[[Tokenizer, int], Any], *, resume: bool
+    ) -> None:
+        """Run WikiText-103 or LAMBADA."""
+        if self.checkpoint.config.family != "gpt":
+            raise InputError(
+                f"{self.checkpoint.provenance.path} is a BERT checkpoint; {task} needs a GPT model "
+                "(left to right)"
+            )
+        if resume and self.output is None:
+            raise InputError("--resume needs the --output of the interrupted run")
+        words = self.tokenizer(required=True)
+        assert words is not None
+        from mlm_eval.tokenizer import check_fits
+
+        misfit = check_fits(words, self.checkpoint.config.vocab_size)
+        work = prepare(words, self.checkpoint.config.max_position_embeddings)
+        if misfit is not None:
+            work.settings["warnings"].append(misfit)
+        self.on_ranks(lambda engine: self._zero_shot(task, unit, engine, work, words, resume))
+
+    def _zero_shot(
+        self, task: str, unit: str, engine: Engine, work: Any, words: Tokenizer, resume: bool
+    ) -> None:
+        from importlib import import_module
+
+        from mlm_eval.show import result_text, work_text
+
+        tokens = sum(request.length for request in work.requests)
+        self.say(work_text(unit, len(work.requests), tokens, engine.flops(work.requests)))
+        partial = self._partial(task, engine, work, words, resume)
+        module = import_module(f"mlm_eval.tasks.{task}")
+        with progress(self.is_main) as on_progress, self._kept(partial):
+            result: Result = module.score(
+                engine, work, tokenizer=words, on_progress=on_progress, partial=partial
+            )
+        result.settings.update(engine.describe(), seed=self.options["seed"])
+        if self.options["full_digest"] and self.is_main:
+            from mlm_eval.checkpoints.checkpoint import full_digest
+
+            result.checkpoint["full_digest"] = full_digest(engine.checkpoint)
+        self.warn(result.warnings)
+        self.tell(result_text(result))
+        self.tell(module.megatron_line(result))
+        if self.output is not None and self.is_main:
+            result.write(self.output)
+        if partial is not None and self.is_main:
+            partial.remove()
+
+    def _partial(
+        self, task: str, engine: Engine, work: Any, words: Tokenizer, resume: bool
+    ) -> PartialScores | None:
+        if self.output is None:
+            return None
+        from mlm_eval.resume import PartialScores, resume_key
+
+        settings = {
+            k: v for k, v in work.settings.items() if k not in ("warnings", "limit", "data")
+        }
+        key = resume_key(
+            task=task,
+            digest=engine.checkpoint.provenance.digest,
+            config=engine.config.to_dict(),
+            data=work.settings["data"]["sha256"],
+            tokenizer=words.sha256,
+            dtype=str(engine.dtype),
+            vocab=engine.vocab,
+            settings=settings,
+        )
+        folder = self.output.with_name(self.output.name + ".partial")
+        partial = PartialScores(folder, key, resume=resume)
+        if resume:
+            self.say(f"resuming: {len(partial.finished()):,} of {len(work.requests):,} are done")
+        return partial
+
+    @contextmanager
+    def _kept(self, partial: PartialScores | None) -> Iterator[None]:
+        """On Ctrl-C in a single process, write what is done before leaving."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if partial is not None:
+                partial.flush()
+            raise
+
+    def score_file(self, engine: Engine, input_: Path, stride: int | None) -> None:
+        """Run `mlm-eval score`."""
+        from mlm_eval.tasks.score import read_lines, score_lines, write_lines
+
+        words = self.tokenizer(required=False)
+        lines = read_lines(input_, words, limit=self.limit)
+        with progress(self.is_main) as on_progress:
+            records = list(score_lines(engine, lines, stride=stride, on_progress=on_progress))
+        if self.is_main:
+            assert self.output is not None
+            count = write_lines(self.output, iter(records))
+            limited = f" (LIMITED to the first {self.limit})" if self.limit is not None else ""
+            self.tell(f"{count:,} line(s) scored{limited}: {self.output}")
+
+
+def find_words(
+    ckpt: str, folder: Path | None, vocab_file: Path | None, merge_file: Path | None
+) -> Tokenizer | None:
+    """Return the tokenizer that the options name, or the one beside the checkpoint."""
+    from mlm_eval.tokenizer import find_tokenizer, load_tokenizer
+
+    if folder is not None or vocab_file is not None:
+        return load_tokenizer(directory=folder, vocab_file=vocab_file, merge_file=merge_file)
+    return find_tokenizer(ckpt)
+
+
+@contextmanager
+def progress(show: bool, unit: str = "tok") -> Iterator[Callable[[int, int], None] | None]:
+    """Yield a progress callback that draws a bar with the time left, on a terminal only."""
+    if not (show and sys.stderr.isatty()):
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(unit=unit, unit_scale=True, dynamic_ncols=True, file=sys.stderr) as bar:
+
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield update
+
+
+def parallel_size(option: str, text: str) -> int | None:
+    """Return a `--tp` or `--dp` value; None for auto.
+
+    Raises:
+        InputError: It is neither a positive number nor `auto`.
+    """
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"{option} {text!r} must be a positive number or auto")
+    return int(text)
+
+
+def start_ranks(tp: int, dp: int, device: str) -> None:
+    """Run this command line again as tp x dp ranks, and leave with their exit code."""
+    # Later options win: the ranks must not choose again.
+    argv = [*sys.argv[1:], "--tp", str(tp), "--dp", str(dp), "--device", device]
+    result = launch(argv, ranks=tp * dp, device=device)
+    if result.exit_code == 130:
+        raise KeyboardInterrupt
+    if result.message is not None:
+        print(f"mlm-eval: {result.message}", file=sys.stderr)
+    raise SystemExit(result.exit_code)
