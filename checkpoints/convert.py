@@ -58,8 +58,9 @@ def convert(
         pp: Pipeline size of the result; None: the source's. Not for `hf`.
         dtype: Of the weights; None keeps each as it is.
         max_shard_size: Largest safetensors file (`hf`).
-        vocab: `true` (the tokenizer's entries) or `padded` (all stored rows), for `hf`; None: true where the
-            tokenizer's size is known.
+        vocab: `true` (the tokenizer's entries; Megatron's own padding of them for Megatron targets) or
+            `padded` (the stored rows); None: true for `hf` where the tokenizer's size is known, else the
+            stored rows, so that a change of sizes and back gives the same bits.
         true_vocab_size: The tokenizer's size, where known.
         tokenizer: Folder or file of the tokenizer, to be copied into a Hugging Face folder.
         allow_approximate: Convert although the target cannot express the model exactly.
@@ -74,7 +75,9 @@ def convert(
     common: dict[str, Any] = {"dtype": dtype, "overwrite": overwrite, "on_progress": on_progress}
     if to == "hf":
         if tp not in (None, 1) or pp not in (None, 1):
-            raise InputError("--tp and --pp are for Megatron targets; a Hugging Face folder has no ranks")
+            raise InputError(
+                "--tp and --pp are for Megatron targets; a Hugging Face folder has no ranks"
+            )
         from mlm_eval.checkpoints.huggingface_writer import write_huggingface
 
         report = write_huggingface(
@@ -89,13 +92,17 @@ def convert(
         )
         return Conversion(Path(path), to, list(report.notes), list(report.approximations))
     provenance = checkpoint.provenance
-    sizes = {"tp": tp or provenance.tensor_parallel, "pp": pp or provenance.pipeline_parallel}
+    sizes: dict[str, Any] = {
+        "tp": tp or provenance.tensor_parallel,
+        "pp": pp or provenance.pipeline_parallel,
+        "true_vocab_size": true_vocab_size if vocab == "true" else None,
+    }
     if to == "megatron":
         from mlm_eval.checkpoints.megatron_writer import write_megatron_torch
 
-        write_megatron_torch(checkpoint, path, true_vocab_size=true_vocab_size, **sizes, **common)
+        write_megatron_torch(checkpoint, path, **sizes, **common)
     else:
         from mlm_eval.checkpoints.megatron_dist_writer import write_torch_dist
 
-        write_torch_dist(checkpoint, path, true_vocab_size=true_vocab_size, **sizes, **common)
+        write_torch_dist(checkpoint, path, **sizes, **common)
     return Conversion(Path(path), to)

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import Index, LazyTensor, MappedFile, StoredTensor, as_index
-from mlm_eval.checkpoints.unpickle import TorchFile, read_pickle, read_torch_file, state_of
+from mlm_eval.checkpoints.safe_pickle import state_of
+from mlm_eval.checkpoints.unpickle import TorchFile, read_pickle, read_torch_file
 
 METADATA = ".metadata"
 

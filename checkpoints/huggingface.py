@@ -1,7 +1,7 @@
-"""Reader of Hugging Face folders: config.json with safetensors (one file or shards) or pytorch_model.bin.
+"""Reader of Hugging Face folders: config.json and safetensors or pytorch_model.bin, also sharded.
 
-Nothing of transformers is imported: names, layouts and settings come from `huggingface_tables`. Weights are
-mapped, packed into canonical form by views, and read when somebody asks for a slice.
+Nothing of transformers is imported: names, layouts and settings come from `huggingface_tables`.
+Weights are mapped, packed into canonical form by views, and read when somebody asks for a slice.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance, cheap_digest
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.huggingface_config import Found, read_config
+from mlm_eval.checkpoints.huggingface_family import Family, entries
 from mlm_eval.checkpoints.huggingface_layout import Zeros
-from mlm_eval.checkpoints.huggingface_tables import FAMILIES, IGNORED_TENSORS, Family, entries
+from mlm_eval.checkpoints.huggingface_tables import FAMILIES, IGNORED_TENSORS
 from mlm_eval.checkpoints.lazy import LazyTensor, StoredTensor
 from mlm_eval.checkpoints.parameters import parameters
 from mlm_eval.checkpoints.safetensors_io import read_safetensors
@@ -33,7 +34,7 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass
 class Weights:
-    """The tensors of a folder under transformers' current names, and which of them were asked for."""
+    """The tensors of a folder by transformers' current names, and which were asked for."""
 
     folder: Path
     prefix: str = ""
@@ -59,7 +60,10 @@ class Weights:
         for key, tensor in tensors.items():
             if not isinstance(tensor, StoredTensor) or IGNORED_TENSORS.search(key):
                 continue
-            for old, new in ((".gamma", ".weight"), (".beta", ".bias")):  # BERT as converted in 2018
+            for old, new in (
+                (".gamma", ".weight"),
+                (".beta", ".bias"),
+            ):  # BERT as converted in 2018
                 key = key.removesuffix(old) + new if key.endswith(old) else key
             self.tensors[key] = tensor
 
@@ -86,7 +90,8 @@ def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> Check
     warnings = list(build.warnings)
     if found.untied:
         warnings.append(
-            "config.json ties the output table to the embeddings, but the file holds two different ones; "
+            "config.json ties the output table to the embeddings, but the file holds two "
+            "different ones; "
             "both are used, as transformers does"
         )
     provenance = Provenance(
@@ -96,7 +101,10 @@ def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> Check
         pickle_classes=sorted(weights.classes),
         hostile=sorted(weights.hostile),
         warnings=warnings,
-        notes=[f"{family.model_type} in {len(weights.files)} {weights.files[0].suffix} file(s)", *notes],
+        notes=[
+            f"{family.model_type} in {len(weights.files)} {weights.files[0].suffix} file(s)",
+            *notes,
+        ],
         files=[config_path, *weights.files],
         digest=cheap_digest(weights.marks),
     )
@@ -132,16 +140,22 @@ def find_family(hf: Mapping[str, Any], where: Path) -> Family:
     """
     model_type = hf.get("model_type")
     # Files of 2018 and 2019 name no type; their model class tells.
-    classes = [str(name) for name in hf.get("architectures") or []]
+    classes = _classes(hf)
     if model_type is None and classes:
         known = [f for f in FAMILIES.values() if any(c.startswith(f.model_class) for c in classes)]
         model_type = known[0].model_type if known else None
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         named = f"a model of type {model_type!r}" if model_type else "a model of no named type"
         raise InputError(
-            f"{where} describes {named}, which mlm-eval does not compute; known are {', '.join(FAMILIES)}"
+            f"{where} describes {named}, which mlm-eval does not compute; known are "
+            f"{', '.join(FAMILIES)}"
         )
     return FAMILIES[model_type]
+
+
+def _classes(hf: Mapping[str, Any]) -> list[str]:
+    names = hf.get("architectures")
+    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def _open_weights(folder: Path, prefix: str) -> Weights:
@@ -159,7 +173,8 @@ def _open_weights(folder: Path, prefix: str) -> Weights:
             return weights
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6])
     raise InputError(
-        f"{folder} has a config.json but no weights: expected model.safetensors or pytorch_model.bin, or its shards "
+        f"{folder} has a config.json but no weights: expected model.safetensors or "
+        "pytorch_model.bin, or its shards "
         f"with their index (found {found}); copy all files of the model"
     )
 
@@ -191,11 +206,14 @@ def _shards(index: Path) -> list[Path]:
     names = sorted(set(_weight_map(index).values()))
     for name in names:
         if Path(name).name != name:
-            raise InputError(f"{index} names the file {name!r} outside its folder; it is not opened")
+            raise InputError(
+                f"{index} names the file {name!r} outside its folder; it is not opened"
+            )
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise InputError(
-            f"{index.parent / missing[0]} is missing: {len(names) - len(missing)} of the {len(names)} files named in "
+            f"{index.parent / missing[0]} is missing: {len(names) - len(missing)} of the "
+            f"{len(names)} files named in "
             f"{index.name} are here; copy the others too"
         )
     return [index.parent / name for name in names]
@@ -203,7 +221,11 @@ def _shards(index: Path) -> list[Path]:
 
 def _check_index(weights: Weights, index: Path) -> None:
     lost = [key for key in _weight_map(index) if key not in weights.tensors]
-    lost = [key for key in lost if not key.endswith((".gamma", ".beta")) and not IGNORED_TENSORS.search(key)]
+    lost = [
+        key
+        for key in lost
+        if not key.endswith((".gamma", ".beta")) and not IGNORED_TENSORS.search(key)
+    ]
     if lost:
         raise InputError(
             f"{index} lists {lost[0]} and {len(lost) - 1} more that its files do not hold; "
@@ -219,19 +241,19 @@ def _inspect(weights: Weights, family: Family, hf: Mapping[str, Any]) -> Found:
     table = weights.find(f"{table_name}.weight")
     if table is None or len(table.shape) != 2:
         raise InputError(
-            f"{weights.files[0]} holds no word embeddings {table_name}.weight, which a {family.model_type} model has; "
+            f"{weights.files[0]} holds no word embeddings {table_name}.weight, which a "
+            f"{family.model_type} model has; "
             "copy all files of the model"
         )
     stated = hf.get("vocab_size")
     if isinstance(stated, int) and stated != table.shape[0]:
         raise InputError(
-            f"{weights.folder / 'config.json'} says vocab_size {stated}, the embeddings have {table.shape[0]} rows; "
+            f"{weights.folder / 'config.json'} says vocab_size {stated}, the embeddings have "
+            f"{table.shape[0]} rows; "
             "files of two models may be mixed"
         )
     output_name = next(
-        row.names[0]
-        for row in family.rows
-        if row.canonical == "output_layer" and row.weight
+        row.names[0] for row in family.rows if row.canonical == "output_layer" and row.weight
     )
     tied = hf.get("tie_word_embeddings", family.tied)
     copy = weights.find(f"{output_name}.weight") if tied else None
@@ -253,11 +275,12 @@ def _equal(one: LazyTensor, other: LazyTensor) -> bool:
 
 def _bert_heads(weights: Weights, hf: Mapping[str, Any]) -> dict[str, Any]:
     classifier = weights.find("classifier.weight")
-    classes = [str(name) for name in hf.get("architectures") or []]
+    classes = _classes(hf)
     choices = any(name.endswith("ForMultipleChoice") for name in classes)
     if any(name.endswith("ForTokenClassification") for name in classes):
         raise InputError(
-            f"{weights.folder / 'config.json'} describes {classes[0]}, whose head labels single tokens, which mlm-eval "
+            f"{weights.folder / 'config.json'} describes {classes[0]}, whose head labels single "
+            "tokens, which mlm-eval "
             "does not compute; give the folder of the pretrained model"
         )
     return {
@@ -274,6 +297,11 @@ def _pack(
     weights: Weights, family: Family, config: ModelConfig, switches: Mapping[str, bool]
 ) -> tuple[dict[str, LazyTensor], list[str]]:
     """Return the canonical tensors, and notes; every tensor of the files must be accounted for."""
+    if config.num_layers > len(weights.tensors):  # before anything is made for each of them
+        raise InputError(
+            f"{weights.folder / 'config.json'} says {config.num_layers} layers, the files hold "
+            f"{len(weights.tensors)} tensors in all; files of two models may be mixed"
+        )
     table = parameters(config)
     by_name = {entry.canonical: entry for entry in entries(family, config.num_layers, switches)}
     tensors: dict[str, LazyTensor] = {}
@@ -294,8 +322,10 @@ def _pack(
     extra = sorted(set(weights.tensors) - weights.used)
     if extra:
         raise InputError(
-            f"{weights.folder} holds {len(extra)} tensor(s) that a {family.model_type} model of {config.num_layers} "
-            f"layers with the settings of its config.json does not have, such as {extra[0]}; mlm-eval would "
+            f"{weights.folder} holds {len(extra)} tensor(s) that a {family.model_type} model of "
+            f"{config.num_layers} "
+            f"layers with the settings of its config.json does not have, such as {extra[0]}; "
+            "mlm-eval would "
             "compute something else than the model does, so it stops here"
         )
     notes = [f"{len(filled)} biases that the model lacks are read as zeros"] if filled else []
@@ -309,7 +339,8 @@ def _part(weights: Weights, key: str, shape: tuple[int, ...], family: Family) ->
     where = weights.files[0] if len(weights.files) == 1 else weights.folder
     if tensor is None:
         raise InputError(
-            f"{where} lacks {key} {list(shape)}, which a {family.model_type} model has; copy all files of the model"
+            f"{where} lacks {key} {list(shape)}, which a {family.model_type} model has; copy all "
+            "files of the model"
         )
     if tensor.shape != shape:
         raise InputError(
@@ -318,14 +349,15 @@ def _part(weights: Weights, key: str, shape: tuple[int, ...], family: Family) ->
         )
     if tensor.dtype not in FLOATS:
         raise InputError(
-            f"{where}: {key} is stored as {str(tensor.dtype).removeprefix('torch.')}; mlm-eval reads float64, "
-            "float32, float16 and bfloat16 weights, not quantized ones"
+            f"{where}: {key} is stored as {str(tensor.dtype).removeprefix('torch.')}; mlm-eval "
+            "reads float64, float32, float16 and bfloat16 weights, not quantized ones"
         )
     return tensor
 
 
 def _alternatives(key: str) -> Iterable[str]:
-    # The LM head's bias has two names; where a file holds both, transformers computes with the second.
+    # The LM head's bias has two names; where a file holds both, transformers computes with the
+    # second.
     return (key, "cls.predictions.decoder.bias") if key == "cls.predictions.bias" else (key,)
 
 

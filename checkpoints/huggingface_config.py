@@ -9,9 +9,19 @@ from typing import Any
 
 from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.huggingface_tables import Family, Row
+from mlm_eval.checkpoints.huggingface_family import Family, Row
 
 DEFAULT = "transformers' default"
+ROTARY_KEYS = (
+    "rope_type",
+    "type",
+    "rope_theta",
+    "partial_rotary_factor",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
 TYPES = {f.name: str(f.type).split(" | ")[0] for f in dataclasses.fields(ModelConfig)}
 
 
@@ -54,7 +64,7 @@ class _Reader:
     def get(self, key: str, kind: str, default: Any, within: str | None = None) -> tuple[Any, str]:
         """Return a value of config.json (of its part `within`), checked, and its source."""
         part = self.hf if within is None else self.hf.get(within) or {}
-        value = part.get(key) if isinstance(part, dict) else None
+        value = part.get(key)
         if value is None:
             return default, DEFAULT
         whole = isinstance(value, int) and not isinstance(value, bool)
@@ -66,7 +76,8 @@ class _Reader:
         }[kind]
         if not fits:
             raise InputError(
-                f"{self.where}: {key} is {value!r}, expected a value of type {kind}; correct the file"
+                f"{self.where}: {key} is {value!r}, expected a value of type {kind}; correct the "
+                "file"
             )
         return (float(value) if kind == "float" else value), f"config.json {key}"
 
@@ -89,7 +100,8 @@ def read_config(
         where: The file, for messages.
 
     Raises:
-        InputError: A setting is missing or of the wrong type, or the model computes something that we do not.
+        InputError: A setting is missing or of the wrong type, or changes the mathematics in a way
+            that is not implemented.
     """
     for refusal in family.refusals:
         value = hf.get(refusal.key, refusal.default)
@@ -139,7 +151,9 @@ def bias_settings(family: Family, switches: Mapping[str, bool]) -> dict[str, boo
     def has_bias(row: Row) -> bool:
         return switches[row.bias] if isinstance(row.bias, str) else row.bias
 
-    rows = {row.canonical.rpartition(".")[2]: row for row in family.rows if ".layers." in row.canonical}
+    rows = {
+        row.canonical.rpartition(".")[2]: row for row in family.rows if ".layers." in row.canonical
+    }
     linear = ("linear_proj", "linear_fc1", "linear_fc2")
     return {
         "add_qkv_bias": has_bias(rows["linear_qkv"]),
@@ -156,7 +170,8 @@ def _sizes(r: _Reader, family: Family) -> None:
     if r.values.get("kv_channels") is None:
         if heads < 1 or hidden % heads:
             raise InputError(
-                f"{r.where}: {heads} attention heads do not divide the hidden size {hidden}; correct the file"
+                f"{r.where}: {heads} attention heads do not divide the hidden size {hidden}; "
+                "correct the file"
             )
         r.set("kv_channels", hidden // heads, "hidden size / heads")
     if r.values["ffn_hidden_size"] is None:
@@ -176,20 +191,21 @@ def _window(r: _Reader, family: Family) -> list[str]:
         return []
     if "max_position_embeddings" in r.overrides:
         raise InputError(
-            f"{r.where}: attention is limited to a window of {window} positions, which mlm-eval computes only up to "
+            f"{r.where}: attention is limited to a window of {window} positions, which mlm-eval "
+            "computes only up to "
             f"that length; use --set max_position_embeddings={window} or less"
         )
     r.set("max_position_embeddings", window, "config.json sliding_window")
     return [
-        f"the model attends within a sliding window of {window} positions; it is used up to that length, where the "
+        f"the model attends within a sliding window of {window} positions; it is used up to that "
+        "length, where the "
         f"window changes nothing, and not up to {positions}"
     ]
 
 
 def _activation(r: _Reader, family: Family) -> None:
-    default = "gelu_new" if family.model_type == "gpt2" else next(iter(family.activations))
     key = family.activation_key
-    name, source = r.get(key, "str", default)
+    name, source = r.get(key, "str", family.activation)
     if name not in family.activations and "activation" not in r.overrides:
         raise InputError(
             f"{r.where}: {key} {name!r} is not supported for {family.model_type}; known are "
@@ -201,8 +217,17 @@ def _activation(r: _Reader, family: Family) -> None:
 
 
 def _rotary(r: _Reader, family: Family) -> None:
-    # rope_parameters is transformers 5's, rope_theta and rope_scaling are older; rope_scaling wins there.
+    # rope_parameters is transformers 5's name; rope_theta and rope_scaling are older, and win.
     within = "rope_scaling" if r.hf.get("rope_scaling") else "rope_parameters"
+    part = r.hf.get(within) or {}
+    if not isinstance(part, dict):
+        raise InputError(f"{r.where}: {within} is {part!r}, expected an object; correct the file")
+    unknown = sorted(key for key, value in part.items() if key not in ROTARY_KEYS and value)
+    if unknown:
+        raise InputError(
+            f"{r.where}: the rotary setting {unknown[0]} (in {within}) is not supported; known are "
+            f"{', '.join(ROTARY_KEYS)}"
+        )
     old_base = "rotary_emb_base" if family.model_type == "gpt_neox" else "rope_theta"
     old_share = "rotary_pct" if family.model_type == "gpt_neox" else "partial_rotary_factor"
 
@@ -214,7 +239,8 @@ def _rotary(r: _Reader, family: Family) -> None:
     share, source = lookup("partial_rotary_factor", old_share, family.partial_rotary or 1.0)
     if share != 1.0 and family.partial_rotary is None:
         raise InputError(
-            f"{r.where}: partial_rotary_factor is {share}, but {family.model_type} models rotate all channels; "
+            f"{r.where}: partial_rotary_factor is {share}, but {family.model_type} models rotate "
+            "all channels; "
             "correct the file"
         )
     r.set("rotary_percent", share, source)
@@ -230,7 +256,9 @@ def _rotary(r: _Reader, family: Family) -> None:
             factor=r.get("factor", "float", 8.0, within)[0],
             low_freq_factor=r.get("low_freq_factor", "float", 1.0, within)[0],
             high_freq_factor=r.get("high_freq_factor", "float", 4.0, within)[0],
-            original_max_position=r.get("original_max_position_embeddings", "int", positions, within)[0],
+            original_max_position=r.get(
+                "original_max_position_embeddings", "int", positions, within
+            )[0],
         )
         r.set("rope_scaling", scaling, f"config.json {within}")
     elif kind != "default":

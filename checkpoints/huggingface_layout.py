@@ -1,7 +1,7 @@
-"""How the tensors of a Hugging Face model hold a canonical parameter: each transform in both directions.
+"""How tensors of a Hugging Face model hold a canonical parameter: each layout in both directions.
 
-`pack` goes from Hugging Face to canonical, `unpack` back; both return views that read late, and one undoes
-the other exactly.
+`pack` goes from Hugging Face to canonical, `unpack` back; both return views that read late, and one
+undoes the other exactly.
 """
 
 from __future__ import annotations
@@ -37,6 +37,19 @@ class Zeros(LazyTensor):
         return take(torch.zeros(self.shape, dtype=self.dtype), dim, index)
 
 
+class Cast(LazyTensor):
+    """A tensor in another dtype."""
+
+    def __init__(self, source: LazyTensor, dtype: torch.dtype) -> None:
+        self.source = source
+        self.shape = source.shape
+        self.dtype = dtype
+
+    def read(self, dim: int = 0, index: Index = None) -> Tensor:
+        """See `LazyTensor.read`."""
+        return self.source.read(dim, index).to(self.dtype)
+
+
 class Layout:
     """One tensor on either side, unchanged; the other layouts derive from it."""
 
@@ -70,7 +83,7 @@ class Conv1D(Layout):
 
 
 class Conv1DQKV(Conv1D):
-    """GPT-2's c_attn: `[in, out]` with the outputs in the order all queries, all keys, all values."""
+    """GPT-2's c_attn: `[in, out]`, the outputs being all queries, all keys, all values."""
 
     def pack(self, parts: list[LazyTensor], config: ModelConfig) -> LazyTensor:
         """See `Layout`."""

@@ -1,8 +1,8 @@
-"""What a conversion to Hugging Face will write: the family, exact folds, and refusals, before any byte is written.
+"""What a conversion to Hugging Face will write: family, folds and refusals, before any byte.
 
-transformers computes fewer things than Megatron. What another form of the same function expresses is folded
-(a zero-centred gain, interleaved rotary channels, absent biases); what only nearly fits needs
-`allow_approximate`; everything else is refused by name.
+transformers computes fewer things than Megatron. What another form of the same function expresses
+is folded (a zero-centred gain, interleaved rotary channels, absent biases); what only nearly fits
+needs `allow_approximate`; everything else is refused by name.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
@@ -23,7 +24,8 @@ from mlm_eval.checkpoints.huggingface_config import (
     read_config,
     write_config,
 )
-from mlm_eval.checkpoints.huggingface_layout import Zeros
+from mlm_eval.checkpoints.huggingface_family import Family, entries
+from mlm_eval.checkpoints.huggingface_layout import Cast, Zeros
 from mlm_eval.checkpoints.huggingface_tables import (
     BERT,
     GPT2,
@@ -34,8 +36,6 @@ from mlm_eval.checkpoints.huggingface_tables import (
     QWEN3,
     STABLELM,
     STARCODER2,
-    Family,
-    entries,
 )
 from mlm_eval.checkpoints.lazy import LazyTensor, Mapped, Selected
 from mlm_eval.checkpoints.parameters import parameters
@@ -80,15 +80,14 @@ def plan_conversion(
     notes: list[str] = []
     source = _fold_rotary(_fold_gains(checkpoint, dtype, notes), notes)
     family = choose_family(source.config)
-    model_class = family.model_class
-    if family.kind == "bert":
-        model_class += bert_head(source.config)
+    head = bert_head(source.config) if family.kind == "bert" else ""
+    model_class = family.model_class + head
     approximations = _approximate_gelu(source.config, allow_approximate)
     written, switches = _expressed(source.config, family, model_class, dtype, notes)
     hf = write_config(written, family, model_class, switches=switches)
     _check_expressed(hf, family, written)
     tensors = _tensors(source, family, written, switches, notes)
-    if model_class.endswith("Model"):  # a base model's names have no prefix
+    if head == "Model":  # a base model's names have no prefix
         tensors = {name.removeprefix(family.prefix): tensor for name, tensor in tensors.items()}
     return Plan(model_class, hf, tensors, notes, approximations)
 
@@ -116,7 +115,8 @@ def choose_family(c: ModelConfig) -> Family:
     has_head_dim = any(entry.setting == "kv_channels" for entry in family.fields)
     if not has_head_dim and c.kv_channels * c.num_attention_heads != c.hidden_size:
         raise _refused(
-            f"a model with {c.num_attention_heads} heads of {c.kv_channels} and hidden size {c.hidden_size}",
+            f"a model with {c.num_attention_heads} heads of {c.kv_channels} and hidden size "
+            f"{c.hidden_size}",
             f"{family.model_type} models have heads of hidden size / heads",
         )
     if c.hidden_size % c.num_attention_heads:
@@ -133,19 +133,26 @@ def choose_family(c: ModelConfig) -> Family:
 def _gpt_family(c: ModelConfig) -> Family:
     if c.apply_residual_connection_post_layernorm:
         raise _refused(
-            "a GPT model whose residual is the norm's output (apply_residual_connection_post_layernorm)",
+            "a GPT model whose residual is the norm's output "
+            "(apply_residual_connection_post_layernorm)",
             "no causal model of transformers has this order",
         )
     if c.num_tokentypes:
-        raise _refused("a GPT model with token types", "transformers' GPT models have none of their own")
+        raise _refused(
+            "a GPT model with token types", "transformers' GPT models have none of their own"
+        )
     if c.learned_positions and c.rotary:
-        raise _refused("a model with learned and rotary positions", "transformers has none with both")
+        raise _refused(
+            "a model with learned and rotary positions", "transformers has none with both"
+        )
     rms, plain = c.normalization == "RMSNorm", not c.gated
     if not c.rotary:
         if rms or c.gated or c.qk_layernorm:
             raise _refused(
-                f"a model with learned positions and {'RMSNorm' if rms else c.activation if c.gated else 'QK norms'}",
-                "GPT-2, transformers' model with learned positions, has LayerNorm and an ungated MLP",
+                "a model with learned positions and "
+                f"{'RMSNorm' if rms else c.activation if c.gated else 'QK norms'}",
+                "GPT-2, transformers' model with learned positions, has LayerNorm and an ungated "
+                "MLP",
             )
         return GPT2
     if rms and plain:
@@ -155,7 +162,9 @@ def _gpt_family(c: ModelConfig) -> Family:
         )
     if rms and c.qk_layernorm:
         if c.add_bias_linear or c.qk_layernorm_bias:
-            raise _refused("a model with QK norms and biases", "Qwen3, which has such norms, has no biases")
+            raise _refused(
+                "a model with QK norms and biases", "Qwen3, which has such norms, has no biases"
+            )
         return QWEN3
     if c.qk_layernorm:
         raise _refused("a model with LayerNorm over queries and keys", "transformers has none")
@@ -200,10 +209,14 @@ def bert_head(c: ModelConfig) -> str:
     }
     names = [name for name, present in heads.items() if present]
     if len(names) > 1:
-        raise _refused(f"a BERT model with the heads {' and '.join(names)}", "transformers has none with both")
+        raise _refused(
+            f"a BERT model with the heads {' and '.join(names)}", "transformers has none with both"
+        )
     needs_pooler = bool(c.num_classes) or c.multichoice_head or c.binary_head
     if needs_pooler and not c.pooler:
-        raise _refused("a BERT model with a sentence head but no pooler", "transformers' heads use it")
+        raise _refused(
+            "a BERT model with a sentence head but no pooler", "transformers' heads use it"
+        )
     return names[0] if names else "Model"
 
 
@@ -219,14 +232,15 @@ def _approximate_gelu(c: ModelConfig, allow: bool) -> list[str]:
         raise _refused("this BERT model", what)
     if not allow:
         raise InputError(
-            f"this BERT model cannot be converted to Hugging Face exactly: {what}; --allow-approximate uses the MLPs' "
+            f"this BERT model cannot be converted to Hugging Face exactly: {what}; "
+            "--allow-approximate uses the MLPs' "
             "in the LM head too (logits differ by about 1e-3) and records the measured difference"
         )
     return [f"{what}: the LM head gets {kinds[c.activation]} too"]
 
 
 def _fold_gains(checkpoint: Checkpoint, dtype: torch.dtype | None, notes: list[str]) -> Checkpoint:
-    """Return the checkpoint with plain gains in place of zero-centred ones (Megatron's layernorm_1p)."""
+    """Return the checkpoint with plain gains, not zero-centred ones (Megatron's layernorm_1p)."""
     if not checkpoint.config.layernorm_zero_centered_gamma:
         return checkpoint
     tensors = dict(checkpoint.tensors)
@@ -234,30 +248,36 @@ def _fold_gains(checkpoint: Checkpoint, dtype: torch.dtype | None, notes: list[s
     for name, stored in checkpoint.tensors.items():
         if name.endswith(("layernorm.weight", "layer_norm.weight")):
             to = dtype or stored.dtype
-            # In float32, then cast: the sum of a half-precision gain is rounded once only.
-            folded = Mapped(stored, lambda gain, to=to: (gain.float() + 1).to(to))  # type: ignore[misc]
-            folded.dtype = to
-            exact = stored.read().float() + 1  # what Megatron computes in float32
-            worst = max(worst, (folded.read().float() - exact).abs().max().item())
-            tensors[name] = folded
+            exact = Mapped(stored, _add_one)
+            exact.dtype = torch.float32
+            tensors[name] = folded = Cast(exact, to)
+            worst = max(worst, (folded.read().float() - exact.read()).abs().max().item())
     rounding = f" (rounded by up to {worst:.1g})" if worst else ""
     notes.append(f"the norms' gains were stored minus 1 (layernorm_1p): 1 is added{rounding}")
     config = dataclasses.replace(checkpoint.config, layernorm_zero_centered_gamma=False)
     return dataclasses.replace(checkpoint, config=config, tensors=tensors)
 
 
+def _add_one(gain: Tensor) -> Tensor:
+    return gain.float() + 1
+
+
 def _fold_rotary(checkpoint: Checkpoint, notes: list[str]) -> Checkpoint:
     """Return the checkpoint with rotary pairs (i, i + d/2) in place of (2i, 2i + 1).
 
-    Both rotate the same pairs once the channels of queries and keys stand in another order, the same in
-    both, which leaves their products as they are.
+    Both rotate the same pairs once the channels of queries and keys stand in another order, the
+    same in both, which leaves their products as they are.
     """
     c = checkpoint.config
     if not (c.rotary and c.rotary_interleaved):
         return checkpoint
     rotated = int(c.kv_channels * c.rotary_percent)
     channels = torch.cat(
-        [torch.arange(0, rotated, 2), torch.arange(1, rotated, 2), torch.arange(rotated, c.kv_channels)]
+        [
+            torch.arange(0, rotated, 2),
+            torch.arange(1, rotated, 2),
+            torch.arange(rotated, c.kv_channels),
+        ]
     )
     rows = torch.arange(c.qkv_size).view(c.num_query_groups, -1, c.kv_channels)  # [G, q|k|v, hn]
     rows = torch.cat([rows[:, :-1, channels], rows[:, -1:]], dim=1).reshape(-1)
@@ -267,7 +287,9 @@ def _fold_rotary(checkpoint: Checkpoint, notes: list[str]) -> Checkpoint:
             tensors[name] = Selected(tensor, rows)
         elif ".q_layernorm." in name or ".k_layernorm." in name:
             tensors[name] = Selected(tensor, channels)
-    notes.append("rotary pairs (2i, 2i + 1) became (i, i + d/2): queries and keys are reordered alike")
+    notes.append(
+        "rotary pairs (2i, 2i + 1) became (i, i + d/2): queries and keys are reordered alike"
+    )
     config = dataclasses.replace(c, rotary_interleaved=False)
     return dataclasses.replace(checkpoint, config=config, tensors=tensors)
 
@@ -279,7 +301,7 @@ def _expressed(
     dtype: torch.dtype | None,
     notes: list[str],
 ) -> tuple[ModelConfig, dict[str, bool]]:
-    """Return the config of the same function as the family has it, and config.json's bias switches."""
+    """Return the config of the same function in the family's terms, and its bias switches."""
     names = set(parameters(c))
     switches = {}
     for key in family.switches:
@@ -306,7 +328,9 @@ def _check_expressed(hf: Mapping[str, Any], family: Family, written: ModelConfig
     """
     heads = ("lm_head", "pooler", "binary_head", "num_classes", "multichoice_head", "qa_head")
     found = Found(
-        written.vocab_size, written.params_dtype, heads={name: getattr(written, name) for name in heads}
+        written.vocab_size,
+        written.params_dtype,
+        heads={name: getattr(written, name) for name in heads},
     )
     back = read_config(hf, family, found=found, overrides={}, where="config.json").config
     for setting in dataclasses.fields(ModelConfig):
@@ -326,7 +350,7 @@ def _tensors(
     switches: Mapping[str, bool],
     notes: list[str],
 ) -> dict[str, LazyTensor]:
-    """Return the tensors to write by name, zeros where the family has a parameter that the source lacks."""
+    """Return the tensors to write; zeros where the family has a parameter that the source lacks."""
     table = parameters(written)
     kept = source.tensors["embedding.word_embeddings.weight"].dtype
     tensors: dict[str, LazyTensor] = {}
@@ -348,7 +372,8 @@ def _tensors(
     if zeros:
         kinds = sorted({name.split(".")[-2] + "." + name.split(".")[-1] for name in zeros})
         notes.append(
-            f"{len(zeros)} parameter(s) that {family.model_type} has and this model lacks are zeros "
+            f"{len(zeros)} parameter(s) that {family.model_type} has and this model lacks are "
+            "zeros "
             f"({', '.join(kinds[:4])})"
         )
     return tensors

@@ -1,26 +1,15 @@
-"""THE TABLES: each Hugging Face family's parameter names and config.json keys, read in both directions.
+"""THE TABLES: each Hugging Face family's names and config.json keys, read in both directions.
 
-A `Row` pairs a canonical module with its Hugging Face modules; `{i}` runs over the layers, `{i-1}` is the
-layer before and `{last}` the last one (BERT's original order keeps a norm behind each layer where Megatron
-has it before the next one). A `Field` pairs a setting with its key in config.json and the value that
-transformers takes where the key is absent. Source: the modeling and configuration files of transformers 5.23.
+Source: the modeling and configuration files of transformers 5.23.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
 
-from mlm_eval.checkpoints.huggingface_layout import (
-    CONV1D,
-    CONV1D_QKV,
-    GATE_UP,
-    SAME,
-    SPLIT_QKV,
-    Layout,
-)
+from mlm_eval.checkpoints.huggingface_family import Family, Field, Refusal, Row
+from mlm_eval.checkpoints.huggingface_layout import CONV1D, CONV1D_QKV, GATE_UP, SPLIT_QKV
 
 GELU = {
     "gelu": "gelu",
@@ -35,109 +24,10 @@ GELU = {
 """config.json's activation -> ours; the first of each kind is the one that is written."""
 GATED = {"silu": "swiglu", "swish": "swiglu"}
 
-
-@dataclass(frozen=True)
-class Row:
-    """One module of both sides. `bias`: has it one always, never, or as a key of config.json says."""
-
-    canonical: str
-    names: tuple[str, ...]
-    bias: bool | str = True
-    layout: Layout = SAME
-    optional: bool = False
-    """Present only in models that have it: heads, an untied output table, norms of queries and keys."""
-    weight: bool = True
-
-
-@dataclass(frozen=True)
-class Field:
-    """One setting of both sides: ModelConfig's name, config.json's, and transformers' default."""
-
-    setting: str
-    key: str
-    default: Any
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A key of config.json that changes the mathematics, the values that do not, and what else it means."""
-
-    key: str
-    harmless: tuple[Any, ...]
-    what: str
-    default: Any = None
-
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture of transformers."""
-
-    model_type: str
-    kind: str  # ModelConfig.family
-    model_class: str
-    """Name of the model with its language-modelling head; `Bert` and `MegatronBert` take a head's name."""
-    prefix: str
-    """What the base model's names begin with, in a model with a head."""
-    rows: tuple[Row, ...]
-    fields: tuple[Field, ...]
-    activations: Mapping[str, str]
-    activation_key: str = "hidden_act"
-    tied: bool = False
-    """transformers' default of tie_word_embeddings."""
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    """ModelConfig settings that every model of the family has."""
-    switches: Mapping[str, bool] = field(default_factory=dict)
-    """Keys of config.json that rows name as their `bias`, with transformers' defaults."""
-    refusals: tuple[Refusal, ...] = ()
-    partial_rotary: float | None = None
-    """transformers' default share of rotated channels; None where all are."""
-    sliding_window: int | None = None
-    """transformers' default of sliding_window."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One canonical parameter and the Hugging Face tensors that hold it."""
-
-    canonical: str
-    names: tuple[str, ...]
-    layout: Layout
-    optional: bool
-
-
-def entries(family: Family, num_layers: int, switches: Mapping[str, bool]) -> Iterator[Entry]:
-    """Yield the parameters of a model, in the order in which Hugging Face files usually hold them."""
-    per_layer = [row for row in family.rows if "{i}" in row.canonical]
-    first, last = family.rows.index(per_layer[0]), family.rows.index(per_layer[-1])
-    for row in family.rows[:first]:
-        yield from _row_entries(row, 0, num_layers, switches)
-    for layer in range(num_layers):
-        for row in family.rows[first : last + 1]:
-            if not ("{i-1}" in "".join(row.names) and layer == 0):
-                yield from _row_entries(row, layer, num_layers, switches)
-    for row in family.rows[last + 1 :]:
-        yield from _row_entries(row, 0, num_layers, switches)
-
-
-def _row_entries(
-    row: Row, layer: int, num_layers: int, switches: Mapping[str, bool]
-) -> Iterator[Entry]:
-    places = {"{i}": str(layer), "{i-1}": str(layer - 1), "{last}": str(num_layers - 1)}
-    has_bias = switches[row.bias] if isinstance(row.bias, str) else row.bias
-    for leaf, present in (("weight", row.weight), ("bias", has_bias)):
-        if present:
-            filled = []
-            for name in (row.canonical, *row.names):
-                for place, value in places.items():
-                    name = name.replace(place, value)
-                filled.append(f"{name}.{leaf}")
-            yield Entry(filled[0], tuple(filled[1:]), row.layout, row.optional)
-
-
 IGNORED_TENSORS = re.compile(
     r"(^|\.)(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$|(^|\.)position_ids$"
 )
-"""Buffers that older versions of transformers stored: causal masks, rotary tables, position numbers."""
+"""Buffers that older versions of transformers stored: causal masks, rotary tables, positions."""
 
 QUANTIZED = Refusal("quantization_config", (None,), "quantized weights")
 PARALLEL = "attention and MLP side by side (a parallel residual)"
@@ -149,6 +39,7 @@ GPT2 = Family(
     prefix="transformer.",
     tied=True,
     activations=GELU,
+    activation="gelu_new",
     activation_key="activation_function",
     constants={"add_bias_linear": True, "add_qkv_bias": True},
     fields=(
@@ -214,7 +105,7 @@ def _llama_rows(
     """Return the names that Llama introduced and many families share.
 
     Args:
-        qkv_bias: Whether queries, keys and values have biases (a key of config.json, or always or never).
+        qkv_bias: Whether queries, keys and values have biases (see `Row`).
         output_bias: The same for the attention's output.
         mlp_bias: The same for the MLP.
         norm_bias: LayerNorm rather than RMSNorm.
@@ -268,6 +159,7 @@ LLAMA = Family(
     model_class="LlamaForCausalLM",
     prefix="model.",
     activations=GATED,
+    activation="silu",
     constants=_RMS,
     fields=(*_LLAMA_FIELDS, _HEAD_DIM, _RMS_EPSILON),
     switches={"attention_bias": False, "mlp_bias": False},
@@ -280,6 +172,7 @@ MISTRAL = Family(
     model_class="MistralForCausalLM",
     prefix="model.",
     activations=GATED,
+    activation="silu",
     constants=_RMS,
     fields=(*_LLAMA_FIELDS, _HEAD_DIM, _RMS_EPSILON),
     refusals=(QUANTIZED,),
@@ -292,6 +185,7 @@ QWEN2 = Family(
     model_class="Qwen2ForCausalLM",
     prefix="model.",
     activations=GATED,
+    activation="silu",
     constants=_RMS,
     fields=(*_LLAMA_FIELDS, _HEAD_DIM, _RMS_EPSILON),
     refusals=(QUANTIZED, Refusal("use_sliding_window", (False,), "sliding windows", False)),
@@ -303,6 +197,7 @@ QWEN3 = Family(
     model_class="Qwen3ForCausalLM",
     prefix="model.",
     activations=GATED,
+    activation="silu",
     constants={**_RMS, "qk_layernorm": True},
     fields=(*_LLAMA_FIELDS, Field("kv_channels", "head_dim", 128), _RMS_EPSILON),
     switches={"attention_bias": False},
@@ -316,6 +211,7 @@ STABLELM = Family(
     model_class="StableLmForCausalLM",
     prefix="model.",
     activations=GATED,
+    activation="silu",
     constants=_LAYER_NORM_ROPE,
     fields=(
         *_LLAMA_FIELDS,
@@ -338,6 +234,7 @@ STARCODER2 = Family(
     prefix="model.",
     tied=True,
     activations=GELU,
+    activation="gelu_pytorch_tanh",
     constants=_LAYER_NORM_ROPE,
     fields=(
         *_LLAMA_FIELDS,
@@ -354,6 +251,7 @@ GPT_NEOX = Family(
     model_class="GPTNeoXForCausalLM",
     prefix="gpt_neox.",
     activations=GELU,
+    activation="gelu",
     constants=_LAYER_NORM_ROPE,
     fields=(
         Field("hidden_size", "hidden_size", 6144),
@@ -453,6 +351,7 @@ MEGATRON_BERT = Family(
     prefix="bert.",
     tied=True,
     activations=GELU,
+    activation="gelu",
     fields=_BERT_FIELDS,
     refusals=_BERT_REFUSALS,
     rows=_bert_rows(
@@ -470,6 +369,7 @@ BERT = Family(
     prefix="bert.",
     tied=True,
     activations=GELU,
+    activation="gelu",
     fields=_BERT_FIELDS,
     refusals=_BERT_REFUSALS,
     constants={"apply_residual_connection_post_layernorm": True},

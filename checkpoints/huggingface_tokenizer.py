@@ -1,8 +1,8 @@
-"""The tokenizer of a converted model, in the form that AutoTokenizer.from_pretrained(folder) accepts.
+"""The tokenizer of a converted model, in the form that AutoTokenizer.from_pretrained accepts.
 
-transformers 5 needs a tokenizer.json (from vocab.json and merges.txt alone it raises, or builds an empty
-tokenizer), and a tokenizer_config.json whose class takes that file as it is. The generic fast class is
-written: the model's own class would rebuild the rules from defaults.
+transformers 5 needs a tokenizer.json (from vocab.json and merges.txt alone it raises, or builds an
+empty tokenizer), and a tokenizer_config.json whose class takes that file as it is. The generic fast
+class is written: the model's own class would rebuild the rules from defaults.
 """
 
 from __future__ import annotations
@@ -69,11 +69,13 @@ class TokenizerPlan:
         return [*self.copied, *self.written]
 
 
-def plan_tokenizer(source: Path | tuple[Path, Path], *, kind: str, max_length: int) -> TokenizerPlan:
+def plan_tokenizer(
+    source: Path | tuple[Path, Path], *, kind: str, max_length: int
+) -> TokenizerPlan:
     """Return what to write for a tokenizer.
 
     Args:
-        source: A folder, a tokenizer.json, vocab.txt, vocab.json or tokenizer.model, or (vocabulary, merges).
+        source: A folder, one file of the accepted forms, or (vocabulary, merges).
         kind: `gpt` or `bert`: which inputs the model takes.
         max_length: The model's positions.
 
@@ -113,7 +115,8 @@ def _find(source: Path) -> tuple[Path, Path | None]:
         if path.is_file():
             return path, None
     raise InputError(
-        f"{source} holds no tokenizer; expected tokenizer.json, vocab.json with merges.txt, vocab.txt "
+        f"{source} holds no tokenizer; expected tokenizer.json, vocab.json with merges.txt, "
+        "vocab.txt "
         "or tokenizer.model"
     )
 
@@ -143,7 +146,8 @@ def _ready(path: Path, common: Mapping[str, Any]) -> TokenizerPlan:
         tokens |= {
             key: token
             for key, token in BERT_TOKENS.items()
-            if "token_type_ids" in common["model_input_names"] and backend.token_to_id(token) is not None
+            if "token_type_ids" in common["model_input_names"]
+            and backend.token_to_id(token) is not None
         }
         settings = {**common, **tokens}
         written["tokenizer_config.json"] = _config(settings)
@@ -189,7 +193,9 @@ def _word_piece(vocab: Path, common: Mapping[str, Any]) -> TokenizerPlan:
         pieces.pop()
     numbers = {piece: index for index, piece in enumerate(pieces)}
     if "[UNK]" not in numbers:
-        raise InputError(f"{vocab} is no BERT vocabulary: it has no [UNK] among its {len(pieces)} lines")
+        raise InputError(
+            f"{vocab} is no BERT vocabulary: it has no [UNK] among its {len(pieces)} lines"
+        )
     lower_case = _lower_case(vocab, pieces)
     backend = Tokenizer(models.WordPiece(numbers, unk_token="[UNK]", max_input_chars_per_word=200))
     backend.normalizer = normalizers.BertNormalizer(lowercase=lower_case)
@@ -239,7 +245,8 @@ def _sentence_piece(model: Path) -> TokenizerPlan:
     except ImportError:
         pass
     warning = (
-        f"{model.name} is copied as it is: transformers 5 splits text in another way from a bare sentencepiece model "
+        f"{model.name} is copied as it is: transformers 5 splits text in another way from a bare "
+        "sentencepiece model "
         "than its own library does; use the tokenizer.json of the model where there is one"
     )
     return TokenizerPlan(size, ids, {"tokenizer.model": model}, warnings=(warning,))

@@ -1,8 +1,8 @@
-"""Writer of Hugging Face folders: what plain `from_pretrained` of transformers loads, one tensor at a time.
+"""Writer of Hugging Face folders that plain `from_pretrained` loads, one tensor at a time.
 
-The folder holds config.json, generation_config.json (causal models), model.safetensors or shards with their
-index, the tokenizer where there is one, and a README.md that says what it was made from. It is written
-beside the target and renamed at the end.
+The folder holds config.json, generation_config.json (causal models), model.safetensors or shards
+with their index, the tokenizer where there is one, and a README.md that says what it was made from.
+It is written beside the target and renamed at the end.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def write_huggingface(
         target: Folder to make.
         dtype: Of the weights; None keeps each tensor's.
         max_shard_size: Largest safetensors file, in bytes or like "500MB".
-        vocab: `true` leaves out the rows that only pad the vocabulary, where its true size is known;
-            `padded` keeps all stored rows.
+        vocab: `true` leaves out the rows that only pad the vocabulary, where its true size is
+            known; `padded` keeps all stored rows.
         true_vocab_size: The tokenizer's size; None: from `tokenizer`.
         tokenizer: Folder or file of the tokenizer to put beside the model, or (vocabulary, merges).
         allow_approximate: Convert although transformers computes something slightly different.
@@ -91,8 +91,8 @@ def write_huggingface(
         on_progress: Told about the bytes of weights written.
 
     Raises:
-        InputError: The target exists or cannot be written, transformers has no such model, or the tokenizer
-            does not fit.
+        InputError: The target exists or cannot be written, transformers has no such model, or the
+            tokenizer does not fit.
     """
     target = Path(target)
     dtype = _resolve_dtype(dtype)
@@ -101,7 +101,9 @@ def write_huggingface(
     files = None
     if tokenizer is not None:
         source = (
-            (Path(tokenizer[0]), Path(tokenizer[1])) if isinstance(tokenizer, tuple) else Path(tokenizer)
+            (Path(tokenizer[0]), Path(tokenizer[1]))
+            if isinstance(tokenizer, tuple)
+            else Path(tokenizer)
         )
         config = checkpoint.config
         files = plan_tokenizer(
@@ -152,7 +154,7 @@ def _resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def parse_size(size: int | str) -> int:
-    """Return a number of bytes for a size such as "5GB" (decimal units, as huggingface_hub has them).
+    """Return a number of bytes for a size such as "5GB", in decimal units.
 
     Raises:
         InputError: The size is not understood, or not positive.
@@ -177,7 +179,8 @@ def _keep_source(checkpoint: Checkpoint, target: Path) -> None:
     for file in checkpoint.provenance.files:
         if file.resolve().is_relative_to(target.resolve()):
             raise InputError(
-                f"{target} holds the checkpoint that is being converted; choose another output folder"
+                f"{target} holds the checkpoint that is being converted; choose another output "
+                "folder"
             )
 
 
@@ -208,7 +211,8 @@ def _choose_vocab(
     if vocab == "true" and true_size is None:
         if checkpoint.provenance.format != "huggingface":
             warnings.append(
-                f"all {stored} stored rows of the vocabulary are kept, padding included, since no tokenizer says how "
+                f"all {stored} stored rows of the vocabulary are kept, padding included, since "
+                "no tokenizer says how "
                 "many are true; give --tokenizer DIR"
             )
         return checkpoint, None
@@ -221,11 +225,14 @@ def _choose_vocab(
         if parameter.rule.unit == "vocab":
             tensors[name] = Selected(tensors[name], torch.arange(true_size))
     cut = dataclasses.replace(checkpoint, config=config, tensors=tensors)
-    return cut, f"{stored - true_size} rows that pad the vocabulary are left out: {true_size} remain"
+    return (
+        cut,
+        f"{stored - true_size} rows that pad the vocabulary are left out: {true_size} remain",
+    )
 
 
 def _special_tokens(checkpoint: Checkpoint, files: TokenizerPlan | None) -> dict[str, int | None]:
-    """Return the ids of special tokens; null where they are not known, since defaults would be wrong."""
+    """Return the ids of special tokens; null where unknown, since defaults would be wrong."""
     keys = ["bos_token_id", "eos_token_id", "pad_token_id"]
     known = {} if files is None else files.token_ids
     rows = checkpoint.config.vocab_size
@@ -240,7 +247,7 @@ def _bytes(tensor: LazyTensor, dtype: torch.dtype | None) -> int:
 def plan_shards(
     tensors: Mapping[str, LazyTensor], limit: int, dtype: torch.dtype | None
 ) -> dict[str, dict[str, LazyTensor]]:
-    """Return file names with their tensors, in order, each file up to `limit` bytes (or one tensor)."""
+    """Return file names with their tensors in order: up to `limit` bytes a file, or one tensor."""
     shards: list[dict[str, LazyTensor]] = [{}]
     filled = 0
     for name, tensor in tensors.items():
@@ -291,7 +298,9 @@ def _readme(checkpoint: Checkpoint, plan: Plan, report: Report) -> str:
     if p.checkpoint_version is not None:
         facts.append(f"checkpoint version {p.checkpoint_version:g}")
     if p.format != "huggingface":
-        facts.append(f"tensor parallel {p.tensor_parallel} x pipeline parallel {p.pipeline_parallel}")
+        facts.append(
+            f"tensor parallel {p.tensor_parallel} x pipeline parallel {p.pipeline_parallel}"
+        )
     if p.iteration is not None:
         facts.append(f"iteration {p.iteration}")
     key = "activation_function" if "activation_function" in plan.hf else "hidden_act"

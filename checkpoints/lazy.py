@@ -70,7 +70,9 @@ class MappedFile:
         if self._storage is None:
             if self.path.stat().st_size != self.size:
                 raise InputError(f"{self.path} changed its size while being read; copy it again")
-            self._storage = torch.UntypedStorage.from_file(str(self.path), False, self.size)
+            mapped = torch.UntypedStorage.from_file(str(self.path), False, self.size)
+            assert isinstance(mapped, torch.UntypedStorage)
+            self._storage = mapped
         if offset % dtype.itemsize == 0:
             view = torch.empty(0, dtype=dtype)
             return view.set_(self._storage, offset // dtype.itemsize, tuple(shape), tuple(stride))

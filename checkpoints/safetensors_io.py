@@ -1,13 +1,10 @@
 """The safetensors file format, read late and written as a stream.
 
 A file is: the header's length (8 bytes, little-endian), a JSON header (name -> dtype, shape, byte
-range), the
-tensors' bytes back to back. Reading needs only the header: every tensor becomes a `StoredTensor`,
-so that a
-slice touches its own pages only. Writing needs only shapes and dtypes for the header; the values
-follow one
-tensor at a time, and large ones in runs of rows (the safetensors library writes whole state dicts
-only).
+range), the tensors' bytes back to back. Reading needs only the header: every tensor becomes a
+`StoredTensor`, so that a slice touches its own pages only. Writing needs only shapes and dtypes for
+the header; the values follow one tensor at a time, and large ones in runs of rows (the safetensors
+library writes whole state dicts only).
 Source: https://github.com/huggingface/safetensors, "Format".
 """
 
@@ -57,8 +54,7 @@ class SafetensorsFile:
 
 
 def read_safetensors(path: Path) -> SafetensorsFile:
-    """Return the tensors of a file, unread, after checking that its header describes the whole of
-    it.
+    """Return the tensors of a file, unread; its header must describe the whole file.
 
     Raises:
         InputError: The file is missing, cut off, damaged, or no safetensors file.
@@ -149,8 +145,7 @@ def write_safetensors(
     dtype: torch.dtype | None = None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> int:
-    """Return the size of the file written; the values pass through memory one tensor (or run of
-    rows) at a time.
+    """Return the size of the file written, of which one tensor or run of rows was in memory.
 
     Args:
         path: A file to create.

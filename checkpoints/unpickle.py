@@ -1,18 +1,11 @@
-"""Reads what `torch.save` wrote, without torch.load and without running anything that the file asks
-for.
+"""Reads what `torch.save` wrote, without torch.load and without running anything the file asks for.
 
-A `.pt` file is a pickle plus raw storages. Here the pickle is read by an unpickler that knows a
-short
-list of names: containers, torch's tensor rebuilders (replaced by ours, which only note offset,
-dtype and
-shape) and `argparse.Namespace` (replaced by an inert one). Every other class becomes an inert stub
-that
-takes any argument and does nothing; the names met are kept, so that `inspect` can show them.
+A `.pt` file is a pickle plus raw storages. The pickle is read by the `SafeUnpickler`, to which this
+file adds torch's tensor rebuilders: ours only note where a tensor stands, of which dtype and shape.
 Tensors come back as `StoredTensor`s: no byte of a storage is read here.
 
 Both forms of torch.save are read: the zip archive (torch >= 1.6) and the older stream of pickles,
-whose
-storages stand at the end of the file, each behind its element count.
+whose storages stand at the end of the file, each behind its element count.
 """
 
 from __future__ import annotations
@@ -21,7 +14,8 @@ import io
 import pickle
 import struct
 import zipfile
-from collections import OrderedDict
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -30,144 +24,67 @@ import torch
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import MappedFile, StoredTensor
+from mlm_eval.checkpoints.safe_pickle import SafeUnpickler, Stub, is_hostile, is_quiet, printable
 
 STREAM_MAGIC = 0x1950A86A20F9469CFC6C
 """First object in the stream form of torch.save (torch/serialization.py, MAGIC_NUMBER)."""
 
-HOSTILE_MODULES = frozenset(
-    "os posix nt subprocess sys shutil socket importlib runpy code codeop pty ctypes pickle "
-    "_pickle "
-    "marshal webbrowser asyncio multiprocessing threading _thread http urllib requests "
-    "operator _operator functools types inspect pip setuptools site timeit cProfile profile pdb "
-    "bdb "
-    "doctest builtins __builtin__ commands popen2 platform tempfile glob".split()
-)
-"""Modules whose callables no Megatron checkpoint needs: a file that names one was made to do harm."""
-
-HARMLESS_NAMES = frozenset(
-    {
-        # Plain values of these are pickled by ordinary Python; they are stubs here all the same.
-        ("builtins", "getattr"),  # enum members, as Python 3.11 pickles them
-        ("__builtin__", "getattr"),
-        ("builtins", "object"),
-        ("__builtin__", "object"),
-        ("builtins", "bytearray"),
-        ("__builtin__", "bytearray"),
-        ("builtins", "range"),
-        ("__builtin__", "xrange"),
-        ("types", "SimpleNamespace"),
-        ("functools", "partial"),  # activation functions in some args; never called
-    }
-)
+_MAX_DIMS = 64  # torch's own limit
 
 
-class Namespace:
-    """Stands in for `argparse.Namespace`: attributes, nothing else."""
-
-    def __repr__(self) -> str:
-        return f"Namespace({', '.join(sorted(vars(self)))})"
-
-
-class Stub:
-    """An object of a class that is not on the list: keeps what it was given, does nothing."""
-
-    def __new__(cls, *args: Any, **_: Any) -> Stub:
-        """Accept anything."""
-        stub = super().__new__(cls)
-        stub.__dict__["stub_args"] = args
-        return stub
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        self.__dict__["stub_state"] = state
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, value: Any) -> None:
-        """Ignore a list item."""
-
-    def extend(self, values: Any) -> None:
-        """Ignore list items."""
-
-    def add(self, value: Any) -> None:
-        """Ignore a set item."""
-
-    def __repr__(self) -> str:
-        args = self.__dict__.get("stub_args", ())
-        return f"{type(self).__name__}({', '.join(map(str, args))})"
-
-
-@dataclass
+@dataclass(frozen=True, eq=False)
 class _StorageType:
     dtype: torch.dtype
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class _Storage:
-    """A run of elements in the file; `offset` (bytes) is filled in late for the stream form."""
+    """A run of elements in the file, from byte `offset`."""
 
     dtype: torch.dtype
     numel: int
-    file: MappedFile | None = None
-    offset: int = 0
-
-
-@dataclass
-class _PendingTensor:
-    """A tensor whose storage offset is not known until the whole stream has been read."""
-
-    storage: _Storage
+    file: MappedFile
     offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    def resolve(self) -> StoredTensor:
-        storage = self.storage
-        if storage.file is None:
-            raise InputError("a tensor refers to a storage that the file does not hold")
-        itemsize = self.dtype.itemsize
-        tensor = StoredTensor(
-            storage.file,
-            storage.offset + self.offset * itemsize,
-            self.dtype,
-            self.shape,
-            self.stride,
-        )
-        last = self.offset + sum(
-            (n - 1) * s for n, s in zip(self.shape, self.stride, strict=True) if n
-        )
-        if (last + 1) * itemsize > storage.numel * storage.dtype.itemsize and 0 not in self.shape:
-            raise InputError(
-                f"{storage.file.path}: a tensor of shape {list(self.shape)} does not fit its "
-                "storage "
-                f"of {storage.numel} elements; the file is damaged, copy it again"
-            )
-        return tensor
 
 
-def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _PendingTensor:
+def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> StoredTensor:
     """Note a tensor (torch._utils._rebuild_tensor and _rebuild_tensor_v2)."""
     if not isinstance(storage, _Storage):
-        raise pickle.UnpicklingError("tensor without a storage")
-    return _PendingTensor(
-        storage, int(offset), tuple(map(int, size)), tuple(map(int, stride)), storage.dtype
-    )
+        raise pickle.UnpicklingError("a tensor without a storage")
+    return _tensor(storage, offset, size, stride, storage.dtype)
 
 
 def _rebuild_tensor_v3(
     storage: Any, offset: Any, size: Any, stride: Any, *rest: Any
-) -> _PendingTensor:
+) -> StoredTensor:
     """Note a tensor of an untyped storage (torch._utils._rebuild_tensor_v3)."""
-    pending = _rebuild_tensor(storage, offset, size, stride)
     dtype = rest[2] if len(rest) > 2 else None
-    if not isinstance(dtype, torch.dtype):
-        raise pickle.UnpicklingError("tensor without a dtype")
-    pending.dtype = dtype
-    return pending
+    if not isinstance(storage, _Storage) or not isinstance(dtype, torch.dtype):
+        raise pickle.UnpicklingError("a tensor without a storage or a dtype")
+    return _tensor(storage, offset, size, stride, dtype)
+
+
+def _tensor(
+    storage: _Storage, offset: Any, size: Any, stride: Any, dtype: torch.dtype
+) -> StoredTensor:
+    if not isinstance(size, tuple) or not isinstance(stride, tuple) or len(size) != len(stride):
+        raise pickle.UnpicklingError("a tensor without a shape")
+    numbers = (offset, *size[: _MAX_DIMS + 1], *stride[: _MAX_DIMS + 1])
+    if len(size) > _MAX_DIMS or not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
+        raise pickle.UnpicklingError("a tensor of an impossible shape")
+    available = storage.numel * storage.dtype.itemsize
+    last, numel = offset, 1
+    for entries, step in zip(size, stride, strict=True):
+        last += (entries - 1) * step
+        numel *= entries
+    # An expanded tensor has more elements than its storage; one of gigabytes is made to do harm.
+    if numel and (last + 1) * dtype.itemsize > available or numel > max(available, 1 << 20):
+        raise InputError(
+            f"{storage.file.path}: a tensor of shape {list(size)} does not fit its storage of "
+            f"{storage.numel} elements; the file is damaged, copy it again"
+        )
+    start = storage.offset + offset * dtype.itemsize
+    return StoredTensor(storage.file, start, dtype, size, stride)
 
 
 def _rebuild_parameter(data: Any, *_: Any) -> Any:
@@ -177,19 +94,22 @@ def _rebuild_parameter(data: Any, *_: Any) -> Any:
 
 def _rebuild_from_type(function: Any, _type: Any, args: Any, _state: Any) -> Any:
     """Drop a tensor subclass, where its inside is one of our rebuilders."""
-    if function not in (_rebuild_tensor, _rebuild_tensor_v3, _rebuild_parameter):
+    known = (_rebuild_tensor, _rebuild_tensor_v3, _rebuild_parameter)
+    if not any(function is rebuild for rebuild in known):
         return Stub(function, args)
+    if not isinstance(args, tuple) or len(args) > 16:
+        raise pickle.UnpicklingError("a tensor rebuilt from too much")
     return function(*args)
 
 
-def _reconstructor(cls: Any, _base: Any, _state: Any) -> Any:
-    """Make an empty stub (copyreg._reconstructor, written by pickle protocols 0 and 1)."""
-    return (
-        cls.__new__(cls)
-        if isinstance(cls, type) and issubclass(cls, Stub | Namespace)
-        else Stub(cls)
-    )
-
+_REBUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
+}
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -202,69 +122,46 @@ _STORAGES = {
     "CharStorage": torch.int8,
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
     "UntypedStorage": torch.uint8,
 }
 
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("builtins", "set"): set,
-    ("builtins", "frozenset"): frozenset,
-    ("builtins", "list"): list,
-    ("builtins", "dict"): dict,
-    ("builtins", "tuple"): tuple,
-    ("builtins", "int"): int,
-    ("builtins", "float"): float,
-    ("builtins", "bool"): bool,
-    ("builtins", "complex"): complex,
-    ("builtins", "slice"): slice,
-    ("__builtin__", "set"): set,
-    ("__builtin__", "list"): list,
-    ("__builtin__", "dict"): dict,
-    ("torch", "Size"): tuple,
-    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
-    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
-    ("copyreg", "_reconstructor"): _reconstructor,
-    ("copy_reg", "_reconstructor"): _reconstructor,
-    ("argparse", "Namespace"): Namespace,
-}
 
-# Known parts of Megatron checkpoints that carry no weights: stubs too, but not worth a word.
-_QUIET_PREFIXES = ("numpy", "_codecs", "torch.", "io", "_io", "collections")
+class _TorchUnpickler(SafeUnpickler):
+    """Unpickles tensors too; `storage` says where one stands, by key, dtype and element count."""
 
-
-def lookup(module: str, name: str) -> Any | None:
-    """Return what stands in for a pickled global, or None where it is not on the list."""
-    if (module, name) in _ALLOWED:
-        return _ALLOWED[module, name]
-    if module in ("torch", "torch.storage") and name in _STORAGES:
-        return _StorageType(_STORAGES[name])
-    if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-        return getattr(torch, name)
-    return None
-
-
-class SafeUnpickler(pickle.Unpickler):
-    """Unpickles containers, scalars and tensor descriptions; everything else becomes a `Stub`."""
-
-    def __init__(self, stream: IO[bytes], globals_met: set[tuple[str, str]]) -> None:
-        super().__init__(stream, encoding="utf-8")
-        self.globals_met = globals_met
+    def __init__(
+        self,
+        stream: IO[bytes],
+        met: set[tuple[str, str]],
+        storage: Callable[[str, torch.dtype, int], _Storage],
+    ) -> None:
+        super().__init__(stream, met)
+        self.storage = storage
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the stand-in of a global: never the thing itself unless it is a plain container."""
-        known = lookup(module, name)
-        if known is not None:
-            return known
-        self.globals_met.add((module, name))
-        return type(f"{module}.{name}", (Stub,), {"__module__": __name__})
+        """See `SafeUnpickler.find_class`; torch's rebuilders are replaced by ours."""
+        if (module, name) in _REBUILDERS:
+            return _REBUILDERS[module, name]
+        if module in ("torch", "torch.storage") and name in _STORAGES:
+            return _StorageType(_STORAGES[name])
+        return super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> Any:
-        """Refuse: only the subclasses for torch's two forms know storages."""
-        raise pickle.UnpicklingError(f"unexpected reference to a storage: {pid!r}")
+        """Describe a storage: `('storage', type, key, location, elements)`; a stream adds one."""
+        if not isinstance(pid, tuple) or len(pid) not in (4, 5, 6):
+            raise pickle.UnpicklingError("a reference to something else than a storage")
+        if pid[0] == "module" and len(pid) == 4:
+            return pid[1]  # a module's class, with its source text: old torch kept it beside it
+        kind, storage_type, key, _location, numel, *view = pid
+        if kind != "storage" or not isinstance(storage_type, _StorageType):
+            raise pickle.UnpicklingError("a storage of an unknown kind")
+        if not isinstance(key, str | int) or type(numel) is not int or not 0 <= numel < 2**60:
+            raise pickle.UnpicklingError("a storage of an impossible size")
+        if view and view[0] is not None:
+            raise pickle.UnpicklingError("storage views of torch < 0.4 are not supported")
+        return self.storage(str(key), storage_type.dtype, numel)
 
 
 @dataclass
@@ -281,29 +178,13 @@ class TorchFile:
 
     @property
     def classes(self) -> list[str]:
-        """Names of the pickled classes that became stubs, without numpy's and torch's own."""
-        return sorted(
-            f"{module}.{name}"
-            for module, name in self.globals_met
-            if not f"{module}.".startswith(_QUIET_PREFIXES) and module != "torch"
-        )
+        """Names of the pickled classes that became stubs, but for the ordinary ones."""
+        return sorted(printable(f"{m}.{n}") for m, n in self.globals_met if not is_quiet(m, n))
 
     @property
     def hostile(self) -> list[str]:
-        """Names that no checkpoint needs and that would run commands elsewhere."""
-        return sorted(
-            f"{module}.{name}"
-            for module, name in self.globals_met
-            if module.split(".")[0] in HOSTILE_MODULES and (module, name) not in HARMLESS_NAMES
-        )
-
-
-def state_of(stub: Any) -> dict[str, Any]:
-    """Return the attributes that a stub was given when it was unpickled; none for anything else."""
-    state = stub.__dict__.get("stub_state") if isinstance(stub, Stub) else None
-    # An object with __slots__ gives two dicts, either of which may be None.
-    parts = state if isinstance(state, tuple) else (state,)
-    return {key: value for part in parts if isinstance(part, dict) for key, value in part.items()}
+        """Names that no checkpoint needs and that would do harm elsewhere."""
+        return sorted(printable(f"{m}.{n}") for m, n in self.globals_met if is_hostile(m, n))
 
 
 def read_pickle(path: Path) -> TorchFile:
@@ -367,29 +248,28 @@ def read_torch_file(
     raise InputError(f"{path} {what}; expected a Megatron model file such as model_optim_rng.pt")
 
 
-# What a damaged or hostile pickle can raise while it is read: it builds only lists, numbers and
-# stubs.
+# What reading a damaged or hostile file can raise: the pickle module and zipfile check little.
 _DAMAGE = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
     EOFError,
     ValueError,
-    KeyError,
-    IndexError,
+    LookupError,
     AttributeError,
     TypeError,
-    OverflowError,
+    ArithmeticError,
     MemoryError,
-    RecursionError,
+    RuntimeError,  # of zipfile: an encrypted record, an unknown compression; and RecursionError
     ImportError,
-    struct.error,
     OSError,
 )
 
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0][:120] if lines else type(error).__name__
+    return printable(lines[0][:120]) if lines else type(error).__name__
 
 
 class _Window(io.RawIOBase):
@@ -427,116 +307,133 @@ class _Window(io.RawIOBase):
         return len(data)
 
 
-class _ZipUnpickler(SafeUnpickler):
-    def __init__(self, stream: IO[bytes], met: set[tuple[str, str]], archive: _ZipArchive) -> None:
-        super().__init__(stream, met)
-        self.archive = archive
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        """Describe a storage: `('storage', type, key, location, elements)`."""
-        kind, storage_type, key, _location, numel = pid
-        if kind != "storage" or not isinstance(storage_type, _StorageType):
-            raise pickle.UnpicklingError(f"unknown kind of storage {kind!r}")
-        return self.archive.storage(str(key), storage_type.dtype, int(numel))
-
-
-class _ZipArchive:
+class _ZipStorages:
     """The storages of one torch.save zip archive, by key."""
 
     def __init__(self, archive: zipfile.ZipFile, prefix: str, file: MappedFile, base: int) -> None:
         self.archive, self.prefix, self.file, self.base = archive, prefix, file, base
-        self.storages: dict[str, _Storage] = {}
+        self.starts: dict[str, int] = {}
 
-    def storage(self, key: str, dtype: torch.dtype, numel: int) -> _Storage:
-        if key not in self.storages:
-            record = self.archive.getinfo(f"{self.prefix}data/{key}")
-            if record.compress_type != zipfile.ZIP_STORED:
-                raise pickle.UnpicklingError("a storage is compressed, torch never does that")
-            if record.file_size < numel * dtype.itemsize:
-                raise pickle.UnpicklingError(f"storage {key} is shorter than it says")
+    def __call__(self, key: str, dtype: torch.dtype, numel: int) -> _Storage:
+        record = self.archive.getinfo(f"{self.prefix}data/{key}")
+        _refuse_compressed(self.file.path, record)
+        if record.file_size < numel * dtype.itemsize:
+            raise pickle.UnpicklingError(
+                f"storage {key} has {record.file_size} bytes, not {numel} x {dtype.itemsize}"
+            )
+        if key not in self.starts:
             # Only the local header tells how long its name and padding are.
             window = self.archive.fp
             assert window is not None
             window.seek(record.header_offset + 26)
             name_length, extra_length = struct.unpack("<HH", window.read(4))
-            start = record.header_offset + 30 + name_length + extra_length
-            self.storages[key] = _Storage(dtype, numel, self.file, self.base + start)
-        return self.storages[key]
+            self.starts[key] = record.header_offset + 30 + name_length + extra_length
+        return _Storage(dtype, numel, self.file, self.base + self.starts[key])
+
+
+def _refuse_compressed(path: Path, record: zipfile.ZipInfo) -> None:
+    """Refuse a compressed record: it cannot be mapped, and its real size is not known.
+
+    Raises:
+        InputError: The record is compressed.
+    """
+    if record.compress_type != zipfile.ZIP_STORED:
+        raise InputError(
+            f"{path} was packed again after torch.save wrote it: {printable(record.filename)} is "
+            "compressed, which torch.save never does; use the original file"
+        )
 
 
 def _read_zip(path: Path, file: MappedFile, window: _Window, base: int) -> TorchFile:
     met: set[tuple[str, str]] = set()
     with zipfile.ZipFile(window) as archive:  # type: ignore[arg-type]
-        names = archive.namelist()
-        pickles = [name for name in names if name.endswith("/data.pkl") or name == "data.pkl"]
+        names = set(archive.namelist())
+        pickles = [name for name in archive.namelist() if f"/{name}".endswith("/data.pkl")]
         if not pickles:
+            found = printable(", ".join(archive.namelist()[:3])) or "nothing"
             raise InputError(
                 f"{path} is a zip file but not one of torch.save: it holds no data.pkl "
-                f"(found {', '.join(names[:3]) or 'nothing'})"
+                f"(found {found}); expected a Megatron model file such as model_optim_rng.pt"
             )
         prefix = pickles[0].removesuffix("data.pkl")
+        if f"{prefix}constants.pkl" in names:
+            raise InputError(
+                f"{path} is a TorchScript archive, a compiled program; expected a Megatron model "
+                "file such as model_optim_rng.pt"
+            )
+        for name in (pickles[0], f"{prefix}byteorder"):
+            if name in names:
+                _refuse_compressed(path, archive.getinfo(name))
         if f"{prefix}byteorder" in names and archive.read(f"{prefix}byteorder") != b"little":
-            raise InputError(f"{path} was written on a big-endian machine, which is not supported")
-        storages = _ZipArchive(archive, prefix, file, base)
+            raise InputError(
+                f"{path} was written on a big-endian machine, which is not supported; load it and "
+                "save it again on a little-endian one"
+            )
         stream = io.BytesIO(archive.read(pickles[0]))
-        value = _ZipUnpickler(stream, met, storages).load()
+        storages = _ZipStorages(archive, prefix, file, base)
+        value = _TorchUnpickler(stream, met, storages).load()
         crcs = [record.CRC for record in archive.infolist()]
-    return TorchFile(path, _resolve(value), met, "zip", crcs)
+    return TorchFile(path, value, met, "zip", crcs)
 
 
-class _StreamUnpickler(SafeUnpickler):
-    def __init__(
-        self, stream: IO[bytes], met: set[tuple[str, str]], storages: dict[str, _Storage]
-    ) -> None:
-        super().__init__(stream, met)
-        self.storages = storages
+class _StreamStorages:
+    """The storages of the stream form; their order stands behind the pickle that refers to them."""
 
-    def persistent_load(self, pid: Any) -> Any:
-        """Describe a storage: `('storage', type, key, location, elements, view)`."""
-        if pid[0] == "module":  # a module's class and source text, kept beside it by old torch
-            return pid[1]
-        kind, storage_type, key, _location, numel, *view = pid
-        if kind != "storage" or not isinstance(storage_type, _StorageType):
-            raise pickle.UnpicklingError(f"unknown kind of storage {kind!r}")
-        if view and view[0] is not None:
-            raise pickle.UnpicklingError("storage views of torch < 0.4 are not supported")
-        return self.storages.setdefault(str(key), _Storage(storage_type.dtype, int(numel)))
+    def __init__(self, file: MappedFile) -> None:
+        self.file = file
+        self.sizes: dict[str, tuple[torch.dtype, int]] = {}
+        self.starts: dict[str, int] | None = None
+
+    def __call__(self, key: str, dtype: torch.dtype, numel: int) -> _Storage:
+        if self.sizes.setdefault(key, (dtype, numel)) != (dtype, numel):
+            raise pickle.UnpicklingError(f"storage {key} is described in two ways")
+        if self.starts is not None and key not in self.starts:
+            raise pickle.UnpicklingError(f"storage {key} is not there")
+        return _Storage(dtype, numel, self.file, 0 if self.starts is None else self.starts[key])
+
+    def locate(self, keys: Any, window: _Window, at: int, base: int) -> dict[str, int]:
+        """Return where each storage starts, given the keys in the order in which they stand."""
+        if not isinstance(keys, list):
+            raise pickle.UnpicklingError("no list of storages")
+        starts = {}
+        for key in keys:
+            if key not in self.sizes:
+                raise pickle.UnpicklingError("a storage that no tensor has")
+            dtype, numel = self.sizes[key]
+            window.seek(at)
+            (found,) = struct.unpack("<q", window.read(8))
+            if found != numel:
+                raise pickle.UnpicklingError(f"storage {key} has {found} elements, not {numel}")
+            starts[key] = base + at + 8
+            at += 8 + numel * dtype.itemsize
+        if at > window.seek(0, io.SEEK_END):
+            raise EOFError("its last storage is cut off")
+        return starts
 
 
 def _read_stream(path: Path, file: MappedFile, window: _Window, base: int) -> TorchFile:
     met: set[tuple[str, str]] = set()
-    storages: dict[str, _Storage] = {}
     stream = io.BufferedReader(window)
     if SafeUnpickler(stream, met).load() != STREAM_MAGIC:
         raise InputError(
-            f"{path} is a pickle but was not written by torch.save; expected a Megatron model file"
+            f"{path} is a pickle but was not written by torch.save; expected a Megatron model file "
+            "such as model_optim_rng.pt"
         )
     protocol = SafeUnpickler(stream, met).load()
     system = SafeUnpickler(stream, met).load()
     if protocol != 1001 or not isinstance(system, dict) or not system.get("little_endian", True):
-        raise InputError(f"{path} was written by an unknown form of torch.save ({protocol!r})")
-    value = _StreamUnpickler(stream, met, storages).load()
+        raise InputError(
+            f"{path} was written by an unknown form of torch.save; load it and save it again with "
+            "a recent torch"
+        )
+    # Twice: first to learn the storages' sizes, from which their places follow.
+    start = stream.tell()
+    storages = _StreamStorages(file)
+    _TorchUnpickler(stream, met, storages).load()
     keys = SafeUnpickler(stream, met).load()
-    at = stream.tell()
-    for key in keys:
-        storage = storages[str(key)]
-        stream.seek(at)
-        (numel,) = struct.unpack("<q", stream.read(8))
-        if numel != storage.numel:
-            raise pickle.UnpicklingError(f"storage {key} has {numel} elements, not {storage.numel}")
-        storage.file, storage.offset = file, base + at + 8
-        at += 8 + numel * storage.dtype.itemsize
-    return TorchFile(path, _resolve(value), met, "stream")
-
-
-def _resolve(value: Any) -> Any:
-    """Replace pending tensors by stored ones in nested containers (attributes of stubs stay as they are)."""
-    if isinstance(value, _PendingTensor):
-        return value.resolve()
-    if isinstance(value, dict):
-        return {key: _resolve(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_resolve(item) for item in value]
-    if type(value) is tuple:
-        return tuple(_resolve(item) for item in value)
-    return value
+    end = stream.tell()
+    stream.detach()
+    storages.starts = storages.locate(keys, window, end, base)
+    window.seek(start)
+    value = _TorchUnpickler(io.BufferedReader(window), met, storages).load()
+    return TorchFile(path, value, met, "stream")

@@ -7,7 +7,12 @@ from torch import Tensor, nn
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.dropout import Dropout
-from mlm_eval.tensor_parallel import SINGLE, TensorParallel, vocab_parallel_log_probs
+from mlm_eval.tensor_parallel import (
+    SINGLE,
+    TensorParallel,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_log_probs,
+)
 from mlm_eval.transformer import (
     Context,
     Embedding,
@@ -110,6 +115,18 @@ class BERT(nn.Module):
             tp=self.tp,
         )
 
+    def losses(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return masked-LM losses (float32, nats, differentiable) and greedy flags of `targets` `[rows]`."""
+        return vocab_parallel_cross_entropy(
+            self.lm_head(rows),
+            targets,
+            weight=self.output_table,
+            bias=self.output_layer.bias,
+            first_row=self.output_layer.first_row,
+            vocab_size=self.config.vocab_size,
+            tp=self.tp,
+        )
+
     def head_logits(self, x: Tensor, dropout: Dropout | None = None) -> dict[str, Tensor]:
         """Return the logits of every sentence-level head the model has, each `[batch, outputs]`, float32."""
         pooled = self.pooler(x) if self.config.pooler else x[:, 0]
@@ -123,7 +140,13 @@ class BERT(nn.Module):
                 ).float()
         return heads
 
+    def qa_logits(self, x: Tensor) -> Tensor:
+        """Return how well each position starts and ends the answer, `[batch, seq, 2]`, float32."""
+        return self.qa_head(x).float()  # type: ignore[no-any-return]
+
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
     """Return a replicated linear layer whose weights are filled by the loader (no random draw)."""
-    return torch.nn.utils.skip_init(nn.Linear, inputs, outputs)
+    layer = torch.nn.utils.skip_init(nn.Linear, inputs, outputs)
+    assert isinstance(layer, nn.Linear)
+    return layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,9 @@ def convert_checked(
             raise InputError(f"--dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
         torch_dtype = DTYPES[dtype]
     if vocab == "true" and tokenizer is None:
-        raise InputError("--vocab true needs the tokenizer's size; give --tokenizer or --vocab-file")
+        raise InputError(
+            "--vocab true needs the tokenizer's size; give --tokenizer or --vocab-file"
+        )
     if tokenizer is not None:
         from mlm_eval.tokenizer import check_fits
 
@@ -77,6 +80,10 @@ def convert_checked(
             allow_approximate=allow_approximate,
             on_progress=on_progress,
         )
+        if to != "hf" and tokenizer is not None:
+            (folder / "tokenizer").mkdir()
+            for file in tokenizer.files:
+                shutil.copyfile(file, folder / "tokenizer" / file.name)
         comparison = None
         if verify or conversion.approximations:
             from mlm_eval.verify import verify_conversion

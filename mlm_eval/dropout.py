@@ -23,17 +23,25 @@ EMBEDDING, HEAD = -1, -2
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Return a well-mixed function of int32 values (lowbias32); int32 products wrap around."""
-    x = x ^ ((x >> 16) & 0xFFFF)
-    x = x * _FIRST
-    x = x ^ ((x >> 15) & 0x1FFFF)
-    x = x * _SECOND
-    return x ^ ((x >> 16) & 0xFFFF)
+    """Mix int32 values well (lowbias32), in place; int32 products wrap around."""
+    # A shift of a negative number brings in ones: the masks take them away again.
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    x *= _FIRST
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)
+    x *= _SECOND
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    return x
 
 
 def _combine(key: Tensor, value: Tensor | int) -> Tensor:
     """Return a key that depends on `key` and `value`."""
-    return _mix(key * 31 + value * _GOLDEN + 1)
+    offset = _wrap(value * _GOLDEN + 1) if isinstance(value, int) else value * _GOLDEN + 1
+    return _mix(key * 31 + offset)
+
+
+def _wrap(value: int) -> int:
+    """Return the int32 number that equals `value` modulo 2**32."""
+    return (value + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 def sample_keys(seed: int, step: int, samples: Tensor) -> Tensor:
@@ -45,13 +53,14 @@ def sample_keys(seed: int, step: int, samples: Tensor) -> Tensor:
         samples: Numbers of the samples in the data, `[batch]`; rows of one sample (choices) need numbers of
             their own.
     """
-    key = _combine(torch.full_like(samples, seed & 0x7FFFFFFF, dtype=torch.int32), step)
-    return _combine(_combine(key, samples.to(torch.int32)), (samples >> 32).to(torch.int32))
+    key = _combine(torch.full_like(samples, _wrap(seed), dtype=torch.int32), step)
+    low = (samples << 32 >> 32).to(torch.int32)  # what int32 holds of it, on every device
+    return _combine(_combine(key, low), (samples >> 32).to(torch.int32))
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """The masks of one forward pass in training.
+    """The masks of one forward pass in training, over whole sequences: positions count from 0.
 
     Attributes:
         keys: What `sample_keys` returned, `[batch]`.

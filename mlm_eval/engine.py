@@ -80,8 +80,9 @@ def make_mesh(tp: int | None, dp: int | None) -> Mesh:
     """
     size = dist.get_world_size() if dist.is_initialized() else 1
     if tp is None:
-        tp = size // (dp or 1) if dp else size
-    dp = size // tp if dp is None else dp
+        tp = max(size // max(dp or 1, 1), 1)
+    if dp is None:
+        dp = max(size // max(tp, 1), 1)
     if tp < 1 or dp < 1 or tp * dp != size:
         raise InputError(
             f"tp {tp} x dp {dp} needs {max(tp, 1) * max(dp, 1)} ranks, {size} are running; "
@@ -241,6 +242,8 @@ class Engine:
         counts = torch.tensor([request.num_scored for request in requests], dtype=torch.int64)
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         done = partial.finished() if partial is not None else {}
+        # An interrupted run with a higher --limit may have done more than is asked for now.
+        done = {index: scores for index, scores in done.items() if index < len(requests)}
         todo = [i for i in range(len(requests)) if i not in done]
         batches = [
             [todo[i] for i in batch]
@@ -251,7 +254,7 @@ class Engine:
             for index, (logprobs, greedy) in done.items():
                 span = slice(int(offsets[index]), int(offsets[index + 1]))
                 values[0, span], values[1, span] = logprobs, greedy.float()
-        meter = _Meter(self, requests, batches, len(done), on_progress)
+        meter = _Meter(self, requests, batches, on_progress)
         finished: list[tuple[Batch, Tensor, Tensor]] = []
         for indices in batches[self.mesh.dp_rank :: self.mesh.dp]:
             batch = collate(requests, indices)
@@ -272,6 +275,7 @@ class Engine:
             on_device = values.to(self.device)
             dist.all_reduce(on_device, group=self.mesh.dp_group)
             values = on_device.cpu()
+        meter.finish()
         seconds = time.perf_counter() - started
         return Scores(values[0], values[1] > 0.5, offsets, seconds)
 
@@ -312,14 +316,13 @@ class _Meter:
         engine: Engine,
         requests: Sequence[Request],
         batches: list[list[int]],
-        already: int,
         on_progress: Progress | None,
     ) -> None:
         self.lengths = [request.length for request in requests]
         self.total = sum(self.lengths)
         pending = sum(self.lengths[i] for batch in batches for i in batch)
         mine = sum(self.lengths[i] for batch in batches[:: engine.dp] for i in batch)
-        self.done = self.total - pending if already else 0
+        self.done = self.total - pending
         # Rank 0 sees its own batches; the other copies of the model go at about the same pace.
         self.scale = pending / mine if mine else 1.0
         self.cuda = engine.device.type == "cuda"
@@ -329,7 +332,7 @@ class _Meter:
     def step(self, indices: list[int]) -> None:
         tokens = sum(self.lengths[i] for i in indices)
         if not self.cuda:
-            self._finish(tokens)
+            self._advance(tokens)
             return
         event = torch.cuda.Event()
         event.record()
@@ -337,9 +340,14 @@ class _Meter:
         if len(self.waiting) > self.MOST_AHEAD:
             self.waiting[0][0].synchronize()
         while self.waiting and self.waiting[0][0].query():
-            self._finish(self.waiting.popleft()[1])
+            self._advance(self.waiting.popleft()[1])
 
-    def _finish(self, tokens: int) -> None:
+    def finish(self) -> None:
+        """Report that all is done: the other copies of the model are, too."""
+        if self.report is not None:
+            self.report(self.total, self.total)
+
+    def _advance(self, tokens: int) -> None:
         self.done += round(tokens * self.scale)
         if self.report is not None:
             self.report(min(self.done, self.total), self.total)

@@ -6,7 +6,12 @@ from torch import Tensor, nn
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.dropout import Dropout
-from mlm_eval.tensor_parallel import SINGLE, TensorParallel, vocab_parallel_log_probs
+from mlm_eval.tensor_parallel import (
+    SINGLE,
+    TensorParallel,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_log_probs,
+)
 from mlm_eval.transformer import Context, Embedding, OutputLayer, TransformerBlock, rotary_tables
 
 
@@ -45,6 +50,18 @@ class GPT(nn.Module):
     def log_probs(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-probabilities (float32, nats) and greedy flags of `targets` `[rows]` given states `[rows, hidden]`."""
         return vocab_parallel_log_probs(
+            rows,
+            targets,
+            weight=self.output_table,
+            bias=self.output_layer.bias,
+            first_row=self.output_layer.first_row,
+            vocab_size=self.config.vocab_size,
+            tp=self.tp,
+        )
+
+    def losses(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return losses (float32, nats, differentiable) and greedy flags of `targets` `[rows]` given states `[rows, hidden]`."""
+        return vocab_parallel_cross_entropy(
             rows,
             targets,
             weight=self.output_table,

@@ -399,7 +399,7 @@ def launch(
         ):
             context = _start(command, ranks, port=store.port, error_dir=error_dir)
             codes, stopped = _wait(context, until=noted)
-            if noted and stopped:
+            if noted and any(code < 0 for code in codes.values()):
                 message = None if noted[0] == signal.SIGINT else f"stopped by {noted[0].name}"
                 return LaunchResult(128 + noted[0], message)
             return _outcome(Path(error_dir), codes, stopped=stopped)

@@ -87,10 +87,8 @@ class PartialScores:
                 counts = chunk.get_tensor("counts").tolist()
                 logprobs = chunk.get_tensor("logprobs").split(counts)
                 greedy = chunk.get_tensor("greedy").split(counts)
-                finished.update(
-                    (i, pair)
-                    for i, *pair in zip(indices, logprobs, greedy, strict=True)  # type: ignore[misc]
-                )
+                for index, *scores in zip(indices, logprobs, greedy, strict=True):
+                    finished[index] = (scores[0], scores[1])
         return finished
 
     def finished(self) -> Finished:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 LOGIT_CHUNK_ELEMENTS = 1 << 24
 """Logits computed at a time (64 MB in float32): the head never holds more, however many rows are scored."""
@@ -221,12 +222,16 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, first_row: int, tp: TensorParallel
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         local = targets - first_row
         mine = (local >= 0) & (local < logits.shape[1])
         local = local.where(mine, 0)
-        best = logits.amax(dim=-1) if logits.shape[1] else logits.new_full((), -torch.inf)
-        best = best.expand(targets.shape).contiguous()
+        if logits.shape[1]:
+            top, top_index = logits.max(dim=-1)
+        else:  # more ranks than rows: this rank only takes part in the sums
+            top = logits.new_full(targets.shape, -torch.inf)
+            top_index = torch.zeros_like(targets)
+        best = top.clone()
         if tp.size > 1:
             dist.all_reduce(best, op=dist.ReduceOp.MAX, group=tp.group)
         shifted = logits - best.unsqueeze(1)
@@ -235,10 +240,14 @@ class _CrossEntropy(torch.autograd.Function):
             target = shifted.gather(1, local.unsqueeze(1)).squeeze(1).where(mine, 0.0)
         exponentials = shifted.exp_()
         totals = torch.stack([exponentials.sum(dim=-1), target])
+        winner = torch.where(top == best, top_index + first_row, torch.iinfo(torch.int64).max)
         if tp.size > 1:
             dist.all_reduce(totals, group=tp.group)
+            dist.all_reduce(winner, op=dist.ReduceOp.MIN, group=tp.group)
         ctx.save_for_backward(exponentials.div_(totals[0].unsqueeze(1)), local, mine)
-        return totals[0].log() - totals[1]
+        greedy = winner == targets
+        ctx.mark_non_differentiable(greedy)
+        return totals[0].log() - totals[1], greedy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -256,12 +265,43 @@ def vocab_parallel_cross_entropy(
     weight: Tensor,
     bias: Tensor | None,
     first_row: int,
+    vocab_size: int,
     tp: TensorParallel,
-) -> Tensor:
-    """Return the loss of each row, float32 `[rows]`, differentiable; arguments as in `vocab_parallel_log_probs`.
+) -> tuple[Tensor, Tensor]:
+    """Return each row's loss, differentiable, and whether its target is the argmax; both `[rows]`.
 
-    Two all-reduces forward (maximum; sum of exponentials and target logit), one backward (the gradient of
-    `rows`).
+    Arguments as in `vocab_parallel_log_probs`; the loss is float32, in nats. Three small all-reduces
+    forward, one of the size of `rows` backward. Where all logits together would exceed
+    `LOGIT_CHUNK_ELEMENTS`, they are computed in chunks, and again for the gradient.
     """
-    logits = F.linear(copy_to_region(rows, tp), weight, bias).float()
+    rows = copy_to_region(rows, tp)
+    chunk = max(1, LOGIT_CHUNK_ELEMENTS // -(-vocab_size // tp.size))
+    if rows.shape[0] <= chunk:
+        return _loss_chunk(rows, targets, weight, bias, first_row, tp)
+    pieces = [
+        checkpoint(
+            _loss_chunk,
+            rows[i : i + chunk],
+            targets[i : i + chunk],
+            weight,
+            bias,
+            first_row,
+            tp,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        for i in range(0, rows.shape[0], chunk)
+    ]
+    return torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
+
+
+def _loss_chunk(
+    rows: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    first_row: int,
+    tp: TensorParallel,
+) -> tuple[Tensor, Tensor]:
+    logits = F.linear(rows, weight, bias).float()  # [N, V/p]
     return _CrossEntropy.apply(logits, targets, first_row, tp)  # type: ignore[no-any-return]

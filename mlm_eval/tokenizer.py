@@ -52,6 +52,8 @@ class Tokenizer:
     sha256: str
     eot_id: int | None
     backend: Any = field(repr=False, compare=False)
+    files: tuple[Path, ...] = ()
+    """What it was read from, to be copied with a converted checkpoint."""
     lower_case: bool | None = None
     missing_bytes: frozenset[int] = field(default=frozenset(), repr=False)
     """Bytes that a byte-level vocabulary has no symbol for; `tokenizers` would drop them."""
@@ -255,6 +257,7 @@ def _load_gpt2(vocab_file: Path, merge_file: Path, *, source: Path) -> Tokenizer
         source=str(source),
         vocab_size=_rows(backend),
         sha256=_sha256(vocab_file, merge_file),
+        files=(vocab_file, merge_file),
         eot_id=_first_id(backend, EOT_PIECES),
         backend=backend,
         missing_bytes=frozenset(b for b in range(256) if symbols[b] not in vocab),
@@ -285,6 +288,7 @@ def _load_bert(path: Path) -> Tokenizer:
         source=str(path),
         vocab_size=len(pieces),
         sha256=_sha256(path),
+        files=_with_config(path),
         eot_id=None,
         backend=backend,
         lower_case=lower_case,
@@ -325,6 +329,7 @@ def _load_tokenizer_json(path: Path) -> Tokenizer:
         source=str(path),
         vocab_size=_rows(backend),
         sha256=_sha256(path),
+        files=_with_config(path),
         eot_id=_first_id(backend, (stated, *EOT_PIECES) if isinstance(stated, str) else EOT_PIECES),
         backend=backend,
     )
@@ -352,9 +357,16 @@ def _load_sentencepiece(path: Path) -> Tokenizer:
         source=str(path),
         vocab_size=int(backend.get_piece_size()),
         sha256=_sha256(path),
+        files=_with_config(path),
         eot_id=int(backend.eos_id()) if backend.eos_id() >= 0 else None,
         backend=backend,
     )
+
+
+def _with_config(path: Path) -> tuple[Path, ...]:
+    """Return a tokenizer's file and the configuration beside it, which decides on the lower case."""
+    config = path.parent / "tokenizer_config.json"
+    return (path, config) if config.is_file() else (path,)
 
 
 def _rows(backend: Any) -> int:

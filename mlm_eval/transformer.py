@@ -20,10 +20,12 @@ from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.parameters import local_groups, vocab_range
 from mlm_eval.dropout import EMBEDDING, Dropout
 from mlm_eval.tensor_parallel import (
+    SINGLE,
     ColumnParallelLinear,
     RowParallelLinear,
     TensorParallel,
     VocabParallelEmbedding,
+    copy_to_region,
 )
 
 
@@ -47,10 +49,17 @@ class Context:
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm with float32 statistics; a zero-centred gain is stored as (gain - 1)."""
+    """LayerNorm or RMSNorm with float32 statistics; a zero-centred gain is stored as (gain - 1).
 
-    def __init__(self, config: ModelConfig, width: int, *, bias: bool) -> None:
+    One that works inside a parallel region, on a rank's own heads, takes the region's `tp`: its
+    weights, the same on all ranks, then get the sum of the ranks' gradients.
+    """
+
+    def __init__(
+        self, config: ModelConfig, width: int, *, bias: bool, tp: TensorParallel = SINGLE
+    ) -> None:
         super().__init__()
+        self.tp = tp
         self.rms = config.normalization == "RMSNorm"
         self.epsilon = config.layernorm_epsilon
         self.centred = config.layernorm_zero_centered_gamma
@@ -59,9 +68,11 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` normalised over its last dim."""
-        gain = self.weight + 1 if self.centred else self.weight
+        gain = copy_to_region(self.weight, self.tp)
+        gain = gain + 1 if self.centred else gain
         if not self.rms:
-            return F.layer_norm(x, gain.shape, gain, self.bias, self.epsilon)
+            bias = None if self.bias is None else copy_to_region(self.bias, self.tp)
+            return F.layer_norm(x, gain.shape, gain, bias, self.epsilon)
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.epsilon)
         return (wide * scale).to(x.dtype) * gain
@@ -153,8 +164,8 @@ class SelfAttention(nn.Module):
         )
         if config.qk_layernorm:
             bias = config.qk_layernorm_bias
-            self.q_layernorm = Norm(config, config.kv_channels, bias=bias)
-            self.k_layernorm = Norm(config, config.kv_channels, bias=bias)
+            self.q_layernorm = Norm(config, config.kv_channels, bias=bias, tp=tp)
+            self.k_layernorm = Norm(config, config.kv_channels, bias=bias, tp=tp)
         self.qk_layernorm = config.qk_layernorm
         self.linear_proj = RowParallelLinear(
             width, config.hidden_size, bias=config.add_bias_linear, tp=tp
@@ -185,6 +196,7 @@ class SelfAttention(nn.Module):
             mask = torch.ones(length - query_from, length, dtype=torch.bool, device=x.device)
             mask, causal = mask.tril(query_from), False
         dropout = context.dropout
+        assert dropout is None or query_from == 0, "masks count positions from 0"
         if dropout is not None and dropout.attention > 0.0:
             out = self._with_dropout(query, key, value, context, dropout)
         else:

@@ -47,7 +47,7 @@ def read_lines(path: Path, tokenizer: Tokenizer | None, *, limit: int | None = N
         raise InputError(
             f"{path} cannot be read as UTF-8 text ({error}); give --input a file of JSON lines"
         ) from None
-    lines = []
+    lines: list[Line] = []
     for number, content in enumerate(text.split("\n"), 1):
         if content.strip() and (limit is None or len(lines) < limit):
             lines.append(_parse(content, number, path, tokenizer))

@@ -9,121 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from huggingface_models import (
+    BERT,
+    BERT_MODELS,
+    GPT_MODELS,
+    POSITIONS,
+    gpt_model,
+    our_log_probs,
+    their_log_probs,
+    theirs,
+    tokens,
+)
 
-from mlm_eval.batching import Request
-from mlm_eval.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from mlm_eval.checkpoints.checkpoint import open_checkpoint
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.huggingface import read_folder
 from mlm_eval.checkpoints.parameters import parameters, shard_index
 from mlm_eval.checkpoints.safetensors_io import read_safetensors
-from mlm_eval.engine import Engine, load_model
+from mlm_eval.engine import load_model
 from mlm_eval.tensor_parallel import SINGLE
-
-VOCAB, POSITIONS = 40, 24
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCAB}
-LLAMA = SMALL | {"intermediate_size": 48, "max_position_embeddings": POSITIONS}
-GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB, "n_positions": POSITIONS}
-GPT2 |= {"bos_token_id": None, "eos_token_id": None}
-BERT = SMALL | {"intermediate_size": 64, "max_position_embeddings": POSITIONS}
-PARTIAL = {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-
-GPT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt2": ("GPT2", GPT2),
-    "gpt2-untied": ("GPT2", GPT2 | {"tie_word_embeddings": False, "n_inner": 24}),
-    "gpt2-erf": ("GPT2", GPT2 | {"activation_function": "gelu"}),
-    "gpt2-fast": ("GPT2", GPT2 | {"activation_function": "gelu_fast"}),
-    "gpt2-relu2": ("GPT2", GPT2 | {"activation_function": "relu2"}),
-    "llama": ("Llama", LLAMA),
-    "llama-gqa": ("Llama", LLAMA | {"num_key_value_heads": 2, "head_dim": 12}),
-    "llama-biases": ("Llama", LLAMA | {"attention_bias": True, "mlp_bias": True}),
-    "llama-attention-bias": ("Llama", LLAMA | {"attention_bias": True, "num_key_value_heads": 1}),
-    "llama-tied": ("Llama", LLAMA | {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
-    "llama3": ("Llama", LLAMA | {"rope_parameters": LLAMA3, "max_position_embeddings": 64}),
-    "llama-linear": (
-        "Llama",
-        LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 99.0}},
-    ),
-    "mistral": ("Mistral", LLAMA | {"num_key_value_heads": 2}),
-    "qwen2": ("Qwen2", LLAMA | {"num_key_value_heads": 2}),
-    "qwen3": ("Qwen3", LLAMA | {"num_key_value_heads": 2, "head_dim": 16}),
-    "stablelm": ("StableLm", LLAMA | {"num_key_value_heads": 2, "use_qkv_bias": True}),
-    "stablelm-half": ("StableLm", LLAMA | {"num_key_value_heads": 4} | PARTIAL),
-    "starcoder2": ("Starcoder2", LLAMA | {"num_key_value_heads": 2}),
-    "neox": ("GPTNeoX", LLAMA | {"use_parallel_residual": False}),
-    "neox-half": (
-        "GPTNeoX",
-        LLAMA | {"use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_new"} | PARTIAL,
-    ),
-}
-BERT_MODELS = [
-    f"{family}{head}"
-    for family in ("Bert", "MegatronBert")
-    for head in (
-        "ForPreTraining",
-        "ForMaskedLM",
-        "ForSequenceClassification",
-        "ForMultipleChoice",
-        "ForNextSentencePrediction",
-        "ForQuestionAnswering",
-        "Model",
-    )
-]
-
-
-def randomize(model: torch.nn.Module) -> None:
-    """Fill every parameter with noise: zero biases and unit gains would hide a wrong order."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(0.0, 0.2, generator=generator)
-            if name.lower().endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight", "ln.weight")):
-                parameter += 1
-
-
-def theirs(name: str, settings: dict[str, Any]) -> Any:
-    """Return a small random transformers model."""
-    import transformers
-
-    architecture = next(
-        base
-        for base in ("MegatronBert", "Bert", name.removesuffix("ForCausalLM").removesuffix("LMHeadModel"))
-        if name.startswith(base)
-    )
-    config = getattr(transformers, f"{architecture}Config")(**settings)
-    model = getattr(transformers, name)(config).eval()
-    randomize(model)
-    return model
-
-
-def gpt_model(kind: str) -> Any:
-    name, settings = GPT_MODELS[kind]
-    return theirs(f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM", settings)
-
-
-def tokens(rows: int = 2) -> Tensor:
-    return torch.randint(VOCAB, (rows, POSITIONS), generator=torch.Generator().manual_seed(2))
-
-
-def our_log_probs(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
-    """Return the log-probabilities of all tokens but the first, `[rows, positions - 1]`."""
-    engine = Engine.load(checkpoint, dtype="float32")
-    scores = engine.score([Request(row, row.numel() - 1) for row in ids])
-    return scores.logprobs.view(len(ids), -1)
-
-
-def their_log_probs(model: Any, ids: Tensor) -> Tensor:
-    with torch.inference_mode():
-        everything = model(ids).logits[:, :-1].log_softmax(-1)
-    return everything.gather(-1, ids[:, 1:, None]).squeeze(-1)
 
 
 @pytest.mark.parametrize("kind", GPT_MODELS)
@@ -156,15 +60,23 @@ def test_bert_heads_agree_with_transformers(name: str, tmp_path: Path) -> None:
         states = bert(ids, mask, types)
         heads = bert.head_logits(states)
         if name.endswith("Model"):
-            torch.testing.assert_close(states[real], expected.last_hidden_state[real], rtol=0, atol=1e-4)
-            torch.testing.assert_close(bert.pooler(states), expected.pooler_output, rtol=0, atol=1e-4)
+            torch.testing.assert_close(
+                states[real], expected.last_hidden_state[real], rtol=0, atol=1e-4
+            )
+            torch.testing.assert_close(
+                bert.pooler(states), expected.pooler_output, rtol=0, atol=1e-4
+            )
         elif name.endswith("QuestionAnswering"):
             spans = torch.stack([expected.start_logits, expected.end_logits], dim=-1)
             torch.testing.assert_close(bert.qa_head(states)[real], spans[real], rtol=0, atol=1e-4)
         elif name.endswith("MultipleChoice"):
-            torch.testing.assert_close(heads["multichoice_head"].T, expected.logits, rtol=0, atol=1e-4)
+            torch.testing.assert_close(
+                heads["multichoice_head"].T, expected.logits, rtol=0, atol=1e-4
+            )
         elif name.endswith("SequenceClassification"):
-            torch.testing.assert_close(heads["classification_head"], expected.logits, rtol=0, atol=1e-4)
+            torch.testing.assert_close(
+                heads["classification_head"], expected.logits, rtol=0, atol=1e-4
+            )
         elif name.endswith("NextSentencePrediction"):
             torch.testing.assert_close(heads["binary_head"], expected.logits, rtol=0, atol=1e-4)
         else:
@@ -233,15 +145,18 @@ def test_two_tables_in_a_tied_model_are_both_used(tmp_path: Path) -> None:
 def test_norms_named_gamma_and_beta(tmp_path: Path) -> None:
     """bert-base-uncased still holds the names that it had in TensorFlow."""
     model = theirs("BertForPreTraining", BERT)
-    model.save_pretrained(tmp_path)
-    expected = read_folder(tmp_path).tensors
+    model.save_pretrained(tmp_path / "new")
+    expected = read_folder(tmp_path / "new").tensors
     state = {
-        key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+        key.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): value
         for key, value in model.state_dict().items()
     }
-    (tmp_path / "model.safetensors").unlink()
-    torch.save(state, tmp_path / "pytorch_model.bin")
-    tensors = read_folder(tmp_path).tensors
+    (tmp_path / "old").mkdir()
+    shutil.copy(tmp_path / "new" / "config.json", tmp_path / "old")
+    torch.save(state, tmp_path / "old" / "pytorch_model.bin")
+    tensors = read_folder(tmp_path / "old").tensors
     assert all(torch.equal(tensors[key].read(), expected[key].read()) for key in expected)
 
 
@@ -284,7 +199,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("gpt2", {"model_type": "mixtral"}, "'mixtral', which mlm-eval does not compute; known are gpt2, llama"),
+        (
+            "gpt2",
+            {"model_type": "mixtral"},
+            "'mixtral', which mlm-eval does not compute; known are gpt2, llama",
+        ),
         ("gpt2", {"scale_attn_weights": False}, "unscaled attention scores"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scores scaled by layer"),
         ("gpt2", {"activation_function": "quick_gelu"}, "'quick_gelu' is not supported"),
@@ -296,7 +215,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("gpt2", {"vocab_size": 41}, "says vocab_size 41, the embeddings have 40 rows"),
         ("gpt2", {"quantization_config": {"bits": 4}}, "quantized weights"),
         ("llama", {"hidden_act": "gelu"}, "'gelu' is not supported for llama"),
-        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' .rope_scaling. are not"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "'dynamic' .rope_scaling. are not",
+        ),
         ("llama", {"attention_bias": True}, "lacks model.layers.0.self_attn.q_proj.bias"),
         ("neox", {"use_parallel_residual": None}, "side by side"),
     ],
@@ -324,7 +247,11 @@ def test_damaged_folders_end_in_one_sentence(saved: Path, tmp_path: Path) -> Non
 
     folder, shards = fresh()
     data = shards[0].read_bytes()
-    for cut, message in ((len(data) - 4, "cut off: .* ends at byte"), (40, "cut off"), (3, "cut off")):
+    for cut, message in (
+        (len(data) - 4, "cut off: .* ends at byte"),
+        (40, "cut off"),
+        (3, "cut off"),
+    ):
         shards[0].write_bytes(data[:cut])
         with pytest.raises(InputError, match=message):
             read_folder(folder)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tmp_ranks import run_ranks
+from ranks import run_ranks
 from torch import Tensor, nn
 
 from mlm_eval import tensor_parallel
@@ -18,6 +18,7 @@ from mlm_eval.tensor_parallel import (
     VocabParallelEmbedding,
     copy_to_region,
     reduce_from_region,
+    vocab_parallel_cross_entropy,
     vocab_parallel_log_probs,
 )
 
@@ -299,3 +300,38 @@ def test_half_precision_scores_are_summed_in_float32():
     rows, table = torch.ones(1, 2).half(), torch.zeros(1 << 16, 2).half()
     logprobs, _ = log_probs_on_a_rank(rows, torch.tensor([5]), table, None, None)
     torch.testing.assert_close(logprobs, -torch.tensor([65536.0]).log(), rtol=1e-6, atol=0)
+
+
+def cross_entropy_on_a_rank(
+    rows: Tensor, targets: Tensor, table: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tp = here()
+    start, stop = vocab_range(len(table), tp.rank, tp.size)
+    rows = rows.clone().requires_grad_()
+    weight, bias = (
+        whole[start:stop].clone().requires_grad_() for whole in (table, bias)
+    )
+    losses = vocab_parallel_cross_entropy(
+        rows, targets, weight=weight, bias=bias, first_row=start, tp=tp
+    )
+    (losses * torch.arange(1.0, len(rows) + 1)).sum().backward()
+    assert rows.grad is not None and weight.grad is not None and bias.grad is not None
+    return losses.detach(), rows.grad, weight.grad, bias.grad
+
+
+@pytest.mark.parametrize(("vocab", "size"), VOCABULARIES)
+def test_split_cross_entropy_is_torchs_forward_and_backward(vocab, size):
+    rows, table, bias = noise(9, WIDTH, seed=2), noise(vocab, WIDTH, seed=3), noise(vocab, seed=4)
+    targets = torch.arange(9) % vocab
+    whole = [tensor.clone().requires_grad_() for tensor in (rows, table, bias)]
+    expected = F.cross_entropy(F.linear(*whole), targets, reduction="none")
+    (expected * torch.arange(1.0, 10)).sum().backward()
+
+    per_rank = run_ranks(size, cross_entropy_on_a_rank, rows, targets, table, bias)
+
+    for losses, gradient, _, _ in per_rank:
+        torch.testing.assert_close(losses, expected.detach(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(gradient, whole[0].grad, rtol=0, atol=1e-4)
+    for place, tensor in [(2, whole[1]), (3, whole[2])]:
+        merged = torch.cat([answer[place] for answer in per_rank])
+        torch.testing.assert_close(merged, tensor.grad, rtol=0, atol=1e-4)

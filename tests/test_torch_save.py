@@ -97,7 +97,7 @@ def test_the_own_reader_reads_the_file(path: Path) -> None:
 def test_storages_are_aligned_and_their_checksums_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zip64_from: int
 ) -> None:
-    """With the 64-bit headers of records beyond 4 GB too, which change the place of what follows."""
+    """Also with the 64-bit headers of records beyond 4 GB, which move what follows."""
     monkeypatch.setattr(torch_save, "_ZIP64_FROM", zip64_from)
     path = tmp_path / "file.pt"
     # Names and sizes of many lengths, so that the padding takes every value.
