@@ -280,7 +280,7 @@ def write_config(
     for entry in family.fields:
         value = getattr(config, entry.setting)
         hf[entry.key] = float(value) if TYPES[entry.setting] == "float" else value
-    names = {ours: theirs for theirs, ours in reversed(family.activations.items())}
+    names = {ours: theirs for theirs, ours in reversed(list(family.activations.items()))}
     hf[family.activation_key] = names[config.activation]
     hf.update(switches)
     hf["tie_word_embeddings"] = not config.untie_embeddings_and_output_weights

@@ -112,8 +112,6 @@ def write_huggingface(
     warnings = list(files.warnings) if files is not None else []
     checkpoint, vocab_note = _choose_vocab(checkpoint, vocab, true_vocab_size, files, warnings)
     plan = plan_conversion(checkpoint, dtype=dtype, allow_approximate=allow_approximate)
-    if vocab_note:
-        plan.notes.append(vocab_note)
     special = _special_tokens(checkpoint, files)
     plan.hf.update(special)
     shards = plan_shards(plan.tensors, limit, dtype)
@@ -137,11 +135,13 @@ def write_huggingface(
             vocab_size=plan.hf["vocab_size"],
             num_bytes=total,
             files=sorted([*(entry.name for entry in folder.iterdir()), "README.md"]),
-            notes=plan.notes,
+            notes=[*plan.notes, *([vocab_note] if vocab_note else [])],
             approximations=plan.approximations,
             warnings=warnings,
         )
-        (folder / "README.md").write_text(_readme(checkpoint, plan, report), encoding="utf-8")
+        (folder / "README.md").write_text(
+            _readme(checkpoint, plan, report, vocab_note), encoding="utf-8"
+        )
     return report
 
 
@@ -191,7 +191,10 @@ def _choose_vocab(
     files: TokenizerPlan | None,
     warnings: list[str],
 ) -> tuple[Checkpoint, str | None]:
-    """Return the checkpoint with the rows to write, and a note where some are left out."""
+    """Return the checkpoint with the rows to write, and a note where some are left out.
+
+    Megatron's softmax runs over the padding rows too: without them every probability grows a little.
+    """
     if vocab not in ("true", "padded"):
         raise InputError(f"--vocab {vocab!r} is unknown; use padded or true")
     stored = checkpoint.config.vocab_size
@@ -291,17 +294,20 @@ class _Meter:
             self.report(self.done, self.total)
 
 
-def _readme(checkpoint: Checkpoint, plan: Plan, report: Report) -> str:
+def _readme(checkpoint: Checkpoint, plan: Plan, report: Report, vocab_note: str | None) -> str:
     """Return the model card: what the folder was made from, and what was changed."""
     p, c = checkpoint.provenance, checkpoint.config
+    name = p.path.name
+    if re.fullmatch(r"release|iter_\d+", name):
+        name = f"{p.path.resolve().parent.name}/{name}"
     facts = [p.format]
     if p.checkpoint_version is not None:
-        facts.append(f"checkpoint version {p.checkpoint_version:g}")
+        facts.append(f"checkpoint version {p.checkpoint_version:.1f}")
     if p.format != "huggingface":
         facts.append(
             f"tensor parallel {p.tensor_parallel} x pipeline parallel {p.pipeline_parallel}"
         )
-    if p.iteration is not None:
+    if isinstance(p.iteration, int):
         facts.append(f"iteration {p.iteration}")
     key = "activation_function" if "activation_function" in plan.hf else "hidden_act"
     activation = (
@@ -309,10 +315,10 @@ def _readme(checkpoint: Checkpoint, plan: Plan, report: Report) -> str:
         f"written as `{plan.hf[key]}`"
     )
     rows = {
-        "made from": f"{p.path.name}: {', '.join(facts)}",
+        "made from": f"{name}: {', '.join(facts)}",
         "digest of the source": f"`{p.digest}`",
         "weights": f"{checkpoint.num_parameters:,} parameters, {report.dtype}",
-        "vocabulary": f"{report.vocab_size} rows",
+        "vocabulary": vocab_note or f"{report.vocab_size} rows, all that the source has",
         "activation": activation,
     }
     lines = [
@@ -330,7 +336,7 @@ def _readme(checkpoint: Checkpoint, plan: Plan, report: Report) -> str:
         *(f"| {name} | {value} |" for name, value in rows.items()),
     ]
     for title, sentences in (
-        ("Changes of form (the function is the same)", report.notes),
+        ("Changes of form (the function is the same)", plan.notes),
         ("Approximations (the function differs)", report.approximations),
         ("To know about the source", [*p.warnings, *report.warnings]),
     ):

@@ -29,6 +29,7 @@ from mlm_eval.checkpoints.distcp import (
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import Concat, LazyTensor
 from mlm_eval.checkpoints.megatron_config import build_config
+from mlm_eval.checkpoints.safe_pickle import attributes_of
 from mlm_eval.checkpoints.unpickle import TorchFile, read_torch_file
 
 COMMON = "common.pt"
@@ -57,9 +58,7 @@ class Common:
     @property
     def args(self) -> dict[str, Any]:
         """Megatron's saved args; empty where there are none."""
-        args = self.values.get("args")
-        # `vars` of a stub or of our Namespace: plain attributes, never a property of a class.
-        return dict(vars(args)) if hasattr(args, "__dict__") else {}
+        return attributes_of(self.values.get("args"))
 
 
 def read_iteration(folder: Path, overrides: dict[str, Any]) -> Checkpoint:

@@ -207,4 +207,4 @@ def _cast(values: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
 
 def _write_values(stream: IO[bytes], values: Tensor) -> None:
     # numpy has no bfloat16: write the bytes as they are.
-    stream.write(memoryview(values.contiguous().view(-1).view(torch.uint8).numpy()))
+    stream.write(values.contiguous().view(-1).view(torch.uint8).numpy().data)

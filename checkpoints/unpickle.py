@@ -149,7 +149,7 @@ class _TorchUnpickler(SafeUnpickler):
         return super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> Any:
-        """Describe a storage: `('storage', type, key, location, elements)`; a stream adds one."""
+        """Describe a storage: `('storage', type, key, location, elements[, view])`."""
         if not isinstance(pid, tuple) or len(pid) not in (4, 5, 6):
             raise pickle.UnpicklingError("a reference to something else than a storage")
         if pid[0] == "module" and len(pid) == 4:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mlm_eval.batching import pack
 from mlm_eval.bert import BERT
+from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 
 if TYPE_CHECKING:
@@ -129,28 +130,33 @@ def check_inputs(inputs: Sequence[BertInput], engine: Engine) -> None:
     Raises:
         InputError: Lengths differ, an input is empty or too long, or an id is outside its table.
     """
-    config = engine.config
     for index, item in enumerate(inputs):
-        length = item.tokens.numel()
-        if not 1 <= length <= config.max_position_embeddings:
-            raise InputError(
-                f"input {index} has {length} tokens; this BERT takes 1 to "
-                f"{config.max_position_embeddings}, "
-                "so shorten it"
-            )
-        if int(item.tokens.min()) < 0 or int(item.tokens.max()) >= config.vocab_size:
-            raise InputError(
-                f"input {index} holds a token id outside the vocabulary of {config.vocab_size} "
-                "rows; "
-                "the tokenizer does not belong to this checkpoint"
-            )
-        for name, values, limit in (
-            ("tokentypes", item.tokentypes, max(config.num_tokentypes, 1)),
-            ("padding_mask", item.padding_mask, 2),
-        ):
-            if values is None:
-                continue
-            if values.numel() != length:
-                raise InputError(f"input {index}: {values.numel()} {name} for {length} tokens")
-            if int(values.min()) < 0 or int(values.max()) >= limit:
-                raise InputError(f"input {index}: {name} must lie in 0 to {limit - 1}")
+        fault = find_fault(item, engine.config)
+        if fault is not None:
+            raise InputError(f"input {index} {fault}")
+
+
+def find_fault(item: BertInput, config: ModelConfig) -> str | None:
+    """Return why a model cannot run an input, as the rest of a sentence about it; None if it can."""
+    length = item.tokens.numel()
+    positions = config.max_position_embeddings
+    if not 1 <= length <= positions:
+        return f"has {length} tokens; this BERT takes 1 to {positions}, so shorten it"
+    if int(item.tokens.min()) < 0 or int(item.tokens.max()) >= config.vocab_size:
+        return (
+            f"holds a token id outside the vocabulary of {config.vocab_size} rows; the tokenizer "
+            "does not belong to this checkpoint"
+        )
+    for name, values, limit in (
+        ("tokentypes", item.tokentypes, max(config.num_tokentypes, 1)),
+        ("padding_mask", item.padding_mask, 2),
+    ):
+        if values is None:
+            continue
+        if values.numel() != length:
+            return f"has {values.numel()} {name} for {length} tokens; give one for each token"
+        if int(values.min()) < 0 or int(values.max()) >= limit:
+            return f"has {name} outside 0 to {limit - 1}, which is all that this model knows"
+    if item.padding_mask is not None and not item.padding_mask.any():
+        return "has a padding_mask that keeps no token; mark the real tokens with 1"
+    return None

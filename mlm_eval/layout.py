@@ -93,9 +93,9 @@ def smallest_fitting_tp(checkpoint: Checkpoint, *, free: int, itemsize: int, lim
 def _fill(running: int, tp: int | None, dp: int | None) -> tuple[int, int]:
     """Let the size that is not given follow from the number of running ranks."""
     if tp is None:
-        tp = running // dp if dp else 1
+        tp = max(running // dp, 1) if dp else 1
     if dp is None:
-        dp = running // tp if tp else 0
+        dp = max(running // tp, 1)
     if tp * dp != running:
         raise InputError(
             f"--tp {tp} x --dp {dp} is {tp * dp} ranks, {running} are running; give sizes whose "

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlm_eval.bert import BERT
+from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.dropout import Dropout
 from mlm_eval.gpt import GPT
 from mlm_eval.training_data import NO_LABEL, Batch, Sample
@@ -32,6 +33,10 @@ class Objective(ABC):
     def weight(self, sample: Sample) -> float:
         """Return how much a sample counts in the mean loss: here 1."""
         return 1.0
+
+    def unused(self, config: ModelConfig) -> tuple[str, ...]:
+        """Return how the names of the parameters begin that the loss does not reach."""
+        return ()
 
     @abstractmethod
     def loss_and_hits(
@@ -120,6 +125,10 @@ class MaskedLM(Objective):
         """Return the number of hidden tokens."""
         assert isinstance(sample.label, Tensor)
         return float((sample.label[1:] != NO_LABEL).sum())
+
+    def unused(self, config: ModelConfig) -> tuple[str, ...]:
+        """Return the pooler where no binary head reads it."""
+        return () if config.binary_head else ("pooler.",)
 
     def loss_and_hits(
         self, model: BERT, batch: Batch, dropout: Dropout | None

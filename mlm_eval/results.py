@@ -95,6 +95,27 @@ def write_text(path: str | Path, content: str) -> Path:
     return target
 
 
+def check_writable(path: str | Path) -> None:
+    """Refuse a place for a file before the work, not after it.
+
+    Raises:
+        InputError: `write_text` could not write there.
+    """
+    target = Path(path)
+    place = target.absolute().parent
+    while not place.exists():  # missing folders will be made
+        place = place.parent
+    reason = None
+    if target.is_dir():
+        reason = "it is a folder"
+    elif not place.is_dir():
+        reason = f"{place} is no folder"
+    elif not os.access(place, os.W_OK):
+        reason = f"no permission to write in {place}"
+    if reason is not None:
+        raise InputError(f"{target} cannot be written: {reason}; name another file with --output")
+
+
 def exponential(exponent: float) -> float:
     """Return e to the `exponent`; infinity where that overflows a float64 (above 709.78)."""
     try:

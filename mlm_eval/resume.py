@@ -30,6 +30,9 @@ FLUSH_SECONDS = 20.0
 Finished = dict[int, tuple[Tensor, Tensor]]
 """Request index -> (log-probabilities, greedy flags)."""
 
+Chunk = dict[str, Tensor]
+"""`indices` and `counts` `[requests]`, `logprobs` and `greedy` `[sum of counts]`."""
+
 
 def resume_key(**parts: Any) -> str:
     """Return a digest of what decides the scores."""
@@ -48,48 +51,41 @@ class PartialScores:
             resume: Use the chunks that are there. Without, they are removed by rank 0.
 
         Raises:
-            InputError: The chunks there are of another checkpoint, file or setting.
+            InputError: The chunks there are of another checkpoint, file or setting, or damaged, or
+                cannot be removed.
         """
         self.folder, self.key = folder, key
         self._buffer: list[tuple[list[int], list[int], Tensor, Tensor]] = []
         self._last_flush = time.monotonic()
-        self._chunk = 0
-        self._finished = self._share(resume)
+        self._finished = _taken_apart(self._share(resume))
 
-    def _share(self, resume: bool) -> Finished:
+    def _share(self, resume: bool) -> list[Chunk]:
         """Let rank 0 read, and give all ranks the same: they must agree on what is left."""
         found: list[Any] = [None]
         if not dist.is_initialized() or dist.get_rank() == 0:
             try:
-                found[0] = self._read() if resume else {}
+                found[0] = self._read() if resume else self._clear()
             except InputError as error:  # every rank must leave, not only this one
                 found[0] = error
-            if not resume and self.folder.is_dir():
-                shutil.rmtree(self.folder)
         if dist.is_initialized():
             dist.broadcast_object_list(found, src=0)
         if isinstance(found[0], InputError):
             raise found[0]
         return found[0]  # type: ignore[no-any-return]
 
-    def _read(self) -> Finished:
-        from safetensors import safe_open
+    def _read(self) -> list[Chunk]:
+        return [_read_chunk(path, self.key) for path in sorted(self.folder.glob("*.safetensors"))]
 
-        finished: Finished = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as chunk:
-                if (chunk.metadata() or {}).get("key") != self.key:
-                    raise InputError(
-                        f"{self.folder} holds scores of another checkpoint, data file or setting; "
-                        "run without --resume to start anew, or give another --output"
-                    )
-                indices = chunk.get_tensor("indices").tolist()
-                counts = chunk.get_tensor("counts").tolist()
-                logprobs = chunk.get_tensor("logprobs").split(counts)
-                greedy = chunk.get_tensor("greedy").split(counts)
-                for index, *scores in zip(indices, logprobs, greedy, strict=True):
-                    finished[index] = (scores[0], scores[1])
-        return finished
+    def _clear(self) -> list[Chunk]:
+        try:
+            if self.folder.is_dir():
+                shutil.rmtree(self.folder)
+        except OSError as error:
+            raise InputError(
+                f"{self.folder}, left by an interrupted run, cannot be removed ({error.strerror}); "
+                "remove it, or give another --output"
+            ) from None
+        return []
 
     def finished(self) -> Finished:
         """Return the scores of earlier runs."""
@@ -109,25 +105,67 @@ class PartialScores:
         self._last_flush = time.monotonic()
         if not self._buffer:
             return
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         indices, counts, logprobs, greedy = zip(*self._buffer, strict=True)
         self._buffer = []
-        self.folder.mkdir(parents=True, exist_ok=True)
         rank = dist.get_rank() if dist.is_initialized() else 0
-        # The process id keeps the chunks of a resumed run apart from the earlier ones.
-        path = self.folder / f"{self._chunk:06d}-{rank}-{os.getpid()}.safetensors"
-        self._chunk += 1
+        # The time keeps the chunks of a resumed run apart from the earlier ones; in a container
+        # every run may have the same process id.
+        path = self.folder / f"{time.time_ns()}-{rank}.safetensors"
         beside = path.with_suffix(".part")
-        tensors = {
+        chunk: Chunk = {
             "indices": torch.tensor([i for part in indices for i in part]),
             "counts": torch.tensor([n for part in counts for n in part]),
             "logprobs": torch.cat([part.cpu() for part in logprobs]),
             "greedy": torch.cat([part.cpu() for part in greedy]),
         }
-        save_file(tensors, beside, metadata={"key": self.key})
-        os.replace(beside, path)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(chunk, beside, metadata={"key": self.key})
+            os.replace(beside, path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"the scores so far cannot be kept in {self.folder} ({error}); "
+                "give --output a place with room"
+            ) from None
 
     def remove(self) -> None:
         """Delete the chunks: the run is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _read_chunk(path: Path, key: str) -> Chunk:
+    """Return the scores in one file.
+
+    Raises:
+        InputError: It is damaged, or of another run.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            its_key = (file.metadata() or {}).get("key")
+            chunk = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{path} is damaged ({error}); delete it, so that its part is scored again, or run "
+            "without --resume"
+        ) from None
+    if its_key != key:
+        raise InputError(
+            f"{path.parent} holds scores of another checkpoint, data file or setting; "
+            "run without --resume to start anew, or give another --output"
+        )
+    return chunk
+
+
+def _taken_apart(chunks: list[Chunk]) -> Finished:
+    """Return each request's own part of the chunks."""
+    finished: Finished = {}
+    for chunk in chunks:
+        counts = chunk["counts"].tolist()
+        parts = zip(chunk["logprobs"].split(counts), chunk["greedy"].split(counts), strict=True)
+        finished.update(zip(chunk["indices"].tolist(), parts, strict=True))
+    return finished

@@ -153,7 +153,7 @@ def vocab_parallel_log_probs(
 ) -> tuple[Tensor, Tensor]:
     """Return the log-probability of each target and whether it is the argmax.
 
-    Three small all-reduces per chunk of rows: the maximum, the pair (sum of exponentials, target's logit),
+    Three small all-reduces per chunk of rows: the pair (maximum, target's logit), the sum of exponentials,
     and the lowest index among the maxima. Logits are never gathered.
 
     Args:
@@ -192,25 +192,52 @@ def _log_probs_chunk(
     logits = F.linear(rows, weight, bias).float()  # [N, V/p]
     local = targets - first_row
     mine = (local >= 0) & (local < weight.shape[0])
-    if weight.shape[0] == 0:
-        top = logits.new_full((rows.shape[0],), -torch.inf)
-        top_index = targets.new_zeros(rows.shape[0])
-        target_logit = logits.new_zeros(rows.shape[0])
-    else:
-        top, top_index = logits.max(dim=-1)  # [N]
-        target_logit = logits.gather(1, local.where(mine, 0).unsqueeze(1)).squeeze(1)
-        target_logit = target_logit.where(mine, 0.0)
-    best = top.clone()
+    peaks = logits.new_full((2, rows.shape[0]), -torch.inf)  # the maximum, and the target's logit
+    if weight.shape[0]:
+        peaks[0] = logits.amax(dim=-1)
+        target_logits = logits.gather(1, local.where(mine, 0).unsqueeze(1)).squeeze(1)
+        peaks[1] = target_logits.where(mine, -torch.inf)
+    own_best = peaks[0].clone()
     if tp.size > 1:
-        dist.all_reduce(best, op=dist.ReduceOp.MAX, group=tp.group)
+        dist.all_reduce(peaks, op=dist.ReduceOp.MAX, group=tp.group)
+    best, target = peaks
+    greedy = _is_argmax(logits, targets, target == best, own_best == best, first_row, tp)
     sums = logits.sub_(best.unsqueeze(1)).exp_().sum(dim=-1)
-    totals = torch.stack([sums, target_logit])  # [2, N]
-    # A rank that does not hold the maximum must not win the argmax.
-    winner = torch.where(top == best, top_index + first_row, torch.iinfo(torch.int64).max)
     if tp.size > 1:
-        dist.all_reduce(totals, group=tp.group)
-        dist.all_reduce(winner, op=dist.ReduceOp.MIN, group=tp.group)
-    return totals[1] - best - totals[0].log(), winner == targets
+        dist.all_reduce(sums, group=tp.group)
+    return target - best - sums.log(), greedy
+
+
+def _is_argmax(
+    logits: Tensor,
+    targets: Tensor,
+    tied: Tensor,
+    has_best: Tensor,
+    first_row: int,
+    tp: TensorParallel,
+) -> Tensor:
+    """Return whether each target is the lowest id with the largest logit, bool `[rows]`.
+
+    Args:
+        logits: `[rows, vocab / tp]`.
+        targets: Token ids, `[rows]`.
+        tied: Where the target's logit is the largest, the same on every rank: only there is it asked
+            whether a lower id has the same logit.
+        has_best: Where this rank's rows of the table hold the largest logit.
+        first_row: Token id of the first column.
+        tp: The tensor-parallel group.
+    """
+    # On a GPU all rows are looked at: choosing some would make the host wait for the device.
+    chosen = slice(None) if logits.is_cuda else tied.nonzero().squeeze(1)
+    some = logits[chosen]
+    lowest = targets.new_full((some.shape[0],), torch.iinfo(torch.int64).max)
+    if logits.shape[1] and some.shape[0]:
+        lowest = torch.where(has_best[chosen], some.argmax(dim=-1) + first_row, lowest)
+    if tp.size > 1:
+        dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=tp.group)
+    greedy = torch.zeros_like(tied)
+    greedy[chosen] = lowest == targets[chosen]
+    return greedy & tied
 
 
 class _CrossEntropy(torch.autograd.Function):

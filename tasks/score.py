@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,23 @@ import torch
 from torch import Tensor
 
 from mlm_eval.batching import Request
+from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.encoding import BertInput, run_bert
+from mlm_eval.encoding import BertInput, find_fault, run_bert
 from mlm_eval.engine import Engine
+from mlm_eval.results import write_text
 from mlm_eval.tasks.wikitext103 import windows
 from mlm_eval.tokenizer import Tokenizer
+
+FORM = '{"tokens": [...]} or {"text": "..."}, one JSON object a line'
 
 
 @dataclass(frozen=True)
 class Line:
     """One line of the input: one sequence, or the choices of one question."""
 
-    number: int
+    where: str
+    """File and line number, for messages."""
     rows: list[list[int]]
     choices: bool = False
     tokentypes: list[list[int]] | None = None
@@ -57,13 +61,13 @@ def read_lines(path: Path, tokenizer: Tokenizer | None, *, limit: int | None = N
 
 
 def _parse(content: str, number: int, path: Path, tokenizer: Tokenizer | None) -> Line:
-    where = f"{path} line {number}"
+    where = f"{path}, line {number}"
     try:
         record = json.loads(content)
-    except ValueError as error:
-        raise InputError(f"{where} is not valid JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not JSON ({error}); expected {FORM}") from None
     if not isinstance(record, dict):
-        raise InputError(f"{where} is not a JSON object")
+        raise InputError(f"{where} holds {content!r:.80}; expected {FORM}")
     choices = "choices" in record
     if choices:
         rows = _lists(record["choices"], "choices", where)
@@ -72,27 +76,35 @@ def _parse(content: str, number: int, path: Path, tokenizer: Tokenizer | None) -
     elif isinstance(record.get("text"), str):
         if tokenizer is None:
             raise InputError(f"{where} holds text, which needs --tokenizer DIR or --vocab-file F")
-        rows = [tokenizer.encode(record["text"])]
+        rows = [_encode(record["text"], tokenizer, where)]
     else:
-        raise InputError(f'{where} has neither "tokens", "text" nor "choices"')
+        raise InputError(f'{where} has neither "tokens", "text" nor "choices"; expected {FORM}')
     extras: dict[str, list[list[int]] | None] = {}
     for name in ("tokentypes", "padding_mask"):
         value = record.get(name)
         if value is not None:
             extras[name] = _lists(value if choices else [value], name, where)
             if [len(row) for row in extras[name] or []] != [len(row) for row in rows]:
-                raise InputError(f"{where}: {name} and tokens differ in length")
+                raise InputError(f"{where}: {name} and tokens differ in length; give one each")
     if any(not row for row in rows):
-        raise InputError(f"{where} holds an empty sequence")
-    return Line(number, rows, choices, extras.get("tokentypes"), extras.get("padding_mask"))
+        raise InputError(f"{where} holds an empty sequence; give at least one token")
+    return Line(where, rows, choices, extras.get("tokentypes"), extras.get("padding_mask"))
+
+
+def _encode(text: str, tokenizer: Tokenizer, where: str) -> list[int]:
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InputError(f"{where} holds half of a surrogate pair, which is no text; correct it")
+    return tokenizer.encode(text)
 
 
 def _lists(value: Any, name: str, where: str) -> list[list[int]]:
     good = isinstance(value, list) and all(
-        isinstance(row, list) and all(type(item) is int for item in row) for row in value
+        isinstance(row, list) and all(type(item) is int and abs(item) < 1 << 62 for item in row)
+        for row in value
     )
     if not good or not value:
-        raise InputError(f"{where}: {name} must be a list of token ids (integers)")
+        kind = "lists of integers, one a choice" if name == "choices" else "integers"
+        raise InputError(f"{where}: {name} must be a list of {kind}")
     return value  # type: ignore[no-any-return]
 
 
@@ -117,32 +129,32 @@ def score_lines(
         InputError: A line does not fit the model; the message names it.
     """
     for line in lines:
-        for row in line.rows:
-            _check_row(row, line, engine)
+        _check_line(line, engine.config)
     if engine.config.family == "bert":
         yield from _score_bert(engine, lines)
     else:
         yield from _score_gpt(engine, lines, stride, on_progress)
 
 
-def _check_row(row: list[int], line: Line, engine: Engine) -> None:
-    positions, rows = engine.config.max_position_embeddings, engine.config.vocab_size
-    outside = next((token for token in row if not 0 <= token < rows), None)
+def _check_line(line: Line, config: ModelConfig) -> None:
+    """Refuse a line that the model cannot score, by its place in the file."""
+    if config.family == "bert":
+        for item in _bert_inputs(line):
+            fault = find_fault(item, config)
+            if fault is not None:
+                raise InputError(f"{line.where} {fault}")
+        return
+    if line.choices or line.tokentypes or line.padding_mask:
+        raise InputError(
+            f"{line.where} has BERT fields (choices, tokentypes or padding_mask), but this is a "
+            "GPT checkpoint; leave them out"
+        )
+    rows = config.vocab_size
+    outside = next((token for token in line.rows[0] if not 0 <= token < rows), None)
     if outside is not None:
         raise InputError(
-            f"line {line.number} holds token id {outside}, outside the model's vocabulary of "
-            f"{rows} rows; "
-            "the tokenizer does not belong to this checkpoint"
-        )
-    if engine.config.family == "bert" and len(row) > positions:
-        raise InputError(
-            f"line {line.number} has {len(row)} tokens; this BERT takes at most {positions}, so "
-            "shorten it"
-        )
-    if engine.config.family == "gpt" and (line.choices or line.tokentypes or line.padding_mask):
-        raise InputError(
-            f"line {line.number} has BERT fields (choices, tokentypes or padding_mask), but this "
-            "is a GPT checkpoint"
+            f"{line.where} holds token id {outside}, outside the model's vocabulary of {rows} "
+            "rows; the tokenizer does not belong to this checkpoint"
         )
 
 
@@ -177,12 +189,7 @@ def _score_gpt(
 
 
 def _score_bert(engine: Engine, lines: Sequence[Line]) -> Iterator[dict[str, Any]]:
-    inputs = [
-        BertInput(torch.tensor(row), _row(line.tokentypes, i), _row(line.padding_mask, i))
-        for line in lines
-        for i, row in enumerate(line.rows)
-    ]
-    outputs = iter(run_bert(engine, inputs))
+    outputs = iter(run_bert(engine, [item for line in lines for item in _bert_inputs(line)]))
     for line in lines:
         mine = [next(outputs) for _ in line.rows]
         record: dict[str, Any] = {
@@ -203,6 +210,13 @@ def _score_bert(engine: Engine, lines: Sequence[Line]) -> Iterator[dict[str, Any
         yield record
 
 
+def _bert_inputs(line: Line) -> list[BertInput]:
+    return [
+        BertInput(torch.tensor(row), _row(line.tokentypes, i), _row(line.padding_mask, i))
+        for i, row in enumerate(line.rows)
+    ]
+
+
 def _row(rows: list[list[int]] | None, index: int) -> Tensor | None:
     return None if rows is None else torch.tensor(rows[index])
 
@@ -218,25 +232,10 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def write_lines(path: Path, records: Iterator[dict[str, Any]]) -> int:
-    """Write JSON lines and return their number; the file appears whole or not at all.
+def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write JSON lines; the file appears whole or not at all.
 
     Raises:
         InputError: The file cannot be written.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    count = 0
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("w", encoding="utf-8") as stream:
-            for record in records:
-                stream.write(json.dumps(record, allow_nan=False) + "\n")
-                count += 1
-        os.replace(beside, path)
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be written ({error.strerror}); give another --output"
-        ) from None
-    finally:
-        beside.unlink(missing_ok=True)
-    return count
+    write_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))

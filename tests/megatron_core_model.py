@@ -98,8 +98,9 @@ def build(args: Namespace, *, bert: bool) -> nn.Module:
 def load(model: nn.Module, folder: str) -> None:
     """Load a torch_dist folder: megatron-core says what it wants, and refuses a missing entry."""
     loaded = dist_checkpointing.load(model.sharded_state_dict(), folder)  # type: ignore[operator]
-    wanted = model.state_dict()
-    model.load_state_dict({name: loaded[name] for name in wanted}, strict=True)
+    # Beside the model's state `loaded` holds the args and so on; a missing weight is refused here.
+    state = {name: loaded[name] for name in model.state_dict() if name in loaded}
+    model.load_state_dict(state, strict=True)
 
 
 @torch.no_grad()

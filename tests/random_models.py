@@ -7,6 +7,7 @@ a wrong order.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,3 +73,14 @@ def checkpoint(
     weights = state_dict(model, seed=seed) if weights is None else weights
     lazy = {name: InMemory(tensor) for name, tensor in weights.items()}
     return Checkpoint(model, lazy, Provenance(Path(path), "megatron-torch", digest="none")).check()
+
+
+def byte_vocabulary(folder: Path) -> Path:
+    """Write a GPT-2 vocabulary without merges, one id a byte: 256 entries for any text."""
+    from tokenizers import pre_tokenizers
+
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({s: i for i, s in enumerate(symbols)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return folder

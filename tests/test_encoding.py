@@ -72,11 +72,11 @@ def test_outputs_do_not_depend_on_the_layout_or_the_batches(config, tp, dp, batc
             found = {name: getattr(output, name) for name in ("states", "pooled")} | output.heads
             if config.lm_head:
                 assert output.greedy is not None
-                assert torch.equal(output.greedy, wanted.pop("greedy"))
-                found["logprobs"] = output.logprobs
+                assert torch.equal(output.greedy, wanted["greedy"])
+                found |= {"logprobs": output.logprobs}
             else:
                 assert output.logprobs is None and output.greedy is None
-            assert set(found) == set(wanted)
+            assert set(found) == set(wanted) - {"greedy"}
             real = slice(None) if item.padding_mask is None else item.padding_mask.bool()
             for name, value in found.items():
                 assert value is not None and value.dtype == torch.float32
@@ -131,19 +131,19 @@ def test_padding_and_types_reach_the_model():
         (BertInput(torch.tensor([-1, 5])), "input 1 holds a token id outside .* of 50 rows"),
         (
             BertInput(torch.tensor([1, 2]), tokentypes=torch.tensor([0, 2])),
-            "input 1: tokentypes must lie in 0 to 1",
+            "input 1 has tokentypes outside 0 to 1",
         ),
         (
             BertInput(torch.tensor([1, 2]), padding_mask=torch.tensor([1, -1])),
-            "input 1: padding_mask must lie in 0 to 1",
+            "input 1 has padding_mask outside 0 to 1",
         ),
         (
             BertInput(torch.tensor([1, 2]), tokentypes=torch.tensor([0])),
-            "input 1: 1 tokentypes for 2 tokens",
+            "input 1 has 1 tokentypes for 2 tokens",
         ),
         (
             BertInput(torch.tensor([1, 2]), padding_mask=torch.tensor([0, 0])),
-            "input 1: padding_mask keeps no token",
+            "input 1 has a padding_mask that keeps no token",
         ),
     ],
 )
@@ -157,7 +157,7 @@ def test_a_model_without_token_types_takes_zeros_only():
     engine = Engine.load(random_models.checkpoint(random_models.config(PRETRAINED, num_tokentypes=0)))
     tokens = torch.tensor([1, 2, 3])
     engine.encode([BertInput(tokens, tokentypes=torch.zeros(3).long())])
-    with pytest.raises(InputError, match="tokentypes must lie in 0 to 0"):
+    with pytest.raises(InputError, match="has tokentypes outside 0 to 0"):
         engine.encode([BertInput(tokens, tokentypes=torch.ones(3).long())])
 
 

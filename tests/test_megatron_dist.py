@@ -1,4 +1,4 @@
-"""Reading Megatron's distributed formats: genuine checkpoints, every form of keys, hostile files."""
+"""Megatron's distributed formats: genuine checkpoints, every form of keys, hostile files."""
 
 from __future__ import annotations
 
@@ -632,7 +632,8 @@ for folder in sys.argv[1:]:
     checkpoint = open_checkpoint(folder)
     assert all(bool(lazy.read().isfinite().all()) for lazy in checkpoint.tensors.values())
     print(checkpoint.num_parameters)
-loaded = {name for name in sys.modules if name.startswith(("megatron", "torch.distributed.checkpoint"))}
+unwanted = ("megatron", "torch.distributed.checkpoint")
+loaded = {name for name in sys.modules if name.startswith(unwanted)}
 assert loaded == {"megatron"}, loaded
 """
 

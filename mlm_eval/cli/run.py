@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mlm_eval.engine import Engine
     from mlm_eval.results import Result
     from mlm_eval.resume import PartialScores
+    from mlm_eval.tasks.score import Line
     from mlm_eval.tokenizer import Tokenizer
 
 
@@ -36,10 +37,13 @@ class ModelRun:
     def __init__(self, **options: Any) -> None:
         from mlm_eval.checkpoints.checkpoint import open_checkpoint
         from mlm_eval.checkpoints.config import parse_overrides
+        from mlm_eval.results import check_writable
 
         self.options = options
         self.output: Path | None = options["output"]
         self.limit: int | None = options["limit"]
+        if self.output is not None:
+            check_writable(self.output)
         self.checkpoint: Checkpoint = open_checkpoint(
             options["ckpt"], parse_overrides(options["set_"] or [])
         )
@@ -207,19 +211,23 @@ class ModelRun:
                 partial.flush()
             raise
 
-    def score_file(self, engine: Engine, input_: Path, stride: int | None) -> None:
+    def score_file(self, input_: Path, stride: int | None) -> None:
         """Run `mlm-eval score`."""
-        from mlm_eval.tasks.score import read_lines, score_lines, write_lines
+        from mlm_eval.tasks.score import read_lines
 
-        words = self.tokenizer(required=False)
-        lines = read_lines(input_, words, limit=self.limit)
+        lines = read_lines(input_, self.tokenizer(required=False), limit=self.limit)
+        self.on_ranks(lambda engine: self._score_lines(engine, lines, stride))
+
+    def _score_lines(self, engine: Engine, lines: Sequence[Line], stride: int | None) -> None:
+        from mlm_eval.tasks.score import score_lines, write_lines
+
         with progress(self.is_main) as on_progress:
             records = list(score_lines(engine, lines, stride=stride, on_progress=on_progress))
         if self.is_main:
             assert self.output is not None
-            count = write_lines(self.output, iter(records))
+            write_lines(self.output, records)
             limited = f" (LIMITED to the first {self.limit})" if self.limit is not None else ""
-            self.tell(f"{count:,} line(s) scored{limited}: {self.output}")
+            self.tell(f"{len(records):,} line(s) scored{limited}: {self.output}")
 
 
 def find_words(

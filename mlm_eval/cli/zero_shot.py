@@ -171,5 +171,4 @@ def score(
 
     Example: mlm-eval score --ckpt gpt2_345m --input sequences.jsonl --output scores.jsonl --tp 2
     """
-    run = ModelRun(**shared(locals()))
-    run.on_ranks(lambda engine: run.score_file(engine, input_, stride))
+    ModelRun(**shared(locals())).score_file(input_, stride)

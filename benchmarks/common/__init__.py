@@ -1,0 +1,1 @@
+"""What the measurements share: synthetic checkpoints, and the memory of running processes."""
