@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,29 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu", "squared_relu")
 
 POSITION_TYPES = ("learned_absolute", "rope", "learned_absolute+rope", "none")
 """Megatron's names; the sum stands for runs of spring 2023, when both could be on."""
+
+
+_SIZES = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "kv_channels",
+    "ffn_hidden_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
+_RANGES = (
+    ("rotary_percent", 1e-3, 1.0),
+    ("rotary_base", 1.0, 1e12),
+    ("rotary_seq_len_interpolation_factor", 1e-3, 1e6),
+    ("layernorm_epsilon", 0.0, 1.0),
+    ("hidden_dropout", 0.0, 1.0),
+    ("attention_dropout", 0.0, 1.0),
+    ("init_method_std", 0.0, 1e3),
+    ("num_tokentypes", 0, 1 << 20),
+    ("num_classes", 0, 1 << 20),
+)
+"""Beyond these a value is a slip or damage; not-a-number lies in no range."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +55,8 @@ class ModelConfig:
     """One model. Names are Megatron's; sizes are those of the whole model, never of a shard.
 
     `vocab_size` counts the stored rows, padding included. `ffn_hidden_size` is the width of one
-    branch
-    when the MLP is gated. `num_query_groups` equals `num_attention_heads` without grouped queries.
+    branch where the MLP is gated. `num_query_groups` equals `num_attention_heads` without grouped
+    queries.
     """
 
     family: str  # "gpt" or "bert"
@@ -84,9 +108,25 @@ class ModelConfig:
         Raises:
             InputError: A setting is impossible or of an unknown kind.
         """
-        for name in ("num_layers", "hidden_size", "num_attention_heads", "kv_channels"):
+        for name in _SIZES:
             if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+                raise InputError(
+                    f"{name} is {getattr(self, name)}, but must be at least 1; correct it with "
+                    f"--set {name}=N"
+                )
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise InputError(
+                    f"{name} is {value}, but must lie between {low:g} and {high:g}; correct it "
+                    f"with --set {name}=X"
+                )
+        if self.rotary and int(self.kv_channels * self.rotary_percent) % 2:
+            raise InputError(
+                f"rotary_percent {self.rotary_percent} of heads of {self.kv_channels} channels is "
+                "an odd number of them, but they are rotated in pairs; correct it with --set "
+                "rotary_percent=X"
+            )
         if self.num_query_groups < 1 or self.num_attention_heads % self.num_query_groups:
             raise InputError(
                 f"num_query_groups {self.num_query_groups} does not divide "
@@ -101,7 +141,8 @@ class ModelConfig:
         ):
             if getattr(self, name) not in known:
                 raise InputError(
-                    f"{name} {getattr(self, name)!r} is not supported; known are {', '.join(known)}"
+                    f"{name} {getattr(self, name)!r} is not supported; known are "
+                    f"{', '.join(known)}, to be chosen with --set {name}=..."
                 )
 
     @property
@@ -144,21 +185,45 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
     Raises:
         InputError: A pair has no `=`, names no setting, or its value does not fit the setting.
     """
-    fields = {f.name: f for f in dataclasses.fields(ModelConfig) if f.name != "rope_scaling"}
     overrides: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = (part.strip() for part in pair.partition("="))
         if not equals:
             raise InputError(f"--set {pair!r} has no '='; write --set num_attention_heads=16")
-        if name in READER_SETTINGS:
-            kind = READER_SETTINGS[name].__name__
-        elif name in fields:
-            kind = str(fields[name].type).split(" | ")[0]
-        else:
-            known = ", ".join(sorted([*fields, *READER_SETTINGS]))
-            raise InputError(f"--set {name} is not a model setting; known are {known}")
-        overrides[name] = _parse_value(name, kind, text)
+        overrides[name] = _parse_value(name, _kind_of(name), text)
     return overrides
+
+
+def check_overrides(overrides: Mapping[str, Any]) -> None:
+    """Refuse overrides that are no settings, or of another type than the setting's.
+
+    Raises:
+        InputError: A name is unknown, or a value does not fit it.
+    """
+    for name, value in overrides.items():
+        kind = _kind_of(name)
+        types = {"int": int, "float": (int, float), "bool": bool, "str": str}[kind]
+        if not isinstance(value, types) or isinstance(value, bool) != (kind == "bool"):
+            raise InputError(f"{name} is set to {value!r}; expected {_KINDS[kind]}")
+
+
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a word",
+}
+
+
+def _kind_of(name: str) -> str:
+    """Return the type of a setting, a key of `_KINDS`."""
+    if name in READER_SETTINGS:
+        return READER_SETTINGS[name].__name__
+    fields = {f.name: f for f in dataclasses.fields(ModelConfig) if f.name != "rope_scaling"}
+    if name not in fields:
+        known = ", ".join(sorted([*fields, *READER_SETTINGS]))
+        raise InputError(f"--set {name} is not a model setting; known are {known}")
+    return str(fields[name].type).split(" | ")[0]
 
 
 def _parse_value(name: str, kind: str, text: str) -> Any:
@@ -166,9 +231,12 @@ def _parse_value(name: str, kind: str, text: str) -> Any:
     try:
         if kind == "bool":
             return booleans[text.lower()]
-        return {"int": int, "float": float, "str": str}[kind](text)
+        value: Any = {"int": int, "float": float, "str": str}[kind](text)
+        if kind == "float" and not math.isfinite(value):
+            raise ValueError
+        return value
     except (ValueError, KeyError):
-        raise InputError(f"--set {name}={text}: expected a value of type {kind}") from None
+        raise InputError(f"--set {name}={text}: expected {_KINDS[kind]}") from None
 
 
 def apply_overrides(config: ModelConfig, overrides: Mapping[str, Any]) -> ModelConfig:

@@ -300,7 +300,7 @@ class Archived(LazyTensor):
         return StoredTensor(stored.file, start, stored.dtype, stored.shape[1:], stored.stride[1:])
 
 
-def _assemble(tiles: list[Tile], shape: tuple[int, ...]) -> LazyTensor:
+def _assemble(tiles: Sequence[Tile], shape: tuple[int, ...]) -> LazyTensor:
     assert tiles, "check_coverage comes first"
     if len(tiles) == 1 and tiles[0][1].shape == shape:
         return tiles[0][1]

@@ -193,7 +193,7 @@ def _choose_vocab(
 ) -> tuple[Checkpoint, str | None]:
     """Return the checkpoint with the rows to write, and a note where some are left out.
 
-    Megatron's softmax runs over the padding rows too: without them every probability grows a little.
+    Megatron's softmax runs over the padding rows too: without them probabilities grow a little.
     """
     if vocab not in ("true", "padded"):
         raise InputError(f"--vocab {vocab!r} is unknown; use padded or true")

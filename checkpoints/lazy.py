@@ -1,5 +1,4 @@
-"""Tensors that are read late: the shape and dtype are known, the bytes stay in the file until asked
-for.
+"""Tensors that are read late: shape and dtype are known, the bytes stay in the file until needed.
 
 A reader of a format returns `LazyTensor`s; merging ranks, reordering rows and transposing are views
 over them. Whoever asks for a slice touches only the pages of that slice, so that one rank of eight
@@ -64,8 +63,8 @@ class MappedFile:
     ) -> Tensor:
         """Return a view of the file's bytes as a tensor; `offset` in bytes, `stride` in elements.
 
-        The mapping is private and never written to, so its pages are clean: the kernel may
-        drop them.
+        The mapping is private and never written to, so its pages are clean: the kernel may drop
+        them.
         """
         if self._storage is None:
             if self.path.stat().st_size != self.size:
@@ -109,16 +108,15 @@ class StoredTensor(LazyTensor):
         if end > file.size or offset < 0 or any(step < 0 for step in stride):
             raise InputError(
                 f"{file.path} is cut off or damaged: a tensor of shape {list(shape)} would end at "
-                "byte "
-                f"{end}, the file has {file.size}; copy the file again"
+                f"byte {end}, the file has {file.size}; copy the file again"
             )
 
     def read(self, dim: int = 0, index: Index = None) -> Tensor:
         """See `LazyTensor.read`."""
         if isinstance(index, slice) and self.shape:
-            start, stop = index.start or 0, index.stop
             shape = list(self.shape)
-            shape[dim] = (shape[dim] if stop is None else stop) - start
+            start, stop = span(index, shape[dim])
+            shape[dim] = stop - start
             offset = self.offset + start * self.stride[dim] * self.dtype.itemsize
             return self.file.tensor(offset, self.dtype, shape, self.stride)
         whole = self.file.tensor(self.offset, self.dtype, self.shape, self.stride)
@@ -158,7 +156,7 @@ class Concat(LazyTensor):
         if dim != self.dim or index is None:
             return torch.cat([part.read(dim, index) for part in self.parts], dim=self.dim)
         if isinstance(index, slice):
-            pieces = list(self._pieces(index.start or 0, index.stop))
+            pieces = self._pieces(*span(index, self.shape[dim]))
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=self.dim)
         # A scattered index: gather from every part, then put the rows where they belong.
         size = list(self.shape)
@@ -174,8 +172,7 @@ class Concat(LazyTensor):
             start = stop
         return result
 
-    def _pieces(self, start: int, stop: int | None) -> list[Tensor]:
-        stop = self.shape[self.dim] if stop is None else stop
+    def _pieces(self, start: int, stop: int) -> list[Tensor]:
         pieces, base = [], 0
         for part in self.parts:
             low, high = max(start - base, 0), min(stop - base, part.shape[self.dim])
@@ -252,10 +249,16 @@ def take(tensor: Tensor, dim: int, index: Index) -> Tensor:
     if index is None:
         return tensor
     if isinstance(index, slice):
-        start = index.start or 0
-        stop = tensor.shape[dim] if index.stop is None else index.stop
+        start, stop = span(index, tensor.shape[dim])
         return tensor.narrow(dim, start, stop - start)
     return tensor.index_select(dim, index)
+
+
+def span(index: slice, size: int) -> tuple[int, int]:
+    """Return first and end of a slice with step 1 of a dim of `size` entries, as Python has it."""
+    start, stop, step = index.indices(size)
+    assert step == 1, index
+    return start, max(start, stop)
 
 
 def as_index(order: Tensor) -> slice | Tensor:

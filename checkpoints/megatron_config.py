@@ -1,8 +1,7 @@
 """ModelConfig from Megatron's saved `args`, from tensor shapes, or both.
 
 Shapes win over args where both speak; a setting that neither holds is assumed, and the assumption
-is
-kept in `sources`, so that `inspect` can show it. Source: facts B.3 and E.5.
+is kept in `sources`, so that `inspect` can show it. Source: facts B.3 and E.5.
 """
 
 from __future__ import annotations
@@ -15,12 +14,24 @@ from typing import Any
 
 from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.safe_pickle import Stub, attributes_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Canonical name -> full shape."""
 
-# Settings that change the mathematics in ways that are not implemented: refused unless at this
-# value.
+# Fields of args that are read as numbers here: one of another type comes from a damaged file.
+_WHOLE_NUMBERS = frozenset(
+    """num_layers encoder_num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups
+    kv_channels max_position_embeddings seq_length tensor_model_parallel_size model_parallel_size
+    pipeline_model_parallel_size expert_model_parallel_size padded_vocab_size rank""".split()
+)
+_NUMBERS = frozenset(
+    """rotary_percent rotary_base rotary_seq_len_interpolation_factor rope_scaling_factor
+    norm_epsilon layernorm_epsilon hidden_dropout attention_dropout init_method_std""".split()
+)
+
+# Settings that change the mathematics in ways that are not implemented: refused unless at one of
+# these values.
 REFUSED_ARGS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("num_experts", (None, 0), "a mixture of experts"),
     ("multi_latent_attention", (None, False), "multi-latent attention"),
@@ -43,6 +54,26 @@ REFUSED_ARGS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("layernorm_mlp_bias", (None, False), "an unknown MLP norm"),
     ("use_mup", (None, False), "maximal-update scaling"),
 )
+
+
+def saved_args(value: Any, where: str) -> dict[str, Any]:
+    """Return Megatron's saved `args` as a dict of plain values; empty where there are none.
+
+    Raises:
+        InputError: A size is no number.
+    """
+    args = attributes_of(value)
+    for name in sorted(args):
+        found = args[name]
+        if found is None or name not in _WHOLE_NUMBERS | _NUMBERS:
+            continue
+        whole = type(found) is int and 0 <= found < 2**31
+        if not whole and not (name in _NUMBERS and type(found) in (int, float)):
+            raise InputError(
+                f"{where}: args.{name} is {found!r} where a number was expected; the file is "
+                "damaged, copy it again"
+            )
+    return args
 
 
 @dataclass
@@ -105,8 +136,9 @@ def build_config(
         if not any(args.get(name) is value or args.get(name) == value for value in harmless):
             raise InputError(
                 f"{where} was trained with {what} (args.{name} = {args[name]!r}), which mlm-eval "
-                "does not compute"
+                "does not compute; it reads dense GPT and BERT models only"
             )
+    check_dims(shapes, where)
     b = _Builder(args, overrides, where)
     b.set("family", family, "parameter names")
     b.set("params_dtype", params_dtype, "weights")
@@ -128,6 +160,22 @@ def build_config(
     config = ModelConfig(**b.values)
     used = {f.name for f in dataclasses.fields(ModelConfig)}
     return ConfigBuild(config, {k: v for k, v in b.sources.items() if k in used}, b.warnings)
+
+
+def check_dims(shapes: Shapes, where: str) -> None:
+    """Refuse tensors that are no matrix where one belongs, or no vector.
+
+    Raises:
+        InputError: A tensor has the wrong number of dims.
+    """
+    for name, shape in shapes.items():
+        module, _, leaf = name.rpartition(".")
+        dims = 1 if leaf == "bias" or module.endswith("norm") else 2
+        if len(shape) != dims:
+            raise InputError(
+                f"{where}: {name} has shape {list(shape)}, expected {dims} dim(s); the checkpoint "
+                "is damaged or was changed by another tool, use the original one"
+            )
 
 
 def layer_indices(shapes: Shapes) -> list[int]:
@@ -152,13 +200,14 @@ def _sizes(b: _Builder, shapes: Shapes) -> None:
     if layers != list(range(len(layers))):
         gap = next(i for i, layer in enumerate(layers) if layer != i)
         raise InputError(
-            f"{where} lacks layer {gap} of {layers[-1] + 1}; is a pipeline stage missing?"
+            f"{where} lacks layer {gap} of {layers[-1] + 1}; if a pipeline stage is missing, copy "
+            "all mp_rank folders of one save"
         )
     saved_layers = args.get("num_layers") or args.get("encoder_num_layers")
     if saved_layers and saved_layers != len(layers) and "num_layers" not in b.overrides:
         raise InputError(
-            f"{where} holds {len(layers)} layers where its args say {saved_layers}; is a pipeline "
-            "stage missing?"
+            f"{where} holds {len(layers)} layers where its args say {saved_layers}; if a pipeline "
+            "stage is missing, copy all mp_rank folders of one save"
         )
     b.set("num_layers", len(layers), "shapes")
     vocab, hidden = shapes["embedding.word_embeddings.weight"]
@@ -167,7 +216,8 @@ def _sizes(b: _Builder, shapes: Shapes) -> None:
     if args.get("hidden_size") not in (None, hidden):
         raise InputError(
             f"{where} has embeddings of width {hidden} where its args say hidden_size "
-            f"{args['hidden_size']}; ranks of two checkpoints may be mixed"
+            f"{args['hidden_size']}; ranks of two checkpoints may be mixed: copy all ranks of one "
+            "save"
         )
     _heads(b, shapes, hidden)
 
@@ -189,26 +239,40 @@ def _heads(b: _Builder, shapes: Shapes, hidden: int) -> None:
                 f"the file holds no args: {heads} heads of 64 assumed; correct it with --set "
                 "num_attention_heads=N"
             )
-    if heads < 1 or proj[1] % heads:
+    if heads < 1 or proj[1] < heads or proj[1] % heads:
         raise InputError(
             f"{where}: {heads} attention heads do not divide the attention width {proj[1]}; "
             "correct it with --set num_attention_heads=N"
         )
-    channels = b.set("kv_channels", proj[1] // heads, "shapes")
+    channels = proj[1] // heads
+    saved = args.get("kv_channels")
+    if saved not in (None, channels) and b.sources["num_attention_heads"] != "--set":
+        raise InputError(
+            f"{where}: {heads} heads over an attention width of {proj[1]} have {channels} channels "
+            f"each where its args say kv_channels {saved}; correct it with --set "
+            "num_attention_heads=N"
+        )
+    b.set("kv_channels", channels, "shapes")
     groups = (qkv[0] // channels - heads) // 2
     b.set("num_query_groups", groups, "shapes")
-    expected = heads
+    # The field is 1 for plain attention too: it counts with the flag only, or without any flag
+    # where the weights bear it out (facts B.3).
+    expected = {heads}
     if args.get("group_query_attention"):
-        expected = args.get("num_query_groups") or heads
+        expected = {args.get("num_query_groups") or heads}
+    elif args.get("group_query_attention") is None:
+        expected.add(args.get("num_query_groups") or heads)
     if (heads + 2 * groups) * channels != qkv[0] or groups < 1:
         raise InputError(
             f"{where}: {qkv[0]} QKV rows do not fit {heads} heads of {channels}; "
             "correct it with --set num_attention_heads=N"
         )
-    if args.get("num_attention_heads") and groups != expected and not b.overrides:
+    by_hand = {"num_attention_heads", "num_query_groups", "kv_channels"} & set(b.overrides)
+    if args.get("num_attention_heads") and groups not in expected and not by_hand:
         raise InputError(
-            f"{where}: the QKV weight has {groups} query groups where its args say {expected}; "
-            "ranks of two checkpoints may be mixed"
+            f"{where}: the QKV weight has {groups} query groups where its args say "
+            f"{max(expected)}; ranks of two checkpoints may be mixed: copy all ranks of one save, "
+            f"or trust the weights with --set num_query_groups={groups}"
         )
 
 
@@ -216,10 +280,13 @@ def _positions(b: _Builder, shapes: Shapes) -> None:
     args = b.args
     table = shapes.get("embedding.position_embeddings.weight")
     kind = args.get("position_embedding_type")
-    kind = getattr(kind, "stub_args", (kind,))[0] if kind is not None else None
-    if kind in ("relative", "mrope", "yarn", "alibi"):
+    if isinstance(kind, Stub):  # forks keep an enum: its value, or its class and the member's name
+        kind = str([kind, *kind.__dict__["stub_args"]][-1])
+    by_hand = "position_embedding_type" in b.overrides
+    if kind in ("relative", "mrope", "yarn", "alibi") and not by_hand:
         raise InputError(
-            f"{b.where} uses {kind} position embeddings, which mlm-eval does not compute"
+            f"{b.where} uses {kind} position embeddings, which mlm-eval does not compute; it knows "
+            "learned_absolute and rope"
         )
     if kind is None:  # before 2023-07 the two were separate flags, and both could be on
         rotary = bool(args.get("use_rotary_position_embeddings"))
@@ -257,8 +324,7 @@ def _norms_and_biases(b: _Builder, shapes: Shapes) -> None:
     if saved and saved != b.values["normalization"] and "normalization" not in b.overrides:
         raise InputError(
             f"{b.where}: args say {saved}, but the final norm has {'a' if has_norm_bias else 'no'} "
-            "bias; "
-            "ranks of two checkpoints may be mixed"
+            "bias; ranks of two checkpoints may be mixed: copy all ranks of one save"
         )
     b.from_args("layernorm_epsilon", "norm_epsilon", "layernorm_epsilon", default=1e-5)
     b.from_args(
@@ -295,19 +361,21 @@ def _activation(b: _Builder, shapes: Shapes, megatron_core: bool) -> None:
                 "activation=gelu or gelu_tanh"
             )
     else:
-        b.set("activation", *_activation_from_args(args, megatron_core))
+        biased = b.values["add_bias_linear"]
+        b.set("activation", *_activation_from_args(args, megatron_core, biased=biased))
     if (b.values["activation"] == "swiglu") != gated:
         raise InputError(
-            f"{b.where}: activation {b.values['activation']} does not fit an MLP of {fc1[0]} x "
-            f"{ffn} rows; "
-            "correct it with --set activation=..."
+            f"{b.where}: activation {b.values['activation']} does not fit an MLP whose two weights "
+            f"are {fc1[0]} and {ffn} wide; correct it with --set activation=..."
         )
     # GPT has no such head: left at its default, so that equal models have equal configs.
     openai = bool(args.get("openai_gelu")) and not megatron_core and b.values["family"] == "bert"
     b.set("head_activation", "gelu_tanh" if openai else "gelu", "Megatron's LM head")
 
 
-def _activation_from_args(args: Mapping[str, Any], megatron_core: bool) -> tuple[str, str]:
+def _activation_from_args(
+    args: Mapping[str, Any], megatron_core: bool, *, biased: bool
+) -> tuple[str, str]:
     """Return the activation that ran, and which field says so (facts E.5, legacy precedence)."""
     if not megatron_core:  # megatron-core reads neither flag
         if args.get("openai_gelu"):
@@ -321,7 +389,7 @@ def _activation_from_args(args: Mapping[str, Any], megatron_core: bool) -> tuple
     for name in ("bias_gelu_fusion", "bias_activation_fusion"):
         if args.get(name) is not None:
             # The fused kernel is the tanh form; it needs a bias to fuse.
-            fused = bool(args[name]) and args.get("add_bias_linear") is not False
+            fused = bool(args[name]) and biased
             return ("gelu_tanh" if fused else "gelu"), f"args.{name}"
     return "gelu", "Megatron's default"
 

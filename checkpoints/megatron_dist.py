@@ -95,8 +95,8 @@ def read_iteration(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
         path=folder,
         format="megatron-torch-dist",
         checkpoint_version=_version(folder, common.values, overrides),
-        tensor_parallel=int(common.args.get("tensor_model_parallel_size") or 1),
-        pipeline_parallel=int(common.args.get("pipeline_model_parallel_size") or 1),
+        tensor_parallel=_size(common.args, "tensor_model_parallel_size"),
+        pipeline_parallel=_size(common.args, "pipeline_model_parallel_size"),
         iteration=_iteration(folder, common.values),
         config_sources=build.sources,
         pickle_classes=sorted({name for pickle in pickles for name in pickle.classes}),
@@ -189,7 +189,15 @@ def _canonical(
     names.refuse_unsupported(sorted(flat), where)
     family = "bert" if names.is_bert(sorted(flat)) else "gpt"
     block = "encoder" if family == "bert" else "decoder"
-    tensors = {names.canonical_name(name, block, 0, where): flat[name] for name in flat}
+    tensors: dict[str, LazyTensor] = {}
+    for name, tensor in flat.items():
+        canonical = names.canonical_name(name, block, 0, where)
+        if canonical in tensors:
+            raise InputError(
+                f"{where} has {canonical} under two names, one of them {name}; two checkpoints may "
+                "be mixed, copy the folder again"
+            )
+        tensors[canonical] = tensor
     return tensors, {name: tensor.shape for name, tensor in tensors.items()}, family
 
 
@@ -242,7 +250,12 @@ def _iteration(where: Path, common: Mapping[str, Any]) -> int | str | None:
     if where.name == "release":
         return "release"
     iteration = common.get("iteration")
-    return int(iteration) if isinstance(iteration, int | float) else None
+    return iteration if isinstance(iteration, int) else None
+
+
+def _size(args: Mapping[str, Any], name: str) -> int:
+    size = args.get(name)
+    return size if isinstance(size, int) and size > 0 else 1
 
 
 def _notes(files: DistributedFolder, keys: list[str], *, nested: bool) -> list[str]:

@@ -270,5 +270,5 @@ def _own_storage(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().cpu().contiguous()
     if tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
-    values = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    values = tensor.view(-1).view(torch.uint8).numpy()
     return torch.frombuffer(values, dtype=tensor.dtype).view(tensor.shape)

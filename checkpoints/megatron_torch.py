@@ -1,14 +1,14 @@
 """Megatron's `torch` format: mp_rank_XX[_YYY]/model_optim_rng.pt, every era since 2019-07.
 
 Each tensor-parallel rank and pipeline stage wrote one file. This reader merges them lazily: the QKV
-order
-of versions 0 and 1.0 becomes group order, gated fc1 becomes `[gate; up]`, pipeline stages get
-global layer
-numbers. Source: facts A.2, A.3, B, C, D.
+order of versions 0 and 1.0 becomes group order, gated fc1 becomes `[gate; up]`, pipeline stages get
+global layer numbers. Source: facts A.2, A.3, B, C, D.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,21 +22,48 @@ from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance, cheap_digest
 from mlm_eval.checkpoints.config import apply_overrides
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import Concat, LazyTensor, Selected, StoredTensor
-from mlm_eval.checkpoints.megatron_config import build_config, layer_indices
+from mlm_eval.checkpoints.megatron_config import (
+    build_config,
+    check_dims,
+    layer_indices,
+    saved_args,
+)
 from mlm_eval.checkpoints.parameters import parameters
+from mlm_eval.checkpoints.safe_pickle import is_scalar, printable
 from mlm_eval.checkpoints.unpickle import TorchFile, read_torch_file
 
 MODEL_FILES = ("model_optim_rng.pt", "model_rng.pt")
 """The second name: distributed optimizer, 2022-03 to 2023-05, which kept optim.pt in folders of its own."""
 
+EMBEDDING = "embedding.word_embeddings.weight"
+
+DRIFT = 0.1
+"""By how much, relative to the largest value, what should be the same on all ranks may differ."""
+
 RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3}))?(?:_(\d{3}))?")
 
 UNVERSIONED = (
     "the files hold no checkpoint_version, so version 0 (QKV rows [3, heads, head]) is assumed, as "
-    "Megatron does; "
-    "if the model's numbers look random it was saved between 2020-09-11 and 2020-09-29: "
-    "use --set checkpoint_version=2.0"
+    "Megatron does; if the model's numbers look random it was saved between 2020-09-11 and "
+    "2020-09-29: use --set checkpoint_version=2.0"
 )
+
+_MAX_DEPTH = 16  # of the dicts in `model`; Megatron nests four
+_MAX_TENSORS = 1_000_000
+
+SAME_RUN = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "padded_vocab_size",
+    "ffn_hidden_size",
+    "tensor_model_parallel_size",
+    "model_parallel_size",
+    "pipeline_model_parallel_size",
+    "consumed_train_samples",
+    "seed",
+)
+"""Fields of args that are the same in all files of one save."""
 
 
 @dataclass
@@ -47,30 +74,26 @@ class RankFile:
     torch_file: TorchFile
     args: dict[str, Any]
     chunks: list[dict[str, StoredTensor]]
-
-    @property
-    def value(self) -> dict[str, Any]:
-        """The unpickled top level."""
-        return self.torch_file.value  # type: ignore[no-any-return]
+    version: float | None
+    """As saved; None where the file has none."""
+    iteration: int | None
 
 
 def read_file(path: Path, overrides: dict[str, Any]) -> Checkpoint:
-    """Return the checkpoint of a single `.pt` file (its whole folder, where it is one rank of
-    several).
+    """Return the checkpoint of a single `.pt` file; of its whole folder where it is one rank.
 
     Raises:
-        InputError: The file is damaged, or is one rank of a checkpoint whose other files
-            are not beside it.
+        InputError: The file is damaged, or is one rank of a checkpoint whose other files are not
+            beside it.
     """
     if RANK_FOLDER.fullmatch(path.resolve().parent.name) and path.name in MODEL_FILES:
         return read_iteration(path.resolve().parent.parent, overrides)
     rank_file = _read_rank(path)
-    tp, pp = _parallel_sizes(rank_file.args)
+    tp, pp = _parallel_sizes(rank_file)
     if (tp, pp) not in ((1, 1), (None, None)):
         raise InputError(
-            f"{path} is one of {tp or 1} tensor-parallel x {pp or 1} pipeline files of a "
-            "checkpoint; "
-            "give --ckpt the folder that holds its mp_rank_XX folders"
+            f"{path} is one of the {tp} tensor-parallel x {pp} pipeline files of a checkpoint; give "
+            "--ckpt the folder that holds its mp_rank_XX folders"
         )
     return _merge(path, {(0, 0): rank_file}, 1, 1, overrides)
 
@@ -85,7 +108,7 @@ def read_iteration(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     paths = _scan(folder)
     first_key = min(paths)
     first = _read_rank(paths[first_key])
-    tp, pp = _parallel_sizes(first.args)
+    tp, pp = _parallel_sizes(first)
     if (
         any(len(key) > 2 for key in paths)
         or (first.args.get("expert_model_parallel_size") or 1) > 1
@@ -96,25 +119,22 @@ def read_iteration(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
         )
     tp = tp or max(key[0] for key in paths) + 1
     pp = pp or max((key[1] if len(key) > 1 else 0) for key in paths) + 1
-    keys = {
-        (t, p): ((t,) if pp == 1 and (t,) in paths else (t, p))
-        for t in range(tp)
-        for p in range(pp)
-    }
-    for (t, p), key in keys.items():
+    keys: dict[tuple[int, int], tuple[int, ...]] = {}
+    for t, p in itertools.product(range(tp), range(pp)):
+        key = keys[t, p] = (t,) if pp == 1 and (t,) in paths else (t, p)
         if key not in paths:
             name = f"mp_rank_{t:02d}" + (f"_{p:03d}" if pp > 1 else "")
             raise InputError(
-                f"{folder / name} is missing: the checkpoint was saved by {tp} tensor-parallel x "
-                f"{pp} pipeline "
-                f"ranks, {len(paths)} of {tp * pp} are here; copy the missing folder"
+                f"{folder / name} has no model file: the checkpoint was saved by {tp} "
+                f"tensor-parallel x {pp} pipeline ranks, and {len(paths)} of {tp * pp} files are "
+                "here; copy the missing folder"
             )
     extra = sorted(set(paths) - set(keys.values()))
     if extra:
         raise InputError(
             f"{paths[extra[0]].parent} does not belong here: the checkpoint was saved by {tp} "
-            "tensor-parallel x "
-            f"{pp} pipeline ranks; two checkpoints may be mixed in {folder}"
+            f"tensor-parallel x {pp} pipeline ranks; if two checkpoints are mixed in {folder}, "
+            "remove the other one's folders"
         )
     files = {
         rank: first if key == first_key else _read_rank(paths[key]) for rank, key in keys.items()
@@ -123,7 +143,7 @@ def read_iteration(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
 
 
 def _scan(folder: Path) -> dict[tuple[int, ...], Path]:
-    """Return the model files by the numbers in their folder's name; optimizer-only folders are left out."""
+    """Return the model files by the numbers in their folder's name, without optimizer-only folders."""
     paths: dict[tuple[int, ...], Path] = {}
     folders = 0
     for entry in sorted(folder.iterdir()):
@@ -137,8 +157,8 @@ def _scan(folder: Path) -> dict[tuple[int, ...], Path]:
                 break
     if not paths:
         raise InputError(
-            f"{folder} has {folders} mp_rank_XX folder(s) but no {MODEL_FILES[0]} in them; "
-            "the model files are missing, copy them again"
+            f"{folder} has {folders} mp_rank_XX folder(s) but no {MODEL_FILES[0]} in them; the model "
+            "files are missing, copy them again"
         )
     return paths
 
@@ -148,40 +168,90 @@ def _read_rank(path: Path) -> RankFile:
     value = torch_file.value
     if not isinstance(value, dict):
         raise InputError(
-            f"{path} holds a {type(value).__name__}, not the dictionary that Megatron saves; "
-            "give --ckpt a Megatron checkpoint"
+            f"{path} holds a {type(value).__name__}, not the dictionary that Megatron saves; give "
+            "--ckpt a Megatron checkpoint"
         )
     chunk_keys = sorted(
         (key for key in value if isinstance(key, str) and re.fullmatch(r"model\d+", key)),
         key=lambda key: int(key[5:]),
     ) or [key for key in ("model", "sd") if key in value]
-    chunks = [_flatten(value[key]) for key in chunk_keys if isinstance(value[key], dict)]
-    if not chunks:
-        found = ", ".join(str(key) for key in list(value)[:5]) or "nothing"
+    chunks = [_flatten(value[key], path) for key in chunk_keys if isinstance(value[key], dict)]
+    if not any(chunks):
+        found = ", ".join(printable(str(key)) for key in list(value)[:5] if is_scalar(key))
         raise InputError(
-            f"{path} has no 'model' entry (found {found}); it is not a Megatron model file"
+            f"{path} has no 'model' entry with tensors in it (found {found or 'nothing'}); give "
+            "--ckpt a Megatron model file"
         )
-    args = value.get("args")
-    # `vars` of a stub or of our Namespace: plain attributes, never a property of the real class.
-    return RankFile(path, torch_file, dict(vars(args)) if hasattr(args, "__dict__") else {}, chunks)
+    version = _number(value, "checkpoint_version", path)
+    iteration = _number(value, "iteration" if "iteration" in value else "total_iters", path)
+    return RankFile(
+        path,
+        torch_file,
+        saved_args(value.get("args"), str(path)),
+        chunks,
+        version=version,
+        iteration=None if iteration is None else int(iteration),
+    )
 
 
-def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, StoredTensor]:
+def _number(value: Mapping[Any, Any], key: str, path: Path) -> float | None:
+    number = value.get(key)
+    if number is None or (type(number) in (int, float) and 0 <= number < 2**53):
+        return number  # type: ignore[no-any-return]
+    raise InputError(
+        f"{path}: {key} is no number; the file is damaged or not one of Megatron's, copy it again"
+    )
+
+
+def _flatten(tree: Mapping[Any, Any], path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors in nested dicts under names joined by dots.
+
+    Raises:
+        InputError: A name is none, or the dicts are nested without end.
+    """
     flat: dict[str, StoredTensor] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            flat.update(_flatten(value, f"{name}."))
-        elif isinstance(value, StoredTensor) and not names.is_ignored(name):
-            flat[name] = value
+    left: list[tuple[str, int, Mapping[Any, Any]]] = [("", 1, tree)]
+    seen = 0
+    while left:
+        prefix, depth, branch = left.pop()
+        seen += len(branch)
+        if depth > _MAX_DEPTH or seen > _MAX_TENSORS:
+            raise InputError(
+                f"{path} holds dictionaries nested without end; it is not a Megatron model file"
+            )
+        for key, value in branch.items():
+            if not isinstance(value, dict | StoredTensor):
+                continue
+            name = f"{prefix}{key}" if isinstance(key, str | int) else ""
+            if not name or name != printable(name):
+                raise InputError(
+                    f"{path} has a parameter of an unreadable name ({printable(name) or 'none'}); "
+                    "it is not a Megatron model file"
+                )
+            if isinstance(value, dict):
+                left.append((f"{name}.", depth + 1, value))
+            elif not names.is_ignored(name):
+                flat[name] = value
     return flat
 
 
-def _parallel_sizes(args: Mapping[str, Any]) -> tuple[int | None, int | None]:
+def _parallel_sizes(file: RankFile) -> tuple[int | None, int | None]:
+    """Return the tensor- and pipeline-parallel sizes of the run; None and None where not saved.
+
+    Raises:
+        InputError: A size is 0.
+    """
+    args = file.args
     tp = args.get("tensor_model_parallel_size", args.get("model_parallel_size"))
     if tp is None:
         return None, None
-    return int(tp), int(args.get("pipeline_model_parallel_size") or 1)
+    pp = args.get("pipeline_model_parallel_size")
+    if tp < 1 or pp == 0:
+        raise InputError(
+            f"{file.path}: its args say {tp} tensor-parallel x {pp} pipeline ranks; the file is "
+            "damaged, copy it again"
+        )
+    return tp, pp or 1
 
 
 def _merge(
@@ -203,6 +273,7 @@ def _merge(
         warnings.append(UNVERSIONED)
 
     shards = [_stage_tensors(files, t, pp, family) for t in range(tp)]
+    check_dims({name: tensor.shape for name, tensor in shards[0].items()}, str(where))
     _check_same_keys(shards, files, where)
     shapes = {name: _full_shape(name, [shard[name] for shard in shards]) for name in shards[0]}
     build = build_config(
@@ -212,12 +283,11 @@ def _merge(
         megatron_core=megatron_core,
         overrides=overrides,
         where=str(where),
-        params_dtype=str(shards[0]["embedding.word_embeddings.weight"].dtype).removeprefix(
-            "torch."
-        ),
+        params_dtype=str(shards[0][EMBEDDING].dtype).removeprefix("torch."),
     )
     config = apply_overrides(build.config, overrides)
-    warnings += _drop_head_copies(shards, tied=not config.untie_embeddings_and_output_weights)
+    tied = not config.untie_embeddings_and_output_weights
+    warnings += _drop_head_copies(shards, where, tied=tied)
     table = parameters(config)
     tensors: dict[str, LazyTensor] = {}
     for name in shards[0]:
@@ -237,7 +307,7 @@ def _merge(
         checkpoint_version=version,
         tensor_parallel=tp,
         pipeline_parallel=pp,
-        iteration=_iteration(where, first.value),
+        iteration="release" if where.name == "release" else first.iteration,
         config_sources=build.sources,
         pickle_classes=sorted({c for file in files.values() for c in file.torch_file.classes}),
         hostile=sorted({c for file in files.values() for c in file.torch_file.hostile}),
@@ -254,15 +324,15 @@ def _version(first: RankFile, megatron_core: bool, overrides: Mapping[str, Any])
     """Return the checkpoint version: the QKV order follows from it (facts B.2)."""
     if "checkpoint_version" in overrides:
         version = float(overrides["checkpoint_version"])
+    elif first.version is None:
+        # megatron-core names came years after the last change of order.
+        return 3.0 if megatron_core else 0.0
     else:
-        saved = first.value.get("checkpoint_version")
-        if saved is None:
-            # megatron-core names came years after the last change of order.
-            return 3.0 if megatron_core else 0.0
-        version = float(saved)
+        version = float(first.version)
     if version not in (0.0, 1.0, 2.0, 3.0):
         raise InputError(
-            f"{first.path}: checkpoint_version {version} is unknown; known are 0, 1.0, 2.0 and 3.0"
+            f"{first.path}: checkpoint_version {version} is unknown, known are 0, 1.0, 2.0 and 3.0; "
+            "correct it with --set checkpoint_version=3.0"
         )
     return version
 
@@ -272,9 +342,8 @@ def _stage_tensors(
 ) -> dict[str, LazyTensor]:
     """Return one tensor-parallel rank's tensors of all stages, under canonical names.
 
-    Every stage counts its layers from 0. In the order chunk by chunk (virtual pipeline), stage
-    by stage
-    within a chunk, the global number is a running sum: facts A.3's `chunk * L / v + stage * c`.
+    Every stage counts its layers from 0. In the order chunk by chunk (virtual pipeline), stage by
+    stage within a chunk, the global number is a running sum: facts A.3's `chunk * L / v + stage * c`.
     """
     block = "encoder" if family == "bert" else "decoder"
     tensors: dict[str, LazyTensor] = {}
@@ -283,7 +352,10 @@ def _stage_tensors(
         for p in range(pp):
             file = files[t, p]
             if chunk >= len(file.chunks):
-                raise InputError(f"{file.path} has fewer virtual pipeline chunks than its siblings")
+                raise InputError(
+                    f"{file.path} has {len(file.chunks)} virtual pipeline chunk(s) where others have "
+                    "more; ranks of two checkpoints may be mixed: copy all ranks of one save"
+                )
             found = {}
             for key, tensor in file.chunks[chunk].items():
                 if names.strip_prefixes(key) == names.HEAD_COPY:
@@ -296,65 +368,85 @@ def _stage_tensors(
                 found = {name: tensor for name, tensor in found.items() if name not in tensors}
             tensors.update(found)
             offset = len(layer_indices({name: () for name in tensors}))
+            if EMBEDDING not in tensors:
+                swapped = pp > 1 and "; the mp_rank folders may have been renamed or swapped"
+                raise InputError(
+                    f"{file.path} holds no word embeddings"
+                    + (swapped or "; it is not a whole GPT or BERT model")
+                )
     return tensors
 
 
-def _drop_head_copies(shards: list[dict[str, LazyTensor]], *, tied: bool) -> list[str]:
-    """Remove the last stage's copy of a tied embedding; warn where it is not a copy."""
-    differs = False
+def _drop_head_copies(shards: list[dict[str, LazyTensor]], where: Path, *, tied: bool) -> list[str]:
+    """Remove the last stage's copy of a tied embedding; warn where rounding has changed it.
+
+    Raises:
+        InputError: It is no copy.
+    """
+    worst = 0.0
     copies = (names.HEAD_COPY, "output_layer.weight") if tied else (names.HEAD_COPY,)
     for shard in shards:
-        for copy in [shard.pop(name) for name in copies if name in shard]:
-            rows = slice(0, min(64, copy.shape[0]))
-            table = shard["embedding.word_embeddings.weight"]
-            differs |= not torch.equal(copy.read(0, rows), table.read(0, rows))
-    if differs:
+        for name in copies:
+            if name not in shard:
+                continue
+            copy, table = shard.pop(name), shard[EMBEDDING]
+            rows = slice(0, 64)
+            gap, scale = _gap(copy.read(0, rows), table.read(0, rows))
+            if not gap <= DRIFT * scale:
+                raise InputError(
+                    f"{where}: {name} is not the copy of the word embeddings that it should be; "
+                    "if two checkpoints are mixed copy all ranks of one save, and if the model's "
+                    "output table is its own use --set untie_embeddings_and_output_weights=true"
+                )
+            worst = max(worst, gap)
+    if worst:
         return [
-            "the last pipeline stage's copy of the tied embedding differs from the first stage's; "
-            "the first is used"
+            "the last pipeline stage's copy of the tied embedding differs from the first stage's "
+            f"by up to {worst:.2g}; the first is used"
         ]
     return []
+
+
+def _gap(values: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
+    """Return the largest difference, and the size of what is compared; infinite for other shapes."""
+    if values.shape != reference.shape:
+        return math.inf, 1.0
+    if torch.equal(values, reference):
+        return 0.0, 1.0
+    gap = (values.float() - reference.float()).abs().max().item()
+    return gap, reference.float().abs().max().item() or 1.0
 
 
 def _check_same_run(files: dict[tuple[int, int], RankFile], tp: int, where: Path) -> None:
     """Refuse files that were not saved together."""
     first = files[0, 0]
-    fields = (
-        "num_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "padded_vocab_size",
-        "ffn_hidden_size",
-    )
     ranks = {}
     for rank, file in files.items():
-        for key in ("iteration", "checkpoint_version"):
-            if file.value.get(key) != first.value.get(key):
+        pairs = [
+            ("iteration", first.iteration, file.iteration),
+            ("checkpoint_version", first.version, file.version),
+            *((f"args.{key}", first.args.get(key), file.args.get(key)) for key in SAME_RUN),
+        ]
+        for key, ours, theirs in pairs:
+            if ours != theirs:
                 raise InputError(
-                    f"{where} mixes two checkpoints: {key} is {first.value.get(key)} in "
-                    f"{first.path.parent.name} "
-                    f"and {file.value.get(key)} in {file.path.parent.name}; copy all ranks of one "
-                    "save"
+                    f"{where} mixes two checkpoints: {key} is {ours} in {first.path.parent.name} "
+                    f"and {theirs} in {file.path.parent.name}; copy all ranks of one save"
                 )
-        for key in (*fields, "tensor_model_parallel_size", "model_parallel_size"):
-            if file.args.get(key) != first.args.get(key):
-                raise InputError(
-                    f"{where} mixes two checkpoints: args.{key} is {first.args.get(key)} in "
-                    f"{first.path.parent.name} and {file.args.get(key)} in "
-                    f"{file.path.parent.name}; "
-                    "copy all ranks of one save"
-                )
-        if isinstance(file.args.get("rank"), int):
+        if file.args.get("rank") is not None:
             ranks[rank] = file.args["rank"]
     # Training saves each file's own global rank; converters repeat one, which says nothing.
-    if len(set(ranks.values())) == len(files):
-        for (t, p), saved in ranks.items():
-            if saved % tp != t:
-                raise InputError(
-                    f"{files[t, p].path} was saved by rank {saved}, which is tensor-parallel rank "
-                    f"{saved % tp}, "
-                    f"not {t}; the mp_rank folders were renamed or swapped"
-                )
+    if len(set(ranks.values())) < len(files):
+        return
+    for (t, p), saved in ranks.items():
+        # In every mapping of ranks the tensor-parallel one runs fastest, and later stages have
+        # higher ranks.
+        if saved % tp != t or (p and saved < ranks[t, p - 1]):
+            raise InputError(
+                f"{files[t, p].path} was saved by rank {saved}, which is not tensor-parallel rank "
+                f"{t} of pipeline stage {p}: the mp_rank folders were renamed or swapped; copy them "
+                "again from their source"
+            )
 
 
 def _check_same_keys(
@@ -378,8 +470,7 @@ def _check_same_keys(
                 )
 
 
-# Which dim tensor parallelism cuts, by the end of the name: needed before there is a config and a
-# table.
+# Which dim tensor parallelism cuts, by the end of the name: needed before there is a config.
 _CUT_ROWS = (
     "word_embeddings.weight",
     "output_layer.weight",
@@ -402,7 +493,7 @@ def _full_shape(name: str, parts: list[LazyTensor]) -> tuple[int, ...]:
 
 
 def _merge_blocks(parts: list[LazyTensor], dim: int, blocks: int) -> LazyTensor:
-    """Return rank pieces `[gate_r; up_r]` as `[gate; up]` (blocks=2), or simply one after the other."""
+    """Return rank pieces `[gate_r; up_r]` as `[gate; up]` (blocks=2), or one after the other."""
     if len(parts) == 1:
         return parts[0]
     if blocks == 1:
@@ -421,8 +512,8 @@ def _merge_qkv(parts: list[LazyTensor], version: float, config: Any, where: Path
     if version < 2.0:
         if config.num_query_groups != config.num_attention_heads:
             raise InputError(
-                f"{where}: checkpoint_version {version} is older than grouped-query attention; "
-                "correct it with --set checkpoint_version=3.0"
+                f"{where}: checkpoint_version {version} is older than grouped-query attention, which "
+                "its weights have; correct it with --set checkpoint_version=3.0"
             )
         order = qkv_order(version, config.num_attention_heads // len(parts), config.kv_channels)
         parts = [Selected(part, order) for part in parts]
@@ -430,8 +521,7 @@ def _merge_qkv(parts: list[LazyTensor], version: float, config: Any, where: Path
 
 
 def qkv_order(version: float, heads: int, channels: int) -> torch.Tensor:
-    """Return where each row of `[heads, 3, channels]` stands in a rank's weight of an older
-    version.
+    """Return where each row of `[heads, 3, channels]` stands in a rank's weight of an old version.
 
     Version 0 keeps `[3, heads, channels]`, version 1.0 `[heads, channels, 3]` (facts D.3).
     """
@@ -446,39 +536,31 @@ def qkv_order(version: float, heads: int, channels: int) -> torch.Tensor:
 def _compare_replicas(
     shards: list[dict[str, LazyTensor]], table: Mapping[str, Any], where: Path
 ) -> list[str]:
-    """Compare the small replicated tensors of all ranks: rounding drift is worth a word, more is a mix-up."""
+    """Compare the small replicated tensors of all ranks; rounding drift is worth a word.
+
+    Raises:
+        InputError: They differ by more than drift.
+    """
     drifted, worst = 0, 0.0
     for name, parameter in table.items():
         if parameter.rule.dim is not None or len(parameter.shape) != 1 or name not in shards[0]:
             continue
         reference = shards[0][name].read()
         for t, shard in enumerate(shards[1:], 1):
-            values = shard[name].read()
-            if torch.equal(values, reference):
-                continue
-            gap = (values.float() - reference.float()).abs().max().item()
-            scale = reference.float().abs().max().item() or 1.0
-            if not gap <= 0.1 * scale:  # also catches NaN
+            gap, scale = _gap(shard[name].read(), reference)
+            if not gap <= DRIFT * scale:  # also catches NaN
                 raise InputError(
                     f"{where} mixes two checkpoints: {name} differs by {gap:.3g} between "
-                    "tensor-parallel ranks 0 "
-                    f"and {t}, where it should be the same; copy all ranks of one save"
+                    f"tensor-parallel ranks 0 and {t}, where it should be the same; copy all ranks "
+                    "of one save"
                 )
-            drifted, worst = drifted + 1, max(worst, gap)
+            drifted, worst = drifted + (gap > 0), max(worst, gap)
     if drifted:
         return [
             f"{drifted} replicated tensor(s) differ between tensor-parallel ranks by up to "
-            f"{worst:.2g} "
-            "(rounding drift in training); rank 0's are used"
+            f"{worst:.2g} (rounding drift in training); rank 0's are used"
         ]
     return []
-
-
-def _iteration(where: Path, value: Mapping[str, Any]) -> int | str | None:
-    if where.name == "release":
-        return "release"
-    found = value.get("iteration", value.get("total_iters"))
-    return int(found) if isinstance(found, int | float) else None
 
 
 def _notes(files: dict[tuple[int, int], RankFile]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Copies of the model over the data-parallel ranks: torch's DDP or FSDP2 around the model and its loss.
+"""Copies of the model over data-parallel ranks: DDP or FSDP2 around the model and its loss.
 
 The loss is computed inside the wrapped module, because both wrappers act when a module is called.
 """
@@ -36,8 +36,10 @@ class LossModule(nn.Module):
         self.model = model
         self.objective = objective
 
-    def forward(self, batch: Batch, dropout: Dropout | None, factor: float) -> tuple[Tensor, Tensor]:
-        """Return `factor` times the sum of the losses, and (sum of losses, hits, predictions) float64."""
+    def forward(
+        self, batch: Batch, dropout: Dropout | None, factor: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return `factor` times the loss summed, and float64 (summed loss, hits, predictions)."""
         losses, hits, count = self.objective.loss_and_hits(self.model, batch, dropout)
         assert losses.shape == hits.shape == (batch.samples,), "one loss and one number a sample"
         total = losses.sum()
@@ -99,10 +101,7 @@ class Replicas:
             from torch.nn.parallel import DistributedDataParallel
 
             return DistributedDataParallel(
-                module,
-                process_group=mesh.dp_group,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
+                module, process_group=mesh.dp_group, gradient_as_bucket_view=True
             )
         return module
 
@@ -122,8 +121,8 @@ class Replicas:
     def publish(self) -> None:
         """Bring the current weights into the model that was given, for evaluation.
 
-        Under FSDP2 that model is empty while training goes on; collectives: one all-gather over dp for
-        each parameter. Otherwise it is the one under training, and there is nothing to do.
+        Under FSDP2 that model is empty while training goes on; collectives: one all-gather over dp
+        for each parameter. Otherwise it is the one under training, and there is nothing to do.
         """
         if not self.sharded:
             return

@@ -1,9 +1,9 @@
-"""Dropout whose masks follow from numbers alone: seed, step, sample, place in the model, position, unit.
+"""Dropout whose masks follow from numbers alone: seed, step, sample, place in the model, unit.
 
-No generator has a state here. A mask is a hash of what it belongs to, so that another layout of ranks, other
-padding, other micro-batches or a replay by activation checkpointing give the same mask. Residual masks
-are the same on all tensor-parallel ranks; masks of attention weights go by the head's global number, hence
-differ between ranks (the paper's appendix B.2).
+No generator has a state here. A mask is a hash of what it belongs to, so that another layout of
+ranks, other padding, other micro-batches or a replay by activation checkpointing give the same
+mask. Residual masks are the same on all tensor-parallel ranks; masks of attention weights go by the
+head's global number, hence differ between ranks (the paper's appendix B.2).
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def sample_keys(seed: int, step: int, samples: Tensor) -> Tensor:
     Args:
         seed: The run's seed.
         step: The optimizer step, counted over all epochs.
-        samples: Numbers of the samples in the data, `[batch]`; rows of one sample (choices) need numbers of
-            their own.
+        samples: Numbers of the samples in the data, `[batch]`; rows of one sample (choices) need
+            numbers of their own.
     """
     key = _combine(torch.full_like(samples, _wrap(seed), dtype=torch.int32), step)
     low = (samples << 32 >> 32).to(torch.int32)  # what int32 holds of it, on every device

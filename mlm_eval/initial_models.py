@@ -1,4 +1,4 @@
-"""Models before their training: a new head on a trained encoder, and whole new models of a named size."""
+"""Models before their training: a new head on a trained encoder, and new models of a named size."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def with_head(
 ) -> Checkpoint:
     """Return a BERT checkpoint with one task head, ready for fine-tuning; no weight is read yet.
 
-    The heads of pre-training go, and other task heads. A head of the right size that is there stays;
-    otherwise it is drawn from the seed, N(0, 0.02) with bias 0, the same on every rank and layout. So is
-    a missing pooler, with a warning (Megatron refuses such a checkpoint). Question answering reads the
-    states themselves and takes no pooler along. Source: facts C.3 and G.4.
+    The heads of pre-training go, and other task heads. A head of the right size that is there
+    stays; otherwise it is drawn from the seed, N(0, 0.02) with bias 0, the same on every rank and
+    layout. So is a missing pooler, with a warning (Megatron refuses such a checkpoint). Question
+    answering reads the states themselves and takes no pooler along. Source: facts C.3 and G.4.
 
     Args:
         checkpoint: A BERT model.
@@ -102,8 +102,8 @@ def with_head(
 def new_checkpoint(config: ModelConfig, *, seed: int) -> Checkpoint:
     """Return a model with Megatron's initial weights; each tensor is drawn when it is read.
 
-    N(0, 0.02), what is added to the residual scaled by 1 / sqrt(2 layers), biases 0, gains 1. Source:
-    facts E.9.
+    N(0, 0.02), what is added to the residual scaled by 1 / sqrt(2 layers), biases 0, gains 1.
+    Source: facts E.9.
     """
     tensors = {name: initial_tensor(config, name, seed=seed) for name in parameters(config)}
     provenance = Provenance(Path("a new model"), "memory", digest=f"initial weights, seed {seed}")
@@ -111,7 +111,7 @@ def new_checkpoint(config: ModelConfig, *, seed: int) -> Checkpoint:
 
 
 def initial_tensor(config: ModelConfig, name: str, *, seed: int) -> LazyTensor:
-    """Return the initial weights of one parameter: a function of its name, its shape and the seed."""
+    """Return a parameter's initial weights: a function of its name, shape and the seed."""
     shape = parameters(config)[name].shape
     return Computed(shape, torch.float32, functools.partial(_draw, config, name, shape, seed))
 
@@ -138,15 +138,16 @@ def initial_config(
 ) -> ModelConfig:
     """Return the settings of a new model.
 
-    BERT: 512 positions, exact GELU, pooler and sentence-order head. GPT: 1,024 positions and tanh GELU.
+    BERT: 512 positions, exact GELU, pooler and sentence-order head. GPT: 1,024 positions and tanh
+        GELU.
 
     Args:
         name: A size (`SIZES`), or a TOML file of `ModelConfig` fields of which `num_layers`,
             `hidden_size` and `num_attention_heads` must be there.
         family: `bert` or `gpt`.
         vocab_entries: Entries of the tokenizer; rows are added up to a multiple of 128.
-        overrides: Settings that win (`--set`); `apply_residual_connection_post_layernorm` for BERT's
-            original order.
+        overrides: Settings that win (`--set`); `apply_residual_connection_post_layernorm` for
+            BERT's original order.
 
     Raises:
         InputError: There is no such size, file or setting.
@@ -161,7 +162,9 @@ def initial_config(
         values |= {"num_tokentypes": 2, "pooler": True, "binary_head": True}
     values |= _named(name) | dict(overrides or {})
     if values["family"] != family:
-        raise InputError(f"--init {name} is a {values['family']} model, this command trains {family}")
+        raise InputError(
+            f"--init {name} is a {values['family']} model, this command trains {family}"
+        )
     if values["vocab_size"] < vocab_entries:
         raise InputError(
             f"--init {name} sets vocab_size {values['vocab_size']}, the tokenizer has "

@@ -1,8 +1,9 @@
 """What a model is trained for: from a batch to the loss of each sample and the correct predictions.
 
 A step's gradient is that of the mean loss over the samples of the global batch. Where samples count
-unequally (language models: by predicted tokens) their losses are sums over tokens, divided by the mean
-number of tokens of a sample in the global batch, so that no result depends on how a batch was split.
+unequally (language models: by predicted tokens) their losses are sums over tokens, divided by the
+mean number of tokens of a sample in the global batch, so that no result depends on how a batch was
+split.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class Objective(ABC):
     """A loss, and what counts as correct.
 
     Attributes:
-        head: The head that it trains: `multichoice_head`, `classification_head`, `qa_head`, `mlm` or
-            `lm`.
+        head: The head that it trains: `multichoice_head`, `classification_head`, `qa_head`, `mlm`
+            or `lm`.
     """
 
     head: str
@@ -111,12 +112,12 @@ class SpanExtraction(Objective):
 
 
 class MaskedLM(Objective):
-    """BERT's pre-training: the hidden tokens and, where the model has a head for it, the segments' order.
+    """BERT's pre-training: hidden tokens and, where the model has the head, the segments' order.
 
-    A sample's labels are the hidden tokens, but for position 0: [CLS] is never hidden, and its label
-    is 1 where the two segments were exchanged, else 0. The loss is the mean over the hidden tokens of
-    the global batch plus the mean over its samples, as in Megatron's pretrain_bert.py (which takes the
-    first of them within each micro-batch).
+    A sample's labels are the hidden tokens, but for position 0: [CLS] is never hidden, and its
+    label is 1 where the two segments were exchanged, else 0. The loss is the mean over the hidden
+    tokens of the global batch plus the mean over its samples, as in Megatron's pretrain_bert.py
+    (which takes the first of them within each micro-batch).
     """
 
     head = "mlm"
@@ -164,7 +165,7 @@ class CausalLM(Objective):
 def _token_losses(
     model: BERT | GPT, states: Tensor, labels: Tensor, batch: Batch
 ) -> tuple[Tensor, Tensor, int]:
-    """Return the samples' sums over labelled tokens, the losses divided by the mean number of them."""
+    """Return the samples' sums over labelled tokens; losses divided by their mean number."""
     wanted = labels != NO_LABEL
     losses, greedy = model.losses(states[wanted], labels[wanted])
     # Back to [samples, width] and summed by rows: an index_add would sum in any order on a GPU.

@@ -1,4 +1,4 @@
-"""AdamW's groups, the learning rate of a step, the true norm of the gradient, and the loss scale of float16."""
+"""AdamW's groups, the learning rate, the true norm of the gradient, float16's loss scale."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make_optimizer(
     eps: float,
     weight_decay: float,
 ) -> torch.optim.AdamW:
-    """Return AdamW whose decay leaves out biases and norms, the parameters of one dim (facts G.4)."""
+    """Return AdamW whose decay leaves out biases and norms: what has one dim (facts G.4)."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for item in trained:
         groups[item.parameter.dim() > 1].append(item.parameter)
@@ -98,7 +98,8 @@ def local(tensor: Tensor) -> Tensor:
 def gradient_norm(trained: Iterable[Trained], mesh: Mesh, *, over_dp: bool) -> float:
     """Return the 2-norm of the whole model's gradient, the same on every rank.
 
-    Parts of a parameter are summed over the ranks that hold them; a replicated parameter counts once.
+    Parts of a parameter are summed over the ranks that hold them; a replicated parameter counts
+    once.
     Collectives: one all-reduce over tp, and one over dp where the gradient is cut over it.
 
     Args:
@@ -133,8 +134,8 @@ def scale_gradients(trained: Iterable[Trained], factor: float) -> None:
 class LossScale:
     """The factor that keeps float16 gradients from vanishing; 1 and constant for other dtypes.
 
-    The rule of torch.amp.GradScaler, which looks for overflow on its own rank only: here the norm of
-    the whole gradient decides, so that all ranks skip the same steps.
+    The rule of torch.amp.GradScaler, which looks for overflow on its own rank only: here the norm
+    of the whole gradient decides, so that all ranks skip the same steps.
     """
 
     GROWTH_INTERVAL = 2000

@@ -7,9 +7,9 @@ The order follows from the seed and the epoch alone. A global batch is sorted by
     micro-batch 1                  [4 6]                 [5 7]
     micro-batch 2                  [8]                   [9]
 
-so that ranks work on similar lengths at a time and each micro-batch is padded to its own longest row
-only. No sample is repeated or left out; a rank that has none left runs a stand-in whose loss counts for
-nothing, so that all ranks come to the same collectives.
+so that ranks work on similar lengths at a time and each micro-batch is padded to its own longest
+row only. No sample is repeated or left out; a rank that has none left runs a stand-in whose loss
+counts for nothing, so that all ranks come to the same collectives.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Sample:
     """One training sample.
 
     Attributes:
-        rows: Token ids of each row, `[n]` int64 without padding: one row, or one for each choice. All
-            samples of a data set have the same number of rows.
+        rows: Token ids of each row, `[n]` int64 without padding: one row, or one for each choice.
+            All samples of a data set have the same number of rows.
         tokentypes: Segment ids of each row, of the same shapes.
         label: A class or the number of the right choice; the positions (start, end) of an answer in
             the row; or a label for each token of the one row, `NO_LABEL` for none.
@@ -96,7 +96,7 @@ def collate(
     device: torch.device | str = "cpu",
     multiple: int = 1,
 ) -> Batch:
-    """Return the samples as one batch, padded to the longest row, or on to a multiple of `multiple`."""
+    """Return the samples as one batch, padded to the longest row, rounded up to `multiple`."""
     rows = [row for sample in samples for row in sample.rows]
     types = [row for sample in samples for row in sample.tokentypes]
     width = max(row.numel() for row in rows)
@@ -130,7 +130,8 @@ def _labels(samples: Sequence[Sample], width: int) -> Tensor:
 
 def epoch_order(length: int, *, seed: int, epoch: int) -> list[int]:
     """Return the numbers below `length` in the order of one epoch, counted from 0."""
-    # A seed of its own for each epoch: seed + epoch would give seed 1's second epoch to seed 2's first.
+    # A seed of its own for each epoch: seed + epoch would give seed 1's second epoch to seed 2's
+    # first.
     digest = hashlib.sha256(f"order {seed} {epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
     return torch.randperm(length, generator=generator).tolist()  # type: ignore[no-any-return]
@@ -279,13 +280,13 @@ def check_data(data: Sequence[Sample], *, positions: int, vocab_size: int, token
         shortest, longest = min(map(len, rows)), max(map(len, rows))
         if shortest < 1 or longest > positions:
             raise InputError(
-                f"the training samples have rows of {shortest} to {longest} tokens, the model takes "
-                f"1 to {positions}; cut them (--seq-length)"
+                f"the training samples have rows of {shortest} to {longest} tokens, the model "
+                f"takes 1 to {positions}; cut them (--seq-length)"
             )
         for what, values, size in limits:
             low, high = (int(bound) for bound in torch.cat(values).aminmax())
             if low < 0 or high >= size:
                 raise InputError(
-                    f"the training samples hold the {what} {low if low < 0 else high}, the model has "
-                    f"a table of {size}; the tokenizer does not belong to this checkpoint"
+                    f"the training samples hold the {what} {low if low < 0 else high}, the model "
+                    f"has a table of {size}; the tokenizer does not belong to this checkpoint"
                 )

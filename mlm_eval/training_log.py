@@ -1,4 +1,4 @@
-"""What a run leaves to look at: metrics.jsonl, TensorBoard's files, and a plot of loss and dev scores."""
+"""What a run leaves to look at: metrics.jsonl, TensorBoard's files, a plot of loss and scores."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ TENSORBOARD = "tensorboard"
 class TrainingLog:
     """The logs of one run, written by rank 0.
 
-    metrics.jsonl has a line for each step (`step` counts from 1: the steps done, `loss`, `lr`, ...) and
-    for each evaluation (`step`, `evaluation`). A run that goes on from step n drops what the killed one
-    had written after it.
+    metrics.jsonl has a line for each step (`step` counts from 1: the steps done, `loss`, `lr`, ...)
+    and for each evaluation (`step`, `evaluation`). A run that goes on from step n drops what the
+    killed one had written after it.
     """
 
     def __init__(self, folder: Path, *, start: int) -> None:
@@ -104,6 +104,8 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
     names = sorted(
         {name for line in evaluations for name, v in line["evaluation"].items() if is_number(v)}
     )
+    if len(names) > 1:  # it repeats one of the others
+        names = [name for name in names if name != "score"]
     figure = Figure(figsize=(8, 6 if names else 4), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(2 if names else 1, 1, sharex=True, squeeze=False)[:, 0]
@@ -128,7 +130,7 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Return the running mean of the last 5% of the values (of 10 at least), as far as there are any."""
+    """Return the running mean of the last 5% of the values, but at least of 10 where there are."""
     width = max(10, len(values) // 20)
     result = []
     total = 0.0

@@ -7,10 +7,12 @@
 
 A state is written into a folder of another name, which is renamed when all of it is on the disk: a
 process killed at any moment leaves the last whole state, and at most a folder that the next start
-removes. Tensors are saved as those of the whole model. torch.distributed.checkpoint takes tensors of one
-name on several ranks for copies unless they are DTensors, and a DTensor assumes torch.chunk's sizes: a
-vocabulary is cut into those (`parameters.vocab_range`), and a gated fc1 is viewed as `[2, ffn, hidden]`,
-cut along dim 1.
+removes. Tensors are saved as those of the whole model. torch.distributed.checkpoint takes tensors
+of one name on several ranks for copies unless they are DTensors, and a DTensor assumes
+torch.chunk's
+sizes: a vocabulary is cut into those (`parameters.vocab_range`), and a gated fc1 is viewed as `[2,
+    ffn,
+hidden]`, cut along dim 1.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -112,8 +115,8 @@ class StateFolder:
             tensors: Gives the tensors of one kind, `WEIGHTS` or a moment: see `collect`.
             progress: JSON values that go beside the tensors.
             needs: Bytes about to be written.
-            before_switch: Called on rank 0 with the folder when the tensors are in it; a kill before
-                its end leaves the state before this one the latest.
+            before_switch: Called on rank 0 with the folder when the tensors are in it; a kill
+                before its end leaves the state before this one the latest.
         """
         from torch.distributed import checkpoint as dcp
 
@@ -122,8 +125,10 @@ class StateFolder:
         on_main(lambda: self._prepare(partial, needs))
         alone = not dist.is_initialized()
         try:
-            for kind in (WEIGHTS, *MOMENTS):
-                dcp.save(dict(tensors(kind)), checkpoint_id=partial / kind, no_dist=alone)
+            with warnings.catch_warnings():  # one process is no reason to warn
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                for kind in (WEIGHTS, *MOMENTS):
+                    dcp.save(dict(tensors(kind)), checkpoint_id=partial / kind, no_dist=alone)
         except dcp.CheckpointException as failure:
             raise InputError(
                 f"the training state could not be written to {self.folder} "
@@ -159,7 +164,7 @@ class StateFolder:
                 shutil.rmtree(entry)
 
     def finish(self, progress: Mapping[str, Any]) -> None:
-        """Note that the run is over, and remove its states: the weights are elsewhere. Rank 0 only."""
+        """Note that the run is over, and remove its states: the weights are elsewhere. Rank 0."""
         write_json(self.folder / FINISHED, dict(progress))
         self._remove(but=None)
 
@@ -167,10 +172,10 @@ class StateFolder:
 def collect(
     replicas: Replicas, optimizer: torch.optim.Optimizer, mesh: Mesh, kind: str
 ) -> dict[str, Tensor]:
-    """Return the weights, or one of the moments, as tensors of the whole model under canonical names.
+    """Return the weights, or a moment, as tensors of the whole model under canonical names.
 
-    Under FSDP2 each is gathered over the data-parallel ranks (collectives); otherwise they are views of
-    what is there.
+    Under FSDP2 each is gathered over the data-parallel ranks (collectives); otherwise they are
+    views of what is there.
     """
     table = parameters(replicas.home.config)
     torch_mesh = device_mesh(mesh) if dist.is_initialized() else None
@@ -308,9 +313,7 @@ def _like(value: Tensor, parameter: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     sharded: Any = parameter
-    return distribute_tensor(
-        value, sharded.device_mesh, sharded.placements, src_data_rank=None
-    )
+    return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -322,7 +325,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); the training state is damaged") from None
+        raise InputError(
+            f"{path} cannot be read ({error}); the training state is damaged"
+        ) from None
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

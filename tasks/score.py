@@ -165,7 +165,7 @@ def _score_gpt(
     on_progress: Callable[[int, int], None] | None,
 ) -> Iterator[dict[str, Any]]:
     positions = engine.config.max_position_embeddings
-    stride = stride or max(positions // 2, 1)
+    stride = max(positions // 2, 1) if stride is None else stride
     if not 1 <= stride <= positions:
         raise InputError(f"--stride {stride} must lie in 1 to {positions}, the model's positions")
     requests: list[Request] = []

@@ -91,17 +91,23 @@ def test_the_checkpoint_is_what_megatron_writes(checkpoint: Checkpoint) -> None:
     assert config.activation == "gelu_tanh" and config.params_dtype == "float16"
 
 
-def test_the_files_load_without_us() -> None:
-    """Plain torch, given the two classes it must allow, sees Megatron's nesting and 3.0."""
-    tables = []
+def test_plain_torch_opens_the_files() -> None:
+    """Seen without our reader: Megatron's nesting and names, half of the model in each file."""
     for rank in range(2):
         folder = next((SAMPLES / "gpt").glob("iter_*")) / f"mp_rank_{rank:02d}"
         with torch.serialization.safe_globals([argparse.Namespace]):
             saved = torch.load(folder / "model_optim_rng.pt", weights_only=True)
         assert saved["checkpoint_version"] == 3.0
-        assert saved["args"].tensor_model_parallel_size == 2
-        tables.append(saved["model"])
-    assert len(tables) == 2
+        args = saved["args"]
+        assert (args.tensor_model_parallel_size, args.rank, args.num_layers) == (2, rank, 4)
+        assert args.tokenizer_type == "GPT2BPETokenizer" and args.params_dtype == torch.float16
+        model = saved["model"]["language_model"]
+        table = model["embedding"]["word_embeddings"]["weight"]
+        assert table.shape == (args.padded_vocab_size // 2, args.hidden_size)
+        layer = model["encoder"]
+        assert layer["layers.3.self_attention.query_key_value.weight"].shape == (3 * 128 // 2, 128)
+        assert layer["layers.3.mlp.dense_4h_to_h.weight"].shape == (128, 512 // 2)
+        assert layer["final_layernorm.bias"].dtype == torch.float16
 
 
 @pytest.mark.parametrize(
