@@ -113,7 +113,7 @@ def checkpoint_from_state_dict(
 
 
 def cheap_digest(files: Mapping[str, tuple[int, list[int] | bytes]]) -> str:
-    """Return a digest from names, sizes and the archives' own CRCs (or header bytes), without reading weights."""
+    """Return a digest from names, sizes and the archives' own CRCs or header bytes: no weights."""
     state = hashlib.sha256()
     for name in sorted(files):
         size, marks = files[name]

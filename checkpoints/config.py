@@ -162,7 +162,7 @@ class ModelConfig:
 
     @property
     def block(self) -> str:
-        """Canonical prefix of the layers, megatron-core's: `decoder` for GPT, `encoder` for BERT."""
+        """Canonical prefix of the layers, as in megatron-core: `decoder` (GPT) or `encoder` (BERT)."""
         return "decoder" if self.family == "gpt" else "encoder"
 
     @property

@@ -185,7 +185,7 @@ class Concat(LazyTensor):
 
 
 class Selected(LazyTensor):
-    """The entries `order` of a tensor along dim 0, in that order: row permutations and narrowing."""
+    """The entries `order` of a tensor along dim 0, in that order: permuted or fewer rows."""
 
     def __init__(self, source: LazyTensor, order: Tensor) -> None:
         self.source = source
@@ -202,7 +202,7 @@ class Selected(LazyTensor):
 
 
 class Transposed(LazyTensor):
-    """A matrix with its two dims exchanged (Hugging Face GPT-2 keeps linear weights `[in, out]`)."""
+    """A matrix with its dims exchanged (Hugging Face GPT-2 keeps linear weights `[in, out]`)."""
 
     def __init__(self, source: LazyTensor) -> None:
         assert len(source.shape) == 2, source.shape
@@ -216,7 +216,7 @@ class Transposed(LazyTensor):
 
 
 class Mapped(LazyTensor):
-    """A tensor with an elementwise function applied when read, such as adding 1 to a centred gain."""
+    """A tensor with an elementwise function applied when read, such as adding 1 to a gain."""
 
     def __init__(self, source: LazyTensor, function: Callable[[Tensor], Tensor]) -> None:
         self.source = source
@@ -262,7 +262,7 @@ def span(index: slice, size: int) -> tuple[int, int]:
 
 
 def as_index(order: Tensor) -> slice | Tensor:
-    """Return a slice where `order` is one ascending run, else `order` itself: slices read as views."""
+    """Return a slice where `order` is one ascending run, else itself: slices are read as views."""
     if order.numel() == 0:
         return slice(0, 0)
     first = int(order[0])

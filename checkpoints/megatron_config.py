@@ -21,8 +21,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 # Fields of args that are read as numbers here: one of another type comes from a damaged file.
 _WHOLE_NUMBERS = frozenset(
-    """num_layers encoder_num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups
-    kv_channels max_position_embeddings seq_length tensor_model_parallel_size model_parallel_size
+    """num_layers encoder_num_layers hidden_size ffn_hidden_size num_attention_heads
+    num_query_groups kv_channels max_position_embeddings seq_length tensor_model_parallel_size model_parallel_size
     pipeline_model_parallel_size expert_model_parallel_size padded_vocab_size rank""".split()
 )
 _NUMBERS = frozenset(

@@ -56,7 +56,9 @@ class RankFile:
 
 
 def scan_ranks(folder: Path) -> dict[tuple[int, ...], Path]:
-    """Return the model files by the numbers in their folder's name; folders without one are no ranks.
+    """Return the model files by the numbers in their folder's name.
+
+    Folders without one are left out: they hold a part of the optimizer.
 
     Raises:
         InputError: There is no model file.
@@ -74,13 +76,18 @@ def scan_ranks(folder: Path) -> dict[tuple[int, ...], Path]:
                 break
     if not paths:
         raise InputError(
-            f"{folder} has {folders} mp_rank_XX folder(s) but no {MODEL_FILES[0]} in them; copy the "
-            "model files too"
+            f"{folder} has {folders} mp_rank_XX folder(s) but no {MODEL_FILES[0]} in them; copy "
+            "the model files too"
         )
     return paths
 
 
 def read_rank(path: Path) -> RankFile:
+    """Return what one file holds; no weight is read.
+
+    Raises:
+        InputError: The file is missing or damaged, or no model file of Megatron's.
+    """
     torch_file = read_torch_file(path)
     value = torch_file.value
     if not isinstance(value, dict):

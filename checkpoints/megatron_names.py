@@ -1,5 +1,4 @@
-"""Parameter names of every Megatron era, mapped to the canonical ones (megatron-core's, separate
-norms).
+"""Parameter names of every Megatron era, mapped to the canonical ones: core's, separate norms.
 
 One table serves all: 2019's flat GPT-2 names, v1.x (`transformer`, `attention`), v2.x to 23.06
 (`encoder`, `self_attention`), `input_norm` (2023-09 on), the legacy TransformerEngine layer, and

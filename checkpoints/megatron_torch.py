@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,62 +19,29 @@ from mlm_eval.checkpoints import megatron_names as names
 from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance, cheap_digest
 from mlm_eval.checkpoints.config import apply_overrides
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.lazy import Concat, LazyTensor, Selected, StoredTensor
-from mlm_eval.checkpoints.megatron_config import (
-    build_config,
-    check_dims,
-    layer_indices,
-    saved_args,
+from mlm_eval.checkpoints.lazy import Concat, LazyTensor, Selected
+from mlm_eval.checkpoints.megatron_config import build_config, check_dims, layer_indices
+from mlm_eval.checkpoints.megatron_files import (
+    MODEL_FILES,
+    RANK_FOLDER,
+    RankFile,
+    check_same_run,
+    parallel_sizes,
+    read_rank,
+    scan_ranks,
 )
 from mlm_eval.checkpoints.parameters import parameters
-from mlm_eval.checkpoints.safe_pickle import is_scalar, printable
-from mlm_eval.checkpoints.unpickle import TorchFile, read_torch_file
-
-MODEL_FILES = ("model_optim_rng.pt", "model_rng.pt")
-"""The second name: distributed optimizer, 2022-03 to 2023-05, which kept optim.pt in folders of its own."""
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
 DRIFT = 0.1
 """By how much, relative to the largest value, what should be the same on all ranks may differ."""
 
-RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3}))?(?:_(\d{3}))?")
-
 UNVERSIONED = (
     "the files hold no checkpoint_version, so version 0 (QKV rows [3, heads, head]) is assumed, as "
     "Megatron does; if the model's numbers look random it was saved between 2020-09-11 and "
     "2020-09-29: use --set checkpoint_version=2.0"
 )
-
-_MAX_DEPTH = 16  # of the dicts in `model`; Megatron nests four
-_MAX_TENSORS = 1_000_000
-
-SAME_RUN = (
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "padded_vocab_size",
-    "ffn_hidden_size",
-    "tensor_model_parallel_size",
-    "model_parallel_size",
-    "pipeline_model_parallel_size",
-    "consumed_train_samples",
-    "seed",
-)
-"""Fields of args that are the same in all files of one save."""
-
-
-@dataclass
-class RankFile:
-    """One file: the flat tensors of each model chunk, and the rest."""
-
-    path: Path
-    torch_file: TorchFile
-    args: dict[str, Any]
-    chunks: list[dict[str, StoredTensor]]
-    version: float | None
-    """As saved; None where the file has none."""
-    iteration: int | None
 
 
 def read_file(path: Path, overrides: dict[str, Any]) -> Checkpoint:
@@ -88,12 +53,12 @@ def read_file(path: Path, overrides: dict[str, Any]) -> Checkpoint:
     """
     if RANK_FOLDER.fullmatch(path.resolve().parent.name) and path.name in MODEL_FILES:
         return read_iteration(path.resolve().parent.parent, overrides)
-    rank_file = _read_rank(path)
-    tp, pp = _parallel_sizes(rank_file)
+    rank_file = read_rank(path)
+    tp, pp = parallel_sizes(rank_file)
     if (tp, pp) not in ((1, 1), (None, None)):
         raise InputError(
-            f"{path} is one of the {tp} tensor-parallel x {pp} pipeline files of a checkpoint; give "
-            "--ckpt the folder that holds its mp_rank_XX folders"
+            f"{path} is one of the {tp} tensor-parallel x {pp} pipeline files of a checkpoint; "
+            "give --ckpt the folder that holds its mp_rank_XX folders"
         )
     return _merge(path, {(0, 0): rank_file}, 1, 1, overrides)
 
@@ -105,10 +70,10 @@ def read_iteration(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
         InputError: A rank is missing, files of two checkpoints are mixed, or the model is
             unsupported.
     """
-    paths = _scan(folder)
+    paths = scan_ranks(folder)
     first_key = min(paths)
-    first = _read_rank(paths[first_key])
-    tp, pp = _parallel_sizes(first)
+    first = read_rank(paths[first_key])
+    tp, pp = parallel_sizes(first)
     if (
         any(len(key) > 2 for key in paths)
         or (first.args.get("expert_model_parallel_size") or 1) > 1
@@ -137,121 +102,9 @@ def read_iteration(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
             "remove the other one's folders"
         )
     files = {
-        rank: first if key == first_key else _read_rank(paths[key]) for rank, key in keys.items()
+        rank: first if key == first_key else read_rank(paths[key]) for rank, key in keys.items()
     }
     return _merge(folder, files, tp, pp, overrides)
-
-
-def _scan(folder: Path) -> dict[tuple[int, ...], Path]:
-    """Return the model files by the numbers in their folder's name, without optimizer-only folders."""
-    paths: dict[tuple[int, ...], Path] = {}
-    folders = 0
-    for entry in sorted(folder.iterdir()):
-        match = RANK_FOLDER.fullmatch(entry.name)
-        if not match or not entry.is_dir():
-            continue
-        folders += 1
-        for name in MODEL_FILES:
-            if (entry / name).is_file():
-                paths[tuple(int(part) for part in match.groups() if part)] = entry / name
-                break
-    if not paths:
-        raise InputError(
-            f"{folder} has {folders} mp_rank_XX folder(s) but no {MODEL_FILES[0]} in them; the model "
-            "files are missing, copy them again"
-        )
-    return paths
-
-
-def _read_rank(path: Path) -> RankFile:
-    torch_file = read_torch_file(path)
-    value = torch_file.value
-    if not isinstance(value, dict):
-        raise InputError(
-            f"{path} holds a {type(value).__name__}, not the dictionary that Megatron saves; give "
-            "--ckpt a Megatron checkpoint"
-        )
-    chunk_keys = sorted(
-        (key for key in value if isinstance(key, str) and re.fullmatch(r"model\d+", key)),
-        key=lambda key: int(key[5:]),
-    ) or [key for key in ("model", "sd") if key in value]
-    chunks = [_flatten(value[key], path) for key in chunk_keys if isinstance(value[key], dict)]
-    if not any(chunks):
-        found = ", ".join(printable(str(key)) for key in list(value)[:5] if is_scalar(key))
-        raise InputError(
-            f"{path} has no 'model' entry with tensors in it (found {found or 'nothing'}); give "
-            "--ckpt a Megatron model file"
-        )
-    version = _number(value, "checkpoint_version", path)
-    iteration = _number(value, "iteration" if "iteration" in value else "total_iters", path)
-    return RankFile(
-        path,
-        torch_file,
-        saved_args(value.get("args"), str(path)),
-        chunks,
-        version=version,
-        iteration=None if iteration is None else int(iteration),
-    )
-
-
-def _number(value: Mapping[Any, Any], key: str, path: Path) -> float | None:
-    number = value.get(key)
-    if number is None or (type(number) in (int, float) and 0 <= number < 2**53):
-        return number  # type: ignore[no-any-return]
-    raise InputError(
-        f"{path}: {key} is no number; the file is damaged or not one of Megatron's, copy it again"
-    )
-
-
-def _flatten(tree: Mapping[Any, Any], path: Path) -> dict[str, StoredTensor]:
-    """Return the tensors in nested dicts under names joined by dots.
-
-    Raises:
-        InputError: A name is none, or the dicts are nested without end.
-    """
-    flat: dict[str, StoredTensor] = {}
-    left: list[tuple[str, int, Mapping[Any, Any]]] = [("", 1, tree)]
-    seen = 0
-    while left:
-        prefix, depth, branch = left.pop()
-        seen += len(branch)
-        if depth > _MAX_DEPTH or seen > _MAX_TENSORS:
-            raise InputError(
-                f"{path} holds dictionaries nested without end; it is not a Megatron model file"
-            )
-        for key, value in branch.items():
-            if not isinstance(value, dict | StoredTensor):
-                continue
-            name = f"{prefix}{key}" if isinstance(key, str | int) else ""
-            if not name or name != printable(name):
-                raise InputError(
-                    f"{path} has a parameter of an unreadable name ({printable(name) or 'none'}); "
-                    "it is not a Megatron model file"
-                )
-            if isinstance(value, dict):
-                left.append((f"{name}.", depth + 1, value))
-            elif not names.is_ignored(name):
-                flat[name] = value
-    return flat
-
-
-def _parallel_sizes(file: RankFile) -> tuple[int | None, int | None]:
-    """Return the tensor- and pipeline-parallel sizes of the run; None and None where not saved.
-
-    Raises:
-        InputError: A size is 0.
-    """
-    args = file.args
-    tp = args.get("tensor_model_parallel_size", args.get("model_parallel_size"))
-    if tp is None:
-        return None, None
-    pp = args.get("pipeline_model_parallel_size")
-    if tp < 1 or pp == 0:
-        raise InputError(
-            f"{file.path}: its args say {tp} tensor-parallel x {pp} pipeline ranks; the file is "
-            "damaged, copy it again"
-        )
-    return tp, pp or 1
 
 
 def _merge(
@@ -264,7 +117,7 @@ def _merge(
     first = files[0, 0]
     everything = [key for file in files.values() for chunk in file.chunks for key in chunk]
     names.refuse_unsupported(sorted(set(everything)), str(where))
-    _check_same_run(files, tp, where)
+    check_same_run(files, tp, where)
     family = "bert" if names.is_bert(sorted(set(everything))) else "gpt"
     megatron_core = any(".linear_qkv." in key for key in everything)
     version = _version(first, megatron_core, overrides)
@@ -331,8 +184,8 @@ def _version(first: RankFile, megatron_core: bool, overrides: Mapping[str, Any])
         version = float(first.version)
     if version not in (0.0, 1.0, 2.0, 3.0):
         raise InputError(
-            f"{first.path}: checkpoint_version {version} is unknown, known are 0, 1.0, 2.0 and 3.0; "
-            "correct it with --set checkpoint_version=3.0"
+            f"{first.path}: checkpoint_version {version} is unknown, known are 0, 1.0, 2.0 and "
+            "3.0; correct it with --set checkpoint_version=3.0"
         )
     return version
 
@@ -343,7 +196,7 @@ def _stage_tensors(
     """Return one tensor-parallel rank's tensors of all stages, under canonical names.
 
     Every stage counts its layers from 0. In the order chunk by chunk (virtual pipeline), stage by
-    stage within a chunk, the global number is a running sum: facts A.3's `chunk * L / v + stage * c`.
+    stage within a chunk, the global number is a running sum: facts A.3's `chunk * L/v + stage * c`.
     """
     block = "encoder" if family == "bert" else "decoder"
     tensors: dict[str, LazyTensor] = {}
@@ -353,8 +206,8 @@ def _stage_tensors(
             file = files[t, p]
             if chunk >= len(file.chunks):
                 raise InputError(
-                    f"{file.path} has {len(file.chunks)} virtual pipeline chunk(s) where others have "
-                    "more; ranks of two checkpoints may be mixed: copy all ranks of one save"
+                    f"{file.path} has {len(file.chunks)} virtual pipeline chunk(s) where others "
+                    "have more; ranks of two checkpoints may be mixed: copy all ranks of one save"
                 )
             found = {}
             for key, tensor in file.chunks[chunk].items():
@@ -408,45 +261,13 @@ def _drop_head_copies(shards: list[dict[str, LazyTensor]], where: Path, *, tied:
 
 
 def _gap(values: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
-    """Return the largest difference, and the size of what is compared; infinite for other shapes."""
+    """Return the largest difference (infinite for other shapes), and the largest value."""
     if values.shape != reference.shape:
         return math.inf, 1.0
     if torch.equal(values, reference):
         return 0.0, 1.0
     gap = (values.float() - reference.float()).abs().max().item()
     return gap, reference.float().abs().max().item() or 1.0
-
-
-def _check_same_run(files: dict[tuple[int, int], RankFile], tp: int, where: Path) -> None:
-    """Refuse files that were not saved together."""
-    first = files[0, 0]
-    ranks = {}
-    for rank, file in files.items():
-        pairs = [
-            ("iteration", first.iteration, file.iteration),
-            ("checkpoint_version", first.version, file.version),
-            *((f"args.{key}", first.args.get(key), file.args.get(key)) for key in SAME_RUN),
-        ]
-        for key, ours, theirs in pairs:
-            if ours != theirs:
-                raise InputError(
-                    f"{where} mixes two checkpoints: {key} is {ours} in {first.path.parent.name} "
-                    f"and {theirs} in {file.path.parent.name}; copy all ranks of one save"
-                )
-        if file.args.get("rank") is not None:
-            ranks[rank] = file.args["rank"]
-    # Training saves each file's own global rank; converters repeat one, which says nothing.
-    if len(set(ranks.values())) < len(files):
-        return
-    for (t, p), saved in ranks.items():
-        # In every mapping of ranks the tensor-parallel one runs fastest, and later stages have
-        # higher ranks.
-        if saved % tp != t or (p and saved < ranks[t, p - 1]):
-            raise InputError(
-                f"{files[t, p].path} was saved by rank {saved}, which is not tensor-parallel rank "
-                f"{t} of pipeline stage {p}: the mp_rank folders were renamed or swapped; copy them "
-                "again from their source"
-            )
 
 
 def _check_same_keys(
@@ -512,8 +333,8 @@ def _merge_qkv(parts: list[LazyTensor], version: float, config: Any, where: Path
     if version < 2.0:
         if config.num_query_groups != config.num_attention_heads:
             raise InputError(
-                f"{where}: checkpoint_version {version} is older than grouped-query attention, which "
-                "its weights have; correct it with --set checkpoint_version=3.0"
+                f"{where}: checkpoint_version {version} is older than grouped-query attention, "
+                "which its weights have; correct it with --set checkpoint_version=3.0"
             )
         order = qkv_order(version, config.num_attention_heads // len(parts), config.kv_channels)
         parts = [Selected(part, order) for part in parts]

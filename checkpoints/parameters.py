@@ -1,8 +1,8 @@
 """THE TABLE: every parameter of a model, its full shape, and how tensor parallelism cuts it.
 
 Names and layout are megatron-core's, with separate norms. QKV rows stand in group order
-`[groups, heads / groups + 2, head]` (Megatron checkpoint versions 2 and 3), a gated fc1 is `[gate;
-up]`.
+`[groups, heads / groups + 2, head]` (Megatron checkpoint versions 2 and 3), a gated fc1 is
+`[gate; up]`.
 Source: Megatron-LM paper, section 3; facts C.4 and D.
 """
 
@@ -24,10 +24,9 @@ class ShardRule:
 
     Attributes:
         dim: The dim that is cut; None for a replicated parameter.
-        unit: What must stay whole: `even` (any equal cut), `vocab` (rows of ceil(V / tp),
-            the last rank has
-            the rest) or `qkv` (whole query groups; key and value heads are copied where
-            tp exceeds them).
+        unit: What must stay whole: `even` (any equal cut), `vocab` (rows of ceil(V / tp), the last
+            rank has the rest) or `qkv` (whole query groups; key and value heads are copied where tp
+            exceeds them).
         blocks: Packed equal blocks along `dim`, each cut on its own: 2 for `[gate; up]`.
     """
 
@@ -162,21 +161,18 @@ def check_tp(config: ModelConfig, tp_size: int) -> None:
     if tp_size not in allowed:
         raise InputError(
             f"cannot split this model over tp={tp_size}: it has {config.num_attention_heads} "
-            "attention heads "
-            f"and an MLP of width {config.ffn_hidden_size}, and tp must divide both; "
-            f"it allows tp in {', '.join(map(str, allowed))}"
+            f"attention heads and an MLP of width {config.ffn_hidden_size}, and tp must divide "
+            f"both; it allows tp in {', '.join(map(str, allowed))}"
         )
 
 
 def local_groups(config: ModelConfig, tp_rank: int, tp_size: int) -> list[tuple[list[int], int]]:
     """Return the query groups that one rank computes: (its query heads, the key/value head).
 
-    Heads go to ranks in contiguous runs. With `tp_size` up to the number of groups each rank
-    holds whole
-    groups. Beyond, a key/value head is copied to every rank that has a query of its group; where a
-    rank's run would cover groups unevenly each query head gets its own copy, so that the groups
-    of one
-    rank all have the same size.
+    Heads go to ranks in contiguous runs. With `tp_size` up to the number of groups each rank holds
+    whole groups. Beyond, a key/value head is copied to every rank that has a query of its group;
+    where a rank's run would cover groups unevenly each query head gets its own copy, so that the
+    groups of one rank all have the same size.
     """
     n, ng = config.num_attention_heads, config.num_query_groups
     per_group = n // ng
@@ -207,8 +203,7 @@ def shard_index(parameter: Parameter, config: ModelConfig, tp_rank: int, tp_size
     if block % tp_size:
         raise InputError(
             f"cannot split {parameter.name} over tp={tp_size}: dim {rule.dim} is {size} = "
-            f"{rule.blocks} "
-            f"block(s) of {block}, not divisible by {tp_size}; "
+            f"{rule.blocks} block(s) of {block}, not divisible by {tp_size}; "
             f"this model allows tp in {', '.join(map(str, allowed_tp(config)))}"
         )
     part = block // tp_size
@@ -217,7 +212,7 @@ def shard_index(parameter: Parameter, config: ModelConfig, tp_rank: int, tp_size
 
 
 def vocab_range(vocab_size: int, tp_rank: int, tp_size: int) -> tuple[int, int]:
-    """Return the rows of the vocabulary that a rank owns: ceil(V / tp) each, the last ones the rest."""
+    """Return the rows of the vocabulary that a rank owns: ceil(V / tp), the last ones the rest."""
     chunk = -(-vocab_size // tp_size)
     return min(tp_rank * chunk, vocab_size), min((tp_rank + 1) * chunk, vocab_size)
 

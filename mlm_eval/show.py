@@ -117,7 +117,7 @@ def _wikitext_rows(result: Result) -> list[tuple[str, str]]:
     rows = [
         (
             "adjusted perplexity",
-            f"{m['adjusted_ppl']:.4f}   per word of the original text (the paper's number)",
+            f"{m['adjusted_ppl']:.4f}   per word of the original text, as the paper counts",
         ),
         ("plain perplexity", f"{m['ppl']:.4f}   per token"),
         ("average loss", f"{m['avg_loss']:.6f} nats per token, over {c['scored_tokens']:,} tokens"),

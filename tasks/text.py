@@ -14,11 +14,11 @@ FILE_SUFFIXES = {".txt", ".tokens", ".raw", ".json", ".jsonl", ".parquet", ".csv
 
 @dataclass(frozen=True)
 class DatasetName:
-    """A `datasets` set, written `path:config:split`; the config may be absent."""
+    """A `datasets` set, written `path:config:split`; the config may be absent, None: all splits."""
 
     path: str
     config: str | None
-    split: str = "test"
+    split: str | None = "test"
 
     def __str__(self) -> str:
         return ":".join(part for part in (self.path, self.config, self.split) if part)
@@ -104,7 +104,7 @@ def _read_file(path: Path) -> bytes:
 
 
 def _read_dataset(name: DatasetName, column: str) -> RawData:
-    loaded = _load(name)
+    loaded = load_dataset(name)
     if isinstance(loaded, dict):  # a DatasetDict: the folder held several splits
         if name.split not in loaded:
             raise InputError(
@@ -126,7 +126,12 @@ def _read_dataset(name: DatasetName, column: str) -> RawData:
     return RawData(str(name), rows=rows)
 
 
-def _load(name: DatasetName) -> Any:
+def load_dataset(name: DatasetName) -> Any:
+    """Return what `datasets` makes of a name or of a folder: a set, or a dict of them by split.
+
+    Raises:
+        InputError: It makes nothing of it, or is not installed.
+    """
     try:
         import datasets
     except ImportError:

@@ -1,0 +1,607 @@
+"""The command line: exit codes, one sentence for what is wrong, records, and Megatron's own figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import random_models
+from ranks import run_ranks
+
+from mlm_eval import cli, launch
+from mlm_eval.checkpoints.checkpoint import open_checkpoint
+from mlm_eval.checkpoints.megatron_writer import write_megatron_torch
+from mlm_eval.engine import Engine
+from mlm_eval.tasks import evaluate
+from mlm_eval.tokenizer import load_tokenizer
+
+COMMANDS = sorted(command.callback.__name__ for command in cli.app.registered_commands)  # type: ignore[union-attr]
+BERT_ORACLE = Path(__file__).with_name("oracles") / "v25_bert_tp2_fusedgelu"
+TEXT = " = Title = \n \n " + " ".join(f"word{n} , <unk>" for n in range(60)) + " \n"
+PASSAGES = ["the cat saw a dog", "one two three", "he said no no", "x yy zzz"]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide the variables of a launcher that runs the tests."""
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "MLM_EVAL_LAUNCHED", "MLM_EVAL_WORLD", "TORCHELASTIC_")):
+            monkeypatch.delenv(name)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line in this process: quick, for one rank."""
+
+    def run(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["mlm-eval", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            code = cli._main()
+        except SystemExit as leaving:
+            code = leaving.code if isinstance(leaving.code, int) else 1
+        return Ended(code, *capsys.readouterr())
+
+    return run
+
+
+def started(*arguments: object) -> subprocess.Popen[str]:
+    """Start a command line as a user does."""
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "mlm_eval", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def as_user(*arguments: object) -> Ended:
+    process = started(*arguments)
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return Ended(process.returncode, out, err)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of two files with its tokenizer, a text, passages, and lines to score."""
+    folder = tmp_path_factory.mktemp("cli")
+    config = random_models.config(vocab_size=256, max_position_embeddings=32)
+    write_megatron_torch(random_models.checkpoint(config), folder / "gpt", tp=2)
+    random_models.byte_vocabulary(folder / "gpt" / "tokenizer")
+    (folder / "wiki.tokens").write_text(TEXT)
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in PASSAGES)
+    (folder / "passages.jsonl").write_text(rows)
+    (folder / "lines.jsonl").write_text('{"tokens": [1, 2, 3]}\n{"text": "abc"}\n')
+    return folder
+
+
+@pytest.fixture
+def wiki(folder: Path) -> list[object]:
+    return ["wikitext103", "--ckpt", folder / "gpt", "--data", folder / "wiki.tokens"]
+
+
+@pytest.fixture
+def cloze(folder: Path) -> list[object]:
+    return ["lambada", "--ckpt", folder / "gpt", "--data", folder / "passages.jsonl"]
+
+
+def read(path: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(path.read_text())
+    return record
+
+
+# --- Help ---------------------------------------------------------------------------------------
+
+
+def test_help_costs_no_torch():
+    code = "import sys, mlm_eval.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-P", "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_has_an_example(run, command):
+    ended = run(command, "--help")
+    assert ended.code == 0 and ended.err == ""
+    shown = re.sub(r"\s+", " ", ended.out)
+    assert f"Example: mlm-eval {command} --ckpt" in shown
+
+
+def test_the_commands_of_the_contract_are_there(run):
+    assert {"inspect", "wikitext103", "lambada", "score", "convert", "verify"} <= set(COMMANDS)
+    ended = run("--help")
+    assert ended.code == 0 and all(command in ended.out for command in COMMANDS)
+
+
+def test_no_command_at_all_shows_the_help(run):
+    ended = run()
+    assert ended.code == 2 and "wikitext103" in ended.out + ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_the_version(run):
+    assert re.fullmatch(r"mlm-eval \d+\.\d+\.\d+\n", run("--version").out)
+
+
+# --- What is wrong: exit code 2 and one sentence ------------------------------------------------
+
+
+def assert_one_sentence(ended: Ended, *parts: str) -> None:
+    assert ended.code == 2, ended
+    assert ended.out == ""
+    lines = [line for line in ended.err.splitlines() if not line.startswith("work ahead: ")]
+    assert len(lines) == 1 and lines[0].startswith("mlm-eval: "), ended.err
+    for part in parts:
+        assert part in lines[0], (part, lines[0])
+
+
+WRONG: dict[str, tuple[list[str], list[str]]] = {
+    # name: (more options of wikitext103, what the sentence says)
+    "no such checkpoint": (["--ckpt", "/no/such"], ["/no/such", "does not exist"]),
+    "no checkpoint": (["--ckpt", "{folder}"], ["{folder} holds no checkpoint"]),
+    "unknown option": (["--strid", "32"], ["No such option", "--strid", "see --help"]),
+    "no number": (["--stride", "many"], ["--stride", "many"]),
+    "stride 0": (["--stride", "0"], ["--stride", "0"]),
+    "stride beyond the window": (["--stride", "33"], ["--stride 33", "32 tokens"]),
+    "window beyond the positions": (["--seq-length", "33"], ["--seq-length 33", "32 positions"]),
+    "limit 0": (["--limit", "0"], ["--limit", "0"]),
+    "tp of zero": (["--tp", "0"], ["--tp '0'", "positive number or auto"]),
+    "tp in words": (["--tp", "two"], ["--tp 'two'", "positive number or auto"]),
+    "tp that does not divide": (["--tp", "3"], ["tp=3", "4 attention heads", "1, 2, 4"]),
+    "dp below zero": (["--dp", "-1"], ["--dp '-1'", "positive number or auto"]),
+    "dtype": (["--dtype", "float64"], ["--dtype 'float64'", "bfloat16"]),
+    "vocab": (["--vocab", "all"], ["--vocab 'all'", "padded or true"]),
+    "device": (["--device", "tpu"], ["--device 'tpu'", "auto, cpu or cuda"]),
+    "no such tokenizer": (["--tokenizer", "/no/such"], ["/no/such does not exist"]),
+    "no tokenizer there": (["--tokenizer", "{folder}"], ["{folder} holds no tokenizer"]),
+    "a larger vocabulary": (
+        ["--vocab-file", "{folder}/large.txt"],
+        ["large.txt has 300 entries", "256 rows", "--tokenizer"],
+    ),
+    "merges without a vocabulary": (["--merge-file", "{folder}/m.txt"], ["--merge-file"]),
+    "no such data": (["--data", "{folder}/none.txt"], ["none.txt does not exist", "--data"]),
+    "data in another encoding": (["--data", "{folder}/latin.txt"], ["latin.txt is not UTF-8"]),
+    "empty data": (["--data", "{folder}/empty.txt"], ["empty.txt is empty"]),
+    "output below a file": (
+        ["--output", "{folder}/wiki.tokens/out.json"],
+        ["out.json cannot be written", "--output"],
+    ),
+    "output is a folder": (["--output", "{folder}/gpt"], ["gpt cannot be written", "a folder"]),
+    "resume what": (["--resume"], ["--resume needs the --output"]),
+    "setting without a value": (["--set", "activation"], ["--set 'activation'", "="]),
+    "unknown setting": (["--set", "heads=4"], ["--set heads", "num_attention_heads"]),
+    "setting out of its values": (["--set", "activation=tanh"], ["tanh", "gelu_tanh"]),
+    "no such config": (["--config", "{folder}/none.toml"], ["none.toml does not exist"]),
+    "config is a folder": (["--config", "{folder}"], ["no TOML file"]),
+    "config is no TOML": (["--config", "{folder}/wiki.tokens"], ["wiki.tokens is no TOML file"]),
+    "unknown key in config": (["--config", "{folder}/key.toml"], ["key.toml", "'strid'"]),
+    "wrong value in config": (["--config", "{folder}/value.toml"], ["stride", "many"]),
+    "table in config": (["--config", "{folder}/table.toml"], ["table.toml", "model"]),
+}
+
+
+@pytest.fixture(scope="session")
+def wrong_files(folder: Path) -> Path:
+    pieces = ["[UNK]", *(f"w{n}" for n in range(299))]
+    (folder / "large.txt").write_text("\n".join(pieces))
+    (folder / "latin.txt").write_bytes(b"caf\xe9 in the town")
+    (folder / "empty.txt").write_text("")
+    (folder / "key.toml").write_text("strid = 8\n")
+    (folder / "value.toml").write_text('stride = "many"\n')
+    (folder / "table.toml").write_text("[model]\nstride = 8\n")
+    return folder
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_is_one_sentence(run, wiki, wrong_files, what):
+    options, parts = WRONG[what]
+    before = sorted(wrong_files.rglob("*"))
+    ended = run(*wiki, *(option.format(folder=wrong_files) for option in options))
+    assert_one_sentence(ended, *(part.format(folder=wrong_files) for part in parts))
+    assert sorted(wrong_files.rglob("*")) == before  # nothing half-written
+
+
+def test_a_missing_option_is_named(run):
+    assert_one_sentence(run("wikitext103"), "--ckpt")
+
+
+def test_an_unknown_command_is_named(run):
+    assert_one_sentence(run("wikitext"), "wikitext")
+
+
+def test_a_checkpoint_without_a_tokenizer_beside_it(run, wiki, folder, tmp_path):
+    (tmp_path / "gpt").mkdir()
+    for entry in (folder / "gpt").iterdir():
+        if entry.name != "tokenizer":
+            (tmp_path / "gpt" / entry.name).symlink_to(entry)
+    ended = run(*wiki, "--ckpt", tmp_path / "gpt")
+    assert_one_sentence(ended, "no tokenizer was found beside", "--tokenizer DIR", "--merge-file")
+
+
+@pytest.mark.parametrize("task", ["wikitext103", "lambada"])
+def test_a_bert_is_no_left_to_right_model(run, folder, task):
+    ended = run(task, "--ckpt", BERT_ORACLE, "--data", folder / "wiki.tokens")
+    assert_one_sentence(ended, "is a BERT checkpoint", f"{task} needs a GPT model")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "the cat"}\n{"text": "one"}\n', "line 2: 'one' has no context"),
+        ('{"text": "the cat"}\n{"txt": "one"}\n', "line 2 holds"),
+        ("the cat sat\n", "line 1 is not JSON"),
+    ],
+)
+def test_passages_that_are_none_are_named(run, cloze, tmp_path, content, message):
+    (tmp_path / "bad.jsonl").write_text(content)
+    ended = run(*cloze, "--data", tmp_path / "bad.jsonl")
+    assert_one_sentence(ended, f"{tmp_path}/bad.jsonl, {message}")
+
+
+def test_an_unknown_target_is_named(run, cloze):
+    assert_one_sentence(run(*cloze, "--target", "first"), "--target first", "word or last-token")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"tokens": [1]}\n{"tokens": "1"}\n', "line 2: tokens must be a list of integers"),
+        ('{"tokens": [1]}\n\n{"tokens": [1, 256]}\n', "line 3 holds token id 256"),
+        ("", "holds no lines"),
+        (None, "bad.jsonl does not exist; give --input"),
+    ],
+)
+def test_lines_that_cannot_be_scored_are_named(run, folder, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "bad.jsonl").write_text(content)
+    output = tmp_path / "out.jsonl"
+    arguments = ["--ckpt", folder / "gpt", "--input", tmp_path / "bad.jsonl", "--output", output]
+    assert_one_sentence(run("score", *arguments), f"{tmp_path}/bad.jsonl", message)
+    assert not output.exists()
+
+
+def test_a_fault_of_ours_is_shown_whole(run, wiki, monkeypatch):
+    monkeypatch.setattr(Engine, "_score_batch", lambda *_: 1 / 0)
+    ended = run(*wiki)
+    assert ended.code == 1 and ended.out == ""
+    assert "Traceback" in ended.err and "ZeroDivisionError" in ended.err
+    assert ended.err.splitlines()[-1].startswith("mlm-eval: this is a fault of mlm-eval")
+
+
+# --- Results ------------------------------------------------------------------------------------
+
+RECORD = {"task", "protocol", "metrics", "counts", "settings", "checkpoint", "timing", "versions"}
+SETTINGS = {"vocab", "dtype", "tp", "dp", "limit", "data", "seed", "tokenizer", "batch_tokens"}
+TIMING = {"load_seconds", "eval_seconds", "tokens_per_second", "model_tflops"}
+
+
+def assert_common(record: dict[str, Any], task: str) -> None:
+    assert set(record) == RECORD and record["task"] == task
+    assert record["protocol"] == "megatron-paper"
+    assert SETTINGS <= set(record["settings"])
+    assert {"path", "sha256"} <= set(record["settings"]["data"])
+    assert {"path", "digest", "format", "num_parameters"} <= set(record["checkpoint"])
+    assert set(record["timing"]) == TIMING
+    assert {"mlm_eval", "torch"} <= set(record["versions"])
+
+
+def test_the_wikitext_record(run, wiki, folder, tmp_path):
+    ended = run(*wiki, "--stride", 8, "--output", tmp_path / "new" / "w.json", "--seed", 5)
+    record = read(tmp_path / "new" / "w.json")
+    assert ended.code == 0
+    assert_common(record, "wikitext103")
+    metrics = {"adjusted_ppl", "ppl", "avg_loss", "nll_sum", "token_ratio", "clamped_at_20"}
+    assert set(record["metrics"]) == metrics
+    counts = {"original_tokens", "tokenized_tokens", "scored_tokens", "windows", "total_windows"}
+    assert set(record["counts"]) == counts
+    settings = record["settings"]
+    assert (settings["seq_length"], settings["stride"], settings["seed"]) == (32, 8, 5)
+    assert (settings["vocab"], settings["dtype"], settings["limit"]) == ("padded", "float32", None)
+    assert (settings["tp"], settings["dp"]) == (1, 1)
+    assert record["counts"]["original_tokens"] == len(TEXT.strip().split(" "))
+    assert record["counts"]["scored_tokens"] == record["counts"]["tokenized_tokens"] - 1
+    assert record["checkpoint"]["path"].startswith(str(folder / "gpt"))
+    assert f"{record['metrics']['adjusted_ppl']:.4f}" in ended.out
+    assert "validation results on WIKITEXT103 | avg loss: " in ended.out
+    assert "work ahead: " in ended.err and "tokens through the model" in ended.err
+    assert "is another text" in ended.err and "is another text" not in ended.out
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["w.json"]
+
+
+def test_the_lambada_record(run, cloze, tmp_path):
+    ended = run(*cloze, "--output", tmp_path / "l.json")
+    record = read(tmp_path / "l.json")
+    assert ended.code == 0
+    assert_common(record, "lambada")
+    metrics = {"accuracy", "accuracy_stderr", "num_correct", "target_ppl", "nll_sum"}
+    assert set(record["metrics"]) == metrics
+    assert record["counts"] == {"examples": 4, "target_tokens": 3 + 1 + 5 + 2 + 4, "truncated": 0}
+    assert record["settings"]["target"] == "word"
+    assert "validation results on LAMBADA | number correct: " in ended.out
+    last = run(*cloze, "--output", tmp_path / "l.json", "--target", "last-token")
+    record = read(tmp_path / "l.json")
+    assert last.code == 0 and record["counts"]["target_tokens"] == 4
+    assert record["protocol"] == "megatron-last-token"
+
+
+def test_a_limited_run_says_so_loudly(run, wiki, cloze, folder, tmp_path):
+    for arguments in (wiki, cloze):
+        ended = run(*arguments, "--limit", 2, "--output", tmp_path / "out.json")
+        record = read(tmp_path / "out.json")
+        assert record["settings"]["limit"] == 2
+        assert any(w.startswith("limit 2: only") for w in record["settings"]["warnings"])
+        assert "LIMITED RUN" in ended.out.splitlines()[0]
+        assert "warning: limit 2: only" in ended.err
+        assert record["counts"].get("windows", record["counts"].get("examples")) == 2
+    ended = run(
+        *("score", "--ckpt", folder / "gpt", "--input", folder / "lines.jsonl"),
+        *("--output", tmp_path / "out.jsonl", "--limit", 1),
+    )
+    assert "LIMITED to the first 1" in ended.out
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
+
+
+def test_full_digest_and_true_vocabulary_are_recorded(run, wiki, tmp_path):
+    output = tmp_path / "out.json"
+    ended = run(*wiki, "--limit", 1, "--full-digest", "--vocab", "true", "--output", output)
+    record = read(output)
+    assert ended.code == 0 and record["checkpoint"]["full_digest"].startswith("sha256:")
+    assert record["settings"]["vocab"] == "true" and record["settings"]["vocab_size"] == 256
+
+
+def test_options_from_a_file(run, wiki, tmp_path):
+    lines = ["stride = 8", "batch-tokens = 64", "seq_length = 16", 'set = ["hidden_dropout=0.2"]']
+    lines += ["limit = 3", "resume = false", f'output = "{tmp_path}/out.json"', "tp = 1"]
+    (tmp_path / "run.toml").write_text("\n".join(lines))
+    ended = run(*wiki, "--config", tmp_path / "run.toml", "--limit", 2)
+    settings = read(tmp_path / "out.json")["settings"]
+    assert ended.code == 0
+    assert (settings["stride"], settings["seq_length"], settings["batch_tokens"]) == (8, 16, 64)
+    assert settings["limit"] == 2  # the line wins
+    assert read(tmp_path / "out.json")["checkpoint"]["config"]["hidden_dropout"] == 0.2
+
+
+def test_inspect_shows_the_contracts_fields(run, folder):
+    ended = run("inspect", "--ckpt", folder / "gpt", "--json")
+    record = json.loads(ended.out)
+    assert ended.code == 0 and ended.err == ""
+    assert record["format"] == "megatron-torch" and record["checkpoint_version"] == 3.0
+    assert (record["tensor_parallel"], record["pipeline_parallel"]) == (2, 1)
+    assert record["config"]["num_attention_heads"] == 4
+    assert record["num_parameters"] == open_checkpoint(folder / "gpt").num_parameters
+    assert {"iteration", "digest", "pickle_classes", "warnings"} <= set(record)
+    assert record["config_sources"]["num_attention_heads"].startswith("args.")
+    table = run("inspect", "--ckpt", folder / "gpt").out
+    assert "megatron-torch" in table and "args.num_attention_heads" in table
+    assert f"{record['num_parameters']:,}" in table and record["digest"] in table
+    full = json.loads(run("inspect", "--ckpt", folder / "gpt", "--json", "--full-digest").out)
+    assert full["digest"].startswith("sha256:") and full["digest"] != record["digest"]
+
+
+def test_score_writes_a_record_a_line(run, folder, tmp_path):
+    output = tmp_path / "out.jsonl"
+    arguments = ["score", "--ckpt", folder / "gpt", "--input", folder / "lines.jsonl"]
+    ended = run(*arguments, "--output", output)
+    first, second = (json.loads(line) for line in output.read_text().splitlines())
+    assert ended.code == 0 and "2 line(s) scored" in ended.out
+    assert first["tokens"] == [1, 2, 3] and first["logprobs"][0] is None
+    words = load_tokenizer(directory=folder / "gpt" / "tokenizer")
+    assert second["tokens"] == words.encode("abc") and len(second["greedy"]) == 3
+    assert run(*arguments, "--output", output, "--ckpt", BERT_ORACLE, "--limit", 1).code == 0
+    record = json.loads(output.read_text())
+    assert None not in record["logprobs"] and len(record["binary_logits"]) == 2
+
+
+# --- Ranks, interruption, resume ----------------------------------------------------------------
+
+
+def same_figures(record: dict[str, Any], expected: dict[str, Any]) -> bool:
+    figures = {name: pytest.approx(x, rel=1e-6) for name, x in expected["metrics"].items()}
+    return bool(record["counts"] == expected["counts"] and record["metrics"] == figures)
+
+
+def test_an_interrupted_run_keeps_its_scores_and_goes_on(run, wiki, tmp_path, monkeypatch):
+    output, batch = tmp_path / "out.json", ["--batch-tokens", 64, "--stride", 4]
+    assert run(*wiki, *batch, "--output", output).code == 0
+    expected = read(output)
+    output.unlink()
+
+    score_batch, calls = Engine._score_batch, itertools.count()
+
+    def interrupted(engine: Engine, given: Any) -> Any:
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return score_batch(engine, given)
+
+    monkeypatch.setattr(Engine, "_score_batch", interrupted)
+    ended = run(*wiki, *batch, "--output", output)
+    assert ended.code == 130 and ended.out == "" and "Traceback" not in ended.err
+    assert ended.err.splitlines()[-1].startswith("mlm-eval: interrupted")
+    assert not output.exists() and (tmp_path / "out.json.partial").is_dir()
+
+    # Two ranks go on where one has stopped; other settings may not.
+    monkeypatch.setattr(Engine, "_score_batch", score_batch)
+    other = run(*wiki, "--stride", 5, "--output", output, "--resume")
+    assert_one_sentence(other, "out.json.partial holds scores of another checkpoint")
+    ended = as_user(*wiki, *batch, "--output", output, "--resume", "--tp", 2)
+    assert ended.code == 0, ended.err
+    assert "resuming: 10 of" in ended.err
+    record = read(output)
+    assert same_figures(record, expected) and record["settings"]["tp"] == 2
+    assert not (tmp_path / "out.json.partial").exists()
+
+
+def test_ctrl_c_ends_all_ranks_with_one_sentence(wiki, folder):
+    (folder / "long.tokens").write_text("so many words " * 20_000)
+    process = started(*wiki, "--data", folder / "long.tokens", "--stride", 1, "--tp", 2)
+    try:
+        assert process.stderr is not None
+        lines: Iterator[str] = iter(process.stderr.readline, "")
+        assert any(line.startswith("work ahead: ") for line in lines)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and out == ""
+    assert err.splitlines()[-1].startswith("mlm-eval: interrupted") and "Traceback" not in err
+
+
+def test_wrong_input_found_on_the_ranks_is_one_sentence(wiki, folder, tmp_path):
+    """Damaged scores of an earlier run: rank 0 finds them, and all ranks end."""
+    (tmp_path / "out.json.partial").mkdir()
+    (tmp_path / "out.json.partial" / "1-0.safetensors").write_bytes(b"x")
+    ended = as_user(*wiki, "--output", tmp_path / "out.json", "--resume", "--dp", 2)
+    warnings = [line for line in ended.err.splitlines() if not line.startswith("warning: ")]
+    assert_one_sentence(
+        dataclasses.replace(ended, err="\n".join(warnings)), "1-0.safetensors is damaged"
+    )
+
+
+def test_under_torchrun_the_running_ranks_are_used(wiki, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["-m", "mlm_eval", *map(str, wiki), "--tp", "2", "--limit", "3"]
+    command += ["--output", str(tmp_path / "out.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("adjusted perplexity") == 1  # rank 0 alone prints
+    assert read(tmp_path / "out.json")["settings"]["tp"] == 2
+
+
+def test_the_parent_hands_on_the_exit_code_of_the_ranks(run, wiki, monkeypatch):
+    seen: list[list[str]] = []
+
+    def ranks(argv: list[str], *, ranks: int, device: str) -> launch.LaunchResult:
+        seen.append([*argv, str(ranks), device])
+        return launch.LaunchResult(2, "rank 1 found wrong.pt")
+
+    monkeypatch.setattr("mlm_eval.cli.run.launch", ranks)
+    ended = run(*wiki, "--tp", 2, "--dp", 3)
+    assert_one_sentence(ended, "mlm-eval: rank 1 found wrong.pt")
+    assert seen[0][-8:] == ["--tp", "2", "--dp", "3", "--device", "cpu", "6", "cpu"]
+
+
+# --- Megatron's own figures, and the real data --------------------------------------------------
+
+# oracles/README.md, last section: printed by Megatron v2.5's tasks for v25_gpt2vocab_tp2_trained.
+MEGATRON_WIKITEXT = (
+    " validation results on WIKITEXT103 | avg loss: 7.6933E+00 | ppl: 2.1936E+03 | "
+    "adjusted ppl: 3.9148E+03 | token ratio: 1.075293227393114 |"
+)
+MEGATRON_LAMBADA = (
+    " validation results on LAMBADA | number correct: 5.4000E+01 | "
+    "total examples: 1.2000E+02 | avg accuracy: 4.5000E-01"
+)
+
+
+def zero_shot(oracles: Path, shared_data: Path, task: str) -> list[object]:
+    data = {"wikitext103": "wiki_small.test.tokens", "lambada": "lambada_small.jsonl"}[task]
+    ckpt, words = oracles / "v25_gpt2vocab_tp2_trained", shared_data / "gpt2"
+    return [task, "--ckpt", ckpt, "--tokenizer", words, "--data", oracles / "zeroshot" / data]
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize(("tp", "dp"), [(1, 1), (2, 2)])
+def test_the_command_line_prints_what_megatron_printed(run, oracles, shared_data, tp, dp):
+    runner = run if tp * dp == 1 else as_user
+    for task, printed in [("wikitext103", MEGATRON_WIKITEXT), ("lambada", MEGATRON_LAMBADA)]:
+        ended = runner(*zero_shot(oracles, shared_data, task), "--tp", tp, "--dp", dp)
+        assert ended.code == 0, ended.err
+        assert printed in ended.out.splitlines()
+        # The other line of Megatron's output, in the numbers of ours.
+        if task == "wikitext103":
+            assert "(8,527 - 1) / (7,930 - 1)" in ended.out
+
+
+def line_on_a_rank(oracles: Path, shared_data: Path, task: str, tp: int, dp: int) -> str:
+    from importlib import import_module
+
+    _, _, ckpt, _, words, _, data = zero_shot(oracles, shared_data, task)
+    engine = Engine.load(open_checkpoint(str(ckpt)), tp=tp, dp=dp)
+    tokenizer = load_tokenizer(directory=str(words))
+    result = evaluate(task, engine, data=str(data), tokenizer=tokenizer)
+    line: str = import_module(f"mlm_eval.tasks.{task}").megatron_line(result)
+    return line
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize(("tp", "dp"), [(2, 1), (1, 2)])
+def test_every_rank_has_what_megatron_printed(oracles, shared_data, tp, dp):
+    for task, printed in [("wikitext103", MEGATRON_WIKITEXT), ("lambada", MEGATRON_LAMBADA)]:
+        lines = run_ranks(tp * dp, line_on_a_rank, oracles, shared_data, task, tp, dp)
+        assert lines == [printed] * (tp * dp)
+
+
+@pytest.fixture(scope="session")
+def gpt2_vocabulary_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A very small random model with GPT-2's positions and padded vocabulary."""
+    config = random_models.config(
+        num_layers=1,
+        hidden_size=16,
+        num_attention_heads=2,
+        ffn_hidden_size=32,
+        vocab_size=50304,
+        max_position_embeddings=1024,
+    )
+    path = tmp_path_factory.mktemp("gpt2") / "ckpt"
+    return write_megatron_torch(random_models.checkpoint(config), path)
+
+
+@pytest.mark.realdata
+def test_counts_of_the_real_wikitext_103(run, gpt2_vocabulary_model, shared_data, tmp_path):
+    ended = run(
+        *("wikitext103", "--ckpt", gpt2_vocabulary_model, "--tokenizer", shared_data / "gpt2"),
+        *("--data", shared_data / "wikitext-103" / "wiki.test.tokens", "--limit", 4),
+        *("--output", tmp_path / "out.json"),
+    )
+    assert ended.code == 0
+    record = read(tmp_path / "out.json")
+    counts = record["counts"]
+    assert (counts["original_tokens"], counts["tokenized_tokens"]) == (245_566, 270_330)
+    assert (counts["windows"], counts["total_windows"]) == (4, 8_417)
+    assert f"{record['metrics']['token_ratio']:.10f}" == "1.1008449901"
+    assert counts["scored_tokens"] == 1024 + 3 * 32
+    assert record["settings"]["data"]["paper_file"] and record["settings"]["data"]["warnings"] == []
+    assert "work ahead: 4 windows, 4,096 tokens" in ended.err
+
+
+@pytest.mark.realdata
+def test_all_examples_of_the_real_lambada(run, gpt2_vocabulary_model, shared_data, tmp_path):
+    ended = run(
+        *("lambada", "--ckpt", gpt2_vocabulary_model, "--tokenizer", shared_data / "gpt2"),
+        *("--data", shared_data / "lambada" / "lambada_test.jsonl"),
+        *("--output", tmp_path / "out.json"),
+    )
+    assert ended.code == 0 and "LIMITED" not in ended.out
+    record = read(tmp_path / "out.json")
+    tokens = 4_013 + 2 * 913 + 3 * 208 + 4 * 16 + 5 * 3
+    assert record["counts"] == {"examples": 5_153, "target_tokens": tokens, "truncated": 0}
+    assert record["settings"]["data"]["paper_file"] and record["settings"]["warnings"] == []
+    assert 0 <= record["metrics"]["accuracy"] < 0.1
