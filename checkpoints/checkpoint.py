@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.config import ModelConfig, check_overrides
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import InMemory, LazyTensor
 from mlm_eval.checkpoints.parameters import num_parameters, parameters
@@ -139,37 +139,47 @@ def open_checkpoint(
     """Return the checkpoint at `path`, its format detected; no weight is read yet.
 
     Args:
-        path: A checkpoint root with its tracker file, an `iter_*` or `release` folder, a
-            single `.pt`, a
-            published zip archive, or a Hugging Face folder.
+        path: A checkpoint root with its tracker file, an `iter_*` or `release` folder, a single
+            `.pt`, a published zip archive, or a Hugging Face folder.
         overrides: Settings that win over the file's (see `parse_overrides`).
-        allow_hostile: Open a file whose pickle names harmful callables all the same
-            (`inspect` does;
-            nothing in a pickle ever runs either way).
+        allow_hostile: Open a file whose pickle names harmful callables all the same (`inspect`
+            does; nothing in a pickle ever runs either way).
 
     Raises:
         InputError: There is no checkpoint, or it is damaged, incomplete, or of an unsupported kind.
     """
-    from mlm_eval.checkpoints.archive import is_archive, unpack
-
+    overrides = dict(overrides or {})
+    check_overrides(overrides)
     target = Path(path).expanduser()
-    if not target.exists():
-        raise InputError(f"{target} does not exist; give --ckpt the folder or file of a checkpoint")
-    if is_archive(target):
-        target = unpack(target)
-    checkpoint = _open(target, dict(overrides or {}))
+    try:
+        checkpoint = _open(target, overrides)
+    except PermissionError as error:
+        raise InputError(
+            f"{error.filename or target} cannot be read: permission denied; change its "
+            "permissions, or copy the checkpoint to where you may read it"
+        ) from None
     hostile = checkpoint.provenance.hostile
     if hostile and not allow_hostile:
+        more = f" and {len(hostile) - 3} more" if len(hostile) > 3 else ""
         raise InputError(
-            f"{checkpoint.provenance.path} asks for {', '.join(hostile)} when it is unpickled, "
-            "which no Megatron "
-            "checkpoint needs; nothing was run, but do not trust this file: get it from its source "
-            "again"
+            f"{checkpoint.provenance.path} asks for {', '.join(hostile[:3])}{more} when it is "
+            "unpickled, which no checkpoint needs; nothing was run, but do not trust this file: "
+            "get it from its source again"
         )
     return checkpoint
 
 
 def _open(target: Path, overrides: dict[str, Any]) -> Checkpoint:
+    from mlm_eval.checkpoints.archive import is_archive, unpack
+
+    if not target.exists():
+        raise InputError(f"{target} does not exist; give --ckpt the folder or file of a checkpoint")
+    if not target.is_file() and not target.is_dir():
+        raise InputError(f"{target} is neither a file nor a folder; give --ckpt a checkpoint")
+    if is_archive(target):
+        target = unpack(target)
+    if target.suffix == ".safetensors" and (target.parent / "config.json").is_file():
+        target = target.parent
     if target.is_file():
         from mlm_eval.checkpoints.megatron_torch import read_file
 
@@ -211,9 +221,8 @@ def refuse_unreadable_format(folder: Path, names: set[str]) -> None:
     if backend == "zarr" or zarr:
         raise InputError(
             f"{folder} is in the zarr format, which Megatron removed in core 0.16; convert it to "
-            "torch_dist "
-            "with Megatron-LM core 0.8 to 0.15 (--dist-ckpt-format zarr to load, torch_dist to "
-            "save) first"
+            "torch_dist first, with Megatron-LM core 0.8 to 0.15 (--dist-ckpt-format zarr to load, "
+            "torch_dist to save)"
         )
     if ".metadata" in names:
         return
@@ -241,8 +250,9 @@ def find_iteration(root: Path) -> Path:
         InputError: The tracker file is damaged or names a folder that is not there.
     """
     names = {entry.name for entry in root.iterdir()}
-    if re.fullmatch(r"mp_rank_\d\d.*", root.name) and any(name.endswith(".pt") for name in names):
-        return root.parent
+    within = root.resolve()  # also where the path given is `.`
+    if re.fullmatch(r"mp_rank_\d\d.*", within.name) and any(n.endswith(".pt") for n in names):
+        return within.parent
     if ".metadata" in names or any(
         re.match(r"mp_rank_\d", name) or name.endswith(".distcp") for name in names
     ):
@@ -263,8 +273,8 @@ def find_iteration(root: Path) -> Path:
         folder = root / ("release" if text == "release" else f"iter_{int(text):07d}")
     except (ValueError, UnicodeDecodeError):
         raise InputError(
-            f"{tracker} should hold an iteration number or 'release'; give --ckpt an iter_* folder "
-            "instead"
+            f"{tracker} holds neither an iteration number nor 'release'; give --ckpt an iter_* "
+            "folder instead"
         ) from None
     if not folder.is_dir():
         found = ", ".join(steps[:5]) or "no iter_* folder"

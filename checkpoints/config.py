@@ -162,7 +162,7 @@ class ModelConfig:
 
     @property
     def block(self) -> str:
-        """Canonical prefix of the layers, as in megatron-core: `decoder` (GPT) or `encoder` (BERT)."""
+        """Canonical prefix of the layers, as in core: `decoder` for GPT, `encoder` for BERT."""
         return "decoder" if self.family == "gpt" else "encoder"
 
     @property

@@ -24,12 +24,14 @@ class Conversion:
         to: `hf`, `megatron` or `torch_dist`.
         notes: What changed on the way, exactly (a folded gain, a re-padded vocabulary).
         approximations: What the target cannot express; empty for an exact conversion.
+        warnings: What the user should know.
     """
 
     path: Path
     to: str
     notes: list[str] = field(default_factory=list)
     approximations: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def convert(
@@ -43,7 +45,7 @@ def convert(
     max_shard_size: int | str = "5GB",
     vocab: str | None = None,
     true_vocab_size: int | None = None,
-    tokenizer: str | Path | None = None,
+    tokenizer: str | Path | tuple[Path, Path] | None = None,
     allow_approximate: bool = False,
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
@@ -62,7 +64,8 @@ def convert(
             `padded` (the stored rows); None: true for `hf` where the tokenizer's size is known, else the
             stored rows, so that a change of sizes and back gives the same bits.
         true_vocab_size: The tokenizer's size, where known.
-        tokenizer: Folder or file of the tokenizer, to be copied into a Hugging Face folder.
+        tokenizer: Folder or file of the tokenizer, or its vocabulary and merges, to be put into a
+            Hugging Face folder.
         allow_approximate: Convert although the target cannot express the model exactly.
         overwrite: Replace a checkpoint that is there.
         on_progress: Called with (bytes written, bytes in all).
@@ -90,7 +93,7 @@ def convert(
             allow_approximate=allow_approximate,
             **common,
         )
-        return Conversion(Path(path), to, list(report.notes), list(report.approximations))
+        return Conversion(Path(path), to, report.notes, report.approximations, report.warnings)
     provenance = checkpoint.provenance
     sizes: dict[str, Any] = {
         "tp": tp or provenance.tensor_parallel,

@@ -23,7 +23,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.huggingface_plan import Plan, plan_conversion
 from mlm_eval.checkpoints.huggingface_tokenizer import TokenizerPlan, plan_tokenizer
 from mlm_eval.checkpoints.lazy import LazyTensor, Selected
-from mlm_eval.checkpoints.output_folder import output_folder
+from mlm_eval.checkpoints.output_folder import output_folder, refuse_source
 from mlm_eval.checkpoints.parameters import parameters
 from mlm_eval.checkpoints.safetensors_io import write_safetensors
 
@@ -97,7 +97,7 @@ def write_huggingface(
     target = Path(target)
     dtype = _resolve_dtype(dtype)
     limit = parse_size(max_shard_size)
-    _keep_source(checkpoint, target)
+    refuse_source(checkpoint.provenance.files, target)
     files = None
     if tokenizer is not None:
         source = (
@@ -168,20 +168,6 @@ def parse_size(size: int | str) -> int:
     if number < 1:
         raise InputError(f"--max-shard-size {size!r} is no size; use something like 5GB or 500MB")
     return number
-
-
-def _keep_source(checkpoint: Checkpoint, target: Path) -> None:
-    """Refuse to replace the folder that is being read.
-
-    Raises:
-        InputError: The checkpoint's files are in the target.
-    """
-    for file in checkpoint.provenance.files:
-        if file.resolve().is_relative_to(target.resolve()):
-            raise InputError(
-                f"{target} holds the checkpoint that is being converted; choose another output "
-                "folder"
-            )
 
 
 def _choose_vocab(

@@ -22,8 +22,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 # Fields of args that are read as numbers here: one of another type comes from a damaged file.
 _WHOLE_NUMBERS = frozenset(
     """num_layers encoder_num_layers hidden_size ffn_hidden_size num_attention_heads
-    num_query_groups kv_channels max_position_embeddings seq_length tensor_model_parallel_size model_parallel_size
-    pipeline_model_parallel_size expert_model_parallel_size padded_vocab_size rank""".split()
+    num_query_groups kv_channels max_position_embeddings seq_length padded_vocab_size rank
+    model_parallel_size tensor_model_parallel_size pipeline_model_parallel_size
+    expert_model_parallel_size""".split()
 )
 _NUMBERS = frozenset(
     """rotary_percent rotary_base rotary_seq_len_interpolation_factor rope_scaling_factor
@@ -63,6 +64,16 @@ def saved_args(value: Any, where: str) -> dict[str, Any]:
         InputError: A size is no number.
     """
     args = attributes_of(value)
+    check_args(args, where)
+    return args
+
+
+def check_args(args: Mapping[str, Any], where: str) -> None:
+    """Refuse args whose sizes are no numbers.
+
+    Raises:
+        InputError: A size is no number.
+    """
     for name in sorted(args):
         found = args[name]
         if found is None or name not in _WHOLE_NUMBERS | _NUMBERS:
@@ -73,7 +84,6 @@ def saved_args(value: Any, where: str) -> dict[str, Any]:
                 f"{where}: args.{name} is {found!r} where a number was expected; the file is "
                 "damaged, copy it again"
             )
-    return args
 
 
 @dataclass
@@ -138,6 +148,7 @@ def build_config(
                 f"{where} was trained with {what} (args.{name} = {args[name]!r}), which mlm-eval "
                 "does not compute; it reads dense GPT and BERT models only"
             )
+    check_args(args, where)
     check_dims(shapes, where)
     b = _Builder(args, overrides, where)
     b.set("family", family, "parameter names")

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,6 +61,19 @@ def output_folder(target: Path, *, overwrite: bool = False, needs: int = 0) -> I
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_source(files: Iterable[Path], target: Path) -> None:
+    """Refuse to replace the folder that is being read.
+
+    Raises:
+        InputError: One of `files` is in `target`.
+    """
+    folder = target.expanduser().resolve()
+    if any(file.resolve().is_relative_to(folder) for file in files):
+        raise InputError(
+            f"{target} holds the checkpoint that is being converted; choose another output folder"
+        )
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.convert import Conversion, convert
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.output_folder import output_folder
+from mlm_eval.checkpoints.output_folder import output_folder, refuse_source
 
 if TYPE_CHECKING:
     from mlm_eval.tokenizer import Tokenizer
@@ -65,6 +65,7 @@ def convert_checked(
         from mlm_eval.tokenizer import check_fits
 
         check_fits(tokenizer, checkpoint.config.vocab_size)
+    refuse_source(checkpoint.provenance.files, target)
     with output_folder(target, overwrite=overwrite) as folder:
         conversion = convert(
             checkpoint,
@@ -76,7 +77,7 @@ def convert_checked(
             max_shard_size=max_shard_size,
             vocab=vocab,
             true_vocab_size=None if tokenizer is None else tokenizer.vocab_size,
-            tokenizer=None if tokenizer is None else tokenizer.source,
+            tokenizer=None if tokenizer is None else _files(tokenizer),
             allow_approximate=allow_approximate,
             on_progress=on_progress,
         )
@@ -98,6 +99,13 @@ def convert_checked(
                     "settings that `mlm-eval inspect` shows as assumed, and report this if they are right"
                 )
     return CheckedConversion(conversion, comparison)
+
+
+def _files(tokenizer: Tokenizer) -> Path | tuple[Path, Path]:
+    """Return a tokenizer's vocabulary and merges, or its one file."""
+    if tokenizer.kind == "gpt2-bpe":
+        return tokenizer.files[0], tokenizer.files[1]
+    return tokenizer.files[0]
 
 
 def _record(folder: Path, comparison: Comparison) -> None:

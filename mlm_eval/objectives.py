@@ -135,14 +135,20 @@ class MaskedLM(Objective):
         self, model: BERT, batch: Batch, dropout: Dropout | None
     ) -> tuple[Tensor, Tensor, int]:
         """See `Objective.loss_and_hits`; hits are hidden tokens that were found."""
+        losses, hits, count, order = self.parts(model, batch, dropout)
+        if order is not None:
+            losses = losses + F.cross_entropy(order, batch.labels[:, 0], reduction="none")
+        return losses, hits, count
+
+    def parts(
+        self, model: BERT, batch: Batch, dropout: Dropout | None
+    ) -> tuple[Tensor, Tensor, int, Tensor | None]:
+        """Return losses, hits, count of hidden tokens, and logits `[samples, 2]` of the order."""
         states = _states(model, batch, dropout)
         hidden = batch.labels.clone()
         hidden[:, 0] = NO_LABEL
-        losses, hits, count = _token_losses(model, states, hidden, batch)
-        if model.config.binary_head:
-            logits = model.head_logits(states)["binary_head"]
-            losses = losses + F.cross_entropy(logits, batch.labels[:, 0], reduction="none")
-        return losses, hits, count
+        order = model.head_logits(states)["binary_head"] if model.config.binary_head else None
+        return (*_token_losses(model, states, hidden, batch), order)
 
 
 class CausalLM(Objective):

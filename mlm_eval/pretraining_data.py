@@ -1,15 +1,18 @@
 """From text files to the samples of masked-LM and causal-LM training.
 
-Masked LM: a document's sentences are packed into sequences; in each epoch a sequence is cut in two, its
-halves are exchanged or not, and 15% of its tokens are hidden, all as numbers drawn from (seed, epoch,
-sample) say. Source: Megatron's bert_dataset.py and dataset_utils.py (v2.5), its rules for segments,
-and BERT's for masks. Causal LM: the documents in a row, cut into windows.
+Masked LM: a document's sentences are packed into sequences; in each epoch a sequence is cut in two,
+    its
+halves are exchanged or not, and 15% of its tokens are hidden, all as numbers drawn from (seed,
+epoch, sample) say. Source: Megatron's bert_dataset.py and dataset_utils.py (v2.5), its rules for
+segments, and BERT's for masks. Causal LM: the documents in a row, cut into windows.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,16 +26,16 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.tokenizer import Tokenizer
 from mlm_eval.training_data import NO_LABEL, Sample
 
-SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+|\n+")
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"')\]])\s+|\n+")
 BLANK_LINES = re.compile(r"\n[ \t]*(?:\n[ \t]*)+")
 
 
 def read_documents(paths: Sequence[Path], *, whole_files: bool) -> Iterator[str]:
     """Yield the documents of text files.
 
-    A .jsonl file (also .json with one object a line) has a document in each line's `text`, as Megatron's
-    tools/preprocess_data.py takes them. Any other file is text: documents stand between blank lines, as
-    in BERT's data, or the whole file is one.
+    A .jsonl file (also .json with one object a line) has a document in each line's `text`, as
+    Megatron's tools/preprocess_data.py takes them. Any other file is text: documents stand between
+    blank lines, as in BERT's data, or the whole file is one.
 
     Args:
         paths: The files.
@@ -102,24 +105,20 @@ def tokenize(
         end: An id to put after each document, or None.
         sentences: Cut documents into sentences and tokenize these; else a document is one.
     """
-    tokens: list[Tensor] = []
-    starts, documents_at, total = [0], [0], 0
+    tokens = array("i")
+    starts, documents_at = [0], [0]
     for document in documents:
         pieces = SENTENCE_END.split(document) if sentences else [document]
         for piece in pieces:
-            ids = tokenizer.encode(piece.strip() if sentences else piece)
-            if not ids:
-                continue
-            tokens.append(torch.tensor(ids, dtype=torch.int32))
-            total += len(ids)
-            starts.append(total)
+            tokens.extend(tokenizer.encode(piece.strip() if sentences else piece))
+            if len(tokens) > starts[-1]:
+                starts.append(len(tokens))
         if end is not None:
-            tokens.append(torch.tensor([end], dtype=torch.int32))
-            total += 1
-            starts[-1] = total
-        if total > documents_at[-1]:
-            documents_at.append(total)
-    row = torch.cat(tokens) if tokens else torch.zeros(0, dtype=torch.int32)
+            tokens.append(end)
+            starts[-1] = len(tokens)
+        if len(tokens) > documents_at[-1]:
+            documents_at.append(len(tokens))
+    row = torch.frombuffer(tokens, dtype=torch.int32) if tokens else torch.zeros(0).int()
     return TokenizedText(row, torch.tensor(starts), torch.tensor(documents_at))
 
 
@@ -155,8 +154,9 @@ class SpecialTokens:
                 f"{tokenizer.source} has no {missing[0] if missing else 'WordPiece vocabulary'}; "
                 "masked-LM training needs a BERT vocabulary (vocab.txt)"
             )
-        pieces = [tokenizer.backend.id_to_token(index) or "[]" for index in range(tokenizer.vocab_size)]
-        ordinary = [not (piece[0] == "[" and piece[-1] == "]" and len(piece) > 1) for piece in pieces]
+        name = tokenizer.backend.id_to_token
+        pieces = [name(index) or "[gap]" for index in range(tokenizer.vocab_size)]
+        ordinary = [len(p) < 2 or (p[0], p[-1]) != ("[", "]") for p in pieces]
         return cls(
             *(index for index in ids.values() if index is not None),
             continues=np.array([piece.startswith("##") for piece in pieces]),
@@ -167,8 +167,9 @@ class SpecialTokens:
 class MaskedText(Sequence[Sample]):
     """The samples of masked-LM training, drawn anew in each epoch.
 
-    A sample is a run of sentences of one document, `[CLS] A [SEP] B [SEP]`, or `[CLS] A [SEP]` without
-    pairs. Its label is the hidden tokens and, at position 0, whether A and B were exchanged.
+    A sample is a run of sentences of one document, `[CLS] A [SEP] B [SEP]`, or `[CLS] A [SEP]`
+    without pairs. Its label is the hidden tokens and, at position 0, whether A and B were
+    exchanged.
     """
 
     def __init__(
@@ -243,7 +244,7 @@ class MaskedText(Sequence[Sample]):
         return Sample([torch.from_numpy(hidden)], [types], torch.from_numpy(labels), index)
 
     def _cut(self, start: int, stop: int, chance: np.random.Generator) -> int:
-        """Return where segment B begins: at one of the sentences, or in the middle of a single one."""
+        """Return where segment B begins: at a sentence, or in the middle of a single one."""
         low, high = bisect_right(self.sentences, start), bisect_left(self.sentences, stop)
         if low == high:
             return (stop - start) // 2
@@ -278,7 +279,8 @@ class MaskedText(Sequence[Sample]):
         kind = chance.random(len(at))
         replacement = special.words[chance.integers(len(special.words), size=len(at))]
         result = tokens.copy()
-        result[at] = np.where(kind < 0.8, special.mask, np.where(kind < 0.9, replacement, tokens[at]))
+        result[at[kind < 0.9]] = replacement[kind < 0.9]
+        result[at[kind < 0.8]] = special.mask
         return result, labels
 
 
@@ -294,9 +296,9 @@ def _runs(
         start = last = begin
         for bound in bounds[1:]:
             if bound - start > room:
-                if last > start:
+                if last - start >= least:
                     yield start, last
-                    start = last
+                start = last
                 while bound - start > room:
                     yield start, start + room
                     start += room
@@ -305,8 +307,32 @@ def _runs(
             yield start, last
 
 
+class Part(Sequence[Sample]):
+    """The samples from `start` to before `stop` of a data set, numbered anew."""
+
+    def __init__(self, whole: MaskedText | TextWindows, start: int, stop: int) -> None:
+        self.whole, self.start, self.stop = whole, start, stop
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the data set which epoch comes."""
+        if isinstance(self.whole, MaskedText):
+            self.whole.set_epoch(epoch)
+
+    def length(self, index: int) -> int:
+        """Return the number of tokens of a sample."""
+        return self.whole.length(self.start + index)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return dataclasses.replace(self.whole[self.start + index], index=index)
+
+
 class TextWindows(Sequence[Sample]):
-    """The samples of causal-LM training: windows side by side, each token predicted once an epoch."""
+    """The samples of causal-LM training: windows side by side, each token predicted once."""
 
     def __init__(self, text: TokenizedText, *, length: int) -> None:
         """Cut the text into windows of `length` tokens, the last one shorter.

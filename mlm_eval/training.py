@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,13 @@ from mlm_eval.objectives import Objective
 from mlm_eval.optimization import Schedule
 from mlm_eval.training_data import Plan, Sample, check_data, fingerprint, set_epoch
 from mlm_eval.training_log import TrainingLog, read_metrics
-from mlm_eval.training_settings import Counters, TrainingProgress, TrainReport, TrainSettings
+from mlm_eval.training_settings import (
+    Counters,
+    TrainingProgress,
+    TrainReport,
+    TrainSettings,
+    megatron_args,
+)
 from mlm_eval.training_state import (
     PROGRESS,
     WEIGHTS,
@@ -55,6 +62,7 @@ def train(
     resume: bool = False,
     on_progress: Callable[[TrainingProgress], None] | None = None,
     args: Mapping[str, Any] | None = None,
+    tokenizer_files: Sequence[Path] = (),
 ) -> TrainReport:
     """Train the engine's model and return what happened, on every rank the same; all ranks call it.
 
@@ -73,12 +81,15 @@ def train(
         resume: Go on from the last state in `output_dir`; without one, start.
         on_progress: Called on rank 0 after each step.
         args: More of Megatron's args for the files that are written.
+        tokenizer_files: Copied into the folder `tokenizer` of each checkpoint.
 
     Raises:
         InputError: The folder holds another run, the data or settings do not fit the model or the
             run to go on with, the loss is not finite, or the disk is full.
     """
-    run = _Run(engine, data, objective, settings, Path(output_dir), evaluate, on_progress, args)
+    run = _Run(engine, data, objective, settings, Path(output_dir), evaluate, on_progress)
+    run.args = dict(args or {})
+    run.tokenizer_files = list(tokenizer_files)
     finished = run.prepare(resume=resume)
     if finished is not None:
         return finished
@@ -97,14 +108,14 @@ class _Run:
         output: Path,
         evaluate: Callable[[], dict[str, Any]] | None,
         on_progress: Callable[[TrainingProgress], None] | None,
-        args: Mapping[str, Any] | None,
     ) -> None:
         assert engine.dtype == torch.float32, "float32 master weights"
         self.engine, self.mesh, self.config = engine, engine.mesh, engine.config
         self.data, self.objective, self.settings = data, objective, settings
         self.output, self.evaluate = output, evaluate
         self.on_progress = on_progress if engine.is_main else None
-        self.args = dict(args or {})
+        self.args: dict[str, Any] = {}
+        self.tokenizer_files: list[Path] = []
         self.counters = Counters()
         self.state = StateFolder(output / STATE)
         check_data(
@@ -323,7 +334,7 @@ class _Run:
             hidden_dropout=settings.hidden_dropout,
             attention_dropout=settings.attention_dropout,
         )
-        args = dict(source.args) | _megatron_args(settings, self.plan, self.counters) | self.args
+        args = dict(source.args) | megatron_args(settings, self.plan, self.counters) | self.args
         provenance = Provenance(state, "memory", args=args)
         checkpoint = Checkpoint(config, read_state(state, config, WEIGHTS), provenance).check()
         write_megatron_torch(
@@ -334,6 +345,9 @@ class _Run:
             iteration=self.counters.step,
             overwrite=True,
         )
+        for file in self.tokenizer_files:
+            (target / "tokenizer").mkdir(exist_ok=True)
+            shutil.copyfile(file, target / "tokenizer" / file.name)
 
     def _finish(self) -> TrainReport:
         def finish() -> None:
@@ -372,25 +386,3 @@ class _Run:
 def _as_json(value: Any) -> Any:
     """Return what is left of a value after a round through JSON."""
     return json.loads(json.dumps(value))
-
-
-def _megatron_args(settings: TrainSettings, plan: Plan, counters: Counters) -> dict[str, Any]:
-    """Return how the model was trained, under Megatron's names."""
-    return {
-        "optimizer": "adam",
-        "adam_beta1": settings.adam_beta1,
-        "adam_beta2": settings.adam_beta2,
-        "adam_eps": settings.adam_eps,
-        "lr": settings.lr,
-        "min_lr": settings.min_lr,
-        "lr_decay_style": settings.lr_decay,
-        "lr_warmup_fraction": settings.warmup,
-        "weight_decay": settings.weight_decay,
-        "clip_grad": settings.clip_grad,
-        "seed": settings.seed,
-        "epochs": plan.epochs,
-        "micro_batch_size": settings.micro_batch,
-        "global_batch_size": settings.global_batch,
-        "train_iters": plan.total_steps,
-        "consumed_train_samples": counters.samples,
-    }

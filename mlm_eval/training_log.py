@@ -95,38 +95,46 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def plot(lines: list[dict[str, Any]], path: Path) -> None:
-    """Draw loss by step, smoothed too, and the scores of the evaluations below it."""
+    """Draw the loss of steps and evaluations, and below it the evaluations' shares (accuracies)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     steps = [line for line in lines if "evaluation" not in line]
-    evaluations = [line for line in lines if "evaluation" in line]
-    names = sorted(
-        {name for line in evaluations for name, v in line["evaluation"].items() if is_number(v)}
-    )
-    if len(names) > 1:  # it repeats one of the others
-        names = [name for name in names if name != "score"]
-    figure = Figure(figsize=(8, 6 if names else 4), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.subplots(2 if names else 1, 1, sharex=True, squeeze=False)[:, 0]
+    scores = _by_name(lines)
+    shares = {
+        name: points
+        for name, points in scores.items()
+        if name != "score" and all(0.0 <= value <= 1.0 for _, value in points)
+    }
+    shares.pop("loss", None)
+    figure = Figure(figsize=(8, 6 if shares else 4), layout="constrained")
+    axes = figure.subplots(2 if shares else 1, 1, sharex=True, squeeze=False)[:, 0]
     x, y = [line["step"] for line in steps], [line["loss"] for line in steps]
     axes[0].plot(x, y, color="tab:blue", alpha=0.3, linewidth=1, label="loss of a step")
     axes[0].plot(x, smoothed(y), color="tab:blue", label="smoothed")
-    axes[0].set_ylabel("training loss")
-    axes[0].legend()
-    if names:
-        for name in names:
-            marked = [line for line in evaluations if is_number(line["evaluation"].get(name))]
-            scores = [line["evaluation"][name] for line in marked]
-            axes[1].plot([line["step"] for line in marked], scores, marker="o", label=name)
+    if "loss" in scores:
+        axes[0].plot(*zip(*scores["loss"], strict=True), "o-", color="tab:red", label="dev")
+    axes[0].set_ylabel("loss")
+    for name, points in shares.items():
+        axes[1].plot(*zip(*points, strict=True), "o-", label=name)
         axes[1].set_ylabel("dev")
-        axes[1].legend()
     axes[-1].set_xlabel("step")
     for axis in axes:
         axis.grid(alpha=0.3)
+        axis.legend()
     beside = path.with_name(path.stem + ".part.png")
-    canvas.print_png(str(beside))
+    FigureCanvasAgg(figure).print_png(str(beside))
     os.replace(beside, path)
+
+
+def _by_name(lines: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Return (step, value) of each number of the evaluations."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for line in lines:
+        for name, value in line.get("evaluation", {}).items():
+            if is_number(value):
+                points.setdefault(name, []).append((line["step"], float(value)))
+    return points
 
 
 def smoothed(values: list[float]) -> list[float]:

@@ -11,6 +11,7 @@ from typing import Any
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.data_parallel import DP_MODES
 from mlm_eval.engine import DTYPES
+from mlm_eval.training_data import Plan
 
 
 @dataclass(frozen=True)
@@ -189,3 +190,25 @@ class Counters:
         """The evaluation with the highest score, the first of equal ones."""
         scored = [entry for entry in self.evaluations if "score" in entry]
         return max(scored, key=lambda entry: entry["score"]) if scored else None
+
+
+def megatron_args(settings: TrainSettings, plan: Plan, counters: Counters) -> dict[str, Any]:
+    """Return how the model was trained, under Megatron's names."""
+    return {
+        "optimizer": "adam",
+        "adam_beta1": settings.adam_beta1,
+        "adam_beta2": settings.adam_beta2,
+        "adam_eps": settings.adam_eps,
+        "lr": settings.lr,
+        "min_lr": settings.min_lr,
+        "lr_decay_style": settings.lr_decay,
+        "lr_warmup_fraction": settings.warmup,
+        "weight_decay": settings.weight_decay,
+        "clip_grad": settings.clip_grad,
+        "seed": settings.seed,
+        "epochs": plan.epochs,
+        "micro_batch_size": settings.micro_batch,
+        "global_batch_size": settings.global_batch,
+        "train_iters": plan.total_steps,
+        "consumed_train_samples": counters.samples,
+    }

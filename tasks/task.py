@@ -248,21 +248,24 @@ class ChoiceTask(Task):
     def judge(self, sets: Sequence[Evaluated], recipe: Recipe) -> Judgement:
         """See `Task.judge`; correct answers are pooled by role."""
         judgement = Judgement()
-        by_role: dict[str, list[dict[str, Any]]] = {}
+        by_role: dict[str, list[tuple[NDArray[Any], list[int]]]] = {}
         for part in sets:
             examples, logits = part.examples, part.outputs.table()
             judgement.predictions[examples.name] = choice_records(examples, logits)
             if not examples.labelled:
                 continue
-            figures = self.figures(logits, [example.label for example in examples.examples])
-            figures["close_calls"] = [
-                example.id
-                for example, close in zip(examples.examples, close_calls(logits), strict=True)
-                if close
-            ]
-            judgement.metrics[examples.name] = figures
-            by_role.setdefault(examples.role, []).append(figures)
-        judgement.metrics.update(pooled(by_role, judgement.metrics))
+            labels = [example.label for example in examples.examples]
+            close = zip(examples.examples, close_calls(logits), strict=True)
+            judgement.metrics[examples.name] = {
+                **self.figures(logits, labels),
+                "close_calls": [example.id for example, is_close in close if is_close],
+            }
+            by_role.setdefault(examples.role, []).append((logits, labels))
+        for role, parts in by_role.items():
+            if role not in judgement.metrics:  # else it is the name of the role's one set
+                logits = np.concatenate([part[0] for part in parts])
+                labels = [label for part in parts for label in part[1]]
+                judgement.metrics[role] = self.figures(logits, labels)
         return judgement
 
     def figures(self, scores: NDArray[Any], labels: Sequence[int]) -> dict[str, Any]:
@@ -321,16 +324,3 @@ def choice_records(examples: ExampleSet, logits: NDArray[Any]) -> list[dict[str,
 def digits(table: NDArray[Any]) -> list[list[float]]:
     """Return rows of floats with nine digits, all that float32 scores are worth."""
     return [[float(f"{value:.9g}") for value in row] for row in table.tolist()]
-
-
-def pooled(
-    by_role: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """Return correct / total over all sets of a role, as Megatron's `overall` line, under its name."""
-    found = {}
-    for role, parts in by_role.items():
-        if role in metrics:  # the one set of the role has its name
-            continue
-        correct, total = (sum(part[name] for part in parts) for name in ("correct", "total"))
-        found[role] = {"accuracy": correct / total, "correct": correct, "total": total}
-    return found

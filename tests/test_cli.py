@@ -1,4 +1,4 @@
-"""The command line: exit codes, one sentence for what is wrong, records, and Megatron's own figures."""
+"""The command line: exit codes, one sentence for what is wrong, records, Megatron's own figures."""
 
 from __future__ import annotations
 
@@ -168,11 +168,11 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "no such checkpoint": (["--ckpt", "/no/such"], ["/no/such", "does not exist"]),
     "no checkpoint": (["--ckpt", "{folder}"], ["{folder} holds no checkpoint"]),
     "unknown option": (["--strid", "32"], ["No such option", "--strid", "see --help"]),
-    "no number": (["--stride", "many"], ["--stride", "many"]),
-    "stride 0": (["--stride", "0"], ["--stride", "0"]),
+    "no number": (["--stride", "many"], ["--stride", "integer"]),
+    "stride 0": (["--stride", "0"], ["--stride", "1"]),
     "stride beyond the window": (["--stride", "33"], ["--stride 33", "32 tokens"]),
     "window beyond the positions": (["--seq-length", "33"], ["--seq-length 33", "32 positions"]),
-    "limit 0": (["--limit", "0"], ["--limit", "0"]),
+    "limit 0": (["--limit", "0"], ["--limit", "1"]),
     "tp of zero": (["--tp", "0"], ["--tp '0'", "positive number or auto"]),
     "tp in words": (["--tp", "two"], ["--tp 'two'", "positive number or auto"]),
     "tp that does not divide": (["--tp", "3"], ["tp=3", "4 attention heads", "1, 2, 4"]),
@@ -203,7 +203,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "config is a folder": (["--config", "{folder}"], ["no TOML file"]),
     "config is no TOML": (["--config", "{folder}/wiki.tokens"], ["wiki.tokens is no TOML file"]),
     "unknown key in config": (["--config", "{folder}/key.toml"], ["key.toml", "'strid'"]),
-    "wrong value in config": (["--config", "{folder}/value.toml"], ["stride", "many"]),
+    "wrong value in config": (["--config", "{folder}/value.toml"], ["--stride", "integer"]),
     "table in config": (["--config", "{folder}/table.toml"], ["table.toml", "model"]),
 }
 
@@ -343,7 +343,7 @@ def test_the_lambada_record(run, cloze, tmp_path):
     assert_common(record, "lambada")
     metrics = {"accuracy", "accuracy_stderr", "num_correct", "target_ppl", "nll_sum"}
     assert set(record["metrics"]) == metrics
-    assert record["counts"] == {"examples": 4, "target_tokens": 3 + 1 + 5 + 2 + 4, "truncated": 0}
+    assert record["counts"] == {"examples": 4, "target_tokens": 4 + 6 + 3 + 4, "truncated": 0}
     assert record["settings"]["target"] == "word"
     assert "validation results on LAMBADA | number correct: " in ended.out
     last = run(*cloze, "--output", tmp_path / "l.json", "--target", "last-token")
@@ -535,7 +535,6 @@ def test_the_command_line_prints_what_megatron_printed(run, oracles, shared_data
         ended = runner(*zero_shot(oracles, shared_data, task), "--tp", tp, "--dp", dp)
         assert ended.code == 0, ended.err
         assert printed in ended.out.splitlines()
-        # The other line of Megatron's output, in the numbers of ours.
         if task == "wikitext103":
             assert "(8,527 - 1) / (7,930 - 1)" in ended.out
 

@@ -222,6 +222,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         ("llama", {"attention_bias": True}, "lacks model.layers.0.self_attn.q_proj.bias"),
         ("neox", {"use_parallel_residual": None}, "side by side"),
+        ("gpt2", {"n_layer": 10**9}, "says 1000000000 layers, the files hold"),
+        ("llama", {"rope_parameters": {"mrope_section": [4]}}, "rotary setting mrope_section"),
+        ("llama", {"rope_scaling": "linear"}, "rope_scaling is 'linear', expected an object"),
     ],
 )
 def test_other_models_are_refused_by_name(

@@ -26,6 +26,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.huggingface import read_folder
 from mlm_eval.checkpoints.huggingface_writer import Report, parse_size, write_huggingface
 from mlm_eval.checkpoints.lazy import InMemory
+from mlm_eval.checkpoints.megatron_writer import write_megatron_torch
 from mlm_eval.checkpoints.safetensors_io import PIECE_BYTES, write_safetensors
 from mlm_eval.engine import Engine
 
@@ -153,6 +154,23 @@ def test_transformers_own_files_come_back_as_they_were(name: str, tmp_path: Path
     assert set(after) == set(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
     load_theirs(report)
+
+
+@pytest.mark.parametrize("name", ["gpt2-untied", "llama-gqa", "qwen2", "neox", "BertModel"])
+def test_through_two_megatron_ranks_and_back_bit_for_bit(name: str, tmp_path: Path) -> None:
+    model = gpt_model(name) if name in GPT_MODELS else theirs(name, BERT)
+    model.save_pretrained(tmp_path / "theirs")
+    source = open_checkpoint(tmp_path / "theirs")
+    rows = source.config.vocab_size
+    write_megatron_torch(source, tmp_path / "megatron", tp=2, true_vocab_size=rows)
+    padded = open_checkpoint(tmp_path / "megatron")
+    assert padded.provenance.tensor_parallel == 2 and padded.config.vocab_size > rows
+    report = write_huggingface(padded, tmp_path / "ours", true_vocab_size=rows)
+    assert f"{rows} remain" in report.notes[0]
+    before = load_file(tmp_path / "theirs" / "model.safetensors")
+    after = load_file(tmp_path / "ours" / "model.safetensors")
+    assert set(after) == set(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
 
 
 ORACLES = [

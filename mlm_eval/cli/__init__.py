@@ -16,6 +16,9 @@ from mlm_eval.launch import detect_world, prepare_worker, reporting_errors
 
 __all__ = ["app", "checkpoints", "main", "zero_shot"]
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 and the signal's number, as shells have it."""
+
 
 def main() -> None:
     """Run the command line and leave with its exit code (see INTERFACE in the README)."""
@@ -30,6 +33,8 @@ def _main() -> int:
             prepare_worker()
         with reporting_errors(world):
             code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # what newer typer makes of a KeyboardInterrupt
+            return _interrupted()
         return code if isinstance(code, int) else 0
     except InputError as error:
         # Under torchrun every rank finds the same fault in the input: one sentence is enough.
@@ -37,12 +42,7 @@ def _main() -> int:
             print(f"mlm-eval: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "mlm-eval: interrupted; nothing was written but what an --output run keeps for "
-            "--resume",
-            file=sys.stderr,
-        )
-        return 130
+        return _interrupted()
     except BrokenPipeError:  # the reader of a pipe has left, as `head` does
         sys.stderr.close()
         return 1
@@ -51,11 +51,19 @@ def _main() -> int:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             print(f"mlm-eval: {error.format_message()} (see --help)", file=sys.stderr)
             return 2
-        if type(error).__name__ == "Abort":
-            return 130
+        if type(error).__name__ == "Abort":  # and what older typer does
+            return _interrupted()
         traceback.print_exc()
         print(
             "mlm-eval: this is a fault of mlm-eval; please report it with the lines above",
             file=sys.stderr,
         )
         return 1
+
+
+def _interrupted() -> int:
+    print(
+        "mlm-eval: interrupted; nothing was written but what an --output run keeps for --resume",
+        file=sys.stderr,
+    )
+    return INTERRUPTED

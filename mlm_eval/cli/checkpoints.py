@@ -123,8 +123,10 @@ def convert(
             overwrite=overwrite,
             on_progress=on_progress,
         )
-    for note in [*done.conversion.notes, *done.conversion.approximations]:
+    for note in done.conversion.notes:
         print(f"note: {note}", file=sys.stderr)
+    for warning in [*done.conversion.warnings, *done.conversion.approximations]:
+        print(f"warning: {warning}", file=sys.stderr)
     print(f"{ckpt} -> {output} ({to})")
     if done.comparison is not None:
         print(comparison_text(done.comparison))

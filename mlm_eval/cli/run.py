@@ -236,7 +236,7 @@ def find_words(
     """Return the tokenizer that the options name, or the one beside the checkpoint."""
     from mlm_eval.tokenizer import find_tokenizer, load_tokenizer
 
-    if folder is not None or vocab_file is not None:
+    if any(given is not None for given in (folder, vocab_file, merge_file)):
         return load_tokenizer(directory=folder, vocab_file=vocab_file, merge_file=merge_file)
     return find_tokenizer(ckpt)
 

@@ -1,0 +1,355 @@
+"""`mlm-eval mlm` and `mlm-eval lm`: masked and causal language models trained on text files."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mlm_eval.batching import pack
+from mlm_eval.bert import BERT
+from mlm_eval.checkpoints.checkpoint import Checkpoint
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.engine import DTYPES, Engine
+from mlm_eval.initial_models import initial_config, new_checkpoint
+from mlm_eval.objectives import CausalLM, MaskedLM
+from mlm_eval.pretraining_data import (
+    MaskedText,
+    Part,
+    SpecialTokens,
+    TextWindows,
+    TokenizedText,
+    read_documents,
+    tokenize,
+)
+from mlm_eval.results import Result, checkpoint_record, exponential, versions
+from mlm_eval.tokenizer import Tokenizer, check_fits
+from mlm_eval.training import train
+from mlm_eval.training_data import Sample, collate, sample_length
+from mlm_eval.training_settings import TrainingProgress, TrainReport, TrainSettings
+from mlm_eval.training_state import on_main
+
+KINDS = {"mlm": "bert", "lm": "gpt"}
+"""Command -> the family of models it trains."""
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """Which text to train on, and how it becomes samples.
+
+    Attributes:
+        data: Text or JSON-lines files; see `pretraining_data.read_documents`.
+        dev: Files to evaluate on; none: the last `dev_share` of the samples is held out.
+        dev_share: See there.
+        seq_length: Most tokens of a sample; None: what the model takes.
+        mask_probability: Share of the tokens that are hidden (masked LM).
+        whole_words: Hide all pieces of a word or none (masked LM).
+    """
+
+    data: Sequence[Path]
+    dev: Sequence[Path] = ()
+    dev_share: float = 0.05
+    seq_length: int | None = None
+    mask_probability: float = 0.15
+    whole_words: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            InputError: One of them is impossible.
+        """
+        if not self.data:
+            raise InputError("no training text was given; name text files with --data")
+        for option, value in (
+            ("--mask-probability", self.mask_probability),
+            ("--dev-share", self.dev_share),
+        ):
+            if not 0.0 < value < 1.0:
+                raise InputError(f"{option} is {value}; it must lie between 0 and 1")
+
+
+def start_from(
+    kind: str,
+    *,
+    init: str | Path,
+    tokenizer: Tokenizer,
+    seed: int,
+    overrides: Mapping[str, Any] | None = None,
+) -> Checkpoint:
+    """Return a new model for `mlm` or `lm`: what `--init` stands for.
+
+    Raises:
+        InputError: There is no such size or file; see `initial_models.initial_config`.
+    """
+    config = initial_config(
+        init, family=KINDS[kind], vocab_entries=tokenizer.vocab_size, overrides=overrides
+    )
+    return new_checkpoint(config, seed=seed)
+
+
+def check_kind(kind: str, checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[str]:
+    """Return warnings about a checkpoint as the start of language-model training.
+
+    Raises:
+        InputError: It is of the other family, lacks the language-model head, or the tokenizer does
+            not fit it.
+    """
+    config, where = checkpoint.config, checkpoint.provenance.path
+    if config.family != KINDS[kind]:
+        other = {"bert": "lm", "gpt": "mlm"}[KINDS[kind]]
+        raise InputError(
+            f"{where} is a {config.family.upper()} model; train it with mlm-eval {other}"
+        )
+    if not config.lm_head:
+        raise InputError(
+            f"{where} has no language-model head, as fine-tuned files have none; give the "
+            "checkpoint that it was fine-tuned from"
+        )
+    misfit = check_fits(tokenizer, config.vocab_size)
+    return [] if misfit is None else [misfit]
+
+
+def pretrain(
+    kind: str,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    text: TextSettings,
+    settings: TrainSettings,
+    *,
+    output_dir: str | Path,
+    resume: bool = False,
+    on_progress: Callable[[TrainingProgress], None] | None = None,
+) -> Result:
+    """Train a masked (`mlm`) or causal (`lm`) language model; every rank calls it.
+
+    Writes what `training.train` writes into `output_dir`, and result.json. An evaluation is the
+    mean loss on held-out text: nats per hidden or per predicted token.
+
+    Args:
+        kind: `mlm` or `lm`.
+        engine: Loaded in float32, from a checkpoint or from `start_from`.
+        tokenizer: Its vocabulary.
+        text: The data.
+        settings: How to train.
+        output_dir: Where everything goes.
+        resume: Go on from the last state in `output_dir`.
+        on_progress: Called on rank 0 after each step.
+
+    Raises:
+        InputError: As `training.train`; or the text or the tokenizer do not fit.
+    """
+    output = Path(output_dir)
+    warnings = check_kind(kind, engine.checkpoint, tokenizer)
+    positions = engine.config.max_position_embeddings
+    length = text.seq_length or positions
+    least = 8 if kind == "mlm" else 2
+    if not least <= length <= positions:
+        raise InputError(
+            f"--seq-length is {length}; this model takes {least} to {positions} tokens"
+        )
+    samples = _Samples(kind, engine, tokenizer, text, length, settings.seed, output / "text")
+    objective = MaskedLM() if kind == "mlm" else CausalLM()
+
+    def evaluate() -> dict[str, Any]:
+        return measure(engine, samples.dev, dtype=settings.dtype)
+
+    report = train(
+        engine,
+        samples.train,
+        objective,
+        settings,
+        output_dir=output,
+        evaluate=evaluate,
+        resume=resume,
+        on_progress=on_progress,
+        args={"seq_length": length},
+        tokenizer_files=tokenizer.files,
+    )
+    result = _result(kind, engine, tokenizer, text, settings, samples, report, warnings)
+    on_main(lambda: result.write(output / RESULT))
+    return result
+
+
+class _Samples:
+    """Training and held-out samples, tokenized by rank 0 and mapped by all."""
+
+    def __init__(
+        self,
+        kind: str,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        text: TextSettings,
+        length: int,
+        seed: int,
+        folder: Path,
+    ) -> None:
+        self.kind, self.tokenizer, self.settings, self.length = kind, tokenizer, text, length
+        self.pairs = engine.config.binary_head
+        self.special = SpecialTokens.of(tokenizer) if kind == "mlm" else None
+        self.sha256: dict[str, str] = {}
+        tokens = self._tokens(text.data, folder)
+        whole = self._cut(tokens, seed)
+        self.train: Sequence[Sample] = whole
+        self.num_tokens = tokens.tokens.numel()
+        # Masks of their own, the same at every evaluation: nobody calls set_epoch on these.
+        if text.dev:
+            self.dev: Sequence[Sample] = self._cut(self._tokens(text.dev, folder), seed + 1)
+            return
+        count = max(1, round(len(whole) * text.dev_share))
+        if len(whole) < 2:
+            raise InputError(
+                "the text makes a single sample, so none can be held out; give more text, or --dev"
+            )
+        self.train = Part(whole, 0, len(whole) - count)
+        self.dev = Part(self._cut(tokens, seed + 1), len(whole) - count, len(whole))
+
+    def _cut(self, tokens: TokenizedText, seed: int) -> MaskedText | TextWindows:
+        if self.special is None:
+            return TextWindows(tokens, length=self.length)
+        return MaskedText(
+            tokens,
+            self.special,
+            length=self.length,
+            seed=seed,
+            pairs=self.pairs,
+            probability=self.settings.mask_probability,
+            whole_words=self.settings.whole_words,
+        )
+
+    def _tokens(self, paths: Sequence[Path], folder: Path) -> TokenizedText:
+        """Return the tokens of files, kept on disk under what they were made from."""
+        from safetensors.torch import load_file
+
+        path, sha256 = on_main(lambda: self._tokenized(paths, folder))
+        self.sha256 |= sha256
+        return TokenizedText(**load_file(path))
+
+    def _tokenized(self, paths: Sequence[Path], folder: Path) -> tuple[Path, dict[str, str]]:
+        """Tokenize files unless that was done before; rank 0."""
+        from safetensors.torch import save_file
+
+        # Reads and checks everything first: a missing file must not become a hash of nothing.
+        mlm = self.kind == "mlm"
+        documents = list(read_documents(paths, whole_files=not mlm))
+        sha256 = {
+            str(path): hashlib.sha256(path.expanduser().read_bytes()).hexdigest() for path in paths
+        }
+        parts = [self.kind, self.tokenizer.sha256, *sha256.values()]
+        key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+        target = folder / f"tokens-{key}.safetensors"
+        if target.is_file():
+            return target, sha256
+        end = None if mlm else self.tokenizer.eot_id
+        tokens = tokenize(documents, self.tokenizer, end=end, sentences=mlm)
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = target.with_suffix(".part")
+        save_file({name: value.clone() for name, value in vars(tokens).items()}, beside)
+        beside.replace(target)
+        return target, sha256
+
+
+@torch.no_grad()
+def measure(engine: Engine, data: Sequence[Sample], *, dtype: str = "float32") -> dict[str, Any]:
+    """Return loss, perplexity and accuracy of a language model on samples, on every rank the same.
+
+    The loss is the mean over hidden (BERT) or predicted tokens, in nats; a BERT with a binary head
+    adds `order_accuracy`. `score` is the negative loss.
+
+    Args:
+        engine: With the model.
+        data: Samples of the kind that it was trained on.
+        dtype: Of the matrix products.
+    """
+    lengths = [sample_length(data, index) for index in range(len(data))]
+    batches = pack(lengths, engine.batch_tokens)
+    # Sums of losses, hits, predictions, right orders, samples with an order.
+    sums = torch.zeros(5, dtype=torch.float64, device=engine.device)
+    for indices in batches[engine.mesh.dp_rank :: engine.mesh.dp]:
+        batch = collate([data[index] for index in indices], device=engine.device)
+        with torch.autocast(engine.device.type, DTYPES[dtype], enabled=dtype != "float32"):
+            if isinstance(engine.model, BERT):
+                losses, hits, count, order = MaskedLM().parts(engine.model, batch, None)
+            else:
+                losses, hits, count = CausalLM().loss_and_hits(engine.model, batch, None)
+                order = None
+        found = [losses.double().sum(), hits.double().sum(), losses.new_tensor(count).double()]
+        if order is not None:
+            right = order.argmax(dim=-1) == batch.labels[:, 0]
+            found += [right.double().sum(), losses.new_tensor(len(indices)).double()]
+        sums[: len(found)] += torch.stack(found)
+    if engine.dp > 1:
+        dist.all_reduce(sums, group=engine.mesh.dp_group)
+    loss, hits, count, right, ordered = sums.tolist()
+    metrics = {
+        "loss": loss / count,
+        "perplexity": exponential(loss / count),
+        "accuracy": hits / count,
+        "score": -loss / count,
+    }
+    if ordered:
+        metrics["order_accuracy"] = right / ordered
+    return metrics
+
+
+def _result(
+    kind: str,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    text: TextSettings,
+    settings: TrainSettings,
+    samples: _Samples,
+    report: TrainReport,
+    warnings: list[str],
+) -> Result:
+    last = {k: v for k, v in report.evaluations[-1].items() if k not in ("step", "epoch", "score")}
+    best = (
+        None
+        if report.best is None
+        else {"step": report.best["step"], "loss": -report.best["score"]}
+    )
+    return Result(
+        task=kind,
+        protocol="masked-lm" if kind == "mlm" else "causal-lm",
+        metrics={**last, "best": best, "final_training_loss": report.losses[-1]},
+        counts={
+            "training_tokens": samples.num_tokens,
+            "training_samples": len(samples.train),
+            "dev_samples": len(samples.dev),
+            "steps": report.steps,
+            "samples_seen": report.samples,
+        },
+        settings={
+            **dataclasses.asdict(settings),
+            "seq_length": samples.length,
+            "mask_probability": text.mask_probability if kind == "mlm" else None,
+            "whole_words": text.whole_words if kind == "mlm" else None,
+            "vocab_size": engine.vocab_size,
+            "tp": engine.tp,
+            "dp": engine.dp,
+            "device": engine.device.type,
+            "tokenizer": tokenizer.record(),
+            "data": {
+                "path": ", ".join(str(path) for path in text.data),
+                "dev": ", ".join(str(path) for path in text.dev)
+                or f"the last {text.dev_share:.0%}",
+                "sha256": samples.sha256,
+            },
+            "warnings": warnings,
+        },
+        checkpoint=checkpoint_record(engine.checkpoint),
+        timing={
+            "load_seconds": engine.load_seconds,
+            "train_seconds": report.seconds,
+            "samples_per_second": report.samples_per_second,
+        },
+        versions=versions(),
+    )
