@@ -1,9 +1,9 @@
 """Conversion to Hugging Face: time and memory against the way that loads everything.
 
-A synthetic 345M fp16 checkpoint, tensor-parallel 2, is converted by `mlm-eval convert` and by the usual
-script (torch.load of all ranks, build GPT2LMHeadModel, save_pretrained), in turns. Then a 1.3B one by
-`mlm-eval convert` alone. Exits with 1 when a bound is broken: a quarter of the time, a third of the
-memory, and 600 MB for the 1.3B model.
+A synthetic 345M fp16 checkpoint, tensor-parallel 2, is converted by `mlm-eval convert` and by the
+usual script (torch.load of all ranks, build GPT2LMHeadModel, save_pretrained), in turns. Then a
+1.3B one by `mlm-eval convert` alone. Exits with 1 when a bound is broken: a quarter of the time, a
+third of the memory, and 600 MB for the 1.3B model.
 """
 
 from __future__ import annotations

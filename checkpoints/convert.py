@@ -1,4 +1,4 @@
-"""One call for every change of format or of parallel sizes: canonical tensors in, any writer out."""
+"""One call for every change of format or parallel sizes: canonical tensors in, any writer out."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def convert(
         pp: Pipeline size of the result; None: the source's. Not for `hf`.
         dtype: Of the weights; None keeps each as it is.
         max_shard_size: Largest safetensors file (`hf`).
-        vocab: `true` (the tokenizer's entries; Megatron's own padding of them for Megatron targets) or
-            `padded` (the stored rows); None: true for `hf` where the tokenizer's size is known, else the
-            stored rows, so that a change of sizes and back gives the same bits.
+        vocab: `true` (the tokenizer's entries; Megatron's own padding of them for Megatron
+            targets) or `padded` (the stored rows); None: true for `hf` where the tokenizer's size
+            is known, else the stored rows, so that a change of sizes and back gives the same bits.
         true_vocab_size: The tokenizer's size, where known.
         tokenizer: Folder or file of the tokenizer, or its vocabulary and merges, to be put into a
             Hugging Face folder.
@@ -71,7 +71,8 @@ def convert(
         on_progress: Called with (bytes written, bytes in all).
 
     Raises:
-        InputError: The target is unknown, exists, or cannot express the model; a size does not divide it.
+        InputError: The target is unknown, exists, or cannot express the model; a size does not
+        divide it.
     """
     if to not in TARGETS:
         raise InputError(f"--to {to!r} is unknown; use {', '.join(TARGETS)}")

@@ -1,8 +1,7 @@
 """THE TABLE: every parameter of a model, its full shape, and how tensor parallelism cuts it.
 
-Names and layout are megatron-core's, with separate norms. QKV rows stand in group order
-`[groups, heads / groups + 2, head]` (Megatron checkpoint versions 2 and 3), a gated fc1 is
-`[gate; up]`.
+Names and layout are megatron-core's, with separate norms. QKV rows stand in group order `[groups,
+heads / groups + 2, head]` (Megatron checkpoint versions 2 and 3), a gated fc1 is `[gate; up]`.
 Source: Megatron-LM paper, section 3; facts C.4 and D.
 """
 

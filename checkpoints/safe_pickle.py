@@ -66,8 +66,8 @@ QUIET_NAMES = frozenset(
 MAX_GLOBALS = 10_000
 """Distinct classes in one pickle; a checkpoint names a few dozen."""
 
-MAX_COPIED = 1 << 26
-"""Elements that calls copy out of the pickle's containers, in all."""
+MAX_COPIED = 1 << 21
+"""Elements that calls copy out of the pickle's larger containers, in all."""
 
 MAX_KEY = 1_000
 """Elements of a tuple used as a key, nested ones included."""
@@ -155,6 +155,8 @@ def is_hostile(module: str, name: str) -> bool:
     path = f"{module}.{name}"
     if module.partition(".")[0] in HOSTILE_MODULES:
         return path not in HARMLESS_NAMES
+    if any(part.lstrip("_") in HOSTILE_MODULES for part in name.split(".")[:-1]):
+        return True  # a module by way of another that imports it, such as argparse's _os
     parts = path.split(".")
     return any(".".join(parts[:end]) in HOSTILE_NAMES for end in range(2, len(parts) + 1))
 
@@ -255,9 +257,9 @@ class SafeUnpickler(pickle._Unpickler):
 
     def _charge(self, *containers: Any) -> None:
         """Count what is about to be copied: a container is cheap to hand over again and again."""
-        self._copied += sum(
-            len(part) for part in containers if isinstance(part, list | tuple | dict)
-        )
+        for part in containers:
+            if isinstance(part, list | tuple | dict) and len(part) > 64:
+                self._copied += len(part)
         if self._copied > MAX_COPIED:
             raise pickle.UnpicklingError("it copies its contents too often")
 
@@ -320,7 +322,8 @@ class SafeUnpickler(pickle._Unpickler):
             raise pickle.UnpicklingError(f"items for a {type(target).__name__}")
 
     def _load_frozenset(self) -> None:
-        self.stack.append(_frozenset(self.pop_mark()))
+        items = self.pop_mark()  # first: it replaces the stack
+        self.stack.append(_frozenset(items))
 
     def _load_bytearray(self) -> None:
         (length,) = struct.unpack("<Q", self.read(8))

@@ -2,10 +2,10 @@
 
 A file is: the header's length (8 bytes, little-endian), a JSON header (name -> dtype, shape, byte
 range), the tensors' bytes back to back. Reading needs only the header: every tensor becomes a
-`StoredTensor`, so that a slice touches its own pages only. Writing needs only shapes and dtypes for
-the header; the values follow one tensor at a time, and large ones in runs of rows (the safetensors
-library writes whole state dicts only).
-Source: https://github.com/huggingface/safetensors, "Format".
+`StoredTensor`, so that a slice touches its own pages only. Writing needs only shapes and dtypes
+for the header; the values follow one tensor at a time, and large ones in runs of rows (the
+safetensors library writes whole state dicts only). Source:
+https://github.com/huggingface/safetensors, "Format".
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def _tensors(path: Path, file: MappedFile, header: bytes) -> dict[str, StoredTen
             )
         ranges.append((first, last))
         tensors[name] = StoredTensor(file, base + first, dtype, shape, _strides(shape))
-    # Back to back from the first byte to the last one: a gap or an overlap means another
-    # file's header.
+    # Back to back from the first byte to the last one: a gap or an overlap means another file's
+    # header.
     at = 0
     for first, last in sorted(ranges):
         if first != at:

@@ -1,4 +1,4 @@
-"""Scoring requests, and how they are packed: by length, under a token budget, never padded to a fixed length."""
+"""Scoring requests, and how they are packed: by length, under a budget of tokens."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ class Request:
     """A sequence of which the last tokens are scored.
 
     Attributes:
-        tokens: Token ids `[n]`, int64 on the CPU, n up to positions + 1: the last token is
-            only predicted.
-            May be a view of a longer tensor.
+        tokens: Token ids `[n]`, int64 on the CPU, n up to positions + 1: the last token is only
+            predicted. May be a view of a longer tensor.
         num_scored: The last `num_scored` tokens are scored, each given all the tokens before it;
             1 <= num_scored < n.
     """

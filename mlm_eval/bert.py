@@ -1,4 +1,7 @@
-"""BERT: masked-LM log-probabilities, next-sentence and task heads. Source: megatron/model/bert_model.py (v2.5)."""
+"""BERT: masked-LM log-probabilities, next-sentence and task heads.
+
+Source: megatron/model/bert_model.py (v2.5).
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from mlm_eval.transformer import (
 
 
 class LMHead(nn.Module):
-    """Dense, GELU and norm before the tied table; the GELU is erf whatever the MLP uses (facts E.6)."""
+    """Dense, GELU and norm before the tied table; the GELU is erf whatever the MLP has (facts E.6)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -75,7 +78,7 @@ class BERT(nn.Module):
 
     @property
     def output_table(self) -> Tensor:
-        """This rank's rows of the output table, `[vocab / tp, hidden]`: the word embeddings when tied."""
+        """This rank's rows of the output table, `[vocab / tp, hidden]`; when tied, the embeddings."""
         if self.output_layer.weight is not None:
             return self.output_layer.weight
         return self.embedding.word_embeddings.weight
@@ -91,8 +94,8 @@ class BERT(nn.Module):
 
         Args:
             tokens: Token ids `[batch, seq]`.
-            padding_mask: 1 on real tokens, 0 on padding, `[batch, seq]`. States of
-                padding positions mean nothing.
+            padding_mask: 1 on real tokens, 0 on padding, `[batch, seq]`. States of padding
+                positions mean nothing.
             tokentypes: Segment ids `[batch, seq]`; None for all zero.
             dropout: The masks of a training step; None for evaluation.
         """
@@ -104,7 +107,7 @@ class BERT(nn.Module):
         return self.encoder(self.embedding(tokens, tokentypes), context)  # type: ignore[no-any-return]
 
     def log_probs(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return masked-LM log-probabilities (float32, nats) and greedy flags of `targets` `[rows]`."""
+        """Return masked-LM log-probabilities (float32, nats) and greedy flags of `[rows]` targets."""
         return vocab_parallel_log_probs(
             self.lm_head(rows),
             targets,
@@ -116,7 +119,7 @@ class BERT(nn.Module):
         )
 
     def losses(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return masked-LM losses (float32, nats, differentiable) and greedy flags of `targets` `[rows]`."""
+        """Return differentiable masked-LM losses (float32, nats) and greedy flags of `targets`."""
         return vocab_parallel_cross_entropy(
             self.lm_head(rows),
             targets,
@@ -128,7 +131,7 @@ class BERT(nn.Module):
         )
 
     def head_logits(self, x: Tensor, dropout: Dropout | None = None) -> dict[str, Tensor]:
-        """Return the logits of every sentence-level head the model has, each `[batch, outputs]`, float32."""
+        """Return the logits of each sentence-level head there is, `[batch, outputs]` float32."""
         pooled = self.pooler(x) if self.config.pooler else x[:, 0]
         heads = {}
         # Task heads see dropped states in training; the binary head of pre-training does not.

@@ -1,4 +1,4 @@
-"""A conversion with its proof: written aside, compared with its source, and only then at the target."""
+"""A conversion with its proof: written aside, compared with its source, only then at the target."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def convert_checked(
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CheckedConversion:
-    """Convert as `mlm_eval.convert` does; with `verify`, leave no result that differs from its source.
+    """Convert as `mlm_eval.convert` does; with `verify`, leave no result that differs.
 
-    A conversion that is approximate by nature is always measured, and what was measured stands in the
-    README.md of the folder.
+    A conversion that is approximate by nature is always measured, and what was measured stands in
+    the README.md of the folder.
 
     Raises:
         InputError: As `mlm_eval.convert`; or the result differs, and was removed.
@@ -94,9 +94,11 @@ def convert_checked(
                 _record(folder, comparison)
             elif not comparison.same:
                 raise InputError(
-                    f"the converted checkpoint differs from its source by {comparison.max_difference:.3g} "
+                    "the converted checkpoint differs from its source by "
+                    f"{comparison.max_difference:.3g} "
                     f"(allowed: {comparison.tolerance:g}), so {target} was not written; check the "
-                    "settings that `mlm-eval inspect` shows as assumed, and report this if they are right"
+                    "settings that `mlm-eval inspect` shows as assumed, and report this if they "
+                    "are right"
                 )
     return CheckedConversion(conversion, comparison)
 

@@ -137,7 +137,7 @@ def check_inputs(inputs: Sequence[BertInput], engine: Engine) -> None:
 
 
 def find_fault(item: BertInput, config: ModelConfig) -> str | None:
-    """Return why a model cannot run an input, as the rest of a sentence about it; None if it can."""
+    """Return why a model cannot run an input, as the rest of a sentence; None if it can."""
     length = item.tokens.numel()
     positions = config.max_position_embeddings
     if not 1 <= length <= positions:

@@ -1,11 +1,9 @@
 """The engine: a checkpoint's shard in memory, and scoring over a mesh of dp x tp ranks.
 
-Each rank asks the table for its slice of each parameter and reads only that. Requests are packed by
-length
-under a token budget and dealt to the data-parallel ranks; none is repeated or dropped, and results
-come
-back in request order, so they do not depend on the layout beyond the rounding of the forward
-itself.
+Each rank asks the table for its slice of each parameter and reads only that. Requests are packed
+by length under a token budget and dealt to the data-parallel ranks; none is repeated or dropped,
+and results come back in request order, so they do not depend on the layout beyond the rounding of
+the forward itself.
 """
 
 from __future__ import annotations
@@ -139,17 +137,16 @@ class Engine:
 
         Args:
             checkpoint: What `open_checkpoint` returned.
-            tp: Tensor-parallel size; tp x dp must be the number of running ranks (1
-                without a process group).
+            tp: Tensor-parallel size; tp x dp must be the number of running ranks (1 without a
+                process group).
             dp: Data-parallel size.
             dtype: Compute dtype; `auto` is the checkpoint's on CUDA and float32 on the CPU.
             device: Where to compute: `cpu`, `cuda` or `cuda:N`.
-            vocab: `padded`: the softmax runs over all stored rows, as Megatron's does;
-                `true`: over the first
-                `true_vocab_size` rows.
+            vocab: `padded`: the softmax runs over all stored rows, as Megatron's does; `true`:
+                over the first `true_vocab_size` rows.
             true_vocab_size: Entries of the tokenizer; needed for `vocab="true"`.
-            batch_tokens: Padded tokens per forward pass and rank; None: 4,096 on the
-                CPU, 32,768 on CUDA.
+            batch_tokens: Padded tokens per forward pass and rank; None: 4,096 on the CPU, 32,768
+                on CUDA.
             compile_model: Compile the layers with torch.compile.
 
         Raises:
@@ -202,7 +199,7 @@ class Engine:
         return self.config.vocab_size
 
     def flops(self, requests: Sequence[Request]) -> float:
-        """Return the floating-point operations of scoring `requests`, over all ranks, without padding."""
+        """Return the floating-point operations of scoring, over all ranks, without padding."""
         return sum(
             forward_flops(
                 self.config,
@@ -229,8 +226,8 @@ class Engine:
             partial: Results of an interrupted run, and where to keep those of this one.
 
         Raises:
-            InputError: The model is no GPT, a request is too long, or a token id is
-                outside the vocabulary.
+            InputError: The model is no GPT, a request is too long, or a token id is outside the
+                vocabulary.
         """
         if not isinstance(self.model, GPT):
             raise InputError(
@@ -270,8 +267,8 @@ class Engine:
             where = torch.cat(spans)
             values[0, where], values[1, where] = logprobs.cpu(), greedy.float().cpu()
         if self.mesh.dp > 1:
-            # Every sample was scored by one copy of the model only; the sum puts them
-            # together exactly.
+            # Every sample was scored by one copy of the model only; the sum puts them together
+            # exactly.
             on_device = values.to(self.device)
             dist.all_reduce(on_device, group=self.mesh.dp_group)
             values = on_device.cpu()
@@ -282,7 +279,7 @@ class Engine:
     def encode(
         self, inputs: Sequence[BertInput], *, states: bool = True, score: bool = False
     ) -> list[BertOutput]:
-        """Return a BERT model's states and head logits for whole inputs; see `mlm_eval.encoding.run_bert`."""
+        """Return a BERT model's states and head logits for whole inputs; see `run_bert`."""
         return run_bert(self, inputs, states=states, score=score)
 
     def _score_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -404,7 +401,7 @@ def cut_vocab(checkpoint: Checkpoint, true_size: int | None) -> Checkpoint:
 def load_model(
     checkpoint: Checkpoint, tp: TensorParallel, *, device: torch.device, dtype: torch.dtype
 ) -> GPT | BERT:
-    """Return the model with this rank's slices in it; never more than one tensor beside the shard in memory."""
+    """Return the model with this rank's slices in it, read one tensor at a time."""
     config = checkpoint.config
     kind = GPT if config.family == "gpt" else BERT
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""GPT: tokens in, states of the scored rows out, log-probabilities over a vocabulary cut by ranks."""
+"""GPT: tokens in, states of the scored rows out, log-probabilities over a cut vocabulary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from mlm_eval.transformer import Context, Embedding, OutputLayer, TransformerBlo
 
 
 class GPT(nn.Module):
-    """A GPT model, or one rank's shard of it. Source: megatron/model/gpt_model.py, core/models/gpt."""
+    """A GPT model, or one rank's shard of it.
+
+    Source: megatron/model/gpt_model.py, megatron/core/models/gpt.
+    """
 
     def __init__(self, config: ModelConfig, tp: TensorParallel = SINGLE) -> None:
         super().__init__()
@@ -28,7 +31,7 @@ class GPT(nn.Module):
 
     @property
     def output_table(self) -> Tensor:
-        """This rank's rows of the output table, `[vocab / tp, hidden]`: the word embeddings when tied."""
+        """This rank's rows of the output table, `[vocab / tp, hidden]`; when tied, the embeddings."""
         if self.output_layer.weight is not None:
             return self.output_layer.weight
         return self.embedding.word_embeddings.weight
@@ -36,8 +39,7 @@ class GPT(nn.Module):
     def forward(
         self, tokens: Tensor, query_from: int = 0, dropout: Dropout | None = None
     ) -> Tensor:
-        """Return the final states of the positions from `query_from` on, `[batch, seq - query_from,
-        hidden]`.
+        """Return the final states `[batch, seq - query_from, hidden]` of the last positions.
 
         Sequences are padded on the right: no position sees a later one, so padding needs no mask.
         """
@@ -48,7 +50,7 @@ class GPT(nn.Module):
         return self.decoder(self.embedding(tokens), context, query_from)  # type: ignore[no-any-return]
 
     def log_probs(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities (float32, nats) and greedy flags of `targets` `[rows]` given states `[rows, hidden]`."""
+        """Return log-probabilities (float32, nats) and greedy flags of `targets` given states."""
         return vocab_parallel_log_probs(
             rows,
             targets,
@@ -60,7 +62,7 @@ class GPT(nn.Module):
         )
 
     def losses(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return losses (float32, nats, differentiable) and greedy flags of `targets` `[rows]` given states `[rows, hidden]`."""
+        """Return differentiable losses (float32, nats) and greedy flags of `targets` given states."""
         return vocab_parallel_cross_entropy(
             rows,
             targets,

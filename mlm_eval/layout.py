@@ -7,7 +7,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.parameters import allowed_tp, check_tp
 
 ACTIVATION_BYTES = 3 << 30
-"""Left free on each device beside the weights: activations of a full batch, logits, the CUDA context."""
+"""Left free on each device beside the weights: activations, logits, the CUDA context."""
 
 
 def pick_device(device: str) -> str:
@@ -48,9 +48,8 @@ def choose_layout(
         itemsize: Bytes of a weight in the compute dtype.
         running: Ranks that torchrun or Slurm has started; None when this command starts its own.
 
-    On the CPU auto means 1 and 1, or whatever fills the running ranks. On CUDA it is the
-    smallest tp whose
-    shard fits the free memory of the fullest device, and the other devices as dp.
+    On the CPU auto means 1 and 1, or whatever fills the running ranks. On CUDA it is the smallest
+    tp whose shard fits the free memory of the fullest device, and the other devices as dp.
 
     Raises:
         InputError: The sizes do not divide the model, or no size fits.

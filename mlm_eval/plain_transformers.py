@@ -1,7 +1,8 @@
-"""A converted folder through plain transformers, in a process of its own: the other side of a verification.
+"""A converted folder through plain transformers, in a process of its own.
 
-Run as `python -m mlm_eval.plain_transformers FOLDER PROBE OUTPUT`. Nothing of the engine or of the
-readers takes part: what comes out is what any user of the folder will get.
+The other side of a verification. Run as `python -m mlm_eval.plain_transformers FOLDER PROBE
+OUTPUT`. Nothing of the engine or of the readers takes part: what comes out is what any user of the
+folder will get.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ HEADS = {
 
 
 def outputs(folder: Path, probe: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the logits of a Hugging Face folder on a probe, float32, by the names of `mlm_eval.verify`."""
+    """Return a Hugging Face folder's logits on a probe, float32, named as `mlm_eval.verify` does."""
     import transformers
 
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]

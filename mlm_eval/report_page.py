@@ -13,23 +13,19 @@ from mlm_eval.report import HTML, MEASURED, PUBLISHED, Row, Table, short_count, 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 2rem auto; max-width: 72rem;
+STYLE = """ body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin:
+2rem auto; max-width: 72rem;
   padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; white-space: nowrap; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums; }
-th { border-bottom: 2px solid #333; }
-th:nth-child(-n+2), td:nth-child(-n+2), td:last-child, th:last-child { text-align: left; }
-tr.measured td { background: #eef5fb; font-weight: 600; border-bottom: none; }
-tr.difference td { background: #eef5fb; color: #44515c; }
-tr.differs td:last-child { color: #a33; }
-sup { font-weight: 400; color: #a33; }
-ol.notes { list-style: none; padding: 0; font-size: .87rem; color: #333; }
-ul.runs { font-size: .87rem; color: #333; padding-left: 1.2rem; overflow-wrap: anywhere; }
-ol.notes { overflow-wrap: anywhere; }
-svg { max-width: 100%; height: auto; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; } .scroll { overflow-x:
+auto; } table { border-collapse: collapse; white-space: nowrap; } th, td { padding: .3rem .7rem;
+text-align: right; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums; } th {
+border-bottom: 2px solid #333; } th:nth-child(-n+2), td:nth-child(-n+2), td:last-child,
+th:last-child { text-align: left; } tr.measured td { background: #eef5fb; font-weight: 600;
+border-bottom: none; } tr.difference td { background: #eef5fb; color: #44515c; } tr.differs
+td:last-child { color: #a33; } sup { font-weight: 400; color: #a33; } ol.notes { list-style: none;
+padding: 0; font-size: .87rem; color: #333; } ul.runs { font-size: .87rem; color: #333;
+padding-left: 1.2rem; overflow-wrap: anywhere; } ol.notes { overflow-wrap: anywhere; } svg {
+max-width: 100%; height: auto; }
 """
 
 

@@ -1,4 +1,4 @@
-"""What people read: tables and sentences built from records. Nothing here prints; the command line does."""
+"""What people read: tables and sentences built from records, for the command line to print."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _plain(value: Any) -> str:
 
 
 def result_text(result: Result) -> str:
-    """Return what `wikitext103` and `lambada` print: the numbers, then the protocol they belong to."""
+    """Return what `wikitext103` and `lambada` print: numbers, then the protocol they belong to."""
     rows = (_wikitext_rows if result.task == "wikitext103" else _lambada_rows)(result)
     settings, checkpoint = result.settings, result.checkpoint
     rows += [
@@ -158,19 +158,24 @@ def _lambada_rows(result: Result) -> list[tuple[str, str]]:
 def _time(result: Result) -> str:
     timing = result.timing
     speed = timing.get("tokens_per_second") or 0.0
-    return f"{timing['eval_seconds']:.1f} s after {timing['load_seconds']:.1f} s of loading, {speed:,.0f} tokens/s"
+    load, run = timing["load_seconds"], timing["eval_seconds"]
+    return f"{run:.1f} s after {load:.1f} s of loading, {speed:,.0f} tokens/s"
 
 
 def work_text(unit: str, count: int, tokens: int, flops: float) -> str:
     """Return the announcement of the work ahead."""
-    return f"work ahead: {count:,} {unit}, {tokens:,} tokens through the model, {flops / 1e12:,.3g} TFLOP"
+    work = f"{count:,} {unit}, {tokens:,} tokens through the model"
+    return f"work ahead: {work}, {flops / 1e12:,.3g} TFLOP"
 
 
 def comparison_text(comparison: Comparison) -> str:
     """Return what `verify` prints."""
     verdict = "the same" if comparison.same else "DIFFERENT"
     rows = [
-        ("largest difference", f"{comparison.max_difference:.3g} (allowed: {comparison.tolerance:g})"),
+        (
+            "largest difference",
+            f"{comparison.max_difference:.3g} (allowed: {comparison.tolerance:g})",
+        ),
         ("mean difference", f"{comparison.mean_difference:.3g}"),
         ("same greedy token", f"{100 * comparison.greedy_agreement:.2f} % of positions"),
         *((f"  {name}", f"{gap:.3g}") for name, gap in comparison.by_output.items()),

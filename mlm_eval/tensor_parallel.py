@@ -1,13 +1,10 @@
-"""The paper's tensor parallelism (arXiv 1909.08053, section 3), and the only file with collectives
-of the model.
+"""The paper's tensor parallelism (arXiv 1909.08053, section 3).
 
-A layer is cut so that two of its matrix products need one all-reduce: the first matrix by columns
-(of the
-output), the second by rows (of the input). Two functions connect the ranks: `f` is the identity
-forward and an
-all-reduce backward, `g` the reverse. The vocabulary is cut by rows; log-probabilities and the
-argmax are
-computed without ever gathering logits.
+The only file of the model with collectives. A layer is cut so that two of its matrix products need
+one all-reduce: the first matrix by columns (of the output), the second by rows (of the input). Two
+functions connect the ranks: `f` is the identity forward and an all-reduce backward, `g` the
+reverse. The vocabulary is cut by rows; log-probabilities and the argmax are computed without ever
+gathering logits.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 LOGIT_CHUNK_ELEMENTS = 1 << 24
-"""Logits computed at a time (64 MB in float32): the head never holds more, however many rows are scored."""
+"""Logits computed at a time (64 MB in float32), however many rows are scored."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,7 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, width))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return the embeddings `[batch, seq, hidden]`; one all-reduce, of zeros but on one rank."""
+        """Return embeddings `[batch, seq, hidden]`; one all-reduce, of zeros but on one rank."""
         if self.tp.size == 1:
             return F.embedding(tokens, self.weight)
         local = tokens - self.first_row
@@ -153,8 +150,8 @@ def vocab_parallel_log_probs(
 ) -> tuple[Tensor, Tensor]:
     """Return the log-probability of each target and whether it is the argmax.
 
-    Three small all-reduces per chunk of rows: the pair (maximum, target's logit), the sum of exponentials,
-    and the lowest index among the maxima. Logits are never gathered.
+    Three small all-reduces per chunk of rows: the pair (maximum, target's logit), the sum of
+    exponentials, and the lowest index among the maxima. Logits are never gathered.
 
     Args:
         rows: Hidden states of the scored positions, `[rows, hidden]`, the same on every rank.
@@ -166,8 +163,9 @@ def vocab_parallel_log_probs(
         tp: The tensor-parallel group.
 
     Returns:
-        Log-probabilities in nats, float32 `[rows]`, normalised over all rows of the table; and bool `[rows]`,
-        true where the target is the argmax (the lowest id on a tie, as torch.argmax has it).
+        Log-probabilities in nats, float32 `[rows]`, normalised over all rows of the table; and
+        bool `[rows]`, true where the target is the argmax (the lowest id on a tie, as torch.argmax
+        has it).
     """
     # Of the whole table: ranks that hold different numbers of rows must still meet at every chunk.
     chunk = max(1, LOGIT_CHUNK_ELEMENTS // -(-vocab_size // tp.size))
@@ -221,8 +219,8 @@ def _is_argmax(
     Args:
         logits: `[rows, vocab / tp]`.
         targets: Token ids, `[rows]`.
-        tied: Where the target's logit is the largest, the same on every rank: only there is it asked
-            whether a lower id has the same logit.
+        tied: Where the target's logit is the largest, the same on every rank: only there is it
+            asked whether a lower id has the same logit.
         has_best: Where this rank's rows of the table hold the largest logit.
         first_row: Token id of the first column.
         tp: The tensor-parallel group.
@@ -297,8 +295,8 @@ def vocab_parallel_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Return each row's loss, differentiable, and whether its target is the argmax; both `[rows]`.
 
-    Arguments as in `vocab_parallel_log_probs`; the loss is float32, in nats. Three small all-reduces
-    forward, one of the size of `rows` backward. Where all logits together would exceed
+    Arguments as in `vocab_parallel_log_probs`; the loss is float32, in nats. Three small
+    all-reduces forward, one of the size of `rows` backward. Where all logits together would exceed
     `LOGIT_CHUNK_ELEMENTS`, they are computed in chunks, and again for the gradient.
     """
     rows = copy_to_region(rows, tp)

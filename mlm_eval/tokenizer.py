@@ -364,7 +364,7 @@ def _load_sentencepiece(path: Path) -> Tokenizer:
 
 
 def _with_config(path: Path) -> tuple[Path, ...]:
-    """Return a tokenizer's file and the configuration beside it, which decides on the lower case."""
+    """Return a tokenizer's file and the configuration beside it, which decides on lower case."""
     config = path.parent / "tokenizer_config.json"
     return (path, config) if config.is_file() else (path,)
 

@@ -184,11 +184,20 @@ class _Run:
                     "output folder"
                 )
             return None, None
+        self._tidy()
         if finished is None and latest is None:
             return None, None
         progress = finished or read_json(latest / PROGRESS)  # type: ignore[operator]
         self._check_same(progress["identity"])
         return (None if finished else latest), progress
+
+    def _tidy(self) -> None:
+        """Remove what a killed run had begun to write; rank 0."""
+        for name in (CHECKPOINT, BEST_CHECKPOINT):
+            for part in ("partial", "old"):
+                for leftover in self.output.glob(f".{name}.{part}-*"):
+                    shutil.rmtree(leftover)
+        self.state.tidy()
 
     def _check_same(self, before: Mapping[str, Any]) -> None:
         now = self.identity

@@ -149,7 +149,7 @@ class StateFolder:
 
     def _prepare(self, partial: Path, needs: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._remove(but=None if (latest := self.latest()) is None else latest.name)
+        self.tidy()
         partial.mkdir()
         free = shutil.disk_usage(partial).free
         if free < needs:
@@ -162,6 +162,15 @@ class StateFolder:
         for entry in self.folder.iterdir():
             if entry.name != but and (_STEP.fullmatch(entry.name) or entry.name == "unfinished"):
                 shutil.rmtree(entry)
+
+    def tidy(self) -> None:
+        """Remove what a killed run has left beside its last state. Rank 0."""
+        if not self.folder.is_dir():
+            return
+        latest = None if self.finished() else self.latest()
+        self._remove(but=None if latest is None else latest.name)
+        for leftover in self.folder.glob("*.part"):
+            leftover.unlink()
 
     def finish(self, progress: Mapping[str, Any]) -> None:
         """Note that the run is over, and remove its states: the weights are elsewhere. Rank 0."""

@@ -1,9 +1,8 @@
 """The transformer layer of Megatron-LM, read top to bottom; GPT and BERT share it.
 
 Module names are the canonical parameter names, so a model's `named_parameters` are the table's
-keys. No
-layer here knows a rank: the parallel linears do. Source: facts E; megatron/model/transformer.py (v2.5),
-megatron/core/transformer (core 0.16).
+keys. No layer here knows a rank: the parallel linears do. Source: facts E;
+megatron/model/transformer.py (v2.5), megatron/core/transformer (core 0.16).
 """
 
 from __future__ import annotations
@@ -172,7 +171,7 @@ class SelfAttention(nn.Module):
         )
 
     def forward(self, x: Tensor, context: Context, query_from: int) -> Tensor:
-        """Return the attention output of the positions from `query_from` on: `[batch, seq - from, hidden]`."""
+        """Return the attention output `[batch, seq - query_from, hidden]` of the last positions."""
         batch, length, _ = x.shape
         qkv = self.linear_qkv(x).view(batch, length, self.groups, self.queries + 2, self.channels)
         query, key, value = qkv.split([self.queries, 1, 1], dim=3)  # [B, T, G, q|1|1, d]
@@ -238,7 +237,10 @@ class MLP(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Attention and MLP with residuals; the residual is the norm's input, or its output in the original order."""
+    """Attention and MLP with residuals.
+
+    The residual is the norm's input, or its output in the original BERT order.
+    """
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, number: int) -> None:
         super().__init__()

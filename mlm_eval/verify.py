@@ -1,8 +1,8 @@
 """Logit parity: of two checkpoints, and of a conversion and what it was made from.
 
-Both sides run the same fixed tokens. Each result of a conversion is computed in a fresh process: a Hugging
-Face folder by plain transformers, a Megatron one by this package's own readers and engine, started anew
-(`python -m mlm_eval.verify FOLDER PROBE OUTPUT`).
+Both sides run the same fixed tokens. Each result of a conversion is computed in a fresh process: a
+Hugging Face folder by plain transformers, a Megatron one by this package's own readers and engine,
+started anew (`python -m mlm_eval.verify FOLDER PROBE OUTPUT`).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from mlm_eval.engine import Engine
 from mlm_eval.gpt import GPT
 
 TOLERANCE = 2e-4
-"""Largest difference of a log-probability or logit between right implementations, float32; a wrong GELU
-gives 5e-4 and more."""
+"""Largest difference of a log-probability or logit between right implementations, float32; a wrong
+GELU gives 5e-4 and more."""
 
 PROBE_LENGTH = 64
 
@@ -42,8 +42,10 @@ class Comparison:
 
     Attributes:
         max_difference: Largest absolute difference of any log-probability or head logit.
-        mean_difference: Mean absolute difference of the log-probabilities (of the logits of a model without).
-        greedy_agreement: Share of positions with the same most likely token; 1.0 for models without.
+        mean_difference: Mean absolute difference of the log-probabilities (of the logits of a
+        model without).
+        greedy_agreement: Share of positions with the same most likely token; 1.0 for models
+        without.
         tolerance: The largest `max_difference` that passes.
         by_output: Largest difference of each output.
     """
@@ -84,8 +86,9 @@ def outputs(checkpoint: Checkpoint, inputs: Mapping[str, Tensor]) -> dict[str, T
     """Return a model's logits on a probe, computed by the engine in float32 on the CPU.
 
     Returns:
-        `logits` `[batch, seq, vocab]` where the model has a language-model head, the logits of each task head
-        by its name, and `states` `[batch, seq, hidden]` where it has no head at all.
+        `logits` `[batch, seq, vocab]` where the model has a language-model head, the logits of
+        each task head by its name, and `states` `[batch, seq, hidden]` where it has no head at
+        all.
     """
     model = Engine.load(checkpoint, dtype=torch.float32).model
     if isinstance(model, GPT):
@@ -175,8 +178,9 @@ def verify_conversion(
     """Return how far a converted folder is from its source, the result's side in a fresh process.
 
     Args:
-        source: What was converted. With `dtype` its weights are rounded the same way first, so that the
-            comparison shows faults of the conversion and not the rounding that was asked for.
+        source: What was converted. With `dtype` its weights are rounded the same way first, so
+            that the comparison shows faults of the conversion and not the rounding that was asked
+            for.
         result: The folder.
         to: `hf` (plain transformers), `megatron` or `torch_dist` (this package).
         dtype: The dtype that the conversion was asked to write.

@@ -54,8 +54,8 @@ def run(
 ) -> Outputs:
     """Return the outputs of a task head for all rows, on every rank the same.
 
-    No row is repeated or left out, whatever the layout. Collectives: those of the model over tp; one
-    sum of the results over dp.
+    No row is repeated or left out, whatever the layout. Collectives: those of the model over tp;
+    one sum of the results over dp.
 
     Args:
         engine: Holds a BERT model with the head.

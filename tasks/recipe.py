@@ -103,8 +103,8 @@ def load_recipe(
         overrides: Fields that win; None values count as not given.
 
     Raises:
-        InputError: There is no such recipe or field, a value has the wrong type or is impossible, or
-            the recipe is for another task.
+        InputError: There is no such recipe or field, a value has the wrong type or is impossible,
+            or the recipe is for another task.
     """
     source, values = _read(str(name))
     stated = values.get("task")

@@ -120,9 +120,8 @@ def score_lines(
     Args:
         engine: The loaded model, GPT or BERT.
         lines: The input.
-        stride: For GPT sequences of more than positions + 1 tokens: how many tokens each
-            further window scores;
-            None: half the positions.
+        stride: For GPT sequences of more than positions + 1 tokens: how many tokens each further
+            window scores; None: half the positions.
         on_progress: See `Engine.score`.
 
     Raises:

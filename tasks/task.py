@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,6 +57,7 @@ class ExampleSet:
         examples: In the order of the data.
         labelled: Whether the right answers are known.
         total: Examples before any limit.
+        version: Of the data, where there are several: SQuAD's `1.1` or `2.0`.
         warnings: What a reader of the figures must know.
     """
 
@@ -67,6 +69,7 @@ class ExampleSet:
     examples: Sequence[Any]
     labelled: bool = True
     total: int = 0
+    version: str = ""
     warnings: Sequence[str] = ()
 
     def limited(self, limit: int | None) -> ExampleSet:
@@ -124,12 +127,23 @@ def check_names(sets: Sequence[ExampleSet]) -> Sequence[ExampleSet]:
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """A set with what the model says about it."""
+class Answered:
+    """A set with the answers of a model, or of several together.
 
-    examples: ExampleSet
-    features: PairFeatures
-    outputs: Outputs
+    Attributes:
+        name: Of the set.
+        role: `train`, `dev` or `test`.
+        labelled: Whether the right answers are known.
+        version: See `ExampleSet`.
+        records: One for each example, in order, as JSON values: its `id`, the right answer (null
+            where it is not known), and what the model holds of the possible ones.
+    """
+
+    name: str
+    role: str
+    labelled: bool
+    version: str
+    records: Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -138,7 +152,7 @@ class Judgement:
 
     Attributes:
         metrics: By set, and pooled ones by role.
-        predictions: By set: one record for each example, in order.
+        predictions: By set: its records, with the answers that were decided on.
     """
 
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -161,10 +175,6 @@ class Task(ABC):
     def default_recipe(self, sets: Sequence[ExampleSet]) -> str:
         """Return the name of the recipe for these sets: the paper's for its smallest model."""
         return f"{self.name}-megatron-336m"
-
-    def protocol(self, sets: Sequence[ExampleSet]) -> str:
-        """Return the name of the rules that the figures follow."""
-        return "megatron-paper"
 
     @abstractmethod
     def objective(self) -> Objective:
@@ -202,23 +212,27 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def judge(self, sets: Sequence[Evaluated], recipe: Recipe) -> Judgement:
-        """Return the figures of sets that were evaluated, and the pooled ones."""
+    def records(
+        self, examples: ExampleSet, features: PairFeatures, outputs: Outputs, recipe: Recipe
+    ) -> list[dict[str, Any]]:
+        """Return what a model's outputs say about each example; see `Answered.records`."""
+
+    @abstractmethod
+    def merge(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return several models' records of one example as one: the paper's ensemble."""
+
+    @abstractmethod
+    def judge(self, sets: Sequence[Answered], *, null_threshold: float | None = None) -> Judgement:
+        """Return the figures of sets, pooled ones too, and their decided predictions.
+
+        Args:
+            sets: All that belong together: a threshold may be found on some for the others.
+            null_threshold: See `Recipe`.
+        """
 
     @abstractmethod
     def summary(self, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """Return the figures of the dev sets for a line: first `score`, which chooses among models."""
-
-    @abstractmethod
-    def ensemble(
-        self, files: Sequence[Sequence[Mapping[str, Any]]], settings: Mapping[str, Any]
-    ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-        """Return the predictions of several models together, and their figures where labels are known.
-
-        Args:
-            files: The prediction records of each model, the same examples in the same order.
-            settings: What the files say about the set.
-        """
+        """Return the dev sets' figures for a line: `score`, which chooses among models, first."""
 
 
 class ChoiceTask(Task):
@@ -245,57 +259,55 @@ class ChoiceTask(Task):
         """Return the length beyond which the text before the [SEP] is cut; None: it is not."""
         return None
 
-    def judge(self, sets: Sequence[Evaluated], recipe: Recipe) -> Judgement:
-        """See `Task.judge`; correct answers are pooled by role."""
+    def records(
+        self, examples: ExampleSet, features: PairFeatures, outputs: Outputs, recipe: Recipe
+    ) -> list[dict[str, Any]]:
+        """See `Task.records`: `id`, `label` and `probabilities`."""
+        rows = digits(softmax(outputs.table()))
+        return [
+            {"id": example.id, "label": example.label, "probabilities": row}
+            for example, row in zip(examples.examples, rows, strict=True)
+        ]
+
+    def merge(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """See `Task.merge`: the mean of the probabilities."""
+        mean = np.mean([record["probabilities"] for record in records], axis=0)
+        return {**records[0], "probabilities": digits(mean[None])[0]}
+
+    def judge(self, sets: Sequence[Answered], *, null_threshold: float | None = None) -> Judgement:
+        """See `Task.judge`; all of a role's examples are pooled, as in Megatron's `overall`."""
         judgement = Judgement()
-        by_role: dict[str, list[tuple[NDArray[Any], list[int]]]] = {}
+        by_role: dict[str, list[Answered]] = {}
         for part in sets:
-            examples, logits = part.examples, part.outputs.table()
-            judgement.predictions[examples.name] = choice_records(examples, logits)
-            if not examples.labelled:
-                continue
-            labels = [example.label for example in examples.examples]
-            close = zip(examples.examples, close_calls(logits), strict=True)
-            judgement.metrics[examples.name] = {
-                **self.figures(logits, labels),
-                "close_calls": [example.id for example, is_close in close if is_close],
-            }
-            by_role.setdefault(examples.role, []).append((logits, labels))
+            judgement.predictions[part.name] = [dict(record) for record in part.records]
+            if part.labelled:
+                by_role.setdefault(part.role, []).append(part)
+                judgement.metrics[part.name] = {
+                    **self.figures(part.records),
+                    "close_calls": close_calls(part.records),
+                }
         for role, parts in by_role.items():
             if role not in judgement.metrics:  # else it is the name of the role's one set
-                logits = np.concatenate([part[0] for part in parts])
-                labels = [label for part in parts for label in part[1]]
-                judgement.metrics[role] = self.figures(logits, labels)
+                judgement.metrics[role] = self.figures([r for part in parts for r in part.records])
         return judgement
 
-    def figures(self, scores: NDArray[Any], labels: Sequence[int]) -> dict[str, Any]:
-        """Return the metric of a set by our `evaluate` module."""
+    def figures(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the figures of labelled records, by our `evaluate` module."""
         from mlm_eval.tasks import metrics
 
         found = metrics.load(self.metric).compute(
-            predictions=scores.argmax(axis=1).tolist(), references=list(labels)
+            predictions=[int(np.argmax(record["probabilities"])) for record in records],
+            references=[record["label"] for record in records],
         )
         assert found is not None
         return dict(found)
 
     def summary(self, metrics: Mapping[str, Any]) -> dict[str, float]:
         """See `Task.summary`; the score is the accuracy over all dev sets."""
-        figures = {"score": metrics["dev"]["accuracy"], "accuracy": metrics["dev"]["accuracy"]}
-        named = {k: v for k, v in metrics.items() if k.startswith("dev-")}
-        return {**figures, **{name: entry["accuracy"] for name, entry in named.items()}}
-
-    def ensemble(
-        self, files: Sequence[Sequence[Mapping[str, Any]]], settings: Mapping[str, Any]
-    ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-        """See `Task.ensemble`: the mean of the probabilities decides."""
-        tables = [np.array([record["probabilities"] for record in file]) for file in files]
-        mean = np.mean(tables, axis=0)
-        labels = [record["label"] for record in files[0]]
-        records = [
-            {"id": record["id"], "label": record["label"], "probabilities": row}
-            for record, row in zip(files[0], digits(mean), strict=True)
-        ]
-        return records, None if None in labels else self.figures(mean, labels)
+        accuracy = metrics["dev"]["accuracy"]
+        parts = {name: entry for name, entry in metrics.items() if name.startswith("dev-")}
+        named = {name: entry["accuracy"] for name, entry in parts.items()}
+        return {"score": accuracy, "accuracy": accuracy, **named}
 
 
 def softmax(logits: NDArray[Any]) -> NDArray[Any]:
@@ -305,22 +317,17 @@ def softmax(logits: NDArray[Any]) -> NDArray[Any]:
     return table
 
 
-def close_calls(logits: NDArray[Any]) -> list[bool]:
-    """Return for each row whether its two best scores are almost the same."""
-    if logits.shape[1] < 2:
-        return [False] * len(logits)
-    two = np.partition(logits, -2, axis=1)[:, -2:]
-    return list((two[:, 1] - two[:, 0] < CLOSE_CALL).tolist())
-
-
-def choice_records(examples: ExampleSet, logits: NDArray[Any]) -> list[dict[str, Any]]:
-    """Return a prediction record for each example: id, label (null where unknown), probabilities."""
-    return [
-        {"id": example.id, "label": example.label, "probabilities": row}
-        for example, row in zip(examples.examples, digits(softmax(logits)), strict=True)
-    ]
-
-
 def digits(table: NDArray[Any]) -> list[list[float]]:
     """Return rows of floats with nine digits, all that float32 scores are worth."""
     return [[float(f"{value:.9g}") for value in row] for row in table.tolist()]
+
+
+def close_calls(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the ids of the records whose two best scores are almost the same."""
+    found = []
+    for record in records:
+        *_, second, best = sorted(record["probabilities"])
+        # The difference of two scores is that of the logarithms of their probabilities.
+        if second > 0 and math.log(best / second) < CLOSE_CALL:
+            found.append(record["id"])
+    return found

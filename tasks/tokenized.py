@@ -1,7 +1,7 @@
 """Texts cut into tokens once and kept: the slow part of preparing features.
 
-Kept under a key of our own (texts, tokenizer, format). The key that the `datasets` library makes of a
-function covers the tokenizer's inner state, which changes with its first use.
+Kept under a key of our own (texts, tokenizer, format). The key that the `datasets` library makes
+of a function covers the tokenizer's inner state, which changes with its first use.
 """
 
 from __future__ import annotations

@@ -271,9 +271,7 @@ def test_a_wrong_setting_would_show(name: str, change: dict):
     """The settings matter to the last digit that is compared: none of them may be guessed."""
     folder = SHIPPED / name
     golden = read_golden(folder)
-    right, wrong = (
-        Engine.load(open_checkpoint(folder, overrides)) for overrides in ({}, change)
-    )
+    right, wrong = (Engine.load(open_checkpoint(folder, overrides)) for overrides in ({}, change))
     with torch.inference_mode():
         logprobs = []
         for engine in (right, wrong):

@@ -173,19 +173,19 @@ def gradients(
 
 
 def whole_gradients(stepper: Stepper) -> dict[str, Tensor]:
-    """Return the gradients of the whole model, gathered over all ranks."""
+    """Return the gradients of the whole model, gathered over all ranks; 0 where none was computed."""
     from mlm_eval.data_parallel import device_mesh
 
     mesh = stepper.mesh
     torch_mesh = device_mesh(mesh) if mesh.tp * mesh.dp > 1 else None
     table = parameters(stepper.engine.config)
     found = {}
-    for item in stepper.replicas.trained:
-        gradient: Any = item.parameter.grad
+    for name, parameter in stepper.replicas.worker.named_parameters():
+        gradient: Any = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-        whole: Any = _whole(gradient.clone(), table[item.name], mesh=torch_mesh, tp=mesh.tp)
+        whole: Any = _whole(gradient.clone(), table[name], mesh=torch_mesh, tp=mesh.tp)
         whole = whole.full_tensor() if torch_mesh is not None else whole
-        found[item.name] = whole.reshape(table[item.name].shape)
+        found[name] = whole.reshape(table[name].shape)
     return found
 
 

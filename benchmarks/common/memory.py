@@ -1,7 +1,7 @@
 """Wall time and peak anonymous memory of a command, as the kernel accounts for them.
 
-Anonymous memory (RssAnon) is what a process really occupies: pages of mapped files may be dropped at any
-moment and do not count.
+Anonymous memory (RssAnon) is what a process really occupies: pages of mapped files may be dropped
+at any moment and do not count.
 """
 
 from __future__ import annotations
