@@ -7,6 +7,8 @@ reads an eighth of a checkpoint, and a conversion holds one tensor at a time.
 
 from __future__ import annotations
 
+import mmap
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,9 +71,7 @@ class MappedFile:
         if self._storage is None:
             if self.path.stat().st_size != self.size:
                 raise InputError(f"{self.path} changed its size while being read; copy it again")
-            mapped = torch.UntypedStorage.from_file(str(self.path), False, self.size)
-            assert isinstance(mapped, torch.UntypedStorage)
-            self._storage = mapped
+            self._storage = _map(self.path, self.size)
         if offset % dtype.itemsize == 0:
             view = torch.empty(0, dtype=dtype)
             return view.set_(self._storage, offset // dtype.itemsize, tuple(shape), tuple(stride))
@@ -79,6 +79,29 @@ class MappedFile:
         extent = _extent(shape, stride) * dtype.itemsize
         raw = torch.empty(0, dtype=torch.uint8).set_(self._storage, offset, (extent,), (1,))
         return raw.clone().view(dtype).as_strided(tuple(shape), tuple(stride))
+
+
+def _map(path: Path, size: int) -> torch.UntypedStorage:
+    """Return the bytes of a file as a storage, mapped.
+
+    torch maps for writing to a copy of its own, and for that the kernel wants as much memory as the
+    file is long. A larger file is mapped for reading only.
+    """
+    try:
+        mapped = torch.UntypedStorage.from_file(str(path), False, size)
+        assert isinstance(mapped, torch.UntypedStorage)
+        return mapped
+    except RuntimeError:
+        pass
+    try:
+        with path.open("rb") as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it must not be written to: no one does
+            buffer = mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ)
+            return torch.frombuffer(buffer, dtype=torch.uint8).untyped_storage()
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be mapped into memory ({error.strerror}); copy it to a local disk"
+        ) from None
 
 
 def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:

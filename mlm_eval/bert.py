@@ -28,7 +28,7 @@ from mlm_eval.transformer import (
 
 
 class LMHead(nn.Module):
-    """Dense, GELU and norm before the tied table; the GELU is erf whatever the MLP has (facts E.6)."""
+    """Dense, GELU and norm before the tied table; the GELU is erf always (facts E.6)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class BERT(nn.Module):
 
     @property
     def output_table(self) -> Tensor:
-        """This rank's rows of the output table, `[vocab / tp, hidden]`; when tied, the embeddings."""
+        """This rank's rows of the output table, `[vocab / tp, hidden]`; tied: the embeddings."""
         if self.output_layer.weight is not None:
             return self.output_layer.weight
         return self.embedding.word_embeddings.weight
@@ -107,7 +107,7 @@ class BERT(nn.Module):
         return self.encoder(self.embedding(tokens, tokentypes), context)  # type: ignore[no-any-return]
 
     def log_probs(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return masked-LM log-probabilities (float32, nats) and greedy flags of `[rows]` targets."""
+        """Return masked-LM log-probabilities (float32, nats) and greedy flags of targets."""
         return vocab_parallel_log_probs(
             self.lm_head(rows),
             targets,

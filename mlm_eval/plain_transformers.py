@@ -23,7 +23,7 @@ HEADS = {
 
 
 def outputs(folder: Path, probe: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a Hugging Face folder's logits on a probe, float32, named as `mlm_eval.verify` does."""
+    """Return a folder's logits on a probe, float32, named as `mlm_eval.verify` does."""
     import transformers
 
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]

@@ -238,6 +238,56 @@ def _is_argmax(
     return greedy & tied
 
 
+@torch.no_grad()
+def vocab_parallel_argmax(
+    rows: Tensor,
+    *,
+    weight: Tensor,
+    bias: Tensor | None,
+    first_row: int,
+    tp: TensorParallel,
+) -> tuple[Tensor, Tensor]:
+    """Return each row's largest logit, float32, and its token id, the lowest on a tie.
+
+    Arguments as in `vocab_parallel_log_probs`. Two small all-reduces, after which every rank has
+    the same ids. A NaN among the logits comes out as the largest.
+    """
+    logits = F.linear(rows, weight, bias).float()  # [N, V/p]
+    none = torch.iinfo(torch.int64).max
+    if weight.shape[0]:
+        best, index = logits.max(dim=-1)
+        index = index + first_row
+    else:  # more ranks than rows of the table: this rank only takes part in the reductions
+        best = logits.new_full((rows.shape[0],), -torch.inf)
+        index = torch.full_like(best, none, dtype=torch.int64)
+    if tp.size > 1:
+        own = best.clone()
+        dist.all_reduce(best, op=dist.ReduceOp.MAX, group=tp.group)
+        index = index.where(own == best, none)
+        dist.all_reduce(index, op=dist.ReduceOp.MIN, group=tp.group)
+    return best, index
+
+
+@torch.no_grad()
+def vocab_parallel_logits(
+    rows: Tensor, *, weight: Tensor, bias: Tensor | None, vocab_size: int, tp: TensorParallel
+) -> Tensor:
+    """Return all logits of some rows, float32 `[rows, vocab]`, the same on every rank.
+
+    One all-gather. For sampling, which needs them at one position of each text; scores and greedy
+    choices never gather logits. Arguments as in `vocab_parallel_log_probs`.
+    """
+    logits = F.linear(rows, weight, bias).float()  # [N, V/p]
+    if tp.size == 1:
+        return logits
+    # Ranks hold ceil(V / p) rows but for the last ones: filled up, these end beyond the table.
+    missing = -(-vocab_size // tp.size) - weight.shape[0]
+    logits = F.pad(logits, (0, missing), value=-torch.inf)
+    parts = [torch.empty_like(logits) for _ in range(tp.size)]
+    dist.all_gather(parts, logits, group=tp.group)
+    return torch.cat(parts, dim=1)[:, :vocab_size]
+
+
 class _CrossEntropy(torch.autograd.Function):
     """Cross entropy over a vocabulary cut by ranks; the gradient stays on the rank of its logits.
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.parameters import local_groups, vocab_range
 from mlm_eval.dropout import EMBEDDING, Dropout
+from mlm_eval.kv_cache import KeyValueCache
 from mlm_eval.tensor_parallel import (
     SINGLE,
     ColumnParallelLinear,
@@ -35,9 +36,11 @@ class Context:
     Attributes:
         causal: Each position sees itself and the ones before.
         key_mask: `[batch, 1, 1, seq]`, true where a key may be seen; None when all may.
-        cos: Rotary cosines `[seq, rotated channels]`, or None.
+        cos: Rotary cosines `[seq, rotated channels]`, where texts stand at different positions
+            `[batch, 1, seq, rotated channels]`, or None.
         sin: Rotary sines, or None.
         dropout: The masks of a training step; None for evaluation.
+        cache: Keys and values of texts that are being generated; None where texts are whole.
     """
 
     causal: bool
@@ -45,6 +48,7 @@ class Context:
     cos: Tensor | None = None
     sin: Tensor | None = None
     dropout: Dropout | None = None
+    cache: KeyValueCache | None = None
 
 
 class Norm(nn.Module):
@@ -184,8 +188,11 @@ class SelfAttention(nn.Module):
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         if context.cos is not None and context.sin is not None:
             cos, sin = context.cos, context.sin
-            query = rotate(query, cos[query_from:], sin[query_from:], interleaved=self.interleaved)
             key = rotate(key, cos, sin, interleaved=self.interleaved)
+            cos, sin = cos[..., query_from:, :], sin[..., query_from:, :]
+            query = rotate(query, cos, sin, interleaved=self.interleaved)
+        if context.cache is not None:
+            key, value = context.cache.store(self.number, key, value)
         if self.queries > 1:
             key = key.repeat_interleave(self.queries, dim=1)
             value = value.repeat_interleave(self.queries, dim=1)
@@ -319,11 +326,17 @@ class Embedding(nn.Module):
             )
         self.config = config
 
-    def forward(self, tokens: Tensor, tokentypes: Tensor | None = None) -> Tensor:
-        """Return `[batch, seq, hidden]` for `tokens` `[batch, seq]`."""
+    def forward(
+        self, tokens: Tensor, tokentypes: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """Return `[batch, seq, hidden]` for `tokens` `[batch, seq]`.
+
+        `positions` `[batch, seq]` are 0, 1, ... unless given.
+        """
         x = self.word_embeddings(tokens)
         if self.config.learned_positions:
-            x = x + self.position_embeddings.weight[: tokens.shape[1]]
+            table = self.position_embeddings.weight
+            x = x + (table[: tokens.shape[1]] if positions is None else table[positions])
         if self.config.num_tokentypes:
             types = torch.zeros_like(tokens) if tokentypes is None else tokentypes
             x = x + self.tokentype_embeddings(types)

@@ -51,8 +51,8 @@ def special_ids(tokenizer: Tokenizer) -> tuple[int, int]:
     cls_id, sep_id = tokenizer.cls_id, tokenizer.sep_id
     if cls_id is None or sep_id is None:
         raise InputError(
-            f"{tokenizer.source} has no [CLS] and [SEP]: fine-tuning needs the vocabulary of a BERT "
-            f"model; give its own with --tokenizer or --vocab-file"
+            f"{tokenizer.source} has no [CLS] and [SEP]: fine-tuning needs the vocabulary of a "
+            f"BERT model; give its own with --tokenizer or --vocab-file"
         )
     return cls_id, sep_id
 
@@ -202,7 +202,7 @@ class PairFeatures(Sequence[Sample]):
         return tokens, min(len(a) + 2, length - 1)
 
     def row_lengths(self) -> Integers:
-        """Return the length of every row, `[samples * rows]`, a sample's rows one after the other."""
+        """Return the length of every row, `[samples * rows]`, a sample's rows together."""
         which = (self.first[:, None] + np.arange(self.rows)).ravel()
         first = self.firsts.lengths[which]
         if self.max_first is not None:

@@ -29,6 +29,9 @@ from mlm_eval.tasks.text import DatasetName
 UNKNOWN = -1
 """The Hub's label of a test set."""
 
+Parsed = tuple[list[Example], list[str], list[str]]
+"""Examples, the texts that their `second` counts, and warnings."""
+
 
 class Glue(ChoiceTask):
     """A task of GLUE that takes two texts and gives a class.
@@ -59,8 +62,8 @@ class Glue(ChoiceTask):
         folder = Path(data).expanduser()
         if not folder.is_dir():
             raise InputError(
-                f"{folder} is a file; --data takes GLUE's folder {self.folder}, and --train, --dev and "
-                f"--test take files"
+                f"{folder} is a file; --data takes GLUE's folder {self.folder}, and --train, --dev "
+                f"and --test take files"
             )
         if (folder / self.folder).is_dir():
             folder = folder / self.folder
@@ -85,8 +88,8 @@ class Glue(ChoiceTask):
         return [self._read_file(path, role)]
 
     @abstractmethod
-    def parse(self, rows: Sequence[list[str]], path: str) -> tuple[list[Example], list[str], list[str]]:
-        """Return examples, their second texts, and warnings of a file's rows, its header first.
+    def parse(self, rows: Sequence[list[str]], path: str) -> Parsed:
+        """Return what a file's rows hold, its header first.
 
         Raises:
             InputError: The columns are not GLUE's, or a row has no text or no known label.
@@ -160,7 +163,7 @@ class Mnli(Glue):
     hub_texts = ("premise", "hypothesis")
     hub_labels = (1, 2, 0)  # entailment, neutral, contradiction
 
-    def parse(self, rows: Sequence[list[str]], path: str) -> tuple[list[Example], list[str], list[str]]:
+    def parse(self, rows: Sequence[list[str]], path: str) -> Parsed:
         """See `Glue.parse`; a header of 10 columns is a test set's, which has no labels."""
         columns = len(rows[0])
         if columns < 10:
@@ -174,8 +177,8 @@ class Mnli(Glue):
         for line, row in enumerate(rows[1:], start=2):
             if len(row) != columns:
                 raise InputError(
-                    f"{path}, line {line} has {len(row)} columns, its header {columns}; expected the "
-                    f"file as GLUE publishes it"
+                    f"{path}, line {line} has {len(row)} columns, its header {columns}; expected "
+                    f"the file as GLUE publishes it"
                 )
             first, second = (clean_text(row[column].strip()) for column in (8, 9))
             if not first or not second:
@@ -208,7 +211,7 @@ class Qqp(Glue):
     hub_texts = ("question1", "question2")
     hub_labels = (0, 1)
 
-    def parse(self, rows: Sequence[list[str]], path: str) -> tuple[list[Example], list[str], list[str]]:
+    def parse(self, rows: Sequence[list[str]], path: str) -> Parsed:
         """See `Glue.parse`; as in Megatron, rows without six columns or two texts are left out."""
         columns = len(rows[0])
         if columns not in (3, 6):
@@ -236,8 +239,8 @@ class Qqp(Glue):
         if skipped:
             some = ", ".join(map(str, skipped[:5])) + (", ..." if len(skipped) > 5 else "")
             warnings.append(
-                f"{path}: {len(skipped)} row(s) without {columns} columns or with an empty side are "
-                f"left out, as Megatron does (line {some})"
+                f"{path}: {len(skipped)} row(s) without {columns} columns or with an empty side "
+                f"are left out, as Megatron does (line {some})"
             )
         return examples, texts, warnings
 

@@ -39,7 +39,7 @@ class Outputs:
     rows: int
 
     def table(self) -> NDArray[np.float32]:
-        """Return the scores that a sample's answer is chosen by: `[samples, classes or choices]`."""
+        """Return each sample's scores of its classes or choices, `[samples, classes]`."""
         assert self.offsets is None
         return self.values.reshape(-1, self.rows * self.values.shape[1])
 
@@ -74,7 +74,8 @@ def run(
     mine = batches[engine.mesh.dp_rank :: engine.dp]
     done = 0
     for batch in mine:
-        for row, part in zip(batch, _run_batch(engine, features, batch, head, autocast), strict=True):
+        parts = _run_batch(engine, features, batch, head, autocast)
+        for row, part in zip(batch, parts, strict=True):
             values[offsets[row] : offsets[row + 1]] = part[: sizes[row]]
         done += len(batch) * engine.dp  # the other copies of the model go at about the same pace
         if on_progress is not None and engine.is_main:
@@ -94,7 +95,7 @@ def _run_batch(
     head: str,
     autocast: torch.dtype | None,
 ) -> Tensor:
-    """Return the outputs of some rows on the CPU: `[rows, 1, outputs]`, spans `[rows, width, 2]`."""
+    """Return some rows' outputs on the CPU: `[rows, 1, outputs]`, spans `[rows, width, 2]`."""
     model: Any = engine.model
     assert isinstance(model, BERT)
     tokens, types, mask = (x.to(engine.device) for x in collate_rows(features, batch))

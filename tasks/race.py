@@ -6,7 +6,7 @@ answer. Each row is
     [CLS] question with the option [SEP] article [SEP]
 
 where the option takes the place of every `_` of the question, or follows it after a space. The
-question with its option is cut at 128 tokens, the article at what is left. Source: facts G.1 and G.2.
+question with its option is cut at 128 tokens, the article at what is left. Source: facts G.1, G.2.
 """
 
 from __future__ import annotations
@@ -219,9 +219,7 @@ def read_hub(source: str, role: str) -> Iterator[ExampleSet]:
         InputError: There is no such set, or it has not the form of ehovy/race.
     """
     split = HUB_SPLITS[role]
-    for short, where, rows in dataset_splits(
-        source, default=HUB, splits={split: role}, role=role
-    ):
+    for short, where, rows in dataset_splits(source, default=HUB, splits={split: role}, role=role):
         check_columns(rows, ("example_id", "article", "question", "options", "answer"), where)
         by_level: dict[str, dict[tuple[str, str], list[tuple[Any, Any, Any]]]] = {}
         for number, row in enumerate(rows, start=1):
@@ -243,7 +241,7 @@ def read_hub(source: str, role: str) -> Iterator[ExampleSet]:
             yield make_set(passages_of_level, full, role=role, path=where)
 
 
-# ---- where files are ------------------------------------------------------------------------------
+# ---- where files are ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

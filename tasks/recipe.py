@@ -1,4 +1,4 @@
-"""Recipes: how a model is fine-tuned for a task, as TOML files; the paper's ship with the package."""
+"""Recipes: how a model is fine-tuned for a task, as TOML files; the paper's ship with this."""
 
 from __future__ import annotations
 
@@ -109,7 +109,9 @@ def load_recipe(
     source, values = _read(str(name))
     stated = values.get("task")
     if stated != task:
-        raise InputError(f"{source} is a recipe for {stated}, not for {task}; choose another --recipe")
+        raise InputError(
+            f"{source} is a recipe for {stated}, not for {task}; choose another --recipe"
+        )
     given = {field: value for field, value in (overrides or {}).items() if value is not None}
     checked = _checked(values, source) | _checked(given, "the command line")
     missing = [
@@ -130,8 +132,8 @@ def _read(name: str) -> tuple[str, dict[str, Any]]:
     path = Path(name).expanduser()
     if not path.is_file():
         raise InputError(
-            f"there is no recipe {name}; those that ship are {', '.join(recipe_names())}, and the path "
-            f"of a TOML file is taken too"
+            f"there is no recipe {name}; those that ship are {', '.join(recipe_names())}, and the "
+            f"path of a TOML file is taken too"
         )
     try:
         return str(path), tomllib.loads(path.read_text(encoding="utf-8"))

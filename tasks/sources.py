@@ -41,8 +41,8 @@ def decode(content: bytes, path: str) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise InputError(
-            f"{path}, line {line} is not UTF-8 text (byte 0x{content[error.start]:02x}); expected the "
-            f"file as published"
+            f"{path}, line {line} is not UTF-8 text (byte 0x{content[error.start]:02x}); expected "
+            f"the file as published"
         ) from error
 
 
@@ -151,7 +151,8 @@ def dataset_splits(
         path = default.path
     chosen = config or (None if local else default.config)
     wanted = {split: _short(split)} if split else dict(splits)
-    loaded = load_dataset(DatasetName(str(Path(path).expanduser()) if local else path, chosen, None))
+    where = str(Path(path).expanduser()) if local else path
+    loaded = load_dataset(DatasetName(where, chosen, None))
     if not isinstance(loaded, dict):  # a folder that holds one split
         loaded = {next(iter(wanted)): loaded}
     found = False

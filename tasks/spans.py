@@ -22,7 +22,7 @@ from mlm_eval.tasks.features import Integers
 
 if TYPE_CHECKING:
     from mlm_eval.tasks.inference import Outputs
-    from mlm_eval.tasks.squad import SpanFeatures
+    from mlm_eval.tasks.windows import SpanFeatures
 
 BLOCK_TOKENS = 1 << 15
 """Padded tokens that are searched at a time."""
@@ -94,9 +94,9 @@ def best_spans(
 def shows_most(starts: Integers, stops: Integers) -> list[NDArray[np.bool_]]:
     """Return for each window of one passage which of its tokens it shows best.
 
-    A token's surroundings are the smaller of the numbers of tokens before and after it in the window,
-    with a little weight on the window's length; of equal windows the first one counts. Source: BERT's
-    run_squad.py.
+    A token's surroundings are the smaller of the numbers of tokens before and after it in the
+    window, with a little weight on the window's length; of equal windows the first one counts.
+    Source: BERT's run_squad.py.
 
     Args:
         starts: First token of each window.
@@ -129,8 +129,8 @@ def best_answers(
 ) -> list[tuple[list[tuple[str, float]], float]]:
     """Return each question's best answers with their scores, and its score of "no answer".
 
-    Answers are different texts, best first; there may be none (a passage without tokens). The score of
-    "no answer" is the lowest over the windows: one window that holds an answer speaks against it.
+    Answers are different texts, best first; there may be none (a passage without tokens). The score
+    of "no answer" is the lowest over the windows: one that holds an answer speaks against it.
 
     Args:
         features: The windows, a question's one after the other.
@@ -143,9 +143,9 @@ def best_answers(
     lengths = features.row_lengths()
     window_sizes = features.stop - features.start
     starts, ends = [], []
-    for window, (size, length) in enumerate(zip(window_sizes.tolist(), lengths.tolist(), strict=True)):
+    for window, size in enumerate(window_sizes.tolist()):
         # The passage stands before the last [SEP].
-        stop = int(outputs.offsets[window]) + length - 1
+        stop = int(outputs.offsets[window]) + int(lengths[window]) - 1
         starts.append(outputs.values[stop - size : stop, 0])
         ends.append(outputs.values[stop - size : stop, 1])
     bounds = np.flatnonzero(np.diff(features.question, prepend=-1, append=-1))

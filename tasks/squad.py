@@ -12,16 +12,15 @@ passage as it was written, at the places of its first and last token.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.objectives import Objective, SpanExtraction
-from mlm_eval.tasks.features import SPECIAL_TOKENS, Integers, PairFeatures, Ragged, special_ids
+from mlm_eval.tasks.features import SPECIAL_TOKENS, PairFeatures
+from mlm_eval.tasks.inference import Outputs
 from mlm_eval.tasks.recipe import Recipe
 from mlm_eval.tasks.sources import (
     HUB_SPLITS,
@@ -35,41 +34,14 @@ from mlm_eval.tasks.sources import (
     sha256,
     take,
 )
-from mlm_eval.tasks.inference import Outputs
 from mlm_eval.tasks.spans import best_answers
-from mlm_eval.tasks.task import Answered, Example, ExampleSet, Judgement, Task
+from mlm_eval.tasks.task import Answered, ExampleSet, Judgement, Task
 from mlm_eval.tasks.text import DatasetName
-from mlm_eval.tasks.tokenized import Tokenized, tokenize
+from mlm_eval.tasks.tokenized import tokenize
+from mlm_eval.tasks.windows import SpanExample, SpanFeatures, window_features
 from mlm_eval.tokenizer import Tokenizer
 
 HUB = DatasetName("rajpurkar/squad", None, None)
-
-
-@dataclass(frozen=True)
-class SpanExample(Example):
-    """A question on a passage.
-
-    Attributes:
-        answers: The true answers and where each starts in the passage, in characters; empty where
-            there is none, or none is known.
-    """
-
-    answers: tuple[tuple[str, int], ...] = ()
-
-
-@dataclass(frozen=True)
-class SpanFeatures(PairFeatures):
-    """The windows of all questions, a question's one after the other.
-
-    Attributes:
-        question: Number of each window's question, `[windows]`.
-        char_starts: Where each token of a passage starts, in characters.
-        char_stops: Where it ends, exclusive.
-    """
-
-    question: Integers
-    char_starts: Ragged
-    char_stops: Ragged
 
 
 class Squad(Task):
@@ -167,7 +139,7 @@ class Squad(Task):
         ]
 
     def merge(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """See `Task.merge`: means of the probabilities, 0 where not listed, and of the null odds."""
+        """See `Task.merge`: means of probabilities, 0 where not listed, and of null odds."""
         shares: dict[str, float] = {}
         for record in records:
             for entry in record["n_best"]:
@@ -183,8 +155,8 @@ class Squad(Task):
     def judge(self, sets: Sequence[Answered], *, null_threshold: float | None = None) -> Judgement:
         """See `Task.judge`.
 
-        Without a threshold of "no answer" the one with the best F1 on the dev sets together is taken;
-        test sets are judged at the same.
+        Without a threshold of "no answer" the one with the best F1 on the dev sets together is
+        taken; test sets are judged at the same.
         """
         judgement = Judgement()
         absent = any(part.version == "2.0" for part in sets)
@@ -215,7 +187,7 @@ def can_be_absent(sets: Sequence[ExampleSet]) -> bool:
     return any(part.version == "2.0" for part in sets)
 
 
-# ---- reading --------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------
 
 
 def read_file(path: Path, role: str) -> ExampleSet:
@@ -242,8 +214,10 @@ def read_file(path: Path, role: str) -> ExampleSet:
         for paragraph in article["paragraphs"]
         for entry in paragraph["qas"]
     )
+    # The published names say nothing beyond the role.
+    name = "" if re.fullmatch(r"(train|dev|test)-v[12]\.[01]", path.stem) else path.stem
     return ExampleSet(
-        name=path.stem,
+        name=name,
         role=role,
         path=str(path),
         sha256=sha256([text]),
@@ -305,8 +279,8 @@ def _question(entry: Any, context: str, second: int, where: str) -> SpanExample:
         start = take(answer, "answer_start", int, where)
         if not text.strip() or context[max(start, 0) : start + len(text)] != text:
             raise InputError(
-                f"{where}: the answer {text!r:.60} does not stand in the passage at character {start}; "
-                f"expected answers as they are written there"
+                f"{where}: the answer {text!r:.60} does not stand in the passage at character "
+                f"{start}; expected answers as they are written there"
             )
         answers.append((text, start))
     if impossible:
@@ -314,87 +288,7 @@ def _question(entry: Any, context: str, second: int, where: str) -> SpanExample:
     return SpanExample(id=identity, firsts=(question,), second=second, answers=tuple(answers))
 
 
-# ---- windows --------------------------------------------------------------------------------------
-
-
-def window_features(
-    examples: Sequence[SpanExample],
-    questions: Ragged,
-    passages: Tokenized,
-    *,
-    tokenizer: Tokenizer,
-    recipe: Recipe,
-) -> SpanFeatures:
-    """Return the windows of all questions with the places of their first true answers.
-
-    Args:
-        examples: The questions.
-        questions: Their tokens.
-        passages: Tokens of the passages, with offsets.
-        tokenizer: The model's own.
-        recipe: For the lengths.
-    """
-    assert passages.starts is not None and passages.stops is not None
-    lengths = np.minimum(questions.lengths, recipe.max_query_length)
-    columns: dict[str, list[int]] = {name: [] for name in ("question", "second", "start", "stop")}
-    labels: list[tuple[int, int]] = []
-    for number, example in enumerate(examples):
-        count = int(passages.tokens.offsets[example.second + 1])
-        count -= int(passages.tokens.offsets[example.second])
-        answer = None
-        if example.answers:
-            text, begin = example.answers[0]
-            starts, stops = passages.starts[example.second], passages.stops[example.second]
-            answer = token_span(starts, stops, begin, begin + len(text))
-        before = int(lengths[number]) + 2  # [CLS] question [SEP]
-        room = recipe.seq_length - before - 1
-        for start, stop in windows(count, room, recipe.doc_stride):
-            for name, value in zip(columns, (number, example.second, start, stop), strict=True):
-                columns[name].append(value)
-            inside = answer is not None and start <= answer[0] and answer[1] < stop
-            shift = before - start
-            labels.append((answer[0] + shift, answer[1] + shift) if answer and inside else (0, 0))
-    arrays = {name: np.array(values, dtype=np.int64) for name, values in columns.items()}
-    cls_id, sep_id = special_ids(tokenizer)
-    return SpanFeatures(
-        firsts=questions,
-        seconds=passages.tokens,
-        first=arrays["question"],
-        **arrays,
-        labels=np.array(labels, dtype=np.int64).reshape(-1, 2),
-        rows=1,
-        max_first=recipe.max_query_length,
-        max_length=recipe.seq_length,
-        cls_id=cls_id,
-        sep_id=sep_id,
-        char_starts=passages.starts,
-        char_stops=passages.stops,
-    )
-
-
-def windows(count: int, room: int, stride: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of the windows of a passage of `count` tokens.
-
-    They start `stride` tokens apart, nearer where a window is shorter than that, and the last one
-    ends with the passage.
-    """
-    start = 0
-    while True:
-        stop = min(start + room, count)
-        yield start, stop
-        if stop == count:
-            return
-        start += min(stride, room)
-
-
-def token_span(starts: Integers, stops: Integers, begin: int, end: int) -> tuple[int, int] | None:
-    """Return the first and last token that a span of characters touches; None: it touches none."""
-    first = int(np.searchsorted(stops, begin, side="right"))
-    last = int(np.searchsorted(starts, end, side="left")) - 1
-    return (first, last) if first <= last else None
-
-
-# ---- answers and figures --------------------------------------------------------------------------
+# ---- answers and figures -----------------------------------------------------------------------
 
 
 def with_probabilities(answers: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
@@ -434,9 +328,10 @@ def figures(
         {"id": str(place), "prediction_text": r["n_best"][0]["text"] if r["n_best"] else ""}
         for place, r in enumerate(records)
     ]
+    truths = [list(record["answers"]) for record in records]
     references = [
-        {"id": str(place), "answers": {"text": r["answers"], "answer_start": [0] * len(r["answers"])}}
-        for place, r in enumerate(records)
+        {"id": str(place), "answers": {"text": texts, "answer_start": [0] * len(texts)}}
+        for place, texts in enumerate(truths)
     ]
     if not absent:
         found = metrics.load("squad").compute(predictions=predictions, references=references)
@@ -449,8 +344,6 @@ def figures(
         found = compute(predictions=predictions, references=references)
         assert found is not None
         threshold = found["best_f1_thresh"]
-    found = compute(
-        predictions=predictions, references=references, no_answer_threshold=threshold
-    )
+    found = compute(predictions=predictions, references=references, no_answer_threshold=threshold)
     assert found is not None
     return {**found, "null_threshold": threshold}

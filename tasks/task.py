@@ -1,4 +1,4 @@
-"""What the fine-tuning tasks have in common: examples, their sets, and how predictions are judged."""
+"""What the fine-tuning tasks have in common: examples, sets of them, how answers are judged."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +23,14 @@ from mlm_eval.tasks.tokenized import tokenize
 from mlm_eval.tokenizer import Tokenizer
 
 ROLES = ("train", "dev", "test")
+
+TASKS = {
+    "race": ("race", "Race"),
+    "mnli": ("glue", "Mnli"),
+    "qqp": ("glue", "Qqp"),
+    "squad": ("squad", "Squad"),
+}
+"""Module and class of each task."""
 
 CLOSE_CALL = 1e-4
 """Two best choices whose scores differ by less may change places with the order of summation."""
@@ -119,8 +128,8 @@ def check_names(sets: Sequence[ExampleSet]) -> Sequence[ExampleSet]:
             raise InputError(f"{part.path} holds no example; expected at least one for {name}")
         if name in named:
             raise InputError(
-                f"{named[name].path} and {part.path} both make a set named {name}; give each of them "
-                f"a name of its own, or leave one out"
+                f"{named[name].path} and {part.path} both make a set named {name}; give each of "
+                f"them a name of its own, or leave one out"
             )
         named[name] = dataclasses.replace(part, name=name)
     return list(named.values())
@@ -233,6 +242,21 @@ class Task(ABC):
     @abstractmethod
     def summary(self, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Return the dev sets' figures for a line: `score`, which chooses among models, first."""
+
+
+def make_task(name: str) -> Task:
+    """Return a task by the name of its command.
+
+    Raises:
+        InputError: There is no such task.
+    """
+    if name not in TASKS:
+        raise InputError(
+            f"there is no task {name!r} to fine-tune for; known are {', '.join(TASKS)}"
+        )
+    module, kind = TASKS[name]
+    task: Task = getattr(import_module(f"mlm_eval.tasks.{module}"), kind)()
+    return task
 
 
 class ChoiceTask(Task):

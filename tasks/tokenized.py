@@ -48,7 +48,7 @@ class Tokenized:
 
 
 def cache_root() -> Path:
-    """Return the folder for what can be made again: `$XDG_CACHE_HOME/mlm-eval`, or `~/.cache/...`."""
+    """Return the folder for what can be made again: `$XDG_CACHE_HOME/mlm-eval`, `~/.cache/...`."""
     base = os.environ.get("XDG_CACHE_HOME")
     # The standard asks to ignore a relative path.
     folder = Path(base) if base and Path(base).is_absolute() else Path("~/.cache")
@@ -101,8 +101,8 @@ def tokenize(
     """
     if offsets and tokenizer.kind == "sentencepiece":
         raise InputError(
-            f"{tokenizer.source} does not say where a token stands in the text, so no answer can be "
-            f"cut out; give a vocab.txt or a tokenizer.json"
+            f"{tokenizer.source} does not say where a token stands in the text, so no answer can "
+            f"be cut out; give a vocab.txt or a tokenizer.json"
         )
     path = cache / f"{cache_key(texts, tokenizer, offsets=offsets)}.arrow"
     if path.is_file():

@@ -1,4 +1,4 @@
-"""Gradients of sharded training against plain transformers in one process, and against each other."""
+"""Gradients of sharded training against plain transformers, and layouts against each other."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def transformers_gradients(
 ) -> tuple[float, dict[str, Tensor]]:
     """Return loss and gradients of the same model and samples, by canonical names.
 
-    Our reader maps the gradients as it maps weights: all it does to either is to reorder and to pack.
+    Our reader maps gradients as it maps weights: all it does to either is to reorder and to pack.
     """
     import transformers
 
@@ -175,7 +175,7 @@ def dropped() -> dict[str, tuple[float, dict[str, Tensor]]]:
 @pytest.mark.parametrize("kind", ["multichoice_head", "lm"])
 @pytest.mark.parametrize("way", WAYS)
 def test_with_dropout_no_layout_changes_a_gradient(kind, way, dropped):
-    """Masks belong to samples and places, so even with dropout tp, dp and padding change nothing."""
+    """Masks belong to samples and places: with dropout, too, no layout changes anything."""
     tp, dp, changes = WAYS[way]
     loss, expected = dropped[kind]
     for actual, gradients in run_ranks(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,74 +17,59 @@ import pytest
 import random_models
 import torch
 import training_runs
+import training_target
 from ranks import run_ranks
 from torch import Tensor
 
 from mlm_eval import training_state
 from mlm_eval.checkpoints.checkpoint import open_checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
-from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.training_settings import TrainReport
+from mlm_eval.training_step import Stepper, StepResult
 
-STEPS = 8
-STOP = 5
-"""The state of step 4 is the last one: rank 0 stops before step 5 is saved."""
+STEPS, STOP = 5, 3
+"""Broken runs raise in place of step 3 (from 0): the state of 3 steps done is there."""
 
 EACH_STEP = {"max_steps": STEPS, "save_minutes": 0.0}
 DROPPED = {"hidden_dropout": 0.2, "attention_dropout": 0.1}
 
+Part = list[tuple[TrainReport | None, dict[str, Tensor]]]
+
 
 def part(
-    layout: tuple[int, int],
-    kind: str,
-    folder: Path,
-    changes: dict[str, Any],
-    *,
-    base: ModelConfig | None = None,
-    **ways: Any,
-) -> list[tuple[TrainReport | None, dict[str, Tensor]]]:
+    layout: tuple[int, int], kind: str, folder: Path, changes: dict[str, Any], **ways: Any
+) -> Part:
     """Run a part of a training run on the ranks of a layout."""
     tp, dp = layout
-    return run_ranks(tp * dp, on_a_rank, tp, dp, kind, folder, EACH_STEP | changes, base, ways)
+    return run_ranks(tp * dp, on_a_rank, tp, dp, kind, folder, EACH_STEP | changes, ways)
+
+
+class Stop(Exception):
+    """Ends a run in the middle."""
 
 
 def on_a_rank(
-    tp: int,
-    dp: int,
-    kind: str,
-    folder: Path,
-    changes: dict[str, Any],
-    base: ModelConfig | None,
-    ways: dict[str, Any],
-) -> Any:
-    # A stopped rank must not leave the others in a collective: all of them stop.
-    stop = ways.pop("stop", None)
-    if stop is None:
-        return training_runs.run(tp, dp, kind, folder, changes, base=base, **ways)
-    from mlm_eval.training_step import Stepper
+    tp: int, dp: int, kind: str, folder: Path, changes: dict[str, Any], ways: dict[str, Any]
+) -> tuple[TrainReport | None, dict[str, Tensor]]:
+    """Train; with `stop` raise in place of that step, on every rank: none must wait for others."""
+    stop, take = ways.pop("stop", None), Stepper.take
 
-    take = Stepper.take
-
-    def taken(self: Stepper, step: int, *args: Any, **options: Any) -> Any:
+    def taken(self: Stepper, step: int, numbers: list[int], **options: Any) -> StepResult:
         if step == stop:
-            raise training_runs.Stop
-        return take(self, step, *args, **options)
+            raise Stop
+        return take(self, step, numbers, **options)
 
-    Stepper.take = taken  # type: ignore[method-assign]
-    try:
-        return training_runs.run(tp, dp, kind, folder, changes, base=base, **ways)
-    finally:
-        Stepper.take = take  # type: ignore[method-assign]
-
-
-def numbers(folder: Path) -> list[Any]:
-    """Return all that metrics.jsonl says."""
-    return training_runs.metrics(folder)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Stepper, "take", taken)
+        try:
+            return training_runs.run(tp, dp, kind, folder, changes, **ways)
+        except Stop:
+            return None, {}
 
 
 def assert_same_run(actual: Path, expected: Path, rel: float = 0.0) -> None:
     """Compare every number of every step; accuracy, too, follows the order of the samples."""
-    found, wanted = numbers(actual), numbers(expected)
+    found, wanted = training_runs.metrics(actual), training_runs.metrics(expected)
     if rel == 0.0:
         assert found == wanted
         return
@@ -110,7 +95,7 @@ def test_on_the_same_layout_a_resumed_run_is_the_unbroken_one_to_the_bit(name, t
     changes = {"global_batch": 7, **DROPPED, **changes}
     whole = part(layout, "lm", tmp_path / "whole", changes)
     part(layout, "lm", tmp_path / "broken", changes, stop=STOP)
-    assert len(numbers(tmp_path / "broken")) == STOP
+    assert len(training_runs.metrics(tmp_path / "broken")) == STOP
     resumed = part(layout, "lm", tmp_path / "broken", changes, resume=True)
 
     assert_same_run(tmp_path / "broken", tmp_path / "whole")
@@ -133,7 +118,7 @@ MOVES: list[tuple[str, ModelConfig | None, tuple[int, int], str, tuple[int, int]
 
 @pytest.mark.parametrize(("kind", "base", "first", "mode", "then", "other_mode"), MOVES)
 def test_a_run_goes_on_at_another_layout(kind, base, first, mode, then, other_mode, tmp_path):
-    """A vocabulary of 51 rows is cut into 26 and 25: a wrong cut of a moment shows in the losses."""
+    """A vocabulary of 51 rows is cut into 26 and 25: a wrong cut shows in the losses."""
     part((1, 1), kind, tmp_path / "whole", {}, base=base)
     part(first, kind, tmp_path / "moved", {"dp_mode": mode}, base=base, stop=STOP)
     changes = {"dp_mode": other_mode, "micro_batch": 3, "recompute": True}
@@ -240,3 +225,43 @@ def test_a_killed_run_goes_on_from_every_single_change(snapshots, tmp_path):
     for number, copy in enumerate(copies):
         goes_on(Path(shutil.copytree(copy, tmp_path / str(number))), whole)
         shutil.rmtree(tmp_path / str(number))
+
+
+def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path):
+    """SIGKILL of one of two ranks; the end is that of a run that nobody touched."""
+    whole = run_ranks(2, training_target.whole, tmp_path / "whole", 2, 1)[0]
+    target = [sys.executable, "-P", training_target.__file__, "--ranks", "2", str(tmp_path)]
+    target += ["2", "1"]
+    with subprocess.Popen(target, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        wait_for(lambda: (tmp_path / "run" / "state" / "step-00000004").exists(), process)
+        pids = [int((tmp_path / f"pid{rank}").read_text()) for rank in range(2)]
+        killed = time.monotonic()
+        os.kill(pids[1], signal.SIGKILL)
+        message = process.stderr.read()
+    assert time.monotonic() - killed < 30
+    assert process.returncode == 1
+    assert "rank 1 was killed by SIGKILL" in message and "other ranks were stopped" in message
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+    done = subprocess.run([*target, "resume"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert whole == weights(tmp_path / "run" / "checkpoint")
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of every tensor of a checkpoint."""
+    tensors = open_checkpoint(folder).tensors
+    return {name: tensor.read().numpy().tobytes() for name, tensor in tensors.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from mlm_eval.objectives import (
 from mlm_eval.optimization import Schedule
 from mlm_eval.training import train
 from mlm_eval.training_data import NO_LABEL, Sample
-from mlm_eval.training_settings import Counters, TrainingProgress, TrainReport, TrainSettings
+from mlm_eval.training_settings import Counters, TrainReport, TrainSettings
 from mlm_eval.training_state import _whole
 from mlm_eval.training_step import Stepper
 
@@ -90,10 +91,6 @@ def settings(**changes: Any) -> TrainSettings:
     return TrainSettings(**{**values, **changes})
 
 
-class Stop(Exception):
-    """Ends a run in the middle."""
-
-
 def run(
     tp: int,
     dp: int,
@@ -104,10 +101,10 @@ def run(
     count: int = 26,
     base: ModelConfig | None = None,
     resume: bool = False,
-    stop: int | None = None,
+    delay: float = 0.0,
     scores: list[float] | None = None,
-) -> tuple[TrainReport | None, dict[str, Tensor]]:
-    """Train on this rank; return the report (None where it was stopped) and the last weights.
+) -> tuple[TrainReport, dict[str, Tensor]]:
+    """Train on this rank; return the report and the last weights.
 
     Args:
         tp: Tensor-parallel size.
@@ -118,7 +115,7 @@ def run(
         count: Samples.
         base: The model.
         resume: Go on.
-        stop: Rank 0 raises after so many steps; the other ranks too, as a launcher would end them.
+        delay: Seconds that rank 0 waits after each step.
         scores: What the evaluations return, one after the other.
     """
     checkpoint = model_for(kind, base)
@@ -130,23 +127,16 @@ def run(
         total = sum(float(p.double().sum()) for p in engine.model.parameters())
         return {"score": left.pop(0), "weights": total, "nested": {"correct": 3}}
 
-    def on_progress(progress: TrainingProgress) -> None:
-        if progress.step == stop:
-            raise Stop
-
-    try:
-        report = train(
-            engine,
-            samples(kind, count, vocab=checkpoint.config.vocab_size),
-            OBJECTIVES[kind](),
-            settings(**changes),
-            output_dir=folder,
-            evaluate=evaluate if scores is not None else None,
-            resume=resume,
-            on_progress=on_progress,
-        )
-    except Stop:
-        return None, {}
+    report = train(
+        engine,
+        samples(kind, count, vocab=checkpoint.config.vocab_size),
+        OBJECTIVES[kind](),
+        settings(**changes),
+        output_dir=folder,
+        evaluate=evaluate if scores is not None else None,
+        resume=resume,
+        on_progress=lambda _: time.sleep(delay),
+    )
     return report, {name: p.detach().clone() for name, p in engine.model.named_parameters()}
 
 
@@ -173,7 +163,7 @@ def gradients(
 
 
 def whole_gradients(stepper: Stepper) -> dict[str, Tensor]:
-    """Return the gradients of the whole model, gathered over all ranks; 0 where none was computed."""
+    """Return the gradients of the whole model, gathered over all ranks; 0 where there is none."""
     from mlm_eval.data_parallel import device_mesh
 
     mesh = stepper.mesh

@@ -10,7 +10,7 @@ from mlm_eval.tasks.metrics.accuracy import Accuracy
 
 
 class AccuracyF1(Accuracy):
-    """Accuracy with its counts, and the F1 of class 1; F1 is 0 where no class 1 is seen or predicted."""
+    """Accuracy with its counts, and the F1 of class 1: 0 where there is no class 1 at all."""
 
     def _compute(self, predictions: list[int], references: list[int]) -> dict[str, Any]:
         predicted, true = np.asarray(predictions) == 1, np.asarray(references) == 1

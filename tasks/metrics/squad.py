@@ -1,9 +1,9 @@
 """Exact match and F1 of answers, by the rules of SQuAD's two official evaluation scripts.
 
-Both compare answers after lower-casing, without punctuation, articles and superfluous white space, and
-take the best over the true answers. They differ in what is empty: version 2.0 leaves out true answers
-of which nothing is left, asks for an empty prediction where there is no answer at all, and finds
-two empty answers to agree; version 1.1's F1 of them is 0.
+Both compare answers after lower-casing, without punctuation, articles and superfluous white space,
+and take the best over the true answers. They differ in what is empty: version 2.0 leaves out true
+answers of which nothing is left, asks for an empty prediction where there is no answer at all, and
+finds two empty answers to agree; version 1.1's F1 of them is 0.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Figure = Callable[[str, str], float]
 
 
 def normalize(answer: str) -> str:
-    """Return an answer as it is compared; the order of the steps matters ("a-n" becomes an article)."""
+    """Return an answer as it is compared; the steps' order matters: "a-n" becomes an article."""
     return " ".join(ARTICLES.sub(" ", answer.lower().translate(PUNCTUATION)).split())
 
 
@@ -78,7 +78,7 @@ class _Answers(LocalMetric):
 
 
 class Squad(_Answers):
-    """SQuAD 1.1: `exact_match` and `f1`, percentages over all questions; one without prediction is 0."""
+    """SQuAD 1.1: `exact_match` and `f1`, percentages; a question without a prediction counts 0."""
 
     def _compute(
         self, predictions: list[dict[str, Any]], references: list[dict[str, Any]]
@@ -95,7 +95,7 @@ class Squad(_Answers):
 
 
 class SquadV2(_Answers):
-    """SQuAD 2.0: percentages, also of the questions with and without an answer, and the best threshold.
+    """SQuAD 2.0: percentages, also of questions with and without an answer, and best thresholds.
 
     `no_answer_probability` may be any number that is higher where an answer is less likely. Above
     `no_answer_threshold` the prediction counts as "no answer"; `best_exact` and `best_f1` are the
@@ -166,8 +166,8 @@ def best_threshold(rows: Sequence[_Row], name: str) -> tuple[float, float]:
     """Return the highest percentage that a threshold reaches, and that threshold.
 
     Starts with no question answered, all right where there is no answer, and lets them in by their
-    odds. An answer to a question that has none costs its point, unless it is empty. The first of equal
-    thresholds is taken, and 0 where nothing is gained, as in the official script.
+    odds. An answer to a question that has none costs its point, unless it is empty. The first of
+    equal thresholds is taken, and 0 where nothing is gained, as in the official script.
     """
     score = float(sum(not row.has_answer for row in rows))
     best_score, threshold = score, 0.0

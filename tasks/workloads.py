@@ -1,0 +1,194 @@
+"""How much each benchmark runs through a model, known without its data: for `mlm-eval plan`.
+
+Zero-shot: exact for the paper's files and GPT-2's tokenizer. Fine-tuning: the published sets' counts; mean
+lengths in BERT's uncased WordPiece, with [CLS] and [SEP], measured on what the comments say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+
+from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.memory import TrainingBatch
+from mlm_eval.plan import Passes, Training, Workload
+from mlm_eval.tasks.paper import load_paper
+from mlm_eval.tasks.wikitext103 import MAX_SEQ_LENGTH, windows
+
+WIKITEXT_TOKENS = 270_330  # wiki.test.tokens of WikiText-103, detokenized, in GPT-2's BPE
+WIKITEXT_STRIDE = 32
+
+# lambada_test.jsonl: passages; tokens read, the last one of each being predicted only; tokens predicted.
+LAMBADA_PASSAGES, LAMBADA_TOKENS, LAMBADA_TARGETS = 5_153, 425_064, 6_542
+
+TEXT_TOKENS = 1_000_000
+"""Language modelling has no set of its own: its work is told for each million tokens of text."""
+
+MLM_SHARE = 0.15
+"""Tokens that masked-LM training hides."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _FineTuning:
+    """Sizes of a fine-tuning benchmark.
+
+    Attributes:
+        title: With its units.
+        train: Samples of the training set.
+        evaluated: Samples of the sets that are evaluated.
+        rows: Of one sample.
+        length: Mean length of a row, in tokens.
+        longest: Where rows are cut.
+        head: Settings of the model's head.
+    """
+
+    title: str
+    train: int
+    evaluated: int
+    rows: int
+    length: float
+    longest: int
+    head: dict[str, int | bool]
+
+
+FINE_TUNING = {
+    # 21,536 rows of train, every 17th file: mean 353, 7 % cut at 512 (questions 87,866 = 25,421 + 62,445)
+    "race": _FineTuning(
+        "RACE, middle and high", 87_866, 4_887 + 4_934, 4, 353.0, 512, {"multichoice_head": True}
+    ),
+    # 2,000 pairs of dev: mean 40.9
+    "mnli": _FineTuning("MNLI", 392_702, 9_815 + 9_832, 1, 40.9, 128, {"num_classes": 3}),
+    # only 78 pairs were at hand: mean 28.6
+    "qqp": _FineTuning("QQP", 363_846, 40_430, 1, 28.6, 128, {"num_classes": 2}),
+    # 1,190 questions of dev: mean 179
+    "squad1": _FineTuning("SQuAD 1.1", 87_599, 10_570, 1, 179.3, 512, {"qa_head": True}),
+    # 6,078 questions of dev: 6,217 windows of mean 191
+    "squad2": _FineTuning("SQuAD 2.0", 130_319, 11_873, 1, 195.7, 512, {"qa_head": True}),
+}
+
+TASKS = {
+    "gpt": ("wikitext103", "lambada", "lm"),
+    "bert": ("race", "mnli", "qqp", "squad1", "squad2", "mlm"),
+}
+
+
+def workloads(
+    config: ModelConfig,
+    *,
+    task: str | None = None,
+    size: str | None = None,
+    micro_batch: int = 8,
+    batch: TrainingBatch | None = None,
+) -> list[Workload]:
+    """Return what the benchmarks ask of a model.
+
+    Args:
+        config: The model.
+        task: Only this one; `squad` for both versions.
+        size: Name of the paper's size whose recipes are taken; None or another: the smallest one's.
+        micro_batch: Samples of a training step's forward pass on one rank.
+        batch: Dropout, precision and recomputation of training; rows and lengths are the tasks' own.
+
+    Raises:
+        InputError: There is no such task for this kind of model.
+    """
+    names = list(TASKS[config.family])
+    if task is not None:
+        names = [name for name in names if name == task or name.rstrip("12") == task]
+        if not names:
+            kind = {"gpt": "GPT", "bert": "BERT"}[config.family]
+            known = ", ".join(TASKS[config.family])
+            raise InputError(f"--task {task} is nothing that a {kind} model is run on; choose {known}")
+    batch = batch or TrainingBatch(rows=1, length=1)
+    return [_workload(name, config, size, micro_batch, batch) for name in names]
+
+
+def _workload(
+    name: str, config: ModelConfig, size: str | None, micro_batch: int, batch: TrainingBatch
+) -> Workload:
+    positions = config.max_position_embeddings
+    if name == "wikitext103":
+        return _wikitext103(positions)
+    if name == "lambada":
+        return _lambada(positions)
+    if name in ("lm", "mlm"):
+        return _language_modelling(name, positions, micro_batch, batch)
+    return _fine_tuning(name, config, size, micro_batch, batch)
+
+
+def _wikitext103(positions: int) -> Workload:
+    length = min(MAX_SEQ_LENGTH, positions)
+    found = windows(WIKITEXT_TOKENS, length, WIKITEXT_STRIDE)
+    shapes = Counter((stop - start - 1, scored) for start, stop, scored in found)
+    passes = [Passes(n, read, scored, scored) for (read, scored), n in shapes.items()]
+    title = f"WikiText-103, {len(found):,} windows of {length:,} tokens"
+    return Workload("wikitext103", title, passes, scored_rows=length)
+
+
+def _lambada(positions: int) -> Workload:
+    # Lengths near the mean whose sums are the true ones: the work is nearly linear in them.
+    passes = []
+    twice = LAMBADA_TARGETS - LAMBADA_PASSAGES
+    for count, length in _spread(LAMBADA_TOKENS, LAMBADA_PASSAGES):
+        length = min(length, positions)
+        pairs = min(count, twice)
+        twice -= pairs
+        passes += [Passes(n, length, k, k) for n, k in ((pairs, 2), (count - pairs, 1)) if n]
+    title = f"LAMBADA, {LAMBADA_PASSAGES:,} passages, {LAMBADA_TOKENS:,} tokens"
+    return Workload("lambada", title, passes, scored_rows=0)
+
+
+def _language_modelling(
+    name: str, positions: int, micro_batch: int, batch: TrainingBatch
+) -> Workload:
+    count = -(-TEXT_TOKENS // positions)
+    predicted = positions if name == "lm" else round(MLM_SHARE * positions)
+    title = f"{name}, each million tokens of text, rows of {positions:,}"
+    batch = dataclasses.replace(
+        batch, rows=micro_batch, length=positions, predicted=micro_batch * predicted
+    )
+    passes = [Passes(count, positions, positions, predicted)]
+    return Workload(name, title, [], scored_rows=0, training=Training(passes, 1, batch, {}))
+
+
+def _fine_tuning(
+    name: str, config: ModelConfig, size: str | None, micro_batch: int, batch: TrainingBatch
+) -> Workload:
+    task = FINE_TUNING[name]
+    longest = min(task.longest, config.max_position_embeddings)
+    mean = min(task.length, longest)
+    recipes = {row["size"]: row for row in load_paper()["table6"]["rows"] if row["task"] == name}
+    recipe = recipes.get(size or "") or recipes["bert-336m"]
+    batch = dataclasses.replace(
+        batch,
+        rows=micro_batch * task.rows,
+        length=longest,
+        accumulates=micro_batch < recipe["batch"],
+    )
+    heads = {"lm_head": False, "binary_head": False, "pooler": "qa_head" not in task.head}
+    title = f"{task.title}, {task.train:,} samples x {recipe['epochs']} epochs"
+    return Workload(
+        name,
+        title,
+        list(_rows(task.evaluated * task.rows, mean)),
+        scored_rows=0,
+        training=Training(
+            list(_rows(task.train * task.rows, mean)),
+            recipe["epochs"],
+            batch,
+            {**heads, **task.head},
+        ),
+    )
+
+
+def _rows(count: int, mean: float) -> Iterator[Passes]:
+    for number, length in _spread(round(count * mean), count):
+        yield Passes(number, length, length, 0)
+
+
+def _spread(total: int, count: int) -> list[tuple[int, int]]:
+    """Return `count` whole numbers that are equal, or differ by 1, with the sum `total`: (how many, value)."""
+    low, more = divmod(total, count)
+    return [(n, value) for n, value in ((count - more, low), (more, low + 1)) if n]
