@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common.memory import POLL_SECONDS, anonymous_bytes
 
 from mlm_eval import launch
+from mlm_eval.world import detect_world
 
 SAVED_TP, LOADED_TP = 4, 2
 VOCAB = 51200  # the paper's padding of 50,257
@@ -49,7 +50,7 @@ class Peak:
 
 def load_on_a_rank(source: Path, report: Path) -> None:
     """Load this rank's shard as `mlm-eval` does, and leave what it took in `report`."""
-    world = launch.detect_world()
+    world = detect_world()
     assert world is not None
     launch.prepare_worker()
     with launch.reporting_errors(world), Peak() as peak:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mlm_eval.checkpoints.catalog import is_catalog_name, resolve
 from mlm_eval.checkpoints.config import ModelConfig, check_overrides
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import InMemory, LazyTensor
@@ -140,8 +141,8 @@ def open_checkpoint(
 
     Args:
         path: A checkpoint root with its tracker file, an `iter_*` or `release` folder, a single
-            `.pt`, a published zip archive, or a Hugging Face folder.
-        overrides: Settings that win over the file's (see `parse_overrides`).
+            `.pt`, a published zip archive, a Hugging Face folder, or `catalog:NAME`.
+        overrides: Settings that win over the file's (see `parse_overrides`), and over the catalog's.
         allow_hostile: Open a file whose pickle names harmful callables all the same (`inspect`
             does; nothing in a pickle ever runs either way).
 
@@ -150,6 +151,8 @@ def open_checkpoint(
     """
     overrides = dict(overrides or {})
     check_overrides(overrides)
+    if is_catalog_name(path):
+        return _open_entry(path, overrides, allow_hostile=allow_hostile)
     target = Path(path).expanduser()
     try:
         checkpoint = _open(target, overrides)
@@ -167,6 +170,19 @@ def open_checkpoint(
             "get it from its source again"
         )
     return checkpoint
+
+
+def _open_entry(
+    path: str | Path, overrides: dict[str, Any], *, allow_hostile: bool
+) -> Checkpoint:
+    """Return a checkpoint of the catalog, with the settings that its files do not record."""
+    entry, target = resolve(path)
+    settings = {**entry.settings, **overrides}
+    checkpoint = open_checkpoint(target, settings, allow_hostile=allow_hostile)
+    from_catalog = dict.fromkeys(set(entry.settings) - set(overrides), f"catalog:{entry.name}")
+    sources = {**checkpoint.provenance.config_sources, **from_catalog}
+    provenance = dataclasses.replace(checkpoint.provenance, config_sources=sources)
+    return dataclasses.replace(checkpoint, provenance=provenance)
 
 
 def _open(target: Path, overrides: dict[str, Any]) -> Checkpoint:

@@ -303,7 +303,8 @@ class _Run:
         assert self.evaluate is not None
         self.stepper.replicas.publish()
         with torch.no_grad():
-            result = self.evaluate()
+            mine = self.evaluate()
+        result = on_main(lambda: mine)
         self.stepper.replicas.release()
         self.counters.evaluations.append({"step": step + 1, "epoch": epoch + 1, **result})
         if self.log is not None:
@@ -376,7 +377,7 @@ class _Run:
 
     def _report(self) -> TrainReport:
         counters = self.counters
-        lines = on_main(lambda: read_metrics(self.output))
+        lines, seconds = on_main(lambda: (read_metrics(self.output), counters.seconds))
         best = counters.best
         return TrainReport(
             steps=counters.step,
@@ -385,8 +386,8 @@ class _Run:
             losses=[line["loss"] for line in lines if "loss" in line],
             evaluations=counters.evaluations,
             best=best,
-            seconds=counters.seconds,
-            samples_per_second=counters.samples / max(counters.seconds, 1e-9),
+            seconds=seconds,
+            samples_per_second=counters.samples / max(seconds, 1e-9),
             checkpoint=self.output / CHECKPOINT,
             best_checkpoint=None if best is None else self.output / BEST_CHECKPOINT,
         )

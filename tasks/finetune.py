@@ -1,10 +1,11 @@
 """Fine-tuning: data to features, features to a trained model, evaluations, predictions, a record.
 
-    O/result.json        the record                   O/checkpoint    the fine-tuned model
-    O/predictions/       one file for each set        O/metrics.jsonl, O/training.png, ...   the trainer's
+    O/result.json      the record                  O/checkpoint       the fine-tuned model
+    O/predictions/     a file for each set         O/checkpoint-best  of the best evaluation
+    O/run.json         the figures of the run      O/metrics.jsonl, O/training.png, O/tensorboard/
 
-With several seeds each run has its folder O/seed-N with all of that, and O/checkpoint is that of the
-seed whose dev score is the median.
+With several seeds each run has a folder O/seed-N with all of that but the record, and O/checkpoint
+is that of the seed whose dev score is the median.
 """
 
 from __future__ import annotations
@@ -13,37 +14,27 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.initial_models import with_head
-from mlm_eval.results import Result, write_json
+from mlm_eval.results import Result, checkpoint_record, write_json
 from mlm_eval.tasks import finetune_result as records
-from mlm_eval.tasks.features import PairFeatures, special_ids
+from mlm_eval.tasks.features import special_ids
+from mlm_eval.tasks.finetune_data import Prepared, prepare
 from mlm_eval.tasks.finetune_options import FinetuneOptions, Observer
 from mlm_eval.tasks.inference import Outputs, run
 from mlm_eval.tasks.predictions import SUFFIX, write_predictions
-from mlm_eval.tasks.recipe import Recipe, load_recipe
 from mlm_eval.tasks.sources import parse_json, read_text, sha256
-from mlm_eval.tasks.task import (
-    ROLES,
-    Answered,
-    ExampleSet,
-    Judgement,
-    Task,
-    check_names,
-    make_task,
-    merge,
-)
-from mlm_eval.tasks.tokenized import cache_folder
+from mlm_eval.tasks.task import Answered, ExampleSet, Judgement, Task, make_task
 from mlm_eval.tokenizer import Tokenizer, check_fits
-from mlm_eval.training import BEST_CHECKPOINT, CHECKPOINT, train
+from mlm_eval.training import BEST_CHECKPOINT, CHECKPOINT, STATE, train
 from mlm_eval.training_state import on_main
 
 if TYPE_CHECKING:
@@ -53,7 +44,7 @@ if TYPE_CHECKING:
 RESULT, RUN, PREDICTIONS = "result.json", "run.json", "predictions"
 
 Load = Callable[["Checkpoint", str], "Engine"]
-"""Returns an engine on a checkpoint, given a dtype, in the layout and on the device of the command."""
+"""Returns an engine for a checkpoint and a dtype, in the command's layout and on its device."""
 
 
 def finetune(
@@ -65,7 +56,7 @@ def finetune(
     load: Load,
     observer: Observer | None = None,
 ) -> Result:
-    """Return the result of fine-tuning and evaluating a model; every rank calls it and gets the same.
+    """Return the result of fine-tuning and evaluating a model, on every rank the same; all call it.
 
     Data are read, and features made, on rank 0 alone.
 
@@ -74,8 +65,8 @@ def finetune(
         checkpoint: A BERT model; with `eval_only` a fine-tuned one.
         options: See `FinetuneOptions`.
         tokenizer: The model's own.
-        load: Called with a checkpoint and a dtype (`float32` for training): for example `lambda c, d:
-            Engine.load(c, tp=2, dp=1, dtype=d, device="cpu")`. Called once for each seed.
+        load: Called with a checkpoint and a dtype (`float32` for training), once for each seed: for
+            example `lambda c, d: Engine.load(c, tp=2, dp=1, dtype=d, device="cpu")`.
         observer: Told what happens, on rank 0.
 
     Raises:
@@ -84,30 +75,6 @@ def finetune(
     job = _Job(make_task(task), checkpoint, options, tokenizer, load, observer or Observer())
     job.prepare()
     return job.evaluate_only() if options.eval_only else job.train_all()
-
-
-@dataclass(frozen=True)
-class Part:
-    """A set to evaluate, as every rank knows it: without its texts."""
-
-    name: str
-    role: str
-    labelled: bool
-    version: str
-    features: PairFeatures
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What rank 0 makes of the data."""
-
-    recipe_name: str
-    recipe: Recipe
-    train: PairFeatures | None
-    parts: Sequence[Part]
-    counts: dict[str, int]
-    data: dict[str, Any]
-    warnings: list[str]
 
 
 class _Job:
@@ -123,81 +90,55 @@ class _Job:
         observer: Observer,
     ) -> None:
         self.task, self.checkpoint, self.options = task, checkpoint, options
-        self.tokenizer, self.load, self.observer = tokenizer, load, observer
+        self.tokenizer, self.load = tokenizer, load
+        is_main = not dist.is_initialized() or dist.get_rank() == 0
+        self.observer = observer if is_main else Observer()
         self.output = Path(options.output_dir).expanduser()
         self.sets: dict[str, ExampleSet] = {}  # on rank 0 only
 
-    # ---- data ------------------------------------------------------------------------------------
-
     def prepare(self) -> None:
         """Read the data and make the features, on rank 0; share them with all."""
-        if self.checkpoint.config.family != "bert":
+        config = self.checkpoint.config
+        if config.family != "bert":
             raise InputError(
                 f"{self.checkpoint.provenance.path} is a GPT checkpoint; fine-tuning needs a BERT "
                 f"model, which reads both ways"
             )
         special_ids(self.tokenizer)
-        misfit = check_fits(self.tokenizer, self.checkpoint.config.vocab_size)
+        misfit = check_fits(self.tokenizer, config.vocab_size)
         self.prepared = on_main(self._prepare)
         self.recipe = self.prepared.recipe
         self.warnings = [*([misfit] if misfit else []), *self.prepared.warnings]
-        for warning in self.warnings:
-            on_main(partial(_tell, self.observer.warn, warning))
+        for warning in (*self.prepared.data["warnings"], *self.warnings):
+            _tell(self.observer.warn, warning)
 
     def _prepare(self) -> Prepared:
-        options = self.options
         self._check_output()
-        sets = read_sets(self.task, options)
-        name = options.recipe or self.task.default_recipe(sets)
-        recipe = load_recipe(name, task=self.task.name, overrides=options.overrides())
-        recipe, warnings = self._fit(recipe)
-        training = [part for part in sets if part.role == "train"]
-        whole = merge(training, "train").limited(options.train_limit) if training else None
-        limits = {"dev": options.dev_limit, "test": options.test_limit}
-        evaluated = [part.limited(limits[part.role]) for part in sets if part.role in limits]
-        self.sets = {part.name: part for part in evaluated}
-        _tell(self.observer.say, _announcement(whole, evaluated))
-        with cache_folder() as cache:
-            make = partial(self.task.features, tokenizer=self.tokenizer, recipe=recipe, cache=cache)
-            train_features = None if whole is None else make(whole)
-            parts = [
-                Part(part.name, part.role, part.labelled, part.version, make(part))
-                for part in evaluated
-            ]
-        return Prepared(
-            recipe_name=name,
-            recipe=recipe,
-            train=train_features,
-            parts=parts,
-            counts=records.counts(whole, train_features, parts),
-            data=records.data_record(options, sets, whole, evaluated),
-            warnings=[*warnings, *(text for part in sets for text in part.warnings)],
+        prepared, self.sets = prepare(
+            self.task,
+            self.options,
+            tokenizer=self.tokenizer,
+            positions=self.checkpoint.config.max_position_embeddings,
+            say=partial(_tell, self.observer.say),
         )
-
-    def _fit(self, recipe: Recipe) -> tuple[Recipe, list[str]]:
-        """Return the recipe with rows that the model has positions for."""
-        positions = self.checkpoint.config.max_position_embeddings
-        if recipe.seq_length <= positions:
-            return recipe, []
-        if self.options.seq_length is not None:
-            raise InputError(
-                f"--seq-length {recipe.seq_length} is more than the model's {positions} positions; "
-                f"choose at most that"
-            )
-        warning = (
-            f"the model has {positions} positions, the recipe's rows have {recipe.seq_length}: rows "
-            f"are cut at {positions}"
-        )
-        return dataclasses.replace(recipe, seq_length=positions), [warning]
+        return prepared
 
     def _check_output(self) -> None:
         """Refuse a folder that holds another run."""
+        options, several = self.options, len(self.options.seeds) > 1
+        single = [name for name in (STATE, BEST_CHECKPOINT) if (self.output / name).exists()]
+        of_seeds = sorted(path.name for path in self.output.glob("seed-*"))
         found = [name for name in (RESULT, CHECKPOINT) if (self.output / name).exists()]
-        found += sorted(path.name for path in self.output.glob("seed-*"))
-        if found and not (self.options.resume and not self.options.eval_only):
-            how = "" if self.options.eval_only else "go on with --resume, or "
+        found += single + of_seeds
+        if found and (options.eval_only or not options.resume):
+            how = "" if options.eval_only else "go on with --resume, or "
             raise InputError(
                 f"{self.output} holds a run already ({found[0]}); {how}choose another --output-dir"
+            )
+        if single and several or of_seeds and not several:
+            raise InputError(
+                f"{self.output} holds a run with {'one seed' if several else 'several seeds'}; go "
+                f"on with the same --seeds, or choose another --output-dir"
             )
         self.output.mkdir(parents=True, exist_ok=True)
 
@@ -225,7 +166,7 @@ class _Job:
         """Return the figures of one seed's run, from an earlier call where it had ended."""
         ended = on_main(lambda: self._ended(folder, seed))
         if ended is not None:
-            on_main(partial(_tell, self.observer.say, f"seed {seed}: done before, {folder}"))
+            _tell(self.observer.say, f"seed {seed}: done before, {folder}")
             return ended
         head = self._with_head(seed)
         engine = self.load(head, "float32")
@@ -284,8 +225,8 @@ class _Job:
         ended: dict[str, Any] = parse_json(read_text(path), str(path))
         if ended.get("identity") != self._identity(seed):
             raise InputError(
-                f"{folder} holds a run with other data, another model or other settings; go on with "
-                f"the same, or choose another --output-dir"
+                f"{folder} holds a run with other data, another model or other settings; go on "
+                f"with the same, or choose another --output-dir"
             )
         return ended
 
@@ -296,7 +237,7 @@ class _Job:
             settings,
             self.options.dtype,
             dataclasses.asdict(self.recipe),
-            self.prepared.data["sets"],
+            [(k, v["sha256"], v["examples"]) for k, v in self.prepared.data["sets"].items()],
             self.tokenizer.sha256,
             self.checkpoint.provenance.digest,
         )
@@ -326,8 +267,8 @@ class _Job:
         found = config.num_classes if task.classes else getattr(config, task.head)
         if found != (len(task.classes) or True):
             raise InputError(
-                f"{self.checkpoint.provenance.path} has no {task.head} for {task.name}; --eval-only "
-                f"takes a checkpoint that `mlm-eval {task.name}` has written"
+                f"{self.checkpoint.provenance.path} has no {task.head} for {task.name}; "
+                f"--eval-only takes a checkpoint that `mlm-eval {task.name}` has written"
             )
         engine = self.load(self._with_head(self.options.seeds[0]), self.options.dtype)
         started = time.perf_counter()
@@ -378,8 +319,6 @@ class _Job:
     def _write_predictions(
         self, folder: Path, outputs: Mapping[str, Outputs], *, seed: int | None
     ) -> Judgement:
-        from mlm_eval.results import checkpoint_record
-
         answered, judgement = self._judge(outputs)
         for part in answered:
             threshold = judgement.metrics.get(part.role, {}).get("null_threshold")
@@ -400,36 +339,6 @@ class _Job:
                 checkpoint=checkpoint_record(self.checkpoint),
             )
         return judgement
-
-
-def read_sets(task: Task, options: FinetuneOptions) -> Sequence[ExampleSet]:
-    """Return all sets that the options name.
-
-    Raises:
-        InputError: There is nothing to train on or to evaluate, or the data cannot be used.
-    """
-    roles = [role for role in ROLES if role != "train" or not options.eval_only]
-    named = {role: list(getattr(options, role)) for role in roles}
-    rest = [role for role in roles if not named[role]]
-    sets: list[ExampleSet] = []
-    if options.data is not None and rest:
-        sets += task.read(options.data, rest)
-    for role, sources in named.items():
-        for source in sources:
-            sets += task.read_part(source, role)
-    checked = check_names(sets)
-    has = {part.role for part in checked if part.labelled}
-    where = options.data or "the data"
-    if options.eval_only:
-        if not checked:
-            raise InputError("there is nothing to evaluate; give --data, --dev or --test")
-        return checked
-    for role in ("train", "dev"):
-        if role not in has:
-            raise InputError(
-                f"{where} holds no labelled examples for {role}; give them with --data or --{role}"
-            )
-    return checked
 
 
 def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -456,13 +365,6 @@ def _link_tree(source: Path, target: Path) -> None:
 
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target, copy_function=link)
-
-
-def _announcement(whole: ExampleSet | None, evaluated: Sequence[ExampleSet]) -> str:
-    sets = ", ".join(f"{part.name} {len(part.examples):,}" for part in evaluated)
-    if whole is None:
-        return f"work ahead: {sets} examples to evaluate"
-    return f"work ahead: {len(whole.examples):,} examples to train on; {sets} to evaluate"
 
 
 def _tell(listener: Callable[[str], None] | None, text: str) -> None:

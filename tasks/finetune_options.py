@@ -41,8 +41,8 @@ class FinetuneOptions:
         train_limit: The first N training examples, all training sets together.
         dev_limit: The first N examples of each dev set.
         test_limit: The first N examples of each test set.
-        dtype: Of the matrix products of training; `auto`: bfloat16 on CUDA, float32 on the CPU. With
-            `eval_only`, of the evaluation (`auto` as for every evaluation).
+        dtype: Of the matrix products of training; `auto`: bfloat16 on CUDA, float32 on the CPU.
+            With `eval_only`, of the evaluation (`auto` as for every evaluation).
         eval_dtype: Of the matrix products of evaluations while training; `auto`: `dtype` on CUDA,
             float32 on the CPU.
         micro_batch: Samples of one forward pass on one rank; changes no result.
@@ -124,8 +124,8 @@ class FinetuneOptions:
         """
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise InputError(
-                f"--seeds {','.join(map(str, self.seeds))}: give different numbers from 0 on, divided "
-                f"by commas"
+                f"--seeds {','.join(map(str, self.seeds))}: give different numbers from 0 on, "
+                f"divided by commas"
             )
         for name in ("train_limit", "dev_limit", "test_limit"):
             value = getattr(self, name)

@@ -8,14 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.results import Result, checkpoint_record, versions
-from mlm_eval.tasks.sources import sha256
 
 if TYPE_CHECKING:
     from mlm_eval.engine import Engine
-    from mlm_eval.tasks.features import PairFeatures
-    from mlm_eval.tasks.finetune import Part, _Job
-    from mlm_eval.tasks.finetune_options import FinetuneOptions
-    from mlm_eval.tasks.task import ExampleSet
+    from mlm_eval.tasks.finetune import _Job
     from mlm_eval.training_settings import TrainReport
 
 Run = dict[str, Any]
@@ -23,42 +19,6 @@ Run = dict[str, Any]
 
 MEDIANS = ("accuracy", "f1", "exact")
 """Figures of which a median over seeds is taken."""
-
-
-def counts(
-    whole: ExampleSet | None, features: PairFeatures | None, parts: Sequence[Part]
-) -> dict[str, int]:
-    """Return how much there is of everything."""
-    found = {part.name: len(part.features) for part in parts}
-    if whole is not None and features is not None:
-        found |= {"train_examples": len(whole.examples), "train_samples": len(features)}
-        found["train_rows_cut"] = features.cut_rows()
-    return found
-
-
-def data_record(
-    options: FinetuneOptions,
-    sets: Sequence[ExampleSet],
-    whole: ExampleSet | None,
-    evaluated: Sequence[ExampleSet],
-) -> dict[str, Any]:
-    """Return what the record says about the data, and what limits left out, as warnings."""
-    entries = {part.name: part.record() for part in (*sets, *evaluated)}
-    warnings = [
-        f"{role}_limit {limit}: only the first examples are used; the figures are not those of the "
-        f"whole data"
-        for role in ("train", "dev", "test")
-        if (limit := getattr(options, f"{role}_limit")) is not None
-    ]
-    if whole is not None and len(whole.examples) < whole.total:
-        warnings.append(f"trained on {len(whole.examples):,} of {whole.total:,} examples")
-    paths = sorted({entry["path"] for entry in entries.values()})
-    return {
-        "path": options.data or ", ".join(paths),
-        "sha256": sha256(f"{name} {entry['sha256']}\n" for name, entry in sorted(entries.items())),
-        "sets": entries,
-        "warnings": warnings,
-    }
 
 
 def report_record(report: TrainReport) -> dict[str, Any]:
@@ -83,7 +43,7 @@ def score(run: Run) -> float:
 
 
 def median_run(runs: Sequence[Run]) -> Run:
-    """Return the run whose dev score is the median: of an even number the lower one of the middle."""
+    """Return the run with the median dev score; of an even number the lower of the middle two."""
     ranked = sorted(runs, key=score)
     return ranked[(len(ranked) - 1) // 2]
 

@@ -286,6 +286,8 @@ def _other_training(record: Record, rules: Mapping[str, Any], size: str | None) 
     trained = record["counts"].get("train_examples")
     if trained is not None and trained != rules.get("train_examples", trained):
         notes.append(f"trained on {trained:,} examples, in the paper {rules['train_examples']:,}")
+    if settings.get("max_steps") is not None:
+        notes.append(f"stopped after {settings['max_steps']} steps (--max-steps)")
     recipe = _paper_recipe(record.benchmark, size)
     if recipe is not None:
         names = {"global_batch": "batch", "lr": "lr", "epochs": "epochs"}
@@ -306,7 +308,7 @@ def _paper_recipe(benchmark: str, size: str | None) -> Mapping[str, Any] | None:
 
 @functools.cache
 def _size_in_parameters(size: str) -> int:
-    from mlm_eval.initial_models import paper_parameters
+    from mlm_eval.models import paper_parameters  # here: it imports torch
 
     return paper_parameters(size)
 

@@ -2,9 +2,12 @@
 
 A file of predictions is JSON lines, one set a file. The first line says what the rest are:
 
-    {"predictions_of": "race", "set": "dev-middle", "role": "dev", "seed": 1, "checkpoint": {...}, ...}
+    {"predictions_of": "race", "set": "dev-middle", "role": "dev", "seed": 1, ...}
     {"id": "middle13.txt-0", "label": 2, "probabilities": [0.1, 0.2, 0.6, 0.1]}
-    {"id": "...", "text": "France", "answers": ["France"], "null_odds": -3.2, "n_best": [...]}   (SQuAD)
+
+or, for SQuAD,
+
+    {"id": "...", "text": "France", "answers": ["France"], "null_odds": -3.2, "n_best": [...]}
 """
 
 from __future__ import annotations
@@ -82,13 +85,13 @@ def read_predictions(path: Path) -> Predictions:
     )
     if not isinstance(header, dict) or not {MARK, "set", "role"} <= set(header):
         raise InputError(
-            f"{path} holds no predictions of mlm-eval; expected a file that `mlm-eval race`, `mnli`, "
-            f"`qqp` or `squad` wrote to its folder predictions"
+            f"{path} holds no predictions of mlm-eval; expected a file that `mlm-eval race`, "
+            f"`mnli`, `qqp` or `squad` wrote to its folder predictions"
         )
     if header["examples"] != len(records):
         raise InputError(
-            f"{path} holds {len(records)} predictions, its first line says {header['examples']}; it "
-            f"is not whole"
+            f"{path} holds {len(records)} predictions, its first line says {header['examples']}; "
+            f"it is not whole"
         )
     return Predictions(path, header, records)
 
@@ -151,8 +154,8 @@ def _check_group(group: Sequence[Predictions], *, task: str, models: int) -> Non
     for file in group:
         if file.header[MARK] != task:
             raise InputError(
-                f"{file.path} holds predictions of {file.header[MARK]}, another file those of {task}; "
-                f"give files of one task"
+                f"{file.path} holds predictions of {file.header[MARK]}, another file those of "
+                f"{task}; give files of one task"
             )
         truth = "answers" if task == "squad" else "label"
         ours, theirs = (
@@ -160,15 +163,15 @@ def _check_group(group: Sequence[Predictions], *, task: str, models: int) -> Non
         )
         if ours != theirs:
             raise InputError(
-                f"{file.path} and {first.path} are not about the same examples of {file.set_name}; "
-                f"give predictions for the same data"
+                f"{file.path} and {first.path} are not about the same examples of "
+                f"{file.set_name}; give predictions for the same data"
             )
-    if len(group) != models or models < 2:
+    if models < 2:
+        raise InputError(f"there is one model for {first.set_name}; an ensemble needs two or more")
+    if len(group) != models:
         raise InputError(
             f"{first.set_name} has predictions of {len(group)} model(s), another set those of "
-            f"{models}; give two or more, and as many for each set"
-            if len(group) != models
-            else f"{first.set_name} has predictions of one model only; an ensemble needs two or more"
+            f"{models}; give as many for each set"
         )
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from mlm_eval import launch
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.world import World, detect_world
 
 
-def all_reduce(folder: Path, world: launch.World, *sizes: str) -> None:
+def all_reduce(folder: Path, world: World, *sizes: str) -> None:
     """Sum 10**rank over all ranks and over each group of a dp x tp mesh."""
     tp, dp = (int(size) for size in sizes)
     launch.init_process_group(world, device="cpu")
@@ -33,7 +34,7 @@ def all_reduce(folder: Path, world: launch.World, *sizes: str) -> None:
     leave(folder, world, sums=sums, omp=os.environ["OMP_NUM_THREADS"])
 
 
-def wrong_input(folder: Path, world: launch.World, where: str) -> None:
+def wrong_input(folder: Path, world: World, where: str) -> None:
     """Fail in rank 1 before the ranks meet, or while the others wait for it in a collective."""
     if where == "everywhere":
         raise InputError("wrong.pt holds no model")
@@ -46,19 +47,19 @@ def wrong_input(folder: Path, world: launch.World, where: str) -> None:
     raise InputError("rank 1 found wrong.pt")
 
 
-def fault(folder: Path, world: launch.World) -> None:
+def fault(folder: Path, world: World) -> None:
     """Fail with an exception that is not the user's in rank 1."""
     join_and_wait(folder, world, absent=1)
     raise KeyError("decoder.layers.0")
 
 
-def wait_for_test(folder: Path, world: launch.World) -> None:
+def wait_for_test(folder: Path, world: World) -> None:
     """Hang: rank 1 in a C call, the others in a collective that it never joins."""
     join_and_wait(folder, world, absent=1)
     ctypes.CDLL(None).pause()
 
 
-def deaf(folder: Path, world: launch.World) -> None:
+def deaf(folder: Path, world: World) -> None:
     """Hang in rank 0 with SIGTERM blocked; end rank 1 with exit code 5."""
     if world.rank == 0:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -69,7 +70,7 @@ def deaf(folder: Path, world: launch.World) -> None:
     os._exit(5)
 
 
-def verdict(folder: Path, world: launch.World) -> None:
+def verdict(folder: Path, world: World) -> None:
     """Answer 3 in rank 1 at once, and let rank 0 finish its work after that."""
     if world.rank == 0:
         time.sleep(1)
@@ -77,13 +78,13 @@ def verdict(folder: Path, world: launch.World) -> None:
     sys.exit(3)
 
 
-def alone(folder: Path, world: launch.World) -> None:
+def alone(folder: Path, world: World) -> None:
     """Wait for ranks that never come."""
     launch.RENDEZVOUS_TIMEOUT = timedelta(seconds=1)
     launch.init_process_group(world, device="cpu")
 
 
-def join_and_wait(folder: Path, world: launch.World, absent: int) -> None:
+def join_and_wait(folder: Path, world: World, absent: int) -> None:
     """Join the group, say so, and enter a collective that rank `absent` does not enter."""
     launch.init_process_group(world, device="cpu")
     import torch
@@ -94,7 +95,7 @@ def join_and_wait(folder: Path, world: launch.World, absent: int) -> None:
         dist.all_reduce(torch.ones(1))
 
 
-def leave(folder: Path, world: launch.World, **facts: object) -> None:
+def leave(folder: Path, world: World, **facts: object) -> None:
     """Write this rank's facts for the test, all at once."""
     facts |= {"pid": os.getpid(), "rank": world.rank, "size": world.size, "source": world.source}
     facts |= {"local_rank": world.local_rank, "local_size": world.local_size}
@@ -111,7 +112,7 @@ def main() -> int:
         if result.message is not None:
             print(result.message, file=sys.stderr)
         return result.exit_code
-    world = launch.detect_world()
+    world = detect_world()
     assert world is not None
     launch.prepare_worker()
     target, folder, *arguments = sys.argv[1:]

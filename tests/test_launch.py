@@ -15,6 +15,7 @@ import pytest
 
 from mlm_eval import launch
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.world import SOURCE, World, check_world_size, detect_world, expand_nodelist
 
 TARGETS = Path(__file__).with_name("launch_targets.py")
 SECONDS = 15  # within which a job must end once something went wrong
@@ -28,7 +29,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "")
-    for name in ("MASTER_ADDR", "MASTER_PORT", launch.SOURCE):
+    for name in ("MASTER_ADDR", "MASTER_PORT", SOURCE):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -159,7 +160,7 @@ def test_sizes_that_are_not_the_ranks_are_refused(monkeypatch: pytest.MonkeyPatc
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     set_all(monkeypatch, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    launch.init_process_group(launch.World(0, 1, 0, 1, "torchrun"), device="cpu")
+    launch.init_process_group(World(0, 1, 0, 1, "torchrun"), device="cpu")
     try:
         with pytest.raises(InputError, match="--tp 3 x --dp 2 is 6 ranks, but WORLD_SIZE is 1"):
             launch.device_mesh(3, 2)
@@ -167,7 +168,7 @@ def test_sizes_that_are_not_the_ranks_are_refused(monkeypatch: pytest.MonkeyPatc
     finally:
         launch.shutdown()
     launch.shutdown()  # nothing to leave any more
-    launch.check_world_size(6, tp=3, dp=2)
+    check_world_size(6, tp=3, dp=2)
 
 
 def test_fault_in_a_rank_shows_its_traceback_and_no_other(start: Start, tmp_path: Path) -> None:
@@ -306,7 +307,10 @@ def test_the_cause_is_told_before_its_consequences(
 
 
 def test_the_module_needs_no_torch_until_ranks_start() -> None:
-    code = "import sys, mlm_eval.launch as l; l.detect_world(); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, mlm_eval.launch, mlm_eval.world as world; world.detect_world(); "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -363,11 +367,11 @@ def test_srun_on_several_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
             patch.delenv("RANK")  # restored, with what detect_world sets beside it, by the context
             for name in ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
                 patch.delenv(name)
-            for name in ("MASTER_ADDR", "MASTER_PORT", launch.SOURCE):
+            for name in ("MASTER_ADDR", "MASTER_PORT", SOURCE):
                 patch.setenv(name, "")
                 patch.delenv(name)
-            world = launch.detect_world()
-            assert world is not None and world == launch.detect_world()  # a second look agrees
+            world = detect_world()
+            assert world is not None and world == detect_world()  # a second look agrees
             assert os.environ["RANK"] == str(rank) and not world.on_one_machine
             meeting.add((os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]))
             places.append((world.rank, world.size, world.local_rank, world.local_size))
@@ -380,8 +384,8 @@ def test_srun_on_several_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_srun_keeps_a_master_that_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
     set_all(monkeypatch, slurm_step(1, 2, nodes="n[1-2]", per_node="1(x2)", node=1))
     set_all(monkeypatch, {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "4711"})
-    world = launch.detect_world()
-    assert world == launch.World(rank=1, size=2, local_rank=0, local_size=1, source="slurm")
+    world = detect_world()
+    assert world == World(rank=1, size=2, local_rank=0, local_size=1, source="slurm")
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.7", "4711")
 
 
@@ -401,14 +405,14 @@ def test_srun_keeps_a_master_that_the_user_chose(monkeypatch: pytest.MonkeyPatch
 )
 def test_one_process_is_no_world(variables: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     set_all(monkeypatch, variables)
-    assert launch.detect_world() is None
+    assert detect_world() is None
 
 
 def test_torchrun_inside_srun_is_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
     set_all(monkeypatch, slurm_step(1, 2, nodes="n[1-2]", per_node="1(x2)", node=1))
     set_all(monkeypatch, {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"})
     set_all(monkeypatch, {"LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"})
-    assert launch.detect_world() == launch.World(5, 8, 1, 4, "torchrun")
+    assert detect_world() == World(5, 8, 1, 4, "torchrun")
 
 
 @pytest.mark.parametrize(
@@ -425,7 +429,7 @@ def test_a_wrong_environment_is_named(
     good = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     set_all(monkeypatch, {**good, "MASTER_ADDR": "n1", "MASTER_PORT": "29500", **variables})
     with pytest.raises(InputError, match=message):
-        launch.detect_world()
+        detect_world()
 
 
 @pytest.mark.parametrize("rank", [0, 1])  # rank 0 serves the meeting place, rank 1 looks for it
@@ -449,7 +453,7 @@ def test_ranks_that_do_not_come_are_named(rank: int, start: Start, tmp_path: Pat
     ],
 )
 def test_node_lists_expand(nodelist: str, hosts: list[str]) -> None:
-    assert launch.expand_nodelist(nodelist) == hosts
+    assert expand_nodelist(nodelist) == hosts
 
 
 @pytest.mark.parametrize(
@@ -457,19 +461,19 @@ def test_node_lists_expand(nodelist: str, hosts: list[str]) -> None:
 )
 def test_a_broken_node_list_is_refused(nodelist: str) -> None:
     with pytest.raises(InputError, match="node list is"):
-        launch.expand_nodelist(nodelist)
+        expand_nodelist(nodelist)
 
 
 @pytest.mark.parametrize(
     ("world", "gpus", "expected"),
     [
-        (launch.World(5, 8, 1, 4, "torchrun"), 4, 1),
-        (launch.World(5, 8, 1, 4, "slurm"), 1, 0),  # --gpus-per-task: each task sees one
-        (launch.World(5, 8, 1, 4, "torchrun"), 1, None),
-        (launch.World(0, 2, 0, 2, "slurm"), 0, None),
+        (World(5, 8, 1, 4, "torchrun"), 4, 1),
+        (World(5, 8, 1, 4, "slurm"), 1, 0),  # --gpus-per-task: each task sees one
+        (World(5, 8, 1, 4, "torchrun"), 1, None),
+        (World(0, 2, 0, 2, "slurm"), 0, None),
     ],
 )
-def test_each_rank_takes_its_own_gpu(world: launch.World, gpus: int, expected: int | None) -> None:
+def test_each_rank_takes_its_own_gpu(world: World, gpus: int, expected: int | None) -> None:
     if expected is None:
         with pytest.raises(InputError, match="sees"):
             launch._gpu(world, gpus)

@@ -150,18 +150,17 @@ def test_norms_of_queries_and_keys_may_have_a_bias():
     ],
 )
 def test_number_of_parameters(change: dict, expected: int):
-    small = {
+    sizes = {
         "num_layers": 12,
         "hidden_size": 768,
-        "num_attention_heads": 12,
-        "num_query_groups": 12,
         "ffn_hidden_size": 3072,
         "vocab_size": 50_257,
         "max_position_embeddings": 1024,
         **change,
     }
+    heads = sizes["hidden_size"] // 64
     config = ModelConfig(
-        family="gpt", kv_channels=small["hidden_size"] // small["num_attention_heads"], **small
+        family="gpt", num_attention_heads=heads, num_query_groups=heads, kv_channels=64, **sizes
     )
     assert num_parameters(config) == expected
 

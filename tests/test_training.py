@@ -30,28 +30,29 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "dp 2": (1, 2, {"micro_batch": 4}),
     "tp 2 x dp 2, recomputed": (2, 2, {"micro_batch": 1, "recompute": True}),
     "fsdp2": (1, 2, {"dp_mode": "fsdp2", "micro_batch": 3}),
-    "tp 2 x fsdp2, recomputed": (2, 2, {"dp_mode": "fsdp2", "recompute": True}),
 }
 DROPPED = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 CASES = {"without dropout": ("multichoice_head", {}), "with dropout": ("mlm", DROPPED)}
+SCORES = [0.1, 0.2]  # after 10 steps and after 20
 
 
 @pytest.fixture(scope="module", params=CASES)
 def one_process(request, tmp_path_factory) -> tuple[str, dict[str, Any], Path]:
     """Twenty steps of 6 of 26 samples, over several epochs, in one process."""
     kind, changes = CASES[request.param]
+    changes = changes | {"evaluate_every": 10}
     folder = tmp_path_factory.mktemp("one")
-    training_runs.run(1, 1, kind, folder, changes, scores=[0.1] * 9)
+    training_runs.run(1, 1, kind, folder, changes, scores=SCORES)
     return kind, changes, folder
 
 
 def on_a_layout(tp: int, dp: int, kind: str, folder: Path, changes: dict[str, Any]) -> None:
-    training_runs.run(tp, dp, kind, folder, changes, scores=[0.1] * 9)
+    training_runs.run(tp, dp, kind, folder, changes, scores=SCORES)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_twenty_steps_are_the_same_on_every_layout(name, one_process, tmp_path):
-    """Losses, accuracies, gradient norms before clipping, and sums of the evaluated weights.
+    """Losses, accuracies, rates, gradient norms before clipping, and sums of evaluated weights.
 
     With dropout on as well: a mask belongs to its sample, its head and its place.
     """
@@ -59,11 +60,11 @@ def test_twenty_steps_are_the_same_on_every_layout(name, one_process, tmp_path):
     tp, dp, how = LAYOUTS[name]
     run_ranks(tp * dp, on_a_layout, tp, dp, kind, tmp_path / "run", changes | how)
     expected, actual = training_runs.metrics(folder), training_runs.metrics(tmp_path / "run")
-    assert len(expected) == 25 and max(line.get("grad_norm", 0) for line in expected) > 1
+    assert len(expected) == 22 and max(line.get("grad_norm", 0) for line in expected) > 1
     for line, wanted in zip(actual, expected, strict=True):
         if "evaluation" in line:
             found, sums = line["evaluation"]["weights"], wanted["evaluation"]["weights"]
-            assert found == pytest.approx(sums, rel=1e-3)
+            assert found == pytest.approx(sums, rel=1e-6)
         else:
             assert line.pop("grad_norm") == pytest.approx(wanted["grad_norm"], rel=2e-5)
             assert line == {k: pytest.approx(wanted[k], rel=1e-5) for k in line}
@@ -74,7 +75,8 @@ def test_narrow_matrix_products_train_float32_weights(dtype, one_process, tmp_pa
     kind, changes, folder = one_process
     report, weights = training_runs.run(1, 1, kind, tmp_path, {**changes, "dtype": dtype})
     expected = [line["loss"] for line in training_runs.metrics(folder) if "loss" in line]
-    assert report.losses == pytest.approx(expected, rel=0.02)
+    assert report.losses[:4] == pytest.approx(expected[:4], rel=0.01)
+    assert report.losses == pytest.approx(expected, rel=0.15)
     assert report.losses != pytest.approx(expected, rel=1e-6)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
@@ -125,10 +127,8 @@ def test_the_last_and_the_best_weights_are_megatron_checkpoints(finished):
         assert checkpoint.provenance.iteration == step
         assert checkpoint.config.num_classes == 3 and not checkpoint.config.lm_head
         assert checkpoint.provenance.args["lr"] == training_runs.settings().lr
-    engine = Engine.load(last)
-    total = sum(float(p.double().sum()) for p in engine.model.parameters())
-    # Of tp 2 each rank has summed its shard: what is replicated would count twice.
-    assert total != pytest.approx(sum(float(t.read().sum()) for t in best.tensors.values()))
+    bias = "classification_head.bias"
+    assert not torch.equal(last.tensors[bias].read(), best.tensors[bias].read())
     for rank, (_, weights) in enumerate(per_rank):
         for name, shard in weights.items():
             whole = last.tensors[name].read()

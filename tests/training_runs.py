@@ -123,8 +123,13 @@ def run(
     left = list(scores or [])
 
     def evaluate() -> dict[str, Any]:
-        # Of the weights, so that a wrong model in the engine shows.
-        total = sum(float(p.double().sum()) for p in engine.model.parameters())
+        # Of weights that every rank holds whole, so that a wrong model in the engine shows.
+        table = parameters(engine.config)
+        whole = [p for n, p in engine.model.named_parameters() if table[n].rule.dim is None]
+        if kind == "multichoice_head":
+            # The same for all choices, so its gradient is noise, which Adam scales up.
+            whole = whole[:-1]
+        total = sum(float(p.double().sum()) for p in whole)
         return {"score": left.pop(0), "weights": total, "nested": {"correct": 3}}
 
     report = train(

@@ -10,12 +10,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))  # started with -P
 
 from mlm_eval import launch
+from mlm_eval.world import World, detect_world
 
 DELAY = 0.1  # of each step: time for a kill
 SETTINGS = {"max_steps": 12, "save_minutes": 0.0, "hidden_dropout": 0.1, "attention_dropout": 0.1}
 
 
-def train(folder: Path, world: launch.World, tp: int, dp: int, resume: bool) -> None:
+def train(folder: Path, world: World, tp: int, dp: int, resume: bool) -> None:
     """Train, and leave this process's number for the test."""
     launch.init_process_group(world, device="cpu")
     (folder / f"pid{world.rank}").write_text(str(os.getpid()))
@@ -43,7 +44,7 @@ def main() -> int:
         if result.message is not None:
             print(result.message, file=sys.stderr)
         return result.exit_code
-    world = launch.detect_world()
+    world = detect_world()
     assert world is not None
     launch.prepare_worker()
     folder, tp, dp, *rest = sys.argv[1:]

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.launch import World, detect_world, init_process_group, launch, shutdown
+from mlm_eval.launch import init_process_group, launch, shutdown
+from mlm_eval.world import World, detect_world
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,0 +1,152 @@
+"""The catalog: public checkpoints, how to get them, what they do not say of themselves, what to expect.
+
+One TOML file each in `catalog/`. `--ckpt catalog:NAME` looks for the files under a local folder; nothing is
+ever downloaded here.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from mlm_eval.checkpoints.errors import InputError
+
+PREFIX = "catalog:"
+FOLDER_VARIABLE = "MLM_EVAL_CATALOG"
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """A number that somebody reported for a checkpoint.
+
+    Attributes:
+        task: The benchmark.
+        metric: As a result record names it.
+        value: In `unit`.
+        unit: `%` or `perplexity`.
+        who: Who reported it.
+        where: The address.
+        note: What a reader must know; may be empty.
+    """
+
+    task: str
+    metric: str
+    value: float
+    unit: str
+    who: str
+    where: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One public checkpoint.
+
+    Attributes:
+        name: To be used as `catalog:NAME`.
+        title: What it is.
+        family: `gpt` or `bert`.
+        publisher: Who published it, and under which name.
+        holds: What the files contain.
+        tokenizer: Which vocabulary it needs.
+        get: Commands that fetch it.
+        files: Names under which it may lie in the local folder.
+        settings: What its files do not record.
+        expect: Reported numbers.
+    """
+
+    name: str
+    title: str
+    family: str
+    publisher: str
+    holds: str
+    tokenizer: str
+    get: Sequence[str]
+    files: Sequence[str]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    expect: Sequence[Expectation] = ()
+
+
+@functools.cache
+def entries() -> dict[str, Entry]:
+    """Return the catalog, by name."""
+    folder = resources.files(__package__).joinpath("catalog")
+    files = sorted(file.name for file in folder.iterdir() if file.name.endswith(".toml"))
+    found = {}
+    for file in files:
+        values = tomllib.loads(folder.joinpath(file).read_text(encoding="utf-8"))
+        name = file.removesuffix(".toml")
+        expect = [Expectation(**item) for item in values.pop("expect", [])]
+        found[name] = Entry(name=name, expect=expect, **values)
+    return found
+
+
+def is_catalog_name(path: str | Path) -> bool:
+    """Return whether a `--ckpt` names an entry of the catalog."""
+    return str(path).startswith(PREFIX)
+
+
+def find_entry(path: str | Path) -> Entry:
+    """Return the entry that `catalog:NAME`, or NAME, stands for.
+
+    Raises:
+        InputError: There is none.
+    """
+    name = str(path).removeprefix(PREFIX)
+    if name not in entries():
+        raise InputError(
+            f"the catalog has no checkpoint {name!r}; it has {', '.join(entries())} "
+            "(`mlm-eval catalog` describes them)"
+        )
+    return entries()[name]
+
+
+def local_folder() -> Path:
+    """Return where the files of the catalog's checkpoints are looked for.
+
+    Raises:
+        InputError: $MLM_EVAL_CATALOG is set, and no folder.
+    """
+    given = os.environ.get(FOLDER_VARIABLE)
+    if given:
+        folder = Path(given).expanduser()
+        if not folder.is_dir():
+            raise InputError(
+                f"${FOLDER_VARIABLE} is {given}, which is no folder; name the one that holds the "
+                "checkpoints"
+            )
+        return folder
+    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(data) / "mlm_eval" / "catalog"
+
+
+def locate(entry: Entry) -> Path | None:
+    """Return the local file or folder of an entry, or None."""
+    folder = local_folder()
+    for name in (entry.name, f"{entry.name}.zip", *entry.files):
+        if (folder / name).exists():
+            return folder / name
+    return None
+
+
+def resolve(path: str | Path) -> tuple[Entry, Path]:
+    """Return the entry that `catalog:NAME` stands for, and where its files are.
+
+    Raises:
+        InputError: There is no such entry, or its files are not there.
+    """
+    entry = find_entry(path)
+    found = locate(entry)
+    if found is None:
+        raise InputError(
+            f"{PREFIX}{entry.name} is not in {local_folder()} (looked for {entry.name} and "
+            f"{', '.join(entry.files)}); get it with `{entry.get[0]}` in that folder, or set "
+            f"${FOLDER_VARIABLE} to the folder that holds it"
+        )
+    return entry, found

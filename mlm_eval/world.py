@@ -1,0 +1,150 @@
+"""Where this process stands among the ranks of a run, whoever started them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from dataclasses import dataclass
+
+from mlm_eval.checkpoints.errors import InputError
+
+LAUNCHED = "MLM_EVAL_LAUNCHED"  # "1" in a rank that `launch` started
+SOURCE = "MLM_EVAL_WORLD_SOURCE"  # set beside the variables that `detect_world` takes from Slurm
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks of a run."""
+
+    rank: int
+    size: int
+    local_rank: int  # among the ranks on this machine
+    local_size: int
+    source: str  # "self", "torchrun" or "slurm": who started the ranks
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, the one that prints and writes."""
+        return self.rank == 0
+
+    @property
+    def on_one_machine(self) -> bool:
+        """True where every rank runs on this machine."""
+        return self.local_size == self.size
+
+
+def detect_world() -> World | None:
+    """Return this process's place among ranks that are already running, None where there are none.
+
+    torchrun (and `launch`) set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Under
+    `srun` the same variables are derived from Slurm's and set in `os.environ`, for torch and for
+    libraries that look there. Imports nothing heavy.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    # Slurm comes second: `srun torchrun ...` has the variables of both.
+    if not all(os.environ.get(name) for name in names) and not _adopt_slurm():
+        return None
+    rank, size, local_rank = _integer("RANK"), _integer("WORLD_SIZE"), _integer("LOCAL_RANK")
+    # Variables set by hand may lack this one: without a local master, assume only what is certain.
+    local_master = os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1", "::1")
+    local_size = _integer("LOCAL_WORLD_SIZE", size if local_master else local_rank + 1)
+    if rank >= size or local_rank >= local_size or local_size > size:
+        raise InputError(
+            f"the environment describes no rank: RANK={rank} of WORLD_SIZE={size}, "
+            f"LOCAL_RANK={local_rank} of LOCAL_WORLD_SIZE={local_size}; "
+            "start the ranks with torchrun or srun, or unset these variables"
+        )
+    launched = os.environ.get(LAUNCHED) == "1"
+    source = "self" if launched else os.environ.get(SOURCE, "torchrun")
+    return World(rank, size, local_rank, local_size, source)
+
+
+def _adopt_slurm() -> bool:
+    """Set torchrun's variables from those of a Slurm step; False outside a step of several tasks.
+
+    Only `srun` sets SLURM_STEP_NUM_TASKS to the number of processes it has started. A batch script
+    has SLURM_PROCID=0 and SLURM_NTASKS=N as well, but is one process, as is an salloc shell.
+    """
+    size = _integer("SLURM_STEP_NUM_TASKS", 1)
+    if size == 1 or not os.environ.get("SLURM_PROCID"):
+        return False
+    hosts = expand_nodelist(
+        os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST") or ""
+    )
+    local_rank = _integer("SLURM_LOCALID")
+    local_size = size
+    if len(hosts) > 1:
+        tasks = _tasks_per_node(os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+        node = _integer("SLURM_NODEID", 0)
+        local_size = tasks[node] if node < len(tasks) else local_rank + 1
+    # Every rank must compute the same port. It stays below the ephemeral ports (from 32768), and
+    # jobs with neighbouring numbers, or steps of one job, on one node keep out of each other's way.
+    port = 20000 + (_integer("SLURM_JOB_ID") * 127 + _integer("SLURM_STEP_ID", 0)) % 12000
+    # On one node the host's name is not needed, and in a container it often resolves to nothing.
+    os.environ.setdefault("MASTER_ADDR", hosts[0] if len(hosts) > 1 else "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(port))
+    os.environ.update(
+        RANK=str(_integer("SLURM_PROCID")),
+        WORLD_SIZE=str(size),
+        LOCAL_RANK=str(local_rank),
+        LOCAL_WORLD_SIZE=str(local_size),
+    )
+    os.environ[SOURCE] = "slurm"  # a second look must not take these variables for torchrun's
+    return True
+
+
+def expand_nodelist(nodelist: str) -> list[str]:
+    """Return the hosts of a Slurm node list, in order: `n[08-10,2],m` gives n08 n09 n10 n2 m."""
+    items = re.findall(r"(?:[^,\[\]\s]|\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\])+", nodelist)
+    hosts = []
+    for item in items:
+        # "rack[1-2]n[1,3]" splits to "rack", "1-2", "n", "1,3", "": odd places are number lists.
+        pieces = re.split(r"\[(.*?)\]", item)
+        choices = [_numbers(p) if i % 2 else [p] for i, p in enumerate(pieces)]
+        hosts += ["".join(parts) for parts in itertools.product(*choices)]
+    if not hosts or ",".join(items) != nodelist:
+        raise InputError(
+            f"Slurm's node list is {nodelist!r}, expected hosts such as 'node[01-04,07],login1'; "
+            "set MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE and LOCAL_RANK for each process instead"
+        )
+    return hosts
+
+
+def _numbers(ranges: str) -> list[str]:
+    """Return the numbers of `08-10,2` as strings, keeping leading zeros."""
+    numbers = []
+    for piece in ranges.split(","):
+        first, _, last = piece.partition("-")
+        numbers += [f"{n:0{len(first)}d}" for n in range(int(first), int(last or first) + 1)]
+    return numbers
+
+
+def _tasks_per_node(counts: str) -> list[int]:
+    """Return the task count of each node from Slurm's `2(x3),1`."""
+    tasks: list[int] = []
+    for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
+        tasks += [int(count)] * int(repeat or 1)
+    return tasks
+
+
+def _integer(name: str, default: int | None = None) -> int:
+    """Return the number in a variable that a launcher sets; `default` where it is not set."""
+    value = os.environ.get(name, "")
+    if not value and default is not None:
+        return default
+    if not value.isdecimal():
+        raise InputError(
+            f"the environment has {name}={value!r}, expected a number; "
+            "start the ranks with torchrun or srun, or unset the variables of that launcher"
+        )
+    return int(value)
+
+
+def check_world_size(size: int, *, tp: int, dp: int) -> None:
+    """Refuse a number of ranks that is not tp x dp."""
+    if size != tp * dp:
+        raise InputError(
+            f"--tp {tp} x --dp {dp} is {tp * dp} ranks, but WORLD_SIZE is {size}; start {tp * dp} "
+            f"processes, or choose --tp and --dp whose product is {size}"
+        )
