@@ -160,15 +160,12 @@ class _Style:
         return text
 
     def marked(self, text: str, marks: Sequence[str]) -> str:
-        return f"{text} [{', '.join(marks)}]" if marks else text
+        return f"{text} ({', '.join(marks)})" if marks else text
 
 
 class _Markdown(_Style):
     def escape(self, text: str) -> str:
-        return re.sub(r"([|\\`*_<>\[\]])", r"\\\1", text)
-
-    def marked(self, text: str, marks: Sequence[str]) -> str:
-        return text + "".join(f" [{mark}]" for mark in marks)
+        return re.sub(r"([|\\`*<>])", r"\\\1", text)
 
 
 class _Latex(_Style):
@@ -182,7 +179,8 @@ class _Latex(_Style):
     }
 
     def escape(self, text: str) -> str:
-        return "".join(self.SPECIAL.get(letter, letter) for letter in text)
+        escaped = "".join(self.SPECIAL.get(letter, letter) for letter in text)
+        return escaped.replace("--", "-{}-")  # else one dash, not the beginning of an option
 
     def marked(self, text: str, marks: Sequence[str]) -> str:
         return text + (rf"\textsuperscript{{{','.join(marks)}}}" if marks else "")
@@ -270,9 +268,10 @@ def wide_frame(table: Table, style: _Style) -> tuple[DataFrame, list[str], list[
     lines: list[list[str]] = []
     kinds: list[str] = []
     for row in table.rows:
-        figures = [_figure(row.cells.get(c.key), c, style, notes) for c in table.columns]
+        line = [_name(row, style, notes), row.kind, _count(row)]
+        line += [_figure(row.cells.get(c.key), c, style, notes) for c in table.columns]
+        lines.append([*line, _verdict(row)])
         kinds.append(row.kind)
-        lines.append([_name(row, style, notes), row.kind, _count(row), *figures, _verdict(row)])
         if any(cell.difference is not None for cell in row.cells.values()):
             gaps = [_gap(row.cells.get(c.key), c, style) for c in table.columns]
             kinds.append(DIFFERENCE)
@@ -331,7 +330,7 @@ def _markdown(table: Table) -> str:
     parts += ["| " + " | ".join(line) + " |" for line in lines]
     parts += [""]
     if notes:
-        parts += [f"- [{mark}] {MARKDOWN.escape(text)}" for mark, text in notes] + [""]
+        parts += [f"- ({mark}) {MARKDOWN.escape(text)}" for mark, text in notes] + [""]
     if table.runs:
         parts += ["Measured:", "", *(f"- {MARKDOWN.escape(run)}" for run in table.runs), ""]
     if table.source:

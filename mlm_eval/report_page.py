@@ -80,7 +80,7 @@ def table_plot(table: Table) -> str:
     # Text stays text, and names of parts do not depend on the time of drawing.
     settings = {"svg.fonttype": "none", "svg.hashsalt": f"table{table.number}", "font.size": 10}
     with rc_context(settings):
-        if any(column.higher_is_better is False for column in table.columns):
+        if any(not column.higher_is_better for column in table.columns):
             figure = Figure(figsize=(9, 3.6), layout="constrained")
             _against_size(figure, table)
         else:
@@ -102,8 +102,13 @@ def _against_size(figure: Any, table: Table) -> None:
     """One panel a figure, over the number of parameters."""
     panels = figure.subplots(1, len(table.columns), squeeze=False)[0]
     for panel, column in zip(panels, table.columns, strict=True):
-        published = _points(table.rows, column.key, PUBLISHED)
+        published = _points(table.rows, column.key)
         panel.plot(*zip(*published, strict=True), "o-", color="#555", label="paper")
+        for row in table.rows:  # models of others, whose size the paper does not give
+            if row.kind == PUBLISHED and row.parameters is None and column.key in row.cells:
+                level = row.cells[column.key].value
+                assert level is not None
+                panel.axhline(level, linestyle=":", color="#999", label=row.model)
         measured = [row for row in table.rows if row.kind == MEASURED and row.parameters]
         for index, row in enumerate(measured):
             _mark(panel, row, column.key, float(row.parameters or 0), index)
@@ -116,18 +121,19 @@ def _against_size(figure: Any, table: Table) -> None:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
 
 
-def _points(rows: Sequence[Row], key: str, kind: str) -> list[tuple[float, float]]:
+def _points(rows: Sequence[Row], key: str) -> list[tuple[float, float]]:
+    """Return (parameters, value) of the published models."""
     return [
         (float(row.parameters), cell.value)
         for row in rows
-        if row.kind == kind
+        if row.kind == PUBLISHED
         and row.parameters
         and (cell := row.cells.get(key)) is not None
         and cell.value is not None
     ]
 
 
-def _mark(panel: Axes, row: Row, key: str, x: float, index: int, label: str | None = None) -> None:
+def _mark(panel: Axes, row: Row, key: str, x: float, index: int) -> None:
     cell = row.cells.get(key)
     y = [] if cell is None or cell.value is None else [cell.value]
     hollow = row.limited or not row.as_in_paper
@@ -138,7 +144,7 @@ def _mark(panel: Axes, row: Row, key: str, x: float, index: int, label: str | No
         color=f"C{index % 10}",
         fillstyle="none" if hollow else "full",
         markersize=9,
-        label=label or _label(row),
+        label=_label(row),
     )
 
 

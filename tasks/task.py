@@ -99,7 +99,8 @@ class ExampleSet:
     def record(self) -> dict[str, Any]:
         """Return what a result record says about the set."""
         entry = {"role": self.role, "path": self.path, "sha256": self.sha256}
-        return {**entry, "examples": len(self.examples), "of": self.total}
+        examples = len(self.examples)
+        return {**entry, "examples": examples, "of": max(self.total, examples)}
 
 
 def merge(sets: Sequence[ExampleSet], role: str) -> ExampleSet:

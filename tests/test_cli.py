@@ -132,7 +132,7 @@ def test_every_help_has_an_example(run, command):
     ended = run(command, "--help")
     assert ended.code == 0 and ended.err == ""
     shown = re.sub(r"\s+", " ", ended.out)
-    assert f"Example: mlm-eval {command} --ckpt" in shown
+    assert f"Example: mlm-eval {command}" in shown
 
 
 def test_the_commands_of_the_contract_are_there(run):
@@ -143,8 +143,7 @@ def test_the_commands_of_the_contract_are_there(run):
 
 def test_no_command_at_all_shows_the_help(run):
     ended = run()
-    assert ended.code == 2 and "wikitext103" in ended.out + ended.err
-    assert "Traceback" not in ended.err
+    assert ended.code == 2 and "wikitext103" in ended.out and ended.err == ""
 
 
 def test_the_version(run):

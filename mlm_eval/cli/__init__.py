@@ -10,12 +10,12 @@ import sys
 import traceback
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.cli import checkpoints, report, zero_shot
+from mlm_eval.cli import checkpoints, harness, report, zero_shot
 from mlm_eval.cli.app import app
 from mlm_eval.launch import prepare_worker, reporting_errors
 from mlm_eval.world import detect_world
 
-__all__ = ["app", "checkpoints", "main", "report", "zero_shot"]
+__all__ = ["app", "checkpoints", "harness", "main", "report", "zero_shot"]
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 and the signal's number, as shells have it."""
@@ -50,7 +50,9 @@ def _main() -> int:
     except Exception as error:
         # typer keeps its own copy of click: its errors are known by what they can do.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
-            print(f"mlm-eval: {error.format_message()} (see --help)", file=sys.stderr)
+            message = error.format_message()
+            if message:  # none where the help is shown, for want of a command
+                print(f"mlm-eval: {message} (see --help)", file=sys.stderr)
             return 2
         if type(error).__name__ == "Abort":  # and what older typer does
             return _interrupted()

@@ -274,8 +274,10 @@ def parallel_size(option: str, text: str) -> int | None:
 
 def start_ranks(tp: int, dp: int, device: str) -> None:
     """Run this command line again as tp x dp ranks, and leave with their exit code."""
-    # Later options win: the ranks must not choose again.
-    argv = [*sys.argv[1:], "--tp", str(tp), "--dp", str(dp), "--device", device]
+    # Later options win: the ranks must not choose again. What follows a `--` is no option of ours.
+    argv = sys.argv[1:]
+    end = argv.index("--") if "--" in argv else len(argv)
+    argv[end:end] = ["--tp", str(tp), "--dp", str(dp), "--device", device]
     result = launch(argv, ranks=tp * dp, device=device)
     if result.exit_code == 130:
         raise KeyboardInterrupt

@@ -139,7 +139,12 @@ def lambada(
 def score(
     ckpt: Ckpt,
     input_: Annotated[
-        Path, typer.Option("--input", help='JSON lines: {"tokens": [...]} or {"text": "..."}.')
+        Path,
+        typer.Option(
+            "--input",
+            help='JSON lines: {"tokens": [...]} or {"text": "..."}; for BERT also with '
+            '"tokentypes" and "padding_mask", or {"choices": [[...], [...]]}.',
+        ),
     ],
     output: Annotated[Path, typer.Option(help='JSON lines: {"tokens", "logprobs", "greedy"}.')],
     stride: Annotated[
