@@ -1,7 +1,7 @@
-"""The catalog: public checkpoints, how to get them, what they do not say of themselves, what to expect.
+"""The catalog: public checkpoints, how to get them, what they do not record, what to expect.
 
-One TOML file each in `catalog/`. `--ckpt catalog:NAME` looks for the files under a local folder; nothing is
-ever downloaded here.
+One TOML file each in `catalog/`. `--ckpt catalog:NAME` looks for the files under a local folder;
+nothing is ever downloaded here.
 """
 
 from __future__ import annotations

@@ -74,20 +74,20 @@ class Checkpoint:
         for name, parameter in table.items():
             if name not in self.tensors:
                 raise InputError(
-                    f"{where} lacks the parameter {name} {list(parameter.shape)}; the checkpoint "
-                    "is not complete"
+                    f"{where} lacks the parameter {name} {list(parameter.shape)}; copy all files "
+                    "of the checkpoint, or correct the settings with --set"
                 )
             if self.tensors[name].shape != parameter.shape:
                 raise InputError(
                     f"{where}: {name} has shape {list(self.tensors[name].shape)}, expected "
-                    f"{list(parameter.shape)}; ranks of two checkpoints may be mixed, or a --set "
-                    "value is wrong"
+                    f"{list(parameter.shape)}; copy all ranks of one save, where ranks of two are "
+                    "mixed, or correct the settings with --set"
                 )
         extra = sorted(set(self.tensors) - set(table))
         if extra:
             raise InputError(
                 f"{where} has {len(extra)} parameter(s) that its settings do not call for, such as "
-                f"{extra[0]}; check its args or the --set values"
+                f"{extra[0]}; correct the settings with --set"
             )
         return self
 
@@ -142,7 +142,7 @@ def open_checkpoint(
     Args:
         path: A checkpoint root with its tracker file, an `iter_*` or `release` folder, a single
             `.pt`, a published zip archive, a Hugging Face folder, or `catalog:NAME`.
-        overrides: Settings that win over the file's (see `parse_overrides`), and over the catalog's.
+        overrides: Settings that win over the file's and the catalog's (see `parse_overrides`).
         allow_hostile: Open a file whose pickle names harmful callables all the same (`inspect`
             does; nothing in a pickle ever runs either way).
 
@@ -172,9 +172,7 @@ def open_checkpoint(
     return checkpoint
 
 
-def _open_entry(
-    path: str | Path, overrides: dict[str, Any], *, allow_hostile: bool
-) -> Checkpoint:
+def _open_entry(path: str | Path, overrides: dict[str, Any], *, allow_hostile: bool) -> Checkpoint:
     """Return a checkpoint of the catalog, with the settings that its files do not record."""
     entry, target = resolve(path)
     settings = {**entry.settings, **overrides}

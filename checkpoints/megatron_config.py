@@ -150,6 +150,10 @@ def build_config(
             )
     check_args(args, where)
     check_dims(shapes, where)
+    if overrides.get("family", family) != family:
+        raise InputError(
+            f"{where} holds a {family.upper()} model by its parameters; give no --set family"
+        )
     b = _Builder(args, overrides, where)
     b.set("family", family, "parameter names")
     b.set("params_dtype", params_dtype, "weights")
@@ -296,8 +300,8 @@ def _positions(b: _Builder, shapes: Shapes) -> None:
     by_hand = "position_embedding_type" in b.overrides
     if kind in ("relative", "mrope", "yarn", "alibi") and not by_hand:
         raise InputError(
-            f"{b.where} uses {kind} position embeddings, which mlm-eval does not compute; it knows "
-            "learned_absolute and rope"
+            f"{b.where} uses {kind} position embeddings, which mlm-eval does not compute; it reads "
+            "models with learned_absolute or rope positions"
         )
     if kind is None:  # before 2023-07 the two were separate flags, and both could be on
         rotary = bool(args.get("use_rotary_position_embeddings"))

@@ -141,7 +141,7 @@ def _flatten(tree: Mapping[Any, Any], path: Path) -> dict[str, StoredTensor]:
         seen += len(branch)
         if depth > _MAX_DEPTH or seen > _MAX_TENSORS:
             raise InputError(
-                f"{path} holds dictionaries nested without end; it is not a Megatron model file"
+                f"{path} holds dictionaries nested without end; give --ckpt a Megatron model file"
             )
         for key, value in branch.items():
             if not isinstance(value, dict | StoredTensor):
@@ -150,7 +150,7 @@ def _flatten(tree: Mapping[Any, Any], path: Path) -> dict[str, StoredTensor]:
             if not name or name != printable(name):
                 raise InputError(
                     f"{path} has a parameter of an unreadable name ({printable(name) or 'none'}); "
-                    "it is not a Megatron model file"
+                    "give --ckpt a Megatron model file"
                 )
             if isinstance(value, dict):
                 left.append((f"{name}.", depth + 1, value))
@@ -193,7 +193,7 @@ def check_same_run(files: dict[tuple[int, int], RankFile], tp: int, where: Path)
             *((f"args.{key}", first.args.get(key), file.args.get(key)) for key in SAME_RUN),
         ]
         for key, ours, theirs in pairs:
-            if ours != theirs:
+            if ours != theirs and is_scalar(ours) and is_scalar(theirs):
                 raise InputError(
                     f"{where} mixes two checkpoints: {key} is {ours} in {first.path.parent.name} "
                     f"and {theirs} in {file.path.parent.name}; copy all ranks of one save"

@@ -7,7 +7,6 @@ global layer numbers. Source: facts A.2, A.3, B, C, D.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -85,7 +84,8 @@ def read_iteration(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     tp = tp or max(key[0] for key in paths) + 1
     pp = pp or max((key[1] if len(key) > 1 else 0) for key in paths) + 1
     keys: dict[tuple[int, int], tuple[int, ...]] = {}
-    for t, p in itertools.product(range(tp), range(pp)):
+    # One by one: sizes from a damaged file may be huge, and the first gap ends this.
+    for t, p in ((t, p) for t in range(tp) for p in range(pp)):
         key = keys[t, p] = (t,) if pp == 1 and (t,) in paths else (t, p)
         if key not in paths:
             name = f"mp_rank_{t:02d}" + (f"_{p:03d}" if pp > 1 else "")
@@ -116,8 +116,8 @@ def _merge(
 ) -> Checkpoint:
     first = files[0, 0]
     everything = [key for file in files.values() for chunk in file.chunks for key in chunk]
-    names.refuse_unsupported(sorted(set(everything)), str(where))
     check_same_run(files, tp, where)
+    names.refuse_unsupported(sorted(set(everything)), str(where))
     family = "bert" if names.is_bert(sorted(set(everything))) else "gpt"
     megatron_core = any(".linear_qkv." in key for key in everything)
     version = _version(first, megatron_core, overrides)

@@ -147,7 +147,8 @@ def is_scalar(value: Any) -> bool:
 
 def printable(text: str) -> str:
     """Return a name from a file fit to be shown: no line breaks or terminal codes, not endless."""
-    return text if len(text) <= 200 and text.isprintable() else f"{ascii(text[:200])[1:-1]}..."
+    shown = text[:200] if text.isprintable() else ascii(text[:200])[1:-1]
+    return shown if len(text) <= 200 else f"{shown}..."
 
 
 def is_hostile(module: str, name: str) -> bool:

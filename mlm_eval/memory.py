@@ -1,13 +1,13 @@
 """What a run needs in memory on each rank, from the sizes of the model and of the batch alone.
 
 Counted are tensors: weights, gradients, optimizer moments, and the activations that live at the
-moment when most do. The code that allocates them is `transformer.py`, `engine.py` and `training.py`;
-a test runs it under a tracker of live tensors and compares. What a process occupies without a model
-(Python, torch, a CUDA context) is not in here.
+moment when most do. The code that allocates them is `transformer.py`, `engine.py` and
+`training.py`; a test runs it under a tracker of live tensors and compares. What a process occupies
+without a model (Python, torch, a CUDA context) is not in here.
 
 Activations are counted in bytes for each token of a batch. Letters: h hidden size, w width of the
-attention's output (h / tp), f width of the MLP (/ tp), g rows of the packed QKV (/ tp), a heads (/ tp),
-s length of the padded rows, e bytes of a value.
+attention's output (h / tp), f width of the MLP (/ tp), g rows of the packed QKV (/ tp), a heads
+(/ tp), s length of the padded rows, e bytes of a value.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _mlp_widths(x: _Local) -> float:
 
 
 def _logit_bytes(config: ModelConfig, tp: int, rows: int, itemsize: int) -> int:
-    """Return the bytes of one chunk of logits: as computed, as float32, and those of tied maxima."""
+    """Return the bytes of one chunk of logits: as computed, as float32, and of tied maxima."""
     columns = -(-config.vocab_size // tp)
     chunk = min(rows, max(1, LOGIT_CHUNK_ELEMENTS // columns)) * columns
     return chunk * (FLOAT32 * 2 + (itemsize if itemsize != FLOAT32 else 0))
@@ -196,8 +196,8 @@ class TrainingBatch:
 def training_memory(config: ModelConfig, batch: TrainingBatch, *, tp: int) -> Memory:
     """Return what a step of training needs: float32 weights, gradients and AdamW's moments.
 
-    The highest point is the start of the backward pass, when the activations of all layers are there;
-    or its end, where the gradients come only as the activations go.
+    The highest point is the start of the backward pass, when the activations of all layers are
+    there; or its end, where the gradients come only as the activations go.
     """
     count = local_parameters(config, tp)
     x = _Local.of(config, tp)

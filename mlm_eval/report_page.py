@@ -1,4 +1,4 @@
-"""One self-contained HTML page: the tables, and a plot for each as inline SVG. Nothing is fetched."""
+"""One self-contained HTML page: the tables, a plot for each as inline SVG. Nothing is fetched."""
 
 from __future__ import annotations
 

@@ -1,25 +1,24 @@
-"""The paper's tables beside measured figures: which figure belongs where, and whether it may stand there.
+"""The paper's tables beside measured figures: what is compared with what, and whether it may be.
 
 A result record is compared with the published row of its size. It counts "as in the paper" only if
-protocol, data and size are the paper's; every difference is named in a note. Here, in the tasks' layer,
-because it takes the tasks' protocols and the names of their metrics to judge that; how a table looks
-is decided by `mlm_eval.report`.
+protocol, data and size are the paper's; every difference is named in a note. Here, in the tasks'
+layer, because it takes the tasks' protocols and the names of their metrics to judge that; how a
+table looks is decided by `mlm_eval.report`.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.report import MEASURED, PUBLISHED, Cell, Column, Row, Table, short_count
+from mlm_eval.tasks.records import TABLE_OF, Record, figures, find_set
 
 COLUMNS = {
     3: (
@@ -40,26 +39,6 @@ COLUMNS = {
     ),
 }
 
-TABLE_OF = {
-    "wikitext103": 3,
-    "lambada": 3,
-    "mnli": 5,
-    "qqp": 5,
-    "squad1": 5,
-    "squad2": 5,
-    "race": 5,
-}
-"""Benchmark -> the paper's table; SQuAD's two versions are benchmarks of their own."""
-
-# Figure of a table -> name of the set in a record's metrics.
-SETS = {
-    "mnli": {"mnli_m": "dev-matched", "mnli_mm": "dev-mismatched"},
-    "qqp": {"qqp": "dev"},
-    "race": {"race": "test", "race_m": "test-middle", "race_h": "test-high"},
-}
-
-LIMITS = ("limit", "train_limit", "dev_limit", "test_limit")
-
 SIZE_TOLERANCE = 0.02
 """Padding of the vocabulary and task heads change a model's count by less; the next size is far."""
 
@@ -69,166 +48,6 @@ def load_paper() -> dict[str, Any]:
     """Return the figures of the paper: `table1` to `table8`, `figure5`, `protocol`, `source`."""
     text = resources.files(__package__).joinpath("paper.toml").read_text(encoding="utf-8")
     return tomllib.loads(text)
-
-
-@dataclass(frozen=True)
-class Record:
-    """A result record that was read from a file."""
-
-    path: str
-    benchmark: str
-    """The task; for SQuAD with its version: `squad1`, `squad2`."""
-    values: Mapping[str, Any]
-
-    def __getitem__(self, name: str) -> Any:
-        return self.values[name]
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """The settings of the run."""
-        settings: Mapping[str, Any] = self.values["settings"]
-        return settings
-
-    @property
-    def limits(self) -> list[str]:
-        """The options that kept the run to a part of the data."""
-        given = [name for name in LIMITS if self.settings.get(name) is not None]
-        return [f"--{name.replace('_', '-')} {self.settings[name]}" for name in given]
-
-    @property
-    def model(self) -> tuple[str, str]:
-        """What makes two records those of one model: digest and settings of the checkpoint."""
-        checkpoint = self.values["checkpoint"]
-        config = json.dumps(checkpoint.get("config"), sort_keys=True)
-        # A record without a digest belongs to no other one.
-        return checkpoint.get("digest") or self.path, config
-
-
-def read_record(path: str | Path) -> Record:
-    """Return a result record that a command wrote with `--output`, or a fine-tuning's `result.json`.
-
-    Raises:
-        InputError: The file is no result record of a task in the paper's tables.
-    """
-    file = Path(path)
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{path} does not exist; give the files that --output wrote, or a result.json"
-        ) from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder; give the result.json in it") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is no result record: {error}") from None
-    fault = _fault(values)
-    if fault is not None:
-        raise InputError(
-            f"{path} is no result record: {fault}; give a file that `mlm-eval wikitext103`, `lambada`, "
-            "`race`, `mnli`, `qqp` or `squad` wrote"
-        )
-    benchmark = values["task"]
-    if benchmark == "squad":
-        benchmark = f"squad{_squad_version(values, path)}"
-    if benchmark not in TABLE_OF:
-        raise InputError(
-            f"{path} is a record of {benchmark!r}, which is in no table of the paper; known are "
-            f"{', '.join(sorted({*TABLE_OF, 'squad'} - {'squad1', 'squad2'}))}"
-        )
-    record = Record(str(path), benchmark, values)
-    for _ in _figures(record):  # now, so that the fault is told with the name of the file
-        pass
-    return record
-
-
-def _fault(values: Any) -> str | None:
-    if not isinstance(values, dict):
-        return f"it holds a {type(values).__name__}, expected an object"
-    for name, kind in (("task", str), ("protocol", str)):
-        if not isinstance(values.get(name), kind):
-            return f"it has no {name!r}"
-    for name in ("metrics", "counts", "settings", "checkpoint"):
-        if not isinstance(values.get(name), dict):
-            return f"its {name!r} is missing or no object"
-    if not isinstance(values["checkpoint"].get("num_parameters"), int):
-        return "its checkpoint has no num_parameters"
-    return None
-
-
-def _squad_version(values: Mapping[str, Any], path: str | Path) -> int:
-    """Return 1 or 2."""
-    settings = values["settings"]
-    told = " ".join(str(settings.get(name, "")) for name in ("version", "recipe"))
-    found = re.search(r"\bv?([12])(?:\.[01])?\b", f"{told} {values['protocol']}")
-    if found is None:
-        raise InputError(f"{path}: its settings do not say which version of SQuAD it is of (1.1, 2.0)")
-    return int(found[1])
-
-
-# --- figures of a record -------------------------------------------------------------------------
-
-
-def _figures(record: Record) -> Iterator[tuple[str, float | None, list[str]]]:
-    """Yield (figure, value, why that figure is not the paper's kind) of a record.
-
-    Raises:
-        InputError: The metrics are not those of the task.
-    """
-    metrics = record["metrics"]
-    if record.benchmark == "wikitext103":
-        yield "wikitext103", _number(record, metrics, "adjusted_ppl"), []
-    elif record.benchmark == "lambada":
-        yield "lambada", _percent(_number(record, metrics, "accuracy")), []
-    else:
-        metrics = metrics["median"] if isinstance(metrics.get("median"), dict) else metrics
-        if record.benchmark.startswith("squad"):
-            entry = _find_set(metrics, ["dev", "squad"]) or metrics
-            for key, name in (("f1", "f1"), ("em", "exact")):
-                yield f"{record.benchmark}_{key}", _number(record, entry, name), []
-        else:
-            yield from _accuracies(record, metrics)
-
-
-def _accuracies(
-    record: Record, metrics: Mapping[str, Any]
-) -> Iterator[tuple[str, float | None, list[str]]]:
-    found = 0
-    for key, name in SETS[record.benchmark].items():
-        notes = []
-        entry = _find_set(metrics, [name])
-        if entry is None and name.startswith("test"):
-            entry = _find_set(metrics, [name.replace("test", "dev")])
-            notes = ["development set; the paper's RACE figures are of the test set"]
-        if entry is None:
-            continue
-        found += 1
-        yield key, _percent(_number(record, entry, "accuracy")), notes
-    if not found:
-        names = ", ".join(SETS[record.benchmark].values())
-        raise InputError(f"{record.path}: its metrics hold none of {names}; is it a finished run?")
-
-
-def _find_set(metrics: Mapping[str, Any], names: Sequence[str]) -> Mapping[str, Any] | None:
-    for name in names:
-        if isinstance(entry := metrics.get(name), dict):
-            return entry
-    return None
-
-
-def _number(record: Record, metrics: Mapping[str, Any], name: str) -> float | None:
-    value = metrics.get(name)
-    if value is None and f"{name}_note" in metrics:  # infinity, or not a number
-        return None
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise InputError(
-            f"{record.path}: its metrics hold {value!r} for {name!r} of {record['task']}; expected a "
-            "number"
-        )
-    return float(value)
-
-
-def _percent(value: float | None) -> float | None:
-    return None if value is None else 100.0 * value
 
 
 # --- what is not as in the paper -----------------------------------------------------------------
@@ -241,16 +60,16 @@ def _differences(record: Record, size: str | None) -> list[str]:
     notes = [
         f"limited: {option}, so the figure is of a part of the data" for option in record.limits
     ]
-    if record["protocol"] not in (rules["protocol"], f"{rules['protocol']}-{record.benchmark}"):
+    if record["protocol"] != rules["protocol"]:
         notes.append(f"protocol {record['protocol']}, in the paper {rules['protocol']}")
-    for name, wanted in rules.get("settings", {}).items():
-        if settings.get(name) != wanted:
+    for name, wanted in rules["settings"].items():
+        if wanted != "table6" and settings.get(name) != wanted:
             notes.append(f"{name} {settings.get(name, 'not recorded')}, in the paper {wanted}")
     if "file" in rules:
         notes += _other_file(record, rules["file"])
     else:
         notes += _other_training(record, rules, size)
-    if any(value is None for _, value, _ in _figures(record)):
+    if any(value is None for _, value, _ in figures(record)):
         notes.append("not a finite number; the record says why")
     return notes
 
@@ -266,15 +85,12 @@ def _other_file(record: Record, file: str) -> list[str]:
 
 
 def _other_training(record: Record, rules: Mapping[str, Any], size: str | None) -> list[str]:
-    """Return what of a fine-tuning is not the paper's: seeds, recipe, training and evaluation sets."""
+    """Return what of a fine-tuning is not the paper's: seeds, recipe, sets."""
     settings, notes = record.settings, []
-    metrics = record["metrics"]
-    metrics = metrics["median"] if isinstance(metrics.get("median"), dict) else metrics
     for name, total in rules["totals"].items():
-        entry = _find_set(metrics, ["dev", "squad"]) or metrics if name == "squad" else metrics.get(name)
-        if isinstance(entry, dict) and entry.get("total", total) != total:
-            where = "questions" if name == "squad" else f"examples in {name}"
-            notes.append(f"{entry['total']:,} {where}, in the paper {total:,}")
+        entry = find_set(record.metrics, [name])
+        if entry is not None and entry.get("total", total) != total:
+            notes.append(f"{entry['total']:,} examples in {name}, in the paper {total:,}")
     if settings.get("ensemble"):
         return notes
     if settings.get("eval_only"):
@@ -282,7 +98,8 @@ def _other_training(record: Record, rules: Mapping[str, Any], size: str | None) 
     seeds = settings.get("seeds")
     count = len(seeds) if isinstance(seeds, list) else 1
     if count != rules["seeds"]:
-        notes.append(f"{count} seed(s), in the paper the median of {rules['seeds']}")
+        many = "1 seed" if count == 1 else f"{count} seeds"
+        notes.append(f"{many}, in the paper the median of {rules['seeds']}")
     trained = record["counts"].get("train_examples")
     if trained is not None and trained != rules.get("train_examples", trained):
         notes.append(f"trained on {trained:,} examples, in the paper {rules['train_examples']:,}")
@@ -290,11 +107,10 @@ def _other_training(record: Record, rules: Mapping[str, Any], size: str | None) 
         notes.append(f"stopped after {settings['max_steps']} steps (--max-steps)")
     recipe = _paper_recipe(record.benchmark, size)
     if recipe is not None:
-        names = {"global_batch": "batch", "lr": "lr", "epochs": "epochs"}
-        for name, printed in names.items():
-            if settings.get(name) != recipe[printed]:
+        for name in rules["settings"]:
+            if settings.get(name) != recipe[name]:
                 found = settings.get(name, "not recorded")
-                notes.append(f"{printed} {found}, in the paper {recipe[printed]}")
+                notes.append(f"{name} {found}, in the paper {recipe[name]}")
     return notes
 
 
@@ -314,7 +130,7 @@ def _size_in_parameters(size: str) -> int:
 
 
 def _match_size(record: Record, rows: Sequence[Mapping[str, Any]]) -> tuple[Any, list[str]]:
-    """Return the published row of a record's size, or None, and what differs in the model's shape."""
+    """Return the published row of a record's size, or None, and what differs in its shape."""
     sized = [row for row in rows if "size" in row]
     wants_ensemble = bool(record.settings.get("ensemble"))
     count = record["checkpoint"]["num_parameters"]
@@ -360,7 +176,8 @@ def build_tables(
         include_limited: Take records of limited runs, too, and mark them.
 
     Raises:
-        InputError: There is no such table, a record does not belong to it, or it is of a limited run.
+        InputError: There is no such table, or a record does not belong to it or is of a limited
+            run.
     """
     if number is not None and number not in COLUMNS:
         raise InputError(f"--table {number} is not one that results belong to; choose 3 or 5")
@@ -374,8 +191,8 @@ def build_tables(
             )
         if record.limits and not include_limited:
             raise InputError(
-                f"{record.path} is of a limited run ({', '.join(record.limits)}), whose figures are not "
-                "those of the whole data; leave it out, or take it in marked with --include-limited"
+                f"{record.path} is of a limited run ({', '.join(record.limits)}), whose figures are "
+                "not those of the whole data; leave it out, or take it in marked with --include-limited"
             )
     numbers = [number] if number else sorted({TABLE_OF[record.benchmark] for record in records})
     return [
@@ -426,14 +243,12 @@ def _group(records: Sequence[Record]) -> list[list[Record]]:
 
 
 def _names(groups: Sequence[Sequence[Record]]) -> list[str]:
-    """Return a name for each row: the checkpoint's folder, numbered where it is not the only one."""
+    """Return a name for each row: the checkpoint's folder, numbered where rows share it."""
     names = [_name(group[0]) for group in groups]
-    seen: dict[str, int] = {}
-    for index, name in enumerate(names):
-        seen[name] = seen.get(name, 0) + 1
-        if names.count(name) > 1:
-            names[index] = f"{name} #{seen[name]}"
-    return names
+    return [
+        f"{name} #{names[: index + 1].count(name)}" if names.count(name) > 1 else name
+        for index, name in enumerate(names)
+    ]
 
 
 def _name(record: Record) -> str:
@@ -453,7 +268,7 @@ def _measured_row(
     cells = {}
     for record in group:
         common = _differences(record, row["size"] if row else None)
-        for key, value, own in _figures(record):
+        for key, value, own in figures(record):
             published = row.get(key) if row else None
             cells[key] = Cell(value, published, (*own, *common), record.path)
     return Row(
@@ -481,12 +296,12 @@ def _published_row(entry: Mapping[str, Any], columns: Sequence[Column]) -> Row:
 def _run(record: Record) -> str:
     """Return how a record's figures came about, in one line."""
     settings, checkpoint = record.settings, record["checkpoint"]
-    parts = [f"{record['task']}: {record.path}"]
-    for name, text in (("dtype", "{}"), ("tp", "tp {}"), ("dp", "dp {}"), ("vocab", "vocabulary {}")):
-        if name in settings:
-            parts.append(text.format(settings[name]))
+    task = " ".join(filter(None, (record["task"], settings.get("version"))))
+    parts = [f"{task}: {record.path}", f"protocol {record['protocol']}"]
+    names = ["vocab", "dtype", "tp", "dp", *load_paper()["protocol"][record.benchmark]["settings"]]
+    parts += [f"{name} {settings[name]}" for name in dict.fromkeys(names) if name in settings]
     if isinstance(settings.get("seeds"), list):
-        parts.append(f"seeds {' '.join(map(str, settings['seeds']))}")
+        parts.append(f"seeds {' '.join(map(str, settings['seeds'])) or 'none'}")
     if isinstance(settings.get("data"), dict) and settings["data"].get("sha256"):
         parts.append(f"data sha256 {settings['data']['sha256'][:12]}")
     parts.append(f"checkpoint {checkpoint.get('path')} ({str(checkpoint.get('digest'))[:25]})")

@@ -1,7 +1,8 @@
 """How much each benchmark runs through a model, known without its data: for `mlm-eval plan`.
 
-Zero-shot: exact for the paper's files and GPT-2's tokenizer. Fine-tuning: the published sets' counts; mean
-lengths in BERT's uncased WordPiece, with [CLS] and [SEP], measured on what the comments say.
+Zero-shot: exact for the paper's files and GPT-2's tokenizer. Fine-tuning: the published sets'
+counts; mean lengths in BERT's uncased WordPiece, with [CLS] and [SEP], measured on what the comments
+say.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mlm_eval.tasks.wikitext103 import MAX_SEQ_LENGTH, windows
 WIKITEXT_TOKENS = 270_330  # wiki.test.tokens of WikiText-103, detokenized, in GPT-2's BPE
 WIKITEXT_STRIDE = 32
 
-# lambada_test.jsonl: passages; tokens read, the last one of each being predicted only; tokens predicted.
+# lambada_test.jsonl: passages; tokens read (the last of each is predicted only); tokens predicted.
 LAMBADA_PASSAGES, LAMBADA_TOKENS, LAMBADA_TARGETS = 5_153, 425_064, 6_542
 
 TEXT_TOKENS = 1_000_000
@@ -54,7 +55,7 @@ class _FineTuning:
 
 
 FINE_TUNING = {
-    # 21,536 rows of train, every 17th file: mean 353, 7 % cut at 512 (questions 87,866 = 25,421 + 62,445)
+    # 21,536 rows of train, every 17th file: mean 353, 7 % cut at 512; 25,421 + 62,445 questions
     "race": _FineTuning(
         "RACE, middle and high", 87_866, 4_887 + 4_934, 4, 353.0, 512, {"multichoice_head": True}
     ),
@@ -89,7 +90,7 @@ def workloads(
         task: Only this one; `squad` for both versions.
         size: Name of the paper's size whose recipes are taken; None or another: the smallest one's.
         micro_batch: Samples of a training step's forward pass on one rank.
-        batch: Dropout, precision and recomputation of training; rows and lengths are the tasks' own.
+        batch: Dropout, precision, recomputation of training; rows and lengths are the tasks'.
 
     Raises:
         InputError: There is no such task for this kind of model.
@@ -100,7 +101,9 @@ def workloads(
         if not names:
             kind = {"gpt": "GPT", "bert": "BERT"}[config.family]
             known = ", ".join(TASKS[config.family])
-            raise InputError(f"--task {task} is nothing that a {kind} model is run on; choose {known}")
+            raise InputError(
+                f"--task {task} is nothing that a {kind} model is run on; choose {known}"
+            )
     batch = batch or TrainingBatch(rows=1, length=1)
     return [_workload(name, config, size, micro_batch, batch) for name in names]
 
@@ -165,7 +168,7 @@ def _fine_tuning(
         batch,
         rows=micro_batch * task.rows,
         length=longest,
-        accumulates=micro_batch < recipe["batch"],
+        accumulates=micro_batch < recipe["global_batch"],
     )
     heads = {"lm_head": False, "binary_head": False, "pooler": "qa_head" not in task.head}
     title = f"{task.title}, {task.train:,} samples x {recipe['epochs']} epochs"
@@ -189,6 +192,6 @@ def _rows(count: int, mean: float) -> Iterator[Passes]:
 
 
 def _spread(total: int, count: int) -> list[tuple[int, int]]:
-    """Return `count` whole numbers that are equal, or differ by 1, with the sum `total`: (how many, value)."""
+    """Return `count` numbers, equal or 1 apart, with the sum `total`, as (how many, value)."""
     low, more = divmod(total, count)
     return [(n, value) for n, value in ((count - more, low), (more, low + 1)) if n]

@@ -57,8 +57,10 @@ def checkpoint(size: str, name: str) -> dict[str, Any]:
     }
 
 
-def zero_shot(task: str, value: float, *, size: str = "gpt2-355m", name: str = "mine", **settings: Any) -> dict[str, Any]:
-    """Return a record of the paper's protocol, but for `settings`; LAMBADA's value is in percent."""
+def zero_shot(
+    task: str, value: float, *, size: str = "gpt2-355m", name: str = "mine", **settings: Any
+) -> dict[str, Any]:
+    """Return a record of the paper's protocol, but for `settings`; LAMBADA is in percent."""
     metrics = {"adjusted_ppl": value} if task == "wikitext103" else {"accuracy": value / 100}
     return {
         "task": task,
@@ -71,7 +73,12 @@ def zero_shot(task: str, value: float, *, size: str = "gpt2-355m", name: str = "
             "tp": 1,
             "dp": 1,
             "limit": None,
-            "data": {"path": f"{task}.file", "sha256": "0" * 64, "paper_file": True, "warnings": []},
+            "data": {
+                "path": f"{task}.file",
+                "sha256": "0" * 64,
+                "paper_file": True,
+                "warnings": [],
+            },
             **ZERO_SHOT_SETTINGS[task],
             **settings,
         },
@@ -112,7 +119,10 @@ def fine_tuned(
         }
     # The run that was chosen, beside the medians: another number, which no table may show.
     chosen = {
-        set_: {**entry, **({"accuracy": 0.5} if "accuracy" in entry else {"exact": 50.0, "f1": 50.0})}
+        set_: {
+            **entry,
+            **({"accuracy": 0.5} if "accuracy" in entry else {"exact": 50.0, "f1": 50.0}),
+        }
         for set_, entry in metrics.items()
         if isinstance(entry, dict)
     }

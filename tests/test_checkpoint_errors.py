@@ -6,10 +6,8 @@ import os
 import pickle
 import re
 import shutil
-import struct
 import time
 import zipfile
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +47,7 @@ def refused(path: Path, *parts: str, **overrides: Any) -> str:
     return message
 
 
-WAYS_OUT = ("give ", "copy", "--set", "use ", "get it", "download", "remove", "set XDG", "reads")
+WAYS_OUT = ("give ", "copy", "--set", "use ", "get ", "download", "remove", "set XDG", "reads")
 
 
 def gpt(root: Path, *, tp: int = 2, seed: int = 1, **options: Any) -> Path:
@@ -192,7 +190,7 @@ def test_ranks_of_two_genuine_checkpoints(tmp_path: Path):
     for first, second, message in (
         ("v10_gpt_tp2", "v115_gpt_tp2", f"{MIXED}checkpoint_version is None in .* and 1.0 in"),
         ("v10_gpt_tp2", "v25_gpt_tp2_fp16", f"{MIXED}checkpoint_version is None in .* and 3.0 in"),
-        ("v25_gpt_tp2_fp16", "mcore016_llama_tp2", f"{MIXED}args.ffn_hidden_size is 256 in"),
+        ("v25_gpt_tp2_fp16", "mcore016_llama_tp2", MIXED),
         ("v10_bert_tp2_postlnres", "v10_gpt_tp2", MIXED),
     ):
         root = tmp_path / f"{first}-{second}"
@@ -208,7 +206,10 @@ def test_ranks_of_two_genuine_checkpoints(tmp_path: Path):
         (lambda c: vars(c["args"]).update(seed=2), "args.seed is None in .* and 2 in"),
         (lambda c: vars(c["args"]).update(num_layers=9), "args.num_layers is 4 in .* and 9 in"),
         (lambda c: vars(c["args"]).update(consumed_train_samples=3), "consumed_train_samples"),
-        (lambda c: c["model"].pop("decoder.layers.0.mlp.linear_fc1.bias"), "linear_fc1.bias is in"),
+        (
+            lambda c: c["model"].pop("decoder.layers.0.mlp.linear_fc1.bias") is None,
+            "layers.0.mlp.linear_fc1.bias is in one of",
+        ),
         (
             lambda c: c["model"].update(
                 {"embedding.tokentype_embeddings.weight": torch.ones(2, 16)}
@@ -227,7 +228,7 @@ def test_ranks_of_two_genuine_checkpoints(tmp_path: Path):
 )
 def test_ranks_that_differ(edit: Callable[[dict], Any], message: str, tmp_path: Path):
     root = gpt(tmp_path)
-    change(rank_file(root, 1), lambda contents: edit(contents) and None)
+    change(rank_file(root, 1), edit)
     refused(root, MIXED, message, "copy all ranks of one save")
 
 
@@ -297,12 +298,12 @@ def test_a_rank_file_cut_off(size: int, tmp_path: Path):
         (torch.ones(2), "holds a StoredTensor, not the dictionary"),
         ({}, "has no 'model' entry with tensors in it .found nothing.; give"),
         ({"model": {}}, "has no 'model' entry with tensors in it .found model."),
-        ({"model": None, "x": 1}, "no 'model' entry with tensors in it .found model, x."),
-        ({"state_dict": {"a": torch.ones(2)}}, "no 'model' entry .* .found state_dict."),
+        ({"model": None, "x": 1}, "has no 'model' entry with tensors in it .found model, x."),
+        ({"state_dict": {"a": torch.ones(2)}}, "has no 'model' entry .* .found state_dict."),
         ({"model": {"a": {"b": torch.ones(2)}}}, "has a parameter that no GPT or BERT .*: a.b; "),
-        ({"model": {("a",): torch.ones(2)}}, "a parameter of an unreadable name .none."),
-        ({"model": {"a\x1b[2J": torch.ones(2)}}, r"unreadable name .a\\x1b\[2J"),
-        ({"model": {"a" * 9000: torch.ones(2)}}, "unreadable name .aaaaa"),
+        ({"model": {("a",): torch.ones(2)}}, "has a parameter of an unreadable name .none."),
+        ({"model": {"a\x1b[2J": torch.ones(2)}}, r"has a .* unreadable name .a\\x1b\[2J."),
+        ({"model": {"a" * 9000: torch.ones(2)}}, r"has a .* unreadable name .a{200}\.\.\."),
     ],
 )
 def test_files_that_hold_no_model(contents: Any, message: str, tmp_path: Path):
@@ -417,9 +418,9 @@ def test_settings_that_do_not_fit(tmp_path: Path):
         ({"num_attention_heads": 32}, "32 attention heads do not divide"),
         ({"num_query_groups": 2}, "QKV rows do not fit|has shape"),
         ({"num_layers": 3}, "parameter.s. that its settings do not call for"),
-        ({"hidden_size": 8}, "expected .* or a --set value is wrong"),
-        ({"vocab_size": 64}, "or a --set value is wrong"),
-        ({"family": "bert"}, "lacks the parameter"),
+        ({"hidden_size": 8}, r"has shape \[32, 16\], expected \[32, 8\].*--set"),
+        ({"vocab_size": 64}, r"has shape \[32, 16\], expected \[64, 16\]"),
+        ({"family": "bert"}, "holds a GPT model by its parameters; give no --set family"),
         ({"activation": "swiglu"}, "activation swiglu does not fit"),
         ({"activation": "mish"}, "activation 'mish' is not supported; known are"),
         ({"checkpoint_version": 7.0}, "checkpoint_version 7.0 is unknown, known are 0, 1.0, 2.0"),
@@ -577,7 +578,7 @@ def test_many_hostile_names_are_counted(tmp_path: Path):
     functions = [os.system, os.remove, eval, exec, shutil.rmtree]
     calls = [Harm(function, "x") for function in functions]
     change(rank_file(root), lambda contents: contents.update(hooks=calls))
-    message = refused(root, "asks for builtins.eval, builtins.exec, posix.remove and 2 more when")
+    message = refused(root, "asks for __builtin__.eval, __builtin__.exec, posix.remove and 2 more")
     assert "shutil" not in message
 
 
@@ -718,5 +719,4 @@ def test_a_torch_file_is_no_archive_of_checkpoints(tmp_path: Path, cache: Path):
     with zipfile.ZipFile(tmp_path / "flat.pt", "w") as zipped:
         zipped.writestr("data.pkl", pickle.dumps({"model": {}}))
     assert not archive.is_archive(tmp_path / "flat.pt")
-    assert struct.calcsize("P") == 8 or not cache.exists()
-    assert isinstance(args_of(GPT), Namespace)
+    assert not cache.exists()

@@ -23,6 +23,7 @@ from mlm_eval import cli, launch
 from mlm_eval.checkpoints.checkpoint import open_checkpoint
 from mlm_eval.checkpoints.megatron_writer import write_megatron_torch
 from mlm_eval.engine import Engine
+from mlm_eval.resume import PartialScores
 from mlm_eval.tasks import evaluate
 from mlm_eval.tokenizer import load_tokenizer
 
@@ -456,6 +457,40 @@ def test_an_interrupted_run_keeps_its_scores_and_goes_on(run, wiki, tmp_path, mo
     record = read(output)
     assert same_figures(record, expected) and record["settings"]["tp"] == 2
     assert not (tmp_path / "out.json.partial").exists()
+
+
+def test_scores_that_something_else_decided_are_not_taken(run, wiki, folder, tmp_path, monkeypatch):
+    output = tmp_path / "out.json"
+    config = random_models.config(vocab_size=256, max_position_embeddings=32)
+    write_megatron_torch(random_models.checkpoint(config, seed=1), tmp_path / "other", tp=2)
+    words = random_models.byte_vocabulary(tmp_path / "words")
+    (words / "merges.txt").write_text("#version: 0.3\n")
+    (tmp_path / "text").write_text(TEXT.replace("word7", "word8"))
+    wiki += ["--tokenizer", folder / "gpt" / "tokenizer", "--output", output]
+
+    def stop(partial: PartialScores, *given: Any) -> None:
+        add(partial, *given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        add = PartialScores.add
+        patched.setattr(PartialScores, "add", stop)
+        assert run(*wiki, "--batch-tokens", 64).code == 130
+    for change in (
+        ["--ckpt", tmp_path / "other"],
+        ["--data", tmp_path / "text"],
+        ["--tokenizer", words],
+        ["--stride", 16],
+        ["--seq-length", 31, "--stride", 31],
+        ["--dtype", "bfloat16"],
+        ["--vocab", "true"],
+        ["--set", "activation=squared_relu"],
+    ):
+        ended = run(*wiki, *change, "--resume")
+        assert_one_sentence(ended, "out.json.partial holds scores of another checkpoint")
+    # What decides no score may differ.
+    ended = run(*wiki, "--resume", "--batch-tokens", 99, "--limit", 1, "--seed", 9)
+    assert ended.code == 0 and "resuming: 1 of 1 are done" in ended.err
 
 
 def test_ctrl_c_ends_all_ranks_with_one_sentence(wiki, folder):

@@ -21,7 +21,8 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.initial_models import SIZES
 from mlm_eval.models import paper_parameters
 from mlm_eval.report import MEASURED, Table, render, short_count
-from mlm_eval.tasks.paper import build_tables, load_paper, read_record
+from mlm_eval.tasks.paper import build_tables, load_paper
+from mlm_eval.tasks.records import Record, read_record
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -88,7 +89,7 @@ def test_the_recipes_that_ship_are_table_6():
         file = folder / f"{names.get(row['task'], row['task'])}-megatron-{size}.toml"
         recipe = tomllib.loads(file.read_text())
         assert [recipe[name] for name in ("global_batch", "lr", "epochs")] == [
-            row[name] for name in ("batch", "lr", "epochs")
+            row[name] for name in ("global_batch", "lr", "epochs")
         ], file.name
 
 
@@ -225,9 +226,9 @@ def test_five_records_of_one_checkpoint_fill_a_row_of_table_5(tmp_path: Path):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"seeds": [1]}, "1 seed(s), in the paper the median of 5"),
+        ({"seeds": [1]}, "1 seed, in the paper the median of 5"),
         ({"lr": 3e-5}, "lr 3e-05, in the paper 2e-05"),
-        ({"global_batch": 16}, "batch 16, in the paper 32"),
+        ({"global_batch": 16}, "global_batch 16, in the paper 32"),
         ({"epochs": 1}, "epochs 1, in the paper 3"),
         ({"max_steps": 7}, "stopped after 7 steps (--max-steps)"),
         (
@@ -343,21 +344,21 @@ def test_missing_files_folders_and_unknown_tables_are_refused(tmp_path: Path):
 
 
 def golden_tables() -> list[Table]:
-    """Return tables with every kind of row: of the sample's own records, as in the paper, and not."""
+    """Return tables with every kind of row: the sample's own records, as in the paper, and not."""
     records = GOLDEN / "records"
     folder = Path("records")  # the paths that the files show
     made = {
         "wikitext103.json": zero_shot("wikitext103", 19.37, name="megatron_lm_345m"),
         "lambada.json": zero_shot("lambada", 46.26, name="megatron_lm_345m"),
-        "stride.json": zero_shot("wikitext103", 13.9, size="gpt2-2.5b", name="a|b_2.5b", stride=512),
+        "stride.json": zero_shot(
+            "wikitext103", 13.9, size="gpt2-2.5b", name="a|b_2.5b", stride=512
+        ),
         "limited.json": zero_shot("lambada", 62.5, size="gpt2-2.5b", name="a|b_2.5b", limit=100),
     }
     made |= {f"{task}.json": fine_tuned(task, FIGURES[task]) for task in RECIPES}
     made["ensemble.json"] = fine_tuned("race", FIGURES["race"], size="bert-3.9b", ensemble=5)
     made["one-seed.json"] = fine_tuned("race", FIGURES["race"], name="quick", seeds=[1], epochs=1)
     found = [read_record(path) for path in sorted(records.glob("*.json"))]
-    from mlm_eval.tasks.paper import Record
-
     shown = [Record(str(folder / Path(r.path).name), r.benchmark, r.values) for r in found]
     for name, values in made.items():
         task = values["task"] + values["settings"].get("version", "")[:1]
@@ -372,7 +373,7 @@ def without_plots(page: str) -> str:
 
 @pytest.mark.parametrize("fmt", ["md", "latex", "csv", "html"])
 def test_golden_files(fmt: str):
-    """To accept a change: MLM_EVAL_WRITE_GOLDEN=1 pytest tests/test_report.py, and read the difference."""
+    """To accept a change: MLM_EVAL_WRITE_GOLDEN=1 pytest tests/test_report.py; read the diff."""
     text = render(golden_tables(), fmt)
     text = without_plots(text) if fmt == "html" else text
     golden = GOLDEN / f"report.{'tex' if fmt == 'latex' else fmt}"
@@ -402,7 +403,9 @@ class _Page(HTMLParser):
             self.tables[-1].append([])
         elif tag in ("td", "th"):
             self.cell = ""
-        self.references += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "style")]
+        self.references += [
+            v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "style")
+        ]
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.handle_starttag(tag, attrs)
@@ -524,9 +527,7 @@ def test_the_command_reports_fresh_records_of_the_sample(
     records = [tmp_path / f"{task}.json" for task in data]
     shared = ("--ckpt", samples / "gpt", "--device", "cpu")
     for (task, options), record in zip(data.items(), records, strict=True):
-        code, _, err = run_cli(
-            monkeypatch, capsys, task, *shared, *options, "--output", record
-        )
+        code, _, err = run_cli(monkeypatch, capsys, task, *shared, *options, "--output", record)
         assert code == 0, err
     page = tmp_path / "page.html"
     code, out, err = run_cli(

@@ -48,7 +48,8 @@ def report(
     """
     from mlm_eval.report import FORMATS, render
     from mlm_eval.results import check_writable, write_text
-    from mlm_eval.tasks.paper import build_tables, read_record
+    from mlm_eval.tasks.paper import build_tables
+    from mlm_eval.tasks.records import read_record
 
     if format_ not in FORMATS:
         raise InputError(f"--format {format_} is unknown; choose {', '.join(FORMATS)}")
@@ -71,9 +72,7 @@ def plan(
     model: Annotated[
         str | None, typer.Option(help="Or a size by name, such as gpt2-8.3b or bert-336m.")
     ] = None,
-    tp: Annotated[
-        int | None, typer.Option(min=1, help="Only this tensor-parallel size.")
-    ] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="Only this tensor-parallel size.")] = None,
     device_memory: Annotated[
         str | None, typer.Option(help="Memory of a device, such as 80GB: tells what fits.")
     ] = None,
@@ -83,9 +82,7 @@ def plan(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(
-            help="Only this task: wikitext103, lambada, lm; race, mnli, qqp, squad, mlm."
-        ),
+        typer.Option(help="Only this task: wikitext103, lambada, lm; race, mnli, qqp, squad, mlm."),
     ] = None,
     dtype: Annotated[
         str,
@@ -119,7 +116,8 @@ def plan(
     import json
 
     from mlm_eval.memory import TrainingBatch
-    from mlm_eval.plan import make_plan, parse_memory, parse_throughput, plan_text
+    from mlm_eval.plan import make_plan, parse_memory, parse_throughput
+    from mlm_eval.plan_text import plan_text
     from mlm_eval.tasks.workloads import workloads
 
     if (ckpt is None) == (model is None):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from mlm_eval.world import World, detect_world
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import torch
 
     from mlm_eval.checkpoints.checkpoint import Checkpoint
     from mlm_eval.engine import Engine
@@ -30,6 +33,16 @@ def shared(values: dict[str, Any]) -> dict[str, Any]:
         "merge_file", "output", "limit", "seed", "set_", "compile_", "full_digest",
     }  # fmt: skip
     return {name: values[name] for name in names}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a run computes: its parallel sizes, its kind of device, its dtype."""
+
+    tp: int
+    dp: int
+    device: str
+    dtype: torch.dtype
 
 
 class ModelRun:
@@ -66,50 +79,63 @@ class ModelRun:
         for warning in warnings:
             self.say(f"warning: {warning}")
 
-    def on_ranks(self, body: Callable[[Engine], None]) -> None:
-        """Run `body` with a loaded engine on every rank; start ranks first where there are none."""
+    def start(self) -> Placement:
+        """Return where this rank computes; without ranks start them, and leave with their end.
+
+        Reading data comes after this call: the ranks do it, and the parent need not.
+        """
+        import torch
+
         from mlm_eval.engine import resolve_dtype
         from mlm_eval.layout import choose_layout, pick_device
 
         options = self.options
         device = pick_device(options["device"])
-        import torch
-
         dtype = resolve_dtype(options["dtype"], self.checkpoint.config, torch.device(device))
-        running = None if self.world is None else self.world.size
         tp, dp = choose_layout(
             self.checkpoint,
             tp=parallel_size("--tp", options["tp"]),
             dp=parallel_size("--dp", options["dp"]),
             device=device,
             itemsize=dtype.itemsize,
-            running=running,
+            running=None if self.world is None else self.world.size,
         )
         if self.world is None and tp * dp > 1:
             if "auto" in (options["tp"], options["dp"]) and device == "cuda":
                 self.say(f"layout: tp {tp} x dp {dp} on {tp * dp} CUDA device(s)")
             start_ranks(tp, dp, device)
-        true_size = None
-        if options["vocab"] == "true":
-            true_size = self.tokenizer(required=True).vocab_size  # type: ignore[union-attr]
-        if self.world is not None and self.world.size > 1:
-            init_process_group(self.world, device=device)
-        where = device
-        if device == "cuda":
-            where = f"cuda:{torch.cuda.current_device()}"
+        return Placement(tp, dp, device, dtype)
+
+    def on_ranks(
+        self, body: Callable[[Engine], None], *, placement: Placement | None = None
+    ) -> None:
+        """Run `body` with a loaded engine on every rank; start ranks first where there are none."""
+        import torch
+
         from mlm_eval.engine import Engine
 
+        place = placement or self.start()
+        true_size = None
+        if self.options["vocab"] == "true":
+            words = self.tokenizer(required=True)
+            assert words is not None
+            true_size = words.vocab_size
+        if self.world is not None and self.world.size > 1:
+            init_process_group(self.world, device=place.device)
+        device = place.device
+        if device == "cuda":
+            device = f"cuda:{torch.cuda.current_device()}"
         self.warn(self.checkpoint.provenance.warnings)
         engine = Engine.load(
             self.checkpoint,
-            tp=tp,
-            dp=dp,
-            dtype=dtype,
-            device=where,
-            vocab=options["vocab"],
+            tp=place.tp,
+            dp=place.dp,
+            dtype=place.dtype,
+            device=device,
+            vocab=self.options["vocab"],
             true_vocab_size=true_size,
-            batch_tokens=options["batch_tokens"],
-            compile_model=options["compile_"],
+            batch_tokens=self.options["batch_tokens"],
+            compile_model=self.options["compile_"],
         )
         body(engine)
         shutdown()
@@ -138,15 +164,19 @@ class ModelRun:
             )
         if resume and self.output is None:
             raise InputError("--resume needs the --output of the interrupted run")
-        words = self.tokenizer(required=True)
-        assert words is not None
         from mlm_eval.tokenizer import check_fits
 
+        placement = self.start()
+        words = self.tokenizer(required=True)
+        assert words is not None
         misfit = check_fits(words, self.checkpoint.config.vocab_size)
         work = prepare(words, self.checkpoint.config.max_position_embeddings)
         if misfit is not None:
             work.settings["warnings"].append(misfit)
-        self.on_ranks(lambda engine: self._zero_shot(task, unit, engine, work, words, resume))
+        self.on_ranks(
+            lambda engine: self._zero_shot(task, unit, engine, work, words, resume),
+            placement=placement,
+        )
 
     def _zero_shot(
         self, task: str, unit: str, engine: Engine, work: Any, words: Tokenizer, resume: bool
@@ -199,7 +229,8 @@ class ModelRun:
         folder = self.output.with_name(self.output.name + ".partial")
         partial = PartialScores(folder, key, resume=resume)
         if resume:
-            self.say(f"resuming: {len(partial.finished()):,} of {len(work.requests):,} are done")
+            known = sum(index < len(work.requests) for index in partial.finished())
+            self.say(f"resuming: {known:,} of {len(work.requests):,} are done")
         return partial
 
     @contextmanager

@@ -1,0 +1,197 @@
+"""Result records read from files, and the figures of the paper's tables that they hold."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlm_eval.checkpoints.errors import InputError
+
+TABLE_OF = {
+    "wikitext103": 3,
+    "lambada": 3,
+    "mnli": 5,
+    "qqp": 5,
+    "squad1": 5,
+    "squad2": 5,
+    "race": 5,
+}
+"""Benchmark -> the paper's table; SQuAD's two versions are benchmarks of their own."""
+
+# Figure of a table -> name of the set in a record's metrics.
+SETS = {
+    "mnli": {"mnli_m": "dev-matched", "mnli_mm": "dev-mismatched"},
+    "qqp": {"qqp": "dev"},
+    "race": {"race": "test", "race_m": "test-middle", "race_h": "test-high"},
+}
+
+LIMITS = ("limit", "train_limit", "dev_limit", "test_limit")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A result record that was read from a file."""
+
+    path: str
+    benchmark: str
+    """The task; for SQuAD with its version: `squad1`, `squad2`."""
+    values: Mapping[str, Any]
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """Those of the median over seeds where there is one."""
+        metrics: Mapping[str, Any] = self.values["metrics"]
+        median = metrics.get("median")
+        return median if isinstance(median, dict) else metrics
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The settings of the run."""
+        settings: Mapping[str, Any] = self.values["settings"]
+        return settings
+
+    @property
+    def limits(self) -> list[str]:
+        """The options that kept the run to a part of the data."""
+        given = [name for name in LIMITS if self.settings.get(name) is not None]
+        return [f"--{name.replace('_', '-')} {self.settings[name]}" for name in given]
+
+    @property
+    def model(self) -> tuple[str, str]:
+        """What makes two records those of one model: digest and settings of the checkpoint."""
+        checkpoint = self.values["checkpoint"]
+        config = json.dumps(checkpoint.get("config"), sort_keys=True)
+        # A record without a digest belongs to no other one.
+        return checkpoint.get("digest") or self.path, config
+
+
+def read_record(path: str | Path) -> Record:
+    """Return the result record that `--output` wrote, or a fine-tuning's `result.json`.
+
+    Raises:
+        InputError: The file is no result record of a task in the paper's tables.
+    """
+    file = Path(path)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{path} does not exist; give the files that --output wrote, or a result.json"
+        ) from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder; give the result.json in it") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is no result record: {error}") from None
+    fault = _fault(values)
+    if fault is not None:
+        raise InputError(
+            f"{path} is no result record: {fault}; give a file that `mlm-eval wikitext103`, "
+            "`lambada`, `race`, `mnli`, `qqp` or `squad` wrote"
+        )
+    benchmark = values["task"]
+    if benchmark == "squad":
+        benchmark = f"squad{_squad_version(values, path)}"
+    if benchmark not in TABLE_OF:
+        raise InputError(
+            f"{path} is a record of {benchmark!r}, which is in no table of the paper; known are "
+            f"{', '.join(sorted({*TABLE_OF, 'squad'} - {'squad1', 'squad2'}))}"
+        )
+    record = Record(str(path), benchmark, values)
+    for _ in figures(record):  # now, so that the fault is told with the name of the file
+        pass
+    return record
+
+
+def _fault(values: Any) -> str | None:
+    if not isinstance(values, dict):
+        return f"it holds a {type(values).__name__}, expected an object"
+    for name, kind in (("task", str), ("protocol", str)):
+        if not isinstance(values.get(name), kind):
+            return f"it has no {name!r}"
+    for name in ("metrics", "counts", "settings", "checkpoint"):
+        if not isinstance(values.get(name), dict):
+            return f"its {name!r} is missing or no object"
+    if not isinstance(values["checkpoint"].get("num_parameters"), int):
+        return "its checkpoint has no num_parameters"
+    return None
+
+
+def _squad_version(values: Mapping[str, Any], path: str | Path) -> int:
+    """Return 1 or 2."""
+    settings = values["settings"]
+    told = " ".join(str(settings.get(name, "")) for name in ("version", "recipe"))
+    found = re.search(r"\bv?([12])(?:\.[01])?\b", f"{told} {values['protocol']}")
+    if found is None:
+        raise InputError(
+            f"{path}: its settings do not say which version of SQuAD it is of (1.1, 2.0)"
+        )
+    return int(found[1])
+
+
+def figures(record: Record) -> Iterator[tuple[str, float | None, list[str]]]:
+    """Yield (figure, value, why that figure is not the paper's kind) of a record.
+
+    Raises:
+        InputError: The metrics are not those of the task.
+    """
+    metrics = record.metrics
+    if record.benchmark == "wikitext103":
+        yield "wikitext103", _number(record, metrics, "adjusted_ppl"), []
+    elif record.benchmark == "lambada":
+        yield "lambada", _percent(_number(record, metrics, "accuracy")), []
+    elif record.benchmark.startswith("squad"):
+        entry = find_set(metrics, ["dev"]) or metrics
+        for key, name in (("f1", "f1"), ("em", "exact")):
+            yield f"{record.benchmark}_{key}", _number(record, entry, name), []
+    else:
+        yield from _accuracies(record, metrics)
+
+
+def _accuracies(
+    record: Record, metrics: Mapping[str, Any]
+) -> Iterator[tuple[str, float | None, list[str]]]:
+    found = 0
+    for key, name in SETS[record.benchmark].items():
+        notes = []
+        entry = find_set(metrics, [name])
+        if entry is None and name.startswith("test"):
+            entry = find_set(metrics, [name.replace("test", "dev")])
+            notes = ["development set; the paper's RACE figures are of the test set"]
+        if entry is None:
+            continue
+        found += 1
+        yield key, _percent(_number(record, entry, "accuracy")), notes
+    if not found:
+        names = ", ".join(SETS[record.benchmark].values())
+        raise InputError(f"{record.path}: its metrics hold none of {names}; is it a finished run?")
+
+
+def find_set(metrics: Mapping[str, Any], names: Sequence[str]) -> Mapping[str, Any] | None:
+    """Return the first of some sets that metrics hold."""
+    for name in names:
+        if isinstance(entry := metrics.get(name), dict):
+            return entry
+    return None
+
+
+def _number(record: Record, metrics: Mapping[str, Any], name: str) -> float | None:
+    value = metrics.get(name)
+    if value is None and f"{name}_note" in metrics:  # infinity, or not a number
+        return None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise InputError(
+            f"{record.path}: its metrics hold {value!r} for {name!r} of {record['task']}; expected "
+            "a number"
+        )
+    return float(value)
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100.0 * value
