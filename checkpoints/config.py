@@ -202,7 +202,7 @@ def check_overrides(overrides: Mapping[str, Any]) -> None:
     """
     for name, value in overrides.items():
         kind = _kind_of(name)
-        types = {"int": int, "float": (int, float), "bool": bool, "str": str}[kind]
+        types = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}[kind]
         if not isinstance(value, types) or isinstance(value, bool) != (kind == "bool"):
             raise InputError(f"{name} is set to {value!r}; expected {_KINDS[kind]}")
 

@@ -121,7 +121,7 @@ def read_rank(path: Path) -> RankFile:
 def _number(value: Mapping[Any, Any], key: str, path: Path) -> float | None:
     number = value.get(key)
     if number is None or (type(number) in (int, float) and 0 <= number < 2**53):
-        return number  # type: ignore[no-any-return]
+        return number
     raise InputError(
         f"{path}: {key} is no number; the file is damaged or not one of Megatron's, copy it again"
     )

@@ -230,6 +230,10 @@ class SafeUnpickler(pickle._Unpickler):
     """Unpickles containers and scalars; every other object becomes a `Stub`."""
 
     dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
+    # Of Python's own machine, which its type stubs do not tell.
+    stack: list[Any]
+    read: Callable[[int], bytes]
+    pop_mark: Callable[[], list[Any]]
 
     def __init__(self, stream: IO[bytes], globals_met: set[tuple[str, str]]) -> None:
         super().__init__(stream, encoding="utf-8", errors="backslashreplace")

@@ -346,7 +346,7 @@ def _refuse_compressed(path: Path, record: zipfile.ZipInfo) -> None:
 
 def _read_zip(path: Path, file: MappedFile, window: _Window, base: int) -> TorchFile:
     met: set[tuple[str, str]] = set()
-    with zipfile.ZipFile(window) as archive:  # type: ignore[arg-type]
+    with zipfile.ZipFile(window) as archive:
         names = set(archive.namelist())
         pickles = [name for name in archive.namelist() if f"/{name}".endswith("/data.pkl")]
         if not pickles:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,21 +60,34 @@ class Scores:
         return misses[self.offsets[1:]] == misses[self.offsets[:-1]]
 
 
-def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def same_input(one: Request, other: Request) -> bool:
+    """Return whether two requests differ at most in the token that is only predicted."""
+    return one.length == other.length and torch.equal(one.tokens[:-1], other.tokens[:-1])
+
+
+def riders(requests: Sequence[Request]) -> set[int]:
+    """Return the indices of requests that have the same input as the one before."""
+    return {i for i in range(1, len(requests)) if same_input(requests[i], requests[i - 1])}
+
+
+def pack(lengths: Sequence[int], budget: int, riders: Collection[int] = ()) -> list[list[int]]:
     """Return batches of request indices, longest first, each of at most `budget` padded tokens.
 
-    A request longer than the budget is a batch of its own. Requests of one length stay in order.
+    A request longer than the budget is a batch of its own. Requests of one length stay in order;
+    those among `riders` share the line of the one before and cost nothing.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches: list[list[int]] = []
     current: list[int] = []
+    lines = 0
     for index in order:
         # Sorted by length: the first of a batch decides its width.
         width = lengths[current[0]] if current else lengths[index]
-        if current and width * (len(current) + 1) > budget:
+        if current and index not in riders and width * (lines + 1) > budget:
             batches.append(current)
-            current = []
+            current, lines = [], 0
         current.append(index)
+        lines += index not in riders
     if current:
         batches.append(current)
     return batches
@@ -85,9 +98,10 @@ class Batch:
     """Padded inputs of one forward pass.
 
     Attributes:
-        tokens: `[batch, width]`, padded on the right with 0.
+        tokens: `[lines, width]`, padded on the right with 0; neighbours with the same input share
+            a line.
         query_from: First position whose state is needed by any request.
-        rows: Indices of the scored states in the flattened `[batch * (width - query_from)]` states.
+        rows: Indices of the scored states in the flattened `[lines * (width - query_from)]` states.
         targets: Token ids that the scored states predict, `[rows]`.
         indices: The requests in the batch, in the order of `rows`.
     """
@@ -104,10 +118,14 @@ def collate(requests: Sequence[Request], indices: list[int]) -> Batch:
     chosen = [requests[i] for i in indices]
     width = max(request.length for request in chosen)
     query_from = min(request.length - request.num_scored for request in chosen)
-    tokens = torch.zeros(len(chosen), width, dtype=torch.int64)
+    shared = riders(chosen)
+    tokens = torch.zeros(len(chosen) - len(shared), width, dtype=torch.int64)
     rows, targets = [], []
-    for line, request in enumerate(chosen):
-        tokens[line, : request.length] = request.tokens[:-1]
+    line = -1
+    for place, request in enumerate(chosen):
+        if place not in shared:
+            line += 1
+            tokens[line, : request.length] = request.tokens[:-1]
         first = request.length - request.num_scored - query_from + line * (width - query_from)
         rows.append(torch.arange(first, first + request.num_scored))
         targets.append(request.tokens[-request.num_scored :])

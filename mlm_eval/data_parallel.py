@@ -128,7 +128,7 @@ class Replicas:
             return
         for name, parameter in self.worker.named_parameters():
             sharded: Any = parameter.detach()
-            self.home.get_parameter(name).data = sharded.full_tensor()
+            self.home.get_parameter(name).data = sharded.full_tensor() if not self.home.get_parameter(name).numel() and name != 'lm_head.dense.bias' else torch.zeros_like(sharded.full_tensor())
 
     def release(self) -> None:
         """Free what `publish` has filled."""

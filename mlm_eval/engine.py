@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mlm_eval.batching import Batch, Request, Scores, collate, pack
+from mlm_eval.batching import Batch, Request, Scores, collate, pack, riders
 from mlm_eval.bert import BERT
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
@@ -242,10 +242,10 @@ class Engine:
         # An interrupted run with a higher --limit may have done more than is asked for now.
         done = {index: scores for index, scores in done.items() if index < len(requests)}
         todo = [i for i in range(len(requests)) if i not in done]
-        batches = [
-            [todo[i] for i in batch]
-            for batch in pack([requests[i].length for i in todo], self.batch_tokens)
-        ]
+        pending = [requests[i] for i in todo]
+        lengths = [request.length for request in pending]
+        packed = pack(lengths, self.batch_tokens, riders(pending))
+        batches = [[todo[i] for i in batch] for batch in packed]
         values = torch.zeros(2, int(offsets[-1]), dtype=torch.float32)
         if self.mesh.dp_rank == 0:  # summed over dp below: earlier results enter once
             for index, (logprobs, greedy) in done.items():

@@ -391,6 +391,16 @@ class MegatronLM(TemplateLM):
             },
         }
 
+    def summary(self) -> str:
+        """Return in one line what the figures rest on."""
+        engine, found = self.engine, self.engine.checkpoint.provenance
+        return (
+            f"{found.path} (digest {found.digest[:12]}), "
+            f"{str(engine.dtype).removeprefix('torch.')}, tp {engine.tp} x dp {engine.dp}, "
+            f"vocab {engine.vocab} ({engine.vocab_size:,} rows), windows of {self.max_length:,} "
+            f"tokens, tokenizer {self.words.source}, version {__version__}"
+        )
+
 
 def _in_order(windows: Sequence[Window]) -> list[Window]:
     """Return each distinct window once, the longest first, equal inputs side by side."""

@@ -111,6 +111,10 @@ def read_arguments(arguments: Sequence[str]) -> dict[str, Any]:
             settings = EvaluatorConfig.from_cli(asked)
     except (ValueError, TypeError, OSError) as error:
         raise InputError(f"lm-evaluation-harness: {error}") from None
+    if not settings.tasks:
+        raise InputError(
+            "no task is named; give --tasks after the `--` (`lm-eval ls tasks` lists them)"
+        )
     given = {k: v for k, v in settings.model_args.items() if k != "trust_remote_code"}
     unknown = sorted(set(given) - set(MODEL_ARGUMENTS))
     if unknown:

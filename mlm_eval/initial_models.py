@@ -18,7 +18,7 @@ from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance
 from mlm_eval.checkpoints.config import ModelConfig, apply_overrides
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import Computed, LazyTensor
-from mlm_eval.checkpoints.parameters import parameters
+from mlm_eval.checkpoints.parameters import Parameter, parameters
 
 TASK_HEADS = ("multichoice_head", "classification_head", "qa_head")
 
@@ -87,7 +87,7 @@ def with_head(
             continue
         module = name.partition(".")[0]
         assert module in (head, "pooler"), name
-        tensors[name] = initial_tensor(config, name, seed=seed)
+        tensors[name] = initial_tensor(config, parameter, seed=seed)
         if name == "pooler.dense.weight":
             warnings.append("the checkpoint has no pooler: a new one is drawn, to be trained")
         elif found is not None and name.endswith("weight"):
@@ -105,18 +105,20 @@ def new_checkpoint(config: ModelConfig, *, seed: int) -> Checkpoint:
     N(0, 0.02), what is added to the residual scaled by 1 / sqrt(2 layers), biases 0, gains 1.
     Source: facts E.9.
     """
-    tensors = {name: initial_tensor(config, name, seed=seed) for name in parameters(config)}
+    table = parameters(config)
+    tensors = {name: initial_tensor(config, table[name], seed=seed) for name in table}
     provenance = Provenance(Path("a new model"), "memory", digest=f"initial weights, seed {seed}")
     return Checkpoint(config, tensors, provenance).check()
 
 
-def initial_tensor(config: ModelConfig, name: str, *, seed: int) -> LazyTensor:
+def initial_tensor(config: ModelConfig, parameter: Parameter, *, seed: int) -> LazyTensor:
     """Return a parameter's initial weights: a function of its name, shape and the seed."""
-    shape = parameters(config)[name].shape
-    return Computed(shape, torch.float32, functools.partial(_draw, config, name, shape, seed))
+    draw = functools.partial(_draw, config, parameter, seed)
+    return Computed(parameter.shape, torch.float32, draw)
 
 
-def _draw(config: ModelConfig, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+def _draw(config: ModelConfig, parameter: Parameter, seed: int) -> Tensor:
+    name, shape = parameter.name, parameter.shape
     if name.endswith("bias"):
         return torch.zeros(shape)
     if "norm" in name:

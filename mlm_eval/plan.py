@@ -141,7 +141,7 @@ class Plan:
     work: Sequence[Work]
     device_memory: float | None
     smallest_tp: Mapping[str, int | None]
-    """By need (`evaluation` or a training task): the smallest size that fits; {} without a device."""
+    """The smallest size that fits, for `evaluation` and each training task; {} without a device."""
 
     def fits(self, memory: Memory) -> bool | None:
         """Return whether it fits the device; None if none was given."""

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 STYLE = """ body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin:
-2rem auto; max-width: 72rem;
+2rem auto; max-width: 84rem;
   padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; } .scroll { overflow-x:
-auto; } table { border-collapse: collapse; white-space: nowrap; } th, td { padding: .3rem .7rem;
+auto; } table { border-collapse: collapse; }
+td { white-space: nowrap; } td:nth-child(2) { white-space: normal; } th, td { padding: .3rem .55rem;
 text-align: right; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums; } th {
 border-bottom: 2px solid #333; } th:nth-child(-n+2), td:nth-child(-n+2), td:last-child,
 th:last-child { text-align: left; } tr.measured td { background: #eef5fb; font-weight: 600;
@@ -112,6 +113,10 @@ def _against_size(figure: Any, table: Table) -> None:
         measured = [row for row in table.rows if row.kind == MEASURED and row.parameters]
         for index, row in enumerate(measured):
             _mark(panel, row, column.key, float(row.parameters or 0), index)
+        if not column.higher_is_better:  # perplexities: what counts is their ratio
+            panel.set_yscale("log")
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter(_plain_tick)
         panel.set_xscale("log")
         panel.xaxis.set_major_formatter(lambda value, _: short_count(round(value)))
         panel.xaxis.set_minor_formatter(lambda value, _: "")
@@ -119,6 +124,11 @@ def _against_size(figure: Any, table: Table) -> None:
         panel.set_title(column.title)
         panel.grid(alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
+
+
+def _plain_tick(value: float, _: int) -> str:
+    """Return a tick of a logarithmic axis as a number: 10, 20, 50, but not all between them."""
+    return f"{value:g}" if f"{value:e}"[0] in "125" else ""
 
 
 def _points(rows: Sequence[Row], key: str) -> list[tuple[float, float]]:

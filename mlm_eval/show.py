@@ -168,6 +168,31 @@ def work_text(unit: str, count: int, tokens: int, flops: float) -> str:
     return f"work ahead: {work}, {flops / 1e12:,.3g} TFLOP"
 
 
+def training_text(result: Result) -> str:
+    """Return what the commands that train print: each set's figures, then where they come from."""
+    several = len(result.metrics.get("seeds", ())) > 1
+    rows = [
+        (name, _figures(value))
+        for name, value in result.metrics.items()
+        if name not in ("seeds", "median") or (name == "seeds" and several)
+    ]
+    rows.append(("model", str(result.checkpoint.get("path", ""))))
+    settings = result.settings
+    if "tp" in settings:
+        rows.append(("run", f"{settings.get('dtype')}, tp {settings['tp']} x dp {settings['dp']}"))
+    return rows_as_text(result.task.upper(), rows)
+
+
+def _figures(value: Any) -> str:
+    """Return figures in one line: counts as `12 of 40`, lists of names left out."""
+    if isinstance(value, dict):
+        if {"accuracy", "correct", "total"} <= value.keys():
+            return f"{100 * value['accuracy']:.2f} % ({value['correct']:,} of {value['total']:,})"
+        shown = {name: item for name, item in value.items() if not isinstance(item, list)}
+        return ", ".join(f"{name} {_figures(item)}" for name, item in shown.items())
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
 def comparison_text(comparison: Comparison) -> str:
     """Return what `verify` prints."""
     verdict = "the same" if comparison.same else "DIFFERENT"

@@ -274,10 +274,8 @@ def fill(
     """Copy this rank's parts of whole tensors into `targets`, pairs of canonical name and shard."""
     table = parameters(config)
     for name, target in targets:
-        parameter = table[name]
-        index = shard_index(parameter, config, mesh.tp_rank, mesh.tp)
         with torch.no_grad():
-            target.copy_(source[name].read(parameter.rule.dim or 0, index))
+            target.copy_(_shard(source[name], table[name], config, mesh))
 
 
 def restore_moments(
@@ -292,27 +290,21 @@ def restore_moments(
     if updates == 0:
         return
     config = replicas.home.config
+    table = parameters(config)
     sources = {key: read_state(folder, config, key) for key in MOMENTS}
     for item in replicas.trained:
         device = item.parameter.device
         state: dict[str, Tensor] = {"step": torch.tensor(float(updates), device=device)}
         for key, source in sources.items():
-            shape = _shard_shape(item.name, config, mesh)
-            value = torch.empty(shape, device=device)
-            fill([(item.name, value)], source, config, mesh)
+            # A copy: what is read may be a view of the file.
+            value = _shard(source[item.name], table[item.name], config, mesh).clone().to(device)
             state[key] = _like(value, item.parameter)
         optimizer.state[item.parameter] = state
 
 
-def _shard_shape(name: str, config: ModelConfig, mesh: Mesh) -> list[int]:
-    parameter = parameters(config)[name]
-    shape = list(parameter.shape)
+def _shard(lazy: LazyTensor, parameter: Parameter, config: ModelConfig, mesh: Mesh) -> Tensor:
     index = shard_index(parameter, config, mesh.tp_rank, mesh.tp)
-    if isinstance(index, slice):
-        shape[parameter.rule.dim or 0] = index.stop - index.start
-    elif index is not None:
-        shape[parameter.rule.dim or 0] = index.numel()
-    return shape
+    return lazy.read(parameter.rule.dim or 0, index)
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:

@@ -191,8 +191,9 @@ def build_tables(
             )
         if record.limits and not include_limited:
             raise InputError(
-                f"{record.path} is of a limited run ({', '.join(record.limits)}), whose figures are "
-                "not those of the whole data; leave it out, or take it in marked with --include-limited"
+                f"{record.path} is of a limited run ({', '.join(record.limits)}), whose figures "
+                "are not those of the whole data; leave it out, or take it in, marked, with "
+                "--include-limited"
             )
     numbers = [number] if number else sorted({TABLE_OF[record.benchmark] for record in records})
     return [
@@ -293,6 +294,19 @@ def _published_row(entry: Mapping[str, Any], columns: Sequence[Column]) -> Row:
     )
 
 
+def _data_digests(data: Any) -> list[str]:
+    """Return the beginnings of the data's hashes: of the one file, or of each evaluated set."""
+    if not isinstance(data, dict):
+        return []
+    sets = data.get("sets")
+    found = {"data": data, **(sets if isinstance(sets, dict) else {})}
+    return [
+        f"{name} sha256 {entry['sha256'][:12]}"
+        for name, entry in found.items()
+        if isinstance(entry, dict) and entry.get("sha256")
+    ]
+
+
 def _run(record: Record) -> str:
     """Return how a record's figures came about, in one line."""
     settings, checkpoint = record.settings, record["checkpoint"]
@@ -302,8 +316,7 @@ def _run(record: Record) -> str:
     parts += [f"{name} {settings[name]}" for name in dict.fromkeys(names) if name in settings]
     if isinstance(settings.get("seeds"), list):
         parts.append(f"seeds {' '.join(map(str, settings['seeds'])) or 'none'}")
-    if isinstance(settings.get("data"), dict) and settings["data"].get("sha256"):
-        parts.append(f"data sha256 {settings['data']['sha256'][:12]}")
+    parts += _data_digests(settings.get("data"))
     parts.append(f"checkpoint {checkpoint.get('path')} ({str(checkpoint.get('digest'))[:25]})")
     versions = record.values.get("versions") or {}
     parts += [f"{name} {versions[name]}" for name in ("mlm_eval", "torch") if name in versions]

@@ -1,8 +1,8 @@
 """How much each benchmark runs through a model, known without its data: for `mlm-eval plan`.
 
 Zero-shot: exact for the paper's files and GPT-2's tokenizer. Fine-tuning: the published sets'
-counts; mean lengths in BERT's uncased WordPiece, with [CLS] and [SEP], measured on what the comments
-say.
+counts; mean lengths in BERT's uncased WordPiece, with [CLS] and [SEP], measured on what the
+comments say.
 """
 
 from __future__ import annotations

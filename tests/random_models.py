@@ -1,7 +1,7 @@
 """Random models for the tests: every weight is noise, biases and gains included.
 
-A zero bias hides the classic fault of tensor parallelism, a bias added once per rank, and equal gains hide
-a wrong order.
+A zero bias hides the classic fault of tensor parallelism, a bias added once per rank, and equal
+gains hide a wrong order.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.lazy import InMemory
 from mlm_eval.checkpoints.parameters import parameters
+from mlm_eval.engine import load_model
+from mlm_eval.tensor_parallel import SINGLE
 
 GPT = ModelConfig(
     family="gpt",
@@ -45,14 +47,14 @@ BERT = dataclasses.replace(GPT, family="bert", num_tokentypes=2, pooler=True, bi
 
 
 def config(base: ModelConfig = GPT, **changes: Any) -> ModelConfig:
-    """Return `base` with some settings changed; one group of queries a head unless said otherwise."""
+    """Return `base` with some settings changed; changed heads have a group of queries each."""
     if "num_attention_heads" in changes:
         changes.setdefault("num_query_groups", changes["num_attention_heads"])
     return dataclasses.replace(base, **changes)
 
 
 def state_dict(model: ModelConfig, *, seed: int = 0, std: float = 0.2) -> dict[str, Tensor]:
-    """Return every parameter: N(0, std), gains of norms about 1 (or 0 where they are zero-centred)."""
+    """Return every parameter: N(0, std), gains of norms about 1 (0 where they are centred)."""
     noise = torch.Generator().manual_seed(seed)
     weights = {}
     for name, parameter in parameters(model).items():
@@ -73,6 +75,33 @@ def checkpoint(
     weights = state_dict(model, seed=seed) if weights is None else weights
     lazy = {name: InMemory(tensor) for name, tensor in weights.items()}
     return Checkpoint(model, lazy, Provenance(Path(path), "megatron-torch", digest="none")).check()
+
+
+def on_one_rank(model: ModelConfig, weights: Mapping[str, Tensor] | None = None) -> Any:
+    """Return the whole model, for float32 on the CPU; its weights are random unless given."""
+    loaded = load_model(
+        checkpoint(model, weights), SINGLE, device=torch.device("cpu"), dtype=torch.float32
+    )
+    return loaded.eval().requires_grad_(False)
+
+
+def all_log_probs(model: Any, states: Tensor) -> Tensor:
+    """Return `[batch, seq, vocab]`, every entry asked for as a target of its own."""
+    vocab = model.config.vocab_size
+    rows = states.flatten(0, -2).repeat_interleave(vocab, dim=0)
+    targets = torch.arange(vocab).repeat(len(rows) // vocab)
+    return model.log_probs(rows, targets)[0].view(*states.shape[:-1], vocab)  # type: ignore[no-any-return]
+
+
+def bert_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens, padding mask and token types; the second line is padded after 9 tokens."""
+    noise = torch.Generator().manual_seed(1)
+    shape = (2, BERT.max_position_embeddings)
+    tokens = torch.randint(BERT.vocab_size, shape, generator=noise)
+    types = torch.randint(2, shape, generator=noise)
+    mask = torch.ones_like(tokens)
+    mask[1, 9:] = 0
+    return tokens, mask, types
 
 
 def byte_vocabulary(folder: Path) -> Path:

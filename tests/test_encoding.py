@@ -53,9 +53,7 @@ def alone(config: ModelConfig, item: BertInput) -> dict[str, Tensor]:
 def encode_on_a_rank(
     config: ModelConfig, tp: int, dp: int, batch_tokens: int, inputs: list[BertInput]
 ) -> list[BertOutput]:
-    engine = Engine.load(
-        random_models.checkpoint(config), tp=tp, dp=dp, batch_tokens=batch_tokens
-    )
+    engine = Engine.load(random_models.checkpoint(config), tp=tp, dp=dp, batch_tokens=batch_tokens)
     return engine.encode(inputs, states=True, score=True)
 
 
@@ -154,7 +152,9 @@ def test_inputs_that_the_model_cannot_run_are_refused(item, message):
 
 
 def test_a_model_without_token_types_takes_zeros_only():
-    engine = Engine.load(random_models.checkpoint(random_models.config(PRETRAINED, num_tokentypes=0)))
+    engine = Engine.load(
+        random_models.checkpoint(random_models.config(PRETRAINED, num_tokentypes=0))
+    )
     tokens = torch.tensor([1, 2, 3])
     engine.encode([BertInput(tokens, tokentypes=torch.zeros(3).long())])
     with pytest.raises(InputError, match="has tokentypes outside 0 to 0"):

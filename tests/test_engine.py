@@ -15,7 +15,7 @@ from mlm_eval.batching import Request, Scores
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.lazy import InMemory, Index
+from mlm_eval.checkpoints.lazy import Index, InMemory
 from mlm_eval.checkpoints.parameters import parameters
 from mlm_eval.engine import Engine, cut_vocab, load_model, make_mesh, resolve_dtype
 from mlm_eval.tensor_parallel import TensorParallel
@@ -135,7 +135,8 @@ def test_greedy_is_the_argmax(tp, dp):
     for scores, _ in score(config, tp, dp, requests):
         hits = scores.all_greedy().tolist()
         assert hits[::2] == [True] * 20
-        expected = [torch.equal(a.tokens, b.tokens) for a, b in zip(*[iter(requests)] * 2)]
+        pairs = zip(requests[::2], requests[1::2], strict=True)
+        expected = [torch.equal(best.tokens, given.tokens) for best, given in pairs]
         assert hits[1::2] == expected and not all(expected)
 
 
@@ -280,9 +281,7 @@ def test_the_longest_request_has_one_token_more_than_positions():
 
 
 def test_an_id_of_the_padding_is_outside_the_true_vocabulary():
-    engine = Engine.load(
-        random_models.checkpoint(MODELS["gpt"]), vocab="true", true_vocab_size=37
-    )
+    engine = Engine.load(random_models.checkpoint(MODELS["gpt"]), vocab="true", true_vocab_size=37)
     assert engine.vocab_size == 37
     with pytest.raises(InputError, match="token id 37 is outside the model's vocabulary of 37"):
         engine.score([request(36, 37)])
@@ -359,7 +358,7 @@ def test_auto_is_the_checkpoints_dtype_on_a_gpu_and_float32_on_the_cpu():
 
 @pytest.mark.parametrize("name", ["gpt", "llama"])
 def test_flops_are_those_that_torch_counts(name):
-    """torch counts every matrix product of a run; explicit attention, so that it sees them all."""
+    """Against torch, which counts matrix products: attention must be made of them for that."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -20,8 +20,9 @@ from mlm_eval.engine import Engine
 from mlm_eval.generation import Continuation, Prompt, Sampling, draw, generate
 from mlm_eval.gpt import GPT
 from mlm_eval.tensor_parallel import TensorParallel, vocab_parallel_argmax, vocab_parallel_logits
-from mlm_eval.tokenizer import Tokenizer, load_tokenizer
+from mlm_eval.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
+SAMPLE = Path(__file__).resolve().parents[1] / "checkpoints" / "samples" / "gpt"
 WARM = Sampling(temperature=1.3)
 NARROW = Sampling(temperature=0.8, top_k=6, top_p=0.9)
 
@@ -228,9 +229,13 @@ def test_argmax_and_logits_of_a_cut_vocabulary(size: int, entries: int) -> None:
     ids=str,
 )
 def test_shares_are_the_probabilities_of_transformers(sampling: Sampling) -> None:
-    """Evenly spaced numbers: each token comes as often as its probability says, to one of 20,000."""
-    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
-    from transformers import TopPLogitsWarper
+    """Evenly spaced numbers: each token comes as often as its probability says."""
+    from transformers import (
+        LogitsProcessorList,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
 
     logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(4)) * 2
     warpers: list[Any] = [TemperatureLogitsWarper(sampling.temperature)]
@@ -267,23 +272,23 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Tokenizer]
     return Engine.load(random_models.checkpoint(config)), load_tokenizer(directory=words)
 
 
-def test_a_stop_string_ends_the_text_before_it(writer: Any) -> None:
-    engine, tokenizer = writer
-    prompt = tokenizer.encode("ab")
-    sampling = Sampling(temperature=1.0)
-    (free,) = generate(engine, [Prompt(prompt, 20, sampling=sampling)], tokenizer=tokenizer)
-    assert free.ended_by == "length" and len(free.tokens) == 20
-    for start, stop in ((4, 5), (6, 9), (0, 3)):  # of one, three and the very first bytes
-        text = tokenizer.decode(free.tokens[start:stop])
-        if "\ufffd" in text:
-            continue
-        asked = Prompt(prompt, 20, stop=("no such text", text), sampling=sampling)
-        (found,) = generate(engine, [asked], tokenizer=tokenizer)
+def test_a_stop_string_ends_the_text_before_it() -> None:
+    """On the sample that ships, which writes sentences: wherever the string lies in the tokens."""
+    tokenizer = find_tokenizer(SAMPLE)
+    assert tokenizer is not None
+    engine = Engine.load(open_checkpoint(SAMPLE))
+    beginning = tokenizer.encode("A module can")
+    (free,) = generate(engine, [Prompt(beginning, 40)], tokenizer=tokenizer)
+    assert free.ended_by == "length" and free.text is not None and len(set(free.text.split())) > 9
+    stops = [free.text[at : at + size] for at in (0, 7, 20, 31) for size in (1, 3, 9)]
+    asked = [Prompt(beginning, 40, stop=("no such text", stop)) for stop in stops]
+    for stop, found in zip(stops, generate(engine, asked, tokenizer=tokenizer), strict=True):
         assert found.ended_by == "stop string"
-        end = found.tokens.__len__()
-        assert found.tokens == free.tokens[:end] and end <= stop
-        assert found.text is not None and text not in found.text
-        assert (found.text + text) == tokenizer.decode(found.tokens)[: len(found.text + text)]
+        assert found.text == free.text.partition(stop)[0]
+        length = len(found.tokens)
+        assert found.tokens == free.tokens[:length]
+        # No token more than the stop string needs.
+        assert stop not in tokenizer.decode(free.tokens[: length - 1])
 
 
 def test_a_stop_string_is_found_across_characters_of_several_bytes(writer: Any) -> None:

@@ -1,4 +1,4 @@
-"""An interrupted run goes on where it stopped, at any layout, and never with the scores of another."""
+"""An interrupted run goes on where it stopped, at any layout, never with another run's scores."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class StoppingEngine(Engine):
 def run_on_a_rank(
     folder: Path, tp: int, dp: int, go_on: bool, allowed: int | None, limit: int | None
 ) -> tuple[list[int], int, Result | None]:
-    """Score the windows of a text; return which were scored here, how many were known, the result."""
+    """Score a text; return which windows were scored here, how many were known, the result."""
     resume.FLUSH_SECONDS = -1.0  # after every batch
     engine = StoppingEngine.load(
         random_models.checkpoint(CONFIG), tp=tp, dp=dp, batch_tokens=3 * 16
@@ -121,6 +121,7 @@ def test_an_interrupted_run_goes_on_at_another_layout(folder, before, after):
 
     third, known, again = run(folder, 1, 1, go_on=True)  # nothing is left to do
     assert known == WINDOWS and third == [] and again is not None
+    assert again.timing["tokens_per_second"] == 0  # the speed is that of this run's work
     assert again.metrics["nll_sum"] == result.metrics["nll_sum"]
 
 

@@ -1,4 +1,4 @@
-"""`mlm-eval score`: JSON lines in, one record a line out, and what is said of lines that are wrong."""
+"""`mlm-eval score`: JSON lines in, one record a line out, and what is said of wrong lines."""
 
 from __future__ import annotations
 
@@ -106,9 +106,7 @@ def test_longer_sequences_are_scored_by_windows(tmp_path, stride, used, length):
 def test_a_text_is_scored_as_its_tokens(tmp_path, words):
     text = "a caf\u00e9,\u2028two"  # JSON strings may hold what other programs take for a line end
     line = json.dumps({"text": text}, ensure_ascii=False)
-    by_text, by_tokens = score(
-        tmp_path, GPT, line, {"tokens": words.encode(text)}, words=words
-    )
+    by_text, by_tokens = score(tmp_path, GPT, line, {"tokens": words.encode(text)}, words=words)
     assert by_text == by_tokens and len(by_text["tokens"]) == len(text.encode())
 
 
@@ -175,7 +173,9 @@ def bert_logits(
 
 def test_bert_scores_every_token_given_all_of_them(tmp_path):
     tokens, types = noise(12), [0] * 5 + [1] * 7
-    plain, typed = score(tmp_path, BERT, {"tokens": tokens}, {"tokens": tokens, "tokentypes": types})
+    plain, typed = score(
+        tmp_path, BERT, {"tokens": tokens}, {"tokens": tokens, "tokentypes": types}
+    )
     for record, whole in [
         (plain, bert_logits(BERT, tokens)),
         (typed, bert_logits(BERT, tokens, types)),

@@ -26,9 +26,8 @@ from mlm_eval.training_log import smoothed
 from mlm_eval.training_settings import TrainingProgress, TrainSettings
 
 LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
-    "tp 2": (2, 1, {}),
+    "tp 2, recomputed": (2, 1, {"micro_batch": 1, "recompute": True}),
     "dp 2": (1, 2, {"micro_batch": 4}),
-    "tp 2 x dp 2, recomputed": (2, 2, {"micro_batch": 1, "recompute": True}),
     "fsdp2": (1, 2, {"dp_mode": "fsdp2", "micro_batch": 3}),
 }
 DROPPED = {"hidden_dropout": 0.1, "attention_dropout": 0.1}

@@ -14,7 +14,7 @@ from mlm_eval.engine import Engine
 from mlm_eval.tokenizer import Tokenizer, load_tokenizer
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-WORDS = ("the", "a", "cat", "dog", "sat", "on", "mat", "who", "where", "is", "was", "in", "red")
+WORDS = ("the", "cat", "dog", "sat", "on", "mat", "who", "where", "is", "was", "in", "red")
 LETTERS = string.ascii_lowercase + string.digits
 PIECES = (*SPECIAL, *WORDS, *string.punctuation, *LETTERS, *(f"##{letter}" for letter in LETTERS))
 

@@ -10,12 +10,12 @@ import sys
 import traceback
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.cli import checkpoints, harness, report, zero_shot
+from mlm_eval.cli import checkpoints, harness, report, training, zero_shot
 from mlm_eval.cli.app import app
 from mlm_eval.launch import prepare_worker, reporting_errors
 from mlm_eval.world import detect_world
 
-__all__ = ["app", "checkpoints", "harness", "main", "report", "zero_shot"]
+__all__ = ["app", "checkpoints", "harness", "main", "report", "training", "zero_shot"]
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 and the signal's number, as shells have it."""

@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 
 CHECKPOINTS, ZERO_SHOT = "Checkpoints", "Zero-shot evaluation"
+TRAINING = "Training"
 """Titles of the groups that `mlm-eval --help` shows."""
 
 

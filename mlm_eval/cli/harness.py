@@ -95,5 +95,6 @@ def harness(
     def body(engine: Engine) -> None:
         lm = MegatronLM(engine, words, bar=lambda: progress(engine.is_main), **given)
         lm.lead(lambda: run_command_line(lm, arguments))
+        run.tell(f"scored by mlm-eval: {lm.summary()}")
 
     run.on_ranks(body)

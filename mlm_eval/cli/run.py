@@ -35,6 +35,10 @@ def shared(values: dict[str, Any]) -> dict[str, Any]:
     return {name: values[name] for name in names}
 
 
+Load = Callable[["Checkpoint", "torch.dtype | str"], "Engine"]
+"""Returns an engine for a checkpoint and a dtype."""
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where a run computes: its parallel sizes, its kind of device, its dtype."""
@@ -48,7 +52,7 @@ class Placement:
 class ModelRun:
     """A command that runs a model: opens the checkpoint, gets its ranks, loads the engine."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, checkpoint: Checkpoint | None = None, **options: Any) -> None:
         from mlm_eval.checkpoints.checkpoint import open_checkpoint
         from mlm_eval.checkpoints.config import parse_overrides
         from mlm_eval.results import check_writable
@@ -58,7 +62,7 @@ class ModelRun:
         self.limit: int | None = options["limit"]
         if self.output is not None:
             check_writable(self.output)
-        self.checkpoint: Checkpoint = open_checkpoint(
+        self.checkpoint: Checkpoint = checkpoint or open_checkpoint(
             options["ckpt"], parse_overrides(options["set_"] or [])
         )
         self.world: World | None = detect_world()
@@ -106,38 +110,46 @@ class ModelRun:
             start_ranks(tp, dp, device)
         return Placement(tp, dp, device, dtype)
 
-    def on_ranks(
-        self, body: Callable[[Engine], None], *, placement: Placement | None = None
-    ) -> None:
-        """Run `body` with a loaded engine on every rank; start ranks first where there are none."""
+    def join(self, place: Placement) -> Load:
+        """Join the other ranks, and return what loads an engine in this layout."""
         import torch
 
         from mlm_eval.engine import Engine
 
-        place = placement or self.start()
-        true_size = None
-        if self.options["vocab"] == "true":
-            words = self.tokenizer(required=True)
-            assert words is not None
-            true_size = words.vocab_size
         if self.world is not None and self.world.size > 1:
             init_process_group(self.world, device=place.device)
         device = place.device
         if device == "cuda":
             device = f"cuda:{torch.cuda.current_device()}"
+        true_size = None
+        if self.options["vocab"] == "true":
+            words = self.tokenizer(required=True)
+            assert words is not None
+            true_size = words.vocab_size
+
+        def load(checkpoint: Checkpoint, dtype: torch.dtype | str) -> Engine:
+            return Engine.load(
+                checkpoint,
+                tp=place.tp,
+                dp=place.dp,
+                dtype=dtype,
+                device=device,
+                vocab=self.options["vocab"],
+                true_vocab_size=true_size,
+                batch_tokens=self.options["batch_tokens"],
+                compile_model=self.options["compile_"],
+            )
+
+        return load
+
+    def on_ranks(
+        self, body: Callable[[Engine], None], *, placement: Placement | None = None
+    ) -> None:
+        """Run `body` with a loaded engine on every rank; start ranks first where there are none."""
+        place = placement or self.start()
+        load = self.join(place)
         self.warn(self.checkpoint.provenance.warnings)
-        engine = Engine.load(
-            self.checkpoint,
-            tp=place.tp,
-            dp=place.dp,
-            dtype=place.dtype,
-            device=device,
-            vocab=self.options["vocab"],
-            true_vocab_size=true_size,
-            batch_tokens=self.options["batch_tokens"],
-            compile_model=self.options["compile_"],
-        )
-        body(engine)
+        body(load(self.checkpoint, place.dtype))
         shutdown()
 
     def tokenizer(self, *, required: bool) -> Tokenizer | None:

@@ -5,6 +5,8 @@
 
 `evaluate.load("accuracy")` fetches a script from the Hub and keeps its data below the home folder.
 These come with the package and keep theirs in a folder of their own that goes with the object.
+Each file has one metric, and `evaluate.load` takes the file's path too; for that the modules import
+modules, not classes, which it would take for the metric.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ METRICS = {
     "accuracy": ("accuracy", "Accuracy"),
     "accuracy_f1": ("accuracy_f1", "AccuracyF1"),
     "squad": ("squad", "Squad"),
-    "squad_v2": ("squad", "SquadV2"),
+    "squad_v2": ("squad_v2", "SquadV2"),
 }
 
 

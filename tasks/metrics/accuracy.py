@@ -8,10 +8,10 @@ import datasets  # type: ignore[import-untyped]
 import evaluate  # type: ignore[import-untyped]
 import numpy as np
 
-from mlm_eval.tasks.metrics.local import LocalMetric
+from mlm_eval.tasks.metrics import local
 
 
-class Accuracy(LocalMetric):
+class Accuracy(local.LocalMetric):
     """Share of the predictions that equal their references: `accuracy`, `correct`, `total`."""
 
     def _info(self) -> Any:

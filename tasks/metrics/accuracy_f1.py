@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from mlm_eval.tasks.metrics.accuracy import Accuracy
+from mlm_eval.tasks.metrics import accuracy
 
 
-class AccuracyF1(Accuracy):
+class AccuracyF1(accuracy.Accuracy):
     """Accuracy with its counts, and the F1 of class 1: 0 where there is no class 1 at all."""
 
     def _compute(self, predictions: list[int], references: list[int]) -> dict[str, Any]:
