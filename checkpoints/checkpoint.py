@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mlm_eval.checkpoints.catalog import is_catalog_name, resolve
@@ -20,6 +21,9 @@ from mlm_eval.checkpoints.lazy import InMemory, LazyTensor
 from mlm_eval.checkpoints.parameters import num_parameters, parameters
 
 TRACKER = "latest_checkpointed_iteration.txt"
+
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,8 @@ class Checkpoint:
         """Return itself after comparing the tensors with the table.
 
         Raises:
-            InputError: A parameter is missing, superfluous or of another shape than the
-                config says.
+            InputError: A parameter is missing, superfluous, of another shape than the config says,
+                or no floating-point number.
         """
         table = parameters(self.config)
         where = self.provenance.path
@@ -82,6 +86,12 @@ class Checkpoint:
                     f"{where}: {name} has shape {list(self.tensors[name].shape)}, expected "
                     f"{list(parameter.shape)}; copy all ranks of one save, where ranks of two are "
                     "mixed, or correct the settings with --set"
+                )
+            if self.tensors[name].dtype not in WEIGHT_DTYPES:
+                # 8-bit weights have scales beside them: read as they stand they would be others.
+                raise InputError(
+                    f"{where}: {name} is stored as {self.tensors[name].dtype}, which mlm-eval does "
+                    "not read; use a checkpoint in float32, bfloat16 or float16"
                 )
         extra = sorted(set(self.tensors) - set(table))
         if extra:

@@ -115,6 +115,8 @@ def _bert_heads(c: ModelConfig) -> Iterator[Parameter]:
         yield Parameter("lm_head.layer_norm.weight", (h,), REPLICATED)
         if c.normalization == "LayerNorm":
             yield Parameter("lm_head.layer_norm.bias", (h,), REPLICATED)
+        if c.untie_embeddings_and_output_weights:
+            yield Parameter("output_layer.weight", (c.vocab_size, h), VOCAB)
         yield Parameter("output_layer.bias", (c.vocab_size,), VOCAB)
     if c.pooler:
         yield from _linear("pooler.dense", h, h)

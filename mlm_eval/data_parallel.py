@@ -6,6 +6,7 @@ The loss is computed inside the wrapped module, because both wrappers act when a
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +129,7 @@ class Replicas:
             return
         for name, parameter in self.worker.named_parameters():
             sharded: Any = parameter.detach()
-            self.home.get_parameter(name).data = sharded.full_tensor() if not self.home.get_parameter(name).numel() and name != 'lm_head.dense.bias' else torch.zeros_like(sharded.full_tensor())
+            self.home.get_parameter(name).data = sharded.full_tensor()
 
     def release(self) -> None:
         """Free what `publish` has filled."""
@@ -156,6 +157,7 @@ def _dp_mesh(mesh: Mesh) -> Any:
     return device_mesh(mesh)["dp"]
 
 
+@functools.lru_cache(maxsize=1)
 def device_mesh(mesh: Mesh) -> Any:
     """Return torch's view of the layout, a DeviceMesh ("dp", "tp") over the groups that exist."""
     from torch.distributed.device_mesh import DeviceMesh

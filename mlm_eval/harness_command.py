@@ -31,7 +31,7 @@ class CommandLineLM(MegatronLM):
     loaded: ClassVar[MegatronLM | None] = None
 
     @classmethod
-    def create_from_arg_obj(  # type: ignore[override]
+    def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> MegatronLM:
         """Return the model that `run_command_line` was given."""

@@ -157,8 +157,11 @@ class SpecialTokens:
         name = tokenizer.backend.id_to_token
         pieces = [name(index) or "[gap]" for index in range(tokenizer.vocab_size)]
         ordinary = [len(p) < 2 or (p[0], p[-1]) != ("[", "]") for p in pieces]
+        first, second, third = (index for index in ids.values() if index is not None)
         return cls(
-            *(index for index in ids.values() if index is not None),
+            cls=first,
+            sep=second,
+            mask=third,
             continues=np.array([piece.startswith("##") for piece in pieces]),
             words=np.flatnonzero(ordinary),
         )
@@ -248,7 +251,7 @@ class MaskedText(Sequence[Sample]):
         low, high = bisect_right(self.sentences, start), bisect_left(self.sentences, stop)
         if low == high:
             return (stop - start) // 2
-        return self.sentences[int(chance.integers(low, high))] - start
+        return int(self.sentences[chance.integers(low, high)]) - start
 
     def _hide(
         self, tokens: np.ndarray, chance: np.random.Generator

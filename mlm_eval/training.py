@@ -142,7 +142,7 @@ class _Run:
 
     def prepare(self, *, resume: bool) -> TrainReport | None:
         """Load the state to go on with, wrap the model; return the report of a run that is over."""
-        self.identity = {
+        self.identity: dict[str, Any] = {
             "settings": self.settings.deciding(),
             "objective": self.objective.head,
             "data": fingerprint(self.data),

@@ -134,7 +134,7 @@ def epoch_order(length: int, *, seed: int, epoch: int) -> list[int]:
     # first.
     digest = hashlib.sha256(f"order {seed} {epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
-    return torch.randperm(length, generator=generator).tolist()  # type: ignore[no-any-return]
+    return torch.randperm(length, generator=generator).tolist()
 
 
 @dataclass(frozen=True)

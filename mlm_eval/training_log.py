@@ -38,7 +38,7 @@ class TrainingLog:
         beside.write_text(text, encoding="utf-8")
         os.replace(beside, folder / METRICS)
         self.stream = (folder / METRICS).open("a", encoding="utf-8")
-        self.board: Any = SummaryWriter(str(folder / TENSORBOARD), purge_step=start + 1)  # type: ignore[no-untyped-call]
+        self.board: Any = SummaryWriter(str(folder / TENSORBOARD), purge_step=start + 1)
 
     def step(self, line: Mapping[str, Any]) -> None:
         """Note a step: its `step`, `epoch`, and numbers."""

@@ -189,7 +189,7 @@ def collect(
     table = parameters(replicas.home.config)
     torch_mesh = device_mesh(mesh) if dist.is_initialized() else None
     if kind == WEIGHTS:
-        values = dict(replicas.worker.named_parameters())
+        values: dict[str, Tensor] = dict(replicas.worker.named_parameters())
     else:  # before its first step (or where float16 has skipped all of them) Adam has no moments
         values = {
             item.name: optimizer.state[item.parameter][kind]

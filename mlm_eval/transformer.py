@@ -354,7 +354,7 @@ class OutputLayer(nn.Module):
         super().__init__()
         self.first_row, stop = vocab_range(config.vocab_size, tp.rank, tp.size)
         rows = stop - self.first_row
-        untied = config.untie_embeddings_and_output_weights
+        untied = config.untie_embeddings_and_output_weights and config.lm_head
         self.weight = nn.Parameter(torch.empty(rows, config.hidden_size)) if untied else None
         has_bias = config.family == "bert" and config.lm_head
         self.bias = nn.Parameter(torch.empty(rows)) if has_bias else None

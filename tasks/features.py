@@ -208,7 +208,8 @@ class PairFeatures(Sequence[Sample]):
         if self.max_first is not None:
             first = np.minimum(first, self.max_first)
         second = np.repeat(self.stop - self.start, self.rows)
-        return np.minimum(first + second + SPECIAL_TOKENS, self.max_length)
+        lengths: Integers = np.minimum(first + second + SPECIAL_TOKENS, self.max_length)
+        return lengths
 
     def length(self, index: int) -> int:
         """Return the length of a sample's longest row without making it."""

@@ -119,7 +119,9 @@ class Glue(ChoiceTask):
         hub = DatasetName("nyu-mll/glue", self.name, None)
         for name, where, rows in dataset_splits(source, default=hub, splits=splits, role=role):
             check_columns(rows, (*self.hub_texts, "label", "idx"), where)
-            examples, texts, records = [], [], []
+            examples: list[Example] = []
+            texts: list[str] = []
+            records: list[Any] = []
             for number, row in enumerate(rows, start=1):
                 place = f"{where}, row {number}"
                 first, second = (take(row, column, str, place) for column in self.hub_texts)

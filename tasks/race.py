@@ -118,7 +118,7 @@ def parse_passages(text: str, where: str) -> list[Passage]:
     Raises:
         InputError: A line is no passage of RACE.
     """
-    passages = []
+    passages: list[Passage] = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             place = f"{where}, line {number}"

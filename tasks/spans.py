@@ -84,7 +84,8 @@ def best_spans(
         values = np.take_along_axis(sums, top, axis=1)
         # Equal scores: the earlier and then the shorter span first.
         ranks = np.lexsort((top, -values), axis=1)
-        top, values = (np.take_along_axis(table, ranks, axis=1) for table in (top, values))
+        top = np.take_along_axis(top, ranks, axis=1)
+        values = np.take_along_axis(values, ranks, axis=1)
         scores[block, :kept] = values
         first[block, :kept] = top // max_length
         last[block, :kept] = top // max_length + top % max_length

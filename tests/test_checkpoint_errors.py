@@ -392,6 +392,18 @@ def test_parameters_missing_or_too_many(tmp_path: Path):
         open_checkpoint(root)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.complex64])
+def test_weights_that_are_no_plain_numbers(dtype: torch.dtype, tmp_path: Path):
+    root = gpt(tmp_path, tp=1)
+    name = "decoder.layers.2.mlp.linear_fc2.weight"
+
+    def convert(contents: dict) -> None:
+        contents["model"][name] = contents["model"][name].to(dtype)
+
+    change(rank_file(root), convert)
+    refused(root, f"{name} is stored as {dtype}, which mlm-eval does not read; use")
+
+
 def test_files_that_contradict_their_args(tmp_path: Path):
     for change_of_args, message in (
         ({"num_layers": 5}, "holds 4 layers where its args say 5"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from command_line import TEXT, assert_one_sentence, read
 
 from mlm_eval import cli
@@ -17,9 +18,9 @@ from mlm_eval.checkpoints.checkpoint import open_checkpoint
 from mlm_eval.engine import Engine
 from mlm_eval.tokenizer import load_tokenizer
 
-pytest_plugins = ["command_line"]
+pytest_plugins = ["command_line_fixtures"]
 
-COMMANDS = sorted(command.callback.__name__ for command in cli.app.registered_commands)  # type: ignore[union-attr]
+COMMANDS = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
 BERT_ORACLE = Path(__file__).with_name("oracles") / "v25_bert_tp2_fusedgelu"
 
 

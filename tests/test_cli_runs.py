@@ -22,7 +22,7 @@ from mlm_eval.resume import PartialScores
 from mlm_eval.tasks import evaluate
 from mlm_eval.tokenizer import load_tokenizer
 
-pytest_plugins = ["command_line"]
+pytest_plugins = ["command_line_fixtures"]
 
 
 # --- Ranks, interruption, resume ----------------------------------------------------------------

@@ -34,6 +34,7 @@ from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import MappedFile
 from mlm_eval.checkpoints.megatron_torch import qkv_order
+from mlm_eval.engine import Engine
 
 SHIPPED = Path(__file__).with_name("oracles")
 
@@ -143,6 +144,22 @@ def test_names_of_bert(era: str, tmp_path: Path):
     checkpoint = open_checkpoint(root)
     assert checkpoint.config == BERT
     holds(checkpoint, model)
+
+
+@pytest.mark.parametrize("lm_head", [True, False])
+def test_bert_with_an_output_table_of_its_own(lm_head: bool, tmp_path: Path):
+    """megatron-core has the choice; a fine-tuned file keeps the flag, but has no such table."""
+    config = dataclasses.replace(BERT, untie_embeddings_and_output_weights=True, lm_head=lm_head)
+    model = random_model(config)
+    assert ("output_layer.weight" in model) == lm_head
+    root = write(tmp_path, model, config, tp=2, args=args_of(config))
+    checkpoint = open_checkpoint(root)
+    assert checkpoint.config == config
+    holds(checkpoint, model)
+    loaded = dict(Engine.load(checkpoint).model.named_parameters())
+    assert set(loaded) == set(model)
+    if lm_head:
+        assert torch.equal(loaded["output_layer.weight"], model["output_layer.weight"])
 
 
 @pytest.mark.parametrize(

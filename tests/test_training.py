@@ -136,6 +136,25 @@ def test_the_last_and_the_best_weights_are_megatron_checkpoints(finished):
             assert torch.equal(shard, cut), name
 
 
+ORIGINAL_ORDER = {"apply_residual_connection_post_layernorm": True}
+
+
+@pytest.mark.parametrize("changes", [{}, ORIGINAL_ORDER], ids=["", "original order"])
+@pytest.mark.parametrize("kind", training_runs.OBJECTIVES)
+def test_what_was_trained_is_what_was_written(kind, changes, tmp_path):
+    base = dataclasses.replace(random_models.GPT if kind == "lm" else random_models.BERT, **changes)
+    steps = {"max_steps": 2, "warmup": 0.0, "hidden_dropout": 0.3}
+    report, weights = training_runs.run(1, 1, kind, tmp_path / "run", steps, base=base)
+    checkpoint = open_checkpoint(report.checkpoint)
+    before = training_runs.model_for(kind, base)
+    for name, value in weights.items():
+        assert torch.equal(checkpoint.tensors[name].read(), value)
+        assert not torch.equal(before.tensors[name].read(), value), f"{name} was not trained"
+    expected = dataclasses.replace(before.config, hidden_dropout=0.3, attention_dropout=0.0)
+    assert checkpoint.config == expected
+    assert report.best is None and report.best_checkpoint is None and report.evaluations == []
+
+
 def test_the_logs_are_there(finished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

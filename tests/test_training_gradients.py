@@ -16,6 +16,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mlm_eval import tensor_parallel
 from mlm_eval.checkpoints.checkpoint import open_checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
@@ -183,6 +184,21 @@ def test_with_dropout_no_layout_changes_a_gradient(kind, way, dropped):
     ):
         assert actual == pytest.approx(loss, rel=1e-5)
         assert_same_gradients(gradients, expected)
+
+
+def in_chunks(tp: int, kind: str) -> tuple[float, dict[str, Tensor]]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tensor_parallel, "LOGIT_CHUNK_ELEMENTS", 130)  # five rows at tp 2
+        return training_runs.gradients(tp, 1, kind, {})
+
+
+@pytest.mark.parametrize("kind", ["mlm", "lm"])
+def test_logits_in_chunks_have_the_same_gradients(kind):
+    loss, expected = training_runs.gradients(1, 1, kind, {})
+    for tp in (1, 2):
+        for actual, gradients in run_ranks(tp, in_chunks, tp, kind):
+            assert actual == pytest.approx(loss, rel=1e-5)
+            assert_same_gradients(gradients, expected)
 
 
 def test_dropout_does_something(dropped):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import datasets  # type: ignore[import-untyped]
-import evaluate  # type: ignore[import-untyped]
+import datasets
+import evaluate
 import numpy as np
 
 from mlm_eval.tasks.metrics import local

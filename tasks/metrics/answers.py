@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import datasets  # type: ignore[import-untyped]
-import evaluate  # type: ignore[import-untyped]
+import datasets
+import evaluate
 
 from mlm_eval.tasks.metrics import local
 

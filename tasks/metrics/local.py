@@ -6,10 +6,10 @@ import tempfile
 import weakref
 from typing import Any
 
-import evaluate  # type: ignore[import-untyped]
+import evaluate
 
 
-class LocalMetric(evaluate.Metric):  # type: ignore[misc]
+class LocalMetric(evaluate.Metric):
     """A metric that works offline and without a home folder."""
 
     def __init__(self, *args: Any, cache_dir: str | None = None, **options: Any) -> None:

@@ -7,9 +7,10 @@ all, silence is right; and two empty answers agree.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import datasets  # type: ignore[import-untyped]
+import datasets
 
 from mlm_eval.tasks.metrics import answers
 
@@ -54,23 +55,28 @@ class SquadV2(answers.AnswersMetric):
         return result
 
 
+@dataclass(frozen=True, slots=True)
 class _Row:
     """A question's figures before any threshold."""
 
-    __slots__ = ("answered", "exact", "f1", "has_answer", "odds")
+    exact: float
+    f1: float
+    has_answer: bool
+    answered: bool
+    odds: float
 
     @classmethod
     def of(cls, prediction: dict[str, Any], truths: Sequence[str]) -> _Row:
-        row = cls()
         text = answers.normalize(prediction["prediction_text"])
         # A true answer of which nothing is left is none; and without any, silence is right.
         wanted = [left for truth in truths if (left := answers.normalize(truth))] or [""]
-        row.exact = answers.best(answers.exact, text, wanted)
-        row.f1 = answers.best(f1_or_both_empty, text, wanted)
-        row.has_answer = bool(truths)
-        row.answered = bool(prediction["prediction_text"])
-        row.odds = prediction["no_answer_probability"]
-        return row
+        return cls(
+            exact=answers.best(answers.exact, text, wanted),
+            f1=answers.best(f1_or_both_empty, text, wanted),
+            has_answer=bool(truths),
+            answered=bool(prediction["prediction_text"]),
+            odds=prediction["no_answer_probability"],
+        )
 
     def at(self, name: str, threshold: float) -> float:
         """Return a figure where the answer is withdrawn above a threshold."""
