@@ -79,7 +79,7 @@ def planned(case: Case) -> int:
         need = evaluation_memory(
             config, tp=1, itemsize=itemsize, batch_tokens=case.batch_tokens, scored_rows=1024
         )
-        return need.total
+        return need.on_cpu().total
     batch = TrainingBatch(
         rows=case.rows,
         length=case.length,
@@ -88,7 +88,7 @@ def planned(case: Case) -> int:
         recompute=case.recompute,
     )
     heads = {"lm_head": False, "binary_head": False, "multichoice_head": True}
-    return training_memory(dataclasses.replace(config, **heads), batch, tp=1).total
+    return training_memory(dataclasses.replace(config, **heads), batch, tp=1).on_cpu().total
 
 
 def measured(name: str, folder: Path) -> int:

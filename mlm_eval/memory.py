@@ -12,6 +12,7 @@ attention's output (h / tp), f width of the MLP (/ tp), g rows of the packed QKV
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,11 @@ from mlm_eval.checkpoints.parameters import (
 from mlm_eval.tensor_parallel import LOGIT_CHUNK_ELEMENTS
 
 FLOAT32 = 4
+
+
+HEAP_SHARE = 0.5
+"""Of the activations, as much again on the CPU: glibc keeps freed blocks of up to 32 MB, in pieces
+that the next ones do not fit into. Measured by benchmarks/plan_memory.py: 0 to 1.1 times."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,11 @@ class Memory:
     def total(self) -> int:
         """All of it."""
         return self.weights + self.gradients + self.moments + self.activations
+
+    def on_cpu(self) -> Memory:
+        """Return what a process on the CPU occupies for it, where freed memory stays in the heap."""
+        kept = round(HEAP_SHARE * self.activations)
+        return dataclasses.replace(self, activations=self.activations + kept)
 
 
 @dataclass(frozen=True)

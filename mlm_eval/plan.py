@@ -186,6 +186,7 @@ def make_plan(
     *,
     itemsize: int,
     batch_tokens: int,
+    device: str = "cuda",
     tp: int | None = None,
     device_memory: float | None = None,
     throughput: float | None = None,
@@ -201,6 +202,7 @@ def make_plan(
         workloads: The benchmarks.
         itemsize: Bytes of a weight in evaluation.
         batch_tokens: Padded tokens of a forward pass in evaluation.
+        device: `cuda` or `cpu`.
         tp: Only this size.
         device_memory: Bytes of a device.
         throughput: Floating-point operations a second that a device sustains.
@@ -218,13 +220,27 @@ def make_plan(
         _layout(size, config_of(size), workloads, itemsize=itemsize, batch_tokens=batch_tokens)
         for size in sizes
     ]
+    if device == "cpu":
+        layouts = [
+            dataclasses.replace(
+                layout,
+                evaluation=layout.evaluation.on_cpu(),
+                training={task: need.on_cpu() for task, need in layout.training.items()},
+            )
+            for layout in layouts
+        ]
     plan = Plan(
         name=name,
         config=config,
         parameters=num_parameters(config),
         paper_parameters=paper_parameters,
         allowed_tp=allowed_tp(config),
-        settings=dict(settings or {}, itemsize=itemsize, batch_tokens=batch_tokens),
+        settings={
+            **(settings or {}),
+            "device": device,
+            "itemsize": itemsize,
+            "batch_tokens": batch_tokens,
+        },
         layouts=layouts,
         work=[],
         device_memory=device_memory,

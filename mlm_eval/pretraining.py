@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from mlm_eval.batching import pack
 from mlm_eval.bert import BERT
@@ -261,8 +262,9 @@ class _Samples:
 def measure(engine: Engine, data: Sequence[Sample], *, dtype: str = "float32") -> dict[str, Any]:
     """Return loss, perplexity and accuracy of a language model on samples, on every rank the same.
 
-    The loss is the mean over hidden (BERT) or predicted tokens, in nats; a BERT with a binary head
-    adds `order_accuracy`. `score` is the negative loss.
+    `loss` is what training lowers: the mean over hidden (BERT) or predicted tokens, in nats. A BERT
+    with a binary head adds the mean loss of the segments' order; then `lm_loss` and `order_loss`
+    are its two parts. `score` is the negative loss.
 
     Args:
         engine: With the model.
@@ -270,33 +272,34 @@ def measure(engine: Engine, data: Sequence[Sample], *, dtype: str = "float32") -
         dtype: Of the matrix products.
     """
     lengths = [sample_length(data, index) for index in range(len(data))]
-    batches = pack(lengths, engine.batch_tokens)
-    # Sums of losses, hits, predictions, right orders, samples with an order.
+    # Sums of: losses, hits, predictions; losses of orders, right ones.
     sums = torch.zeros(5, dtype=torch.float64, device=engine.device)
-    for indices in batches[engine.mesh.dp_rank :: engine.mesh.dp]:
+    for indices in pack(lengths, engine.batch_tokens)[engine.mesh.dp_rank :: engine.mesh.dp]:
         batch = collate([data[index] for index in indices], device=engine.device)
+        order = None
         with torch.autocast(engine.device.type, DTYPES[dtype], enabled=dtype != "float32"):
             if isinstance(engine.model, BERT):
                 losses, hits, count, order = MaskedLM().parts(engine.model, batch, None)
             else:
                 losses, hits, count = CausalLM().loss_and_hits(engine.model, batch, None)
-                order = None
-        found = [losses.double().sum(), hits.double().sum(), losses.new_tensor(count).double()]
+        found = [losses.sum(), hits.sum(), torch.tensor(count, device=engine.device)]
         if order is not None:
-            right = order.argmax(dim=-1) == batch.labels[:, 0]
-            found += [right.double().sum(), losses.new_tensor(len(indices)).double()]
-        sums[: len(found)] += torch.stack(found)
+            exchanged = batch.labels[:, 0]
+            found += [F.cross_entropy(order, exchanged, reduction="sum")]
+            found += [(order.argmax(dim=-1) == exchanged).sum()]
+        sums[: len(found)] += torch.stack([value.double() for value in found])
     if engine.dp > 1:
         dist.all_reduce(sums, group=engine.mesh.dp_group)
-    loss, hits, count, right, ordered = sums.tolist()
+    loss, hits_in_all, tokens, order_loss, right = sums.tolist()
+    loss, order_loss = loss / tokens, order_loss / len(data)
     metrics = {
-        "loss": loss / count,
-        "perplexity": exponential(loss / count),
-        "accuracy": hits / count,
-        "score": -loss / count,
+        "loss": loss + order_loss,
+        "perplexity": exponential(loss),
+        "accuracy": hits_in_all / tokens,
+        "score": -loss - order_loss,
     }
-    if ordered:
-        metrics["order_accuracy"] = right / ordered
+    if engine.config.binary_head:
+        metrics |= {"lm_loss": loss, "order_loss": order_loss, "order_accuracy": right / len(data)}
     return metrics
 
 

@@ -6,6 +6,7 @@ import html
 import io
 import re
 from collections.abc import Sequence
+from typing import Any
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.report import HTML, MEASURED, PUBLISHED, Row, Table, short_count, wide_frame
@@ -79,7 +80,11 @@ def table_plot(table: Table) -> str:
     from matplotlib.figure import Figure
 
     # Text stays text, and names of parts do not depend on the time of drawing.
-    settings = {"svg.fonttype": "none", "svg.hashsalt": f"table{table.number}", "font.size": 10}
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": f"table{table.number}",
+        "font.size": 10,
+    }
     with rc_context(settings):
         if any(not column.higher_is_better for column in table.columns):
             figure = Figure(figsize=(9, 3.6), layout="constrained")

@@ -168,6 +168,8 @@ class _Job:
         if ended is not None:
             _tell(self.observer.say, f"seed {seed}: done before, {folder}")
             return ended
+        if len(self.options.seeds) > 1:
+            _tell(self.observer.say, f"seed {seed}: training, {folder}")
         head = self._with_head(seed)
         engine = self.load(head, "float32")
         dtype, autocast = self._dtypes(engine)
@@ -326,7 +328,7 @@ class _Job:
                 folder / PREDICTIONS / (part.name + SUFFIX),
                 part,
                 judgement.predictions[part.name],
-                task=self.task.name,
+                task=self.task,
                 seed=seed,
                 classes=list(self.task.classes),
                 recipe=self.prepared.recipe_name,

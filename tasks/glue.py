@@ -7,7 +7,7 @@ field, a line ends a row, and nothing is quoted. Source: facts G.1 and G.3.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -86,6 +86,15 @@ class Glue(ChoiceTask):
         if path.is_dir():
             return self.read(source, [role])
         return [self._read_file(path, role)]
+
+    def submission(self, predictions: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+        """See `Task.submission`: what GLUE's server takes; QQP's classes are numbers there."""
+        names = self.classes if self.name == "mnli" else tuple(map(str, range(len(self.classes))))
+        lines = ["index\tprediction"]
+        for record in predictions:
+            shares = record["probabilities"]
+            lines.append(f"{record['id']}\t{names[shares.index(max(shares))]}")
+        return {".tsv": "\n".join(lines) + "\n"}
 
     @abstractmethod
     def parse(self, rows: Sequence[list[str]], path: str) -> Parsed:

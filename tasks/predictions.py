@@ -48,18 +48,26 @@ class Predictions:
 
 
 def write_predictions(
-    path: Path, answered: Answered, records: Sequence[Mapping[str, Any]], **header: Any
+    path: Path,
+    answered: Answered,
+    records: Sequence[Mapping[str, Any]],
+    *,
+    task: Task,
+    **header: Any,
 ) -> Path:
-    """Write a file of predictions and return its path: the whole of it, or nothing.
+    """Write a file of predictions, and the benchmark's own forms beside it; return its path.
 
     Args:
         path: Of the file.
         answered: What the set is.
         records: The decided predictions.
-        header: `task`, `seed`, `checkpoint` (its record), `recipe`, `null_threshold`, ...
+        task: Of which they are.
+        header: `seed`, `checkpoint` (its record), `recipe`, `null_threshold`, ...
     """
+    for suffix, text in task.submission(records).items():
+        write_text(path.with_name(path.name.removesuffix(SUFFIX) + suffix), text)
     first = {
-        MARK: header.pop("task"),
+        MARK: task.name,
         "set": answered.name,
         "role": answered.role,
         "labelled": answered.labelled,
@@ -125,7 +133,7 @@ def ensemble(paths: Sequence[str | Path], *, output: str | Path | None = None) -
                 Path(output) / (part.name + SUFFIX),
                 part,
                 judgement.predictions[part.name],
-                task=first[MARK],
+                task=task,
                 ensemble=[str(file.path) for file in groups[part.name]],
                 checkpoint=first["checkpoint"],
                 null_threshold=_used_threshold(judgement, part.role),

@@ -11,6 +11,7 @@ passage as it was written, at the places of its first and last token.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -156,12 +157,14 @@ class Squad(Task):
         """See `Task.judge`.
 
         Without a threshold of "no answer" the one with the best F1 on the dev sets together is
-        taken; test sets are judged at the same.
+        taken. Test sets are judged at the same; without a dev set, at 0.
         """
         judgement = Judgement()
         absent = any(part.version == "2.0" for part in sets)
         for role in ("dev", "test"):
             parts = [part for part in sets if part.role == role]
+            if role == "test" and null_threshold is None:
+                null_threshold = 0.0  # a threshold must not be fitted to a test set
             pool = [record for part in parts if part.labelled for record in part.records]
             if pool:
                 judgement.metrics[role] = figures(pool, null_threshold, absent=absent)
@@ -176,6 +179,15 @@ class Squad(Task):
             dev = judgement.metrics["dev"]
             judgement.metrics.update({name: dev[name] for name in ("exact", "f1")})
         return judgement
+
+    def submission(self, predictions: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+        """See `Task.submission`: what the official scripts read, answers and odds of no answer."""
+        answers = {record["id"]: record["text"] for record in predictions}
+        odds = {record["id"]: record["null_odds"] for record in predictions}
+        return {
+            ".json": json.dumps(answers, ensure_ascii=False, indent=1) + "\n",
+            ".null_odds.json": json.dumps(odds, indent=1) + "\n",
+        }
 
     def summary(self, metrics: Mapping[str, Any]) -> dict[str, float]:
         """See `Task.summary`; the score is F1."""

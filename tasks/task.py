@@ -240,6 +240,10 @@ class Task(ABC):
             null_threshold: See `Recipe`.
         """
 
+    def submission(self, predictions: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+        """Return decided predictions in the benchmark's own forms: file suffix -> text."""
+        return {}
+
     @abstractmethod
     def summary(self, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Return the dev sets' figures for a line: `score`, which chooses among models, first."""

@@ -552,7 +552,7 @@ def test_every_task_from_files_to_an_evaluation(
     tuned = open_checkpoint(tmp_path / "out" / "checkpoint")
     again = run(task, tuned, options(tmp_path / "again", eval_only=True, **small), words)
     assert counts(again) == counts(result)
-    for file in (tmp_path / "out" / "predictions").iterdir():
+    for file in (tmp_path / "out" / "predictions").glob("*.jsonl"):
         records = read_predictions(file).records
         assert records == read_predictions(tmp_path / "again" / "predictions" / file.name).records
     if task == "mnli":

@@ -15,7 +15,7 @@ from tiny_bert import CLS, SEP, ids
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.tasks.glue import Glue, Mnli, Qqp, set_name
 from mlm_eval.tasks.recipe import load_recipe
-from mlm_eval.tasks.task import Example, ExampleSet, check_names
+from mlm_eval.tasks.task import Example, ExampleSet, check_names, make_task
 
 MNLI_TRAIN = [
     "index", "promptID", "pairID", "genre", "sentence1_binary_parse", "sentence2_binary_parse",
@@ -272,6 +272,34 @@ def test_qqp_of_the_hub(tmp_path):
     other = save_hub(tmp_path / "other", validation=[{**row, "label": 7}])
     with pytest.raises(InputError, match="row 1: the label 7 is not known for QQP"):
         read(Qqp, other, "dev")
+
+
+@pytest.mark.parametrize(
+    ("task", "source", "path", "config"),
+    [
+        ("mnli", "nyu-mll/glue", "nyu-mll/glue", "mnli"),
+        ("qqp", "glue", "nyu-mll/glue", "qqp"),
+        ("mnli", "SetFit/mnli:default", "SetFit/mnli", "default"),
+        ("race", "ehovy/race", "ehovy/race", "all"),
+        ("race", "race:high", "ehovy/race", "high"),
+        ("squad", "rajpurkar/squad", "rajpurkar/squad", None),
+        ("squad", "squad_v2", "rajpurkar/squad_v2", None),
+    ],
+)
+def test_names_of_the_hub_are_asked_for_by_their_config(
+    tmp_path, monkeypatch, task, source, path, config
+):
+    asked = []
+
+    def load(name: Any) -> Any:
+        asked.append((name.path, name.config, name.split))
+        raise InputError("asked")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mlm_eval.tasks.sources.load_dataset", load)
+    with pytest.raises(InputError, match="asked"):
+        make_task(task).read(source, ["dev"])
+    assert asked == [(path, config, None)]
 
 
 # --- real texts ---

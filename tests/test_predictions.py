@@ -10,7 +10,7 @@ import pytest
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.tasks.predictions import ensemble, read_predictions, write_predictions
-from mlm_eval.tasks.task import Answered, close_calls, digits, softmax
+from mlm_eval.tasks.task import Answered, close_calls, digits, make_task, softmax
 
 CHECKPOINT = {"path": "bert", "digest": "d", "num_parameters": 336_000_000, "config": {}}
 
@@ -36,8 +36,9 @@ def save(
     labelled = records[0][truth] is not None
     part = Answered(name, role, labelled, version, records)
     header: dict[str, Any] = {
-        "task": task, "seed": 1, "checkpoint": CHECKPOINT, "recipe": "r", "train_limit": None,
-        "dev_limit": None, "test_limit": None, "null_threshold": None, "threshold_is_fixed": False,
+        "task": make_task(task), "seed": 1, "checkpoint": CHECKPOINT, "recipe": "r",
+        "train_limit": None, "dev_limit": None, "test_limit": None,
+        "null_threshold": None, "threshold_is_fixed": False,
     }  # fmt: skip
     return write_predictions(path, part, records, **{**header, **more})
 
@@ -103,6 +104,7 @@ def test_an_ensemble_averages_probabilities(tmp_path):
     assert result.metrics["dev"]["correct"] == 3
     assert result.settings["ensemble"] == 3
     assert result.checkpoint["num_parameters"] == 336_000_000
+    assert [file.name for file in (tmp_path / "together").iterdir()] == ["dev-middle.jsonl"]
     written = read_predictions(tmp_path / "together" / "dev-middle.jsonl")
     assert written.records[0]["probabilities"] == pytest.approx([1.6 / 3, 0.9 / 3, 0.5 / 3])
     assert json.loads(result.to_json())["counts"] == {"dev-middle": 3}
@@ -121,6 +123,17 @@ def test_sets_of_one_role_are_pooled_and_folders_taken(tmp_path):
     assert result.metrics["dev"] == {"accuracy": 0.4, "correct": 2, "total": 5}
     assert "test" not in result.metrics  # no labels
     assert result.counts == {"dev-high": 2, "dev-middle": 3, "test": 1}
+
+
+@pytest.mark.parametrize(
+    ("task", "names"), [("mnli", ["neutral", "contradiction"]), ("qqp", ["1", "0"])]
+)
+def test_what_the_server_of_glue_takes(tmp_path, task, names):
+    rows = ([0.1, 0.9], [0.6, 0.4]) if task == "qqp" else ([0.1, 0.2, 0.7], [0.4, 0.3, 0.3])
+    save(tmp_path / "test.jsonl", choices(*((None, row) for row in rows)), name="test", task=task)
+    assert (tmp_path / "test.tsv").read_text() == (
+        f"index\tprediction\nq0\t{names[0]}\nq1\t{names[1]}\n"
+    )
 
 
 def test_qqp_has_f1(tmp_path):
@@ -184,6 +197,11 @@ def test_an_ensemble_of_squad_finds_its_own_threshold(tmp_path):
     assert result.settings["version"] == "2.0"
     texts = [r["text"] for r in read_predictions(tmp_path / "out" / "dev.jsonl").records]
     assert texts == ["x", "", "w"]
+    # And what the official script reads: answers, and how likely there is none.
+    official = json.loads((tmp_path / "out" / "dev.json").read_text())
+    assert official == {"q0": "x", "q1": "", "q2": "w"}
+    odds = json.loads((tmp_path / "out" / "dev.null_odds.json").read_text())
+    assert odds == {"q0": -3.0, "q1": 4.0, "q2": 1.0}
 
 
 def test_a_fixed_threshold_stays(tmp_path):

@@ -335,6 +335,12 @@ def test_test_sets_are_judged_at_the_dev_sets_threshold():
     assert [found.predictions[name][0]["text"] for name in ("test", "test-b")] == ["", "w"]
 
 
+def test_no_threshold_is_fitted_to_a_test_set():
+    test = Answered("test", "test", True, "2.0", RECORDS)
+    found = Squad().judge([test]).metrics["test"]
+    assert (found["null_threshold"], found["exact"], found["best_exact"]) == (0.0, 50.0, 75.0)
+
+
 def test_version_1_always_has_an_answer():
     found = judge([RECORDS[0], RECORDS[2]], None, version="1.1")
     assert found.metrics["dev"] == {"exact": 100.0, "f1": 100.0, "total": 2}

@@ -233,7 +233,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path):
     target += ["2", "1"]
     with subprocess.Popen(target, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        wait_for(lambda: (tmp_path / "run" / "state" / "step-00000004").exists(), process)
+        wait_for(lambda: (tmp_path / "run" / "state" / "step-00000003").exists(), process)
         pids = [int((tmp_path / f"pid{rank}").read_text()) for rank in range(2)]
         killed = time.monotonic()
         os.kill(pids[1], signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""A BERT of a few thousand weights with a vocabulary of its own, for tests of the fine-tuning tasks."""
+"""A BERT of a few thousand weights with its own vocabulary, for tests of fine-tuning."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from mlm_eval import launch
 from mlm_eval.world import World, detect_world
 
 DELAY = 0.1  # of each step: time for a kill
-SETTINGS = {"max_steps": 12, "save_minutes": 0.0, "hidden_dropout": 0.1, "attention_dropout": 0.1}
+SETTINGS = {"max_steps": 7, "save_minutes": 0.0, "hidden_dropout": 0.1, "attention_dropout": 0.1}
 
 
 def train(folder: Path, world: World, tp: int, dp: int, resume: bool) -> None:

@@ -90,9 +90,13 @@ def plan(
             help="auto (the checkpoint's; bfloat16 for a named size), float32, bfloat16, float16."
         ),
     ] = "auto",
+    device: Annotated[str, typer.Option(help="What to plan for: cuda or cpu.")] = "cuda",
     batch_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of an evaluation's forward pass on a rank.")
-    ] = 32768,
+        int | None,
+        typer.Option(
+            min=1, help="Tokens of an evaluation's forward pass on a rank; default: the engine's."
+        ),
+    ] = None,
     micro_batch: Annotated[
         int, typer.Option(min=1, help="Samples of a training step's forward pass on a rank.")
     ] = 8,
@@ -122,6 +126,8 @@ def plan(
 
     if (ckpt is None) == (model is None):
         raise InputError("give --ckpt C, or --model NAME for a size without a checkpoint")
+    if device not in DEFAULT_BATCH_TOKENS:
+        raise InputError(f"--device {device!r} is unknown; plan for cuda or cpu")
     memory = None if device_memory is None else parse_memory(device_memory)
     rate = None if throughput is None else parse_throughput(throughput)
     name, config_of, paper_count = (
@@ -143,7 +149,8 @@ def plan(
         config_of,
         workloads(first, task=task, size=size, micro_batch=micro_batch, batch=batch),
         itemsize=4 if precision == "float32" else 2,
-        batch_tokens=batch_tokens,
+        batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS[device],
+        device=device,
         tp=tp,
         device_memory=memory,
         throughput=rate,
@@ -159,6 +166,9 @@ def plan(
     )
     print(json.dumps(made.to_dict(), indent=2) if as_json else plan_text(made))
 
+
+DEFAULT_BATCH_TOKENS = {"cuda": 32768, "cpu": 4096}
+"""Those of `Engine.load`."""
 
 _Source = tuple[str, "Callable[[int], ModelConfig]", "int | None"]
 

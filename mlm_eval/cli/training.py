@@ -145,11 +145,9 @@ def _finetune(task: str, values: dict[str, Any]) -> None:
         "hidden_dropout attention_dropout seq_length resume eval_only train_limit dev_limit "
         "test_limit max_steps save_minutes recompute dp_mode dtype"
     ).split()
-    options = FinetuneOptions(
-        **{name: values[name] for name in names},
-        **{name: tuple(values[name] or ()) for name in ("train", "dev", "test")},
-        seeds=parse_seeds(values["seeds"]),
-    )
+    given: dict[str, Any] = {name: values[name] for name in names}
+    given |= {name: tuple(values[name] or ()) for name in ("train", "dev", "test")}
+    options = FinetuneOptions(**given, seeds=parse_seeds(values["seeds"]))
     run = _model_run(values)
     place = run.start()
     words = run.tokenizer(required=True)
