@@ -77,7 +77,7 @@ def planned(case: Case) -> int:
     if not case.trains:
         itemsize = 4 if case.dtype == "float32" else 2
         need = evaluation_memory(
-            config, tp=1, itemsize=itemsize, batch_tokens=case.batch_tokens, scored_rows=1024
+            config, tp=1, itemsize=itemsize, batch_tokens=case.batch_tokens, scored_rows=2048
         )
         return need.on_cpu().total
     batch = TrainingBatch(
@@ -154,9 +154,9 @@ def train(engine: object, case: Case, output: Path) -> None:
     """Take steps of two micro-batches each, so that gradients are there beside activations."""
     import torch
 
+    from mlm_eval.data_parallel import Replicas
     from mlm_eval.dropout import Dropout, sample_keys
     from mlm_eval.engine import DTYPES, Engine
-    from mlm_eval.data_parallel import Replicas
     from mlm_eval.objectives import MultipleChoice
     from mlm_eval.optimization import make_optimizer
     from mlm_eval.training_data import Sample, collate
@@ -206,7 +206,9 @@ def main() -> int:
     """Run the measurements; 1 when a bound is broken."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dir", help="where to put checkpoints (3 GB); default: a temporary folder")
+    parser.add_argument(
+        "--dir", help="where to put checkpoints (3 GB); default: a temporary folder"
+    )
     parser.add_argument("--case", action="append", choices=CASES, help="only these (repeatable)")
     parser.add_argument("--run", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from mlm_eval.batching import Batch, Request, Scores, collate, pack, riders
 from mlm_eval.bert import BERT
@@ -405,19 +405,21 @@ def load_model(
     config = checkpoint.config
     kind = GPT if config.family == "gpt" else BERT
     with torch.device("meta"):
-        model = kind(config, tp)
+        model = kind(config, tp).to(dtype)
+    # All memory is taken before anything is read: what is read for a moment, put between weights
+    # that stay, would leave holes that malloc cannot give back (a quarter of the shard).
+    model.to_empty(device=device)
     table = parameters(config)
     found = dict(model.named_parameters())
     assert set(found) == set(table), sorted(set(found) ^ set(table))
-    for name, parameter in table.items():
-        dim = parameter.rule.dim or 0
-        index = shard_index(parameter, config, tp.rank, tp.size)
-        piece = checkpoint.tensors[name].read(dim, index)
-        assert piece.shape == found[name].shape, (name, piece.shape, found[name].shape)
-        # A copy even where nothing changes: the mapped pages must stay droppable.
-        value = torch.empty(piece.shape, dtype=dtype, device=device).copy_(piece)
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
+    with torch.no_grad():
+        for name, parameter in table.items():
+            dim = parameter.rule.dim or 0
+            index = shard_index(parameter, config, tp.rank, tp.size)
+            piece = checkpoint.tensors[name].read(dim, index)
+            assert piece.shape == found[name].shape, (name, piece.shape, found[name].shape)
+            found[name].copy_(piece)
+            del piece  # before the next is read
     return model
 
 

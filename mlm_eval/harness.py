@@ -20,6 +20,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -51,6 +52,9 @@ except ModuleNotFoundError as error:
 
 CHUNK = 8192
 """Requests of one call; with --use_cache, an interrupted run keeps what the calls before gave."""
+
+PATIENCE = timedelta(days=30)
+"""How long ranks wait for orders: rank 0 may be fetching data, or computing standard errors."""
 
 Window = tuple[tuple[int, ...], int]
 """Token ids, and how many of the last ones are scored."""
@@ -85,7 +89,7 @@ class MegatronLM(TemplateLM):
         seed: int | None = None,
         bar: Bar | None = None,
     ) -> None:
-        """Wrap an engine.
+        """Wrap an engine; on several ranks, each of them makes this call.
 
         Args:
             engine: A loaded GPT model.
@@ -125,10 +129,14 @@ class MegatronLM(TemplateLM):
         self.max_length = max_length or positions
         self.max_gen_toks = max_gen_toks
         self.seed = seed
-        self._prefix = prefix_token_id
+        choices = (prefix_token_id, self.encoding.bos_id, tokenizer.eot_id)
+        self._prefix = next((token for token in choices if token is not None), None)
         self._bar: Bar = bar or nullcontext
         self._device = engine.device
         self._in_call = False
+        self._orders: dist.ProcessGroup | None = None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._orders = dist.new_group(timeout=PATIENCE)
 
     # ---- one harness, many ranks ---------------------------------------------------------------
 
@@ -139,7 +147,7 @@ class MegatronLM(TemplateLM):
 
             results = lm.lead(lambda: lm_eval.simple_evaluate(model=lm, tasks=["lambada_openai"]))
         """
-        if not dist.is_initialized() or dist.get_world_size() == 1:
+        if self._orders is None:
             return body()
         if not self.engine.is_main:
             while self._take_part():
@@ -154,7 +162,7 @@ class MegatronLM(TemplateLM):
     def _call(self, work: str, items: Sequence[Any]) -> list[Any]:
         """Do some work on all ranks; what rank 0 asks for counts."""
         self._in_call = True
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if self._orders is not None:
             work, items = self._tell((work, items))
         answers: list[Any] = getattr(self, work)(items)
         self._in_call = False
@@ -169,7 +177,7 @@ class MegatronLM(TemplateLM):
     def _tell(self, order: Any) -> Any:
         """Return rank 0's order on every rank; one broadcast."""
         box = [order]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self._orders)
         return box[0]
 
     # ---- text and tokens -----------------------------------------------------------------------
@@ -182,28 +190,19 @@ class MegatronLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text without context."""
-        for token in (self._prefix, self.encoding.bos_id, self.words.eot_id):
-            if token is not None:
-                return token
-        raise InputError(
-            f"{self.words.source} has no BOS or end-of-text token to stand before a text without "
-            "context; give one with --model_args prefix_token_id=N"
-        )
+        if self._prefix is None:
+            raise InputError(
+                f"{self.words.source} has no BOS or end-of-text token to stand before a text "
+                "without context; give one with --model_args prefix_token_id=N"
+            )
+        return self._prefix
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
         """Return the ids of a text; `add_special_tokens` False: without BOS."""
         if add_special_tokens is None:
-            prefix = next(
-                (
-                    t
-                    for t in (self._prefix, self.encoding.bos_id, self.words.eot_id)
-                    if t is not None
-                ),
-                None,
-            )
-            written = "" if prefix is None else self.words.decode([prefix])
+            written = "" if self._prefix is None else self.words.decode([self._prefix])
             add_special_tokens = not (written and string.startswith(written))
         return self.encoding.encode(string, special=add_special_tokens)
 

@@ -57,7 +57,7 @@ class Memory:
         return self.weights + self.gradients + self.moments + self.activations
 
     def on_cpu(self) -> Memory:
-        """Return what a process on the CPU occupies for it, where freed memory stays in the heap."""
+        """Return what a process on the CPU occupies for it: freed memory stays in the heap."""
         kept = round(HEAP_SHARE * self.activations)
         return dataclasses.replace(self, activations=self.activations + kept)
 
@@ -146,6 +146,8 @@ def evaluation_memory(
 def _attention_widths(x: _Local, itemsize: int) -> float:
     """Return the values for each token that live in an attention, at the most."""
     held = 2 * x.h + x.g  # the layer's input, its norm, queries with keys and values
+    if x.copies:  # the queries of a group do not lie beside those of the next one
+        held += x.w
     rotated = 0.0
     if x.rotary:
         # Turned queries are made in float32 (two products and their sum), keys come after them.
@@ -165,10 +167,9 @@ def _mlp_widths(x: _Local) -> float:
 
 
 def _logit_bytes(config: ModelConfig, tp: int, rows: int, itemsize: int) -> int:
-    """Return the bytes of one chunk of logits: as computed, as float32, and of tied maxima."""
-    columns = -(-config.vocab_size // tp)
-    chunk = min(rows, max(1, LOGIT_CHUNK_ELEMENTS // columns)) * columns
-    return chunk * (FLOAT32 * 2 + (itemsize if itemsize != FLOAT32 else 0))
+    """Return the bytes of one chunk of logits: as float32, and as computed where that differs."""
+    width = FLOAT32 + (itemsize if itemsize != FLOAT32 else 0)
+    return width * _logit_chunk(config, tp, rows)
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -221,7 +222,8 @@ def training_memory(config: ModelConfig, batch: TrainingBatch, *, tp: int) -> Me
         matrices = sum(_local_size(p, config, tp) for p in _layer_matrices(config))
         saved += 2 * matrices * (1 if batch.recompute else layers)
     ends = batch.tokens * (2 * FLOAT32 * x.h + 1)  # the final norm's input and output
-    logits = 4 * FLOAT32 * _logit_chunk(config, tp, batch.predicted)
+    # The logits and their exponentials, or those and their gradient.
+    logits = (2 * FLOAT32 + (2 if batch.half else 0)) * _logit_chunk(config, tp, batch.predicted)
     largest = FLOAT32 * max(_local_size(p, config, tp) for p in parameters(config).values())
     start = saved + ends + max(_passing(x, batch), logits)
     gradients = FLOAT32 * count

@@ -74,15 +74,21 @@ class Workload:
         task: Its name.
         title: What is run, for people.
         passes: The evaluation.
-        scored_rows: Most positions of a sequence whose logits are computed.
         training: None for zero-shot tasks.
     """
 
     task: str
     title: str
     passes: Sequence[Passes]
-    scored_rows: int
     training: Training | None = None
+
+    def scored_rows(self, batch_tokens: int) -> int:
+        """Return the most positions of an evaluation's batch whose logits are computed."""
+        if not self.passes:
+            return 0
+        usual = max(self.passes, key=lambda p: p.count)
+        others = (batch_tokens // usual.length) * usual.head_rows
+        return others + max(p.head_rows for p in self.passes)
 
 
 @dataclass(frozen=True)
@@ -264,7 +270,7 @@ def _layout(
         tp=tp,
         itemsize=itemsize,
         batch_tokens=batch_tokens,
-        scored_rows=max((w.scored_rows for w in workloads), default=0),
+        scored_rows=max((w.scored_rows(batch_tokens) for w in workloads), default=0),
     )
     training = {
         w.task: training_memory(

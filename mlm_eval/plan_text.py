@@ -41,7 +41,8 @@ def _memory_text(plan: Plan) -> str:
     s = plan.settings
     lines = [
         f"memory of each rank on {s['device']}, beside the bare process ({s.get('dtype')}, "
-        f"{s['batch_tokens']:,} tokens a batch; training: AdamW on float32 weights, micro-batch {s.get('micro_batch')})",
+        f"{s['batch_tokens']:,} tokens a batch; training: AdamW on float32 weights, "
+        f"micro-batch {s.get('micro_batch')})",
         *_aligned(rows),
     ]
     if plan.device_memory is not None:

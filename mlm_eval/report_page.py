@@ -6,7 +6,6 @@ import html
 import io
 import re
 from collections.abc import Sequence
-from typing import Any
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.report import HTML, MEASURED, PUBLISHED, Row, Table, short_count, wide_frame

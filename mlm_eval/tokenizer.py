@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlm_eval.checkpoints.catalog import is_catalog_name, resolve
 from mlm_eval.checkpoints.errors import InputError
 
 VOCAB_AND_MERGES = (
@@ -163,6 +164,8 @@ def find_tokenizer(checkpoint_path: str | Path) -> Tokenizer | None:
     Looks in the checkpoint's folder and in its `tokenizer/` subfolder, then, where the path is a
     part of a Megatron checkpoint (`iter_*`, `release`, `mp_rank_*`), in the folders up to its root.
     """
+    if is_catalog_name(checkpoint_path):
+        _, checkpoint_path = resolve(checkpoint_path)
     folder = Path(checkpoint_path).absolute()
     if not folder.is_dir():
         folder = folder.parent

@@ -127,7 +127,7 @@ def _wikitext103(positions: int) -> Workload:
     shapes = Counter((stop - start - 1, scored) for start, stop, scored in found)
     passes = [Passes(n, read, scored, scored) for (read, scored), n in shapes.items()]
     title = f"WikiText-103, {len(found):,} windows of {length:,} tokens"
-    return Workload("wikitext103", title, passes, scored_rows=length)
+    return Workload("wikitext103", title, passes)
 
 
 def _lambada(positions: int) -> Workload:
@@ -140,7 +140,7 @@ def _lambada(positions: int) -> Workload:
         twice -= pairs
         passes += [Passes(n, length, k, k) for n, k in ((pairs, 2), (count - pairs, 1)) if n]
     title = f"LAMBADA, {LAMBADA_PASSAGES:,} passages, {LAMBADA_TOKENS:,} tokens"
-    return Workload("lambada", title, passes, scored_rows=0)
+    return Workload("lambada", title, passes)
 
 
 def _language_modelling(
@@ -153,7 +153,7 @@ def _language_modelling(
         batch, rows=micro_batch, length=positions, predicted=micro_batch * predicted
     )
     passes = [Passes(count, positions, positions, predicted)]
-    return Workload(name, title, [], scored_rows=0, training=Training(passes, 1, batch, {}))
+    return Workload(name, title, [], training=Training(passes, 1, batch, {}))
 
 
 def _fine_tuning(
@@ -176,7 +176,6 @@ def _fine_tuning(
         name,
         title,
         list(_rows(task.evaluated * task.rows, mean)),
-        scored_rows=0,
         training=Training(
             list(_rows(task.train * task.rows, mean)),
             recipe["epochs"],

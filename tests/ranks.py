@@ -81,7 +81,8 @@ class _Pool:
         except BaseException as error:
             self.close()
             if isinstance(error, EOFError | OSError) and not isinstance(error, TimeoutError):
-                raise failure or RuntimeError("a rank has died") from error
+                # What another one has raised came of it: its connection broke.
+                raise RuntimeError("a rank has died") from failure or error
             raise
         if failure is not None:
             self.members = 0  # all are idle again, but not at the same collective

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from mlm_eval.batching import Request, Scores, collate, pack
+from mlm_eval.batching import Request, Scores, collate, pack, riders
 
 
 def request(*tokens: int, scored: int) -> Request:
@@ -76,6 +76,26 @@ def test_collating_drops_the_states_that_nobody_needs():
     assert batch.query_from == 1
     assert batch.rows.tolist() == [2, 3 + 0, 3 + 1]
     assert batch.targets.tolist() == [14, 22, 23]
+
+
+def test_neighbours_with_the_same_input_share_a_line():
+    """10 11 12 predicts 13 or 14; the second 20 21 is no neighbour of the first."""
+    requests = [
+        request(20, 21, 22, scored=1),
+        request(10, 11, 12, 13, scored=1),
+        request(10, 11, 12, 14, scored=1),
+        request(20, 21, 29, scored=2),
+        request(10, 11, 12, 15, scored=2),
+    ]
+    assert riders(requests) == {2}
+    lengths = [r.length for r in requests]
+    assert pack(lengths, 3, riders(requests)) == [[1, 2], [4], [0], [3]]
+    assert pack(lengths, 6, riders(requests)) == [[1, 2, 4], [0, 3]]
+    batch = collate(requests, [1, 2, 4, 0, 3])  # in a batch they may become neighbours
+    assert batch.tokens.tolist() == [[10, 11, 12], [20, 21, 0]]
+    assert batch.query_from == 0
+    assert batch.rows.tolist() == [2, 2, 1, 2, 3 + 1, 3 + 0, 3 + 1]
+    assert batch.targets.tolist() == [13, 14, 12, 15, 22, 21, 29]
 
 
 def test_collating_reads_views_without_changing_them():

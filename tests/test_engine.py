@@ -164,6 +164,18 @@ def test_bfloat16_is_close(tp, dp):
         assert 1e-4 < error.mean() < 0.03 and error.max() < 0.25
 
 
+@pytest.mark.parametrize(("tp", "dp"), [(1, 1), (2, 2)])
+def test_neighbours_that_differ_in_the_last_token_are_scored_as_if_alone(tp, dp):
+    requests = []
+    for request in some_requests(12):
+        for last in (request.tokens[-1], 7, 7, 11):
+            requests.append(Request(request.tokens.clone(), request.num_scored))
+            requests[-1].tokens[-1] = last
+    expected = torch.cat(one_by_one(MODELS["llama"], requests, 50))
+    for scores, _ in score(MODELS["llama"], tp, dp, requests, batch_tokens=40):
+        torch.testing.assert_close(scores.logprobs, expected, rtol=0, atol=2e-5)
+
+
 def test_more_copies_of_the_model_than_requests():
     requests = some_requests(1)
     [expected] = one_by_one(MODELS["gpt"], requests, 50)

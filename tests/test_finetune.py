@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -283,6 +284,7 @@ def test_what_a_run_leaves(race_run, words):
 
 def evaluation(output: Path, target: Path, tp: int, dp: int) -> dict[str, Any]:
     """Return the figures of an evaluation-only run, from within one of the ranks."""
+    os.environ["XDG_CACHE_HOME"] = str(target.parent / "cache")  # a rank may be older than the test
     words = find_tokenizer(output / "checkpoint")
     assert words is not None
     result = finetune(
@@ -586,7 +588,7 @@ def failing(output: Path) -> None:
     tiny = random_models.checkpoint(
         random_models.config(random_models.BERT, vocab_size=200, max_position_embeddings=64)
     )
-    words = tiny_bert.tokenizer(output.parent / "vocabulary")
+    words = load_tokenizer(directory=output.parent / "vocabulary")
     finetune(
         "race",
         tiny,

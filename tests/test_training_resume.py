@@ -28,9 +28,8 @@ from mlm_eval.training_settings import TrainReport
 from mlm_eval.training_step import Stepper, StepResult
 
 STEPS, STOP = 5, 3
-"""Broken runs raise in place of step 3 (from 0): the state of 3 steps done is there."""
+"""Broken runs save a state of 3 steps, and raise in place of the fourth."""
 
-EACH_STEP = {"max_steps": STEPS, "save_minutes": 0.0}
 DROPPED = {"hidden_dropout": 0.2, "attention_dropout": 0.1}
 
 Part = list[tuple[TrainReport | None, dict[str, Tensor]]]
@@ -41,7 +40,8 @@ def part(
 ) -> Part:
     """Run a part of a training run on the ranks of a layout."""
     tp, dp = layout
-    return run_ranks(tp * dp, on_a_rank, tp, dp, kind, folder, EACH_STEP | changes, ways)
+    changes = {"max_steps": STEPS, "save_minutes": 1e6, **changes}
+    return run_ranks(tp * dp, on_a_rank, tp, dp, kind, folder, changes, ways)
 
 
 class Stop(Exception):
@@ -57,7 +57,8 @@ def on_a_rank(
     def taken(self: Stepper, step: int, numbers: list[int], **options: Any) -> StepResult:
         if step == stop:
             raise Stop
-        return take(self, step, numbers, **options)
+        saves = stop is not None and step == stop - 1
+        return take(self, step, numbers, **{**options, "wish": saves})
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Stepper, "take", taken)
