@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,7 +146,9 @@ def write_safetensors(
     dtype: torch.dtype | None = None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> int:
-    """Return the size of the file written, of which one tensor or run of rows was in memory.
+    """Return the size of the file written, of which two tensors or runs of rows were in memory.
+
+    While one is being written the next is read and reordered.
 
     Args:
         path: A file to create.
@@ -172,12 +175,26 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)  # so that the values start on an 8-byte boundary
     with path.open("xb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
-        for name, tensor in tensors.items():
-            for piece in _pieces(tensor):
-                _write_values(stream, _cast(piece, dtype, name))
-                if on_bytes is not None:
-                    on_bytes(piece.numel() * (dtype or tensor.dtype).itemsize)
+        pieces = (
+            _cast(piece, dtype, name).contiguous()
+            for name, tensor in tensors.items()
+            for piece in _pieces(tensor)
+        )
+        for piece in _ahead(pieces):
+            # numpy has no bfloat16: write the bytes as they are.
+            stream.write(piece.view(-1).view(torch.uint8).numpy().data)
+            if on_bytes is not None:
+                on_bytes(piece.nbytes)
     return 8 + len(text) + at
+
+
+def _ahead(items: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Yield the items, the next one being made by a thread while one is used."""
+    with ThreadPoolExecutor(max_workers=1) as maker:
+        coming = maker.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = maker.submit(next, items, None)
+            yield item
 
 
 def _pieces(tensor: LazyTensor) -> Iterator[Tensor]:
@@ -203,8 +220,3 @@ def _cast(values: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
                 "choose --dtype bfloat16 or float32"
             )
     return cast
-
-
-def _write_values(stream: IO[bytes], values: Tensor) -> None:
-    # numpy has no bfloat16: write the bytes as they are.
-    stream.write(values.contiguous().view(-1).view(torch.uint8).numpy().data)

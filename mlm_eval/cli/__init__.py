@@ -6,6 +6,9 @@ and `inspect` stay quick.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import os
 import sys
 import traceback
 
@@ -22,8 +25,15 @@ INTERRUPTED = 130
 
 
 def main() -> None:
-    """Run the command line and leave with its exit code (see INTERFACE in the README)."""
-    sys.exit(_main())
+    """Run the command line and leave with its exit code."""
+    code = _main()
+    with contextlib.suppress(OSError, ValueError):  # the reader of a pipe has left
+        sys.stdout.flush()
+        sys.stderr.flush()
+    # What is registered for the end still runs. The interpreter's own teardown of torch takes half
+    # a second and frees nothing that the end of the process does not.
+    atexit._run_exitfuncs()
+    os._exit(code)
 
 
 def _main() -> int:
