@@ -242,10 +242,10 @@ def modules_after(statements: str) -> tuple[str, set[str]]:
 
 
 def command(*arguments: str) -> str:
-    """Return the statements that run `python -m mlm_eval` with these arguments."""
+    """Return the statements that run the command line with these arguments, and do not end there."""
     return (
-        f"import runpy, sys; sys.argv = {['mlm-eval', *arguments]!r}; "
-        "runpy.run_module('mlm_eval', run_name='__main__')"
+        f"import sys; sys.argv = {['mlm-eval', *arguments]!r}; "
+        "from mlm_eval.cli import main; main()"
     )
 
 

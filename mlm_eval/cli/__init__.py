@@ -18,7 +18,7 @@ from mlm_eval.cli.app import app
 from mlm_eval.launch import prepare_worker, reporting_errors
 from mlm_eval.world import detect_world
 
-__all__ = ["app", "checkpoints", "harness", "main", "report", "training", "zero_shot"]
+__all__ = ["app", "checkpoints", "harness", "main", "report", "run", "training", "zero_shot"]
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 and the signal's number, as shells have it."""
@@ -26,6 +26,11 @@ INTERRUPTED = 130
 
 def main() -> None:
     """Run the command line and leave with its exit code."""
+    sys.exit(_main())
+
+
+def run() -> None:
+    """Run the command line as a process of its own, which ends with it."""
     code = _main()
     with contextlib.suppress(OSError, ValueError):  # the reader of a pipe has left
         sys.stdout.flush()
@@ -48,8 +53,8 @@ def _main() -> int:
             return _interrupted()
         return code if isinstance(code, int) else 0
     except InputError as error:
-        # Under torchrun every rank finds the same fault in the input: one sentence is enough.
-        if world is None or world.is_main:
+        # Under torchrun every rank finds the same fault before they meet: one sentence is enough.
+        if world is None or world.is_main or _have_met():
             print(f"mlm-eval: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -80,3 +85,9 @@ def _interrupted() -> int:
         file=sys.stderr,
     )
     return INTERRUPTED
+
+
+def _have_met() -> bool:
+    """Whether this rank has joined the others: what it finds then may be its own alone."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and bool(distributed.is_initialized())
