@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mlm_eval.checkpoints.config import ModelConfig
@@ -31,8 +30,9 @@ FLOAT32 = 4
 
 
 HEAP_SHARE = 0.5
-"""Of the activations, as much again on the CPU: glibc keeps freed blocks of up to 32 MB, in pieces
-that the next ones do not fit into. Measured by benchmarks/plan_memory.py: 0 to 1.1 times."""
+"""Of what comes and goes in each step, activations and gradients, as much again on the CPU: glibc
+keeps freed blocks of up to 32 MB, in pieces that the next ones do not fit into. A middle of what
+benchmarks/plan_memory.py measures."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Memory:
 
     def on_cpu(self) -> Memory:
         """Return what a process on the CPU occupies for it: freed memory stays in the heap."""
-        kept = round(HEAP_SHARE * self.activations)
+        kept = round(HEAP_SHARE * (self.activations + self.gradients))
         return dataclasses.replace(self, activations=self.activations + kept)
 
 
@@ -213,14 +213,7 @@ def training_memory(config: ModelConfig, batch: TrainingBatch, *, tp: int) -> Me
     """
     count = local_parameters(config, tp)
     x = _Local.of(config, tp)
-    kept = batch.tokens * _kept_widths(x, batch)
-    layers = config.num_layers
-    # With recomputation a layer keeps its input only, and one at a time all the rest.
-    saved = kept * layers if not batch.recompute else batch.tokens * FLOAT32 * x.h * layers + kept
-    if batch.half:
-        # Autocast's copies of the matrices; recomputation makes those of a layer at a time.
-        matrices = sum(_local_size(p, config, tp) for p in _layer_matrices(config))
-        saved += 2 * matrices * (1 if batch.recompute else layers)
+    saved = _saved(config, x, batch, tp)
     ends = batch.tokens * (2 * FLOAT32 * x.h + 1)  # the final norm's input and output
     # The logits and their exponentials, or those and their gradient.
     logits = (2 * FLOAT32 + (2 if batch.half else 0)) * _logit_chunk(config, tp, batch.predicted)
@@ -236,8 +229,19 @@ def training_memory(config: ModelConfig, batch: TrainingBatch, *, tp: int) -> Me
     )
 
 
-def _layer_matrices(config: ModelConfig) -> Iterator[Parameter]:
-    return (p for p in layer_parameters(config, 0) if len(p.shape) == 2)
+def _saved(config: ModelConfig, x: _Local, batch: TrainingBatch, tp: int) -> float:
+    """Return the bytes that all layers keep for the backward pass, autocast's copies included."""
+    layers = config.num_layers
+    matrices = (p for p in layer_parameters(config, 0) if len(p.shape) == 2)
+    copies = 2 * sum(_local_size(p, config, tp) for p in matrices) if batch.half else 0
+    kept = batch.tokens * _kept_widths(x, batch)
+    if not batch.recompute:
+        return layers * (kept + copies)
+    # A layer keeps its input only. In the backward pass one at a time has all the rest; autocast
+    # has the copies of all matrices at the end of the forward pass.
+    inputs = batch.tokens * FLOAT32 * x.h * layers
+    forward = batch.tokens * (2 if batch.half else FLOAT32) * _mlp_widths(x)
+    return inputs + max(kept + copies, forward + layers * copies)
 
 
 def _logit_chunk(config: ModelConfig, tp: int, rows: int) -> int:

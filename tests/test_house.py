@@ -242,7 +242,7 @@ def modules_after(statements: str) -> tuple[str, set[str]]:
 
 
 def command(*arguments: str) -> str:
-    """Return the statements that run the command line with these arguments, and do not end there."""
+    """Return the statements that run the command line, without ending the process with it."""
     return (
         f"import sys; sys.argv = {['mlm-eval', *arguments]!r}; "
         "from mlm_eval.cli import main; main()"
