@@ -394,7 +394,7 @@ class MegatronLM(TemplateLM):
         """Return in one line what the figures rest on."""
         engine, found = self.engine, self.engine.checkpoint.provenance
         return (
-            f"{found.path} (digest {found.digest[:12]}), "
+            f"{found.path} (digest {found.digest.rpartition(':')[2][:12]}), "
             f"{str(engine.dtype).removeprefix('torch.')}, tp {engine.tp} x dp {engine.dp}, "
             f"vocab {engine.vocab} ({engine.vocab_size:,} rows), windows of {self.max_length:,} "
             f"tokens, tokenizer {self.words.source}, version {__version__}"

@@ -18,7 +18,7 @@ from mlm_eval.cli.app import app
 from mlm_eval.launch import prepare_worker, reporting_errors
 from mlm_eval.world import detect_world
 
-__all__ = ["app", "checkpoints", "harness", "main", "report", "run", "training", "zero_shot"]
+__all__ = ["app", "checkpoints", "entry", "harness", "main", "report", "training", "zero_shot"]
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 and the signal's number, as shells have it."""
@@ -29,7 +29,7 @@ def main() -> None:
     sys.exit(_main())
 
 
-def run() -> None:
+def entry() -> None:
     """Run the command line as a process of its own, which ends with it."""
     code = _main()
     with contextlib.suppress(OSError, ValueError):  # the reader of a pipe has left
