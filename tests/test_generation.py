@@ -261,6 +261,11 @@ def test_tokens_as_likely_as_the_last_of_the_top_stay() -> None:
     assert set(drawn.tolist()) == {1, 2, 3}
 
 
+def test_the_number_zero_picks_no_token_that_was_dropped() -> None:
+    logits = torch.tensor([[0.0, 1.0, 5.0, 4.0]])
+    assert draw(logits, torch.zeros(1, dtype=torch.float64), Sampling(1.0, top_k=2)).item() == 2
+
+
 # --- Where a text ends --------------------------------------------------------------------------
 
 

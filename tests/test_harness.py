@@ -25,6 +25,7 @@ from lm_eval.tasks import TaskManager
 
 import mlm_eval
 from mlm_eval import cli, harness
+from mlm_eval.batching import pack
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.engine import Engine
 from mlm_eval.harness import MegatronLM
@@ -295,7 +296,9 @@ def test_the_command_line_on_two_ranks(
     (record,) = tmp_path.rglob("results_*.json")
     about = json.loads(record.read_text())
     assert about["config"]["mlm_eval"]["tp"] == 2
-    assert about["config"]["mlm_eval"]["digest"] == mlm_eval.open_checkpoint(GPT).provenance.digest
+    digest = mlm_eval.open_checkpoint(GPT).provenance.digest
+    assert about["config"]["mlm_eval"]["digest"] == digest
+    assert f"digest {digest.rpartition(':')[2][:12]}" in done.stdout.splitlines()[-1]
     answers: Answers = {}
     for task in TASKS:
         (file,) = tmp_path.rglob(f"samples_{task}_*.jsonl")
@@ -356,6 +359,23 @@ def test_choices_of_one_token_share_a_forward_pass(
     assert [flag for _, flag in together] == [flag for _, flag in apart]
     for (one, _), (other, _) in zip(together, apart, strict=True):
         assert one == pytest.approx(other, rel=0, abs=1e-5)
+
+
+def test_what_shares_a_pass_costs_no_room_in_a_batch() -> None:
+    assert pack([5] * 8, 10, {1, 2, 3, 5, 6, 7}) == [[0, 1, 2, 3, 4, 5, 6, 7]]
+    assert pack([5] * 8, 9, {1, 2, 3, 5, 6, 7}) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert pack([5, 6, 6], 6, {2}) == [[1, 2], [0]]
+
+
+def test_a_context_leaves_room_for_what_is_to_be_written(
+    lm: MegatronLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    write = harness.generate
+    monkeypatch.setattr(harness, "generate", lambda e, p, **k: asked.extend(p) or write(e, p, **k))
+    text = " ".join(f"word {n}" for n in range(200))
+    lm.generate_until([request("generate_until", text, {"max_gen_toks": 24})])
+    assert list(asked[0].tokens) == lm.tok_encode(text)[-(256 - 24) :]
 
 
 def test_an_interrupted_run_goes_on_from_its_cache(
