@@ -87,10 +87,13 @@ def _other_file(record: Record, file: str) -> list[str]:
 def _other_training(record: Record, rules: Mapping[str, Any], size: str | None) -> list[str]:
     """Return what of a fine-tuning is not the paper's: seeds, recipe, sets."""
     settings, notes = record.settings, []
+    other = []
     for name, total in rules["totals"].items():
         entry = find_set(record.metrics, [name])
         if entry is not None and entry.get("total", total) != total:
-            notes.append(f"{entry['total']:,} examples in {name}, in the paper {total:,}")
+            other.append(f"{name} {_thousands(entry['total'])} ({total:,})")
+    if other:
+        notes.append(f"examples in the sets (in the paper): {', '.join(other)}")
     if settings.get("ensemble"):
         return notes
     if settings.get("eval_only"):
@@ -102,7 +105,8 @@ def _other_training(record: Record, rules: Mapping[str, Any], size: str | None) 
         notes.append(f"{many}, in the paper the median of {rules['seeds']}")
     trained = record["counts"].get("train_examples")
     if trained is not None and trained != rules.get("train_examples", trained):
-        notes.append(f"trained on {trained:,} examples, in the paper {rules['train_examples']:,}")
+        wanted = rules["train_examples"]
+        notes.append(f"trained on {_thousands(trained)} examples, in the paper {wanted:,}")
     if settings.get("max_steps") is not None:
         notes.append(f"stopped after {settings['max_steps']} steps (--max-steps)")
     recipe = _paper_recipe(record.benchmark, size)
@@ -112,6 +116,11 @@ def _other_training(record: Record, rules: Mapping[str, Any], size: str | None) 
                 found = settings.get(name, "not recorded")
                 notes.append(f"{name} {found}, in the paper {recipe[name]}")
     return notes
+
+
+def _thousands(value: Any) -> str:
+    """Return a count as people write it; a record may hold anything."""
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _paper_recipe(benchmark: str, size: str | None) -> Mapping[str, Any] | None:
@@ -301,7 +310,7 @@ def _data_digests(data: Any) -> list[str]:
     sets = data.get("sets")
     found = {"data": data, **(sets if isinstance(sets, dict) else {})}
     return [
-        f"{name} sha256 {entry['sha256'][:12]}"
+        f"{name} sha256 {str(entry['sha256'])[:12]}"
         for name, entry in found.items()
         if isinstance(entry, dict) and entry.get("sha256")
     ]
@@ -310,7 +319,8 @@ def _data_digests(data: Any) -> list[str]:
 def _run(record: Record) -> str:
     """Return how a record's figures came about, in one line."""
     settings, checkpoint = record.settings, record["checkpoint"]
-    task = " ".join(filter(None, (record["task"], settings.get("version"))))
+    version = settings.get("version")
+    task = f"{record['task']} {version}" if version else record["task"]
     parts = [f"{task}: {record.path}", f"protocol {record['protocol']}"]
     names = ["vocab", "dtype", "tp", "dp", *load_paper()["protocol"][record.benchmark]["settings"]]
     parts += [f"{name} {settings[name]}" for name in dict.fromkeys(names) if name in settings]
@@ -318,6 +328,7 @@ def _run(record: Record) -> str:
         parts.append(f"seeds {' '.join(map(str, settings['seeds'])) or 'none'}")
     parts += _data_digests(settings.get("data"))
     parts.append(f"checkpoint {checkpoint.get('path')} ({str(checkpoint.get('digest'))[:25]})")
-    versions = record.values.get("versions") or {}
+    versions = record.values.get("versions")
+    versions = versions if isinstance(versions, dict) else {}
     parts += [f"{name} {versions[name]}" for name in ("mlm_eval", "torch") if name in versions]
     return ", ".join(parts)

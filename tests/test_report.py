@@ -235,7 +235,10 @@ def test_five_records_of_one_checkpoint_fill_a_row_of_table_5(tmp_path: Path):
             {"eval_only": True, "seeds": []},
             "evaluation only: how the model was fine-tuned is not recorded",
         ),
-        ({"total": 100}, "100 examples in test-middle, in the paper 1,436"),
+        (
+            {"total": 100},
+            "examples in the sets (in the paper): test-middle 100 (1,436), test 100 (4,934)",
+        ),
     ],
 )
 def test_another_fine_tuning_is_said(tmp_path: Path, settings: dict[str, Any], reason: str):
@@ -549,3 +552,29 @@ def test_the_command_refuses_in_one_sentence(
     assert err.startswith("mlm-eval: ") and len(err.splitlines()) == 1
     code, _, err = run_cli(monkeypatch, capsys, "report", bad, "--format", "pdf")
     assert code == 2 and "md, latex, csv, html" in err
+
+
+def _spoiled(value: Any, bad: Any) -> list[Any]:
+    """Return copies of a record with one of its entries, on any level, replaced."""
+    if not isinstance(value, dict):
+        return []
+    copies = [{**value, name: bad} for name in value]
+    for name, entry in value.items():
+        copies += [{**value, name: spoiled} for spoiled in _spoiled(entry, bad)]
+    return copies
+
+
+@pytest.mark.parametrize("bad", [None, 7, "x", [1], {"a": 1}, True], ids=str)
+@pytest.mark.parametrize("kind", ["wikitext103", "lambada", "race", "squad-2.0"])
+def test_a_record_with_any_entry_spoiled_is_reported_or_refused(
+    kind: str, bad: Any, tmp_path: Path
+):
+    record = fine_tuned(kind, FIGURES[kind]) if kind in FIGURES else zero_shot(kind, 20.0)
+    for spoiled in _spoiled(record, bad):
+        try:
+            table = table_of(tmp_path, spoiled, include_limited=True)
+        except InputError as error:
+            assert "0.json" in str(error)
+        else:
+            for fmt in ("md", "latex", "csv"):
+                assert render([table], fmt)
