@@ -218,7 +218,7 @@ def _open(target: Path, overrides: dict[str, Any]) -> Checkpoint:
 def open_iteration(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     """Return the checkpoint in an `iter_*` or `release` folder."""
     names = {entry.name for entry in folder.iterdir()}
-    if any(re.match(r"mp_rank_\d", name) for name in names):
+    if any(re.match(r"mp_rank_\d", name) and (folder / name).is_dir() for name in names):
         from mlm_eval.checkpoints.megatron_torch import read_iteration
 
         return read_iteration(folder, overrides)
@@ -232,7 +232,8 @@ def refuse_unreadable_format(folder: Path, names: set[str]) -> None:
     """Refuse, by name, folders that hold no format that can be read.
 
     Raises:
-        InputError: The folder holds zarr arrays, an unfinished save, or nothing known.
+        InputError: The folder holds zarr arrays, DeepSpeed's files, an unfinished save, or nothing
+            known.
     """
     metadata = folder / "metadata.json"
     backend = None
@@ -247,6 +248,12 @@ def refuse_unreadable_format(folder: Path, names: set[str]) -> None:
             f"{folder} is in the zarr format, which Megatron removed in core 0.16; convert it to "
             "torch_dist first, with Megatron-LM core 0.8 to 0.15 (--dist-ckpt-format zarr to load, "
             "torch_dist to save)"
+        )
+    if any(re.fullmatch(r"(mp_rank|(.*_)?zero_pp_rank)_\d.*_states\.pt", name) for name in names):
+        raise InputError(
+            f"{folder} is a DeepSpeed checkpoint; use the tools of the project that wrote it to "
+            "bring it to Megatron's form first (Megatron-DeepSpeed has "
+            "tools/convert_checkpoint/deepspeed_to_megatron.py)"
         )
     if ".metadata" in names:
         return

@@ -11,11 +11,13 @@ https://github.com/huggingface/safetensors, "Format".
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any
 
 import torch
@@ -43,6 +45,9 @@ LARGEST_HEADER = 100_000_000
 
 PIECE_BYTES = 32 << 20
 """Larger tensors are converted and written in runs of rows of about this size."""
+
+MOST_WRITERS = 4
+"""Threads that read, convert and write; each holds a piece as stored and as written."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,16 @@ def _strides(shape: list[int]) -> list[int]:
     return strides
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Some values to write: a tensor or a run of its rows, and where they go."""
+
+    name: str
+    tensor: LazyTensor
+    rows: slice | None
+    offset: int
+
+
 def write_safetensors(
     path: Path,
     tensors: Mapping[str, LazyTensor],
@@ -146,15 +161,13 @@ def write_safetensors(
     dtype: torch.dtype | None = None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> int:
-    """Return the size of the file written, of which two tensors or runs of rows were in memory.
-
-    While one is being written the next is read and reordered.
+    """Return the size of the file written, of which a few tensors or runs of rows were in memory.
 
     Args:
         path: A file to create.
-        tensors: What to write, in this order.
+        tensors: What to write, in this order. Several threads read them, each a tensor at a time.
         dtype: Convert to this dtype; None keeps each tensor's own.
-        on_bytes: Told how many bytes of values each write added.
+        on_bytes: Told how many bytes of values each write added; never by two threads at once.
 
     Raises:
         InputError: A finite value becomes infinite in `dtype`.
@@ -173,38 +186,75 @@ def write_safetensors(
         at += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the values start on an 8-byte boundary
-    with path.open("xb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        pieces = (
-            _cast(piece, dtype, name).contiguous()
-            for name, tensor in tensors.items()
-            for piece in _pieces(tensor)
-        )
-        for piece in _ahead(pieces):
-            # numpy has no bfloat16: write the bytes as they are.
-            stream.write(piece.view(-1).view(torch.uint8).numpy().data)
+    base = 8 + len(text)
+    pieces = (
+        piece
+        for name, tensor in tensors.items()
+        for piece in _pieces(name, tensor, base + header[name]["data_offsets"][0], dtype)
+    )
+    with path.open("xb", buffering=0) as stream:
+        _write_at(stream.fileno(), memoryview(struct.pack("<Q", len(text)) + text), 0)
+        _write_pieces(stream.fileno(), pieces, dtype, on_bytes)
+    return base + at
+
+
+def _write_pieces(
+    file: int,
+    pieces: Iterator[_Piece],
+    dtype: torch.dtype | None,
+    on_bytes: Callable[[int], None] | None,
+) -> None:
+    """Read, convert and write pieces, each by one of a few threads."""
+    taking, telling, failed = Lock(), Lock(), Event()
+
+    def work() -> None:
+        torch.set_num_threads(1)  # of this one: its neighbours keep the other cores busy
+        while not failed.is_set():
+            with taking:
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            try:
+                stored = piece.tensor.read(0, piece.rows)
+                values = _cast(stored, dtype, piece.name).contiguous()
+                # numpy has no bfloat16: write the bytes as they are.
+                _write_at(file, values.view(-1).view(torch.uint8).numpy().data, piece.offset)
+            except BaseException:
+                failed.set()
+                raise
             if on_bytes is not None:
-                on_bytes(piece.nbytes)
-    return 8 + len(text) + at
+                with telling:
+                    on_bytes(values.nbytes)
+
+    count = min(MOST_WRITERS, len(os.sched_getaffinity(0)))
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(count) as writers:
+            for done in [writers.submit(work) for _ in range(count)]:
+                done.result()
+    finally:
+        torch.set_num_threads(threads)  # torch starts later threads with the last number set
 
 
-def _ahead(items: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Yield the items, the next one being made by a thread while one is used."""
-    with ThreadPoolExecutor(max_workers=1) as maker:
-        coming = maker.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = maker.submit(next, items, None)
-            yield item
+def _write_at(file: int, values: memoryview, offset: int) -> None:
+    """Write all bytes at a place of a file."""
+    while values.nbytes:
+        written = os.pwrite(file, values, offset)
+        values, offset = values[written:], offset + written
 
 
-def _pieces(tensor: LazyTensor) -> Iterator[Tensor]:
-    """Yield the values in order, as runs of rows where the whole would be large."""
+def _pieces(
+    name: str, tensor: LazyTensor, offset: int, dtype: torch.dtype | None
+) -> Iterator[_Piece]:
+    """Yield a tensor as runs of rows where the whole would be large."""
     if tensor.nbytes <= PIECE_BYTES or len(tensor.shape) < 2:
-        yield tensor.read()
+        yield _Piece(name, tensor, None, offset)
         return
     rows = max(1, PIECE_BYTES * tensor.shape[0] // tensor.nbytes)
+    row_bytes = tensor.numel // tensor.shape[0] * (dtype or tensor.dtype).itemsize
     for start in range(0, tensor.shape[0], rows):
-        yield tensor.read(0, slice(start, min(start + rows, tensor.shape[0])))
+        run = slice(start, min(start + rows, tensor.shape[0]))
+        yield _Piece(name, tensor, run, offset + start * row_bytes)
 
 
 def _cast(values: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:

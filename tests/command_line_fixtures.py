@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import random_models
+import tiny_bert
 from command_line import CONFIG, OF_A_LAUNCHER, TEXT, Ended, Run
 
 from mlm_eval import cli
@@ -46,6 +47,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "passages.jsonl").write_text(rows)
     (folder / "lines.jsonl").write_text('{"tokens": [1, 2, 3]}\n{"text": "abc"}\n')
     return folder
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of a few thousand weights with its tokenizer."""
+    path = tmp_path_factory.mktemp("cli-bert") / "bert"
+    tiny_bert.checkpoint(path)
+    tiny_bert.write_vocabulary(path / "tokenizer")
+    return path
 
 
 @pytest.fixture

@@ -1,0 +1,83 @@
+"""A real BERT learns real questions by heart: RACE middle on two tensor-parallel ranks, bfloat16.
+
+Minutes on two cores, so outside the default run:
+
+    pytest -m "slow and realdata" tests/test_overfit.py
+"""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import run_ranks
+from test_minilm import megatron, minilm  # noqa: F401  (fixtures)
+
+from mlm_eval.checkpoints.checkpoint import open_checkpoint
+from mlm_eval.engine import Engine
+from mlm_eval.tasks.finetune import finetune
+from mlm_eval.tasks.finetune_options import FinetuneOptions
+from mlm_eval.tokenizer import load_tokenizer
+
+QUESTIONS = 64
+EPOCHS = 4
+
+
+@pytest.fixture
+def passages(shared_data: Path, tmp_path: Path) -> Path:
+    """The first passages of train/middle, more than enough for the questions."""
+    folder = tmp_path / "middle"
+    folder.mkdir()
+    with tarfile.open(shared_data / "race" / "RACE_train.tar.gz") as archive:
+        for member in archive:
+            if "/middle/" in member.name and member.isfile():
+                content = archive.extractfile(member)
+                assert content is not None
+                (folder / Path(member.name).name).write_bytes(content.read())
+                if len(list(folder.iterdir())) == QUESTIONS:
+                    break
+    return folder
+
+
+def train_on_a_rank(checkpoint: Path, words: Path, passages: Path, output: Path) -> dict[str, Any]:
+    """Return the metrics of a run that is evaluated on what it was trained on."""
+    options = FinetuneOptions(
+        output_dir=output,
+        train=(str(passages),),
+        dev=(str(passages),),
+        train_limit=QUESTIONS,
+        dev_limit=QUESTIONS,
+        epochs=EPOCHS,
+        lr=1.5e-4,
+        global_batch=8,
+        micro_batch=8,
+        warmup=0.1,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        seq_length=256,
+        dtype="bfloat16",
+    )
+    result = finetune(
+        "race",
+        open_checkpoint(checkpoint),
+        options,
+        tokenizer=load_tokenizer(directory=words),
+        load=lambda c, dtype: Engine.load(c, tp=2, dp=1, dtype=dtype, device="cpu"),
+    )
+    return result.metrics
+
+
+@pytest.mark.slow
+@pytest.mark.realdata
+def test_real_questions_are_learnt_by_heart(
+    minilm: Path,  # noqa: F811
+    megatron: Path,  # noqa: F811
+    passages: Path,
+    tmp_path: Path,
+) -> None:
+    arguments = (train_on_a_rank, megatron, minilm, passages, tmp_path / "out")
+    for metrics in run_ranks(2, *arguments, seconds=3600):
+        assert metrics["dev"]["total"] == QUESTIONS
+        assert metrics["dev"]["accuracy"] >= 0.95
