@@ -18,7 +18,20 @@ from mlm_eval.cli.app import app
 from mlm_eval.launch import prepare_worker, reporting_errors
 from mlm_eval.world import detect_world
 
-__all__ = ["app", "checkpoints", "entry", "harness", "main", "report", "training", "zero_shot"]
+# isort: split
+from mlm_eval.cli import bench  # after report: groups of the help come in the order of imports
+
+__all__ = [
+    "app",
+    "bench",
+    "checkpoints",
+    "entry",
+    "harness",
+    "main",
+    "report",
+    "training",
+    "zero_shot",
+]
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 and the signal's number, as shells have it."""
