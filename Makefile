@@ -16,13 +16,14 @@ BIN := $(VENV)/bin
 CLONE     := $(shell pwd -P | cksum | cut -d ' ' -f 1)
 RUN_STAMP := $(VENV)/.mlm-eval-run-$(CLONE)
 DEV_STAMP := $(VENV)/.mlm-eval-dev-$(CLONE)
+NB_STAMP  := $(VENV)/.mlm-eval-notebooks-$(CLONE)
 INSTALL    = $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt
 
 SAMPLE      := checkpoints/samples
 SAMPLE_ARGS := --ckpt $(SAMPLE)/gpt --tokenizer $(SAMPLE)/gpt/tokenizer --device cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint typecheck wheel bench bench-race clean
+.PHONY: help demo test lint typecheck wheel notebooks bench bench-race clean
 
 help: ## list the targets and the variables
 	@echo 'usage: make TARGET [VARIABLE=value ...]'
@@ -61,6 +62,11 @@ $(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@rm -f $(VENV)/.mlm-eval-*
 	$(INSTALL) -e '.[dev,lm-eval]'
 	@touch $(RUN_STAMP) $@
+
+# Added to an environment that is there, so that the tests' packages stay.
+$(NB_STAMP): $(RUN_STAMP)
+	$(INSTALL) -e '.[notebooks]'
+	@touch $@
 
 demo: $(RUN_STAMP) ## evaluate the sample checkpoint that ships, on one process and on two ranks
 	@printf '%s\n' '' \
@@ -103,6 +109,9 @@ wheel: $(DEV_STAMP) ## build the wheel in dist/ and check what is in it
 	$(BIN)/python -m build --wheel
 	rm -rf build
 	$(BIN)/python tests/check_wheel.py dist/*.whl
+
+notebooks: $(NB_STAMP) ## run the notebooks on the samples (minutes); they stay without outputs
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 notebooks
 
 bench: $(DEV_STAMP) ## run the measurements of benchmarks/
 	@test -n '$(BENCHMARKS)' || { echo 'benchmarks/ holds no script' >&2; exit 1; }

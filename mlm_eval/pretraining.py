@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from mlm_eval.pretraining_data import (
     tokenize,
 )
 from mlm_eval.results import Result, checkpoint_record, exponential, versions
+from mlm_eval.show import large, progress_figures, progress_place, training_plan
 from mlm_eval.tokenizer import Tokenizer, check_fits
 from mlm_eval.training import train
 from mlm_eval.training_data import Sample, collate, sample_length
@@ -128,7 +131,9 @@ def pretrain(
     *,
     output_dir: str | Path,
     resume: bool = False,
+    say: Callable[[str], None] | None = None,
     on_progress: Callable[[TrainingProgress], None] | None = None,
+    on_evaluation: Callable[[str, int, int], None] | None = None,
 ) -> Result:
     """Train a masked (`mlm`) or causal (`lm`) language model; every rank calls it.
 
@@ -143,7 +148,9 @@ def pretrain(
         settings: How to train.
         output_dir: Where everything goes.
         resume: Go on from the last state in `output_dir`.
+        say: Takes a line for people who watch, on rank 0.
         on_progress: Called on rank 0 after each step.
+        on_evaluation: Takes (name of the set, samples done, samples in all), on rank 0.
 
     Raises:
         InputError: As `training.train`; or the text or the tokenizer do not fit.
@@ -159,9 +166,38 @@ def pretrain(
         )
     samples = _Samples(kind, engine, tokenizer, text, length, settings.seed, output / "text")
     objective = MaskedLM() if kind == "mlm" else CausalLM()
+    tell = say if say is not None and engine.is_main else lambda text: None
+    plan = training_plan({**dataclasses.asdict(settings), "seq_length": length})
+    tell(
+        f"work ahead: to train on {len(samples.train):,} samples ({plan}), to evaluate "
+        f"{len(samples.dev):,}"
+    )
+    last: list[TrainingProgress] = []
+
+    def note(progress: TrainingProgress) -> None:
+        if not last and progress.step > 1:
+            tell(f"resumed after step {progress.step - 1:,}")
+        last[:] = [progress]
+        if on_progress is not None:
+            on_progress(progress)
 
     def evaluate() -> dict[str, Any]:
-        return measure(engine, samples.dev, dtype=settings.dtype)
+        started = time.perf_counter()
+        found = measure(
+            engine,
+            samples.dev,
+            dtype=settings.dtype,
+            on_progress=None if on_evaluation is None else partial(on_evaluation, "dev"),
+        )
+        for progress in last:
+            place = progress_place(progress)
+            tell(f" > |{place}| training: {progress_figures(progress)}")
+            tell(
+                f" > |{place}| metrics for dev: loss = {found['loss']:.4f}, perplexity = "
+                f"{large(found['perplexity'])}, accuracy = {100 * found['accuracy']:.4f} %, "
+                f"elapsed time (sec): {time.perf_counter() - started:.1f}"
+            )
+        return found
 
     report = train(
         engine,
@@ -171,7 +207,7 @@ def pretrain(
         output_dir=output,
         evaluate=evaluate,
         resume=resume,
-        on_progress=on_progress,
+        on_progress=note,
         args={"seq_length": length},
         tokenizer_files=tokenizer.files,
     )
@@ -209,6 +245,11 @@ class _Samples:
         if len(whole) < 2:
             raise InputError(
                 "the text makes a single sample, so none can be held out; give more text, or --dev"
+            )
+        if count == len(whole):
+            raise InputError(
+                f"--dev-share {text.dev_share} of {count} samples leaves none to train on; lower "
+                "it, or give --dev"
             )
         self.train = Part(whole, 0, len(whole) - count)
         self.dev = Part(self._cut(tokens, seed + 1), len(whole) - count, len(whole))
@@ -259,7 +300,13 @@ class _Samples:
 
 
 @torch.no_grad()
-def measure(engine: Engine, data: Sequence[Sample], *, dtype: str = "float32") -> dict[str, Any]:
+def measure(
+    engine: Engine,
+    data: Sequence[Sample],
+    *,
+    dtype: str = "float32",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
     """Return loss, perplexity and accuracy of a language model on samples, on every rank the same.
 
     `loss` is what training lowers: the mean over hidden (BERT) or predicted tokens, in nats. A BERT
@@ -270,10 +317,12 @@ def measure(engine: Engine, data: Sequence[Sample], *, dtype: str = "float32") -
         engine: With the model.
         data: Samples of the kind that it was trained on.
         dtype: Of the matrix products.
+        on_progress: Told about (samples done, samples in all), on rank 0.
     """
     lengths = [sample_length(data, index) for index in range(len(data))]
     # Sums of: losses, hits, predictions; losses of orders, right ones.
     sums = torch.zeros(5, dtype=torch.float64, device=engine.device)
+    done = 0
     for indices in pack(lengths, engine.batch_tokens)[engine.mesh.dp_rank :: engine.mesh.dp]:
         batch = collate([data[index] for index in indices], device=engine.device)
         order = None
@@ -288,6 +337,9 @@ def measure(engine: Engine, data: Sequence[Sample], *, dtype: str = "float32") -
             found += [F.cross_entropy(order, exchanged, reduction="sum")]
             found += [(order.argmax(dim=-1) == exchanged).sum()]
         sums[: len(found)] += torch.stack([value.double() for value in found])
+        done += len(indices) * engine.dp  # the other copies of the model go at about the same pace
+        if on_progress is not None and engine.is_main:
+            on_progress(min(done, len(data)), len(data))
     if engine.dp > 1:
         dist.all_reduce(sums, group=engine.mesh.dp_group)
     loss, hits_in_all, tokens, order_loss, right = sums.tolist()

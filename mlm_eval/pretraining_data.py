@@ -1,8 +1,7 @@
 """From text files to the samples of masked-LM and causal-LM training.
 
 Masked LM: a document's sentences are packed into sequences; in each epoch a sequence is cut in two,
-    its
-halves are exchanged or not, and 15% of its tokens are hidden, all as numbers drawn from (seed,
+its halves are exchanged or not, and 15% of its tokens are hidden, all as numbers drawn from (seed,
 epoch, sample) say. Source: Megatron's bert_dataset.py and dataset_utils.py (v2.5), its rules for
 segments, and BERT's for masks. Causal LM: the documents in a row, cut into windows.
 """
@@ -61,7 +60,7 @@ def read_documents(paths: Sequence[Path], *, whole_files: bool) -> Iterator[str]
 
 def _documents(path: Path, text: str, whole_files: bool) -> Iterator[str]:
     if path.suffix in (".jsonl", ".json"):
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):  # not at U+2028
             if not line.strip():
                 continue
             try:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.results import Result
 
 if TYPE_CHECKING:
+    from mlm_eval.training_settings import TrainingProgress
     from mlm_eval.verify import Comparison
 
 
@@ -168,29 +170,162 @@ def work_text(unit: str, count: int, tokens: int, flops: float) -> str:
     return f"work ahead: {work}, {flops / 1e12:,.3g} TFLOP"
 
 
-def training_text(result: Result) -> str:
-    """Return what the commands that train print: each set's figures, then where they come from."""
-    several = len(result.metrics.get("seeds", ())) > 1
-    rows = [
-        (name, _figures(value))
-        for name, value in result.metrics.items()
-        if name not in ("seeds", "median") or (name == "seeds" and several)
-    ]
-    rows.append(("model", str(result.checkpoint.get("path", ""))))
+def training_text(result: Result, *, folder: Path | None = None) -> str:
+    """Return what the commands that train print: each set's figures, then where they come from.
+
+    Args:
+        result: Of a fine-tuning, of a language model's training, or of an ensemble.
+        folder: Where the run has written its files.
+    """
     settings = result.settings
+    title = {"mlm": "Masked language model", "lm": "Language model", "squad": "SQuAD"}.get(
+        result.task, result.task.upper()
+    )
+    title += f" {settings['version']}" if settings.get("version") else ""
+    title += f", ensemble of {settings['ensemble']} models" if "ensemble" in settings else ""
+    if any(settings.get(f"{role}_limit") is not None for role in ("train", "dev", "test")):
+        title += "  *** LIMITED RUN: not the figures of the whole data ***"
+    rows = (_language_model_rows if result.task in ("mlm", "lm") else _task_rows)(result)
+    trained = "lr" in settings and not settings.get("eval_only")
+    told = [settings["recipe"]] if "recipe" in settings else []
+    told += [training_plan(settings)] if trained else []
+    rows.append(("recipe" if "recipe" in settings else "training", ", ".join(told)))
+    data = settings["data"]["path"]
+    rows.append(("data", data if isinstance(data, str) else f"{len(data)} files of predictions"))
+    checkpoint = result.checkpoint
+    rows.append(("model", f"{checkpoint['num_parameters']:,} parameters, {checkpoint['path']}"))
     if "tp" in settings:
-        rows.append(("run", f"{settings.get('dtype')}, tp {settings['tp']} x dp {settings['dp']}"))
-    return rows_as_text(result.task.upper(), rows)
+        dtype = settings["dtype"]
+        if settings.get("eval_dtype", dtype) != dtype:
+            dtype += f", evaluated in {settings['eval_dtype']}"
+        rows.append(("run", f"{dtype}, tp {settings['tp']} x dp {settings['dp']}"))
+    rows += _training_time(result.timing)
+    if folder is not None:
+        rows.append(("written to", str(folder)))
+    return rows_as_text(title, rows)
 
 
-def _figures(value: Any) -> str:
-    """Return figures in one line: counts as `12 of 40`, lists of names left out."""
-    if isinstance(value, dict):
-        if {"accuracy", "correct", "total"} <= value.keys():
-            return f"{100 * value['accuracy']:.2f} % ({value['correct']:,} of {value['total']:,})"
-        shown = {name: item for name, item in value.items() if not isinstance(item, list)}
-        return ", ".join(f"{name} {_figures(item)}" for name, item in shown.items())
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+def progress_place(progress: TrainingProgress) -> str:
+    """Return where a training run is, for a line on the way."""
+    return f"epoch {progress.epoch}, step {progress.step:,} of {progress.total_steps:,}"
+
+
+def progress_figures(progress: TrainingProgress) -> str:
+    """Return what training has come to in this epoch, for a line on the way."""
+    return (
+        f"loss {progress.loss:.4f}, accuracy {100 * progress.accuracy:.2f} %, "
+        f"{progress.samples_per_second:,.1f} samples/s"
+    )
+
+
+def sets_to_show(metrics: Mapping[str, Any]) -> list[str]:
+    """Return the names of the sets whose figures a reader needs, a role's pooled ones at its end.
+
+    Where a role has one set only, its pooled figures are that set's: they are left out.
+    """
+    names = []
+    for role in ("dev", "test"):
+        parts = [name for name in metrics if name.startswith(f"{role}-")]
+        names += parts
+        pooled = metrics.get(role)
+        if pooled is not None and [metrics[name]["total"] for name in parts] != [pooled["total"]]:
+            names.append(role)
+    return names
+
+
+def _task_rows(result: Result) -> list[tuple[str, str]]:
+    """Return the figures of a fine-tuning: of one seed, or the medians over seeds and each."""
+    metrics = result.metrics
+    seeds: Mapping[str, Any] = metrics.get("seeds", {})
+    names = sets_to_show(metrics)
+    if len(seeds) < 2:
+        rows = [(name, _figures(metrics[name])) for name in names]
+        return rows + [
+            ("checkpoint-best", text)
+            for run in seeds.values()
+            if (text := _best(run["best"], result))
+        ]
+    median = metrics["median"]
+    rows = []
+    for name in names:
+        of = f"median of {len(seeds)} seeds"
+        if not name.startswith("dev"):
+            of = f"of seed {median['seed']}, chosen by the median on dev"
+        rows.append((name, f"{_figures(median[name])}   {of}"))
+    for seed, found in seeds.items():
+        pooled = [name for name in ("dev", "test") if name in found]
+        rows.append((f"seed {seed}", "; ".join(f"{n} {_figures(found[n])}" for n in pooled)))
+    return rows
+
+
+def _best(best: Mapping[str, Any] | None, result: Result) -> str:
+    """Return the best evaluation where it is not the last, whose figures are the result."""
+    if best is None or best["step"] == result.counts["steps"]:
+        return ""
+    score = best["score"] if result.task == "squad" else 100 * best["score"]
+    return f"dev {score:.2f} % after step {best['step']:,}, epoch {best['epoch']}"
+
+
+def _figures(entry: Mapping[str, Any]) -> str:
+    """Return a set's figures in a line; a median over seeds has no count of its own."""
+    if "accuracy" in entry:
+        told = f"{100 * entry['accuracy']:.2f} %"
+        if "correct" in entry:
+            told += f" ({entry['correct']:,} of {entry['total']:,})"
+        return told + (f", F1 {100 * entry['f1']:.2f} %" if "f1" in entry else "")
+    told = f"exact {entry['exact']:.2f} %, F1 {entry['f1']:.2f} % of {entry['total']:,}"
+    if entry.get("null_threshold") is not None:
+        told += f", no answer above the threshold {entry['null_threshold']:.4f}"
+    return told
+
+
+def _language_model_rows(result: Result) -> list[tuple[str, str]]:
+    """Return the figures of a language model's training."""
+    m, c = result.metrics, result.counts
+    what = "hidden" if result.task == "mlm" else "predicted"
+    rows = [("dev loss", f"{m['loss']:.4f}   nats, over {c['dev_samples']:,} samples")]
+    if "order_loss" in m:
+        rows.append(("", f"= {m['lm_loss']:.4f} per {what} token + {m['order_loss']:.4f} of order"))
+    rows += [
+        ("perplexity", f"{large(m['perplexity'])}   per {what} token"),
+        ("accuracy", f"{100 * m['accuracy']:.2f} %   of the {what} tokens"),
+    ]
+    if "order_accuracy" in m:
+        rows.append(("order", f"{100 * m['order_accuracy']:.2f} %   of the segments' orders"))
+    if m["best"] is not None and m["best"]["step"] != c["steps"]:
+        best = f"loss {m['best']['loss']:.4f} after step {m['best']['step']:,}"
+        rows.append(("checkpoint-best", best))
+    rows.append(("last step", f"loss {m['final_training_loss']:.4f} in training"))
+    return rows
+
+
+def training_plan(settings: Mapping[str, Any]) -> str:
+    """Return the settings of a training that a reader asks for first."""
+    steps = settings["max_steps"]
+    length = _counted(settings["epochs"], "epoch") if steps is None else _counted(steps, "step")
+    return (
+        f"{length}, batch {settings['global_batch']}, learning rate {settings['lr']:g}, rows of "
+        f"{settings['seq_length']:,} tokens"
+    )
+
+
+def large(number: float) -> str:
+    """Return a figure that can be beyond all bounds."""
+    return f"{number:.4f}" if number < 1e6 else f"{number:.4g}"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
+def _training_time(timing: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return how long a run took; nothing for an ensemble, which runs no model."""
+    if "train_seconds" in timing:
+        speed = timing["samples_per_second"]
+        return [("time", f"{timing['train_seconds']:.1f} s of training, {speed:,.1f} samples/s")]
+    if "eval_seconds" in timing:
+        return [("time", f"{timing['eval_seconds']:.1f} s of evaluation")]
+    return []
 
 
 def comparison_text(comparison: Comparison) -> str:

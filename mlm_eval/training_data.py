@@ -183,7 +183,7 @@ class Plan:
         if steps == 0:
             raise InputError(
                 f"{samples} training samples do not fill one global batch of {global_batch}; lower "
-                "--global-batch, or give more data"
+                "--global-batch, give more data, or use --keep-last"
             )
         return cls(samples, global_batch, steps, max_steps or epochs * steps, seed)
 

@@ -85,6 +85,11 @@ class TrainSettings:
             value = getattr(self, name)
             if not (0.0 <= value < math.inf):
                 raise InputError(f"{option_name(name)} is {value}; it must be 0 or more")
+        if self.min_lr > self.lr:
+            raise InputError(
+                f"--min-lr {self.min_lr} is more than --lr {self.lr}; the rate falls from the one "
+                "to the other"
+            )
         for name, known in (
             ("dtype", tuple(DTYPES)),
             ("dp_mode", DP_MODES),

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.initial_models import with_head
 from mlm_eval.results import Result, checkpoint_record, write_json
+from mlm_eval.show import progress_figures, progress_place
 from mlm_eval.tasks import finetune_result as records
 from mlm_eval.tasks.features import special_ids
 from mlm_eval.tasks.finetune_data import Prepared, prepare
@@ -40,6 +41,7 @@ from mlm_eval.training_state import on_main
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.checkpoint import Checkpoint
     from mlm_eval.engine import Engine
+    from mlm_eval.training_settings import TrainingProgress
 
 RESULT, RUN, PREDICTIONS = "result.json", "run.json", "predictions"
 
@@ -177,11 +179,18 @@ class _Job:
         assert features is not None
         last: dict[str, Any] = {}
 
+        def note(progress: TrainingProgress) -> None:
+            if "progress" not in last and progress.step > 1:
+                _tell(self.observer.say, f"seed {seed}: resumed after step {progress.step - 1:,}")
+            last["progress"] = progress
+            if self.observer.on_step is not None:
+                self.observer.on_step(progress)
+
         def evaluate() -> dict[str, Any]:
             started = time.perf_counter()
             last["outputs"] = self._outputs(engine, "dev", autocast)
             last["seconds"] = time.perf_counter() - started
-            return on_main(lambda: self._judged(last["outputs"], seed, last["seconds"]))
+            return on_main(lambda: self._judged(seed, **last))
 
         report = train(
             engine,
@@ -191,9 +200,9 @@ class _Job:
             output_dir=folder,
             evaluate=evaluate,
             resume=self.options.resume,
-            on_progress=self.observer.on_step,
+            on_progress=note,
         )
-        if not last or report.evaluations[-1]["step"] != report.steps:
+        if "outputs" not in last or report.evaluations[-1]["step"] != report.steps:
             evaluate()  # of a run that had ended but for what follows
         outputs = last["outputs"] | self._outputs(engine, "test", autocast)
         described = {**engine.describe(), "dtype": dtype, "eval_dtype": _name(autocast)}
@@ -302,10 +311,21 @@ class _Job:
                 )
         return found
 
-    def _judged(self, outputs: Mapping[str, Outputs], seed: int, seconds: float) -> dict[str, Any]:
+    def _judged(
+        self,
+        seed: int,
+        *,
+        outputs: Mapping[str, Outputs],
+        seconds: float,
+        progress: TrainingProgress | None = None,
+    ) -> dict[str, Any]:
         """Return what the trainer keeps of an evaluation; rank 0."""
         metrics = self._judge(outputs)[1].metrics
-        for line in records.figure_lines(metrics, f"seed {seed}"):
+        place = f"seed {seed}"
+        if progress is not None:  # else the run had ended before
+            place += f", {progress_place(progress)}"
+            _tell(self.observer.say, f" > |{place}| training: {progress_figures(progress)}")
+        for line in records.figure_lines(metrics, place):
             _tell(self.observer.say, f"{line}, elapsed time (sec): {seconds:.1f}")
         return {**self.task.summary(metrics), "metrics": records.without_lists(metrics)}
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.show import training_plan
 from mlm_eval.tasks.features import PairFeatures
 from mlm_eval.tasks.finetune_options import FinetuneOptions
 from mlm_eval.tasks.recipe import Recipe, load_recipe
@@ -82,7 +83,8 @@ def prepare(
     whole = merge(training, "train").limited(options.train_limit) if training else None
     limits = {"dev": options.dev_limit, "test": options.test_limit}
     evaluated = [part.limited(limits[part.role]) for part in sets if part.role in limits]
-    say(_announcement(whole, evaluated))
+    settings = {**dataclasses.asdict(recipe), "max_steps": options.max_steps}
+    say(_announcement(whole, evaluated, f"{name}, {training_plan(settings)}"))
     with cache_folder() as cache:
         train_features = None
         if whole is not None:
@@ -155,11 +157,11 @@ def _fit(recipe: Recipe, positions: int, *, stated: bool) -> tuple[Recipe, list[
     return dataclasses.replace(recipe, seq_length=positions), [warning]
 
 
-def _announcement(whole: ExampleSet | None, evaluated: Sequence[ExampleSet]) -> str:
+def _announcement(whole: ExampleSet | None, evaluated: Sequence[ExampleSet], plan: str) -> str:
     sets = ", ".join(f"{part.name} {len(part.examples):,}" for part in evaluated)
     if whole is None:
         return f"work ahead: to evaluate {sets}"
-    return f"work ahead: to train on {len(whole.examples):,} examples, to evaluate {sets}"
+    return f"work ahead: to train on {len(whole.examples):,} examples ({plan}), to evaluate {sets}"
 
 
 def _counts(

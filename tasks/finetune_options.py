@@ -137,6 +137,11 @@ class FinetuneOptions:
                     f"--{name.replace('_', '-')} {getattr(self, name)!r} is unknown; use auto, "
                     f"{', '.join(DTYPES)}"
                 )
+        # Else the trainer would refuse them after the data were read and the model was loaded.
+        names = TrainSettings.__dataclass_fields__.keys() & self.__dataclass_fields__.keys()
+        given = {name: getattr(self, name) for name in names - {"dtype"}}
+        given = {name: value for name, value in given.items() if value is not None}
+        TrainSettings(**{"lr": max(self.min_lr or 0.0, 0.0), **given})
 
     def overrides(self) -> dict[str, Any]:
         """Return the fields of a recipe that are given."""

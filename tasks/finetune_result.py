@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.results import Result, checkpoint_record, versions
+from mlm_eval.show import sets_to_show
 
 if TYPE_CHECKING:
     from mlm_eval.engine import Engine
@@ -158,9 +159,8 @@ def without_lists(metrics: Mapping[str, Any]) -> dict[str, Any]:
 def figure_lines(metrics: Mapping[str, Any], title: str = "") -> list[str]:
     """Return a line of text for each set with its figures, in the manner of Megatron's log."""
     lines = []
-    for name, entry in metrics.items():
-        if not isinstance(entry, dict) or name in ("median", "seeds"):
-            continue
+    for name in sets_to_show(metrics):
+        entry = metrics[name]
         if "accuracy" in entry:
             told = (
                 f"correct / total = {entry['correct']} / {entry['total']} = "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -117,14 +118,21 @@ def merge(sets: Sequence[ExampleSet], role: str) -> ExampleSet:
 def check_names(sets: Sequence[ExampleSet]) -> Sequence[ExampleSet]:
     """Return the sets, each with a name of its own that begins with its role.
 
+    The role alone is the name of its only set; beside others it is that of their pooled figures,
+    and the set takes its file's name.
+
     Raises:
         InputError: A set is empty, or two have the same name.
     """
     named: dict[str, ExampleSet] = {}
+    several = [role for role in ROLES if sum(part.role == role for part in sets) > 1]
     for part in sets:
         name = part.name
         if name.split("-")[0] != part.role:
             name = f"{part.role}-{name}" if name else part.role
+        if name == part.role and part.role in several:
+            stem = re.sub(r"[^\w.]+", "-", Path(part.path).stem)
+            name = f"{part.role}-{stem.removeprefix(part.role).strip('-_') or stem}"
         if not part.examples:
             raise InputError(f"{part.path} holds no example; expected at least one for {name}")
         if name in named:

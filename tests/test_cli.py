@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import typer
-from command_line import TEXT, assert_one_sentence, read
+from command_line import TEXT, Run, assert_one_sentence, read
 
 from mlm_eval import cli
 from mlm_eval.checkpoints.checkpoint import open_checkpoint
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.cli.training import training_bars
 from mlm_eval.engine import Engine
+from mlm_eval.pretraining import TextSettings
+from mlm_eval.tasks.finetune_options import FinetuneOptions
 from mlm_eval.tokenizer import load_tokenizer
+from mlm_eval.training_settings import TrainingProgress, TrainSettings
 
 pytest_plugins = ["command_line_fixtures"]
 
@@ -189,6 +196,227 @@ def test_a_fault_of_ours_is_shown_whole(run, wiki, monkeypatch):
     assert ended.code == 1 and ended.out == ""
     assert "Traceback" in ended.err and "ZeroDivisionError" in ended.err
     assert ended.err.splitlines()[-1].startswith("mlm-eval: this is a fault of mlm-eval")
+
+
+# --- What the commands that train take ----------------------------------------------------------
+
+FINETUNING, PRETRAINING = ("race", "mnli", "qqp", "squad"), ("mlm", "lm")
+HERE = {  # options that are for some of the commands only
+    "max_qa_length": {"race"},
+    "doc_stride": {"squad"},
+    "max_query_length": {"squad"},
+    "max_answer_length": {"squad"},
+    "n_best": {"squad"},
+    "null_threshold": {"squad"},
+    "mask_probability": {"mlm"},
+    "whole_words": {"mlm"},
+}
+EXAMPLES = {  # where the type alone does not say what can be written
+    "data": "folder",
+    "recipe": "mine",
+    "output_dir": Path("somewhere"),
+    "dtype": "bfloat16",
+    "eval_dtype": "float16",
+    "dp_mode": "fsdp2",
+    "lr_decay": "cosine",
+    "min_lr": 1e-9,
+    "whole_words": False,
+}
+
+
+def taken(command: str) -> dict[str, Any]:
+    """Return the options of a command by the names of their parameters."""
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    return {parameter.name: parameter for parameter in commands[command].params}
+
+
+def fields(*kinds: type[Any]) -> dict[str, Any]:
+    """Return the fields of dataclasses with their types."""
+    return {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+
+
+def example(name: str, hint: Any, number: int) -> tuple[list[str], Any]:
+    """Return what to write for a field so that it is not its default, and what must arrive."""
+    option, kinds = "--" + name.replace("_", "-"), get_args(hint) or (hint,)
+    if name == "seeds":
+        return [option, "3,1"], (3, 1)
+    if get_origin(hint) is Sequence:
+        words = [f"{name}.a", f"{name}.b"]
+        return [option, words[0], option, words[1]], tuple(map(kinds[0], words))
+    if bool in kinds:
+        value = EXAMPLES.get(name, True)
+        return [option if value else option.replace("--", "--no-")], value
+    if name not in EXAMPLES and int in kinds:
+        return [option, str(100 + number)], 100 + number
+    if name not in EXAMPLES and float in kinds:
+        return [option, str(number / 1024)], number / 1024
+    return [option, str(EXAMPLES[name])], EXAMPLES[name]
+
+
+@pytest.mark.parametrize("command", FINETUNING)
+def test_every_field_of_a_fine_tuning_is_an_option(command):
+    for name in fields(FinetuneOptions):
+        assert (name in taken(command)) == (command in HERE.get(name, {command})), name
+
+
+@pytest.mark.parametrize("command", PRETRAINING)
+def test_every_field_of_a_pre_training_is_an_option(command):
+    for name in fields(TrainSettings, TextSettings):
+        assert (name in taken(command)) == (command in HERE.get(name, {command})), name
+
+
+def told(monkeypatch: pytest.MonkeyPatch, where: str, run: Run, *arguments: object) -> Any:
+    """Run a command line, and return what it hands to the function that does the work."""
+    seen: list[Any] = []
+
+    def stop(*given: Any, **named: Any) -> None:
+        seen.append((given, named))
+        raise InputError("seen")
+
+    monkeypatch.setattr(where, stop)
+    assert_one_sentence(run(*arguments), "seen")
+    return seen[0]
+
+
+@pytest.mark.parametrize("command", FINETUNING)
+def test_what_a_fine_tuning_is_told_arrives(run, bert, monkeypatch, command):
+    line, expected = [], {}
+    for number, (name, hint) in enumerate(fields(FinetuneOptions).items(), start=1):
+        if command in HERE.get(name, {command}):
+            words, expected[name] = example(name, hint, number)
+            line += words
+    where = "mlm_eval.tasks.finetune.finetune"
+    given, _ = told(monkeypatch, where, run, command, "--ckpt", bert, *line)
+    assert given[0] == command
+    assert {name: getattr(given[2], name) for name in expected} == expected
+    # Each of them differs from what is taken where nothing is said: that is the recipe's.
+    given, _ = told(monkeypatch, where, run, command, "--ckpt", bert, "--output-dir", "out")
+    plain = TrainSettings(lr=1.0)
+    trainers = {"micro_batch": plain.micro_batch, "save_minutes": plain.save_minutes}
+    assert given[2] == FinetuneOptions(output_dir=Path("out"), **trainers)
+    assert all(getattr(given[2], name) != value for name, value in expected.items())
+
+
+@pytest.mark.parametrize("command", PRETRAINING)
+def test_what_a_pre_training_is_told_arrives(run, bert, folder, monkeypatch, command):
+    model = {"mlm": bert, "lm": folder / "gpt"}[command]
+    line, expected = [], {}
+    for number, (name, hint) in enumerate(fields(TrainSettings, TextSettings).items(), start=1):
+        if command in HERE.get(name, {command}):
+            words, expected[name] = example(name, hint, number)
+            line += words
+    start = (command, "--ckpt", model, "--output-dir", "o")
+    where = "mlm_eval.pretraining.pretrain"
+    given, named = told(monkeypatch, where, run, *start, *line, "--resume")
+    assert given[0] == command and named["resume"] is True and named["output_dir"] == Path("o")
+    text, settings = given[3:]
+    assert {**vars(text), **vars(settings)}.items() >= expected.items()
+    given, named = told(monkeypatch, where, run, *start, "--data", "text.txt")
+    assert given[3] == TextSettings((Path("text.txt"),)) and named["resume"] is False
+    assert given[4] == TrainSettings(lr=1e-4)
+    plain = {**vars(given[3]), **vars(given[4])}
+    assert all(plain[name] != value for name, value in expected.items())
+
+
+def test_the_help_of_a_training_tells_the_defaults(run):
+    def shown(command: str) -> str:
+        return re.sub(r"[\s│]+", " ", run(command, "--help").out)
+
+    fine, text = shown("squad"), shown("mlm")
+    for group in ("Options", "Optimizer", "Data", "Task", "Run"):
+        assert f"─ {group} ─" in fine and f"─ {group} ─" in text
+    assert fine.index("--lr ") < fine.index("─ Optimizer ─") < fine.index("--adam-beta1")
+    assert "Highest learning rate. [default: (the recipe's)]" in fine
+    assert "Highest learning rate. [default: 0.0001]" in text
+    assert "─ Task ─" not in shown("qqp")
+
+
+WRONG_TRAINING: dict[str, tuple[str, list[str], list[str]]] = {
+    # name: (command, its options, what the sentence says)
+    "rate": ("race", ["--lr", "-1"], ["--lr is -1.0", "0 or more"]),
+    "decay": ("qqp", ["--lr-decay", "foo"], ["--lr-decay 'foo'", "linear, cosine"]),
+    "beta": ("mnli", ["--adam-beta1", "2"], ["--adam-beta1 is 2.0", "[0, 1)"]),
+    "dtype of evaluations": ("race", ["--eval-dtype", "foo"], ["--eval-dtype 'foo'", "bfloat16"]),
+    "stride": ("squad", ["--doc-stride", "0"], ["--doc-stride"]),
+    "of another task": ("race", ["--doc-stride", "64"], ["No such option", "--doc-stride"]),
+    "seeds": ("race", ["--seeds", "1,x"], ["--seeds '1,x'", "divided by commas"]),
+    "rate of mlm": ("mlm", ["--lr", "-1"], ["--lr is -1.0", "0 or more"]),
+    "clipping": ("lm", ["--clip-grad", "-1"], ["--clip-grad is -1.0", "0 or more"]),
+    "masks": ("mlm", ["--mask-probability", "2"], ["--mask-probability is 2.0"]),
+    "masks of a GPT": ("lm", ["--mask-probability", "0.1"], ["No such option"]),
+    "share": ("lm", ["--dev-share", "1"], ["--dev-share is 1.0"]),
+    "dtype": ("lm", ["--dtype", "foo"], ["--dtype 'foo'", "bfloat16"]),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_TRAINING)
+@pytest.mark.parametrize("tp", [1, 2])
+def test_wrong_options_of_a_training_are_one_sentence(run, bert, tmp_path, what, tp):
+    """With `--tp 2` found before any rank is started."""
+    command, options, parts = WRONG_TRAINING[what]
+    start = ["--ckpt", bert, "--output-dir", tmp_path / "out", "--data", tmp_path / "none"]
+    assert_one_sentence(run(command, *start, *options, "--tp", tp), *parts)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", [[], ["--ckpt", "a", "--init", "bert-tiny"]])
+def test_a_model_comes_from_a_checkpoint_or_is_new(run, tmp_path, given):
+    ended = run("mlm", "--data", "text", "--output-dir", tmp_path / "out", *given)
+    assert_one_sentence(ended, "either --ckpt", "or --init")
+
+
+# --- What a training shows meanwhile ------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    """A stderr that people look at."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class OneRank:
+    """What `TrainingBars` needs of a run."""
+
+    is_main = True
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr)
+
+
+def progress(step: int) -> TrainingProgress:
+    return TrainingProgress(step, 3, 1, 1, 1.5, 0.25, 1e-4, 40.0, 65.0)
+
+
+def test_lines_stand_above_the_bars(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with training_bars(OneRank()) as bars:  # type: ignore[arg-type]
+        assert bars.on_step is not None and bars.on_evaluation is not None
+        bars.say("seed 1")
+        for step in (1, 2, 3):
+            bars.on_step(progress(step))
+            bars.say(f"after step {step}")
+        for done in (1, 2):
+            bars.on_evaluation("dev-high", done, 2)
+        bars.say("metrics of seed 1")
+        bars.on_step(progress(1))  # the next seed's
+        bars.on_evaluation("dev-high", 1, 2)
+    shown = [piece.strip() for piece in re.split(r"[\r\n]|\x1b\[A", terminal.getvalue())]
+    said = ["seed 1", *(f"after step {step}" for step in (1, 2, 3)), "metrics of seed 1"]
+    assert [piece for piece in shown if piece in said] == said  # lines of their own
+    assert any(re.fullmatch(r"evaluating dev-high: +\d+%.* \d/2 .*", piece) for piece in shown)
+    bars_of_steps = [piece for piece in shown if piece.startswith("training: ")]
+    assert "01:05 left, loss 1.5000, accuracy 25.0 %, 40.0 samples/s" in bars_of_steps[-1]
+    assert " 1/3 " in bars_of_steps[-1]  # of a bar of its own
+    ended = next(piece for piece in reversed(bars_of_steps) if " 3/3 " in piece)
+    assert ended.startswith("training: 100%")
+
+
+def test_there_are_no_bars_off_a_terminal(capsys):
+    with training_bars(OneRank()) as bars:  # type: ignore[arg-type]
+        assert bars.on_step is None and bars.on_evaluation is None
+        bars.say("seed 1")
+    assert capsys.readouterr().err == "seed 1\n"
 
 
 # --- Results ------------------------------------------------------------------------------------

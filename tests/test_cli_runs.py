@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,6 +145,143 @@ def test_the_parent_hands_on_the_exit_code_of_the_ranks(run, wiki, monkeypatch):
     ended = run(*wiki, "--tp", 2, "--dp", 3)
     assert_one_sentence(ended, "mlm-eval: rank 1 found wrong.pt")
     assert seen[0][-8:] == ["--tp", "2", "--dp", "3", "--device", "cpu", "6", "cpu"]
+
+
+# --- Training -----------------------------------------------------------------------------------
+
+SAMPLES = Path(__file__).resolve().parents[1] / "checkpoints" / "samples" / "race"
+SHORT = ("--global-batch", 8, "--max-steps", 4, "--attention-dropout", 0, "--device", "cpu")
+
+
+@pytest.fixture
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def rows(text: str) -> dict[str, str]:
+    """Return the rows of a printed result by their names."""
+    parts = (line.strip().partition("  ") for line in text.splitlines()[1:])
+    return {name: value.strip() for name, _, value in parts}
+
+
+@pytest.mark.usefixtures("_own_cache")
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_fine_tuning_says_everything_once(run, bert, tmp_path, tp):
+    runner = run if tp == 1 else as_user
+    limits = ("--train-limit", 24, "--dev-limit", 5, "--evaluate-every", 2, "--tp", tp)
+    line = ("race", "--ckpt", bert, "--data", SAMPLES, "--output-dir", tmp_path / "out", *SHORT)
+    ended = runner(*line, *limits)
+    assert ended.code == 0, ended.err
+    lines = ended.err.splitlines()
+    warnings = [text for text in lines if text.startswith("warning: ")]
+    for text, name in zip(warnings, ("train", "dev-middle", "dev-high"), strict=False):
+        assert re.match(rf"warning: limited: only the first \d+ of \d+ examples of {name} ", text)
+    assert len(warnings) == 4 and "rows are cut at 128" in warnings[3]
+    # Evaluated twice: three sets, and the training before them.
+    assert sum(text.startswith(" > |seed 1234, epoch 1, step 2 of 4| ") for text in lines) == 4
+    assert sum(text.startswith(" > |seed 1234, epoch 2, step 4 of 4| ") for text in lines) == 4
+    assert len(lines) == 1 + len(warnings) + 8
+
+    assert ended.out.splitlines()[0] == (
+        "RACE  *** LIMITED RUN: not the figures of the whole data ***"
+    )
+    shown, record = rows(ended.out), read(tmp_path / "out" / "result.json")
+    sets = ["dev-middle", "dev-high", "dev", "test-middle", "test-high", "test"]
+    assert list(shown)[:6] == sets
+    for name in sets:
+        entry = record["metrics"][name]
+        share = f"{100 * entry['accuracy']:.2f} %"
+        assert shown[name] == f"{share} ({entry['correct']} of {entry['total']})"
+    plan = "race-megatron-336m, 4 steps, batch 8, learning rate 2e-05, rows of 128 tokens"
+    assert shown["recipe"] == plan and f"({plan})" in lines[0]
+    assert shown["run"] == f"float32, tp {tp} x dp 1"
+    assert shown["written to"] == str(tmp_path / "out")
+    best = record["metrics"]["seeds"]["1234"]["best"]
+    expected = f"dev {100 * best['score']:.2f} % after step 2, epoch 1"
+    assert shown.get("checkpoint-best") == (expected if best["step"] == 2 else None)
+
+
+@pytest.mark.usefixtures("_own_cache")
+def test_seeds_are_shown_one_by_one(run, bert, tmp_path):
+    line = ("race", "--ckpt", bert, "--data", SAMPLES, "--output-dir", tmp_path / "out", *SHORT)
+    ended = run(*line, "--seeds", "1,2,3", "--dev", SAMPLES / "dev" / "middle", "--max-steps", 1)
+    assert ended.code == 0, ended.err
+    shown, metrics = rows(ended.out), read(tmp_path / "out" / "result.json")["metrics"]
+    median = metrics["median"]
+    accuracy = f"{100 * median['dev-middle']['accuracy']:.2f} %"
+    assert shown["dev-middle"] == f"{accuracy}   median of 3 seeds"
+    assert "dev" not in shown  # the same figures
+    test = median["test"]
+    assert shown["test"].startswith(f"{100 * test['accuracy']:.2f} % ({test['correct']} of 24)")
+    assert shown["test"].endswith(f"of seed {median['seed']}, chosen by the median on dev")
+    for seed in (1, 2, 3):
+        entry = metrics["seeds"][str(seed)]
+        assert shown[f"seed {seed}"].startswith(f"dev {100 * entry['dev']['accuracy']:.2f} %")
+        assert "; test " in shown[f"seed {seed}"]
+
+
+def write_squad(path: Path) -> Path:
+    context = "The cat sat on the mat. The dog was red."
+    words = ("cat", "dog", "mat", "red") * 3
+    questions = [
+        {
+            "id": str(number),
+            "question": f"Who is {word}?",
+            "answers": [{"text": word, "answer_start": context.index(word)}],
+        }
+        for number, word in enumerate(words)
+    ]
+    data = [{"paragraphs": [{"context": context, "qas": questions}]}]
+    path.write_text(json.dumps({"version": "1.1", "data": data}))
+    return path
+
+
+@pytest.mark.usefixtures("_own_cache")
+@pytest.mark.parametrize("name", ["dev-v1.1.json", "odd.json"])
+def test_one_dev_file_of_squad_has_one_line(run, bert, tmp_path, name):
+    train, dev = write_squad(tmp_path / "train-v1.1.json"), write_squad(tmp_path / name)
+    line = ("squad", "--ckpt", bert, "--train", train, "--dev", dev, "--seq-length", 80)
+    ended = run(*line, "--output-dir", tmp_path / "out", *SHORT, "--evaluate-every", 4)
+    assert ended.code == 0, ended.err
+    metrics = read(tmp_path / "out" / "result.json")["metrics"]
+    figures = metrics["dev"]
+    assert metrics.items() >= {"exact": figures["exact"], "f1": figures["f1"]}.items()
+    kept, left_out = ("dev-odd", "dev") if name == "odd.json" else ("dev", "dev-v1.1")
+    assert metrics[kept] == figures
+    shown = rows(ended.out)
+    assert ended.out.splitlines()[0] == "SQuAD 1.1"
+    assert shown[kept] == f"exact {figures['exact']:.2f} %, F1 {figures['f1']:.2f} % of 12"
+    assert not shown.keys() & {left_out, "exact", "f1", "median", "seeds"}
+    assert [text for text in ended.err.splitlines() if " metrics for " in text] == [
+        next(text for text in ended.err.splitlines() if f" metrics for {kept}: " in text)
+    ]
+
+
+@pytest.mark.usefixtures("_own_cache")
+@pytest.mark.parametrize("command", ["mlm", "lm"])
+def test_a_language_model_from_text_to_its_figures(run, bert, folder, tmp_path, command):
+    (tmp_path / "text").write_text("\n\n".join(["The cat sat. The dog was red."] * 60))
+    model = {"mlm": bert, "lm": folder / "gpt"}[command]
+    line = (command, "--ckpt", model, "--data", tmp_path / "text", "--output-dir", tmp_path / "o")
+    ended = run(
+        *line, *SHORT, "--evaluate-every", 2, "--seq-length", 16, "--output", tmp_path / "r"
+    )
+    assert ended.code == 0, ended.err
+    record = read(tmp_path / "o" / "result.json")
+    assert read(tmp_path / "r") == record
+    metrics, shown = record["metrics"], rows(ended.out)
+    plan = "4 steps, batch 8, learning rate 0.0001, rows of 16 tokens"
+    assert ended.err.startswith("work ahead: to train on ") and f"({plan})" in ended.err
+    places = [line[: line.index("| ", 4)] for line in ended.err.splitlines()[1:]]
+    assert [place.split(", ")[1] for place in places] == ["step 2 of 4"] * 2 + ["step 4 of 4"] * 2
+    assert f"metrics for dev: loss = {metrics['loss']:.4f}, " in ended.err.splitlines()[-1]
+    assert shown["dev loss"].startswith(f"{metrics['loss']:.4f}   nats, over ")
+    assert shown["perplexity"].startswith(f"{metrics['perplexity']:.4f}   per ")
+    assert shown["accuracy"].startswith(f"{100 * metrics['accuracy']:.2f} %")
+    assert shown["training"] == plan
+    assert ("order" in shown) == (command == "mlm")
+    again = run(*line, *SHORT)
+    assert_one_sentence(again, "holds a run already", "--resume")
 
 
 # --- Megatron's own figures, and the real data --------------------------------------------------

@@ -45,16 +45,19 @@ NOT_RUN = {
     ". .venv/bin/activate": "changes nothing but the shell that reads it",
 }
 OUTPUTS = {
-    "D", "out", "gpt2_hf", "scores.jsonl", "bert_hf", "gpt_tp4", "gpt_tp2", "llama_dist", "llama_hf"
+    "D", "out", "gpt2_hf", "scores.jsonl", "bert_hf", "gpt_tp4", "gpt_tp2", "llama_dist",
+    "llama_hf", "bench.json", "bench.png",
 }  # fmt: skip
 """What a command is to make; it makes it in a folder of its own."""
 WORDS = {
     "hf", "megatron", "torch_dist", "cpu", "true", "last-token", "bfloat16", "500MB", "gpt2-8.3b",
     "gpt2-tiny", "wikitext103", "megatron-gpt2-345m", "megatron-bert-345m-uncased",
     "race-megatron-336m", "checkpoint_version=2.0", "wikitext", "lambada_openai", "wiki_sample",
+    "weak", "train",
 }  # fmt: skip
 """Names of formats, sizes, recipes, settings and tasks: no files."""
 SMALL = {
+    "bench": "--steps 1 --warmup-steps 1 --seq-length 16 --batch 1 --device cpu",
     "race": "--max-steps 1 --train-limit 32 --dev-limit 2 --test-limit 2 --seq-length 32",
     "lm": "--max-steps 1 --seq-length 16 --global-batch 2",
 }

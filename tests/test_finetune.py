@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from mlm_eval.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.engine import Engine
 from mlm_eval.results import Result
+from mlm_eval.show import sets_to_show
 from mlm_eval.tasks import finetune_result
 from mlm_eval.tasks.finetune import copy_tokenizer, finetune
 from mlm_eval.tasks.finetune_data import read_sets
@@ -140,11 +142,22 @@ def test_an_unknown_recipe_is_refused():
         ({"seeds": (-1,)}, "--seeds -1: give different numbers from 0 on"),
         ({"train_limit": 0}, "--train-limit 0: choose 1 or more"),
         ({"eval_dtype": "int8"}, "--eval-dtype 'int8' is unknown; use auto, float32"),
+        # The trainer's own checks, before any data is read.
+        ({"lr": -1.0}, "--lr is -1.0; it must be 0 or more"),
+        ({"min_lr": -1.0}, "--min-lr is -1.0; it must be 0 or more"),
+        ({"adam_beta1": 2.0}, r"--adam-beta1 is 2.0; it must lie in \[0, 1\)"),
+        ({"lr_decay": "steps"}, "--lr-decay 'steps' is unknown; use linear, cosine"),
+        ({"dp_mode": "zero"}, "--dp-mode 'zero' is unknown; use ddp, fsdp2"),
     ],
 )
 def test_impossible_options_are_refused(tmp_path, given, message):
     with pytest.raises(InputError, match=message):
         FinetuneOptions(output_dir=tmp_path, **given)
+
+
+@pytest.mark.parametrize("given", [{"min_lr": 1e-6}, {"min_lr": 1e-6, "lr": 1e-5}, {"lr": 0.0}])
+def test_options_that_need_the_recipe_are_no_fault(tmp_path, given):
+    assert FinetuneOptions(output_dir=tmp_path, **given).overrides() == given
 
 
 def test_options_win_over_the_recipe(tmp_path):
@@ -186,16 +199,21 @@ def test_an_unknown_task_is_refused(tmp_path, bert, words):
 # --- a whole run ---
 
 
+Rows = list[tuple[str, int, int]]
+
+
 @pytest.fixture(scope="module")
-def race_run(tmp_path_factory, bert, words) -> tuple[Path, Result, list[str], list[int]]:
+def race_run(tmp_path_factory, bert, words) -> tuple[Path, Result, list[str], list[int], Rows]:
     """RACE on the samples for two epochs; where nothing can be cached."""
     output = tmp_path_factory.mktemp("race") / "out"
     lines: list[str] = []
     steps: list[int] = []
+    rows: Rows = []
     observer = Observer(
         say=lines.append,
         warn=lambda text: lines.append(f"warning: {text}"),
         on_step=lambda progress: steps.append(progress.step),
+        on_evaluation=lambda name, done, total: rows.append((name, done, total)),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", "/dev/null/nowhere")
@@ -207,11 +225,11 @@ def race_run(tmp_path_factory, bert, words) -> tuple[Path, Result, list[str], li
             load=tiny_bert.load,
             observer=observer,
         )
-    return output, result, lines, steps
+    return output, result, lines, steps, rows
 
 
 def test_the_record_of_a_run(race_run):
-    output, result, lines, steps = race_run
+    output, result, lines, steps, _ = race_run
     record = json.loads((output / "result.json").read_text())
     assert record == json.loads(result.to_json())
     assert (record["task"], record["protocol"]) == ("race", "megatron-paper")
@@ -252,11 +270,32 @@ def test_the_record_of_a_run(race_run):
     assert any("limited: only the first 10 of 12" in text for text in result.warnings)
     assert any("rows are cut at 128" in text for text in result.warnings)
     assert sum(line.startswith("warning: ") for line in lines) == len(result.warnings)
-    assert any("|seed 1234| metrics for dev-high: correct / total" in line for line in lines)
+
+
+def test_what_a_run_tells_on_the_way(race_run):
+    _, result, lines, _, rows = race_run
+    plan = "(race-megatron-336m, 2 epochs, batch 8, learning rate 0.001, rows of 128 tokens)"
+    assert lines[0].startswith(f"work ahead: to train on 24 examples {plan}, to evaluate dev-mid")
+    places = ["|seed 1234, epoch 1, step 3 of 6|", "|seed 1234, epoch 2, step 6 of 6|"]
+    told = [line for line in lines if line.startswith(" > ")]
+    for place, mine in zip(places, (told[:4], told[4:]), strict=True):
+        assert re.fullmatch(
+            re.escape(f" > {place} training: ")
+            + r"loss \d\.\d{4}, accuracy \d+\.\d\d %, [\d,.]+ samples/s",
+            mine[0],
+        )
+        for name, line in zip(("dev-middle", "dev-high", "dev"), mine[1:], strict=True):
+            assert line.startswith(f" > {place} metrics for {name}: correct / total = ")
+    last = result.metrics["dev"]
+    assert f"dev: correct / total = {last['correct']} / {last['total']} = " in told[-1]
+    # Ten questions with four rows each, twelve in a test set; each set to its end.
+    ends = [(name, total) for name, done, total in rows if done == total]
+    dev = [("dev-middle", 40), ("dev-high", 40)]
+    assert ends == [*dev, *dev, ("test-middle", 48), ("test-high", 48)]
 
 
 def test_what_a_run_leaves(race_run, words):
-    output, _, _, _ = race_run
+    output, *_ = race_run
     left = {path.name for path in output.iterdir()}
     assert left >= {
         "result.json",
@@ -299,7 +338,7 @@ def evaluation(output: Path, target: Path, tp: int, dp: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("tp", "dp"), [(1, 1), (2, 1), (1, 2)])
 def test_an_evaluation_gives_the_stored_figures_at_any_layout(race_run, tmp_path, tp, dp):
-    output, result, _, _ = race_run
+    output, result, *_ = race_run
     target = tmp_path / "evaluation"
     found = run_ranks(tp * dp, evaluation, output, target, tp, dp)
     records = [{**record, "timing": None} for record in found]
@@ -328,7 +367,7 @@ def test_an_evaluation_gives_the_stored_figures_at_any_layout(race_run, tmp_path
 
 
 def test_a_folder_with_a_run_is_refused(race_run, bert, words):
-    output, _, _, _ = race_run
+    output, *_ = race_run
     with pytest.raises(InputError, match=r"holds a run already \(result.json\); go on with --res"):
         run("race", bert, options(output), words)
     with pytest.raises(InputError, match="holds a run already .*; choose another --output-dir"):
@@ -413,7 +452,7 @@ def test_a_killed_run_goes_on_to_the_same_figures(unbroken, bert, words, tmp_pat
         observer=Observer(say=lines.append),
     )
     assert result.metrics == unbroken[1].metrics
-    assert [line for line in lines if "done before" in line] == [
+    assert [line for line in lines if "done before" in line or "resumed" in line] == [
         f"seed 1: done before, {output / 'seed-1'}"
     ]
     with pytest.raises(InputError, match="holds a run with other data, another model or other se"):
@@ -454,17 +493,54 @@ def test_the_median_by_hand():
 
 def test_lines_in_the_manner_of_megatron():
     metrics = {
-        "dev-middle": {"accuracy": 0.5, "correct": 2, "total": 4, "close_calls": []},
         "dev": {"accuracy": 0.25, "correct": 1, "total": 4, "f1": 0.125},
-        "squad": {"exact": 50.0, "f1": 62.5, "total": 8},
+        "test": {"exact": 50.0, "f1": 62.5, "total": 8},
+        "dev-middle": {"accuracy": 0.5, "correct": 1, "total": 2, "close_calls": []},
+        "dev-high": {"accuracy": 0.0, "correct": 0, "total": 2, "close_calls": []},
         "exact": 50.0,
         "median": {"seed": 1},
     }
     assert finetune_result.figure_lines(metrics, "seed 7") == [
-        " > |seed 7| metrics for dev-middle: correct / total = 2 / 4 = 50.0000 %",
+        " > |seed 7| metrics for dev-middle: correct / total = 1 / 2 = 50.0000 %",
+        " > |seed 7| metrics for dev-high: correct / total = 0 / 2 = 0.0000 %",
         " > |seed 7| metrics for dev: correct / total = 1 / 4 = 25.0000 %, F1 = 12.5000 %",
-        " > |seed 7| metrics for squad: exact = 50.0000 %, F1 = 62.5000 % of 8",
+        " > |seed 7| metrics for test: exact = 50.0000 %, F1 = 62.5000 % of 8",
     ]
+
+
+@pytest.mark.parametrize(
+    ("totals", "shown"),
+    [
+        ({"dev": 4, "exact": None, "seeds": None}, ["dev"]),
+        ({"dev": 4, "dev-odd": 4}, ["dev-odd"]),  # pooled of one: the same figures
+        ({"dev": 8, "dev-odd": 4}, ["dev-odd", "dev"]),
+        ({"dev": 8, "dev-a": 4, "dev-b": 4}, ["dev-a", "dev-b", "dev"]),
+        ({"test-a": 3, "test": 3, "dev-a": 4, "dev": 4}, ["dev-a", "test-a"]),
+        ({}, []),
+    ],
+)
+def test_no_figure_is_shown_twice(totals, shown):
+    assert sets_to_show({name: {"total": total} for name, total in totals.items()}) == shown
+
+
+def test_a_set_beside_others_does_not_take_the_name_of_them_all(tmp_path):
+    write_squad(tmp_path)
+    shutil.copy(tmp_path / "dev-v2.0.json", tmp_path / "odd.json")
+    given = {"data": None, "train": [str(tmp_path / "train-v2.0.json")]}
+    official, odd = (str(tmp_path / name) for name in ("dev-v2.0.json", "odd.json"))
+    for dev, names in (
+        ([official], ["dev"]),
+        ([odd], ["dev-odd"]),
+        ([official, odd], ["dev-v2.0", "dev-odd"]),
+    ):
+        sets = read_sets(make_task("squad"), options(tmp_path / "out", **given, dev=dev))
+        assert [part.name for part in sets] == ["train", *names]
+    (tmp_path / "qqp").mkdir()
+    write_qqp(tmp_path / "qqp")
+    files = [str(tmp_path / "qqp" / name) for name in ("dev.tsv", "train.tsv")]
+    given = {"data": None, "train": [files[1]], "dev": files}
+    sets = read_sets(make_task("qqp"), options(tmp_path / "out", **given))
+    assert [part.name for part in sets] == ["train", "dev-dev", "dev-train"]
 
 
 # --- the other tasks ---

@@ -94,7 +94,8 @@ def _main() -> int:
 
 def _interrupted() -> int:
     print(
-        "mlm-eval: interrupted; nothing was written but what an --output run keeps for --resume",
+        "mlm-eval: interrupted; no result was written, but --resume, where the command has it, goes "
+        "on from what was kept",
         file=sys.stderr,
     )
     return INTERRUPTED

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,25 +13,14 @@ import typer
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.app import TRAINING, app
-from mlm_eval.cli.options import (
-    BatchTokens,
-    Ckpt,
-    Config,
-    Device,
-    Dp,
-    MergeFile,
-    Output,
-    Seed,
-    Sets,
-    TokenizerDir,
-    Tp,
-    VocabFile,
-)
+from mlm_eval.cli.options import Options, Output, finetuning, pretraining, signature
 from mlm_eval.cli.run import ModelRun
 from mlm_eval.launch import shutdown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tqdm import tqdm
 
     from mlm_eval.results import Result
     from mlm_eval.training_settings import TrainingProgress
@@ -42,97 +32,27 @@ FINETUNING = {
     "squad": "SQuAD 1.1 and 2.0: where in the paragraph does the answer stand? Reports EM and F1.",
 }
 
-PRETRAINING_LR = 1e-4
-"""The paper's for BERT (section 4.3)."""
+PRETRAINING = {
+    "mlm": """Train a BERT on text: masked tokens, and sentence order where it has that head.
 
-OutputDir = Annotated[
-    Path, typer.Option(help="Folder for the result, the model, the states and the logs.")
-]
-Files = Annotated[list[str] | None, typer.Option(help="File or folder (repeatable), not --data.")]
-Epochs = Annotated[int | None, typer.Option(min=1, help="Passes over the training data.")]
-Lr = Annotated[float | None, typer.Option(help="Highest learning rate.")]
-GlobalBatch = Annotated[int | None, typer.Option(min=1, help="Samples of a step, all ranks.")]
-MicroBatch = Annotated[
-    int | None, typer.Option(min=1, help="Samples of a forward pass on one rank; changes nothing.")
-]
-HiddenDropout = Annotated[float | None, typer.Option(help="Probability of dropping a unit.")]
-AttentionDropout = Annotated[
-    float | None, typer.Option(help="Probability of dropping an attention weight; 0 is faster.")
-]
-TrainDtype = Annotated[
-    str, typer.Option(help="Of the matrix products: auto (bfloat16 on CUDA), float32, bfloat16 ...")
-]
-Warmup = Annotated[float | None, typer.Option(help="Share of the steps with a rising rate.")]
-MaxSteps = Annotated[int | None, typer.Option(min=1, help="Steps, whatever --epochs says.")]
-SeqLength = Annotated[int | None, typer.Option(min=2, help="Longest row in tokens.")]
-ResumeRun = Annotated[bool, typer.Option("--resume", help="Go on from the last saved state.")]
-Recompute = Annotated[
-    bool, typer.Option("--recompute", help="Recompute activations in the backward pass.")
-]
-DpMode = Annotated[str, typer.Option(help="ddp or fsdp2.")]
-SaveMinutes = Annotated[float | None, typer.Option(help="Minutes between training states.")]
+    Example: mlm-eval mlm --init bert.toml --data text.txt --tokenizer words --output-dir out""",
+    "lm": """Train a GPT on text: each token from the ones before.
+
+    Example: mlm-eval lm --ckpt gpt2_345m --data text.txt --output-dir out --tp 2""",
+}
 
 
-def _register(task: str, what: str) -> None:
-    """Add the command of one benchmark."""
-    example = f"mlm-eval {task} --ckpt bert_345m --data {task.upper()} --output-dir out --tp 2"
+def _register(name: str, text: str, options: Options, body: Callable[[str, Any], None]) -> None:
+    """Add a command with these options, which calls `body` with its name and their values."""
 
-    @app.command(task, rich_help_panel=TRAINING, help=f"{what}\n\nExample: {example}")
-    def command(
-        ckpt: Ckpt,
-        output_dir: OutputDir,
-        data: Annotated[
-            str | None, typer.Option(help="The benchmark's folder, or a `datasets` name.")
-        ] = None,
-        train: Files = None,
-        dev: Files = None,
-        test: Files = None,
-        recipe: Annotated[
-            str | None, typer.Option(help="Such as race-megatron-336m, or a TOML file.")
-        ] = None,
-        epochs: Epochs = None,
-        lr: Lr = None,
-        global_batch: GlobalBatch = None,
-        micro_batch: MicroBatch = None,
-        warmup: Warmup = None,
-        weight_decay: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
-        hidden_dropout: HiddenDropout = None,
-        attention_dropout: AttentionDropout = None,
-        seq_length: SeqLength = None,
-        seeds: Annotated[str, typer.Option(help="One run for each, such as 1,2,3,4,5.")] = "1234",
-        resume: ResumeRun = False,
-        eval_only: Annotated[
-            bool, typer.Option("--eval-only", help="Evaluate a fine-tuned checkpoint.")
-        ] = False,
-        train_limit: Annotated[int | None, typer.Option(min=1, help="First N examples.")] = None,
-        dev_limit: Annotated[
-            int | None, typer.Option(min=1, help="First N examples of each dev set.")
-        ] = None,
-        test_limit: Annotated[
-            int | None, typer.Option(min=1, help="First N examples of each test set.")
-        ] = None,
-        max_steps: MaxSteps = None,
-        save_minutes: SaveMinutes = None,
-        recompute: Recompute = False,
-        dp_mode: DpMode = "ddp",
-        dtype: TrainDtype = "auto",
-        tp: Tp = "auto",
-        dp: Dp = "auto",
-        device: Device = "auto",
-        batch_tokens: BatchTokens = None,
-        tokenizer: TokenizerDir = None,
-        vocab_file: VocabFile = None,
-        merge_file: MergeFile = None,
-        output: Output = None,
-        set_: Sets = None,
-        config: Config = None,
-    ) -> None:
-        values = {name: value for name, value in locals().items() if name != "config"}
-        _finetune(task, values)
+    def command(**values: Any) -> None:
+        body(name, values)
+
+    command.__signature__ = signature(options)  # type: ignore[attr-defined]
+    app.command(name, rich_help_panel=TRAINING, help=text)(command)
 
 
-for _task, _what in FINETUNING.items():
-    _register(_task, _what)
+# ---- fine-tuning -------------------------------------------------------------------------------
 
 
 def _finetune(task: str, values: dict[str, Any]) -> None:
@@ -140,111 +60,31 @@ def _finetune(task: str, values: dict[str, Any]) -> None:
     from mlm_eval.tasks.finetune import finetune
     from mlm_eval.tasks.finetune_options import FinetuneOptions, Observer
 
-    names = (
-        "output_dir data recipe epochs lr global_batch micro_batch warmup weight_decay "
-        "hidden_dropout attention_dropout seq_length resume eval_only train_limit dev_limit "
-        "test_limit max_steps save_minutes recompute dp_mode dtype"
-    ).split()
-    given: dict[str, Any] = {name: values[name] for name in names}
+    given = _fields(FinetuneOptions, values)
     given |= {name: tuple(values[name] or ()) for name in ("train", "dev", "test")}
-    options = FinetuneOptions(**given, seeds=parse_seeds(values["seeds"]))
+    options = FinetuneOptions(**{**given, "seeds": parse_seeds(values["seeds"])})
     run = _model_run(values)
     place = run.start()
     words = run.tokenizer(required=True)
     assert words is not None
     load = run.join(place)
-    run.warn(run.checkpoint.provenance.warnings)
-    with _training_bar(run.is_main) as on_step:
-        observer = Observer(say=run.say, warn=lambda text: run.warn([text]), on_step=on_step)
+    warnings = _Warnings(run)
+    warnings.tell(run.checkpoint.provenance.warnings)
+    with training_bars(run) as bars:
+        observer = Observer(
+            say=bars.say,
+            warn=lambda text: warnings.tell([text]),
+            on_step=bars.on_step,
+            on_evaluation=bars.on_evaluation,
+        )
         result = finetune(
             task, run.checkpoint, options, tokenizer=words, load=load, observer=observer
         )
-    _finish(run, result, training_text(result), values["output"])
+    warnings.tell(result.warnings)
+    _finish(run, result, training_text(result, folder=values["output_dir"]), values["output"])
 
 
-@app.command(rich_help_panel=TRAINING)
-def mlm(
-    output_dir: OutputDir,
-    data: Annotated[list[Path], typer.Option(help="Text or JSON-lines file (repeatable).")],
-    ckpt: Annotated[str | None, typer.Option(help="Checkpoint to start from.")] = None,
-    init: Annotated[
-        str | None, typer.Option(help="Or a new model: the name of a size, or a TOML file.")
-    ] = None,
-    dev: Annotated[list[Path] | None, typer.Option(help="Text to evaluate on.")] = None,
-    mask_probability: Annotated[float, typer.Option(help="Share of hidden tokens.")] = 0.15,
-    epochs: Epochs = None,
-    lr: Lr = None,
-    global_batch: GlobalBatch = None,
-    micro_batch: MicroBatch = None,
-    warmup: Warmup = None,
-    hidden_dropout: HiddenDropout = None,
-    attention_dropout: AttentionDropout = None,
-    seq_length: SeqLength = None,
-    seed: Seed = 1234,
-    resume: ResumeRun = False,
-    max_steps: MaxSteps = None,
-    save_minutes: SaveMinutes = None,
-    recompute: Recompute = False,
-    dp_mode: DpMode = "ddp",
-    dtype: TrainDtype = "auto",
-    tp: Tp = "auto",
-    dp: Dp = "auto",
-    device: Device = "auto",
-    batch_tokens: BatchTokens = None,
-    tokenizer: TokenizerDir = None,
-    vocab_file: VocabFile = None,
-    merge_file: MergeFile = None,
-    output: Output = None,
-    set_: Sets = None,
-    config: Config = None,
-) -> None:
-    """Train a BERT on text: masked language model, and sentence order where it has that head.
-
-    Example: mlm-eval mlm --init bert.toml --data text.txt --tokenizer words --output-dir out
-    """
-    _pretrain("mlm", dict(locals()))
-
-
-@app.command(rich_help_panel=TRAINING)
-def lm(
-    output_dir: OutputDir,
-    data: Annotated[list[Path], typer.Option(help="Text or JSON-lines file (repeatable).")],
-    ckpt: Annotated[str | None, typer.Option(help="Checkpoint to start from.")] = None,
-    init: Annotated[
-        str | None, typer.Option(help="Or a new model: the name of a size, or a TOML file.")
-    ] = None,
-    dev: Annotated[list[Path] | None, typer.Option(help="Text to evaluate on.")] = None,
-    epochs: Epochs = None,
-    lr: Lr = None,
-    global_batch: GlobalBatch = None,
-    micro_batch: MicroBatch = None,
-    warmup: Warmup = None,
-    hidden_dropout: HiddenDropout = None,
-    attention_dropout: AttentionDropout = None,
-    seq_length: SeqLength = None,
-    seed: Seed = 1234,
-    resume: ResumeRun = False,
-    max_steps: MaxSteps = None,
-    save_minutes: SaveMinutes = None,
-    recompute: Recompute = False,
-    dp_mode: DpMode = "ddp",
-    dtype: TrainDtype = "auto",
-    tp: Tp = "auto",
-    dp: Dp = "auto",
-    device: Device = "auto",
-    batch_tokens: BatchTokens = None,
-    tokenizer: TokenizerDir = None,
-    vocab_file: VocabFile = None,
-    merge_file: MergeFile = None,
-    output: Output = None,
-    set_: Sets = None,
-    config: Config = None,
-) -> None:
-    """Train a GPT on text: each token from the ones before.
-
-    Example: mlm-eval lm --ckpt gpt2_345m --data text.txt --output-dir out --tp 2
-    """
-    _pretrain("lm", dict(locals()))
+# ---- language models ---------------------------------------------------------------------------
 
 
 def _pretrain(kind: str, values: dict[str, Any]) -> None:
@@ -256,6 +96,11 @@ def _pretrain(kind: str, values: dict[str, Any]) -> None:
 
     if (values["ckpt"] is None) == (values["init"] is None):
         raise InputError("give either --ckpt, to go on from a checkpoint, or --init, for a new one")
+    files = {name: tuple(values[name] or ()) for name in ("data", "dev")}
+    text = TextSettings(**{**_fields(TextSettings, values), **files})
+    # What auto means depends on the device, which is not known yet.
+    dtype = "float32" if values["dtype"] == "auto" else values["dtype"]
+    settings = TrainSettings(**{**_fields(TrainSettings, values), "dtype": dtype})
     checkpoint = None
     if values["init"] is not None:
         words = find_words("", values["tokenizer"], values["vocab_file"], values["merge_file"])
@@ -269,30 +114,12 @@ def _pretrain(kind: str, values: dict[str, Any]) -> None:
     place = run.start()
     words = run.tokenizer(required=True)
     assert words is not None
-    text = TextSettings(
-        data=tuple(values["data"]),
-        dev=tuple(values["dev"] or ()),
-        seq_length=values["seq_length"],
-        **({"mask_probability": values["mask_probability"]} if kind == "mlm" else {}),
-    )
-    names = (
-        "epochs lr global_batch micro_batch warmup hidden_dropout attention_dropout max_steps "
-        "save_minutes"
-    ).split()
-    given: dict[str, Any] = {"lr": PRETRAINING_LR}
-    given |= {name: values[name] for name in names if values[name] is not None}
-    dtype = values["dtype"]
-    if dtype == "auto":
-        dtype = "bfloat16" if place.device == "cuda" else "float32"
-    settings = TrainSettings(
-        **given,
-        seed=values["seed"],
-        dtype=dtype,
-        recompute=values["recompute"],
-        dp_mode=values["dp_mode"],
-    )
+    if values["dtype"] == "auto" and place.device == "cuda":
+        settings = dataclasses.replace(settings, dtype="bfloat16")
     engine = run.join(place)(run.checkpoint, "float32")
-    with _training_bar(run.is_main) as on_step:
+    warnings = _Warnings(run)
+    warnings.tell(run.checkpoint.provenance.warnings)
+    with training_bars(run) as bars:
         result = pretrain(
             kind,
             engine,
@@ -301,9 +128,22 @@ def _pretrain(kind: str, values: dict[str, Any]) -> None:
             settings,
             output_dir=values["output_dir"],
             resume=values["resume"],
-            on_progress=on_step,
+            say=bars.say,
+            on_progress=bars.on_step,
+            on_evaluation=bars.on_evaluation,
         )
-    _finish(run, result, training_text(result), values["output"])
+    warnings.tell(result.warnings)
+    _finish(run, result, training_text(result, folder=values["output_dir"]), values["output"])
+
+
+for _name, _what in FINETUNING.items():
+    _example = f"mlm-eval {_name} --ckpt bert_345m --data {_name.upper()} --output-dir out --tp 2"
+    _register(_name, f"{_what}\n\nExample: {_example}", finetuning(_name), _finetune)
+for _name, _what in PRETRAINING.items():
+    _register(_name, _what, pretraining(_name), _pretrain)
+
+
+# ---- ensembles ---------------------------------------------------------------------------------
 
 
 @app.command(rich_help_panel=TRAINING)
@@ -324,7 +164,7 @@ def ensemble(
     from mlm_eval.tasks.predictions import ensemble as join
 
     result = join(predictions, output=output_dir)
-    print(training_text(result))
+    print(training_text(result, folder=output_dir))
     if output is not None:
         result.write(output)
 
@@ -358,32 +198,113 @@ def _model_run(values: dict[str, Any], checkpoint: Any = None) -> ModelRun:
     )
 
 
+def _fields(kind: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of those options that are fields of a dataclass."""
+    return {f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values}
+
+
 def _finish(run: ModelRun, result: Result, text: str, output: Path | None) -> None:
-    run.warn(result.warnings)
     run.tell(text)
     if output is not None and run.is_main:
         result.write(output)
     shutdown()
 
 
-@contextmanager
-def _training_bar(show: bool) -> Iterator[Callable[[TrainingProgress], None] | None]:
-    """Yield a callback that draws a bar with loss, accuracy and the time left, on a terminal."""
-    if not (show and sys.stderr.isatty()):
-        yield None
-        return
-    from tqdm import tqdm
+# ---- what people see meanwhile -----------------------------------------------------------------
 
-    with tqdm(unit="step", dynamic_ncols=True, file=sys.stderr) as bar:
 
-        def update(progress: TrainingProgress) -> None:
-            bar.total = progress.total_steps
-            bar.set_postfix(
-                loss=f"{progress.loss:.4f}",
-                acc=f"{progress.accuracy:.3f}",
-                samples_s=f"{progress.samples_per_second:.1f}",
-                refresh=False,
+class _Warnings:
+    """Prints each warning of a run once: some are known at its start, its record has them all."""
+
+    def __init__(self, run: ModelRun) -> None:
+        self.run = run
+        self.told: set[str] = set()
+
+    def tell(self, warnings: Sequence[str]) -> None:
+        """Print those that have not been printed."""
+        fresh = [text for text in dict.fromkeys(warnings) if text not in self.told]
+        self.told.update(fresh)
+        self.run.warn(fresh)
+
+
+class TrainingBars:
+    """What a training run shows: lines, and on a terminal a bar of steps and one of an evaluation.
+
+    Attributes:
+        on_step: Draws the bar of steps, with the loss and the time left; None off a terminal.
+        on_evaluation: Draws the bar of a set that is evaluated; None off a terminal.
+    """
+
+    def __init__(self, run: ModelRun) -> None:
+        self.run = run
+        drawn = run.is_main and sys.stderr.isatty()
+        self.on_step = self._step if drawn else None
+        self.on_evaluation = self._evaluation if drawn else None
+        self.steps: tqdm[Any] | None = None
+        self.rows: tqdm[Any] | None = None
+
+    def say(self, text: str) -> None:
+        """Print a line for people who watch, above the bars."""
+        if self.on_step is None:
+            self.run.say(text)
+            return
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=sys.stderr):
+            self.run.say(text)
+
+    def close(self) -> None:
+        """Leave the bars as they are."""
+        for bar in (self.rows, self.steps):
+            if bar is not None:
+                bar.close()
+        self.rows = self.steps = None
+
+    def _step(self, progress: TrainingProgress) -> None:
+        from tqdm import tqdm
+
+        if self.steps is not None and progress.step <= self.steps.n:  # the next seed's run
+            self.close()
+        if self.steps is None:
+            self.steps = tqdm(
+                total=progress.total_steps,
+                desc="training",
+                dynamic_ncols=True,
+                file=sys.stderr,
+                # tqdm's own speed would count the evaluations as steps.
+                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
             )
-            bar.update(progress.step - bar.n)
+        self.steps.set_postfix_str(
+            f"{tqdm.format_interval(progress.seconds_left)} left, loss {progress.loss:.4f}, "
+            f"accuracy {100 * progress.accuracy:.1f} %, "
+            f"{progress.samples_per_second:.1f} samples/s",
+            refresh=False,
+        )
+        self.steps.update(progress.step - self.steps.n)
 
-        yield update
+    def _evaluation(self, name: str, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if self.rows is None:
+            self.rows = tqdm(
+                total=total,
+                desc=f"evaluating {name}",
+                unit="row",
+                dynamic_ncols=True,
+                leave=False,
+                file=sys.stderr,
+            )
+        self.rows.update(done - self.rows.n)
+        if done >= total:
+            self.rows.close()
+            self.rows = None
+
+
+@contextmanager
+def training_bars(run: ModelRun) -> Iterator[TrainingBars]:
+    """Give the bars of a run, and close them."""
+    bars = TrainingBars(run)
+    try:
+        yield bars
+    finally:
+        bars.close()
