@@ -30,7 +30,7 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 
 def run(task: str, output: Path, **given: Any) -> Result:
-    """Train three steps, evaluate."""
+    """Train a few steps, evaluate."""
     words = find_tokenizer(BERT)
     assert words is not None
     given = {"train_limit": TRAINED, "dev_limit": EVALUATED, "seq_length": 128, **given}
@@ -49,10 +49,10 @@ def run(task: str, output: Path, **given: Any) -> Result:
 def check(task: str, output: Path, result: Result) -> None:
     """The run did what was asked, and an evaluation of what it wrote gives the same figures."""
     record = json.loads((output / "run.json").read_text())
-    assert record["steps"] == 3
+    assert record["steps"] >= TRAINED // 8  # a question of SQuAD makes several samples
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
     losses = [line["loss"] for line in lines if "loss" in line]
-    assert len(losses) == 3 and all(0.0 < loss < 20.0 for loss in losses)
+    assert len(losses) == record["steps"] and all(0.0 < loss < 20.0 for loss in losses)
     again = finetune(
         task,
         open_checkpoint(output / "checkpoint"),

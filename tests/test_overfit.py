@@ -22,7 +22,7 @@ from mlm_eval.tasks.finetune_options import FinetuneOptions
 from mlm_eval.tokenizer import load_tokenizer
 
 QUESTIONS = 64
-EPOCHS = 4
+EPOCHS = 12
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def train_on_a_rank(checkpoint: Path, words: Path, passages: Path, output: Path)
         warmup=0.1,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        seq_length=256,
+        seq_length=128,
         dtype="bfloat16",
     )
     result = finetune(

@@ -90,7 +90,7 @@ def test_it_has_learned(checkpoint: Checkpoint, tokenizer: Tokenizer, tmp_path: 
     )
     total = hidden.total()
     entropy = -sum(n / total * math.log(n / total) for n in hidden.values())
-    assert found["lm_loss"] < 0.8 * entropy
+    assert found["lm_loss"] < entropy  # of a model that knows how often each is hidden here
     assert found["accuracy"] > 2 * hidden.most_common(1)[0][1] / total
 
 
