@@ -14,7 +14,7 @@ stopped goes on from its last saved state:
 5. Both are evaluated on all of dev/middle, in float32.
 
 Expected: our accuracy lies above chance (25 %) with its whole 95 % interval, and within two
-standard errors of the paired difference from the Trainer's. The baseline (44 %) may win:
+standard errors of the paired difference from the Trainer's. The baseline (43 %) may win:
 4,000 questions are few. All figures are printed and written whichever way they fall; the exit
 status is 1 where an expectation fails.
 
