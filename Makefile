@@ -111,7 +111,6 @@ wheel: $(DEV_STAMP) ## build the wheel in dist/ and check what is in it
 	$(BIN)/python tests/check_wheel.py dist/*.whl
 
 # Without the tests' options: their markers are declared in tests/.
-# The tests' own options name markers that tests/conftest.py knows, which is not read here.
 notebooks: $(NB_STAMP) ## run the notebooks on the samples (minutes); they stay without outputs
 	$(BIN)/python -m pytest -o addopts= --nbmake --nbmake-timeout=600 --durations=4 notebooks
 
