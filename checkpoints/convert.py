@@ -50,7 +50,7 @@ def convert(
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
-    """Write `checkpoint` in another format, one tensor at a time.
+    """Write `checkpoint` in another format, tensor by tensor.
 
     Args:
         checkpoint: What to convert, of any format.

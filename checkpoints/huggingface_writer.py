@@ -1,4 +1,4 @@
-"""Writer of Hugging Face folders that plain `from_pretrained` loads, one tensor at a time.
+"""Writer of Hugging Face folders that plain `from_pretrained` loads, a few tensors at a time.
 
 The folder holds config.json, generation_config.json (causal models), model.safetensors or shards
 with their index, the tokenizer where there is one, and a README.md that says what it was made from.

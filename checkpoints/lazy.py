@@ -2,7 +2,7 @@
 
 A reader of a format returns `LazyTensor`s; merging ranks, reordering rows and transposing are views
 over them. Whoever asks for a slice touches only the pages of that slice, so that one rank of eight
-reads an eighth of a checkpoint, and a conversion holds one tensor at a time.
+reads an eighth of a checkpoint, and a conversion holds a few tensors at a time.
 """
 
 from __future__ import annotations

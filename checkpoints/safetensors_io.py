@@ -3,9 +3,9 @@
 A file is: the header's length (8 bytes, little-endian), a JSON header (name -> dtype, shape, byte
 range), the tensors' bytes back to back. Reading needs only the header: every tensor becomes a
 `StoredTensor`, so that a slice touches its own pages only. Writing needs only shapes and dtypes
-for the header; the values follow one tensor at a time, and large ones in runs of rows (the
-safetensors library writes whole state dicts only). Source:
-https://github.com/huggingface/safetensors, "Format".
+for the header; then the place of each value is known, and a few threads write tensors, and runs of
+rows of large ones, where they belong (the safetensors library writes whole state dicts only).
+Source: https://github.com/huggingface/safetensors, "Format".
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def convert(
     set_: Sets = None,
     config: Config = None,
 ) -> None:
-    """Change a checkpoint's format or its parallel sizes. One process; memory for one tensor.
+    """Change a checkpoint's format or its parallel sizes. One process; memory for a few tensors.
 
     Example: mlm-eval convert --ckpt gpt2_345m --to hf --output gpt2_345m_hf --verify
 
