@@ -1,4 +1,4 @@
-"""The safetensors file format, read late and written as a stream.
+"""The safetensors file format, read late and written piece by piece.
 
 A file is: the header's length (8 bytes, little-endian), a JSON header (name -> dtype, shape, byte
 range), the tensors' bytes back to back. Reading needs only the header: every tensor becomes a
