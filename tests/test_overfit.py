@@ -7,19 +7,20 @@ Minutes on two cores, so outside the default run:
 
 from __future__ import annotations
 
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ranks import run_ranks
-from test_minilm import megatron, minilm  # noqa: F401  (fixtures)
+from real_race import first_passages
 
 from mlm_eval.checkpoints.checkpoint import open_checkpoint
 from mlm_eval.engine import Engine
 from mlm_eval.tasks.finetune import finetune
 from mlm_eval.tasks.finetune_options import FinetuneOptions
 from mlm_eval.tokenizer import load_tokenizer
+
+pytest_plugins = ["minilm_fixtures"]
 
 QUESTIONS = 64
 EPOCHS = 12
@@ -28,17 +29,7 @@ EPOCHS = 12
 @pytest.fixture
 def passages(shared_data: Path, tmp_path: Path) -> Path:
     """The first passages of train/middle, more than enough for the questions."""
-    folder = tmp_path / "middle"
-    folder.mkdir()
-    with tarfile.open(shared_data / "race" / "RACE_train.tar.gz") as archive:
-        for member in archive:
-            if "/middle/" in member.name and member.isfile():
-                content = archive.extractfile(member)
-                assert content is not None
-                (folder / Path(member.name).name).write_bytes(content.read())
-                if len(list(folder.iterdir())) == QUESTIONS:
-                    break
-    return folder
+    return first_passages(shared_data, "train", tmp_path / "middle", count=QUESTIONS)
 
 
 def train_on_a_rank(checkpoint: Path, words: Path, passages: Path, output: Path) -> dict[str, Any]:
@@ -72,8 +63,8 @@ def train_on_a_rank(checkpoint: Path, words: Path, passages: Path, output: Path)
 @pytest.mark.slow
 @pytest.mark.realdata
 def test_real_questions_are_learnt_by_heart(
-    minilm: Path,  # noqa: F811
-    megatron: Path,  # noqa: F811
+    minilm: Path,
+    megatron: Path,
     passages: Path,
     tmp_path: Path,
 ) -> None:
