@@ -96,19 +96,14 @@ lint: $(DEV_STAMP) ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# On an installed copy: mypy cannot see through the mapping of tasks/ and checkpoints/ in an
-# editable installation. Stale copies would hide errors and bring deleted files back.
 typecheck: $(DEV_STAMP) ## check the types
-	rm -rf .typecheck build
-	$(BIN)/python -m pip install --quiet --no-deps --target .typecheck .
-	rm -rf build
-	$(BIN)/mypy .typecheck/mlm_eval
+	$(BIN)/mypy -p mlm_eval
 
 wheel: $(DEV_STAMP) ## build the wheel in dist/ and check what is in it
 	rm -rf build dist
 	$(BIN)/python -m build --wheel
 	rm -rf build
-	$(BIN)/python tests/check_wheel.py dist/*.whl
+	$(BIN)/python tests/support/check_wheel.py dist/*.whl
 
 # Without the tests' options: their markers are declared in tests/.
 notebooks: $(NB_STAMP) ## run the notebooks on the samples (minutes); they stay without outputs
@@ -123,5 +118,5 @@ bench-race: $(DEV_STAMP) ## fine-tune on real questions of RACE, beside transfor
 	$(BIN)/python benchmarks/race.py --data $(RACE)
 
 clean: ## remove what builds and checks leave; the virtual environment stays
-	rm -rf build dist .typecheck .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

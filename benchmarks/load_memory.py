@@ -18,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from common.memory import POLL_SECONDS, anonymous_bytes
 
-from mlm_eval import launch
-from mlm_eval.world import detect_world
+from mlm_eval.ranks import launch
+from mlm_eval.ranks.world import detect_world
 
 SAVED_TP, LOADED_TP = 4, 2
 VOCAB = 51200  # the paper's padding of 50,257
@@ -56,7 +56,7 @@ def load_on_a_rank(source: Path, report: Path) -> None:
     with launch.reporting_errors(world), Peak() as peak:
         launch.init_process_group(world, device="cpu")
         from mlm_eval.checkpoints.checkpoint import open_checkpoint
-        from mlm_eval.engine import Engine
+        from mlm_eval.engine.engine import Engine
 
         before = anonymous_bytes(os.getpid())
         started = time.perf_counter()

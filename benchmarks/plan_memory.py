@@ -70,8 +70,8 @@ def planned(case: Case) -> int:
     """Return the bytes that the plan says."""
     import dataclasses
 
-    from mlm_eval.memory import TrainingBatch, evaluation_memory, training_memory
-    from mlm_eval.models import named_config
+    from mlm_eval.model.memory import TrainingBatch, evaluation_memory, training_memory
+    from mlm_eval.model.sizes import named_config
 
     config = named_config(case.model)
     if not case.trains:
@@ -111,21 +111,21 @@ def run(case: Case, folder: Path) -> None:
     import torch
 
     from mlm_eval.checkpoints.checkpoint import open_checkpoint
-    from mlm_eval.engine import Engine
-    from mlm_eval.initial_models import new_checkpoint, with_head
-    from mlm_eval.models import named_config
+    from mlm_eval.engine.engine import Engine
+    from mlm_eval.model.initial import new_checkpoint, with_head
+    from mlm_eval.model.sizes import named_config
 
     torch.manual_seed(0)
     torch.mm(torch.ones(512, 512), torch.ones(512, 512))  # threads and their buffers
     source = folder / case.model
     if not source.exists():
-        from mlm_eval.checkpoints.megatron_writer import write_megatron_torch
+        from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
 
         write_megatron_torch(new_checkpoint(named_config(case.model), seed=1), source, tp=1)
         return
     if case.trains:
-        import mlm_eval.training  # noqa: F401
-    import mlm_eval.checkpoints.megatron_torch  # noqa: F401
+        import mlm_eval.training.loop  # noqa: F401
+    import mlm_eval.checkpoints.megatron.read_torch  # noqa: F401
 
     print(anonymous_bytes(os.getpid()), flush=True)  # all is imported, and there is no model
     checkpoint = open_checkpoint(source)
@@ -140,8 +140,8 @@ def score(engine: object) -> None:
     """Score two batches of windows: the first one whole, the others their last 32 tokens."""
     import torch
 
-    from mlm_eval.batching import Request
-    from mlm_eval.engine import Engine
+    from mlm_eval.engine.batching import Request
+    from mlm_eval.engine.engine import Engine
 
     assert isinstance(engine, Engine)
     count = 2 * engine.batch_tokens // 1024
@@ -154,12 +154,12 @@ def train(engine: object, case: Case) -> None:
     """Take steps of two micro-batches each, so that gradients are there beside activations."""
     import torch
 
-    from mlm_eval.data_parallel import Replicas
-    from mlm_eval.dropout import Dropout, sample_keys
-    from mlm_eval.engine import DTYPES, Engine
-    from mlm_eval.objectives import MultipleChoice
-    from mlm_eval.optimization import make_optimizer
-    from mlm_eval.training_data import Sample, collate
+    from mlm_eval.engine.engine import DTYPES, Engine
+    from mlm_eval.model.dropout import Dropout, sample_keys
+    from mlm_eval.training.data import Sample, collate
+    from mlm_eval.training.objectives import MultipleChoice
+    from mlm_eval.training.optimization import make_optimizer
+    from mlm_eval.training.replicas import Replicas
 
     assert isinstance(engine, Engine)
     replicas = Replicas(

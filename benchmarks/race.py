@@ -106,7 +106,7 @@ def overlap_choices(examples: Iterable[Any], texts: Sequence[str]) -> list[int]:
     """Return the choice of the word-overlap baseline for each question.
 
     Args:
-        examples: `mlm_eval.tasks.task.Example`s of RACE: a question with one option in each row.
+        examples: `mlm_eval.tasks.finetune.task.Example`s of RACE: a question, one option a row.
         texts: The articles that they name.
     """
     return [
@@ -157,7 +157,7 @@ class Run:
 
     def options(self) -> Any:
         """Return what both are trained and evaluated on, and how."""
-        from mlm_eval.tasks.finetune_options import FinetuneOptions
+        from mlm_eval.tasks.finetune.options import FinetuneOptions
 
         s = self.settings
         names = (
@@ -182,7 +182,7 @@ class Run:
         """Write all-MiniLM-L6-v2 as a Megatron checkpoint, and with a head for the Trainer."""
         from mlm_eval.checkpoints.checkpoint import open_checkpoint
         from mlm_eval.checkpoints.convert import convert
-        from mlm_eval.initial_models import with_head
+        from mlm_eval.model.initial import with_head
 
         if not self.model.is_dir():
             convert(open_checkpoint(published_model()), "megatron", self.model, tp=2)
@@ -197,10 +197,10 @@ class Run:
     def train_ours(self) -> dict[str, Any]:
         """Run `mlm-eval race`'s function; return its record of the run."""
         from mlm_eval.checkpoints.checkpoint import open_checkpoint
-        from mlm_eval.engine import Engine
-        from mlm_eval.tasks.finetune import RUN, finetune
-        from mlm_eval.tasks.finetune_options import Observer
-        from mlm_eval.tokenizer import load_tokenizer
+        from mlm_eval.checkpoints.tokenizer import load_tokenizer
+        from mlm_eval.engine.engine import Engine
+        from mlm_eval.tasks.finetune.options import Observer
+        from mlm_eval.tasks.finetune.run import RUN, finetune
 
         if not (self.ours / RUN).is_file():
             finetune(
@@ -242,10 +242,10 @@ def trainer(run: Run) -> dict[str, Any]:
     from torch.utils.data import Dataset
     from transformers import BertForMultipleChoice, Trainer, TrainerCallback, TrainingArguments
 
-    from mlm_eval.tasks.finetune_data import prepare
-    from mlm_eval.tasks.task import make_task
-    from mlm_eval.tokenizer import load_tokenizer
-    from mlm_eval.training_data import epoch_order
+    from mlm_eval.checkpoints.tokenizer import load_tokenizer
+    from mlm_eval.tasks.finetune.data import prepare
+    from mlm_eval.tasks.finetune.task import make_task
+    from mlm_eval.training.data import epoch_order
 
     s = run.settings
     assert s["epochs"] == 1, "the order below is that of one pass"
@@ -396,9 +396,9 @@ def main() -> int:
 
 def report(run: Run) -> int:
     """Print and write all figures; return 1 where an expectation fails."""
-    from mlm_eval.results import versions
-    from mlm_eval.tasks.predictions import SUFFIX, read_predictions
-    from mlm_eval.tasks.race import Race
+    from mlm_eval.reporting.results import versions
+    from mlm_eval.tasks.finetune.predictions import SUFFIX, read_predictions
+    from mlm_eval.tasks.finetune.race import Race
 
     found = Race().read_part(str(run.data / "dev" / "middle"), "dev")[0]
     dev = found.limited(run.settings.get("dev_questions"))

@@ -194,7 +194,7 @@ def _open_entry(path: str | Path, overrides: dict[str, Any], *, allow_hostile: b
 
 
 def _open(target: Path, overrides: dict[str, Any]) -> Checkpoint:
-    from mlm_eval.checkpoints.archive import is_archive, unpack
+    from mlm_eval.checkpoints.files.zip_archive import is_archive, unpack
 
     if not target.exists():
         raise InputError(f"{target} does not exist; give --ckpt the folder or file of a checkpoint")
@@ -205,11 +205,11 @@ def _open(target: Path, overrides: dict[str, Any]) -> Checkpoint:
     if target.suffix == ".safetensors" and (target.parent / "config.json").is_file():
         target = target.parent
     if target.is_file():
-        from mlm_eval.checkpoints.megatron_torch import read_file
+        from mlm_eval.checkpoints.megatron.read_torch import read_file
 
         return read_file(target, overrides)
     if (target / "config.json").is_file():
-        from mlm_eval.checkpoints.huggingface import read_folder
+        from mlm_eval.checkpoints.huggingface.read import read_folder
 
         return read_folder(target, overrides)
     return open_iteration(find_iteration(target), overrides)
@@ -219,11 +219,11 @@ def open_iteration(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     """Return the checkpoint in an `iter_*` or `release` folder."""
     names = {entry.name for entry in folder.iterdir()}
     if any(re.match(r"mp_rank_\d", name) and (folder / name).is_dir() for name in names):
-        from mlm_eval.checkpoints.megatron_torch import read_iteration
+        from mlm_eval.checkpoints.megatron.read_torch import read_iteration
 
         return read_iteration(folder, overrides)
     refuse_unreadable_format(folder, names)
-    from mlm_eval.checkpoints.megatron_dist import read_iteration as read_distributed
+    from mlm_eval.checkpoints.megatron.read_dist import read_iteration as read_distributed
 
     return read_distributed(folder, overrides)
 

@@ -82,7 +82,7 @@ def convert(
             raise InputError(
                 "--tp and --pp are for Megatron targets; a Hugging Face folder has no ranks"
             )
-        from mlm_eval.checkpoints.huggingface_writer import write_huggingface
+        from mlm_eval.checkpoints.huggingface.write import write_huggingface
 
         report = write_huggingface(
             checkpoint,
@@ -102,11 +102,11 @@ def convert(
         "true_vocab_size": true_vocab_size if vocab == "true" else None,
     }
     if to == "megatron":
-        from mlm_eval.checkpoints.megatron_writer import write_megatron_torch
+        from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
 
         write_megatron_torch(checkpoint, path, **sizes, **common)
     else:
-        from mlm_eval.checkpoints.megatron_dist_writer import write_torch_dist
+        from mlm_eval.checkpoints.megatron.write_dist import write_torch_dist
 
         write_torch_dist(checkpoint, path, **sizes, **common)
     return Conversion(Path(path), to)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mlm_eval.checkpoints.checkpoint import open_checkpoint
     from mlm_eval.checkpoints.convert import convert
     from mlm_eval.checkpoints.errors import InputError
-    from mlm_eval.engine import Engine
+    from mlm_eval.engine.engine import Engine
     from mlm_eval.tasks import evaluate
 
 __version__ = "0.1.0"
@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 __all__ = ["Engine", "InputError", "__version__", "convert", "evaluate", "open_checkpoint"]
 
 _HOME = {
-    "Engine": "mlm_eval.engine",
+    "Engine": "mlm_eval.engine.engine",
     "InputError": "mlm_eval.checkpoints.errors",
     "convert": "mlm_eval.checkpoints.convert",
     "evaluate": "mlm_eval.tasks",

@@ -30,9 +30,9 @@ from torch.nn import functional as F
 from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.lazy import InMemory
-from mlm_eval.checkpoints.megatron_writer import write_megatron_torch
-from mlm_eval.gpt import GPT
-from mlm_eval.tokenizer import load_tokenizer
+from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
+from mlm_eval.checkpoints.tokenizer import load_tokenizer
+from mlm_eval.model.gpt import GPT
 
 TENSOR_PARALLEL = 2
 VOCAB_ENTRIES = 2000  # <|endoftext|>, the last one, included

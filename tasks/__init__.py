@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from mlm_eval.checkpoints.errors import InputError
 
 if TYPE_CHECKING:
-    from mlm_eval.engine import Engine
-    from mlm_eval.results import Result
-    from mlm_eval.tokenizer import Tokenizer
+    from mlm_eval.checkpoints.tokenizer import Tokenizer
+    from mlm_eval.engine.engine import Engine
+    from mlm_eval.reporting.results import Result
 
 ZERO_SHOT = ("lambada", "wikitext103")
 
@@ -41,15 +41,17 @@ def evaluate(
     if task not in ZERO_SHOT:
         raise InputError(f"there is no benchmark {task!r}; evaluate knows {', '.join(ZERO_SHOT)}")
     if tokenizer is None:
-        from mlm_eval.tokenizer import find_tokenizer  # here: the package is to import in no time
+        from mlm_eval.checkpoints.tokenizer import (
+            find_tokenizer,  # here: the package is to import in no time
+        )
 
         path = engine.checkpoint.provenance.path
         tokenizer = find_tokenizer(path)
         if tokenizer is None:
             raise InputError(
                 f"no tokenizer is stored with {path}; give one, for example "
-                f"tokenizer=mlm_eval.tokenizer.load_tokenizer(directory=...)"
+                f"tokenizer=mlm_eval.checkpoints.tokenizer.load_tokenizer(directory=...)"
             )
-    benchmark = import_module(f"mlm_eval.tasks.{task}")
+    benchmark = import_module(f"mlm_eval.tasks.zero_shot.{task}")
     result: Result = benchmark.evaluate(engine, data, tokenizer=tokenizer, **options)
     return result

@@ -3,7 +3,7 @@
 A result record is compared with the published row of its size. It counts "as in the paper" only if
 protocol, data and size are the paper's; every difference is named in a note. Here, in the tasks'
 layer, because it takes the tasks' protocols and the names of their metrics to judge that; how a
-table looks is decided by `mlm_eval.report`.
+table looks is decided by `mlm_eval.reporting.tables`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.report import MEASURED, PUBLISHED, Cell, Column, Row, Table, short_count
+from mlm_eval.reporting.tables import MEASURED, PUBLISHED, Cell, Column, Row, Table, short_count
 from mlm_eval.tasks.records import TABLE_OF, Record, figures, find_set
 
 COLUMNS = {
@@ -133,7 +133,7 @@ def _paper_recipe(benchmark: str, size: str | None) -> Mapping[str, Any] | None:
 
 @functools.cache
 def _size_in_parameters(size: str) -> int:
-    from mlm_eval.models import paper_parameters  # here: it imports torch
+    from mlm_eval.model.sizes import paper_parameters  # here: it imports torch
 
     return paper_parameters(size)
 

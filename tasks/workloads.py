@@ -13,10 +13,10 @@ from collections.abc import Iterator
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.memory import TrainingBatch
-from mlm_eval.plan import Passes, Training, Workload
+from mlm_eval.model.memory import TrainingBatch
+from mlm_eval.planning.plan import Passes, Training, Workload
 from mlm_eval.tasks.paper import load_paper
-from mlm_eval.tasks.wikitext103 import MAX_SEQ_LENGTH, windows
+from mlm_eval.tasks.zero_shot.wikitext103 import MAX_SEQ_LENGTH, windows
 
 WIKITEXT_TOKENS = 270_330  # wiki.test.tokens of WikiText-103, detokenized, in GPT-2's BPE
 WIKITEXT_STRIDE = 32

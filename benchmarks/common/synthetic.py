@@ -9,7 +9,7 @@ import torch
 from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.lazy import Computed, LazyTensor
-from mlm_eval.checkpoints.megatron_writer import write_megatron_torch
+from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
 from mlm_eval.checkpoints.parameters import Parameter, parameters
 
 SIZES = {"345m": (24, 1024, 16), "1.3b": (24, 2048, 16)}

@@ -15,8 +15,8 @@ import traceback
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli import checkpoints, harness, report, training, zero_shot
 from mlm_eval.cli.app import app
-from mlm_eval.launch import prepare_worker, reporting_errors
-from mlm_eval.world import detect_world
+from mlm_eval.ranks.launch import prepare_worker, reporting_errors
+from mlm_eval.ranks.world import detect_world
 
 # isort: split
 from mlm_eval.cli import bench  # after report: groups of the help come in the order of imports

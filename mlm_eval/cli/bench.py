@@ -19,13 +19,13 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.app import app
 from mlm_eval.cli.options import Config, Device, Output, Sets
 from mlm_eval.cli.report import REPORTS
-from mlm_eval.launch import PARENT, LaunchResult, init_process_group, launch, shutdown
-from mlm_eval.world import LAUNCHED, World, detect_world
+from mlm_eval.ranks.launch import PARENT, LaunchResult, init_process_group, launch, shutdown
+from mlm_eval.ranks.world import LAUNCHED, World, detect_world
 
 if TYPE_CHECKING:
-    from mlm_eval.bench import Job, Measured
-    from mlm_eval.bench_series import Series
     from mlm_eval.checkpoints.config import ModelConfig
+    from mlm_eval.planning.bench import Job, Measured
+    from mlm_eval.planning.bench_series import Series
 
 
 @app.command(rich_help_panel=REPORTS)
@@ -93,12 +93,12 @@ def bench(
     if job is not None:
         _rank(job)
         return
-    from mlm_eval.bench_fit import fit
-    from mlm_eval.bench_plot import plot_bench
-    from mlm_eval.bench_record import bench_record, bench_text
-    from mlm_eval.bench_series import BenchOptions, cores, parse_scale, parse_sizes
-    from mlm_eval.layout import pick_device
-    from mlm_eval.results import check_writable, write_json
+    from mlm_eval.planning.bench_fit import fit
+    from mlm_eval.planning.bench_plot import plot_bench
+    from mlm_eval.planning.bench_record import bench_record, bench_text
+    from mlm_eval.planning.bench_series import BenchOptions, cores, parse_scale, parse_sizes
+    from mlm_eval.ranks.mesh import pick_device
+    from mlm_eval.reporting.results import check_writable, write_json
 
     for path in filter(None, (output, plot)):
         check_writable(path)
@@ -187,10 +187,10 @@ def _source(
     Raises:
         InputError: Not exactly one of them is given, or it does not exist.
     """
-    from mlm_eval.bench_series import model_series, paper_series, usual_sizes
     from mlm_eval.checkpoints.checkpoint import open_checkpoint
     from mlm_eval.checkpoints.config import apply_overrides, parse_overrides
-    from mlm_eval.models import named_config
+    from mlm_eval.model.sizes import named_config
+    from mlm_eval.planning.bench_series import model_series, paper_series, usual_sizes
 
     if sum(given is not None for given in (study, ckpt, model)) != 1:
         raise InputError(
@@ -218,7 +218,7 @@ def _source(
 
 def _announce(series: Series, jobs: Sequence[Job]) -> None:
     """Tell on stderr what is going to be measured."""
-    from mlm_eval.bench import step_flops
+    from mlm_eval.planning.bench import step_flops
 
     work = [
         step_flops(
@@ -246,8 +246,8 @@ def _rank(path: Path) -> None:
     """Measure what a job file asks for, as one of its ranks; rank 0 leaves the answer beside it."""
     import dataclasses
 
-    from mlm_eval.bench import Job
-    from mlm_eval.results import write_json
+    from mlm_eval.planning.bench import Job
+    from mlm_eval.reporting.results import write_json
 
     world = detect_world()
     assert world is not None, "a job is for ranks"
@@ -262,7 +262,7 @@ def _answer(path: Path) -> Path:
 
 def _measure_here(job: Job, world: World) -> Measured:
     """Measure a layout on the ranks that run, of which this process is one."""
-    from mlm_eval.bench import measure
+    from mlm_eval.planning.bench import measure
 
     if world.size > 1:
         init_process_group(world, device=job.device)
@@ -275,7 +275,7 @@ def _on_fresh_ranks(jobs: Sequence[Job]) -> tuple[list[Measured], LaunchResult |
     """Measure each layout in processes of its own; return also how the first to fail has failed."""
     import dataclasses
 
-    from mlm_eval.bench import Measured
+    from mlm_eval.planning.bench import Measured
 
     measured: list[Measured] = []
     with tempfile.TemporaryDirectory(prefix="mlm-eval-bench-") as folder, _threads(jobs):
@@ -300,7 +300,7 @@ def _on_fresh_ranks(jobs: Sequence[Job]) -> tuple[list[Measured], LaunchResult |
 @contextmanager
 def _threads(jobs: Sequence[Job]) -> Iterator[None]:
     """Give a rank as many threads in every layout: else more ranks would be slower ranks."""
-    from mlm_eval.bench_series import cores
+    from mlm_eval.planning.bench_series import cores
 
     name = "OMP_NUM_THREADS"
     given = os.environ.get(name)

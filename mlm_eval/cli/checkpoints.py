@@ -41,7 +41,7 @@ def inspect(
     from mlm_eval.checkpoints.checkpoint import full_digest as hash_everything
     from mlm_eval.checkpoints.checkpoint import open_checkpoint
     from mlm_eval.checkpoints.config import parse_overrides
-    from mlm_eval.show import inspect_record, inspect_text
+    from mlm_eval.reporting.text import inspect_record, inspect_text
 
     checkpoint = open_checkpoint(ckpt, parse_overrides(set_ or []), allow_hostile=True)
     digest = hash_everything(checkpoint) if full_digest else checkpoint.provenance.digest
@@ -100,8 +100,8 @@ def convert(
     """
     from mlm_eval.checkpoints.checkpoint import open_checkpoint
     from mlm_eval.checkpoints.config import parse_overrides
-    from mlm_eval.conversion import convert_checked
-    from mlm_eval.show import comparison_text
+    from mlm_eval.engine.conversion import convert_checked
+    from mlm_eval.reporting.text import comparison_text
 
     checkpoint = open_checkpoint(ckpt, parse_overrides(set_ or []))
     words = find_words(ckpt, tokenizer, vocab_file, merge_file)
@@ -149,9 +149,9 @@ def verify(
     """
     from mlm_eval.checkpoints.checkpoint import open_checkpoint
     from mlm_eval.checkpoints.config import parse_overrides
-    from mlm_eval.results import write_json
-    from mlm_eval.show import comparison_text
-    from mlm_eval.verify import compare_checkpoints
+    from mlm_eval.engine.verify import compare_checkpoints
+    from mlm_eval.reporting.results import write_json
+    from mlm_eval.reporting.text import comparison_text
 
     overrides = parse_overrides(set_ or [])
     first, second = open_checkpoint(ckpt, overrides), open_checkpoint(against)

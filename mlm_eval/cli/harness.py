@@ -29,7 +29,7 @@ from mlm_eval.cli.options import (
 from mlm_eval.cli.run import ModelRun, progress
 
 if TYPE_CHECKING:
-    from mlm_eval.engine import Engine
+    from mlm_eval.engine.engine import Engine
 
 
 @app.command(rich_help_panel=ZERO_SHOT)
@@ -69,8 +69,8 @@ def harness(
         )
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the harness draws bars into log files, too
-    from mlm_eval.harness import MegatronLM
-    from mlm_eval.harness_command import read_arguments, run_command_line
+    from mlm_eval.harness.command import read_arguments, run_command_line
+    from mlm_eval.harness.model import MegatronLM
 
     given = read_arguments(arguments)
     run = ModelRun(

@@ -46,8 +46,8 @@ def report(
 
     Example: mlm-eval report wikitext103.json lambada.json --format html --output table3.html
     """
-    from mlm_eval.report import FORMATS, render
-    from mlm_eval.results import check_writable, write_text
+    from mlm_eval.reporting.results import check_writable, write_text
+    from mlm_eval.reporting.tables import FORMATS, render
     from mlm_eval.tasks.paper import build_tables
     from mlm_eval.tasks.records import read_record
 
@@ -119,9 +119,9 @@ def plan(
     """
     import json
 
-    from mlm_eval.memory import TrainingBatch
-    from mlm_eval.plan import make_plan, parse_memory, parse_throughput
-    from mlm_eval.plan_text import plan_text
+    from mlm_eval.model.memory import TrainingBatch
+    from mlm_eval.planning.plan import make_plan, parse_memory, parse_throughput
+    from mlm_eval.planning.plan_text import plan_text
     from mlm_eval.tasks.workloads import workloads
 
     if (ckpt is None) == (model is None):
@@ -183,7 +183,7 @@ def _checkpoint(ckpt: str, sets: list[str]) -> _Source:
 
 def _named(model: str, sets: list[str]) -> _Source:
     from mlm_eval.checkpoints.config import apply_overrides, parse_overrides
-    from mlm_eval.models import named_config, paper_parameters
+    from mlm_eval.model.sizes import named_config, paper_parameters
 
     overrides = parse_overrides(sets)
     count = paper_parameters(model)
@@ -196,7 +196,7 @@ def _named(model: str, sets: list[str]) -> _Source:
 
 def _size_of(config: ModelConfig) -> str | None:
     """Return the named size that a model has, if any."""
-    from mlm_eval.initial_models import SIZES
+    from mlm_eval.model.initial import SIZES
 
     shape = (config.num_layers, config.hidden_size, config.num_attention_heads)
     prefix = "gpt" if config.family == "gpt" else "bert"
@@ -205,7 +205,7 @@ def _size_of(config: ModelConfig) -> str | None:
 
 
 def _precision(dtype: str, default: str) -> str:
-    from mlm_eval.engine import DTYPES
+    from mlm_eval.engine.engine import DTYPES
 
     if dtype == "auto":
         return default if default in DTYPES else "float32"
@@ -257,7 +257,7 @@ def _print_list(entries: list[Entry], places: dict[str, Path | None]) -> None:
 
 
 def _print_entry(entry: Entry, found: Path | None) -> None:
-    from mlm_eval.show import rows_as_text
+    from mlm_eval.reporting.text import rows_as_text
 
     settings = ", ".join(f"{name}={value}" for name, value in entry.settings.items())
     rows = [

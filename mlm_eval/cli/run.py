@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.launch import init_process_group, launch, shutdown
-from mlm_eval.world import World, detect_world
+from mlm_eval.ranks.launch import init_process_group, launch, shutdown
+from mlm_eval.ranks.world import World, detect_world
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     import torch
 
     from mlm_eval.checkpoints.checkpoint import Checkpoint
-    from mlm_eval.engine import Engine
-    from mlm_eval.results import Result
-    from mlm_eval.resume import PartialScores
-    from mlm_eval.tasks.score import Line
-    from mlm_eval.tokenizer import Tokenizer
+    from mlm_eval.checkpoints.tokenizer import Tokenizer
+    from mlm_eval.engine.engine import Engine
+    from mlm_eval.engine.resume import PartialScores
+    from mlm_eval.reporting.results import Result
+    from mlm_eval.tasks.zero_shot.score import Line
 
 
 def shared(values: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class ModelRun:
     def __init__(self, *, checkpoint: Checkpoint | None = None, **options: Any) -> None:
         from mlm_eval.checkpoints.checkpoint import open_checkpoint
         from mlm_eval.checkpoints.config import parse_overrides
-        from mlm_eval.results import check_writable
+        from mlm_eval.reporting.results import check_writable
 
         self.options = options
         self.output: Path | None = options["output"]
@@ -90,8 +90,8 @@ class ModelRun:
         """
         import torch
 
-        from mlm_eval.engine import resolve_dtype
-        from mlm_eval.layout import choose_layout, pick_device
+        from mlm_eval.engine.engine import resolve_dtype
+        from mlm_eval.ranks.mesh import choose_layout, pick_device
 
         options = self.options
         device = pick_device(options["device"])
@@ -114,7 +114,7 @@ class ModelRun:
         """Join the other ranks, and return what loads an engine in this layout."""
         import torch
 
-        from mlm_eval.engine import Engine
+        from mlm_eval.engine.engine import Engine
 
         if self.world is not None and self.world.size > 1:
             init_process_group(self.world, device=place.device)
@@ -176,7 +176,7 @@ class ModelRun:
             )
         if resume and self.output is None:
             raise InputError("--resume needs the --output of the interrupted run")
-        from mlm_eval.tokenizer import check_fits
+        from mlm_eval.checkpoints.tokenizer import check_fits
 
         placement = self.start()
         words = self.tokenizer(required=True)
@@ -195,12 +195,12 @@ class ModelRun:
     ) -> None:
         from importlib import import_module
 
-        from mlm_eval.show import result_text, work_text
+        from mlm_eval.reporting.text import result_text, work_text
 
         tokens = sum(request.length for request in work.requests)
         self.say(work_text(unit, len(work.requests), tokens, engine.flops(work.requests)))
         partial = self._partial(task, engine, work, words, resume)
-        module = import_module(f"mlm_eval.tasks.{task}")
+        module = import_module(f"mlm_eval.tasks.zero_shot.{task}")
         with progress(self.is_main) as on_progress, self._kept(partial):
             result: Result = module.score(
                 engine, work, tokenizer=words, on_progress=on_progress, partial=partial
@@ -223,7 +223,7 @@ class ModelRun:
     ) -> PartialScores | None:
         if self.output is None:
             return None
-        from mlm_eval.resume import PartialScores, resume_key
+        from mlm_eval.engine.resume import PartialScores, resume_key
 
         settings = {
             k: v for k, v in work.settings.items() if k not in ("warnings", "limit", "data")
@@ -257,13 +257,13 @@ class ModelRun:
 
     def score_file(self, input_: Path, stride: int | None) -> None:
         """Run `mlm-eval score`."""
-        from mlm_eval.tasks.score import read_lines
+        from mlm_eval.tasks.zero_shot.score import read_lines
 
         lines = read_lines(input_, self.tokenizer(required=False), limit=self.limit)
         self.on_ranks(lambda engine: self._score_lines(engine, lines, stride))
 
     def _score_lines(self, engine: Engine, lines: Sequence[Line], stride: int | None) -> None:
-        from mlm_eval.tasks.score import score_lines, write_lines
+        from mlm_eval.tasks.zero_shot.score import score_lines, write_lines
 
         with progress(self.is_main) as on_progress:
             records = list(score_lines(engine, lines, stride=stride, on_progress=on_progress))
@@ -278,7 +278,7 @@ def find_words(
     ckpt: str, folder: Path | None, vocab_file: Path | None, merge_file: Path | None
 ) -> Tokenizer | None:
     """Return the tokenizer that the options name, or the one beside the checkpoint."""
-    from mlm_eval.tokenizer import find_tokenizer, load_tokenizer
+    from mlm_eval.checkpoints.tokenizer import find_tokenizer, load_tokenizer
 
     if any(given is not None for given in (folder, vocab_file, merge_file)):
         return load_tokenizer(directory=folder, vocab_file=vocab_file, merge_file=merge_file)

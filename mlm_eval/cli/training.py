@@ -15,15 +15,15 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.app import TRAINING, app
 from mlm_eval.cli.options import Options, Output, finetuning, pretraining, signature
 from mlm_eval.cli.run import ModelRun
-from mlm_eval.launch import shutdown
+from mlm_eval.ranks.launch import shutdown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tqdm import tqdm
 
-    from mlm_eval.results import Result
-    from mlm_eval.training_settings import TrainingProgress
+    from mlm_eval.reporting.results import Result
+    from mlm_eval.training.settings import TrainingProgress
 
 FINETUNING = {
     "race": "RACE: which of four answers does the article support? Trains on middle and high.",
@@ -56,9 +56,9 @@ def _register(name: str, text: str, options: Options, body: Callable[[str, Any],
 
 
 def _finetune(task: str, values: dict[str, Any]) -> None:
-    from mlm_eval.show import training_text
-    from mlm_eval.tasks.finetune import finetune
-    from mlm_eval.tasks.finetune_options import FinetuneOptions, Observer
+    from mlm_eval.reporting.text import training_text
+    from mlm_eval.tasks.finetune.options import FinetuneOptions, Observer
+    from mlm_eval.tasks.finetune.run import finetune
 
     given = _fields(FinetuneOptions, values)
     given |= {name: tuple(values[name] or ()) for name in ("train", "dev", "test")}
@@ -90,9 +90,9 @@ def _finetune(task: str, values: dict[str, Any]) -> None:
 def _pretrain(kind: str, values: dict[str, Any]) -> None:
     from mlm_eval.checkpoints.config import parse_overrides
     from mlm_eval.cli.run import find_words
-    from mlm_eval.pretraining import TextSettings, pretrain, start_from
-    from mlm_eval.show import training_text
-    from mlm_eval.training_settings import TrainSettings
+    from mlm_eval.reporting.text import training_text
+    from mlm_eval.tasks.language.pretraining import TextSettings, pretrain, start_from
+    from mlm_eval.training.settings import TrainSettings
 
     if (values["ckpt"] is None) == (values["init"] is None):
         raise InputError("give either --ckpt, to go on from a checkpoint, or --init, for a new one")
@@ -160,8 +160,8 @@ def ensemble(
 
     Example: mlm-eval ensemble --predictions seed-1/predictions --predictions seed-2/predictions
     """
-    from mlm_eval.show import training_text
-    from mlm_eval.tasks.predictions import ensemble as join
+    from mlm_eval.reporting.text import training_text
+    from mlm_eval.tasks.finetune.predictions import ensemble as join
 
     result = join(predictions, output=output_dir)
     print(training_text(result, folder=output_dir))

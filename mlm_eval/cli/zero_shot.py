@@ -31,7 +31,7 @@ from mlm_eval.cli.options import (
 from mlm_eval.cli.run import ModelRun, shared
 
 if TYPE_CHECKING:
-    from mlm_eval.tokenizer import Tokenizer
+    from mlm_eval.checkpoints.tokenizer import Tokenizer
 
 
 @app.command(rich_help_panel=ZERO_SHOT)
@@ -74,7 +74,7 @@ def wikitext103(
     run = ModelRun(**shared(locals()))
 
     def prepare(words: Tokenizer, positions: int) -> Any:
-        from mlm_eval.tasks import wikitext103 as task
+        from mlm_eval.tasks.zero_shot import wikitext103 as task
 
         return task.prepare(
             data,
@@ -128,7 +128,7 @@ def lambada(
     run = ModelRun(**shared(locals()))
 
     def prepare(words: Tokenizer, positions: int) -> Any:
-        from mlm_eval.tasks import lambada as task
+        from mlm_eval.tasks.zero_shot import lambada as task
 
         return task.prepare(data, tokenizer=words, positions=positions, target=target, limit=limit)
 

@@ -1,0 +1,328 @@
+"""config.json to ModelConfig and back, both by the fields of `huggingface_tables`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.huggingface.family import Family, Row
+
+DEFAULT = "transformers' default"
+ROTARY_KEYS = (
+    "rope_type",
+    "type",
+    "rope_theta",
+    "partial_rotary_factor",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+TYPES = {f.name: str(f.type).split(" | ")[0] for f in dataclasses.fields(ModelConfig)}
+
+
+@dataclass
+class ConfigBuild:
+    """A config, where each setting came from, and what the user should hear about it."""
+
+    config: ModelConfig
+    sources: dict[str, str]
+    switches: dict[str, bool]
+    """config.json's keys that say which modules have biases."""
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the weights themselves tell: the size of the vocabulary, dtype, heads, tying."""
+
+    vocab_size: int
+    params_dtype: str
+    untied: bool | None = None
+    """True where a tied model's output table differs from its embeddings all the same."""
+    heads: Mapping[str, Any] = field(default_factory=dict)
+
+
+class _Reader:
+    """Collects settings one by one, each with its source; `--set` wins."""
+
+    def __init__(self, hf: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> None:
+        self.hf, self.overrides, self.where = hf, overrides, where
+        self.values: dict[str, Any] = {}
+        self.sources: dict[str, str] = {}
+
+    def set(self, name: str, value: Any, source: str) -> Any:
+        if name in self.overrides:
+            value, source = self.overrides[name], "--set"
+        self.values[name], self.sources[name] = value, source
+        return value
+
+    def get(self, key: str, kind: str, default: Any, within: str | None = None) -> tuple[Any, str]:
+        """Return a value of config.json (of its part `within`), checked, and its source."""
+        part = self.hf if within is None else self.hf.get(within) or {}
+        value = part.get(key)
+        if value is None:
+            return default, DEFAULT
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        fits = {
+            "int": whole,
+            "float": whole or isinstance(value, float),
+            "bool": isinstance(value, bool),
+            "str": isinstance(value, str),
+        }[kind]
+        if not fits:
+            raise InputError(
+                f"{self.where}: {key} is {value!r}, expected a value of type {kind}; correct the "
+                "file"
+            )
+        return (float(value) if kind == "float" else value), f"config.json {key}"
+
+
+def read_config(
+    hf: Mapping[str, Any],
+    family: Family,
+    *,
+    found: Found,
+    overrides: Mapping[str, Any],
+    where: str,
+) -> ConfigBuild:
+    """Return the config of a Hugging Face model.
+
+    Args:
+        hf: config.json.
+        family: Its family, from `model_type`.
+        found: What the weights tell.
+        overrides: `--set` values; they win.
+        where: The file, for messages.
+
+    Raises:
+        InputError: A setting is missing or of the wrong type, or changes the mathematics in a way
+            that is not implemented.
+    """
+    for refusal in family.refusals:
+        value = hf.get(refusal.key, refusal.default)
+        if value not in refusal.harmless:
+            raise InputError(
+                f"{where} describes a model with {refusal.what} ({refusal.key} is {value!r}), "
+                "which mlm-eval does not compute"
+            )
+    r = _Reader(hf, overrides, where)
+    r.set("family", family.kind, "config.json model_type")
+    r.set("vocab_size", found.vocab_size, "weights")
+    r.set("params_dtype", found.params_dtype, "weights")
+    for name, value in family.constants.items():
+        r.set(name, value, f"every {family.model_type} model")
+    _sizes(r, family)
+    warnings = _window(r, family)
+    switches = {
+        key: bool(r.get(key, "bool", default)[0]) for key, default in family.switches.items()
+    }
+    for name, value in bias_settings(family, switches).items():
+        r.set(name, value, "config.json")
+    _activation(r, family)
+    if r.values.get("position_embedding_type") == "rope":
+        _rotary(r, family)
+    for name, value in found.heads.items():
+        r.set(name, value, "weights")
+    tied, source = r.get("tie_word_embeddings", "bool", family.tied)
+    if found.untied:
+        tied, source = False, "weights"
+    if family.kind == "bert" and not tied:
+        if r.values["lm_head"]:
+            raise InputError(
+                f"{where}: the LM head has an output table of its own, which no Megatron BERT has; "
+                "mlm-eval computes tied ones only"
+            )
+        tied = True  # there is no output table at all
+    r.set("untie_embeddings_and_output_weights", not tied, source)
+    return ConfigBuild(ModelConfig(**r.values), r.sources, switches, warnings)
+
+
+def bias_settings(family: Family, switches: Mapping[str, bool]) -> dict[str, bool]:
+    """Return which biases a model has, by the names of ModelConfig.
+
+    Where only some linear layers have one, the others get zeros: the same function.
+    """
+
+    def has_bias(row: Row) -> bool:
+        return switches[row.bias] if isinstance(row.bias, str) else row.bias
+
+    rows = {
+        row.canonical.rpartition(".")[2]: row for row in family.rows if ".layers." in row.canonical
+    }
+    linear = ("linear_proj", "linear_fc1", "linear_fc2")
+    return {
+        "add_qkv_bias": has_bias(rows["linear_qkv"]),
+        "add_bias_linear": any(has_bias(rows[name]) for name in linear),
+    }
+
+
+def _sizes(r: _Reader, family: Family) -> None:
+    for entry in family.fields:
+        r.set(entry.setting, *r.get(entry.key, TYPES[entry.setting], entry.default))
+    hidden, heads = r.values["hidden_size"], r.values["num_attention_heads"]
+    if r.values.get("num_query_groups") is None:
+        r.set("num_query_groups", heads, "one per attention head")
+    if r.values.get("kv_channels") is None:
+        if heads < 1 or hidden % heads:
+            raise InputError(
+                f"{r.where}: {heads} attention heads do not divide the hidden size {hidden}; "
+                "correct the file"
+            )
+        r.set("kv_channels", hidden // heads, "hidden size / heads")
+    if r.values["ffn_hidden_size"] is None:
+        r.set("ffn_hidden_size", 4 * hidden, f"{DEFAULT}: 4 x hidden size")
+    if r.values["max_position_embeddings"] < 1:
+        raise InputError(f"{r.where}: max_position_embeddings must be at least 1; correct the file")
+
+
+def _window(r: _Reader, family: Family) -> list[str]:
+    """Limit the positions to the sliding window: up to there a window changes nothing."""
+    window = r.hf.get("sliding_window", family.sliding_window)
+    if family.model_type in ("qwen2", "qwen3") or window is None:
+        return []  # these have a switch of their own, refused where it is on
+    window, _ = r.get("sliding_window", "int", family.sliding_window)
+    positions = r.values["max_position_embeddings"]
+    if positions <= window:
+        return []
+    if "max_position_embeddings" in r.overrides:
+        raise InputError(
+            f"{r.where}: attention is limited to a window of {window} positions, which mlm-eval "
+            "computes only up to "
+            f"that length; use --set max_position_embeddings={window} or less"
+        )
+    r.set("max_position_embeddings", window, "config.json sliding_window")
+    return [
+        f"the model attends within a sliding window of {window} positions; it is used up to that "
+        "length, where the "
+        f"window changes nothing, and not up to {positions}"
+    ]
+
+
+def _activation(r: _Reader, family: Family) -> None:
+    key = family.activation_key
+    name, source = r.get(key, "str", family.activation)
+    if name not in family.activations and "activation" not in r.overrides:
+        raise InputError(
+            f"{r.where}: {key} {name!r} is not supported for {family.model_type}; known are "
+            f"{', '.join(family.activations)}"
+        )
+    activation = r.set("activation", family.activations.get(name), f"{source} {name}".strip())
+    if family.kind == "bert":  # transformers has one activation for the MLP and the LM head
+        r.set("head_activation", activation, f"{source} {name}")
+
+
+def _rotary(r: _Reader, family: Family) -> None:
+    # rope_parameters is transformers 5's name; rope_theta and rope_scaling are older, and win.
+    within = "rope_scaling" if r.hf.get("rope_scaling") else "rope_parameters"
+    part = r.hf.get(within) or {}
+    if not isinstance(part, dict):
+        raise InputError(f"{r.where}: {within} is {part!r}, expected an object; correct the file")
+    unknown = sorted(key for key, value in part.items() if key not in ROTARY_KEYS and value)
+    if unknown:
+        raise InputError(
+            f"{r.where}: the rotary setting {unknown[0]} (in {within}) is not supported; known are "
+            f"{', '.join(ROTARY_KEYS)}"
+        )
+    old_base = "rotary_emb_base" if family.model_type == "gpt_neox" else "rope_theta"
+    old_share = "rotary_pct" if family.model_type == "gpt_neox" else "partial_rotary_factor"
+
+    def lookup(key: str, old_key: str, default: float) -> tuple[float, str]:
+        value, source = r.get(key, "float", None, within)
+        return (value, source) if value is not None else r.get(old_key, "float", default)
+
+    r.set("rotary_base", *lookup("rope_theta", old_base, 10000.0))
+    share, source = lookup("partial_rotary_factor", old_share, family.partial_rotary or 1.0)
+    if share != 1.0 and family.partial_rotary is None:
+        raise InputError(
+            f"{r.where}: partial_rotary_factor is {share}, but {family.model_type} models rotate "
+            "all channels; "
+            "correct the file"
+        )
+    r.set("rotary_percent", share, source)
+    kind, source = r.get("rope_type", "str", None, within)
+    if kind is None:
+        kind, source = r.get("type", "str", "default", within)
+    if kind == "linear":
+        factor, source = r.get("factor", "float", 1.0, within)
+        r.set("rotary_seq_len_interpolation_factor", factor, f"config.json {within}")
+    elif kind == "llama3":
+        positions = r.values["max_position_embeddings"]
+        scaling = RopeScaling(
+            factor=r.get("factor", "float", 8.0, within)[0],
+            low_freq_factor=r.get("low_freq_factor", "float", 1.0, within)[0],
+            high_freq_factor=r.get("high_freq_factor", "float", 4.0, within)[0],
+            original_max_position=r.get(
+                "original_max_position_embeddings", "int", positions, within
+            )[0],
+        )
+        r.set("rope_scaling", scaling, f"config.json {within}")
+    elif kind != "default":
+        raise InputError(
+            f"{r.where}: rotary positions of type {kind!r} ({within}) are not supported; "
+            "known are default, linear and llama3"
+        )
+
+
+def write_config(
+    config: ModelConfig, family: Family, model_class: str, *, switches: Mapping[str, bool]
+) -> dict[str, Any]:
+    """Return config.json for a model, without the ids of special tokens."""
+    hf: dict[str, Any] = {
+        "architectures": [model_class],
+        "model_type": family.model_type,
+        "vocab_size": config.vocab_size,
+    }
+    for entry in family.fields:
+        value = getattr(config, entry.setting)
+        hf[entry.key] = float(value) if TYPES[entry.setting] == "float" else value
+    names = {ours: theirs for theirs, ours in reversed(list(family.activations.items()))}
+    hf[family.activation_key] = names[config.activation]
+    hf.update(switches)
+    hf["tie_word_embeddings"] = not config.untie_embeddings_and_output_weights
+    for refusal in family.refusals:
+        if refusal.default not in refusal.harmless:
+            hf[refusal.key] = refusal.harmless[0]
+    if family.sliding_window is not None:
+        hf["sliding_window"] = None
+    if config.rotary:
+        hf.update(_write_rotary(config, family))
+    if config.num_classes:
+        labels = [f"LABEL_{index}" for index in range(config.num_classes)]
+        hf["id2label"] = {str(index): label for index, label in enumerate(labels)}
+        hf["label2id"] = {label: index for index, label in enumerate(labels)}
+    hf["dtype"] = config.params_dtype
+    return hf
+
+
+def _write_rotary(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """Return the rotary settings, under transformers 5's name and the older ones."""
+    scaling: dict[str, Any] = {}
+    if config.rope_scaling is not None:
+        scaling = {
+            "rope_type": "llama3",
+            "factor": float(config.rope_scaling.factor),
+            "low_freq_factor": float(config.rope_scaling.low_freq_factor),
+            "high_freq_factor": float(config.rope_scaling.high_freq_factor),
+            "original_max_position_embeddings": config.rope_scaling.original_max_position,
+        }
+    elif config.rotary_seq_len_interpolation_factor is not None:
+        factor = float(config.rotary_seq_len_interpolation_factor)
+        scaling = {"rope_type": "linear", "factor": factor}
+    base = {"rope_theta": float(config.rotary_base)}
+    share = {"partial_rotary_factor": float(config.rotary_percent)}
+    parameters = {"rope_type": "default", **base, **scaling}
+    if family.partial_rotary is not None:
+        parameters |= share
+    hf: dict[str, Any] = {"rope_parameters": parameters}
+    if family.model_type == "gpt_neox":
+        hf |= {"rotary_emb_base": base["rope_theta"], "rotary_pct": share["partial_rotary_factor"]}
+    else:
+        hf |= base | (share if family.partial_rotary is not None else {})
+    if scaling:
+        hf["rope_scaling"] = scaling
+    return hf

@@ -1,0 +1,379 @@
+"""What a conversion to Hugging Face will write: family, folds and refusals, before any byte.
+
+transformers computes fewer things than Megatron. What another form of the same function expresses
+is folded (a zero-centred gain, interleaved rotary channels, absent biases); what only nearly fits
+needs `allow_approximate`; everything else is refused by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlm_eval.checkpoints.checkpoint import Checkpoint
+from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.huggingface.config import (
+    Found,
+    bias_settings,
+    read_config,
+    write_config,
+)
+from mlm_eval.checkpoints.huggingface.families import (
+    BERT,
+    GPT2,
+    GPT_NEOX,
+    LLAMA,
+    MEGATRON_BERT,
+    QWEN2,
+    QWEN3,
+    STABLELM,
+    STARCODER2,
+)
+from mlm_eval.checkpoints.huggingface.family import Family, entries
+from mlm_eval.checkpoints.huggingface.layout import Cast, Zeros
+from mlm_eval.checkpoints.lazy import LazyTensor, Mapped, Selected
+from mlm_eval.checkpoints.parameters import parameters
+
+WAY_OUT = "convert it --to megatron or --to torch_dist, which hold every model that mlm-eval reads"
+TRAINING_ONLY = ("hidden_dropout", "attention_dropout", "init_method_std")
+"""Settings that some families do not record; they change no result."""
+
+
+@dataclass
+class Plan:
+    """One conversion, unwritten.
+
+    Attributes:
+        model_class: transformers' class.
+        hf: config.json.
+        tensors: What to write, by Hugging Face name.
+        notes: Changes of form that leave the function as it is.
+        approximations: What the target computes differently.
+    """
+
+    model_class: str
+    hf: dict[str, Any]
+    tensors: dict[str, LazyTensor]
+    notes: list[str] = field(default_factory=list)
+    approximations: list[str] = field(default_factory=list)
+
+
+def plan_conversion(
+    checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, allow_approximate: bool = False
+) -> Plan:
+    """Return what to write for a checkpoint, whose vocabulary is already the one to write.
+
+    Args:
+        checkpoint: What to convert.
+        dtype: The dtype that will be written; None keeps each tensor's.
+        allow_approximate: Convert although transformers computes something slightly different.
+
+    Raises:
+        InputError: transformers has no model that computes the same, or its config cannot say so.
+    """
+    notes: list[str] = []
+    source = _fold_rotary(_fold_gains(checkpoint, dtype, notes), notes)
+    family = choose_family(source.config)
+    head = bert_head(source.config) if family.kind == "bert" else ""
+    model_class = family.model_class + head
+    approximations = _approximate_gelu(source.config, allow_approximate)
+    written, switches = _expressed(source.config, family, model_class, dtype, notes)
+    hf = write_config(written, family, model_class, switches=switches)
+    _check_expressed(hf, family, written)
+    tensors = _tensors(source, family, written, switches, notes)
+    if head == "Model":  # a base model's names have no prefix
+        tensors = {name.removeprefix(family.prefix): tensor for name, tensor in tensors.items()}
+    return Plan(model_class, hf, tensors, notes, approximations)
+
+
+def _refused(what: str, why: str) -> InputError:
+    return InputError(f"{what} cannot be converted to Hugging Face: {why}; {WAY_OUT}")
+
+
+def choose_family(c: ModelConfig) -> Family:
+    """Return the family of transformers that computes what the config says.
+
+    Raises:
+        InputError: There is none.
+    """
+    family = _bert_family(c) if c.family == "bert" else _gpt_family(c)
+    if c.activation not in family.activations.values():
+        raise _refused(
+            f"a model with {c.activation} activations", f"{family.model_type} has none such"
+        )
+    if c.rotary and c.rotary_percent != 1.0 and family.partial_rotary is None:
+        raise _refused(
+            f"a model that rotates {c.rotary_percent:.0%} of the channels",
+            f"{family.model_type} models rotate all of them",
+        )
+    has_head_dim = any(entry.setting == "kv_channels" for entry in family.fields)
+    if not has_head_dim and c.kv_channels * c.num_attention_heads != c.hidden_size:
+        raise _refused(
+            f"a model with {c.num_attention_heads} heads of {c.kv_channels} and hidden size "
+            f"{c.hidden_size}",
+            f"{family.model_type} models have heads of hidden size / heads",
+        )
+    if c.hidden_size % c.num_attention_heads:
+        raise _refused(
+            f"a model with {c.num_attention_heads} heads and hidden size {c.hidden_size}",
+            "transformers wants heads that divide the hidden size",
+        )
+    grouped = any(entry.setting == "num_query_groups" for entry in family.fields)
+    if not grouped and c.num_query_groups != c.num_attention_heads:
+        raise _refused("grouped-query attention here", f"{family.model_type} models have none")
+    return family
+
+
+def _gpt_family(c: ModelConfig) -> Family:
+    if c.apply_residual_connection_post_layernorm:
+        raise _refused(
+            "a GPT model whose residual is the norm's output "
+            "(apply_residual_connection_post_layernorm)",
+            "no causal model of transformers has this order",
+        )
+    if c.num_tokentypes:
+        raise _refused(
+            "a GPT model with token types", "transformers' GPT models have none of their own"
+        )
+    if c.learned_positions and c.rotary:
+        raise _refused(
+            "a model with learned and rotary positions", "transformers has none with both"
+        )
+    rms, plain = c.normalization == "RMSNorm", not c.gated
+    if not c.rotary:
+        if rms or c.gated or c.qk_layernorm:
+            raise _refused(
+                "a model with learned positions and "
+                f"{'RMSNorm' if rms else c.activation if c.gated else 'QK norms'}",
+                "GPT-2, transformers' model with learned positions, has LayerNorm and an ungated "
+                "MLP",
+            )
+        return GPT2
+    if rms and plain:
+        raise _refused(
+            f"a model with rotary positions, RMSNorm and {c.activation} activations",
+            "transformers' models with RMSNorm have gated MLPs",
+        )
+    if rms and c.qk_layernorm:
+        if c.add_bias_linear or c.qk_layernorm_bias:
+            raise _refused(
+                "a model with QK norms and biases", "Qwen3, which has such norms, has no biases"
+            )
+        return QWEN3
+    if c.qk_layernorm:
+        raise _refused("a model with LayerNorm over queries and keys", "transformers has none")
+    if rms:
+        return QWEN2 if c.add_qkv_bias and not c.add_bias_linear else LLAMA
+    if c.gated:
+        if c.add_bias_linear:
+            raise _refused(
+                "a model with LayerNorm, swiglu and biases in its linear layers",
+                "StableLM, the model with LayerNorm and swiglu, has none there",
+            )
+        return STABLELM
+    return GPT_NEOX if c.num_query_groups == c.num_attention_heads else STARCODER2
+
+
+def _bert_family(c: ModelConfig) -> Family:
+    for bad, what in (
+        (c.normalization != "LayerNorm", "RMSNorm"),
+        (c.gated, "swiglu"),
+        (c.rotary, "rotary positions"),
+        (c.qk_layernorm, "QK norms"),
+        (c.untie_embeddings_and_output_weights, "an untied output table"),
+    ):
+        if bad:
+            raise _refused(f"a BERT model with {what}", "transformers' BERT models have none")
+    return BERT if c.apply_residual_connection_post_layernorm else MEGATRON_BERT
+
+
+def bert_head(c: ModelConfig) -> str:
+    """Return the part of the class name that says which heads a BERT model has.
+
+    Raises:
+        InputError: transformers has no model with these heads.
+    """
+    heads = {
+        "ForSequenceClassification": bool(c.num_classes),
+        "ForMultipleChoice": c.multichoice_head,
+        "ForQuestionAnswering": c.qa_head,
+        "ForPreTraining": c.lm_head and c.binary_head,
+        "ForMaskedLM": c.lm_head and not c.binary_head,
+        "ForNextSentencePrediction": c.binary_head and not c.lm_head,
+    }
+    names = [name for name, present in heads.items() if present]
+    if len(names) > 1:
+        raise _refused(
+            f"a BERT model with the heads {' and '.join(names)}", "transformers has none with both"
+        )
+    needs_pooler = bool(c.num_classes) or c.multichoice_head or c.binary_head
+    if needs_pooler and not c.pooler:
+        raise _refused(
+            "a BERT model with a sentence head but no pooler", "transformers' heads use it"
+        )
+    return names[0] if names else "Model"
+
+
+def _approximate_gelu(c: ModelConfig, allow: bool) -> list[str]:
+    if c.family != "bert" or not c.lm_head or c.activation == c.head_activation:
+        return []
+    kinds = {"gelu": "the exact GELU", "gelu_tanh": "the tanh GELU", "squared_relu": "squared ReLU"}
+    what = (
+        f"the MLPs use {kinds[c.activation]} and the LM head {kinds[c.head_activation]}, "
+        "where transformers' BERT models have one activation (hidden_act) for both"
+    )
+    if c.activation == "squared_relu":
+        raise _refused("this BERT model", what)
+    if not allow:
+        raise InputError(
+            f"this BERT model cannot be converted to Hugging Face exactly: {what}; "
+            "--allow-approximate uses the MLPs' "
+            "in the LM head too (logits differ by about 1e-3) and records the measured difference"
+        )
+    return [f"{what}: the LM head gets {kinds[c.activation]} too"]
+
+
+def _fold_gains(checkpoint: Checkpoint, dtype: torch.dtype | None, notes: list[str]) -> Checkpoint:
+    """Return the checkpoint with plain gains, not zero-centred ones (Megatron's layernorm_1p)."""
+    if not checkpoint.config.layernorm_zero_centered_gamma:
+        return checkpoint
+    tensors = dict(checkpoint.tensors)
+    worst = 0.0
+    for name, stored in checkpoint.tensors.items():
+        if name.endswith(("layernorm.weight", "layer_norm.weight")):
+            to = dtype or stored.dtype
+            exact = Mapped(stored, _add_one)
+            exact.dtype = torch.float32
+            tensors[name] = folded = Cast(exact, to)
+            worst = max(worst, (folded.read().float() - exact.read()).abs().max().item())
+    rounding = f" (rounded by up to {worst:.1g})" if worst else ""
+    notes.append(f"the norms' gains were stored minus 1 (layernorm_1p): 1 is added{rounding}")
+    config = dataclasses.replace(checkpoint.config, layernorm_zero_centered_gamma=False)
+    return dataclasses.replace(checkpoint, config=config, tensors=tensors)
+
+
+def _add_one(gain: Tensor) -> Tensor:
+    return gain.float() + 1
+
+
+def _fold_rotary(checkpoint: Checkpoint, notes: list[str]) -> Checkpoint:
+    """Return the checkpoint with rotary pairs (i, i + d/2) in place of (2i, 2i + 1).
+
+    Both rotate the same pairs once the channels of queries and keys stand in another order, the
+    same in both, which leaves their products as they are.
+    """
+    c = checkpoint.config
+    if not (c.rotary and c.rotary_interleaved):
+        return checkpoint
+    rotated = int(c.kv_channels * c.rotary_percent)
+    channels = torch.cat(
+        [
+            torch.arange(0, rotated, 2),
+            torch.arange(1, rotated, 2),
+            torch.arange(rotated, c.kv_channels),
+        ]
+    )
+    rows = torch.arange(c.qkv_size).view(c.num_query_groups, -1, c.kv_channels)  # [G, q|k|v, hn]
+    rows = torch.cat([rows[:, :-1, channels], rows[:, -1:]], dim=1).reshape(-1)
+    tensors = dict(checkpoint.tensors)
+    for name, tensor in checkpoint.tensors.items():
+        if ".linear_qkv." in name:
+            tensors[name] = Selected(tensor, rows)
+        elif ".q_layernorm." in name or ".k_layernorm." in name:
+            tensors[name] = Selected(tensor, channels)
+    notes.append(
+        "rotary pairs (2i, 2i + 1) became (i, i + d/2): queries and keys are reordered alike"
+    )
+    config = dataclasses.replace(c, rotary_interleaved=False)
+    return dataclasses.replace(checkpoint, config=config, tensors=tensors)
+
+
+def _expressed(
+    c: ModelConfig,
+    family: Family,
+    model_class: str,
+    dtype: torch.dtype | None,
+    notes: list[str],
+) -> tuple[ModelConfig, dict[str, bool]]:
+    """Return the config of the same function in the family's terms, and its bias switches."""
+    names = set(parameters(c))
+    switches = {}
+    for key in family.switches:
+        modules = [row.canonical.replace("{i}", "0") for row in family.rows if row.bias == key]
+        switches[key] = any(f"{module}.bias" in names for module in modules)
+    changes: dict[str, Any] = {"params_dtype": str(dtype).removeprefix("torch.")} if dtype else {}
+    changes.update(bias_settings(family, switches))
+    changes["head_activation"] = c.activation if family.kind == "bert" else "gelu"
+    if c.position_embedding_type == "none":
+        changes["position_embedding_type"] = "learned_absolute"
+    if family.kind == "bert":
+        changes["num_tokentypes"] = c.num_tokentypes or 2
+        if c.pooler and model_class.endswith(("ForMaskedLM", "ForQuestionAnswering")):
+            changes["pooler"] = False
+            notes.append(f"the pooler, which no head uses, is left out: {model_class} has none")
+    return dataclasses.replace(c, **changes), switches
+
+
+def _check_expressed(hf: Mapping[str, Any], family: Family, written: ModelConfig) -> None:
+    """Refuse what config.json does not say: reading it back must give the same model.
+
+    Raises:
+        InputError: A setting was lost.
+    """
+    heads = ("lm_head", "pooler", "binary_head", "num_classes", "multichoice_head", "qa_head")
+    found = Found(
+        written.vocab_size,
+        written.params_dtype,
+        heads={name: getattr(written, name) for name in heads},
+    )
+    back = read_config(hf, family, found=found, overrides={}, where="config.json").config
+    for setting in dataclasses.fields(ModelConfig):
+        if setting.name in TRAINING_ONLY:
+            continue
+        ours, theirs = getattr(written, setting.name), getattr(back, setting.name)
+        if ours != theirs:
+            raise _refused(
+                f"a model with {setting.name} {ours!r}", f"{family.model_type} has {theirs!r} there"
+            )
+
+
+def _tensors(
+    source: Checkpoint,
+    family: Family,
+    written: ModelConfig,
+    switches: Mapping[str, bool],
+    notes: list[str],
+) -> dict[str, LazyTensor]:
+    """Return the tensors to write; zeros where the family has a parameter that the source lacks."""
+    table = parameters(written)
+    kept = source.tensors["embedding.word_embeddings.weight"].dtype
+    tensors: dict[str, LazyTensor] = {}
+    zeros, done = [], set()
+    for entry in entries(family, written.num_layers, switches):
+        if entry.canonical not in table:
+            assert entry.optional, entry.canonical
+            continue
+        done.add(entry.canonical)
+        if entry.canonical in source.tensors:
+            parts = entry.layout.unpack(source.tensors[entry.canonical], written)
+        else:
+            shapes = entry.layout.shapes(table[entry.canonical].shape, written)
+            parts = [Zeros(shape, kept) for shape in shapes]
+            zeros.append(entry.canonical)
+        tensors.update(zip(entry.names, parts, strict=True))
+    lost = [name for name in source.tensors if name not in done and not name.startswith("pooler.")]
+    assert not lost, lost
+    if zeros:
+        kinds = sorted({name.split(".")[-2] + "." + name.split(".")[-1] for name in zeros})
+        notes.append(
+            f"{len(zeros)} parameter(s) that {family.model_type} has and this model lacks are "
+            "zeros "
+            f"({', '.join(kinds[:4])})"
+        )
+    return tensors

@@ -1,0 +1,367 @@
+"""Reader of Hugging Face folders: config.json and safetensors or pytorch_model.bin, also sharded.
+
+Nothing of transformers is imported: names, layouts and settings come from `huggingface_tables`.
+Weights are mapped, packed into canonical form by views, and read when somebody asks for a slice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance, cheap_digest
+from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.safetensors_file import read_safetensors
+from mlm_eval.checkpoints.files.torch_file import read_torch_file
+from mlm_eval.checkpoints.huggingface.config import Found, read_config
+from mlm_eval.checkpoints.huggingface.families import FAMILIES, IGNORED_TENSORS
+from mlm_eval.checkpoints.huggingface.family import Family, entries
+from mlm_eval.checkpoints.huggingface.layout import Zeros
+from mlm_eval.checkpoints.lazy import LazyTensor, StoredTensor
+from mlm_eval.checkpoints.parameters import parameters
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+"""In transformers' order of preference; each may also be split, with an index beside it."""
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass
+class Weights:
+    """The tensors of a folder by transformers' current names, and which were asked for."""
+
+    folder: Path
+    prefix: str = ""
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+    files: list[Path] = field(default_factory=list)
+    marks: dict[str, tuple[int, list[int] | bytes]] = field(default_factory=dict)
+    classes: set[str] = field(default_factory=set)
+    hostile: set[str] = field(default_factory=set)
+
+    def find(self, name: str) -> StoredTensor | None:
+        """Return a tensor by its name in a model with a head; base models leave the prefix out."""
+        for key in (name, name.removeprefix(self.prefix)):
+            if key in self.tensors:
+                self.used.add(key)
+                return self.tensors[key]
+        return None
+
+    def add(self, path: Path, mark: list[int] | bytes, tensors: Mapping[str, Any]) -> None:
+        """Take in one file's tensors."""
+        self.files.append(path)
+        self.marks[path.name] = (path.stat().st_size, mark)
+        for key, tensor in tensors.items():
+            if not isinstance(tensor, StoredTensor) or IGNORED_TENSORS.search(key):
+                continue
+            for old, new in (
+                (".gamma", ".weight"),
+                (".beta", ".bias"),
+            ):  # BERT as converted in 2018
+                key = key.removesuffix(old) + new if key.endswith(old) else key
+            self.tensors[key] = tensor
+
+
+def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> Checkpoint:
+    """Return the checkpoint in a Hugging Face folder; no weight is read yet.
+
+    Args:
+        path: A folder with config.json and its weights.
+        overrides: Settings that win over config.json's.
+
+    Raises:
+        InputError: A file is missing, cut off or damaged, or the model is of an unsupported kind.
+    """
+    overrides = dict(overrides or {})
+    config_path = path / "config.json"
+    hf = read_json(config_path)
+    family = find_family(hf, config_path)
+    weights = _open_weights(path, family.prefix)
+    weights.marks["config.json"] = (config_path.stat().st_size, config_path.read_bytes())
+    found = _inspect(weights, family, hf)
+    build = read_config(hf, family, found=found, overrides=overrides, where=str(config_path))
+    tensors, notes = _pack(weights, family, build.config, build.switches)
+    warnings = list(build.warnings)
+    if found.untied:
+        warnings.append(
+            "config.json ties the output table to the embeddings, but the file holds two "
+            "different ones; "
+            "both are used, as transformers does"
+        )
+    provenance = Provenance(
+        path=path,
+        format="huggingface",
+        config_sources=build.sources,
+        pickle_classes=sorted(weights.classes),
+        hostile=sorted(weights.hostile),
+        warnings=warnings,
+        notes=[
+            f"{family.model_type} in {len(weights.files)} {weights.files[0].suffix} file(s)",
+            *notes,
+        ],
+        files=[config_path, *weights.files],
+        digest=cheap_digest(weights.marks),
+    )
+    return Checkpoint(build.config, tensors, provenance).check()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        InputError: The file is missing, unreadable, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; copy all files of the model") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{path} is not valid JSON; download or copy the file again") from None
+    if not isinstance(value, dict):
+        raise InputError(
+            f"{path} holds a {type(value).__name__}, expected a JSON object; copy the file again"
+        )
+    return value
+
+
+def find_family(hf: Mapping[str, Any], where: Path) -> Family:
+    """Return the family that a config.json names.
+
+    Raises:
+        InputError: The model is of another kind.
+    """
+    model_type = hf.get("model_type")
+    # Files of 2018 and 2019 name no type; their model class tells.
+    classes = _classes(hf)
+    if model_type is None and classes:
+        known = [f for f in FAMILIES.values() if any(c.startswith(f.model_class) for c in classes)]
+        model_type = known[0].model_type if known else None
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        named = f"a model of type {model_type!r}" if model_type else "a model of no named type"
+        raise InputError(
+            f"{where} describes {named}, which mlm-eval does not compute; known are "
+            f"{', '.join(FAMILIES)}"
+        )
+    return FAMILIES[model_type]
+
+
+def _classes(hf: Mapping[str, Any]) -> list[str]:
+    names = hf.get("architectures")
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def _open_weights(folder: Path, prefix: str) -> Weights:
+    weights = Weights(folder, prefix)
+    for name in WEIGHT_FILES:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            _add_file(weights, folder / name)
+            return weights
+        if index.is_file():
+            for shard in _shards(index):
+                _add_file(weights, shard)
+            weights.marks[index.name] = (index.stat().st_size, b"")
+            _check_index(weights, index)
+            return weights
+    found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6])
+    raise InputError(
+        f"{folder} has a config.json but no weights: expected model.safetensors or "
+        "pytorch_model.bin, or its shards "
+        f"with their index (found {found}); copy all files of the model"
+    )
+
+
+def _add_file(weights: Weights, path: Path) -> None:
+    if path.suffix == ".safetensors":
+        file = read_safetensors(path)
+        weights.add(path, file.header, file.tensors)
+        return
+    torch_file = read_torch_file(path)
+    if not isinstance(torch_file.value, dict):
+        raise InputError(
+            f"{path} holds a {type(torch_file.value).__name__}, not a state dict; "
+            "give the folder of a Hugging Face model"
+        )
+    weights.classes.update(torch_file.classes)
+    weights.hostile.update(torch_file.hostile)
+    weights.add(path, torch_file.crcs, torch_file.value)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index} holds no weight_map; download or copy the file again")
+    return {str(key): str(name) for key, name in weight_map.items()}
+
+
+def _shards(index: Path) -> list[Path]:
+    names = sorted(set(_weight_map(index).values()))
+    for name in names:
+        if Path(name).name != name:
+            raise InputError(
+                f"{index} names the file {name!r} outside its folder; it is not opened"
+            )
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{index.parent / missing[0]} is missing: {len(names) - len(missing)} of the "
+            f"{len(names)} files named in "
+            f"{index.name} are here; copy the others too"
+        )
+    return [index.parent / name for name in names]
+
+
+def _check_index(weights: Weights, index: Path) -> None:
+    lost = [key for key in _weight_map(index) if key not in weights.tensors]
+    lost = [
+        key
+        for key in lost
+        if not key.endswith((".gamma", ".beta")) and not IGNORED_TENSORS.search(key)
+    ]
+    if lost:
+        raise InputError(
+            f"{index} lists {lost[0]} and {len(lost) - 1} more that its files do not hold; "
+            "files of two models may be mixed, copy them again"
+        )
+
+
+def _inspect(weights: Weights, family: Family, hf: Mapping[str, Any]) -> Found:
+    """Return what the weights tell about the model, and mark copies of tied tables as used."""
+    table_name = next(
+        row.names[0] for row in family.rows if row.canonical == "embedding.word_embeddings"
+    )
+    table = weights.find(f"{table_name}.weight")
+    if table is None or len(table.shape) != 2:
+        raise InputError(
+            f"{weights.files[0]} holds no word embeddings {table_name}.weight, which a "
+            f"{family.model_type} model has; "
+            "copy all files of the model"
+        )
+    stated = hf.get("vocab_size")
+    if isinstance(stated, int) and stated != table.shape[0]:
+        raise InputError(
+            f"{weights.folder / 'config.json'} says vocab_size {stated}, the embeddings have "
+            f"{table.shape[0]} rows; "
+            "files of two models may be mixed"
+        )
+    output_name = next(
+        row.names[0] for row in family.rows if row.canonical == "output_layer" and row.weight
+    )
+    tied = hf.get("tie_word_embeddings", family.tied)
+    copy = weights.find(f"{output_name}.weight") if tied else None
+    return Found(
+        vocab_size=table.shape[0],
+        params_dtype=str(table.dtype).removeprefix("torch."),
+        untied=copy is not None and not _equal(copy, table),
+        heads=_bert_heads(weights, hf) if family.kind == "bert" else {},
+    )
+
+
+def _equal(one: LazyTensor, other: LazyTensor) -> bool:
+    """Compare some rows spread over two tables: training changes every row of an untied one."""
+    if one.shape != other.shape:
+        return False
+    rows = torch.linspace(0, one.shape[0] - 1, min(one.shape[0], 64)).long().unique()
+    return torch.equal(one.read(0, rows), other.read(0, rows))
+
+
+def _bert_heads(weights: Weights, hf: Mapping[str, Any]) -> dict[str, Any]:
+    classifier = weights.find("classifier.weight")
+    classes = _classes(hf)
+    choices = any(name.endswith("ForMultipleChoice") for name in classes)
+    if any(name.endswith("ForTokenClassification") for name in classes):
+        raise InputError(
+            f"{weights.folder / 'config.json'} describes {classes[0]}, whose head labels single "
+            "tokens, which mlm-eval "
+            "does not compute; give the folder of the pretrained model"
+        )
+    return {
+        "lm_head": weights.find("cls.predictions.transform.dense.weight") is not None,
+        "pooler": weights.find("bert.pooler.dense.weight") is not None,
+        "binary_head": weights.find("cls.seq_relationship.weight") is not None,
+        "num_classes": 0 if classifier is None or choices else classifier.shape[0],
+        "multichoice_head": classifier is not None and choices,
+        "qa_head": weights.find("qa_outputs.weight") is not None,
+    }
+
+
+def _pack(
+    weights: Weights, family: Family, config: ModelConfig, switches: Mapping[str, bool]
+) -> tuple[dict[str, LazyTensor], list[str]]:
+    """Return the canonical tensors, and notes; every tensor of the files must be accounted for."""
+    if config.num_layers > len(weights.tensors):  # before anything is made for each of them
+        raise InputError(
+            f"{weights.folder / 'config.json'} says {config.num_layers} layers, the files hold "
+            f"{len(weights.tensors)} tensors in all; files of two models may be mixed"
+        )
+    table = parameters(config)
+    by_name = {entry.canonical: entry for entry in entries(family, config.num_layers, switches)}
+    tensors: dict[str, LazyTensor] = {}
+    filled = []
+    for name, parameter in table.items():
+        entry = by_name.get(name)
+        if entry is None:  # a bias where only some linear layers have one
+            assert name.endswith(".bias"), name
+            tensors[name] = Zeros(parameter.shape, _dtype(config))
+            filled.append(name)
+            continue
+        shapes = entry.layout.shapes(parameter.shape, config)
+        parts: list[LazyTensor] = [
+            _part(weights, key, shape, family)
+            for key, shape in zip(entry.names, shapes, strict=True)
+        ]
+        tensors[name] = entry.layout.pack(parts, config)
+    extra = sorted(set(weights.tensors) - weights.used)
+    if extra:
+        raise InputError(
+            f"{weights.folder} holds {len(extra)} tensor(s) that a {family.model_type} model of "
+            f"{config.num_layers} "
+            f"layers with the settings of its config.json does not have, such as {extra[0]}; "
+            "mlm-eval would "
+            "compute something else than the model does, so it stops here"
+        )
+    notes = [f"{len(filled)} biases that the model lacks are read as zeros"] if filled else []
+    return tensors, notes
+
+
+def _part(weights: Weights, key: str, shape: tuple[int, ...], family: Family) -> StoredTensor:
+    tensor = None
+    for name in _alternatives(key):
+        tensor = weights.find(name) or tensor
+    where = weights.files[0] if len(weights.files) == 1 else weights.folder
+    if tensor is None:
+        raise InputError(
+            f"{where} lacks {key} {list(shape)}, which a {family.model_type} model has; copy all "
+            "files of the model"
+        )
+    if tensor.shape != shape:
+        raise InputError(
+            f"{where}: {key} has shape {list(tensor.shape)}, config.json calls for {list(shape)}; "
+            "files of two models may be mixed, or a --set value is wrong"
+        )
+    if tensor.dtype not in FLOATS:
+        raise InputError(
+            f"{where}: {key} is stored as {str(tensor.dtype).removeprefix('torch.')}; mlm-eval "
+            "reads float64, float32, float16 and bfloat16 weights, not quantized ones"
+        )
+    return tensor
+
+
+def _alternatives(key: str) -> Iterable[str]:
+    # The LM head's bias has two names; where a file holds both, transformers computes with the
+    # second.
+    return (key, "cls.predictions.decoder.bias") if key == "cls.predictions.bias" else (key,)
+
+
+def _dtype(config: ModelConfig) -> torch.dtype:
+    dtype = getattr(torch, config.params_dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype

@@ -1,0 +1,426 @@
+"""ModelConfig from Megatron's saved `args`, from tensor shapes, or both.
+
+Shapes win over args where both speak; a setting that neither holds is assumed, and the assumption
+is kept in `sources`, so that `inspect` can show it. Source: facts B.3 and E.5.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.safe_pickle import Stub, attributes_of
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Canonical name -> full shape."""
+
+# Fields of args that are read as numbers here: one of another type comes from a damaged file.
+_WHOLE_NUMBERS = frozenset(
+    """num_layers encoder_num_layers hidden_size ffn_hidden_size num_attention_heads
+    num_query_groups kv_channels max_position_embeddings seq_length padded_vocab_size rank
+    model_parallel_size tensor_model_parallel_size pipeline_model_parallel_size
+    expert_model_parallel_size""".split()
+)
+_NUMBERS = frozenset(
+    """rotary_percent rotary_base rotary_seq_len_interpolation_factor rope_scaling_factor
+    norm_epsilon layernorm_epsilon hidden_dropout attention_dropout init_method_std""".split()
+)
+
+# Settings that change the mathematics in ways that are not implemented: refused unless at one of
+# these values.
+REFUSED_ARGS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("num_experts", (None, 0), "a mixture of experts"),
+    ("multi_latent_attention", (None, False), "multi-latent attention"),
+    ("mtp_num_layers", (None, 0), "multi-token prediction"),
+    ("is_hybrid_model", (None, False), "a hybrid (Mamba) model"),
+    ("hybrid_override_pattern", (None, ""), "a hybrid (Mamba) model"),
+    ("hybrid_layer_pattern", (None, ""), "a hybrid (Mamba) model"),
+    ("heterogeneous_layers_config_path", (None, ""), "heterogeneous layers"),
+    ("heterogeneous_layers_config_encoded_json", (None, ""), "heterogeneous layers"),
+    ("window_size", (None,), "sliding-window attention"),
+    ("softmax_type", (None, "vanilla"), "attention sinks"),
+    ("qk_l2_norm", (None, False), "L2-normalised queries and keys"),
+    ("attention_output_gate", (None, False), "gated attention output"),
+    ("experimental_attention_variant", (None, ""), "an experimental attention variant"),
+    ("linear_attention_freq", (None,), "linear attention"),
+    ("linear_attention_type", (None,), "linear attention"),
+    ("no_rope_freq", (None,), "layers without rotary positions"),
+    ("activation_func_clamp_value", (None,), "clamped activations"),
+    ("quick_geglu", (None, False), "the quick-GEGLU activation"),
+    ("layernorm_mlp_bias", (None, False), "an unknown MLP norm"),
+    ("use_mup", (None, False), "maximal-update scaling"),
+)
+
+
+def saved_args(value: Any, where: str) -> dict[str, Any]:
+    """Return Megatron's saved `args` as a dict of plain values; empty where there are none.
+
+    Raises:
+        InputError: A size is no number.
+    """
+    args = attributes_of(value)
+    check_args(args, where)
+    return args
+
+
+def check_args(args: Mapping[str, Any], where: str) -> None:
+    """Refuse args whose sizes are no numbers.
+
+    Raises:
+        InputError: A size is no number.
+    """
+    for name in sorted(args):
+        found = args[name]
+        if found is None or name not in _WHOLE_NUMBERS | _NUMBERS:
+            continue
+        whole = type(found) is int and 0 <= found < 2**31
+        if not whole and not (name in _NUMBERS and type(found) in (int, float)):
+            raise InputError(
+                f"{where}: args.{name} is {found!r} where a number was expected; the file is "
+                "damaged, copy it again"
+            )
+
+
+@dataclass
+class ConfigBuild:
+    """A config with the source of each setting and what the user should hear about it."""
+
+    config: ModelConfig
+    sources: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+class _Builder:
+    """Collects settings one by one, each with its source."""
+
+    def __init__(self, args: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> None:
+        self.args, self.overrides, self.where = args, overrides, where
+        self.values: dict[str, Any] = {}
+        self.sources: dict[str, str] = {}
+        self.warnings: list[str] = []
+
+    def set(self, name: str, value: Any, source: str) -> Any:
+        if name in self.overrides:
+            value, source = self.overrides[name], "--set"
+        self.values[name], self.sources[name] = value, source
+        return value
+
+    def from_args(self, name: str, *args_names: str, default: Any) -> Any:
+        for key in args_names or (name,):
+            if self.args.get(key) is not None:
+                return self.set(name, self.args[key], f"args.{key}")
+        return self.set(name, default, "assumed" if not self.args else "Megatron's default")
+
+
+def build_config(
+    shapes: Shapes,
+    args: Mapping[str, Any],
+    *,
+    family: str,
+    megatron_core: bool,
+    overrides: Mapping[str, Any],
+    where: str,
+    params_dtype: str,
+) -> ConfigBuild:
+    """Return the config of a Megatron checkpoint.
+
+    Args:
+        shapes: Full shapes of the parameters found, by canonical name.
+        args: Megatron's saved args; empty for files without them.
+        family: `gpt` or `bert`.
+        megatron_core: Whether the names are megatron-core's: legacy and core code read args
+            differently.
+        overrides: `--set` values; they win over everything.
+        where: The checkpoint, for messages.
+        params_dtype: The stored dtype.
+
+    Raises:
+        InputError: A size can be found nowhere, or args and shapes contradict each other.
+    """
+    for name, harmless, what in REFUSED_ARGS:
+        if not any(args.get(name) is value or args.get(name) == value for value in harmless):
+            raise InputError(
+                f"{where} was trained with {what} (args.{name} = {args[name]!r}), which mlm-eval "
+                "does not compute; it reads dense GPT and BERT models only"
+            )
+    check_args(args, where)
+    check_dims(shapes, where)
+    if overrides.get("family", family) != family:
+        raise InputError(
+            f"{where} holds a {family.upper()} model by its parameters; give no --set family"
+        )
+    b = _Builder(args, overrides, where)
+    b.set("family", family, "parameter names")
+    b.set("params_dtype", params_dtype, "weights")
+    _sizes(b, shapes)
+    _positions(b, shapes)
+    _norms_and_biases(b, shapes)
+    _activation(b, shapes, megatron_core)
+    _tying_and_heads(b, shapes)
+    b.from_args("apply_residual_connection_post_layernorm", default=False)
+    if megatron_core and b.values["apply_residual_connection_post_layernorm"]:
+        # megatron-core has the field but reads it nowhere (facts E.1): the run was pre-norm.
+        b.set("apply_residual_connection_post_layernorm", False, "megatron-core ignores the flag")
+    for name, default in (
+        ("hidden_dropout", 0.1),
+        ("attention_dropout", 0.1),
+        ("init_method_std", 0.02),
+    ):
+        b.from_args(name, default=default)
+    config = ModelConfig(**b.values)
+    used = {f.name for f in dataclasses.fields(ModelConfig)}
+    return ConfigBuild(config, {k: v for k, v in b.sources.items() if k in used}, b.warnings)
+
+
+def check_dims(shapes: Shapes, where: str) -> None:
+    """Refuse tensors that are no matrix where one belongs, or no vector.
+
+    Raises:
+        InputError: A tensor has the wrong number of dims.
+    """
+    for name, shape in shapes.items():
+        module, _, leaf = name.rpartition(".")
+        dims = 1 if leaf == "bias" or module.endswith("norm") else 2
+        if len(shape) != dims:
+            raise InputError(
+                f"{where}: {name} has shape {list(shape)}, expected {dims} dim(s); the checkpoint "
+                "is damaged or was changed by another tool, use the original one"
+            )
+
+
+def layer_indices(shapes: Shapes) -> list[int]:
+    """Return the layer numbers that occur in canonical names, in order."""
+    found = {int(m[1]) for name in shapes if (m := re.match(r"\w+\.layers\.(\d+)\.", name))}
+    return sorted(found)
+
+
+def _layer_shape(shapes: Shapes, suffix: str) -> tuple[int, ...] | None:
+    for name, shape in shapes.items():
+        if name.endswith(suffix) and ".layers." in name:
+            return shape
+    return None
+
+
+def _sizes(b: _Builder, shapes: Shapes) -> None:
+    args, where = b.args, b.where
+    layers = layer_indices(shapes)
+    if not layers or "embedding.word_embeddings.weight" not in shapes:
+        missing = "transformer layers" if not layers else "word embeddings"
+        raise InputError(f"{where} holds no {missing}; it is not a whole GPT or BERT model")
+    if layers != list(range(len(layers))):
+        gap = next(i for i, layer in enumerate(layers) if layer != i)
+        raise InputError(
+            f"{where} lacks layer {gap} of {layers[-1] + 1}; if a pipeline stage is missing, copy "
+            "all mp_rank folders of one save"
+        )
+    saved_layers = args.get("num_layers") or args.get("encoder_num_layers")
+    if saved_layers and saved_layers != len(layers) and "num_layers" not in b.overrides:
+        raise InputError(
+            f"{where} holds {len(layers)} layers where its args say {saved_layers}; if a pipeline "
+            "stage is missing, copy all mp_rank folders of one save"
+        )
+    b.set("num_layers", len(layers), "shapes")
+    vocab, hidden = shapes["embedding.word_embeddings.weight"]
+    b.set("vocab_size", vocab, "shapes")
+    b.set("hidden_size", hidden, "shapes")
+    if args.get("hidden_size") not in (None, hidden):
+        raise InputError(
+            f"{where} has embeddings of width {hidden} where its args say hidden_size "
+            f"{args['hidden_size']}; ranks of two checkpoints may be mixed: copy all ranks of one "
+            "save"
+        )
+    _heads(b, shapes, hidden)
+
+
+def _heads(b: _Builder, shapes: Shapes, hidden: int) -> None:
+    args, where = b.args, b.where
+    qkv = _layer_shape(shapes, "self_attention.linear_qkv.weight")
+    proj = _layer_shape(shapes, "self_attention.linear_proj.weight")
+    if qkv is None or proj is None:
+        raise InputError(f"{where} holds layers without attention weights; it is not a whole model")
+    if args.get("num_attention_heads"):
+        heads = b.set(
+            "num_attention_heads", args["num_attention_heads"], "args.num_attention_heads"
+        )
+    else:
+        heads = b.set("num_attention_heads", max(proj[1] // 64, 1), "assumed: heads of 64")
+        if b.sources["num_attention_heads"] != "--set":
+            b.warnings.append(
+                f"the file holds no args: {heads} heads of 64 assumed; correct it with --set "
+                "num_attention_heads=N"
+            )
+    if heads < 1 or proj[1] < heads or proj[1] % heads:
+        raise InputError(
+            f"{where}: {heads} attention heads do not divide the attention width {proj[1]}; "
+            "correct it with --set num_attention_heads=N"
+        )
+    channels = proj[1] // heads
+    saved = args.get("kv_channels")
+    if saved not in (None, channels) and b.sources["num_attention_heads"] != "--set":
+        raise InputError(
+            f"{where}: {heads} heads over an attention width of {proj[1]} have {channels} channels "
+            f"each where its args say kv_channels {saved}; correct it with --set "
+            "num_attention_heads=N"
+        )
+    b.set("kv_channels", channels, "shapes")
+    groups = (qkv[0] // channels - heads) // 2
+    b.set("num_query_groups", groups, "shapes")
+    # The field is 1 for plain attention too: it counts with the flag only, or without any flag
+    # where the weights bear it out (facts B.3).
+    expected = {heads}
+    if args.get("group_query_attention"):
+        expected = {args.get("num_query_groups") or heads}
+    elif args.get("group_query_attention") is None:
+        expected.add(args.get("num_query_groups") or heads)
+    if (heads + 2 * groups) * channels != qkv[0] or groups < 1:
+        raise InputError(
+            f"{where}: {qkv[0]} QKV rows do not fit {heads} heads of {channels}; "
+            "correct it with --set num_attention_heads=N"
+        )
+    by_hand = {"num_attention_heads", "num_query_groups", "kv_channels"} & set(b.overrides)
+    if args.get("num_attention_heads") and groups not in expected and not by_hand:
+        raise InputError(
+            f"{where}: the QKV weight has {groups} query groups where its args say "
+            f"{max(expected)}; ranks of two checkpoints may be mixed: copy all ranks of one save, "
+            f"or trust the weights with --set num_query_groups={groups}"
+        )
+
+
+def _positions(b: _Builder, shapes: Shapes) -> None:
+    args = b.args
+    table = shapes.get("embedding.position_embeddings.weight")
+    kind = args.get("position_embedding_type")
+    if isinstance(kind, Stub):  # forks keep an enum: its value, or its class and the member's name
+        kind = str([kind, *kind.__dict__["stub_args"]][-1])
+    by_hand = "position_embedding_type" in b.overrides
+    if kind in ("relative", "mrope", "yarn", "alibi") and not by_hand:
+        raise InputError(
+            f"{b.where} uses {kind} position embeddings, which mlm-eval does not compute; it reads "
+            "models with learned_absolute or rope positions"
+        )
+    if kind is None:  # before 2023-07 the two were separate flags, and both could be on
+        rotary = bool(args.get("use_rotary_position_embeddings"))
+        kind = "+".join(name for name, on in (("learned_absolute", table), ("rope", rotary)) if on)
+        source = "shapes and args" if args else "shapes"
+        b.set("position_embedding_type", kind or "none", source)
+    else:
+        b.set("position_embedding_type", str(kind), "args.position_embedding_type")
+    if table is not None:
+        b.set("max_position_embeddings", table[0], "shapes")
+    else:
+        size = args.get("max_position_embeddings") or args.get("seq_length")
+        if size is None and "max_position_embeddings" not in b.overrides:
+            raise InputError(
+                f"{b.where} does not record how many positions the model was trained for; "
+                "give --set max_position_embeddings=N"
+            )
+        b.set("max_position_embeddings", size, "args.max_position_embeddings")
+    b.from_args("rotary_percent", default=1.0)
+    b.from_args("rotary_base", default=10000.0)
+    b.values["rotary_base"] = float(b.values["rotary_base"])
+    b.from_args("rotary_interleaved", default=False)
+    b.from_args("rotary_seq_len_interpolation_factor", default=None)
+    scaling = None
+    if args.get("use_rope_scaling"):
+        scaling = RopeScaling(factor=float(args.get("rope_scaling_factor") or 8.0))
+    b.set("rope_scaling", scaling, "args.use_rope_scaling" if scaling else "Megatron's default")
+
+
+def _norms_and_biases(b: _Builder, shapes: Shapes) -> None:
+    block = "encoder" if b.values["family"] == "bert" else "decoder"
+    has_norm_bias = f"{block}.final_layernorm.bias" in shapes
+    b.set("normalization", "LayerNorm" if has_norm_bias else "RMSNorm", "shapes")
+    saved = b.args.get("normalization")
+    if saved and saved != b.values["normalization"] and "normalization" not in b.overrides:
+        raise InputError(
+            f"{b.where}: args say {saved}, but the final norm has {'a' if has_norm_bias else 'no'} "
+            "bias; ranks of two checkpoints may be mixed: copy all ranks of one save"
+        )
+    b.from_args("layernorm_epsilon", "norm_epsilon", "layernorm_epsilon", default=1e-5)
+    b.from_args(
+        "layernorm_zero_centered_gamma",
+        "layernorm_zero_centered_gamma",
+        "apply_layernorm_1p",
+        default=False,
+    )
+    if b.args.get("apply_layernorm_1p") and "layernorm_zero_centered_gamma" not in b.overrides:
+        b.set("layernorm_zero_centered_gamma", True, "args.apply_layernorm_1p")
+    for name, suffix in (
+        ("add_bias_linear", "self_attention.linear_proj.bias"),
+        ("add_qkv_bias", "self_attention.linear_qkv.bias"),
+        ("qk_layernorm", "self_attention.q_layernorm.weight"),
+        ("qk_layernorm_bias", "self_attention.q_layernorm.bias"),
+    ):
+        b.set(name, _layer_shape(shapes, suffix) is not None, "shapes")
+
+
+def _activation(b: _Builder, shapes: Shapes, megatron_core: bool) -> None:
+    args = b.args
+    fc1 = _layer_shape(shapes, "mlp.linear_fc1.weight")
+    fc2 = _layer_shape(shapes, "mlp.linear_fc2.weight")
+    if fc1 is None or fc2 is None:
+        raise InputError(f"{b.where} holds layers without an MLP; it is not a whole model")
+    ffn = b.set("ffn_hidden_size", fc2[1], "shapes")
+    gated = fc1[0] == 2 * ffn
+    if not args:
+        guess = "swiglu" if gated else "gelu" if b.values["family"] == "bert" else "gelu_tanh"
+        b.set("activation", guess, "assumed: the file holds no args")
+        if b.sources["activation"] != "--set":
+            b.warnings.append(
+                f"the file holds no args: activation {guess} assumed; correct it with --set "
+                "activation=gelu or gelu_tanh"
+            )
+    else:
+        biased = b.values["add_bias_linear"]
+        b.set("activation", *_activation_from_args(args, megatron_core, biased=biased))
+    if (b.values["activation"] == "swiglu") != gated:
+        raise InputError(
+            f"{b.where}: activation {b.values['activation']} does not fit an MLP whose two weights "
+            f"are {fc1[0]} and {ffn} wide; correct it with --set activation=..."
+        )
+    # GPT has no such head: left at its default, so that equal models have equal configs.
+    openai = bool(args.get("openai_gelu")) and not megatron_core and b.values["family"] == "bert"
+    b.set("head_activation", "gelu_tanh" if openai else "gelu", "Megatron's LM head")
+
+
+def _activation_from_args(
+    args: Mapping[str, Any], megatron_core: bool, *, biased: bool
+) -> tuple[str, str]:
+    """Return the activation that ran, and which field says so (facts E.5, legacy precedence)."""
+    if not megatron_core:  # megatron-core reads neither flag
+        if args.get("openai_gelu"):
+            return "gelu_tanh", "args.openai_gelu"
+        if args.get("onnx_safe"):
+            return "gelu", "args.onnx_safe"
+    if args.get("swiglu"):
+        return "swiglu", "args.swiglu"
+    if args.get("squared_relu"):
+        return "squared_relu", "args.squared_relu"
+    for name in ("bias_gelu_fusion", "bias_activation_fusion"):
+        if args.get(name) is not None:
+            # The fused kernel is the tanh form; it needs a bias to fuse.
+            fused = bool(args[name]) and biased
+            return ("gelu_tanh" if fused else "gelu"), f"args.{name}"
+    return "gelu", "Megatron's default"
+
+
+def _tying_and_heads(b: _Builder, shapes: Shapes) -> None:
+    has_output = "output_layer.weight" in shapes
+    if b.args.get("untie_embeddings_and_output_weights") is not None:
+        b.from_args("untie_embeddings_and_output_weights", default=False)
+    else:
+        b.set("untie_embeddings_and_output_weights", has_output, "shapes")
+    bert = b.values["family"] == "bert"
+    tokentypes = shapes.get("embedding.tokentype_embeddings.weight")
+    b.set("num_tokentypes", tokentypes[0] if tokentypes else 0, "shapes")
+    b.set("lm_head", not bert or "lm_head.dense.weight" in shapes, "shapes")
+    b.set("pooler", "pooler.dense.weight" in shapes, "shapes")
+    for name in ("binary_head", "multichoice_head", "qa_head"):
+        b.set(name, f"{name}.weight" in shapes, "shapes")
+    classes = shapes.get("classification_head.weight")
+    b.set("num_classes", classes[0] if classes else 0, "shapes")

@@ -1,0 +1,288 @@
+"""Megatron's distributed formats: `torch_dist`, and the newer `torch_dcp` and `fsdp_dtensor`.
+
+All three are folders of torch.distributed.checkpoint (`distcp.py` reads those) and hold whole
+tensors, QKV in group order and gated fc1 as `[gate; up]`, whatever the parallel sizes of the run.
+`torch_dist` has megatron-core's keys, the layers stacked on a leading dim or each under its number;
+settings stand in `common.pt`, or since core 0.19 in the entry `common_state`. The other two have
+`model.` before each key and keep their settings in entries of their own.
+Source: facts A.4 to A.7 and C.5.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance, cheap_digest
+from mlm_eval.checkpoints.config import apply_overrides
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.distcp import (
+    METADATA,
+    DistributedFolder,
+    Record,
+    check_coverage,
+    open_folder,
+)
+from mlm_eval.checkpoints.files.safe_pickle import attributes_of
+from mlm_eval.checkpoints.files.torch_file import TorchFile, read_torch_file
+from mlm_eval.checkpoints.lazy import Concat, LazyTensor
+from mlm_eval.checkpoints.megatron import names
+from mlm_eval.checkpoints.megatron.config import build_config
+
+COMMON = "common.pt"
+SAVE_FINISHED = "metadata.json"
+"""Megatron writes it last when it saves torch_dist; the other two formats have none."""
+
+QKV_VERSIONS = (2.0, 3.0)
+
+_NO_WEIGHT = re.compile(
+    r"(chained_\d+\.)*optimizer\.|(.*\.)?(rng_state|rerun_state_machine(_state)?|common_state)(/|\.|$)"
+)
+_STACKED = re.compile(r"(?P<block>encoder|decoder)\.layers\.(?!\d+\.)(?P<rest>.+)")
+_HALF = re.compile(r"(?P<name>.+\.linear_fc1\.(?:weight|bias))_(?P<half>[wv])")
+_NESTED = ("args", "checkpoint_version", "iteration")
+"""Entries of torch_dcp and fsdp_dtensor that hold what common.pt holds in torch_dist."""
+
+
+@dataclass
+class Common:
+    """What a checkpoint says beside its tensors, and the pickles that said it."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    pickles: list[TorchFile] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """Megatron's saved args; empty where there are none."""
+        return attributes_of(self.values.get("args"))
+
+
+def read_iteration(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
+    """Return the checkpoint in a folder with `.metadata` and `.distcp` files.
+
+    Raises:
+        InputError: The save is unfinished, a file is missing or damaged, or the model is not
+            supported.
+    """
+    files = open_folder(folder)
+    nested = any(key.startswith("model.") for key in files.tensors)
+    keys = [
+        key
+        for key in files.tensors
+        if not names.is_ignored(key)
+        and (key.startswith("model.") if nested else not _NO_WEIGHT.match(key))
+    ]
+    warnings = _check_finished(files, keys, nested=nested)
+    common = _read_common(files)
+    tensors, shapes, family = _canonical(files, keys)
+    _check_rotary(folder, common.args, shapes, overrides)
+    build = build_config(
+        shapes,
+        common.args,
+        family=family,
+        megatron_core=True,
+        overrides=overrides,
+        where=str(folder),
+        params_dtype=str(tensors["embedding.word_embeddings.weight"].dtype).removeprefix("torch."),
+    )
+    pickles = [files.metadata, *common.pickles]
+    records = [*files.records(keys), *common.records]
+    provenance = Provenance(
+        path=folder,
+        format="megatron-torch-dist",
+        checkpoint_version=_version(folder, common.values, overrides),
+        tensor_parallel=_size(common.args, "tensor_model_parallel_size"),
+        pipeline_parallel=_size(common.args, "pipeline_model_parallel_size"),
+        iteration=_iteration(folder, common.values),
+        config_sources=build.sources,
+        pickle_classes=sorted({name for pickle in pickles for name in pickle.classes}),
+        hostile=sorted({name for pickle in pickles for name in pickle.hostile}),
+        warnings=warnings + build.warnings,
+        notes=_notes(files, keys, nested=nested),
+        files=_paths(files, records),
+        digest=_digest(files, records, common),
+        args=common.args,
+    )
+    return Checkpoint(apply_overrides(build.config, overrides), tensors, provenance).check()
+
+
+def _check_finished(files: DistributedFolder, keys: list[str], *, nested: bool) -> list[str]:
+    """Refuse what is not there whole; return what to say about a save that may not have ended.
+
+    Raises:
+        InputError: The folder holds no model, or files of it are missing or cut off.
+    """
+    where = files.path
+    if not keys:
+        found = ", ".join(sorted(files.tensors)[:3]) or "no tensor at all"
+        raise InputError(
+            f"{where} holds no model weights (found {found}); give --ckpt the iter_* folder of a "
+            "Megatron checkpoint"
+        )
+    unfinished = not nested and not (where / SAVE_FINISHED).is_file()
+    everything = [*files.tensors, *files.objects]
+    damage = files.damage(files.records(everything if unfinished else keys))
+    if damage and unfinished:
+        raise InputError(
+            f"{where} is an unfinished save: {damage}, and there is no {SAVE_FINISHED}, which "
+            "Megatron writes last; use the checkpoint of an earlier iteration"
+        )
+    if damage:
+        raise InputError(f"{damage}; copy the file again")
+    for key in keys:
+        check_coverage(files.tensors[key], where)
+    if unfinished:
+        return [
+            f"there is no {SAVE_FINISHED}, which Megatron writes last: the save may have been cut "
+            f"short, but all files that {METADATA} names are here in full length, so it is read"
+        ]
+    return []
+
+
+def _read_common(files: DistributedFolder) -> Common:
+    """Return args, version and iteration, from wherever this Megatron version put them."""
+    path = files.path / COMMON
+    if path.is_file():
+        torch_file = read_torch_file(path)
+        if not isinstance(torch_file.value, dict):
+            raise InputError(
+                f"{path} holds a {type(torch_file.value).__name__}, not the dictionary that "
+                "Megatron saves; copy the file again"
+            )
+        return Common(torch_file.value, [torch_file])
+    state = [key for key in sorted(files.objects) if key.startswith("common_state/")]
+    wanted = state[:1] or [key for key in _NESTED if key in files.objects]
+    common = Common(records=list(files.records(wanted)))
+    if damage := files.damage(common.records):
+        raise InputError(f"{damage}; copy the file again")
+    for key in wanted:
+        torch_file = files.read_object(key)
+        value = torch_file.value
+        common.pickles.append(torch_file)
+        if state:
+            value = value[0] if isinstance(value, list) and value else value
+            common.values = value if isinstance(value, dict) else {}
+        else:
+            common.values[key] = value
+    return common
+
+
+def _canonical(
+    files: DistributedFolder, keys: list[str]
+) -> tuple[dict[str, LazyTensor], dict[str, tuple[int, ...]], str]:
+    """Return tensors and shapes under canonical names, and the family."""
+    flat: dict[str, LazyTensor] = {}
+    for key in keys:
+        name = names.strip_prefixes(key)
+        match = _STACKED.fullmatch(name)
+        if match and len(files.tensors[key].shape) > 1:
+            for layer, tensor in enumerate(files.layers(key)):
+                flat[f"{match['block']}.layers.{layer}.{match['rest']}"] = tensor
+        else:
+            flat[name] = files.tensor(key)
+    flat = _join_halves(flat, files.path)
+    where = str(files.path)
+    names.refuse_unsupported(sorted(flat), where)
+    family = "bert" if names.is_bert(sorted(flat)) else "gpt"
+    block = "encoder" if family == "bert" else "decoder"
+    tensors: dict[str, LazyTensor] = {}
+    for name, tensor in flat.items():
+        canonical = names.canonical_name(name, block, 0, where)
+        if canonical in tensors:
+            raise InputError(
+                f"{where} has {canonical} under two names, one of them {name}; two checkpoints may "
+                "be mixed, copy the folder again"
+            )
+        tensors[canonical] = tensor
+    return tensors, {name: tensor.shape for name, tensor in tensors.items()}, family
+
+
+def _join_halves(flat: Mapping[str, LazyTensor], where: Path) -> dict[str, LazyTensor]:
+    """Return the tensors with gated fc1 whole: gate and up may be stored as `_w` and `_v`."""
+    joined: dict[str, LazyTensor] = {}
+    for name, tensor in flat.items():
+        match = _HALF.fullmatch(name)
+        if not match:
+            joined[name] = tensor
+        elif match["half"] == "w":
+            up = flat.get(f"{match['name']}_v")
+            if up is None or up.shape != tensor.shape:
+                raise InputError(
+                    f"{where} has {name} {list(tensor.shape)} without a {match['name']}_v of the "
+                    "same shape: half of a gated MLP is missing; copy the checkpoint again"
+                )
+            joined[match["name"]] = Concat([tensor, up], 0)
+    return joined
+
+
+def _check_rotary(
+    where: Path,
+    args: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    overrides: Mapping[str, Any],
+) -> None:
+    """Refuse to guess the positions of a model that has no table of them and no args."""
+    learned = "embedding.position_embeddings.weight" in shapes
+    if not args and not learned and "position_embedding_type" not in overrides:
+        raise InputError(
+            f"{where} holds neither Megatron's args nor a table of position embeddings; give "
+            "--set position_embedding_type=rope (and rotary_base, layernorm_epsilon, "
+            "max_position_embeddings where they differ), or none"
+        )
+
+
+def _version(where: Path, common: Mapping[str, Any], overrides: Mapping[str, Any]) -> float:
+    version = overrides.get("checkpoint_version", common.get("checkpoint_version"))
+    version = 3.0 if version is None else version
+    if version not in QKV_VERSIONS:
+        raise InputError(
+            f"{where}: checkpoint_version {version} does not exist in Megatron's distributed "
+            "formats, whose QKV order is that of version 3.0; leave it out"
+        )
+    return float(version)
+
+
+def _iteration(where: Path, common: Mapping[str, Any]) -> int | str | None:
+    if where.name == "release":
+        return "release"
+    iteration = common.get("iteration")
+    return iteration if isinstance(iteration, int) else None
+
+
+def _size(args: Mapping[str, Any], name: str) -> int:
+    size = args.get(name)
+    return size if isinstance(size, int) and size > 0 else 1
+
+
+def _notes(files: DistributedFolder, keys: list[str], *, nested: bool) -> list[str]:
+    if nested:
+        return ["a folder of torch.distributed.checkpoint's own layout (torch_dcp or fsdp_dtensor)"]
+    notes = []
+    if not any(_STACKED.fullmatch(names.strip_prefixes(key)) for key in keys):
+        notes.append("every layer has keys of its own (no stacked layers)")
+    if any(key.startswith("common_state/") for key in files.objects):
+        notes.append("args are in the entry common_state (core 0.19 and later)")
+    return notes
+
+
+def _paths(files: DistributedFolder, records: Iterable[Record]) -> list[Path]:
+    used = sorted({record.file for record in records})
+    common = [files.path / COMMON] if (files.path / COMMON).is_file() else []
+    return [files.path / METADATA, *common, *(files.path / name for name in used)]
+
+
+def _digest(files: DistributedFolder, records: list[Record], common: Common) -> str:
+    """Return the cheap digest: `.metadata`, and the CRCs that end every archive of the model."""
+    marks: dict[str, tuple[int, list[int] | bytes]] = {}
+    for name, tail in files.tails(records).items():
+        marks[name] = ((files.path / name).stat().st_size, tail)
+    metadata = files.path / METADATA
+    marks[METADATA] = (metadata.stat().st_size, metadata.read_bytes())
+    for pickle in common.pickles:
+        if pickle.path.name == COMMON:
+            marks[COMMON] = (pickle.path.stat().st_size, pickle.crcs)
+    return cheap_digest(marks)

@@ -1,0 +1,274 @@
+"""Writes Megatron's `torch_dist` format, one chunk per layer, one tensor at a time.
+
+The keys are megatron-core's sharded keys (facts C.5): layers stacked on a leading dim, norms under
+the linear that follows them. The files are those of torch.distributed.checkpoint, made with its own
+metadata classes; its writer is not used, because it keeps the last chunk of every key in memory
+until the file is closed. No process group is needed, and any Megatron run can load the result,
+whatever its parallel sizes: `tp` and `pp` only stand in the saved args.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo  # what FileSystemReader looks for
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from mlm_eval.checkpoints.checkpoint import TRACKER, Checkpoint
+from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.output import output_folder
+from mlm_eval.checkpoints.files.torch_save import write_torch_file
+from mlm_eval.checkpoints.lazy import LazyTensor
+from mlm_eval.checkpoints.megatron.args import (
+    Layout,
+    choose_names,
+    megatron_args,
+    padded_vocabulary,
+)
+from mlm_eval.checkpoints.megatron.write_torch import WORD_EMBEDDINGS, check_sizes, rank_tensors
+
+DATA_FILE = "__0_0.distcp"
+"""rank 0, writer 0: torch.distributed.checkpoint's name for what a single process writes."""
+
+ALIGNMENT = 64
+"""Of an archive's first byte. Inside of it torch.save aligns the values, so they can be mapped."""
+
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+# megatron-core names norms in torch_dist by the TransformerEngine layer that they are part of.
+_NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+# Modules of a layer that have an `_extra_state`: Megatron asks for the entry and refuses to load
+# without it, whatever is in it. The local spec asks for the first four, TransformerEngine's for
+# more, depending on its version; what a run does not ask for is not read.
+_STATELESS = (
+    "self_attention.linear_proj",
+    "self_attention.linear_qkv",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+    "self_attention.core_attention",
+)
+_STATELESS_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One chunk to write: its key, its place in the tensor of that key, and its values."""
+
+    key: str
+    size: tuple[int, ...]
+    """Shape of the whole tensor."""
+    offsets: tuple[int, ...]
+    values: LazyTensor
+
+
+def write_torch_dist(
+    checkpoint: Checkpoint,
+    target: str | Path,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    dtype: torch.dtype | None = None,
+    iteration: int | str | None = None,
+    true_vocab_size: int | None = None,
+    make_vocab_size_divisible_by: int | None = None,
+    overwrite: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write `checkpoint` as a Megatron checkpoint folder in torch_dist format; return the folder.
+
+    Args:
+        checkpoint: What to write.
+        target: Folder to make, with the tracker file and `iter_XXXXXXX` or `release` in it.
+        tp: Tensor-parallel size that the saved args name; the vocabulary is padded for it.
+        pp: Pipeline size that the saved args name.
+        dtype: Of the weights; None keeps each as it is.
+        iteration: A number or `release`; None: the source's, `release` where it has none.
+        true_vocab_size: Size of the tokenizer's vocabulary, where it is known.
+        make_vocab_size_divisible_by: Megatron's divisor; see `padded_vocabulary`.
+        overwrite: Replace a checkpoint that is at `target`.
+        on_progress: Called with (bytes written, bytes in all).
+
+    Raises:
+        InputError: megatron-core has no such model, a size does not divide it, or `target` exists.
+    """
+    config, target = checkpoint.config, Path(target)
+    _check_core(config)
+    check_sizes(config, tp, pp, "core")
+    iteration = checkpoint.provenance.iteration if iteration is None else iteration
+    release = iteration is None or iteration == "release"
+    rows, divisor = padded_vocabulary(checkpoint, tp, true_vocab_size, make_vocab_size_divisible_by)
+    layout = Layout(
+        names="core",
+        tp=tp,
+        pp=pp,
+        vocab_size=rows,
+        divisible_by=divisor,
+        iteration=0 if release else int(iteration),  # type: ignore[arg-type]
+        dtype=dtype or checkpoint.tensors[WORD_EMBEDDINGS].dtype,
+    )
+    whole = rank_tensors(checkpoint, dataclasses.replace(layout, tp=1, pp=1), 0, 0, dtype)
+    entries = list(_entries(config, whole))
+    _check_dtypes(entries, checkpoint)
+    args = megatron_args(checkpoint, layout, 0, 0)
+    args.ckpt_format = "torch_dist"
+    common = {
+        "args": args,
+        "checkpoint_version": 3.0,
+        "iteration": layout.iteration,
+        "num_floating_point_operations_so_far": 0,
+        "content_metadata": {"singleton_local_shards": False},
+    }
+    name = "release" if release else f"iter_{layout.iteration:07d}"
+    total = sum(entry.values.nbytes for entry in entries)
+    with output_folder(target, overwrite=overwrite, needs=total) as partial:
+        folder = partial / name
+        folder.mkdir()
+        write_torch_file(common, folder / "common.pt")
+        metadata = _write_data(folder / DATA_FILE, entries, config, total, on_progress)
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+        # Megatron takes this file for the sign that a save has ended: it comes last.
+        (folder / "metadata.json").write_text(json.dumps(_FORMAT))
+        (partial / TRACKER).write_text("release" if release else str(layout.iteration))
+    return target
+
+
+def _check_core(config: ModelConfig) -> None:
+    """Refuse models that megatron-core does not have: only it reads torch_dist."""
+    try:
+        choose_names(config, "core")
+    except InputError as error:
+        reason = str(error).partition(", so its names")[0]
+        raise InputError(
+            f"torch_dist holds megatron-core models only, and {reason}; "
+            "use --to megatron, which can write the names of Megatron's legacy code"
+        ) from None
+
+
+def _check_dtypes(entries: list[Entry], checkpoint: Checkpoint) -> None:
+    """Refuse layers of different dtypes: stacked, they are one tensor with one dtype."""
+    first: dict[str, torch.dtype] = {}
+    for entry in entries:
+        dtype = first.setdefault(entry.key, entry.values.dtype)
+        if dtype != entry.values.dtype:
+            raise InputError(
+                f"{checkpoint.provenance.path} stores {entry.key} as {dtype} in one layer and as "
+                f"{entry.values.dtype} in another, which torch_dist cannot; choose one with --dtype"
+            )
+
+
+def _entries(config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> Iterator[Entry]:
+    """Yield the chunks to write, in the order of the forward pass."""
+    for name, tensor in tensors.items():
+        layer = re.fullmatch(r"(\w+\.layers\.)(\d+)\.(.+)", name)
+        if not layer:
+            yield Entry(name, tensor.shape, (0,) * len(tensor.shape), tensor)
+            continue
+        part = layer[3]
+        for norm, linear in _NORMS.items():
+            part = part.replace(norm, linear, 1) if part.startswith(norm) else part
+        yield Entry(
+            layer[1] + part,
+            (config.num_layers, *tensor.shape),
+            (int(layer[2]), *(0 for _ in tensor.shape)),
+            tensor,
+        )
+
+
+def _extra_states(config: ModelConfig) -> Iterator[tuple[str, Any]]:
+    """Yield keys and values of the entries that Megatron asks for beside the weights.
+
+    The value of a stateless linear is what megatron-core writes for it; that of a norm is the empty
+    tensor in which TransformerEngine keeps nothing.
+    """
+    empty = [torch.empty(0, dtype=torch.uint8)]
+    norms = _STATELESS_NORMS if config.qk_layernorm else ()
+    for layer in range(config.num_layers):
+        shard = f"_extra_state/shard_{layer}_{config.num_layers}"
+        for module in _STATELESS:
+            yield f"{config.block}.layers.{module}.{shard}", [None]
+        for module in norms:
+            yield f"{config.block}.layers.{module}.{shard}", empty
+    yield f"{config.block}.final_layernorm._extra_state/shard_0_1", empty
+    if config.family == "bert":
+        yield "output_layer._extra_state/shard_0_1", [None]
+
+
+def _write_data(
+    path: Path,
+    entries: list[Entry],
+    config: ModelConfig,
+    total: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> Metadata:
+    """Write every entry as an archive of its own, and return where each one stands."""
+    table: dict[str, Any] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    done = 0
+    with path.open("wb") as stream:
+        for key, value in _extra_states(config):
+            table[key] = BytesStorageMetadata()
+            storage[MetadataIndex(key)] = _write_archive(stream, path.name, value)
+        for entry in entries:
+            tensor = entry.values.read()
+            assert tensor.shape == entry.values.shape and tensor.dtype == entry.values.dtype, (
+                f"{entry.key}: read {tensor.shape} {tensor.dtype} of {entry.values}"
+            )
+            chunk = (1,) * (len(entry.size) - tensor.dim()) + tuple(tensor.shape)
+            row = table.setdefault(
+                entry.key,
+                TensorStorageMetadata(TensorProperties(tensor.dtype), torch.Size(entry.size), []),
+            )
+            index = MetadataIndex(entry.key, entry.offsets, len(row.chunks))
+            row.chunks.append(ChunkStorageMetadata(torch.Size(entry.offsets), torch.Size(chunk)))
+            storage[index] = _write_archive(stream, path.name, _own_storage(tensor).view(chunk))
+            del tensor  # before the next one is read
+            done += entry.values.nbytes
+            if on_progress is not None:
+                on_progress(done, total)
+    return Metadata(table, storage_data=storage, storage_meta=StorageMeta(), version="1.0.0")
+
+
+def _write_archive(stream: BinaryIO, name: str, value: Any) -> _StorageInfo:
+    stream.write(bytes(-stream.tell() % ALIGNMENT))
+    start = stream.tell()
+    torch.save(value, stream)
+    return _StorageInfo(name, start, stream.tell() - start)
+
+
+def _own_storage(tensor: Tensor) -> Tensor:
+    """Return the same values with a storage that holds nothing else: torch.save writes storages.
+
+    A contiguous part of a mapped file is not copied for it.
+    """
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    values = tensor.view(-1).view(torch.uint8).numpy()
+    return torch.frombuffer(values, dtype=tensor.dtype).view(tensor.shape)

@@ -1,0 +1,305 @@
+"""Writes Megatron's `torch` format, at any tensor-parallel x pipeline size, one tensor at a time.
+
+The names are megatron-core's (local spec, `checkpoint_version` 3.0), or those of the legacy code of
+2021 to 2023 where megatron-core has no such model. Every file is a `torch.save` archive that
+Megatron, torch and this project's reader open. Source: facts A.1 to A.3, B, C, D.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlm_eval.checkpoints.checkpoint import TRACKER, Checkpoint
+from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.output import output_folder
+from mlm_eval.checkpoints.files.torch_save import write_torch_file
+from mlm_eval.checkpoints.lazy import Computed, Index, LazyTensor
+from mlm_eval.checkpoints.megatron.args import (
+    Layout,
+    choose_names,
+    megatron_args,
+    padded_vocabulary,
+)
+from mlm_eval.checkpoints.megatron.names import HEAD_COPY
+from mlm_eval.checkpoints.parameters import Parameter, allowed_tp, check_tp, parameters, shard_index
+
+WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
+
+# Canonical part of a layer -> its name in legacy checkpoints of version 3.0 (tag v2.5).
+_LEGACY_LAYER = {
+    "input_layernorm": "input_layernorm",
+    "self_attention.linear_qkv": "self_attention.query_key_value",
+    "self_attention.linear_proj": "self_attention.dense",
+    "pre_mlp_layernorm": "post_attention_layernorm",
+    "mlp.linear_fc1": "mlp.dense_h_to_4h",
+    "mlp.linear_fc2": "mlp.dense_4h_to_h",
+}
+
+# Parallel linears of a megatron-core layer, which have an `_extra_state` (None in the local spec).
+_CORE_LINEARS = (
+    "self_attention.linear_proj",
+    "self_attention.linear_qkv",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+
+
+def write_megatron_torch(
+    checkpoint: Checkpoint,
+    target: str | Path,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    dtype: torch.dtype | None = None,
+    names: str | None = None,
+    iteration: int | str | None = None,
+    true_vocab_size: int | None = None,
+    make_vocab_size_divisible_by: int | None = None,
+    overwrite: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write `checkpoint` as a Megatron checkpoint folder and return the folder.
+
+    The vocabulary: without `true_vocab_size` and `make_vocab_size_divisible_by` its stored rows
+    stay exactly as they are where `tp` divides them, so that tp 4 -> 1 -> 4 gives the same bytes.
+    Otherwise it is padded by Megatron's formula, the smallest multiple of divisor x tp that holds
+    the true size (or all stored rows where that is not known): rows beyond are cut off, new ones
+    repeat the last, as Megatron's own converter does. See `padded_vocabulary`.
+
+    Args:
+        checkpoint: What to write.
+        target: Folder to make, with the tracker file and `iter_XXXXXXX` or `release` in it.
+        tp: Tensor-parallel files; must divide the heads and the MLP's width.
+        pp: Pipeline stages; must divide the layers.
+        dtype: Of the weights; None keeps each as it is.
+        names: `core` or `legacy`; None: megatron-core's, legacy where megatron-core has no such
+            model.
+        iteration: A number or `release`; None: the source's, `release` where it has none.
+        true_vocab_size: Size of the tokenizer's vocabulary, where it is known.
+        make_vocab_size_divisible_by: Megatron's divisor; None: see above.
+        overwrite: Replace a checkpoint that is at `target`.
+        on_progress: Called with (bytes written, bytes in all).
+
+    Raises:
+        InputError: A size does not divide the model, Megatron has no such model, or `target`
+            exists.
+    """
+    config, target = checkpoint.config, Path(target)
+    names = choose_names(config, names)
+    check_sizes(config, tp, pp, names)
+    if iteration is None:
+        iteration = checkpoint.provenance.iteration
+    release = iteration is None or iteration == "release"
+    rows, divisor = padded_vocabulary(checkpoint, tp, true_vocab_size, make_vocab_size_divisible_by)
+    layout = Layout(
+        names=names,
+        tp=tp,
+        pp=pp,
+        vocab_size=rows,
+        divisible_by=divisor,
+        iteration=0 if release else int(iteration),  # type: ignore[arg-type]
+        dtype=dtype or checkpoint.tensors[WORD_EMBEDDINGS].dtype,
+    )
+    folder = "release" if release else f"iter_{layout.iteration:07d}"
+    ranks = [(t, p) for p in range(pp) for t in range(tp)]
+    models = {rank: rank_tensors(checkpoint, layout, *rank, dtype) for rank in ranks}
+    total = sum(lazy.nbytes for model in models.values() for lazy in model.values())
+    progress = _Progress(total, on_progress)
+    with output_folder(target, overwrite=overwrite, needs=total) as partial:
+        for (t, p), model in models.items():
+            path = partial / folder / _rank_folder(layout, t, p) / "model_optim_rng.pt"
+            path.parent.mkdir(parents=True)
+            contents = {
+                "args": megatron_args(checkpoint, layout, t, p),
+                "checkpoint_version": 3.0,
+                "iteration": layout.iteration,
+                "model": _core_model(model, last=p == pp - 1)
+                if layout.names == "core"
+                else _legacy_model(model),
+            }
+            write_torch_file(contents, path, on_bytes=progress.add)
+        (partial / TRACKER).write_text("release" if release else str(layout.iteration))
+    return target
+
+
+class _Progress:
+    """Turns pieces of bytes into (done, total)."""
+
+    def __init__(self, total: int, report: Callable[[int, int], None] | None) -> None:
+        self.total, self.report, self.done = total, report, 0
+
+    def add(self, count: int) -> None:
+        self.done += count
+        if self.report is not None:
+            self.report(self.done, self.total)
+
+
+def _rank_folder(layout: Layout, tp_rank: int, pp_rank: int) -> str:
+    return f"mp_rank_{tp_rank:02d}" + (f"_{pp_rank:03d}" if layout.pp > 1 else "")
+
+
+def check_sizes(config: ModelConfig, tp: int, pp: int, names: str) -> None:
+    """Refuse parallel sizes that Megatron could not load the model at.
+
+    Raises:
+        InputError: `tp` does not fit the heads, the MLP or the query groups, or `pp` the layers.
+    """
+    if tp < 1 or pp < 1:
+        raise InputError(f"cannot write tp={tp} x pp={pp} files; both must be at least 1")
+    check_tp(config, tp)
+    fitting = [n for n in allowed_tp(config) if _groups_fit(config.num_query_groups, n, names)]
+    if tp not in fitting:
+        rule = "tp must divide them" if names == "legacy" else "one must divide the other"
+        raise InputError(
+            f"cannot write tp={tp} files with {names} names: the model has "
+            f"{config.num_query_groups} query groups, and {rule}; "
+            f"it allows tp in {', '.join(map(str, fitting))}"
+        )
+    if config.num_layers % pp:
+        allowed = [n for n in range(1, config.num_layers + 1) if config.num_layers % n == 0]
+        raise InputError(
+            f"cannot split {config.num_layers} layers over pp={pp} pipeline stages; "
+            f"this model allows pp in {', '.join(map(str, allowed))}"
+        )
+
+
+def _groups_fit(groups: int, tp: int, names: str) -> bool:
+    """Whether Megatron can load tp files of a model with so many query groups.
+
+    With fewer groups than ranks megatron-core keeps even cuts of the packed rows and gathers them
+    when it runs.
+    """
+    return groups % tp == 0 or (names == "core" and tp % groups == 0)
+
+
+def rank_tensors(
+    checkpoint: Checkpoint, layout: Layout, tp_rank: int, pp_rank: int, dtype: torch.dtype | None
+) -> dict[str, LazyTensor]:
+    """Return one file's tensors under canonical names, its layers numbered from 0.
+
+    The last of several stages needs a copy of a tied embedding for its logits: `HEAD_COPY`.
+    """
+    config = checkpoint.config
+    per_stage = config.num_layers // layout.pp
+    last = layout.pp - 1
+    tensors: dict[str, LazyTensor] = {}
+    for name, parameter in parameters(config).items():
+        shard = _shard(checkpoint.tensors[name], parameter, config, layout, tp_rank, dtype)
+        layer = re.fullmatch(r"(\w+\.layers\.)(\d+)(\..+)", name)
+        if layer:
+            stage, local = divmod(int(layer[2]), per_stage)
+            name = f"{layer[1]}{local}{layer[3]}"
+        else:
+            stage = 0 if name.startswith("embedding.") else last
+        if stage == pp_rank:
+            tensors[name] = shard
+        tied = config.lm_head and not config.untie_embeddings_and_output_weights
+        if name == WORD_EMBEDDINGS and tied and pp_rank == last > 0:
+            tensors[HEAD_COPY] = shard
+    return tensors
+
+
+def _shard(
+    source: LazyTensor,
+    parameter: Parameter,
+    config: ModelConfig,
+    layout: Layout,
+    tp_rank: int,
+    dtype: torch.dtype | None,
+) -> LazyTensor:
+    """Return what one tensor-parallel rank's file holds of a parameter."""
+    rule, shape = parameter.rule, list(source.shape)
+    to = dtype or source.dtype
+    if rule.unit == "vocab":
+        rows = shape[0] = layout.vocab_size // layout.tp
+        start = tp_rank * rows
+        return Computed(
+            shape, to, lambda: _cast(_vocab_rows(source, start, start + rows), to, parameter)
+        )
+    if rule.unit == "qkv":
+        # Files hold even cuts even where ranks that compute hold copies of a key/value head.
+        part = shape[0] // layout.tp
+        index: Index = slice(tp_rank * part, (tp_rank + 1) * part)
+    else:
+        index = shard_index(parameter, config, tp_rank, layout.tp)
+    if index is None and to == source.dtype:
+        return source
+    dim = rule.dim or 0
+    if rule.dim is not None:
+        shape[dim] //= layout.tp
+    return Computed(shape, to, lambda: _cast(source.read(dim, index), to, parameter))
+
+
+def _cast(values: Tensor, dtype: torch.dtype, parameter: Parameter) -> Tensor:
+    """Return the values in another dtype; one that is too narrow for them is refused."""
+    result = values.to(dtype)
+    limit = torch.finfo(dtype).max
+    if limit < torch.finfo(values.dtype).max and bool((result.isinf() & values.isfinite()).any()):
+        raise InputError(
+            f"{parameter.name} has values up to {values.abs().max().item():.3g}, beyond the "
+            f"{limit:.3g} of {dtype}; choose --dtype bfloat16 or float32"
+        )
+    return result
+
+
+def _vocab_rows(source: LazyTensor, start: int, stop: int) -> Tensor:
+    """Return rows of a vocabulary table, the last stored row standing for those beyond."""
+    stored = source.shape[0]
+    rows = source.read(0, slice(min(start, stored), min(stop, stored)))
+    missing = stop - max(start, stored)
+    if missing <= 0:
+        return rows
+    filler = source.read(0, slice(stored - 1, stored))
+    return torch.cat([rows, filler.expand(missing, *filler.shape[1:])])
+
+
+def _core_model(tensors: dict[str, LazyTensor], *, last: bool) -> dict[str, LazyTensor | None]:
+    """Return the flat `model` entry with megatron-core's keys, its empty extra states included."""
+    model: dict[str, LazyTensor | None] = {}
+    for name, tensor in tensors.items():
+        model["output_layer.weight" if name == HEAD_COPY else name] = tensor
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and module.endswith(_CORE_LINEARS):
+            model[f"{module}._extra_state"] = None
+    if last:
+        model["output_layer._extra_state"] = None
+    return model
+
+
+def _legacy_model(tensors: dict[str, LazyTensor]) -> dict[str, Any]:
+    """Return the nested `model` entry of checkpoint version 3.0 before megatron-core (tag v2.5)."""
+    model: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        *path, leaf = _legacy_path(name)
+        place = model
+        for key in path:
+            place = place.setdefault(key, {})
+        place[leaf] = tensor
+    return model
+
+
+def _legacy_path(name: str) -> tuple[str, ...]:
+    """Return the keys that lead to a parameter: legacy modules save dicts with flat keys."""
+    block, _, rest = name.partition(".")
+    leaf = name.rpartition(".")[2]
+    if layer := re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", rest):
+        part = _LEGACY_LAYER[layer[2]]
+        return "language_model", "encoder", f"layers.{layer[1]}.{part}.{leaf}"
+    if rest.startswith("final_layernorm."):
+        return "language_model", "encoder", rest
+    if block == "embedding":
+        return "language_model", "embedding", *rest.split(".")
+    if block == "pooler":
+        return "language_model", "pooler", rest
+    if name == "output_layer.weight":
+        return "language_model", "output_layer", "weight"
+    if name == "output_layer.bias":
+        return "lm_head", "bias"
+    return block, rest.replace("layer_norm.", "layernorm.")

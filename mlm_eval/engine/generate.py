@@ -1,0 +1,292 @@
+"""Text from a GPT model, greedy or sampled, token by token with a cache of what was seen.
+
+Prompts are packed under the engine's token budget and dealt to the data-parallel ranks. All
+tensor-parallel ranks choose the same token: a greedy one from two small all-reduces, a sampled one
+from the gathered logits of one position. Every prompt has a random number generator of its own,
+which gives one number for each token, so that neither the layout nor the other prompts of a batch
+change its text beyond the rounding of the forward itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.parameters import local_groups
+from mlm_eval.engine.batching import pack
+from mlm_eval.model.gpt import GPT
+
+if TYPE_CHECKING:
+    from mlm_eval.checkpoints.tokenizer import Tokenizer
+    from mlm_eval.engine.engine import Engine
+
+CACHE_BYTES = 4 << 30
+"""Keys and values of a batch, on each rank: more prompts than fit wait for the next batch."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen.
+
+    Attributes:
+        temperature: 0: the most likely token, the lowest id on a tie. Above: a random one, the
+            logits divided by this number.
+        top_k: Only among the k most likely (and those as likely as the last of them); None: all.
+        top_p: Only among the most likely that together reach this probability; None: all.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature {self.temperature} must be a number from 0 up")
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(
+                f"top_k {self.top_k} must be 1 or more; leave it out to take all tokens"
+            )
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise InputError(f"top_p {self.top_p} must be above 0 and at most 1")
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is to be continued.
+
+    Attributes:
+        tokens: At least one token id, at most the model's positions.
+        max_new_tokens: The text ends after so many, or where the positions end: its last token
+            may be the one after the last position.
+        stop_tokens: Ids that end the text and are no part of it.
+        stop: Strings that end the text; they need the tokenizer.
+        sampling: How tokens are chosen.
+        seed: Of this text's random numbers.
+    """
+
+    tokens: Sequence[int]
+    max_new_tokens: int
+    stop_tokens: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()
+    sampling: Sampling = GREEDY
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a model made of a prompt.
+
+    Attributes:
+        tokens: The new tokens, those of a stop string included.
+        text: Them as text up to the stop string; None without a tokenizer.
+        ended_by: `stop token`, `stop string` or `length`.
+    """
+
+    tokens: list[int]
+    text: str | None
+    ended_by: str
+
+
+@torch.inference_mode()
+def generate(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    *,
+    tokenizer: Tokenizer | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Continuation]:
+    """Return a continuation of each prompt, on every rank the same.
+
+    Collectives: those of the model over tp; one gather of the texts over dp.
+
+    Args:
+        engine: A loaded GPT model.
+        prompts: Each goes its own way: their settings may differ.
+        tokenizer: For stop strings, and for texts beside the tokens.
+        on_progress: Told about finished prompts, on rank 0.
+
+    Raises:
+        InputError: The model is no GPT, a prompt is empty, too long or of another vocabulary, or
+            the logits are not finite.
+    """
+    check_prompts(engine, prompts, tokenizer)
+    limit = engine.config.max_position_embeddings + 1
+    widths = [min(len(p.tokens) + p.max_new_tokens, limit) for p in prompts]
+    batches = pack(widths, min(engine.batch_tokens, _tokens_in_cache(engine)))
+    mine: dict[int, Continuation] = {}
+    for batch in batches[engine.mesh.dp_rank :: engine.dp]:
+        texts = [_Text(prompts[i], widths[i], tokenizer) for i in batch]
+        _run_batch(engine, texts)
+        mine.update((i, text.finish()) for i, text in zip(batch, texts, strict=True))
+        if on_progress is not None and engine.is_main:
+            # The other copies of the model go at about the same pace.
+            on_progress(min(len(mine) * engine.dp, len(prompts)), len(prompts))
+    if engine.dp > 1:
+        parts: list[dict[int, Continuation] | None] = [None] * engine.dp
+        dist.all_gather_object(parts, mine, group=engine.mesh.dp_group)
+        mine = {index: text for part in parts if part for index, text in part.items()}
+    return [mine[index] for index in range(len(prompts))]
+
+
+def check_prompts(engine: Engine, prompts: Sequence[Prompt], tokenizer: Tokenizer | None) -> None:
+    """Refuse prompts that the model cannot continue.
+
+    Raises:
+        InputError: See `generate`.
+    """
+    if not isinstance(engine.model, GPT):
+        raise InputError("this is a BERT checkpoint; only a GPT model (left to right) writes text")
+    positions, rows = engine.config.max_position_embeddings, engine.vocab_size
+    for index, prompt in enumerate(prompts):
+        if not 1 <= len(prompt.tokens) <= positions:
+            raise InputError(
+                f"prompt {index} has {len(prompt.tokens)} tokens, the model takes 1 to "
+                f"{positions}; cut it from the left"
+            )
+        if prompt.max_new_tokens < 1:
+            raise InputError(
+                f"prompt {index} asks for {prompt.max_new_tokens} new tokens, not 1 or more"
+            )
+        if min(prompt.tokens) < 0 or max(prompt.tokens) >= rows:
+            raise InputError(
+                f"prompt {index} holds a token id outside the model's vocabulary of {rows} rows; "
+                "the tokenizer does not belong to this checkpoint"
+            )
+        if prompt.stop and tokenizer is None:
+            raise InputError(f"prompt {index} has stop strings, which need a tokenizer; give one")
+
+
+class _Text:
+    """A prompt and what has been written so far."""
+
+    def __init__(self, prompt: Prompt, width: int, tokenizer: Tokenizer | None) -> None:
+        self.prompt = prompt
+        self.room = width - len(prompt.tokens)
+        self.tokenizer = tokenizer
+        self.tokens: list[int] = []
+        self.ended_by: str | None = None
+        self.random = torch.Generator().manual_seed(prompt.seed)
+        # A stop string ends with the newest token. Each token is a byte at least; some more are
+        # looked at, because decoders treat the first of their tokens in a way of its own.
+        longest = max((len(stop.encode()) for stop in prompt.stop), default=0)
+        self.looked_at = longest + 8
+
+    def add(self, token: int) -> bool:
+        """Take the next token; return whether the text goes on."""
+        if token in self.prompt.stop_tokens:
+            self.ended_by = "stop token"
+            return False
+        self.tokens.append(token)
+        if self.prompt.stop:
+            newest = self._decode(self.tokens[-self.looked_at :])
+            if any(stop in newest for stop in self.prompt.stop):
+                self.ended_by = "stop string"
+                return False
+        if len(self.tokens) == self.room:
+            self.ended_by = "length"
+            return False
+        return True
+
+    def finish(self) -> Continuation:
+        """Return the result."""
+        assert self.ended_by is not None
+        if self.tokenizer is None:
+            return Continuation(self.tokens, None, self.ended_by)
+        text = self._decode(self.tokens)
+        ends = [text.find(stop) for stop in self.prompt.stop]
+        end = min((place for place in ends if place >= 0), default=len(text))
+        return Continuation(self.tokens, text[:end], self.ended_by)
+
+    def _decode(self, tokens: list[int]) -> str:
+        assert self.tokenizer is not None
+        size = self.tokenizer.vocab_size  # beyond it are rows that only pad the model's table
+        return self.tokenizer.decode([token for token in tokens if token < size])
+
+
+def _run_batch(engine: Engine, texts: Sequence[_Text]) -> None:
+    """Write some texts to their ends, all of them one token at a time."""
+    model = engine.model
+    assert isinstance(model, GPT)
+    lengths = [len(text.prompt.tokens) for text in texts]
+    tokens = torch.zeros(len(texts), max(lengths), dtype=torch.int64)
+    for row, text in enumerate(texts):
+        tokens[row, : lengths[row]] = torch.tensor(list(text.prompt.tokens))
+    # The last token of a text is chosen, never looked at.
+    columns = max(length + text.room - 1 for length, text in zip(lengths, texts, strict=True))
+    states, cache = model.start(tokens.to(engine.device), lengths, columns)
+    running = list(texts)
+    while True:
+        chosen = choose(model, states, running)
+        going = [row for row, token in enumerate(chosen.tolist()) if running[row].add(token)]
+        if not going:
+            return
+        if len(going) < len(running):
+            running = [running[row] for row in going]
+            chosen = chosen[going]
+            cache.keep(going)
+        states = model.step(chosen, cache)
+
+
+def choose(model: GPT, states: Tensor, texts: Sequence[_Text]) -> Tensor:
+    """Return the next token of each text, int64 `[batch]`, given the states `[batch, hidden]`.
+
+    Raises:
+        InputError: The logits are not finite.
+    """
+    chosen = torch.empty(len(texts), dtype=torch.int64, device=states.device)
+    for sampling in dict.fromkeys(text.prompt.sampling for text in texts):
+        rows = [row for row, text in enumerate(texts) if text.prompt.sampling == sampling]
+        if sampling.temperature == 0.0:
+            best, chosen[rows] = model.argmax(states[rows])
+        else:
+            logits = model.logits(states[rows])
+            numbers = [
+                torch.rand((), generator=texts[row].random, dtype=torch.float64) for row in rows
+            ]
+            best = logits.amax(dim=-1)
+            chosen[rows] = draw(logits, torch.stack(numbers).to(logits.device), sampling)
+        if not best.isfinite().all():
+            raise InputError(
+                "the model's logits are not finite: the checkpoint is damaged, or its numbers are "
+                "too large for this --dtype; try float32"
+            )
+    return chosen
+
+
+def draw(logits: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:
+    """Return a token for each row of `logits` `[rows, vocab]` and random number `[rows]` in [0, 1).
+
+    The number picks the token at that share of the cumulated probabilities, in the order of ids
+    and in float64: a change of the last bits of a logit changes the choice hardly ever.
+    """
+    scaled = logits.double() / sampling.temperature  # [N, V]
+    if sampling.top_k is not None and sampling.top_k < scaled.shape[1]:
+        last = scaled.topk(sampling.top_k, dim=-1).values[:, -1:]
+        scaled = scaled.masked_fill(scaled < last, -torch.inf)
+    if sampling.top_p is not None and sampling.top_p < 1.0:
+        ordered, index = scaled.sort(dim=-1, descending=True, stable=True)
+        probabilities = ordered.softmax(dim=-1)
+        enough = probabilities.cumsum(dim=-1) - probabilities >= sampling.top_p  # before this one
+        dropped = torch.zeros_like(enough).scatter(1, index, enough)
+        scaled = scaled.masked_fill(dropped, -torch.inf)
+    cumulated = scaled.softmax(dim=-1).cumsum(dim=-1)
+    shares = numbers[:, None] * cumulated[:, -1:]
+    tokens = torch.searchsorted(cumulated, shares, right=True).squeeze(1)
+    return tokens.clamp(max=logits.shape[1] - 1)
+
+
+def _tokens_in_cache(engine: Engine) -> int:
+    """Return how many tokens' keys and values `CACHE_BYTES` hold."""
+    config = engine.config
+    groups = len(local_groups(config, 0, engine.tp))  # every rank has as many
+    token = 2 * config.num_layers * groups * config.kv_channels * engine.dtype.itemsize
+    return max(CACHE_BYTES // token, 1)

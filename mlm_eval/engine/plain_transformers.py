@@ -1,0 +1,67 @@
+"""A converted folder through plain transformers, in a process of its own.
+
+The other side of a verification. Run as `python -m mlm_eval.engine.plain_transformers FOLDER PROBE
+OUTPUT`. Nothing of the engine or of the readers takes part: what comes out is what any user of the
+folder will get.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+HEADS = {
+    "MultipleChoice": "multichoice_head",
+    "SequenceClassification": "classification_head",
+}
+
+
+def outputs(folder: Path, probe: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a folder's logits on a probe, float32, named as `mlm_eval.engine.verify` does."""
+    import transformers
+
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    transformers.logging.set_verbosity_error()
+    model: Any = getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32)
+    model.eval()
+    inputs = {"input_ids": probe["tokens"]}
+    if "padding_mask" in probe:
+        inputs["attention_mask"] = probe["padding_mask"]
+        if getattr(model.config, "type_vocab_size", 0) > 1:
+            inputs["token_type_ids"] = probe["tokentypes"]
+    if architecture.endswith("MultipleChoice"):  # the rows are the choices of one question
+        inputs = {name: values.unsqueeze(0) for name, values in inputs.items()}
+    with torch.inference_mode():
+        result = model(**inputs)
+    return {name: values.float().contiguous() for name, values in _named(architecture, result)}
+
+
+def _named(architecture: str, result: Any) -> list[tuple[str, Tensor]]:
+    for ending, head in HEADS.items():
+        if architecture.endswith(ending):
+            logits = result.logits
+            return [(head, logits.view(-1, 1) if head == "multichoice_head" else logits)]
+    if architecture.endswith("QuestionAnswering"):
+        return [("qa_head", torch.stack([result.start_logits, result.end_logits], dim=-1))]
+    if architecture.endswith("ForPreTraining"):
+        pairs = [("logits", result.prediction_logits)]
+        return [*pairs, ("binary_head", result.seq_relationship_logits)]
+    if hasattr(result, "logits"):
+        return [("logits", result.logits)]
+    return [("states", result.last_hidden_state)]
+
+
+def main() -> None:
+    """Write the outputs of one folder."""
+    folder, probe, output = (Path(argument) for argument in sys.argv[1:4])
+    save_file(outputs(folder, load_file(probe)), output)
+
+
+if __name__ == "__main__":
+    main()

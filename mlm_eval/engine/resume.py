@@ -1,0 +1,169 @@
+"""Scores of an unfinished run, kept on disk so that `--resume` goes on where it stopped.
+
+A chunk is a safetensors file with the scores of some requests. Chunks carry a key made of
+everything that decides a score (checkpoint, data, protocol, dtype), so results of another model or
+file are never mixed in. They do not depend on the layout: a run may go on at another tp x dp.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.engine.batching import Batch, Request
+
+FLUSH_SECONDS = 20.0
+
+Finished = dict[int, tuple[Tensor, Tensor]]
+"""Request index -> (log-probabilities, greedy flags)."""
+
+Chunk = dict[str, Tensor]
+"""`indices` and `counts` `[requests]`, `logprobs` and `greedy` `[sum of counts]`."""
+
+
+def resume_key(**parts: Any) -> str:
+    """Return a digest of what decides the scores."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class PartialScores:
+    """Chunks of scores in a folder beside the output file."""
+
+    def __init__(self, folder: Path, key: str, *, resume: bool) -> None:
+        """Open the folder; every rank must call it.
+
+        Args:
+            folder: Where the chunks are; made on the first write.
+            key: See `resume_key`.
+            resume: Use the chunks that are there. Without, they are removed by rank 0.
+
+        Raises:
+            InputError: The chunks there are of another checkpoint, file or setting, or damaged, or
+                cannot be removed.
+        """
+        self.folder, self.key = folder, key
+        self._buffer: list[tuple[list[int], list[int], Tensor, Tensor]] = []
+        self._last_flush = time.monotonic()
+        self._finished = _taken_apart(self._share(resume))
+
+    def _share(self, resume: bool) -> list[Chunk]:
+        """Let rank 0 read, and give all ranks the same: they must agree on what is left."""
+        found: list[Any] = [None]
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            try:
+                found[0] = self._read() if resume else self._clear()
+            except InputError as error:  # every rank must leave, not only this one
+                found[0] = error
+        if dist.is_initialized():
+            dist.broadcast_object_list(found, src=0)
+        if isinstance(found[0], InputError):
+            raise found[0]
+        return found[0]  # type: ignore[no-any-return]
+
+    def _read(self) -> list[Chunk]:
+        return [_read_chunk(path, self.key) for path in sorted(self.folder.glob("*.safetensors"))]
+
+    def _clear(self) -> list[Chunk]:
+        try:
+            if self.folder.is_dir():
+                shutil.rmtree(self.folder)
+        except OSError as error:
+            raise InputError(
+                f"{self.folder}, left by an interrupted run, cannot be removed ({error.strerror}); "
+                "remove it, or give another --output"
+            ) from None
+        return []
+
+    def finished(self) -> Finished:
+        """Return the scores of earlier runs."""
+        return self._finished
+
+    def add(
+        self, requests: Sequence[Request], batch: Batch, logprobs: Tensor, greedy: Tensor
+    ) -> None:
+        """Keep one batch's scores; written in chunks, not at once."""
+        counts = [requests[i].num_scored for i in batch.indices]
+        self._buffer.append((batch.indices, counts, logprobs, greedy))
+        if time.monotonic() - self._last_flush > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has come since the last chunk; the file appears whole or not at all."""
+        self._last_flush = time.monotonic()
+        if not self._buffer:
+            return
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        indices, counts, logprobs, greedy = zip(*self._buffer, strict=True)
+        self._buffer = []
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        # The time keeps the chunks of a resumed run apart from the earlier ones; in a container
+        # every run may have the same process id.
+        path = self.folder / f"{time.time_ns()}-{rank}.safetensors"
+        beside = path.with_suffix(".part")
+        chunk: Chunk = {
+            "indices": torch.tensor([i for part in indices for i in part]),
+            "counts": torch.tensor([n for part in counts for n in part]),
+            "logprobs": torch.cat([part.cpu() for part in logprobs]),
+            "greedy": torch.cat([part.cpu() for part in greedy]),
+        }
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(chunk, beside, metadata={"key": self.key})
+            os.replace(beside, path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"the scores so far cannot be kept in {self.folder} ({error}); "
+                "give --output a place with room"
+            ) from None
+
+    def remove(self) -> None:
+        """Delete the chunks: the run is complete."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _read_chunk(path: Path, key: str) -> Chunk:
+    """Return the scores in one file.
+
+    Raises:
+        InputError: It is damaged, or of another run.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            its_key = (file.metadata() or {}).get("key")
+            chunk = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{path} is damaged ({error}); delete it, so that its part is scored again, or run "
+            "without --resume"
+        ) from None
+    if its_key != key:
+        raise InputError(
+            f"{path.parent} holds scores of another checkpoint, data file or setting; "
+            "run without --resume to start anew, or give another --output"
+        )
+    return chunk
+
+
+def _taken_apart(chunks: list[Chunk]) -> Finished:
+    """Return each request's own part of the chunks."""
+    finished: Finished = {}
+    for chunk in chunks:
+        counts = chunk["counts"].tolist()
+        parts = zip(chunk["logprobs"].split(counts), chunk["greedy"].split(counts), strict=True)
+        finished.update(zip(chunk["indices"].tolist(), parts, strict=True))
+    return finished

@@ -1,0 +1,73 @@
+"""Text to ids and back as transformers does it: with special tokens read, added and left out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from mlm_eval.checkpoints.tokenizer import Tokenizer
+
+
+class HubEncoding:
+    """A tokenizer by the rules of transformers, which lm-evaluation-harness' results rest on.
+
+    `Tokenizer` follows Megatron: `<|endoftext|>` written in a text is a string like any other, and
+    nothing is added. Here it is read as the token, BOS is added where the tokenizer's own files say
+    so, and special tokens are left out of the text of ids. (A bare sentencepiece model is run by
+    its own library: only BOS is added, where its tokenizer_config.json says so.)
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, add_bos: bool | None = None) -> None:
+        """Take a tokenizer; `add_bos` overrides what its files say."""
+        self.tokenizer = tokenizer
+        self.add_bos = add_bos
+        self.backend = tokenizer.backend
+        settings = _settings(tokenizer)
+        if tokenizer.kind == "sentencepiece":
+            bos = int(self.backend.bos_id())
+            self.bos_id = bos if bos >= 0 else None
+            self.adds_bos = bool(settings.get("add_bos_token", False))
+            return
+        from tokenizers import AddedToken
+        from tokenizers import Tokenizer as Backend
+
+        # A copy, because reading special tokens is a switch of the tokenizer itself.
+        self.backend = Backend.from_str(self.backend.to_str())
+        self.backend.encode_special_tokens = False
+        bos_piece = settings.get("bos_token")
+        bos_piece = bos_piece.get("content") if isinstance(bos_piece, dict) else bos_piece
+        self.bos_id = None if bos_piece is None else self.backend.token_to_id(bos_piece)
+        self.adds_bos = False  # beyond what the backend's own rules add
+        if tokenizer.kind == "gpt2-bpe" and tokenizer.eot_id is not None:
+            end = self.backend.id_to_token(tokenizer.eot_id)
+            self.backend.add_special_tokens([AddedToken(end, special=True, normalized=False)])
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Return the ids of a text; `special`: with what the tokenizer adds to a text."""
+        if self.tokenizer.kind == "sentencepiece":
+            ids = list(self.backend.encode(text))
+        else:
+            if self.tokenizer.missing_bytes:
+                self.tokenizer.encode(text)  # refuses what would be dropped
+            by_rules = special and self.add_bos is None
+            ids = list(self.backend.encode(text, add_special_tokens=by_rules).ids)
+        add = self.adds_bos if self.add_bos is None else self.add_bos
+        if special and add and self.bos_id is not None:
+            ids.insert(0, self.bos_id)
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids without special tokens and rows that only pad the table."""
+        known = [index for index in ids if index < self.tokenizer.vocab_size]
+        if self.tokenizer.kind == "sentencepiece":
+            return str(self.backend.decode(known))
+        return str(self.backend.decode(known, skip_special_tokens=True))
+
+
+def _settings(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what tokenizer_config.json says, where it is one of the tokenizer's files."""
+    for file in tokenizer.files:
+        if file.name == "tokenizer_config.json":
+            settings = json.loads(file.read_bytes())
+            return settings if isinstance(settings, dict) else {}
+    return {}

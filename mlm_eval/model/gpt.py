@@ -1,0 +1,144 @@
+"""GPT: tokens in, states of the scored rows out, log-probabilities over a cut vocabulary."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.model.dropout import Dropout
+from mlm_eval.model.kv_cache import KeyValueCache
+from mlm_eval.model.tensor_parallel import (
+    SINGLE,
+    TensorParallel,
+    vocab_parallel_argmax,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_log_probs,
+    vocab_parallel_logits,
+)
+from mlm_eval.model.transformer import (
+    Context,
+    Embedding,
+    OutputLayer,
+    SelfAttention,
+    TransformerBlock,
+    rotary_tables,
+)
+
+
+class GPT(nn.Module):
+    """A GPT model, or one rank's shard of it.
+
+    Source: megatron/model/gpt_model.py, megatron/core/models/gpt.
+    """
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel = SINGLE) -> None:
+        super().__init__()
+        self.config = config
+        self.tp = tp
+        self.embedding = Embedding(config, tp)
+        self.decoder = TransformerBlock(config, tp)
+        self.output_layer = OutputLayer(config, tp)
+
+    @property
+    def output_table(self) -> Tensor:
+        """This rank's rows of the output table, `[vocab / tp, hidden]`; tied: the embeddings."""
+        if self.output_layer.weight is not None:
+            return self.output_layer.weight
+        return self.embedding.word_embeddings.weight
+
+    def forward(
+        self, tokens: Tensor, query_from: int = 0, dropout: Dropout | None = None
+    ) -> Tensor:
+        """Return the final states `[batch, seq - query_from, hidden]` of the last positions.
+
+        Sequences are padded on the right: no position sees a later one, so padding needs no mask.
+        """
+        cos, sin = self._rotary(tokens.shape[1], tokens.device)
+        context = Context(causal=True, cos=cos, sin=sin, dropout=dropout)
+        return self.decoder(self.embedding(tokens), context, query_from)  # type: ignore[no-any-return]
+
+    def start(
+        self, tokens: Tensor, lengths: list[int], columns: int
+    ) -> tuple[Tensor, KeyValueCache]:
+        """Return the state of each prompt's last token, `[batch, hidden]`, and the cache so far.
+
+        Args:
+            tokens: Prompts, padded on the right, `[batch, seq]`.
+            lengths: Of the prompts.
+            columns: Positions that the longest text may take, prompt included.
+        """
+        attention = self.decoder.layers[0].self_attention
+        assert isinstance(attention, SelfAttention)
+        cache = KeyValueCache(
+            lengths,
+            columns,
+            layers=len(self.decoder.layers),
+            width=(attention.groups, attention.channels),
+            like=attention.linear_qkv.weight,
+        )
+        cos, sin = self._rotary(tokens.shape[1], tokens.device)
+        context = Context(causal=True, cos=cos, sin=sin, cache=cache)
+        first = min(lengths) - 1
+        states = self.decoder(self.embedding(tokens), context, first)
+        last = torch.tensor(lengths, device=tokens.device) - 1 - first
+        return states[torch.arange(len(lengths), device=tokens.device), last], cache
+
+    def step(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+        """Return the states `[batch, hidden]` of the texts' next tokens `[batch]`."""
+        positions, seen = cache.advance()
+        cos, sin = self._rotary(seen.shape[-1], tokens.device)
+        if cos is not None and sin is not None:
+            cos, sin = cos[positions, None, None], sin[positions, None, None]  # [B, 1, 1, d]
+        context = Context(causal=False, key_mask=seen, cos=cos, sin=sin, cache=cache)
+        x = self.embedding(tokens[:, None], positions=positions[:, None])
+        return self.decoder(x, context)[:, 0]  # type: ignore[no-any-return]
+
+    def _rotary(self, length: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        if not self.config.rotary:
+            return None, None
+        return rotary_tables(self.config, length, device)
+
+    def argmax(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the largest logit (float32) and its token (lowest id on a tie) given states."""
+        return vocab_parallel_argmax(
+            rows,
+            weight=self.output_table,
+            bias=self.output_layer.bias,
+            first_row=self.output_layer.first_row,
+            tp=self.tp,
+        )
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Return all logits `[rows, vocab]`, float32, given states `[rows, hidden]`."""
+        return vocab_parallel_logits(
+            rows,
+            weight=self.output_table,
+            bias=self.output_layer.bias,
+            vocab_size=self.config.vocab_size,
+            tp=self.tp,
+        )
+
+    def log_probs(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities (float32, nats) and greedy flags of `targets` given states."""
+        return vocab_parallel_log_probs(
+            rows,
+            targets,
+            weight=self.output_table,
+            bias=self.output_layer.bias,
+            first_row=self.output_layer.first_row,
+            vocab_size=self.config.vocab_size,
+            tp=self.tp,
+        )
+
+    def losses(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return differentiable losses (float32, nats) and greedy flags given states."""
+        return vocab_parallel_cross_entropy(
+            rows,
+            targets,
+            weight=self.output_table,
+            bias=self.output_layer.bias,
+            first_row=self.output_layer.first_row,
+            vocab_size=self.config.vocab_size,
+            tp=self.tp,
+        )

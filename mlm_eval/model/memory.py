@@ -1,0 +1,284 @@
+"""What a run needs in memory on each rank, from the sizes of the model and of the batch alone.
+
+Counted are tensors: weights, gradients, optimizer moments, and the activations that live at the
+moment when most do. The code that allocates them is `transformer.py`, `engine.py` and
+`training.py`; a test runs it under a tracker of live tensors and compares. What a process occupies
+without a model (Python, torch, a CUDA context) is not in here.
+
+Activations are counted in bytes for each token of a batch. Letters: h hidden size, w width of the
+attention's output (h / tp), f width of the MLP (/ tp), g rows of the packed QKV (/ tp), a heads
+(/ tp), s length of the padded rows, e bytes of a value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.parameters import (
+    Parameter,
+    layer_parameters,
+    local_groups,
+    parameters,
+    vocab_range,
+)
+from mlm_eval.model.tensor_parallel import LOGIT_CHUNK_ELEMENTS
+
+FLOAT32 = 4
+
+
+HEAP_SHARE = 0.5
+"""Of what comes and goes in each step, activations and gradients, as much again on the CPU: glibc
+keeps freed blocks of up to 32 MB, in pieces that the next ones do not fit into. A middle of what
+benchmarks/plan_memory.py measures."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the rank that needs most.
+
+    Attributes:
+        weights: The shard of the model.
+        gradients: Of training; 0 in evaluation.
+        moments: AdamW's two; 0 in evaluation.
+        activations: The rest, at its highest.
+    """
+
+    weights: int
+    activations: int
+    gradients: int = 0
+    moments: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.moments + self.activations
+
+    def on_cpu(self) -> Memory:
+        """Return what a process on the CPU occupies for it: freed memory stays in the heap."""
+        kept = round(HEAP_SHARE * (self.activations + self.gradients))
+        return dataclasses.replace(self, activations=self.activations + kept)
+
+
+@dataclass(frozen=True)
+class _Local:
+    """Sizes on one rank; the letters of the module's docstring."""
+
+    h: int
+    w: int
+    f: int
+    g: int
+    a: int
+    copies: int
+    """Widths of keys and values that are repeated for grouped queries."""
+    rotary: bool
+    activation: str
+    sums: int
+    """Whole outputs beside each other when a row-parallel layer adds its bias after the sum."""
+
+    @classmethod
+    def of(cls, config: ModelConfig, tp: int) -> _Local:
+        groups = local_groups(config, 0, tp)
+        heads = sum(len(queries) for queries, _ in groups)
+        grouped = heads > len(groups)
+        return cls(
+            h=config.hidden_size,
+            w=heads * config.kv_channels,
+            f=config.ffn_hidden_size // tp,
+            g=(heads + 2 * len(groups)) * config.kv_channels,
+            a=heads,
+            copies=2 * heads * config.kv_channels if grouped else 0,
+            rotary=config.rotary,
+            activation=config.activation,
+            sums=2 if tp > 1 else 1,
+        )
+
+
+def local_parameters(config: ModelConfig, tp: int) -> int:
+    """Return the number of weights on the rank that holds most of them."""
+    return sum(_local_size(parameter, config, tp) for parameter in parameters(config).values())
+
+
+def _local_size(parameter: Parameter, config: ModelConfig, tp: int) -> int:
+    rule, size = parameter.rule, math.prod(parameter.shape)
+    if rule.dim is None or tp == 1:
+        return size
+    rows = parameter.shape[rule.dim]
+    if rule.unit == "vocab":
+        start, stop = vocab_range(rows, 0, tp)
+        return size // rows * (stop - start)
+    if rule.unit == "qkv":
+        # A key and value head goes to every rank that has one of its queries.
+        return size // rows * _Local.of(config, tp).g
+    return size // tp
+
+
+# --- evaluation ----------------------------------------------------------------------------------
+
+
+def evaluation_memory(
+    config: ModelConfig,
+    *,
+    tp: int,
+    itemsize: int,
+    batch_tokens: int,
+    scored_rows: int,
+) -> Memory:
+    """Return what scoring needs.
+
+    Args:
+        config: The model.
+        tp: Tensor-parallel size.
+        itemsize: Bytes of a weight in the compute dtype.
+        batch_tokens: Padded tokens of a forward pass.
+        scored_rows: Most positions of a batch whose logits are computed.
+    """
+    local = _Local.of(config, tp)
+    layers = batch_tokens * itemsize * max(_attention_widths(local, itemsize), _mlp_widths(local))
+    logits = _logit_bytes(config, tp, scored_rows, itemsize)
+    return Memory(
+        weights=itemsize * local_parameters(config, tp), activations=round(max(layers, logits))
+    )
+
+
+def _attention_widths(x: _Local, itemsize: int) -> float:
+    """Return the values for each token that live in an attention, at the most."""
+    held = 2 * x.h + x.g  # the layer's input, its norm, queries with keys and values
+    if x.copies:  # the queries of a group do not lie beside those of the next one
+        held += x.w
+    rotated = 0.0
+    if x.rotary:
+        # Turned queries are made in float32 (two products and their sum), keys come after them.
+        rotated = x.w + (x.g - x.w) / 2
+        held_turning = held + x.w + 3 * x.w * FLOAT32 / itemsize
+    else:
+        held_turning = held
+    return max(held_turning, held + rotated + x.copies + x.w + x.sums * x.h)
+
+
+def _mlp_widths(x: _Local) -> float:
+    """Return the values for each token that live in an MLP, at the most."""
+    # The layer's input, the attention's output, their sum, and the norm of that.
+    held = 4 * x.h
+    widths = {"gelu": 2, "gelu_tanh": 2, "squared_relu": 3, "swiglu": 4}
+    return held + max(widths[x.activation] * x.f, x.f + x.sums * x.h)
+
+
+def _logit_bytes(config: ModelConfig, tp: int, rows: int, itemsize: int) -> int:
+    """Return the bytes of one chunk of logits: as float32, and as computed where that differs."""
+    width = FLOAT32 + (itemsize if itemsize != FLOAT32 else 0)
+    return width * _logit_chunk(config, tp, rows)
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """One micro-batch of a rank, and how it is run.
+
+    Attributes:
+        rows: Sequences (choices count each).
+        length: Of the padded rows.
+        predicted: Positions whose logits over the vocabulary are computed; 0 for task heads.
+        hidden_dropout: Probability.
+        attention_dropout: Probability; above 0 every attention weight is kept.
+        half: Autocast to bfloat16 or float16; else float32.
+        recompute: Activation checkpointing.
+        accumulates: Gradients of an earlier micro-batch, or DDP's buckets, are there already.
+    """
+
+    rows: int
+    length: int
+    predicted: int = 0
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    half: bool = False
+    recompute: bool = False
+    accumulates: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Padded tokens."""
+        return self.rows * self.length
+
+
+def training_memory(config: ModelConfig, batch: TrainingBatch, *, tp: int) -> Memory:
+    """Return what a step of training needs: float32 weights, gradients and AdamW's moments.
+
+    The highest point is the start of the backward pass, when the activations of all layers are
+    there; or its end, where the gradients come only as the activations go.
+    """
+    count = local_parameters(config, tp)
+    x = _Local.of(config, tp)
+    saved = _saved(config, x, batch, tp)
+    ends = batch.tokens * (2 * FLOAT32 * x.h + 1)  # the final norm's input and output
+    # The logits and their exponentials, or those and their gradient.
+    logits = (2 * FLOAT32 + (2 if batch.half else 0)) * _logit_chunk(config, tp, batch.predicted)
+    largest = FLOAT32 * max(_local_size(p, config, tp) for p in parameters(config).values())
+    start = saved + ends + max(_passing(x, batch), logits)
+    gradients = FLOAT32 * count
+    activations = start if batch.accumulates else max(start - gradients, ends)
+    return Memory(
+        weights=FLOAT32 * count,
+        gradients=gradients,
+        moments=2 * FLOAT32 * count,
+        activations=round(max(activations, largest)),
+    )
+
+
+def _saved(config: ModelConfig, x: _Local, batch: TrainingBatch, tp: int) -> float:
+    """Return the bytes that all layers keep for the backward pass, autocast's copies included."""
+    layers = config.num_layers
+    matrices = (p for p in layer_parameters(config, 0) if len(p.shape) == 2)
+    copies = 2 * sum(_local_size(p, config, tp) for p in matrices) if batch.half else 0
+    kept = batch.tokens * _kept_widths(x, batch)
+    if not batch.recompute:
+        return layers * (kept + copies)
+    # A layer keeps its input only. In the backward pass one at a time has all the rest; autocast
+    # has the copies of all matrices at the end of the forward pass.
+    inputs = batch.tokens * FLOAT32 * x.h * layers
+    forward = batch.tokens * (2 if batch.half else FLOAT32) * _mlp_widths(x)
+    return inputs + max(kept + copies, forward + layers * copies)
+
+
+def _logit_chunk(config: ModelConfig, tp: int, rows: int) -> int:
+    columns = -(-config.vocab_size // tp)
+    return min(rows, max(1, LOGIT_CHUNK_ELEMENTS // columns)) * columns
+
+
+def _kept_widths(x: _Local, batch: TrainingBatch) -> float:
+    """Return the bytes for each token that a layer keeps for its backward pass."""
+    e = 2 if batch.half else FLOAT32
+    # Inputs of the two norms; their outputs, as the linear layers take them.
+    kept = 2 * FLOAT32 * x.h + 2 * e * x.h
+    kept += e * (x.g + x.w)  # queries, keys and values; the attention's output
+    if x.rotary:
+        kept += e * x.w + 2 * FLOAT32 * x.w
+    kept += e * x.copies
+    widths = {"gelu": 2, "gelu_tanh": 2, "squared_relu": 2, "swiglu": 4}
+    kept += e * widths[x.activation] * x.f
+    if batch.hidden_dropout > 0:
+        kept += 2 * x.h  # two masks, a byte a value
+    if batch.attention_dropout > 0:
+        # For each pair of positions: the softmax in float32, the mask, and what it left.
+        kept += x.a * batch.length * (FLOAT32 + 1 + e)
+    else:
+        kept += 2 * FLOAT32 * x.a
+    return kept
+
+
+def _passing(x: _Local, batch: TrainingBatch) -> float:
+    """Return the bytes of what lives for a moment beside all that is kept."""
+    e = 2 if batch.half else FLOAT32
+    gated = {"swiglu": 2, "squared_relu": 2}.get(x.activation, 1)
+    mlp = 4 * FLOAT32 * x.h if batch.hidden_dropout > 0 else 0.0  # the hash of a residual mask
+    mlp = max(mlp, e * gated * x.f + FLOAT32 * x.h)
+    attention = 0.0
+    if batch.attention_dropout > 0:
+        # Scores, the hash, and the masked weights; the MLP's activations are not there yet.
+        later = e * (2 * gated * x.f + x.h) + FLOAT32 * x.h
+        attention = x.a * batch.length * (FLOAT32 + 2 * (e + 1)) - later
+    return batch.tokens * max(mlp, attention)

@@ -1,0 +1,384 @@
+"""The ranks of a run: started here, or found under torchrun or Slurm.
+
+    mlm-eval CMD --tp 2                 torchrun ... mlm-eval CMD --tp 2
+      parent: launch()                    srun ... mlm-eval CMD --tp 2
+        rank 0: mlm-eval CMD --tp 2         rank 0, rank 1, ... on any number of nodes
+        rank 1: mlm-eval CMD --tp 2
+
+A rank finds out where it is (`detect_world`), prepares itself before torch is imported
+(`prepare_worker`), joins the others (`init_process_group`, `device_mesh`) and leaves
+(`shutdown`). What goes wrong in a rank goes through `reporting_errors` to the parent, which
+hands the first cause, once, to its caller. torch is imported inside functions: a command that
+needs no second rank, and `--help`, do not wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.ranks.world import LAUNCHED, SOURCE, World, check_world_size
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.elastic.multiprocessing import SubprocessContext
+
+PARENT = "MLM_EVAL_PARENT_PID"  # the process that must outlive such a rank
+ERROR_DIR = "MLM_EVAL_ERROR_DIR"  # where such a rank leaves the reason of its failure
+
+POLL_SECONDS = 0.05
+STOP_SECONDS = 3  # from SIGTERM to SIGKILL for the ranks that are left when one has failed
+RENDEZVOUS_TIMEOUT = timedelta(minutes=2)  # all ranks must have started
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # the slowest rank may still be reading its shard
+
+DONE_CODES = (0, 3)  # 3 is an answer (`verify` found a difference), not a failure
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True)
+class LaunchResult:
+    """How the ranks ended: the exit code of the command, and what to tell the user, if anything."""
+
+    exit_code: int
+    message: str | None = None
+
+
+# ---- a rank ------------------------------------------------------------------------------------
+
+
+def prepare_worker() -> None:
+    """Make this process a rank that ends with its job; call it before torch is imported.
+
+    The default signal actions end a rank inside a collective or any other C call, where a Python
+    handler would never get to run.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    faulthandler.disable()  # the parent says which rank died of what; stacks of all would bury it
+    if os.environ.get(LAUNCHED) == "1":
+        _die_with_parent(int(os.environ[PARENT]))
+    # torch reads this once, while it is imported.
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(_threads_per_rank(local_size)))
+
+
+def _die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when `parent` ends, however it ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it had ended before the line above
+        os._exit(1)
+
+
+def _threads_per_rank(local_size: int) -> int:
+    per_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if os.environ.get(SOURCE) == "slurm" and per_task.isdecimal():
+        return int(per_task)
+    return max(1, len(os.sched_getaffinity(0)) // local_size)  # honours taskset and cpusets
+
+
+@contextlib.contextmanager
+def reporting_errors(world: World | None) -> Iterator[None]:
+    """Hand an exception of the body to the parent and end this rank at once.
+
+    Exit code 2 for an InputError, 1 for anything else (with its traceback). Where no parent of ours
+    is listening (one process, torchrun, Slurm) the exception goes on to the caller, who prints it.
+    A rank must not leave its process group before it has reported: the others would see a lost
+    connection first, and theirs would be taken for the cause.
+    """
+    try:
+        yield
+    except Exception as error:
+        wrong_input = isinstance(error, InputError)
+        kind, text = ("input", str(error)) if wrong_input else ("fault", traceback.format_exc())
+        if world is None or not report_error(world.rank, kind, text):
+            raise
+        with contextlib.suppress(OSError):  # a closed pipe
+            sys.stdout.flush()
+            sys.stderr.flush()
+        # Not sys.exit: torch's exit handlers may wait for ranks that wait for this one.
+        os._exit(2 if wrong_input else 1)
+
+
+def report_error(rank: int, kind: str, message: str) -> bool:
+    """Leave why this rank fails where the parent looks; False where no parent of ours is looking.
+
+    Args:
+        rank: This rank.
+        kind: "input" (the user can mend it) or "fault" (ours).
+        message: One sentence, or a traceback.
+    """
+    assert kind in ("input", "fault"), kind
+    folder = os.environ.get(ERROR_DIR)
+    if not folder:
+        return False
+    # One clock for all processes of a machine: the parent can tell cause from consequence.
+    report = {"time": time.monotonic_ns(), "rank": rank, "kind": kind, "message": message}
+    unfinished = Path(folder, f"rank{rank}.part")
+    try:
+        unfinished.write_text(json.dumps(report), encoding="utf-8")
+        unfinished.rename(Path(folder, f"rank{rank}.json"))
+    except OSError:  # the disk is full, or the parent is gone
+        return False
+    return True
+
+
+# ---- the process group -------------------------------------------------------------------------
+
+
+def init_process_group(world: World, *, device: str) -> None:
+    """Join the other ranks, with gloo (`device` "cpu") or NCCL ("cuda").
+
+    Selects this rank's GPU. A rank that does not turn up is an error after two minutes; in a
+    collective the others wait for a slow rank for half an hour.
+    """
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    if world.on_one_machine and "lo" in (name for _, name in socket.if_nameindex()):
+        # By default gloo binds to what the host's name resolves to: in containers often nothing.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    device_id = None
+    if device == "cuda":
+        device_id = torch.device("cuda", _gpu(world, torch.cuda.device_count()))
+        torch.cuda.set_device(device_id)
+    # init_process_group would take its one timeout for both waits.
+    meeting = rendezvous("env://", world.rank, world.size, timeout=RENDEZVOUS_TIMEOUT)
+    try:
+        store, _, _ = next(meeting)
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        seconds = RENDEZVOUS_TIMEOUT.total_seconds()
+        raise InputError(
+            f"rank {world.rank} of {world.size} did not meet the others at {where} within "
+            f"{seconds:.0f} s; start all {world.size} ranks, with a MASTER_ADDR and MASTER_PORT "
+            "that each of them can reach"
+        ) from error
+    dist.init_process_group(
+        backend="nccl" if device == "cuda" else "gloo",
+        store=store,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=device_id,
+    )
+
+
+def device_mesh(tp: int, dp: int) -> DeviceMesh:
+    """Return the mesh ("dp", "tp") over all ranks: rank = dp_rank * tp + tp_rank.
+
+    The ranks of one tensor-parallel group are neighbours, hence on one node where tp divides its
+    ranks. Every rank must call it: creating the groups is a collective.
+    """
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    check_world_size(dist.get_world_size(), tp=tp, dp=dp)
+    device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return init_device_mesh(device_type, (dp, tp), mesh_dim_names=("dp", "tp"))
+
+
+def shutdown() -> None:
+    """Leave the process group, after all ranks have come to this call; without a group, nothing.
+
+    Only for a rank that has succeeded: a failing one would wait here for ranks that wait for it.
+    """
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()  # a rank that closes its connections early breaks another's last collective
+        dist.destroy_process_group()
+
+
+def _gpu(world: World, count: int) -> int:
+    """Return the index of this rank's GPU among the `count` that it can see."""
+    if count == 1 and world.source == "slurm":
+        return 0  # --gpus-per-task shows each task its own GPU only
+    if world.local_rank >= count:
+        raise InputError(
+            f"rank {world.rank} is number {world.local_rank} of {world.local_size} on its machine, "
+            f"but sees {count} GPU(s); start one rank per GPU, or use --device cpu"
+        )
+    return world.local_rank
+
+
+# ---- the parent --------------------------------------------------------------------------------
+
+
+def launch(
+    argv: Sequence[str], *, ranks: int, device: str, command: Sequence[str] | None = None
+) -> LaunchResult:
+    """Run this command line again as `ranks` processes on this machine and wait for them.
+
+    The ranks write straight to the terminal; nothing is printed here. When one fails, the others
+    are stopped within seconds, whatever they are doing. For the main thread only (signals).
+
+    Args:
+        argv: The arguments of the command line.
+        ranks: Processes to start.
+        device: "cpu" or "cuda" (one GPU for each).
+        command: What to run with `argv`; `python -m mlm_eval` by default.
+
+    Returns:
+        Exit code 0 or 3 as the ranks say, 2 for wrong input, 130 for Ctrl-C (128 + n for signal n),
+        else 1; with the earliest cause as the message.
+    """
+    assert ranks > 1 and device in ("cpu", "cuda"), (ranks, device)
+    # -P: a stray module in the current folder must not shadow one of ours or of the libraries.
+    command = [*(command or (sys.executable, "-P", "-m", "mlm_eval")), *argv]
+    try:
+        from torch.distributed import TCPStore
+
+        if device == "cuda":
+            _check_gpus(ranks)
+        # Port 0: the system picks a free one, and it is taken from that moment on.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        with (
+            tempfile.TemporaryDirectory(prefix="mlm-eval-") as error_dir,
+            _noting_signals() as noted,
+        ):
+            context = _start(command, ranks, port=store.port, error_dir=error_dir)
+            codes, stopped = _wait(context, until=noted)
+            if noted and any(code < 0 for code in codes.values()):
+                message = None if noted[0] == signal.SIGINT else f"stopped by {noted[0].name}"
+                return LaunchResult(128 + noted[0], message)
+            return _outcome(Path(error_dir), codes, stopped=stopped)
+    except KeyboardInterrupt:  # before any rank was started
+        return LaunchResult(128 + signal.SIGINT)
+
+
+def _check_gpus(ranks: int) -> None:
+    import torch
+
+    if ranks > torch.cuda.device_count():
+        raise InputError(
+            f"--tp x --dp is {ranks} ranks, one GPU each, but {torch.cuda.device_count()} GPU(s) "
+            "are visible; lower --tp or --dp, or use --device cpu"
+        )
+
+
+def _start(command: Sequence[str], ranks: int, *, port: int, error_dir: str) -> SubprocessContext:
+    """Start the ranks through torch elastic, each in its own session and process group."""
+    from torch.distributed.elastic.multiprocessing import (
+        DefaultLogsSpecs,
+        SubprocessContext,
+        start_processes,
+    )
+
+    # elastic's agent (torchrun's middle layer) would add to this: a rendezvous between nodes,
+    # look-ups of this host's name, and half a minute's patience with ranks that do not stop.
+    shared = {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the parent serves the store, rank 0 does not
+        LAUNCHED: "1",
+        PARENT: str(os.getpid()),
+        ERROR_DIR: error_dir,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads_per_rank(ranks))),
+        # C++ warnings about a lost connection come from every rank but the one that is the cause.
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
+    }
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    context = start_processes(
+        name="rank",
+        entrypoint=command[0],
+        args={rank: tuple(command[1:]) for rank in range(ranks)},
+        envs={
+            rank: {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)
+        },
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # no files: the terminal is inherited
+    )
+    assert isinstance(context, SubprocessContext)
+    return context
+
+
+def _wait(
+    context: SubprocessContext, *, until: Sequence[signal.Signals]
+) -> tuple[dict[int, int], set[int]]:
+    """Return the exit code of each rank, and the ranks that had to be stopped.
+
+    Ranks are stopped when one fails, and when a signal turns up in `until`.
+    """
+    workers = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
+    while True:
+        codes = {rank: worker.poll() for rank, worker in workers.items()}
+        running = {rank for rank, code in codes.items() if code is None}
+        if not running or until or any(codes[r] not in DONE_CODES for r in codes.keys() - running):
+            break
+        time.sleep(POLL_SECONDS)
+    begin = time.monotonic()
+    context.close(signal.SIGTERM, timeout=STOP_SECONDS)
+    ends = {rank: worker.returncode for rank, worker in workers.items()}
+    if time.monotonic() - begin < STOP_SECONDS:  # too early for SIGKILL: who died of it was dying
+        running = {rank for rank in running if ends[rank] == -signal.SIGTERM}
+    return ends, running
+
+
+def _outcome(error_dir: Path, codes: dict[int, int], *, stopped: set[int]) -> LaunchResult:
+    """Return what the ranks' reports and exit codes say, the cause before its consequences."""
+    reports = [json.loads(p.read_text(encoding="utf-8")) for p in error_dir.glob("rank*.json")]
+    reports.sort(key=lambda report: report["time"])
+    for report in reports:
+        if report["kind"] == "input":
+            return LaunchResult(2, report["message"])
+    faults = [f"rank {r['rank']} failed:\n{r['message']}" for r in reports]
+    for rank in sorted(codes.keys() - stopped):
+        code = codes[rank]
+        if code < 0:
+            hint = " (often: out of memory)" if -code == signal.SIGKILL else ""
+            told = f"rank {rank} was killed by {signal.Signals(-code).name}{hint}"
+            told += "; the other ranks were stopped"
+            # After a kill from outside the others only report that they lost this rank; after a
+            # crash the first of their reports may be the cause.
+            also = faults[:1] if -code != signal.SIGKILL else []
+            return LaunchResult(1, "\n".join([told, *also]))
+    if faults:
+        return LaunchResult(1, faults[0])
+    for rank in sorted(codes.keys() - stopped):
+        code = codes[rank]
+        if code == 2:
+            return LaunchResult(2)  # it has printed what is wrong with the options
+        if code not in DONE_CODES:
+            told = f"rank {rank} ended with exit code {code}; the other ranks were stopped"
+            return LaunchResult(1, told)
+    return LaunchResult(max(codes.values()))
+
+
+@contextlib.contextmanager
+def _noting_signals() -> Iterator[list[signal.Signals]]:
+    """Note the signals that ask the job to stop, in place of acting on them, for the body only.
+
+    An exception from a handler could hit between the start of a rank and the note of its number.
+    Signals that are ignored stay so: `nohup mlm-eval ...` must survive its terminal.
+    """
+    noted: list[signal.Signals] = []
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    before = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, lambda number, _: noted.append(signal.Signals(number)))
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""  # or it would install handlers that raise
+    try:
+        yield noted
+    finally:
+        del os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"]
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -1,0 +1,216 @@
+"""Result: one evaluation's figures with everything that is needed to repeat them, as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlm_eval.checkpoints.errors import InputError
+
+if TYPE_CHECKING:
+    from mlm_eval.checkpoints.checkpoint import Checkpoint
+    from mlm_eval.checkpoints.tokenizer import Tokenizer
+    from mlm_eval.engine.batching import Request
+    from mlm_eval.engine.engine import Engine
+    from mlm_eval.engine.resume import PartialScores
+
+LIBRARIES = ("torch", "tokenizers", "transformers", "safetensors", "datasets", "numpy")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result record; the names of its fields and of their entries are a public contract.
+
+    `metrics` may hold infinities and NaN: a model can be that bad. JSON has no such numbers, so
+    they are written as null with a `NAME_note` beside them.
+    """
+
+    task: str
+    protocol: str
+    metrics: dict[str, Any]
+    counts: dict[str, Any]
+    settings: dict[str, Any]
+    checkpoint: dict[str, Any]
+    timing: dict[str, Any]
+    versions: dict[str, str]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader of the figures must know: about the data first, then about the run."""
+        data = self.settings.get("data") or {}
+        return [*data.get("warnings", ()), *self.settings.get("warnings", ())]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain JSON values."""
+        values: dict[str, Any] = _finite(dataclasses.asdict(self))
+        return values
+
+    def to_json(self) -> str:
+        """Return the record as one JSON object, indented, with a newline at its end."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def write(self, path: str | Path) -> Path:
+        """Write the record and return its path: the whole of it, or nothing.
+
+        Raises:
+            InputError: The file cannot be written.
+        """
+        return write_text(path, self.to_json())
+
+
+def write_json(path: str | Path, record: dict[str, Any]) -> Path:
+    """Write a record as JSON, infinities and NaN as null; see `write_text`."""
+    content = json.dumps(_finite(record), indent=2, ensure_ascii=False, allow_nan=False)
+    return write_text(path, content + "\n")
+
+
+def write_text(path: str | Path, content: str) -> Path:
+    """Write a file and return its path: the whole of it, or nothing.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    target = Path(path)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(content, encoding="utf-8")
+        os.replace(beside, target)
+    except OSError as error:
+        raise InputError(
+            f"{target} cannot be written ({error.strerror}); name another file with --output"
+        ) from error
+    finally:
+        with suppress(OSError):  # gone already, unless something above failed
+            beside.unlink()
+    return target
+
+
+def check_writable(path: str | Path) -> None:
+    """Refuse a place for a file before the work, not after it.
+
+    Raises:
+        InputError: `write_text` could not write there.
+    """
+    target = Path(path)
+    place = target.absolute().parent
+    while not place.exists():  # missing folders will be made
+        place = place.parent
+    reason = None
+    if target.is_dir():
+        reason = "it is a folder"
+    elif not place.is_dir():
+        reason = f"{place} is no folder"
+    elif not os.access(place, os.W_OK):
+        reason = f"no permission to write in {place}"
+    if reason is not None:
+        raise InputError(f"{target} cannot be written: {reason}; name another file with --output")
+
+
+def exponential(exponent: float) -> float:
+    """Return e to the `exponent`; infinity where that overflows a float64 (above 709.78)."""
+    try:
+        return math.exp(exponent)
+    except OverflowError:
+        return math.inf
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computed a result, without importing any of it."""
+    from mlm_eval import __version__
+
+    found = {"mlm_eval": __version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def checkpoint_record(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what a record says about the model that was evaluated."""
+    provenance = checkpoint.provenance
+    return {
+        "path": str(provenance.path),
+        "digest": provenance.digest,
+        "format": provenance.format,
+        "num_parameters": checkpoint.num_parameters,
+        "checkpoint_version": provenance.checkpoint_version,
+        "tensor_parallel": provenance.tensor_parallel,
+        "pipeline_parallel": provenance.pipeline_parallel,
+        "iteration": provenance.iteration,
+        "config": checkpoint.config.to_dict(),
+        "config_sources": dict(provenance.config_sources),
+        "warnings": list(provenance.warnings),
+    }
+
+
+def engine_settings(engine: Engine, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the settings that every task that scores text records."""
+    return {**engine.describe(), "tokenizer": tokenizer.record()}
+
+
+def timing_record(
+    engine: Engine,
+    requests: Sequence[Request],
+    seconds: float,
+    partial: PartialScores | None = None,
+) -> dict[str, Any]:
+    """Return speed figures of one scoring run; tokens are those that went through the model.
+
+    `model_tflops` is the rate of the floating-point operations that were carried out, all ranks
+    together, in units of 1e12 a second. What a resumed run took over from an earlier one is no work
+    of its `seconds` and does not count.
+    """
+    earlier = partial.finished() if partial is not None else {}
+    fresh = [request for index, request in enumerate(requests) if index not in earlier]
+    tokens = sum(request.length for request in fresh)
+    return {
+        "load_seconds": engine.load_seconds,
+        "eval_seconds": seconds,
+        "tokens_per_second": tokens / seconds if seconds else None,
+        "model_tflops": engine.flops(fresh) / seconds / 1e12 if seconds else None,
+    }
+
+
+def loss_warnings(nll_sum: float) -> list[str]:
+    """Return a sentence if a sum of losses is no number to report, else nothing."""
+    if math.isfinite(nll_sum):
+        return []
+    return [
+        f"the model's summed loss is {nll_sum}: its weights or the arithmetic of its dtype are "
+        f"broken; try --dtype float32 and check the checkpoint with `mlm-eval inspect`"
+    ]
+
+
+def _finite(value: Any) -> Any:
+    """Return `value` without infinities and NaN: null, and in a dict a note beside it."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        finite: dict[str, Any] = {}
+        for name, entry in value.items():
+            finite[name] = _finite(entry)
+            if isinstance(entry, float) and not math.isfinite(entry):
+                finite[f"{name}_note"] = _why_not_finite(entry)
+        return finite
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return value
+
+
+def _why_not_finite(value: float) -> str:
+    if math.isnan(value):
+        return "not a number: the model gave NaN, or the figure needs more than one example"
+    sign = "minus infinity" if value < 0 else "infinity"
+    return f"{sign}: beyond the range of a float64"

@@ -1,0 +1,398 @@
+"""The training loop: fine-tuning and language modelling of the engine's own tensor-parallel model.
+
+A step takes a global batch, whose samples follow from the seed alone; each data-parallel rank runs
+its micro-batches, the gradients meet, are clipped by their true norm, and AdamW moves float32
+weights. No number depends on the layout, on the micro-batches or on padding, beyond the rounding of
+sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlm_eval.checkpoints.checkpoint import TRACKER, Checkpoint, Provenance, open_checkpoint
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.megatron.args import choose_names
+from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
+from mlm_eval.checkpoints.parameters import num_parameters
+from mlm_eval.engine.engine import Engine
+from mlm_eval.training.data import Plan, Sample, check_data, fingerprint, set_epoch
+from mlm_eval.training.log import TrainingLog, read_metrics
+from mlm_eval.training.objectives import Objective
+from mlm_eval.training.optimization import Schedule
+from mlm_eval.training.settings import (
+    Counters,
+    TrainingProgress,
+    TrainReport,
+    TrainSettings,
+    megatron_args,
+)
+from mlm_eval.training.state import (
+    PROGRESS,
+    WEIGHTS,
+    StateFolder,
+    collect,
+    fill,
+    on_main,
+    read_json,
+    read_state,
+    restore_moments,
+)
+from mlm_eval.training.step import Stepper, StepResult
+
+CHECKPOINT, BEST_CHECKPOINT, STATE = "checkpoint", "checkpoint-best", "state"
+
+
+def train(
+    engine: Engine,
+    data: Sequence[Sample],
+    objective: Objective,
+    settings: TrainSettings,
+    *,
+    output_dir: str | Path,
+    evaluate: Callable[[], dict[str, Any]] | None = None,
+    resume: bool = False,
+    on_progress: Callable[[TrainingProgress], None] | None = None,
+    args: Mapping[str, Any] | None = None,
+    tokenizer_files: Sequence[Path] = (),
+) -> TrainReport:
+    """Train the engine's model and return what happened, on every rank the same; all ranks call it.
+
+    Afterwards `engine.model` holds the last weights, and `output_dir` the logs, `checkpoint` and,
+    where evaluations have a `score`, `checkpoint-best`.
+
+    Args:
+        engine: Loaded in float32, with the head of the objective (`initial_models.with_head`).
+        data: The samples, numbered from 0; `set_epoch(epoch)` is called where it exists.
+        objective: The loss.
+        settings: How to train.
+        output_dir: Where everything goes; on several machines a folder that all of them share.
+        evaluate: Called on every rank with the current weights in `engine.model`, without gradients
+            and outside autocast. It returns JSON values, the same on every rank; `score`, where
+            there is one, is better when higher.
+        resume: Go on from the last state in `output_dir`; without one, start.
+        on_progress: Called on rank 0 after each step.
+        args: More of Megatron's args for the files that are written.
+        tokenizer_files: Copied into the folder `tokenizer` of each checkpoint.
+
+    Raises:
+        InputError: The folder holds another run, the data or settings do not fit the model or the
+            run to go on with, the loss is not finite, or the disk is full.
+    """
+    run = _Run(engine, data, objective, settings, Path(output_dir), evaluate, on_progress)
+    run.args = dict(args or {})
+    run.tokenizer_files = list(tokenizer_files)
+    finished = run.prepare(resume=resume)
+    if finished is not None:
+        return finished
+    return run.run()
+
+
+class _Run:
+    """One call of `train`."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        data: Sequence[Sample],
+        objective: Objective,
+        settings: TrainSettings,
+        output: Path,
+        evaluate: Callable[[], dict[str, Any]] | None,
+        on_progress: Callable[[TrainingProgress], None] | None,
+    ) -> None:
+        assert engine.dtype == torch.float32, "float32 master weights"
+        self.engine, self.mesh, self.config = engine, engine.mesh, engine.config
+        self.data, self.objective, self.settings = data, objective, settings
+        self.output, self.evaluate = output, evaluate
+        self.on_progress = on_progress if engine.is_main else None
+        self.args: dict[str, Any] = {}
+        self.tokenizer_files: list[Path] = []
+        self.counters = Counters()
+        self.state = StateFolder(output / STATE)
+        check_data(
+            data,
+            positions=self.config.max_position_embeddings,
+            vocab_size=self.config.vocab_size,
+            tokentypes=self.config.num_tokentypes,
+        )
+        choose_names(self.config, None)  # can be written at the end?
+        self.plan = Plan.make(
+            len(data),
+            global_batch=settings.global_batch,
+            epochs=settings.epochs,
+            max_steps=settings.max_steps,
+            keep_last=settings.keep_last,
+            seed=settings.seed,
+        )
+        self.schedule = Schedule(
+            settings.lr, settings.min_lr, self.plan.total_steps, settings.warmup, settings.lr_decay
+        )
+        self.saved_at = time.monotonic()
+
+    # ---- start -----------------------------------------------------------------------------------
+
+    def prepare(self, *, resume: bool) -> TrainReport | None:
+        """Load the state to go on with, wrap the model; return the report of a run that is over."""
+        self.identity: dict[str, Any] = {
+            "settings": self.settings.deciding(),
+            "objective": self.objective.head,
+            "data": fingerprint(self.data),
+            "samples": len(self.data),
+            "model": self.config.to_dict(),
+        }
+        folder, progress = on_main(lambda: self._find(resume))
+        if progress is not None:
+            self.counters = Counters(**progress["counters"])
+            if folder is None:  # the run is over
+                source = open_checkpoint(self.output / CHECKPOINT).tensors
+                fill(self.engine.model.named_parameters(), source, self.config, self.mesh)
+                return self._report()
+            source = read_state(folder, self.config, WEIGHTS)
+            fill(self.engine.model.named_parameters(), source, self.config, self.mesh)
+        self.stepper = Stepper(
+            self.engine, self.data, self.objective, self.settings, self.schedule, self.counters
+        )
+        if folder is not None:
+            restore_moments(
+                folder,
+                self.stepper.replicas,
+                self.stepper.optimizer,
+                self.mesh,
+                updates=self.counters.updates,
+            )
+        self.log = None
+        if self.engine.is_main:
+            self.log = TrainingLog(self.output, start=self.counters.step)
+        return None
+
+    def _find(self, resume: bool) -> tuple[Path | None, dict[str, Any] | None]:
+        """Return the state to go on with and what it says; rank 0."""
+        latest, finished = self.state.latest(), self.state.finished()
+        if not resume:
+            if latest or finished or (self.output / CHECKPOINT).exists():
+                raise InputError(
+                    f"{self.output} holds a run already; go on with --resume, or choose another "
+                    "output folder"
+                )
+            return None, None
+        self._tidy()
+        if finished is None and latest is None:
+            return None, None
+        progress = finished or read_json(latest / PROGRESS)  # type: ignore[operator]
+        self._check_same(progress["identity"])
+        return (None if finished else latest), progress
+
+    def _tidy(self) -> None:
+        """Remove what a killed run had begun to write; rank 0."""
+        for name in (CHECKPOINT, BEST_CHECKPOINT):
+            for part in ("partial", "old"):
+                for leftover in self.output.glob(f".{name}.{part}-*"):
+                    shutil.rmtree(leftover)
+        self.state.tidy()
+
+    def _check_same(self, before: Mapping[str, Any]) -> None:
+        now = self.identity
+        for part, what in (("settings", "setting"), ("model", "model setting")):
+            for name, value in now[part].items():
+                # What JSON makes of a value is what it was saved as.
+                if name in before[part] and before[part][name] != _as_json(value):
+                    raise InputError(
+                        f"{self.output} holds a run with the {what} {name}={before[part][name]}, "
+                        f"now it is {value}; go on with the same, or choose another output folder"
+                    )
+        for name in ("objective", "samples", "data"):
+            if before[name] != now[name]:
+                raise InputError(
+                    f"{self.output} holds a run on other data ({before['samples']} samples for "
+                    f"{before['objective']}, now {now['samples']} for {now['objective']}); go on "
+                    "with the same data and tokenizer, or choose another output folder"
+                )
+
+    # ---- steps -----------------------------------------------------------------------------------
+
+    def run(self) -> TrainReport:
+        """Train to the end, write the checkpoint, and return the report."""
+        counters, epoch_known = self.counters, -1
+        if self.mesh.dp > 1 and counters.step < self.plan.total_steps:
+            set_epoch(self.data, self.plan.epoch_of(counters.step))
+            self.stepper.rehearse()
+        for step, epoch, numbers in self.plan.steps(counters.step):
+            if epoch != epoch_known:
+                set_epoch(self.data, epoch)
+                epoch_known = epoch
+            if step % self.plan.steps_per_epoch == 0:
+                counters.new_epoch()
+            save = self._step(step, epoch, numbers)
+            if self._evaluates_after(step):
+                self._evaluate(step, epoch)
+                save = True
+            if save or step + 1 == self.plan.total_steps:
+                self._save()
+        return self._finish()
+
+    def _evaluates_after(self, step: int) -> bool:
+        if self.evaluate is None:
+            return False
+        every = self.settings.evaluate_every
+        if every is None or step + 1 == self.plan.total_steps:
+            return self.plan.ends_epoch(step)
+        return (step + 1) % every == 0
+
+    def _step(self, step: int, epoch: int, numbers: list[int]) -> bool:
+        """Take one step; return whether it is time to save the state, on every rank the same."""
+        started = time.perf_counter()
+        counters = self.counters
+        late = time.monotonic() - self.saved_at > 60 * self.settings.save_minutes
+        done = self.stepper.take(step, numbers, updates=counters.updates, wish=late)
+        if done.broken:
+            raise InputError(
+                f"the loss ({done.loss}) or its gradient is not finite in step {step + 1}; lower "
+                "--lr, or train in another --dtype"
+            )
+        counters.step = step + 1
+        counters.updates += done.moved
+        counters.loss_scale = self.stepper.scale.value
+        counters.good_steps = self.stepper.scale.good_steps
+        counters.samples += len(numbers)
+        counters.epoch_samples += len(numbers)
+        counters.epoch_loss += done.loss * len(numbers)
+        counters.epoch_hits += done.hits
+        counters.epoch_predictions += done.predictions
+        counters.seconds += time.perf_counter() - started
+        self._tell(epoch, done)
+        return done.wish
+
+    def _tell(self, epoch: int, done: StepResult) -> None:
+        if self.log is None:
+            return
+        counters, plan = self.counters, self.plan
+        accuracy = counters.epoch_hits / max(counters.epoch_predictions, 1.0)
+        line = {"step": counters.step, "epoch": epoch + 1, "loss": done.loss, "lr": done.lr}
+        line |= {"accuracy": accuracy, "grad_norm": done.norm}
+        if self.stepper.scale.active:
+            line["loss_scale"] = self.stepper.scale.value
+        self.log.step(line)
+        if self.on_progress is None:
+            return
+        self.on_progress(
+            TrainingProgress(
+                step=counters.step,
+                total_steps=plan.total_steps,
+                epoch=epoch + 1,
+                epochs=plan.epochs,
+                loss=counters.epoch_loss / counters.epoch_samples,
+                accuracy=accuracy,
+                lr=done.lr,
+                samples_per_second=counters.samples / max(counters.seconds, 1e-9),
+                seconds_left=(plan.total_steps - counters.step) * counters.seconds / counters.step,
+            )
+        )
+
+    # ---- evaluation, saving, the end -------------------------------------------------------------
+
+    def _evaluate(self, step: int, epoch: int) -> None:
+        assert self.evaluate is not None
+        self.stepper.replicas.publish()
+        with torch.no_grad():
+            mine = self.evaluate()
+        result = on_main(lambda: mine)
+        self.stepper.replicas.release()
+        self.counters.evaluations.append({"step": step + 1, "epoch": epoch + 1, **result})
+        if self.log is not None:
+            self.log.evaluation({"step": step + 1, "epoch": epoch + 1, "evaluation": result})
+            self.log.plot()
+
+    def _save(self) -> None:
+        """Save the state and, where the last evaluation is the best one, its weights."""
+        counters = self.counters
+        best = counters.best
+        fresh = best is not None and best["step"] == counters.step
+
+        def before_switch(partial: Path) -> None:
+            if self.log is not None:
+                self.log.sync()
+            if fresh:
+                self._write(partial, self.output / BEST_CHECKPOINT)
+
+        self.state.save(
+            counters.step,
+            lambda kind: collect(self.stepper.replicas, self.stepper.optimizer, self.mesh, kind),
+            self._progress(),
+            needs=12 * num_parameters(self.config),
+            before_switch=before_switch,
+        )
+        self.saved_at = time.monotonic()
+
+    def _progress(self) -> dict[str, Any]:
+        return {"identity": self.identity, "counters": dataclasses.asdict(self.counters)}
+
+    def _write(self, state: Path, target: Path) -> None:
+        """Write the weights of a state in Megatron's torch format; rank 0, one tensor at a time."""
+        settings, source = self.settings, self.engine.checkpoint.provenance
+        config = dataclasses.replace(
+            self.config,
+            params_dtype="float32",
+            hidden_dropout=settings.hidden_dropout,
+            attention_dropout=settings.attention_dropout,
+        )
+        args = dict(source.args) | megatron_args(settings, self.plan, self.counters) | self.args
+        provenance = Provenance(state, "memory", args=args)
+        checkpoint = Checkpoint(config, read_state(state, config, WEIGHTS), provenance).check()
+        write_megatron_torch(
+            checkpoint,
+            target,
+            # Rows added to even out the vocabulary would take part in the softmax.
+            tp=self.mesh.tp if config.vocab_size % self.mesh.tp == 0 else 1,
+            iteration=self.counters.step,
+            overwrite=True,
+        )
+        for file in self.tokenizer_files:
+            (target / "tokenizer").mkdir(exist_ok=True)
+            shutil.copyfile(file, target / "tokenizer" / file.name)
+
+    def _finish(self) -> TrainReport:
+        def finish() -> None:
+            latest, target = self.state.latest(), self.output / CHECKPOINT
+            assert latest is not None and self.log is not None
+            tracker = target / TRACKER
+            done = str(self.counters.step)
+            if not tracker.is_file() or tracker.read_text() != done:
+                self._write(latest, target)
+            self.log.close()
+            self.state.finish(self._progress())
+
+        on_main(finish)
+        self.stepper.replicas.publish()
+        self.engine.model.requires_grad_(False)
+        return self._report()
+
+    def _report(self) -> TrainReport:
+        counters = self.counters
+        lines, seconds = on_main(lambda: (read_metrics(self.output), counters.seconds))
+        best = counters.best
+        return TrainReport(
+            steps=counters.step,
+            epochs=self.plan.epochs,
+            samples=counters.samples,
+            losses=[line["loss"] for line in lines if "loss" in line],
+            evaluations=counters.evaluations,
+            best=best,
+            seconds=seconds,
+            samples_per_second=counters.samples / max(seconds, 1e-9),
+            checkpoint=self.output / CHECKPOINT,
+            best_checkpoint=None if best is None else self.output / BEST_CHECKPOINT,
+        )
+
+
+def _as_json(value: Any) -> Any:
+    """Return what is left of a value after a round through JSON."""
+    return json.loads(json.dumps(value))

@@ -1,0 +1,181 @@
+"""What a model is trained for: from a batch to the loss of each sample and the correct predictions.
+
+A step's gradient is that of the mean loss over the samples of the global batch. Where samples count
+unequally (language models: by predicted tokens) their losses are sums over tokens, divided by the
+mean number of tokens of a sample in the global batch, so that no result depends on how a batch was
+split.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.model.bert import BERT
+from mlm_eval.model.dropout import Dropout
+from mlm_eval.model.gpt import GPT
+from mlm_eval.training.data import NO_LABEL, Batch, Sample
+
+
+class Objective(ABC):
+    """A loss, and what counts as correct.
+
+    Attributes:
+        head: The head that it trains: `multichoice_head`, `classification_head`, `qa_head`, `mlm`
+            or `lm`.
+    """
+
+    head: str
+
+    def weight(self, sample: Sample) -> float:
+        """Return how much a sample counts in the mean loss: here 1."""
+        return 1.0
+
+    def unused(self, config: ModelConfig) -> tuple[str, ...]:
+        """Return how the names of the parameters begin that the loss does not reach."""
+        return ()
+
+    @abstractmethod
+    def loss_and_hits(
+        self, model: Any, batch: Batch, dropout: Dropout | None
+    ) -> tuple[Tensor, Tensor, int]:
+        """Return each sample's loss, each sample's correct predictions, and how many were made.
+
+        Args:
+            model: The `BERT` or `GPT` under training.
+            batch: The samples.
+            dropout: The masks of this forward pass; None: drop nothing.
+
+        Returns:
+            Losses `[samples]` float32, differentiable; hits `[samples]`; predictions in the batch.
+        """
+
+
+def _states(model: BERT, batch: Batch, dropout: Dropout | None) -> Tensor:
+    return model(batch.tokens, batch.padding_mask, batch.tokentypes, dropout)  # type: ignore[no-any-return]
+
+
+class Classification(Objective):
+    """Cross entropy over the classes of a sentence or of a pair of them (facts G.4)."""
+
+    head = "classification_head"
+
+    def loss_and_hits(
+        self, model: BERT, batch: Batch, dropout: Dropout | None
+    ) -> tuple[Tensor, Tensor, int]:
+        """See `Objective.loss_and_hits`."""
+        states = _states(model, batch, dropout)
+        return _choose(model.head_logits(states, dropout)[self.head], batch)
+
+
+class MultipleChoice(Objective):
+    """Cross entropy over the choices of a question, one score for each row (facts G.2)."""
+
+    head = "multichoice_head"
+
+    def loss_and_hits(
+        self, model: BERT, batch: Batch, dropout: Dropout | None
+    ) -> tuple[Tensor, Tensor, int]:
+        """See `Objective.loss_and_hits`."""
+        states = _states(model, batch, dropout)
+        scores = model.head_logits(states, dropout)[self.head]  # [samples * rows, 1]
+        return _choose(scores.view(batch.samples, batch.rows), batch)
+
+
+def _choose(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor, int]:
+    losses = F.cross_entropy(logits.float(), batch.labels, reduction="none")
+    return losses, logits.argmax(dim=-1) == batch.labels, batch.samples
+
+
+class SpanExtraction(Objective):
+    """Mean of the cross entropies of an answer's start and end over the positions of its row.
+
+    A prediction is correct where the most likely start and the most likely end both are.
+    """
+
+    head = "qa_head"
+
+    def loss_and_hits(
+        self, model: BERT, batch: Batch, dropout: Dropout | None
+    ) -> tuple[Tensor, Tensor, int]:
+        """See `Objective.loss_and_hits`."""
+        logits = model.qa_logits(_states(model, batch, dropout))  # [B, T, 2]
+        logits = logits.masked_fill(batch.padding_mask.unsqueeze(-1) == 0, float("-inf"))
+        # Positions are the classes: cross_entropy wants them in dim 1.
+        losses = F.cross_entropy(logits, batch.labels, reduction="none").mean(dim=1)
+        hits = (logits.argmax(dim=1) == batch.labels).all(dim=1)
+        return losses, hits, batch.samples
+
+
+class MaskedLM(Objective):
+    """BERT's pre-training: hidden tokens and, where the model has the head, the segments' order.
+
+    A sample's labels are the hidden tokens, but for position 0: [CLS] is never hidden, and its
+    label is 1 where the two segments were exchanged, else 0. The loss is the mean over the hidden
+    tokens of the global batch plus the mean over its samples, as in Megatron's pretrain_bert.py
+    (which takes the first of them within each micro-batch).
+    """
+
+    head = "mlm"
+
+    def weight(self, sample: Sample) -> float:
+        """Return the number of hidden tokens."""
+        assert isinstance(sample.label, Tensor)
+        return float((sample.label[1:] != NO_LABEL).sum())
+
+    def unused(self, config: ModelConfig) -> tuple[str, ...]:
+        """Return the pooler where no binary head reads it."""
+        return () if config.binary_head else ("pooler.",)
+
+    def loss_and_hits(
+        self, model: BERT, batch: Batch, dropout: Dropout | None
+    ) -> tuple[Tensor, Tensor, int]:
+        """See `Objective.loss_and_hits`; hits are hidden tokens that were found."""
+        losses, hits, count, order = self.parts(model, batch, dropout)
+        if order is not None:
+            losses = losses + F.cross_entropy(order, batch.labels[:, 0], reduction="none")
+        return losses, hits, count
+
+    def parts(
+        self, model: BERT, batch: Batch, dropout: Dropout | None
+    ) -> tuple[Tensor, Tensor, int, Tensor | None]:
+        """Return losses, hits, count of hidden tokens, and logits `[samples, 2]` of the order."""
+        states = _states(model, batch, dropout)
+        hidden = batch.labels.clone()
+        hidden[:, 0] = NO_LABEL
+        order = model.head_logits(states)["binary_head"] if model.config.binary_head else None
+        return (*_token_losses(model, states, hidden, batch), order)
+
+
+class CausalLM(Objective):
+    """Each token given those before it."""
+
+    head = "lm"
+
+    def weight(self, sample: Sample) -> float:
+        """Return the number of predicted tokens."""
+        assert isinstance(sample.label, Tensor)
+        return float((sample.label != NO_LABEL).sum())
+
+    def loss_and_hits(
+        self, model: GPT, batch: Batch, dropout: Dropout | None
+    ) -> tuple[Tensor, Tensor, int]:
+        """See `Objective.loss_and_hits`."""
+        return _token_losses(model, model(batch.tokens, 0, dropout), batch.labels, batch)
+
+
+def _token_losses(
+    model: BERT | GPT, states: Tensor, labels: Tensor, batch: Batch
+) -> tuple[Tensor, Tensor, int]:
+    """Return the samples' sums over labelled tokens; losses divided by their mean number."""
+    wanted = labels != NO_LABEL
+    losses, greedy = model.losses(states[wanted], labels[wanted])
+    # Back to [samples, width] and summed by rows: an index_add would sum in any order on a GPU.
+    zeros = losses.new_zeros(labels.shape)
+    sums = zeros.masked_scatter(wanted, losses).sum(dim=1) / batch.mean_weight
+    hits = zeros.masked_scatter(wanted, greedy.float()).sum(dim=1)
+    return sums, hits, losses.numel()

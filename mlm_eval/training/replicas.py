@@ -1,0 +1,192 @@
+"""Copies of the model over data-parallel ranks: DDP or FSDP2 around the model and its loss.
+
+The loss is computed inside the wrapped module, because both wrappers act when a module is called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.parameters import allowed_tp, parameters
+from mlm_eval.model.bert import BERT
+from mlm_eval.model.dropout import Dropout
+from mlm_eval.model.gpt import GPT
+from mlm_eval.training.data import Batch
+from mlm_eval.training.objectives import Objective
+from mlm_eval.training.optimization import Trained
+
+if TYPE_CHECKING:
+    from mlm_eval.engine.engine import Mesh
+
+DP_MODES = ("ddp", "fsdp2")
+
+
+class LossModule(nn.Module):
+    """A model with its objective: a batch in, sums over its samples out."""
+
+    def __init__(self, model: BERT | GPT, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+
+    def forward(
+        self, batch: Batch, dropout: Dropout | None, factor: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return `factor` times the loss summed, and float64 (summed loss, hits, predictions)."""
+        losses, hits, count = self.objective.loss_and_hits(self.model, batch, dropout)
+        assert losses.shape == hits.shape == (batch.samples,), "one loss and one number a sample"
+        total = losses.sum()
+        sums = torch.stack([total.detach().double(), hits.sum().double()])
+        return total * factor, torch.cat([sums, sums.new_full((1,), float(count))])
+
+
+class Replicas:
+    """The model under training on this rank, and how its gradients meet those of the other ranks.
+
+    Attributes:
+        home: The model that was given: the one to evaluate.
+        worker: The model under training; another one than `home` under FSDP2 only.
+        module: To be called with (batch, dropout, factor); see `LossModule`.
+        trained: The parameters that the optimizer moves.
+        frozen: Names of parameters that the loss does not reach.
+        sharded: Whether parameters and gradients are cut over the data-parallel ranks (FSDP2).
+    """
+
+    def __init__(
+        self, model: BERT | GPT, objective: Objective, mesh: Mesh, *, mode: str, recompute: bool
+    ) -> None:
+        assert mode in DP_MODES, mode
+        check_trainable(model, mesh.tp)
+        self.home = model
+        self.sharded = mode == "fsdp2" and mesh.dp > 1
+        table = parameters(model.config)
+        unused = objective.unused(model.config)
+        model.requires_grad_(True)
+        for name, parameter in model.named_parameters():
+            # A rank may own no row of a small vocabulary: nothing to train there.
+            if name.startswith(unused) or parameter.numel() == 0:
+                parameter.requires_grad_(False)
+        self.frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        worker = _sharded_twin(model, mesh) if self.sharded else model
+        block: Any = worker.get_submodule(model.config.block)
+        block.recompute = recompute
+        self.trained = [
+            Trained(name, parameter, over_tp=mesh.tp > 1 and table[name].rule.dim is not None)
+            for name, parameter in worker.named_parameters()
+            if parameter.requires_grad
+        ]
+        self.worker = worker
+        self.module = self._wrap(LossModule(worker, objective), mesh)
+
+    def _wrap(self, module: LossModule, mesh: Mesh) -> nn.Module:
+        if self.sharded:
+            from torch.distributed.fsdp import fully_shard
+
+            fully_shard(module, mesh=_dp_mesh(mesh))
+            # The root took over what no layer holds: new Parameter objects.
+            found = dict(self.worker.named_parameters())
+            self.trained = [
+                Trained(item.name, found[item.name], item.over_tp) for item in self.trained
+            ]
+            _release(self.home)
+            return module
+        if mesh.dp > 1:
+            from torch.nn.parallel import DistributedDataParallel
+
+            return DistributedDataParallel(
+                module, process_group=mesh.dp_group, gradient_as_bucket_view=True
+            )
+        return module
+
+    @contextlib.contextmanager
+    def accumulating(self, *, last: bool) -> Iterator[None]:
+        """Sum gradients over ranks in the backward pass of a step's last micro-batch only."""
+        module: Any = self.module
+        if self.sharded:
+            module.set_requires_gradient_sync(last)
+            yield
+        elif last or not hasattr(module, "no_sync"):
+            yield
+        else:
+            with module.no_sync():
+                yield
+
+    def publish(self) -> None:
+        """Bring the current weights into the model that was given, for evaluation.
+
+        Under FSDP2 that model is empty while training goes on; collectives: one all-gather over dp
+        for each parameter. Otherwise it is the one under training, and there is nothing to do.
+        """
+        if not self.sharded:
+            return
+        for name, parameter in self.worker.named_parameters():
+            sharded: Any = parameter.detach()
+            self.home.get_parameter(name).data = sharded.full_tensor()
+
+    def release(self) -> None:
+        """Free what `publish` has filled."""
+        if self.sharded:
+            _release(self.home)
+
+
+def check_trainable(model: BERT | GPT, tp: int) -> None:
+    """Refuse a layout in which ranks hold copies of a key/value head: their gradients would part.
+
+    Raises:
+        InputError: `tp` does not divide the number of query groups.
+    """
+    groups = model.config.num_query_groups
+    if groups % tp:
+        allowed = [n for n in allowed_tp(model.config) if groups % n == 0]
+        raise InputError(
+            f"cannot train this model over tp={tp}: it has {groups} query groups, and in training "
+            f"tp must divide them; it allows tp in {', '.join(map(str, allowed))}"
+        )
+
+
+def _dp_mesh(mesh: Mesh) -> Any:
+    """Return the data-parallel dim of the mesh, made of the groups that exist."""
+    return device_mesh(mesh)["dp"]
+
+
+@functools.lru_cache(maxsize=1)
+def device_mesh(mesh: Mesh) -> Any:
+    """Return torch's view of the layout, a DeviceMesh ("dp", "tp") over the groups that exist."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    ranks = torch.arange(mesh.dp * mesh.tp).view(mesh.dp, mesh.tp)
+    assert mesh.dp_group is not None and mesh.tp_group is not None
+    return DeviceMesh.from_group(
+        [mesh.dp_group, mesh.tp_group], kind, mesh=ranks, mesh_dim_names=("dp", "tp")
+    )
+
+
+def _sharded_twin(model: BERT | GPT, mesh: Mesh) -> BERT | GPT:
+    """Return a second model on the same weights, each layer cut over the data-parallel ranks."""
+    from torch.distributed.fsdp import fully_shard
+
+    with torch.device("meta"):
+        twin = type(model)(model.config, model.tp)
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        shared = nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
+        setattr(twin.get_submodule(owner), leaf, shared)
+    block: Any = twin.get_submodule(model.config.block)
+    for layer in block.layers:
+        fully_shard(layer, mesh=_dp_mesh(mesh))
+    return twin
+
+
+def _release(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.new_empty(0)

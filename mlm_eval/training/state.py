@@ -1,0 +1,355 @@
+"""The state of a training run on disk, from which it goes on at any layout.
+
+    OUTPUT/state/step-00000120/
+        weights/  exp_avg/  exp_avg_sq/   written by torch.distributed.checkpoint
+        progress.json                     step, settings, scores: everything that is no tensor
+    OUTPUT/state/finished.json            a run that is over; its weights are in OUTPUT/checkpoint
+
+A state is written into a folder of another name, which is renamed when all of it is on the disk: a
+process killed at any moment leaves the last whole state, and at most a folder that the next start
+removes. Tensors are saved as those of the whole model. torch.distributed.checkpoint takes tensors
+of one name on several ranks for copies unless they are DTensors, and a DTensor assumes
+torch.chunk's
+sizes: a vocabulary is cut into those (`parameters.vocab_range`), and a gated fc1 is viewed as `[2,
+    ffn,
+hidden]`, cut along dim 1.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.distcp import check_coverage, open_folder
+from mlm_eval.checkpoints.lazy import Computed, LazyTensor
+from mlm_eval.checkpoints.parameters import Parameter, parameters, shard_index
+from mlm_eval.training.replicas import Replicas, device_mesh
+
+if TYPE_CHECKING:
+    from mlm_eval.engine.engine import Mesh
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+WEIGHTS = "weights"
+PROGRESS = "progress.json"
+FINISHED = "finished.json"
+_STEP = re.compile(r"step-(\d{8,})")
+
+Result = TypeVar("Result")
+
+
+def on_main(function: Callable[[], Result]) -> Result:
+    """Return on every rank what `function` returns on rank 0; its InputError is raised on all.
+
+    Collectives: one broadcast over all ranks.
+    """
+    outcome: list[Any] = [None, None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except InputError as error:  # every rank must leave, not only this one
+            outcome[1] = error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+                raise
+            outcome[1] = InputError(
+                f"the output folder cannot be written ({error}); make room or choose another"
+            )
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]  # type: ignore[no-any-return]
+
+
+class StateFolder:
+    """The states of one run; every rank has one, and all ranks must see the same disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def latest(self) -> Path | None:
+        """Return the newest whole state, None where there is none."""
+        if not self.folder.is_dir():
+            return None
+        steps = {
+            int(match[1]): entry
+            for entry in self.folder.iterdir()
+            if (match := _STEP.fullmatch(entry.name))
+        }
+        return steps[max(steps)] if steps else None
+
+    def finished(self) -> dict[str, Any] | None:
+        """Return what a run that is over has left, None where there is no such run."""
+        path = self.folder / FINISHED
+        return read_json(path) if path.is_file() else None
+
+    def save(
+        self,
+        step: int,
+        tensors: Callable[[str], Mapping[str, Tensor]],
+        progress: Mapping[str, Any],
+        *,
+        needs: int,
+        before_switch: Callable[[Path], None] | None = None,
+    ) -> Path:
+        """Write a state, make it the latest, and remove those before it.
+
+        Collectives: those of torch.distributed.checkpoint and of `tensors`, and broadcasts.
+
+        Args:
+            step: Steps done.
+            tensors: Gives the tensors of one kind, `WEIGHTS` or a moment: see `collect`.
+            progress: JSON values that go beside the tensors.
+            needs: Bytes about to be written.
+            before_switch: Called on rank 0 with the folder when the tensors are in it; a kill
+                before its end leaves the state before this one the latest.
+        """
+        from torch.distributed import checkpoint as dcp
+
+        partial = self.folder / "unfinished"
+        target = self.folder / f"step-{step:08d}"
+        on_main(lambda: self._prepare(partial, needs))
+        alone = not dist.is_initialized()
+        try:
+            with warnings.catch_warnings():  # one process is no reason to warn
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                for kind in (WEIGHTS, *MOMENTS):
+                    dcp.save(dict(tensors(kind)), checkpoint_id=partial / kind, no_dist=alone)
+        except dcp.CheckpointException as failure:
+            raise InputError(
+                f"the training state could not be written to {self.folder} "
+                f"({_first_line(failure)}); make room, and go on with --resume"
+            ) from failure
+
+        def switch() -> None:
+            write_json(partial / PROGRESS, dict(progress))
+            if before_switch is not None:
+                before_switch(partial)
+            _sync(partial)
+            os.rename(partial, target)
+            _sync(self.folder)
+            self._remove(but=target.name)
+
+        on_main(switch)
+        return target
+
+    def _prepare(self, partial: Path, needs: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.tidy()
+        partial.mkdir()
+        free = shutil.disk_usage(partial).free
+        if free < needs:
+            raise InputError(
+                f"a training state in {self.folder} takes {needs / 1e9:.2f} GB, its disk has "
+                f"{free / 1e9:.2f} GB free; make room, and go on with --resume"
+            )
+
+    def _remove(self, *, but: str | None) -> None:
+        for entry in self.folder.iterdir():
+            if entry.name != but and (_STEP.fullmatch(entry.name) or entry.name == "unfinished"):
+                shutil.rmtree(entry)
+
+    def tidy(self) -> None:
+        """Remove what a killed run has left beside its last state. Rank 0."""
+        if not self.folder.is_dir():
+            return
+        latest = None if self.finished() else self.latest()
+        self._remove(but=None if latest is None else latest.name)
+        for leftover in self.folder.glob("*.part"):
+            leftover.unlink()
+
+    def finish(self, progress: Mapping[str, Any]) -> None:
+        """Note that the run is over, and remove its states: the weights are elsewhere. Rank 0."""
+        write_json(self.folder / FINISHED, dict(progress))
+        self._remove(but=None)
+
+
+def collect(
+    replicas: Replicas, optimizer: torch.optim.Optimizer, mesh: Mesh, kind: str
+) -> dict[str, Tensor]:
+    """Return the weights, or a moment, as tensors of the whole model under canonical names.
+
+    Under FSDP2 each is gathered over the data-parallel ranks (collectives); otherwise they are
+    views of what is there.
+    """
+    table = parameters(replicas.home.config)
+    torch_mesh = device_mesh(mesh) if dist.is_initialized() else None
+    if kind == WEIGHTS:
+        values: dict[str, Tensor] = dict(replicas.worker.named_parameters())
+    else:  # before its first step (or where float16 has skipped all of them) Adam has no moments
+        values = {
+            item.name: optimizer.state[item.parameter][kind]
+            if item.parameter in optimizer.state
+            else torch.zeros_like(item.parameter)
+            for item in replicas.trained
+        }
+    tensors = {}
+    for name, value in values.items():
+        sharded: Any = value.detach()
+        shard = sharded.full_tensor() if hasattr(sharded, "full_tensor") else sharded
+        tensors[name] = _whole(shard, table[name], mesh=torch_mesh, tp=mesh.tp)
+    return tensors
+
+
+def _whole(shard: Tensor, parameter: Parameter, *, mesh: Any, tp: int) -> Tensor:
+    """Return this rank's shard of a parameter as a part of the whole tensor."""
+    rule, shape = parameter.rule, list(parameter.shape)
+    dim = rule.dim
+    if rule.blocks > 1:
+        assert dim == 0, parameter
+        shape = [rule.blocks, shape[0] // rule.blocks, *shape[1:]]
+        shard = shard.unflatten(0, (rule.blocks, shard.shape[0] // rule.blocks))
+        dim = 1
+    if mesh is None:
+        return shard
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    place = Replicate() if dim is None or tp == 1 else Shard(dim)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        shard.contiguous(),
+        mesh,
+        [Replicate(), place],
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=stride,
+    )
+
+
+def read_state(folder: Path, config: ModelConfig, kind: str) -> dict[str, LazyTensor]:
+    """Return the tensors of one kind (`WEIGHTS` or a moment) under canonical names, unread.
+
+    Raises:
+        InputError: The folder is damaged, or of another model.
+    """
+    folder = folder / kind
+    files = open_folder(folder)
+    table = parameters(config)
+    found = {}
+    for name, parameter in table.items():
+        if name not in files.tensors:
+            if kind in MOMENTS:  # it was not trained
+                continue
+            raise InputError(f"{folder} lacks {name}; it is the state of another model")
+        check_coverage(files.tensors[name], folder)
+        lazy = files.tensor(name)
+        if parameter.rule.blocks > 1:
+            lazy = Computed(parameter.shape, lazy.dtype, functools.partial(_flat, lazy))
+        if lazy.shape != parameter.shape:
+            raise InputError(
+                f"{folder}: {name} has shape {list(lazy.shape)}, expected {list(parameter.shape)}; "
+                "it is the state of another model"
+            )
+        found[name] = lazy
+    damage = files.damage(files.records(files.tensors))
+    if damage is not None:
+        raise InputError(f"{damage}; the training state in {folder.parent} cannot be used")
+    return found
+
+
+def _flat(lazy: LazyTensor) -> Tensor:
+    return lazy.read().flatten(0, 1)
+
+
+def fill(
+    targets: Iterable[tuple[str, Tensor]],
+    source: Mapping[str, LazyTensor],
+    config: ModelConfig,
+    mesh: Mesh,
+) -> None:
+    """Copy this rank's parts of whole tensors into `targets`, pairs of canonical name and shard."""
+    table = parameters(config)
+    for name, target in targets:
+        with torch.no_grad():
+            target.copy_(_shard(source[name], table[name], config, mesh))
+
+
+def restore_moments(
+    folder: Path,
+    replicas: Replicas,
+    optimizer: torch.optim.Optimizer,
+    mesh: Mesh,
+    *,
+    updates: int,
+) -> None:
+    """Give the optimizer the moments of a state, `updates` steps after which it was saved."""
+    if updates == 0:
+        return
+    config = replicas.home.config
+    table = parameters(config)
+    sources = {key: read_state(folder, config, key) for key in MOMENTS}
+    for item in replicas.trained:
+        device = item.parameter.device
+        state: dict[str, Tensor] = {"step": torch.tensor(float(updates), device=device)}
+        for key, source in sources.items():
+            # A copy: what is read may be a view of the file.
+            value = _shard(source[item.name], table[item.name], config, mesh).clone().to(device)
+            state[key] = _like(value, item.parameter)
+        optimizer.state[item.parameter] = state
+
+
+def _shard(lazy: LazyTensor, parameter: Parameter, config: ModelConfig, mesh: Mesh) -> Tensor:
+    index = shard_index(parameter, config, mesh.tp_rank, mesh.tp)
+    return lazy.read(parameter.rule.dim or 0, index)
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Cut a tensor over the data-parallel ranks as `parameter` is; nothing is sent."""
+    if not hasattr(parameter, "placements"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = parameter
+    return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a state.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} cannot be read ({error}); the training state is damaged"
+        ) from None
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file that is there whole or not at all."""
+    beside = path.with_name(path.name + ".part")
+    with beside.open("w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(beside, path)
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in a folder reach the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _first_line(failure: Any) -> str:
+    causes = [str(wrapped[0]) for wrapped in failure.failures.values()]
+    return (causes or [str(failure)])[0].splitlines()[0]

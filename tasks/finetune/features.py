@@ -1,0 +1,226 @@
+"""From pairs of texts to the rows that BERT reads: `[CLS] A [SEP] B [SEP]`, as Megatron made them.
+
+    tokens   [CLS] a a a [SEP] b b b b b [SEP]
+    types      0   0 0 0   0   1 1 1 1 1   1
+
+A row that would be longer than it may be loses its end, B's tail (an article's), and keeps the last
+[SEP]. Rows are put together when they are read: an article stands in memory once, not once for each
+of the answers to its questions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.tokenizer import Tokenizer
+from mlm_eval.training.data import Sample
+
+Integers = NDArray[np.integer[Any]]
+
+SPECIAL_TOKENS = 3
+"""[CLS] and two [SEP]."""
+
+
+def clean_text(text: str) -> str:
+    """Return a text on one line, its white space single and no space before a full stop.
+
+    Source: facts G.1; tasks/data_utils.py. Three rounds, because each of them misses every second
+    one of a row of full stops.
+    """
+    text = re.sub(r"\s+", " ", text.replace("\n", " "))
+    for _ in range(3):
+        text = text.replace(" . ", ". ")
+    return text
+
+
+def special_ids(tokenizer: Tokenizer) -> tuple[int, int]:
+    """Return the ids of [CLS] and [SEP].
+
+    Raises:
+        InputError: The vocabulary has none, so it is not BERT's.
+    """
+    cls_id, sep_id = tokenizer.cls_id, tokenizer.sep_id
+    if cls_id is None or sep_id is None:
+        raise InputError(
+            f"{tokenizer.source} has no [CLS] and [SEP]: fine-tuning needs the vocabulary of a "
+            f"BERT model; give its own with --tokenizer or --vocab-file"
+        )
+    return cls_id, sep_id
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of numbers of any lengths, stored one after the other.
+
+    Attributes:
+        values: All rows together, `[sum of lengths]` int32.
+        offsets: Where each row starts, and the end, `[rows + 1]` int64.
+    """
+
+    values: Integers
+    offsets: Integers
+
+    @classmethod
+    def of(cls, rows: Iterable[Sequence[int]]) -> Ragged:
+        """Return the rows packed."""
+        arrays = [np.asarray(row, dtype=np.int32) for row in rows]
+        return cls(
+            np.concatenate([*arrays, np.empty(0, np.int32)]),
+            _offsets(np.array([len(array) for array in arrays], dtype=np.int64)),
+        )
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> Integers:
+        if not 0 <= row < len(self):
+            raise IndexError(row)  # also what ends an iteration
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    def __iter__(self) -> Iterator[Integers]:
+        return (self[row] for row in range(len(self)))
+
+    @property
+    def lengths(self) -> Integers:
+        """Length of each row, `[rows]`."""
+        return np.diff(self.offsets)
+
+
+def _offsets(lengths: Integers) -> Integers:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+@dataclass(frozen=True)
+class PairFeatures(Sequence[Sample]):
+    """The samples of a data set, made when they are read.
+
+    Attributes:
+        firsts: The A's: `rows` in a row for each sample.
+        seconds: The texts that B's are parts of.
+        first: Number of each sample's first A, `[samples]`.
+        second: Number of each sample's text, `[samples]`.
+        start: Where B begins in its text, `[samples]`.
+        stop: Where B ends, exclusive, `[samples]`.
+        labels: `[samples]`, or `[samples, 2]` for an answer's first and last position in the row.
+            Where they are not known (a test set), 0.
+        rows: Rows of a sample: 4 for RACE, else 1.
+        max_first: A's beyond this length lose their end; None: none does.
+        max_length: Of a row.
+        cls_id: Id of [CLS].
+        sep_id: Id of [SEP].
+    """
+
+    firsts: Ragged
+    seconds: Ragged
+    first: Integers
+    second: Integers
+    start: Integers
+    stop: Integers
+    labels: Integers
+    rows: int
+    max_first: int | None
+    max_length: int
+    cls_id: int
+    sep_id: int
+
+    @classmethod
+    def of_whole_texts(
+        cls,
+        firsts: Ragged,
+        seconds: Ragged,
+        *,
+        second: Sequence[int],
+        labels: Sequence[int],
+        tokenizer: Tokenizer,
+        max_length: int,
+        max_first: int | None = None,
+    ) -> PairFeatures:
+        """Return samples whose B's are whole texts, before the cut; see the attributes."""
+        samples = len(second)
+        rows = len(firsts) // max(samples, 1)
+        assert len(firsts) == rows * samples == rows * len(labels), "as many A's for each sample"
+        which = np.asarray(second, dtype=np.int64)
+        cls_id, sep_id = special_ids(tokenizer)
+        return cls(
+            firsts=firsts,
+            seconds=seconds,
+            first=np.arange(samples, dtype=np.int64) * rows,
+            second=which,
+            start=np.zeros(samples, np.int64),
+            stop=seconds.lengths[which],
+            labels=np.asarray(labels, dtype=np.int64),
+            rows=rows,
+            max_first=max_first,
+            max_length=max_length,
+            cls_id=cls_id,
+            sep_id=sep_id,
+        )
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return sample `index`; there are no slices."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)  # also what ends an iteration
+        rows, types = [], []
+        for choice in range(self.rows):
+            tokens, num_first = self.row(index, choice)
+            kinds = np.ones(len(tokens), np.int64)
+            kinds[:num_first] = 0
+            rows.append(torch.from_numpy(tokens))
+            types.append(torch.from_numpy(kinds))
+        label = self.labels[index]
+        return Sample(
+            rows=rows,
+            tokentypes=types,
+            label=int(label) if self.labels.ndim == 1 else (int(label[0]), int(label[1])),
+            index=index,
+        )
+
+    def row(self, index: int, choice: int = 0) -> tuple[Integers, int]:
+        """Return the tokens of a row, int64, and how many of them are of type 0."""
+        a = self.firsts[int(self.first[index]) + choice][: self.max_first]
+        b = self.seconds[int(self.second[index])][int(self.start[index]) : int(self.stop[index])]
+        length = min(len(a) + len(b) + SPECIAL_TOKENS, self.max_length)
+        tokens = np.empty(length, np.int64)
+        tokens[0], tokens[-1] = self.cls_id, self.sep_id
+        body = tokens[1:-1]  # a view: A, [SEP] and as much of B as there is room for
+        body[: len(a)] = a[: len(body)]
+        if len(body) > len(a):
+            body[len(a)] = self.sep_id
+            body[len(a) + 1 :] = b[: len(body) - len(a) - 1]
+        return tokens, min(len(a) + 2, length - 1)
+
+    def row_lengths(self) -> Integers:
+        """Return the length of every row, `[samples * rows]`, a sample's rows together."""
+        which = (self.first[:, None] + np.arange(self.rows)).ravel()
+        first = self.firsts.lengths[which]
+        if self.max_first is not None:
+            first = np.minimum(first, self.max_first)
+        second = np.repeat(self.stop - self.start, self.rows)
+        lengths: Integers = np.minimum(first + second + SPECIAL_TOKENS, self.max_length)
+        return lengths
+
+    def length(self, index: int) -> int:
+        """Return the length of a sample's longest row without making it."""
+        first = int(self.first[index])
+        longest = int(np.diff(self.firsts.offsets[first : first + self.rows + 1]).max())
+        if self.max_first is not None:
+            longest = min(longest, self.max_first)
+        second = int(self.stop[index]) - int(self.start[index])
+        return min(longest + second + SPECIAL_TOKENS, self.max_length)
+
+    def cut_rows(self) -> int:
+        """Return how many rows have lost the end of their B."""
+        uncut = dataclasses.replace(self, max_length=int(np.iinfo(np.int64).max))
+        return int((uncut.row_lengths() > self.max_length).sum())

@@ -1,0 +1,334 @@
+"""RACE: reading comprehension with four choices, as Megatron-LM's tasks/race prepared it.
+
+A question gives four rows, one for each of its options; the option with the highest score is the
+answer. Each row is
+
+    [CLS] question with the option [SEP] article [SEP]
+
+where the option takes the place of every `_` of the question, or follows it after a space. The
+question with its option is cut at 128 tokens, the article at what is left. Source: facts G.1, G.2.
+"""
+
+from __future__ import annotations
+
+import re
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.tasks.data.sources import (
+    HUB_SPLITS,
+    check_columns,
+    check_text,
+    dataset_splits,
+    decode,
+    digest,
+    is_dataset,
+    parse_json,
+    read_text,
+    take,
+)
+from mlm_eval.tasks.data.text import DatasetName
+from mlm_eval.tasks.finetune.features import clean_text
+from mlm_eval.tasks.finetune.recipe import Recipe
+from mlm_eval.tasks.finetune.task import ROLES, ChoiceTask, Example, ExampleSet
+from mlm_eval.training.objectives import MultipleChoice, Objective
+
+HUB = DatasetName("ehovy/race", "all", None)
+LETTERS = "ABCD"
+NUM_CHOICES = len(LETTERS)
+ARCHIVES = (".tar.gz", ".tgz", ".tar")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """An article with its questions, as one line of a file of RACE has them.
+
+    Attributes:
+        id: Such as `high1432.txt`.
+        article: The text.
+        questions: One or more.
+        options: Four for each question.
+        answers: Number of the right option of each question, from 0.
+    """
+
+    id: str
+    article: str
+    questions: tuple[str, ...]
+    options: tuple[tuple[str, ...], ...]
+    answers: tuple[int, ...]
+
+
+class Race(ChoiceTask):
+    """RACE; see the module."""
+
+    name = "race"
+    head = "multichoice_head"
+
+    def objective(self) -> Objective:
+        """See `Task.objective`."""
+        return MultipleChoice()
+
+    def max_first(self, recipe: Recipe) -> int | None:
+        """Return the most tokens of a question with its answer."""
+        return recipe.max_qa_length
+
+    def read(self, data: str, roles: Sequence[str]) -> list[ExampleSet]:
+        """See `Task.read`: RACE/{train,dev,test}/{middle,high}, in folders or in archives."""
+        if is_dataset(data):
+            return [part for role in roles for part in read_hub(data, role)]
+        path = Path(data).expanduser()
+        files = (file for file in passage_files(path) if file.split in roles)
+        sets = make_sets(((file.split, file) for file in files), str(path))
+        if not sets:
+            raise InputError(
+                f"{path} holds no passages for {' or '.join(roles)}; expected "
+                f"RACE/{{train,dev,test}}/{{middle,high}}/*.txt in it"
+            )
+        return sets
+
+    def read_part(self, source: str, role: str) -> list[ExampleSet]:
+        """See `Task.read_part`: a .txt file, a folder of them or of such folders, or an archive."""
+        if is_dataset(source):
+            return list(read_hub(source, role))
+        path = Path(source).expanduser()
+        if _archives(path):
+            return self.read(source, [role])
+        sets = make_sets(((role, file) for file in passage_files(path)), str(path))
+        if not sets:
+            raise InputError(f"{path} holds no *.txt file; expected passages of RACE")
+        return sets
+
+
+def question_with_option(question: str, option: str) -> str:
+    """Return the text that stands before the article."""
+    filled = question.replace("_", option) if "_" in question else f"{question} {option}"
+    return clean_text(filled)
+
+
+def parse_passages(text: str, where: str) -> list[Passage]:
+    r"""Return the passages of a file: one JSON object on each line that is not blank.
+
+    Lines end at "\n" alone: JSON strings may hold U+2028 and others that `splitlines` cuts at.
+
+    Raises:
+        InputError: A line is no passage of RACE.
+    """
+    passages: list[Passage] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            place = f"{where}, line {number}"
+            passages.append(_passage(parse_json(line, place), place, len(passages)))
+    return passages
+
+
+def _passage(entry: Any, where: str, number: int) -> Passage:
+    article = take(entry, "article", str, where)
+    questions = take(entry, "questions", list, where)
+    options = take(entry, "options", list, where)
+    answers = take(entry, "answers", list, where)
+    if not len(questions) == len(options) == len(answers):
+        raise InputError(
+            f"{where} has {len(questions)} questions, {len(options)} lists of options and "
+            f"{len(answers)} answers; expected as many of each"
+        )
+    for question, choices, answer in zip(questions, options, answers, strict=True):
+        check_question(question, choices, answer, where)
+    stated = entry.get("id")
+    fallback = PurePosixPath(where.rpartition(", line ")[0]).name + (f"#{number}" if number else "")
+    return Passage(
+        id=stated if isinstance(stated, str) and stated else fallback,
+        article=article,
+        questions=tuple(questions),
+        options=tuple(tuple(choices) for choices in options),
+        answers=tuple(LETTERS.index(answer) for answer in answers),
+    )
+
+
+def check_question(question: Any, options: Any, answer: Any, where: str) -> None:
+    """Refuse a question that has not the form of RACE's.
+
+    Raises:
+        InputError: It has not.
+    """
+    if not isinstance(question, str):
+        raise InputError(f"{where}: the question {question!r:.60} is no string")
+    if not isinstance(options, list) or len(options) != NUM_CHOICES:
+        raise InputError(f"{where}: the options {options!r:.60} are not {NUM_CHOICES} strings")
+    for option in options:
+        if not isinstance(option, str):
+            raise InputError(f"{where}: the option {option!r:.60} is no string")
+        check_text(option, where)
+    check_text(question, where)
+    if not isinstance(answer, str) or len(answer) != 1 or answer not in LETTERS:
+        raise InputError(f"{where}: the answer {answer!r:.60} is not one of {', '.join(LETTERS)}")
+
+
+def make_sets(files: Iterable[tuple[str, PassageFile]], path: str) -> list[ExampleSet]:
+    """Return files as named sets, in the order of roles and levels, files by their numbers.
+
+    Args:
+        files: Each with its role.
+        path: Where they were read, for people.
+    """
+    found: dict[tuple[str, str, str], list[tuple[Any, list[Passage]]]] = {}
+    for role, file in files:
+        passages = parse_passages(file.text, file.where)
+        key = (role, file.split or role, file.level)
+        found.setdefault(key, []).append((_natural(file.name), passages))
+    sets = []
+    for role, split, level in sorted(found, key=_set_order):
+        parts = sorted(found[role, split, level], key=lambda part: part[0])
+        name = "-".join(part for part in (split, level) if part)
+        sets.append(make_set([p for _, part in parts for p in part], name, role=role, path=path))
+    return sets
+
+
+def make_set(passages: Sequence[Passage], name: str, *, role: str, path: str) -> ExampleSet:
+    """Return passages as a set of examples, one for each question."""
+    examples = [
+        Example(
+            id=f"{passage.id}-{number}",
+            firsts=tuple(question_with_option(question, option) for option in options),
+            second=place,
+            label=answer,
+        )
+        for place, passage in enumerate(passages)
+        for number, (question, options, answer) in enumerate(
+            zip(passage.questions, passage.options, passage.answers, strict=True)
+        )
+    ]
+    return ExampleSet(
+        name=name,
+        role=role,
+        path=path,
+        sha256=digest([p.article, p.questions, p.options, p.answers] for p in passages),
+        texts=[clean_text(passage.article) for passage in passages],
+        examples=examples,
+    )
+
+
+def read_hub(source: str, role: str) -> Iterator[ExampleSet]:
+    """Yield the sets of a `datasets` name: a row a question, put back to passages and to levels.
+
+    Raises:
+        InputError: There is no such set, or it has not the form of ehovy/race.
+    """
+    split = HUB_SPLITS[role]
+    for short, where, rows in dataset_splits(source, default=HUB, splits={split: role}, role=role):
+        check_columns(rows, ("example_id", "article", "question", "options", "answer"), where)
+        by_level: dict[str, dict[tuple[str, str], list[tuple[Any, Any, Any]]]] = {}
+        for number, row in enumerate(rows, start=1):
+            place = f"{where}, row {number}"
+            check_question(row["question"], row["options"], row["answer"], place)
+            name, article = take(row, "example_id", str, place), take(row, "article", str, place)
+            found = re.match("middle|high", name)
+            passages = by_level.setdefault(found[0] if found else "", {})
+            question = (row["question"], tuple(row["options"]), LETTERS.index(row["answer"]))
+            passages.setdefault((name, article), []).append(question)
+        for level in sorted(by_level, key=_level_order):
+            passages_of_level = [
+                Passage(name, article, *(tuple(column) for column in zip(*asked, strict=True)))
+                for (name, article), asked in sorted(
+                    by_level[level].items(), key=lambda item: _natural(item[0][0])
+                )
+            ]
+            full = "-".join(part for part in (short, level) if part)
+            yield make_set(passages_of_level, full, role=role, path=where)
+
+
+# ---- where files are ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PassageFile:
+    """A file of passages.
+
+    Attributes:
+        split: `train`, `dev` or `test`, as the path says; empty where it does not.
+        level: The folders below, with dashes; where there is no split, the folder's or file's name.
+        name: Of the file.
+        where: The file, for messages.
+        text: Its content.
+    """
+
+    split: str
+    level: str
+    name: str
+    where: str
+    text: str
+
+
+def passage_files(path: Path) -> Iterator[PassageFile]:
+    """Yield the passage files of a file, a folder or archives; hidden ones are left out.
+
+    Raises:
+        InputError: One of them cannot be read.
+    """
+    if archives := _archives(path):
+        for archive in archives:
+            yield from _in_archive(archive)
+        return
+    for file in [path] if path.is_file() else sorted(path.rglob("*.txt")):
+        inner = file.relative_to(path).parts
+        if not any(part.startswith(".") for part in inner):
+            split, level = _place(file.absolute().parent.parts)
+            if not split:
+                level = path.stem if not inner else "-".join(inner[:-1]) or path.absolute().name
+            yield PassageFile(split, level, file.name, str(file), read_text(file))
+
+
+def _archives(path: Path) -> list[Path]:
+    """Return the archives that `path` is, or holds where it holds no folder of passages."""
+    if path.is_dir():
+        if any((path / name).is_dir() for name in (*ROLES, "RACE")):
+            return []
+        return sorted(file for file in path.iterdir() if file.name.endswith(ARCHIVES))
+    return [path] if path.name.endswith(ARCHIVES) else []
+
+
+def _in_archive(archive: Path) -> Iterator[PassageFile]:
+    """Yield the passage files of an archive, without unpacking it."""
+    try:
+        with tarfile.open(archive, "r|*") as stream:
+            for member in stream:
+                parts = PurePosixPath(member.name).parts
+                split, level = _place(parts[:-1])
+                hidden = any(part.startswith(".") and part != "." for part in parts)
+                if hidden or not (member.isfile() and split and parts[-1].endswith(".txt")):
+                    continue
+                content = stream.extractfile(member)
+                assert content is not None
+                where = f"{archive}, member {member.name}"
+                yield PassageFile(split, level, parts[-1], where, decode(content.read(), where))
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise InputError(
+            f"{archive} is no archive that can be read to its end ({error}); get it again"
+        ) from error
+
+
+def _place(folders: Sequence[str]) -> tuple[str, str]:
+    """Return split and level of a path: (.., RACE, dev, middle) -> dev, middle."""
+    places = [place for place, part in enumerate(folders) if part in ROLES]
+    if not places:
+        return "", ""
+    return folders[places[-1]], "-".join(folders[places[-1] + 1 :])
+
+
+def _set_order(key: tuple[str, str, str]) -> tuple[Any, ...]:
+    role, split, level = key
+    return (ROLES.index(role), split, _level_order(level))
+
+
+def _level_order(level: str) -> tuple[int, str]:
+    known = ("middle", "high")
+    return (known.index(level) if level in known else len(known), level)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts 9.txt before 10.txt."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,398 @@
+"""Fine-tuning: data to features, features to a trained model, evaluations, predictions, a record.
+
+    O/result.json      the record                  O/checkpoint       the fine-tuned model
+    O/predictions/     a file for each set         O/checkpoint-best  of the best evaluation
+    O/run.json         the figures of the run      O/metrics.jsonl, O/training.png, O/tensorboard/
+
+With several seeds each run has a folder O/seed-N with all of that but the record, and O/checkpoint
+is that of the seed whose dev score is the median.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits
+from mlm_eval.model.initial import with_head
+from mlm_eval.reporting.results import Result, checkpoint_record, write_json
+from mlm_eval.reporting.text import progress_figures, progress_place
+from mlm_eval.tasks.data.sources import parse_json, read_text, sha256
+from mlm_eval.tasks.finetune import result as records
+from mlm_eval.tasks.finetune.data import Prepared, prepare
+from mlm_eval.tasks.finetune.features import special_ids
+from mlm_eval.tasks.finetune.inference import Outputs, run
+from mlm_eval.tasks.finetune.options import FinetuneOptions, Observer
+from mlm_eval.tasks.finetune.predictions import SUFFIX, write_predictions
+from mlm_eval.tasks.finetune.task import Answered, ExampleSet, Judgement, Task, make_task
+from mlm_eval.training.loop import BEST_CHECKPOINT, CHECKPOINT, STATE, train
+from mlm_eval.training.state import on_main
+
+if TYPE_CHECKING:
+    from mlm_eval.checkpoints.checkpoint import Checkpoint
+    from mlm_eval.engine.engine import Engine
+    from mlm_eval.training.settings import TrainingProgress
+
+RESULT, RUN, PREDICTIONS = "result.json", "run.json", "predictions"
+
+Load = Callable[["Checkpoint", str], "Engine"]
+"""Returns an engine for a checkpoint and a dtype, in the command's layout and on its device."""
+
+
+def finetune(
+    task: str,
+    checkpoint: Checkpoint,
+    options: FinetuneOptions,
+    *,
+    tokenizer: Tokenizer,
+    load: Load,
+    observer: Observer | None = None,
+) -> Result:
+    """Return the result of fine-tuning and evaluating a model, on every rank the same; all call it.
+
+    Data are read, and features made, on rank 0 alone.
+
+    Args:
+        task: `race`, `mnli`, `qqp` or `squad`.
+        checkpoint: A BERT model; with `eval_only` a fine-tuned one.
+        options: See `FinetuneOptions`.
+        tokenizer: The model's own.
+        load: Called with a checkpoint and a dtype (`float32` for training), once for each seed: for
+            example `lambda c, d: Engine.load(c, tp=2, dp=1, dtype=d, device="cpu")`.
+        observer: Told what happens, on rank 0.
+
+    Raises:
+        InputError: The data, the options or the model cannot be used.
+    """
+    job = _Job(make_task(task), checkpoint, options, tokenizer, load, observer or Observer())
+    job.prepare()
+    return job.evaluate_only() if options.eval_only else job.train_all()
+
+
+class _Job:
+    """One call of `finetune`."""
+
+    def __init__(
+        self,
+        task: Task,
+        checkpoint: Checkpoint,
+        options: FinetuneOptions,
+        tokenizer: Tokenizer,
+        load: Load,
+        observer: Observer,
+    ) -> None:
+        self.task, self.checkpoint, self.options = task, checkpoint, options
+        self.tokenizer, self.load = tokenizer, load
+        is_main = not dist.is_initialized() or dist.get_rank() == 0
+        self.observer = observer if is_main else Observer()
+        self.output = Path(options.output_dir).expanduser()
+        self.sets: dict[str, ExampleSet] = {}  # on rank 0 only
+
+    def prepare(self) -> None:
+        """Read the data and make the features, on rank 0; share them with all."""
+        config = self.checkpoint.config
+        if config.family != "bert":
+            raise InputError(
+                f"{self.checkpoint.provenance.path} is a GPT checkpoint; fine-tuning needs a BERT "
+                f"model, which reads both ways"
+            )
+        special_ids(self.tokenizer)
+        misfit = check_fits(self.tokenizer, config.vocab_size)
+        self.prepared = on_main(self._prepare)
+        self.recipe = self.prepared.recipe
+        self.warnings = [*([misfit] if misfit else []), *self.prepared.warnings]
+        for warning in (*self.prepared.data["warnings"], *self.warnings):
+            _tell(self.observer.warn, warning)
+
+    def _prepare(self) -> Prepared:
+        self._check_output()
+        prepared, self.sets = prepare(
+            self.task,
+            self.options,
+            tokenizer=self.tokenizer,
+            positions=self.checkpoint.config.max_position_embeddings,
+            say=partial(_tell, self.observer.say),
+        )
+        return prepared
+
+    def _check_output(self) -> None:
+        """Refuse a folder that holds another run."""
+        options, several = self.options, len(self.options.seeds) > 1
+        single = [name for name in (STATE, BEST_CHECKPOINT) if (self.output / name).exists()]
+        of_seeds = sorted(path.name for path in self.output.glob("seed-*"))
+        found = [name for name in (RESULT, CHECKPOINT) if (self.output / name).exists()]
+        found += single + of_seeds
+        if found and (options.eval_only or not options.resume):
+            how = "" if options.eval_only else "go on with --resume, or "
+            raise InputError(
+                f"{self.output} holds a run already ({found[0]}); {how}choose another --output-dir"
+            )
+        if single and several or of_seeds and not several:
+            raise InputError(
+                f"{self.output} holds a run with {'one seed' if several else 'several seeds'}; go "
+                f"on with the same --seeds, or choose another --output-dir"
+            )
+        self.output.mkdir(parents=True, exist_ok=True)
+
+    # ---- training --------------------------------------------------------------------------------
+
+    def train_all(self) -> Result:
+        """Train and evaluate with every seed; return the record."""
+        seeds = self.options.seeds
+        runs = [self._train(seed, self._folder(seed)) for seed in seeds]
+        median = records.median_run(runs)
+        result = records.training_result(self, runs, median)
+
+        def finish() -> None:
+            if len(seeds) > 1:
+                _link_tree(self._folder(median["seed"]) / CHECKPOINT, self.output / CHECKPOINT)
+            result.write(self.output / RESULT)
+
+        on_main(finish)
+        return result
+
+    def _folder(self, seed: int) -> Path:
+        return self.output if len(self.options.seeds) == 1 else self.output / f"seed-{seed}"
+
+    def _train(self, seed: int, folder: Path) -> dict[str, Any]:
+        """Return the figures of one seed's run, from an earlier call where it had ended."""
+        ended = on_main(lambda: self._ended(folder, seed))
+        if ended is not None:
+            _tell(self.observer.say, f"seed {seed}: done before, {folder}")
+            return ended
+        if len(self.options.seeds) > 1:
+            _tell(self.observer.say, f"seed {seed}: training, {folder}")
+        head = self._with_head(seed)
+        engine = self.load(head, "float32")
+        dtype, autocast = self._dtypes(engine)
+        features = self.prepared.train
+        assert features is not None
+        last: dict[str, Any] = {}
+
+        def note(progress: TrainingProgress) -> None:
+            if "progress" not in last and progress.step > 1:
+                _tell(self.observer.say, f"seed {seed}: resumed after step {progress.step - 1:,}")
+            last["progress"] = progress
+            if self.observer.on_step is not None:
+                self.observer.on_step(progress)
+
+        def evaluate() -> dict[str, Any]:
+            started = time.perf_counter()
+            last["outputs"] = self._outputs(engine, "dev", autocast)
+            last["seconds"] = time.perf_counter() - started
+            return on_main(lambda: self._judged(seed, **last))
+
+        report = train(
+            engine,
+            features,
+            self.task.objective(),
+            self.options.train_settings(self.recipe, seed=seed, dtype=dtype),
+            output_dir=folder,
+            evaluate=evaluate,
+            resume=self.options.resume,
+            on_progress=note,
+        )
+        if "outputs" not in last or report.evaluations[-1]["step"] != report.steps:
+            evaluate()  # of a run that had ended but for what follows
+        outputs = last["outputs"] | self._outputs(engine, "test", autocast)
+        described = {**engine.describe(), "dtype": dtype, "eval_dtype": _name(autocast)}
+        run_record = {
+            "seed": seed,
+            "identity": self._identity(seed),
+            "engine": described,
+            "checkpoint_warnings": list(head.provenance.warnings),
+            "load_seconds": engine.load_seconds,
+            "eval_seconds": last["seconds"],
+            **records.report_record(report),
+        }
+        return on_main(lambda: self._finish_run(folder, outputs, run_record))
+
+    def _finish_run(
+        self, folder: Path, outputs: Mapping[str, Outputs], run_record: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Write what a run leaves beside the trainer's files; return its record. Rank 0."""
+        judgement = self._write_predictions(folder, outputs, seed=run_record["seed"])
+        for name in (CHECKPOINT, BEST_CHECKPOINT):
+            if (folder / name).is_dir():
+                copy_tokenizer(self.tokenizer, folder / name / "tokenizer")
+        whole = {**run_record, "metrics": judgement.metrics}
+        write_json(folder / RUN, whole)
+        return whole
+
+    def _ended(self, folder: Path, seed: int) -> dict[str, Any] | None:
+        path = folder / RUN
+        if not (self.options.resume and path.is_file()):
+            return None
+        ended: dict[str, Any] = parse_json(read_text(path), str(path))
+        if ended.get("identity") != self._identity(seed):
+            raise InputError(
+                f"{folder} holds a run with other data, another model or other settings; go on "
+                f"with the same, or choose another --output-dir"
+            )
+        return ended
+
+    def _identity(self, seed: int) -> str:
+        """Return a digest of what decides a run's figures."""
+        settings = self.options.train_settings(self.recipe, seed=seed, dtype="float32").deciding()
+        parts = (
+            settings,
+            self.options.dtype,
+            dataclasses.asdict(self.recipe),
+            [(k, v["sha256"], v["examples"]) for k, v in self.prepared.data["sets"].items()],
+            self.tokenizer.sha256,
+            self.checkpoint.provenance.digest,
+        )
+        return sha256(repr(part) for part in parts)
+
+    def _with_head(self, seed: int) -> Checkpoint:
+        task = self.task
+        return with_head(self.checkpoint, task.head, num_classes=len(task.classes), seed=seed)
+
+    def _dtypes(self, engine: Engine) -> tuple[str, torch.dtype | None]:
+        """Return the dtype of training, and that of evaluations where it is not float32."""
+        from mlm_eval.engine.engine import DTYPES
+
+        cuda = engine.device.type == "cuda"
+        dtype, evaluation = self.options.dtype, self.options.eval_dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if cuda else "float32"
+        if evaluation == "auto":
+            evaluation = dtype if cuda else "float32"
+        return dtype, None if evaluation == "float32" else DTYPES[evaluation]
+
+    # ---- evaluation ------------------------------------------------------------------------------
+
+    def evaluate_only(self) -> Result:
+        """Evaluate a fine-tuned checkpoint; return the record."""
+        config, task = self.checkpoint.config, self.task
+        found = config.num_classes if task.classes else getattr(config, task.head)
+        if found != (len(task.classes) or True):
+            raise InputError(
+                f"{self.checkpoint.provenance.path} has no {task.head} for {task.name}; "
+                f"--eval-only takes a checkpoint that `mlm-eval {task.name}` has written"
+            )
+        engine = self.load(self._with_head(self.options.seeds[0]), self.options.dtype)
+        started = time.perf_counter()
+        outputs = self._outputs(engine, "dev", None) | self._outputs(engine, "test", None)
+        seconds = time.perf_counter() - started
+        result = on_main(lambda: self._evaluated(engine, outputs, seconds))
+        return result
+
+    def _evaluated(self, engine: Engine, outputs: Mapping[str, Outputs], seconds: float) -> Result:
+        judgement = self._write_predictions(self.output, outputs, seed=None)
+        result = records.evaluation_result(self, engine, judgement.metrics, seconds)
+        result.write(self.output / RESULT)
+        return result
+
+    def _outputs(
+        self, engine: Engine, role: str, autocast: torch.dtype | None
+    ) -> dict[str, Outputs]:
+        """Return the model's outputs for the sets of a role, on every rank the same."""
+        found = {}
+        for part in self.prepared.parts:
+            if part.role == role:
+                tell = self.observer.on_evaluation
+                found[part.name] = run(
+                    engine,
+                    part.features,
+                    head=self.task.head,
+                    autocast=autocast,
+                    on_progress=None if tell is None else partial(tell, part.name),
+                )
+        return found
+
+    def _judged(
+        self,
+        seed: int,
+        *,
+        outputs: Mapping[str, Outputs],
+        seconds: float,
+        progress: TrainingProgress | None = None,
+    ) -> dict[str, Any]:
+        """Return what the trainer keeps of an evaluation; rank 0."""
+        metrics = self._judge(outputs)[1].metrics
+        place = f"seed {seed}"
+        if progress is not None:  # else the run had ended before
+            place += f", {progress_place(progress)}"
+            _tell(self.observer.say, f" > |{place}| training: {progress_figures(progress)}")
+        for line in records.figure_lines(metrics, place):
+            _tell(self.observer.say, f"{line}, elapsed time (sec): {seconds:.1f}")
+        return {**self.task.summary(metrics), "metrics": records.without_lists(metrics)}
+
+    def _judge(self, outputs: Mapping[str, Outputs]) -> tuple[list[Answered], Judgement]:
+        answered = []
+        for part in self.prepared.parts:
+            if part.name in outputs:
+                examples = self.sets[part.name]
+                found = self.task.records(examples, part.features, outputs[part.name], self.recipe)
+                answered.append(Answered(part.name, part.role, part.labelled, part.version, found))
+        return answered, self.task.judge(answered, null_threshold=self.recipe.null_threshold)
+
+    def _write_predictions(
+        self, folder: Path, outputs: Mapping[str, Outputs], *, seed: int | None
+    ) -> Judgement:
+        answered, judgement = self._judge(outputs)
+        for part in answered:
+            threshold = judgement.metrics.get(part.role, {}).get("null_threshold")
+            write_predictions(
+                folder / PREDICTIONS / (part.name + SUFFIX),
+                part,
+                judgement.predictions[part.name],
+                task=self.task,
+                seed=seed,
+                classes=list(self.task.classes),
+                recipe=self.prepared.recipe_name,
+                train_limit=self.options.train_limit,
+                dev_limit=self.options.dev_limit,
+                test_limit=self.options.test_limit,
+                null_threshold=threshold,
+                threshold_is_fixed=self.recipe.null_threshold is not None,
+                data=self.prepared.data["sets"][part.name],
+                checkpoint=checkpoint_record(self.checkpoint),
+            )
+        return judgement
+
+
+def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a tokenizer's files to a folder where it is found again, whatever they were called."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for file in tokenizer.files:
+        is_vocabulary = tokenizer.kind == "bert-wordpiece" and file.suffix == ".txt"
+        shutil.copyfile(file, folder / ("vocab.txt" if is_vocabulary else file.name))
+    config = folder / "tokenizer_config.json"
+    if tokenizer.lower_case is not None and not config.is_file():
+        write_json(config, {"do_lower_case": tokenizer.lower_case})
+
+
+def _link_tree(source: Path, target: Path) -> None:
+    """Make `target` a copy of `source`; its files are the same ones where the disk allows that."""
+
+    def link(origin: str, place: str) -> str:
+        try:
+            os.link(origin, place)
+        except OSError:
+            shutil.copyfile(origin, place)
+        return place
+
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target, copy_function=link)
+
+
+def _tell(listener: Callable[[str], None] | None, text: str) -> None:
+    if listener is not None:
+        listener(text)
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return "float32" if dtype is None else str(dtype).removeprefix("torch.")

@@ -1,0 +1,184 @@
+"""From a start and an end score for every token to the best answers of every question.
+
+The score of a span is the sum of its first token's start score and its last token's end score. All
+spans of a window that are short enough are compared, not only pairs of the best starts and ends:
+
+    scores[window, first, length - 1] = start[window, first] + end[window, first + length - 1]
+
+A token stands in several windows of a long passage. As a first token it counts only in the window
+that shows most of its surroundings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlm_eval.tasks.finetune.features import Integers
+
+if TYPE_CHECKING:
+    from mlm_eval.tasks.finetune.inference import Outputs
+    from mlm_eval.tasks.finetune.windows import SpanFeatures
+
+BLOCK_TOKENS = 1 << 15
+"""Padded tokens that are searched at a time."""
+
+Floats = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The best spans of some windows, best first, as tokens of the passage.
+
+    Attributes:
+        scores: `[windows, n_best]`; minus infinity where a window has fewer spans.
+        first: Number of the first token, `[windows, n_best]`.
+        last: Number of the last token.
+    """
+
+    scores: Floats
+    first: Integers
+    last: Integers
+
+
+def best_spans(
+    starts: Sequence[Floats],
+    ends: Sequence[Floats],
+    allowed: Sequence[NDArray[np.bool_]],
+    *,
+    n_best: int,
+    max_length: int,
+) -> Spans:
+    """Return the best spans of windows, counted from each window's first token.
+
+    Args:
+        starts: Start score of each token of the passage in each window.
+        ends: End scores, of the same lengths.
+        allowed: Which tokens an answer may start with.
+        n_best: Spans for each window.
+        max_length: Most tokens of a span.
+    """
+    count = len(starts)
+    scores = np.full((count, n_best), -np.inf, np.float32)
+    first, last = np.zeros((count, n_best), np.int64), np.zeros((count, n_best), np.int64)
+    order = sorted(range(count), key=lambda window: -len(starts[window]))
+    while order:
+        width = max(len(starts[order[0]]), 1)  # sorted: the widest of the block
+        size = max(BLOCK_TOKENS // width, 1)
+        block, order = order[:size], order[size:]
+        begin = np.full((len(block), width), -np.inf, np.float32)
+        # Ends beyond the window: spans that leave it lose.
+        finish = np.full((len(block), width + max_length - 1), -np.inf, np.float32)
+        for line, window in enumerate(block):
+            length = len(starts[window])
+            begin[line, :length] = np.where(allowed[window], starts[window], -np.inf)
+            finish[line, :length] = ends[window]
+        band = np.lib.stride_tricks.sliding_window_view(finish, max_length, axis=1)
+        sums = (begin[:, :, None] + band).reshape(len(block), -1)  # [block, width * max_length]
+        kept = min(n_best, sums.shape[1])
+        top = np.argpartition(-sums, kept - 1, axis=1)[:, :kept]
+        values = np.take_along_axis(sums, top, axis=1)
+        # Equal scores: the earlier and then the shorter span first.
+        ranks = np.lexsort((top, -values), axis=1)
+        top = np.take_along_axis(top, ranks, axis=1)
+        values = np.take_along_axis(values, ranks, axis=1)
+        scores[block, :kept] = values
+        first[block, :kept] = top // max_length
+        last[block, :kept] = top // max_length + top % max_length
+    return Spans(scores, first, last)
+
+
+def shows_most(starts: Integers, stops: Integers) -> list[NDArray[np.bool_]]:
+    """Return for each window of one passage which of its tokens it shows best.
+
+    A token's surroundings are the smaller of the numbers of tokens before and after it in the
+    window, with a little weight on the window's length; of equal windows the first one counts.
+    Source: BERT's run_squad.py.
+
+    Args:
+        starts: First token of each window.
+        stops: Its end, exclusive.
+    """
+    if len(starts) == 1:
+        return [np.ones(int(stops[0] - starts[0]), dtype=bool)]
+    total = int(stops.max())
+    best = np.full(total, -np.inf)
+    owner = np.full(total, -1)
+    for window, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
+        place = np.arange(stop - start)
+        room = np.minimum(place, stop - start - 1 - place) + 0.01 * (stop - start)
+        better = room > best[start:stop]
+        best[start:stop][better] = room[better]
+        owner[start:stop][better] = window
+    return [
+        owner[start:stop] == window
+        for window, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True))
+    ]
+
+
+def best_answers(
+    features: SpanFeatures,
+    outputs: Outputs,
+    texts: Sequence[str],
+    *,
+    n_best: int,
+    max_length: int,
+) -> list[tuple[list[tuple[str, float]], float]]:
+    """Return each question's best answers with their scores, and its score of "no answer".
+
+    Answers are different texts, best first; there may be none (a passage without tokens). The score
+    of "no answer" is the lowest over the windows: one that holds an answer speaks against it.
+
+    Args:
+        features: The windows, a question's one after the other.
+        outputs: Start and end scores of their tokens.
+        texts: The passages.
+        n_best: Answers for each question.
+        max_length: Most tokens of an answer.
+    """
+    assert outputs.offsets is not None
+    lengths = features.row_lengths()
+    window_sizes = features.stop - features.start
+    starts, ends = [], []
+    for window, size in enumerate(window_sizes.tolist()):
+        # The passage stands before the last [SEP].
+        stop = int(outputs.offsets[window]) + int(lengths[window]) - 1
+        starts.append(outputs.values[stop - size : stop, 0])
+        ends.append(outputs.values[stop - size : stop, 1])
+    bounds = np.flatnonzero(np.diff(features.question, prepend=-1, append=-1))
+    allowed = [
+        mask
+        for begin, end in zip(bounds[:-1], bounds[1:], strict=True)
+        for mask in shows_most(features.start[begin:end], features.stop[begin:end])
+    ]
+    spans = best_spans(starts, ends, allowed, n_best=n_best, max_length=max_length)
+    null = outputs.values[outputs.offsets[:-1]].sum(axis=1)
+    found = []
+    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+        text = texts[int(features.second[begin])]
+        answers = _texts(features, spans, slice(int(begin), int(end)), text, n_best)
+        found.append((answers, float(null[begin:end].min())))
+    return found
+
+
+def _texts(
+    features: SpanFeatures, spans: Spans, windows: slice, text: str, n_best: int
+) -> list[tuple[str, float]]:
+    """Return the best different texts of a question's windows."""
+    scores = spans.scores[windows]
+    shift = features.start[windows][:, None]
+    first, last = spans.first[windows] + shift, spans.last[windows] + shift
+    passage = int(features.second[windows.start])
+    starts, stops = features.char_starts[passage], features.char_stops[passage]
+    answers: dict[str, float] = {}
+    for place in np.argsort(-scores, axis=None, kind="stable"):
+        score = float(scores.flat[place])
+        if len(answers) == n_best or score == -np.inf:
+            break
+        answer = text[starts[first.flat[place]] : stops[last.flat[place]]]
+        answers.setdefault(answer, score)
+    return list(answers.items())

@@ -1,0 +1,361 @@
+"""From text files to the samples of masked-LM and causal-LM training.
+
+Masked LM: a document's sentences are packed into sequences; in each epoch a sequence is cut in two,
+its halves are exchanged or not, and 15% of its tokens are hidden, all as numbers drawn from (seed,
+epoch, sample) say. Source: Megatron's bert_dataset.py and dataset_utils.py (v2.5), its rules for
+segments, and BERT's for masks. Causal LM: the documents in a row, cut into windows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.tokenizer import Tokenizer
+from mlm_eval.training.data import NO_LABEL, Sample
+
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"')\]])\s+|\n+")
+BLANK_LINES = re.compile(r"\n[ \t]*(?:\n[ \t]*)+")
+
+
+def read_documents(paths: Sequence[Path], *, whole_files: bool) -> Iterator[str]:
+    """Yield the documents of text files.
+
+    A .jsonl file (also .json with one object a line) has a document in each line's `text`, as
+    Megatron's tools/preprocess_data.py takes them. Any other file is text: documents stand between
+    blank lines, as in BERT's data, or the whole file is one.
+
+    Args:
+        paths: The files.
+        whole_files: A text file is one document.
+
+    Raises:
+        InputError: A file is missing, empty, no UTF-8, or a line has no text.
+    """
+    for path in paths:
+        try:
+            text = path.expanduser().read_bytes().decode("utf-8")
+        except OSError as error:
+            raise InputError(
+                f"{path} cannot be read ({error.strerror}); give --data text or JSON-lines files"
+            ) from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from None
+        found = list(_documents(path, text, whole_files))
+        if not found:
+            raise InputError(f"{path} holds no text; give --data files with text")
+        yield from found
+
+
+def _documents(path: Path, text: str, whole_files: bool) -> Iterator[str]:
+    if path.suffix in (".jsonl", ".json"):
+        for number, line in enumerate(text.split("\n"), start=1):  # not at U+2028
+            if not line.strip():
+                continue
+            try:
+                document = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError):
+                document = None
+            if not isinstance(document, str):
+                raise InputError(
+                    f'{path}, line {number}: expected a JSON object with a string "text"'
+                )
+            if document.strip():
+                yield document
+        return
+    parts = [text] if whole_files else BLANK_LINES.split(text)
+    yield from (part for part in parts if part.strip())
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """Token ids of all documents in a row.
+
+    Attributes:
+        tokens: `[n]` int32.
+        sentences: Where each sentence begins, and n: ascending int64.
+        documents: Where each document begins, and n.
+    """
+
+    tokens: Tensor
+    sentences: Tensor
+    documents: Tensor
+
+
+def tokenize(
+    documents: Iterable[str], tokenizer: Tokenizer, *, end: int | None, sentences: bool
+) -> TokenizedText:
+    """Return the tokens of documents.
+
+    Args:
+        documents: The texts.
+        tokenizer: The vocabulary.
+        end: An id to put after each document, or None.
+        sentences: Cut documents into sentences and tokenize these; else a document is one.
+    """
+    tokens = array("i")
+    starts, documents_at = [0], [0]
+    for document in documents:
+        pieces = SENTENCE_END.split(document) if sentences else [document]
+        for piece in pieces:
+            tokens.extend(tokenizer.encode(piece.strip() if sentences else piece))
+            if len(tokens) > starts[-1]:
+                starts.append(len(tokens))
+        if end is not None:
+            tokens.append(end)
+            starts[-1] = len(tokens)
+        if len(tokens) > documents_at[-1]:
+            documents_at.append(len(tokens))
+    row = torch.frombuffer(tokens, dtype=torch.int32) if tokens else torch.zeros(0).int()
+    return TokenizedText(row, torch.tensor(starts), torch.tensor(documents_at))
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """The ids that masked-LM samples need, and what the vocabulary says of each id.
+
+    Attributes:
+        cls: `[CLS]`.
+        sep: `[SEP]`.
+        mask: `[MASK]`.
+        continues: Bool `[vocab]`: the piece goes on with the word before it (`##`).
+        words: Ids that a hidden token may be replaced with: all but the bracketed ones.
+    """
+
+    cls: int
+    sep: int
+    mask: int
+    continues: np.ndarray
+    words: np.ndarray
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> SpecialTokens:
+        """Return those of a BERT vocabulary.
+
+        Raises:
+            InputError: It has no `[CLS]`, `[SEP]` or `[MASK]`.
+        """
+        ids = {"[CLS]": tokenizer.cls_id, "[SEP]": tokenizer.sep_id, "[MASK]": tokenizer.mask_id}
+        missing = [piece for piece, index in ids.items() if index is None]
+        if missing or tokenizer.kind == "sentencepiece":
+            raise InputError(
+                f"{tokenizer.source} has no {missing[0] if missing else 'WordPiece vocabulary'}; "
+                "masked-LM training needs a BERT vocabulary (vocab.txt)"
+            )
+        name = tokenizer.backend.id_to_token
+        pieces = [name(index) or "[gap]" for index in range(tokenizer.vocab_size)]
+        ordinary = [len(p) < 2 or (p[0], p[-1]) != ("[", "]") for p in pieces]
+        first, second, third = (index for index in ids.values() if index is not None)
+        return cls(
+            cls=first,
+            sep=second,
+            mask=third,
+            continues=np.array([piece.startswith("##") for piece in pieces]),
+            words=np.flatnonzero(ordinary),
+        )
+
+
+class MaskedText(Sequence[Sample]):
+    """The samples of masked-LM training, drawn anew in each epoch.
+
+    A sample is a run of sentences of one document, `[CLS] A [SEP] B [SEP]`, or `[CLS] A [SEP]`
+    without pairs. Its label is the hidden tokens and, at position 0, whether A and B were
+    exchanged.
+    """
+
+    def __init__(
+        self,
+        text: TokenizedText,
+        special: SpecialTokens,
+        *,
+        length: int,
+        seed: int,
+        pairs: bool,
+        probability: float = 0.15,
+        whole_words: bool = True,
+    ) -> None:
+        """Cut the text into samples.
+
+        Args:
+            text: Tokenized by sentences.
+            special: Ids of the vocabulary.
+            length: Most tokens of a sample, special ones included.
+            seed: Of all that is drawn.
+            pairs: Cut each sample into two segments.
+            probability: Share of the tokens to hide.
+            whole_words: Hide all pieces of a word or none.
+
+        Raises:
+            InputError: The text holds no sample.
+        """
+        self.tokens, self.special = text.tokens, special
+        self.seed, self.pairs, self.probability = seed, pairs, probability
+        self.whole_words = whole_words
+        self.epoch = 0
+        self.sentences = text.sentences.tolist()
+        room = length - (3 if pairs else 2)
+        self.runs = list(_runs(self.sentences, text.documents.tolist(), room, 2 if pairs else 1))
+        if not self.runs:
+            raise InputError("the text is too short for a single training sample; give more text")
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the samples of another epoch from now on."""
+        self.epoch = epoch
+
+    def length(self, index: int) -> int:
+        """Return the number of tokens of a sample."""
+        start, stop = self.runs[index]
+        return stop - start + (3 if self.pairs else 2)
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+        if not 0 <= index < len(self.runs):
+            raise IndexError(index)
+        chance = np.random.default_rng([self.seed, self.epoch, index])
+        start, stop = self.runs[index]
+        content = self.tokens[start:stop].numpy().astype(np.int64)
+        first, exchanged = content, False
+        second = content[:0]
+        if self.pairs:
+            cut = self._cut(start, stop, chance)
+            first, second = content[:cut], content[cut:]
+            exchanged = bool(chance.random() < 0.5)
+            if exchanged:
+                first, second = second, first
+        special = self.special
+        row = [[special.cls], first, [special.sep]]
+        row += [second, [special.sep]] if self.pairs else []
+        tokens = np.concatenate([np.asarray(part, dtype=np.int64) for part in row])
+        tokentypes = (np.arange(len(tokens)) >= len(first) + 2).astype(np.int64)
+        hidden, labels = self._hide(tokens, chance)
+        labels[0] = int(exchanged) if self.pairs else NO_LABEL
+        types = torch.from_numpy(tokentypes if self.pairs else np.zeros_like(tokens))
+        return Sample([torch.from_numpy(hidden)], [types], torch.from_numpy(labels), index)
+
+    def _cut(self, start: int, stop: int, chance: np.random.Generator) -> int:
+        """Return where segment B begins: at a sentence, or in the middle of a single one."""
+        low, high = bisect_right(self.sentences, start), bisect_left(self.sentences, stop)
+        if low == high:
+            return (stop - start) // 2
+        return int(self.sentences[chance.integers(low, high)]) - start
+
+    def _hide(
+        self, tokens: np.ndarray, chance: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens with some hidden, and the labels.
+
+        Of the hidden tokens 80% become [MASK], 10% any word, and 10% stay.
+        """
+        special = self.special
+        places = np.flatnonzero((tokens != special.cls) & (tokens != special.sep))
+        labels = np.full(len(tokens), NO_LABEL, dtype=np.int64)
+        starts = np.ones(len(places), dtype=bool)
+        if self.whole_words:
+            # A piece goes on with a word where the piece before it is its neighbour.
+            starts[1:] = ~special.continues[tokens[places[1:]]] | (np.diff(places) > 1)
+        words = np.split(places, np.flatnonzero(starts)[1:])
+        wanted = max(1, round(len(places) * self.probability))
+        chosen: list[int] = []
+        for word in chance.permutation(len(words)):
+            if len(chosen) + len(words[word]) <= wanted:
+                chosen.extend(words[word].tolist())
+            if len(chosen) == wanted:
+                break
+        if not chosen:  # a single word, longer than the share: one piece of it
+            chosen = [int(places[chance.integers(len(places))])]
+        at = np.array(sorted(chosen))
+        labels[at] = tokens[at]
+        kind = chance.random(len(at))
+        replacement = special.words[chance.integers(len(special.words), size=len(at))]
+        result = tokens.copy()
+        result[at[kind < 0.9]] = replacement[kind < 0.9]
+        result[at[kind < 0.8]] = special.mask
+        return result, labels
+
+
+def _runs(
+    sentences: list[int], documents: list[int], room: int, least: int
+) -> Iterator[tuple[int, int]]:
+    """Yield runs of whole sentences of one document, of at most `room` and at least `least` tokens.
+
+    A sentence that is longer than that is cut.
+    """
+    for begin, end in zip(documents, documents[1:], strict=False):
+        bounds = sentences[bisect_left(sentences, begin) : bisect_right(sentences, end)]
+        start = last = begin
+        for bound in bounds[1:]:
+            if bound - start > room:
+                if last - start >= least:
+                    yield start, last
+                start = last
+                while bound - start > room:
+                    yield start, start + room
+                    start += room
+            last = bound
+        if last - start >= least:
+            yield start, last
+
+
+class Part(Sequence[Sample]):
+    """The samples from `start` to before `stop` of a data set, numbered anew."""
+
+    def __init__(self, whole: MaskedText | TextWindows, start: int, stop: int) -> None:
+        self.whole, self.start, self.stop = whole, start, stop
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the data set which epoch comes."""
+        if isinstance(self.whole, MaskedText):
+            self.whole.set_epoch(epoch)
+
+    def length(self, index: int) -> int:
+        """Return the number of tokens of a sample."""
+        return self.whole.length(self.start + index)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return dataclasses.replace(self.whole[self.start + index], index=index)
+
+
+class TextWindows(Sequence[Sample]):
+    """The samples of causal-LM training: windows side by side, each token predicted once."""
+
+    def __init__(self, text: TokenizedText, *, length: int) -> None:
+        """Cut the text into windows of `length` tokens, the last one shorter.
+
+        Raises:
+            InputError: The text holds no two tokens.
+        """
+        self.tokens, self.window = text.tokens, length
+        if len(self.tokens) < 2:
+            raise InputError("the text is too short to predict a single token; give more text")
+
+    def length(self, index: int) -> int:
+        """Return the number of tokens of a sample."""
+        return min(self.window, len(self.tokens) - 1 - index * self.window)
+
+    def __len__(self) -> int:
+        return -(-(len(self.tokens) - 1) // self.window)
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start = index * self.window
+        piece = self.tokens[start : start + self.window + 1].long()
+        return Sample([piece[:-1]], [torch.zeros_like(piece[:-1])], piece[1:], index)

@@ -1,0 +1,410 @@
+"""`mlm-eval mlm` and `mlm-eval lm`: masked and causal language models trained on text files."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from mlm_eval.checkpoints.checkpoint import Checkpoint
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits
+from mlm_eval.engine.batching import pack
+from mlm_eval.engine.engine import DTYPES, Engine
+from mlm_eval.model.bert import BERT
+from mlm_eval.model.initial import initial_config, new_checkpoint
+from mlm_eval.reporting.results import Result, checkpoint_record, exponential, versions
+from mlm_eval.reporting.text import large, progress_figures, progress_place, training_plan
+from mlm_eval.tasks.language.data import (
+    MaskedText,
+    Part,
+    SpecialTokens,
+    TextWindows,
+    TokenizedText,
+    read_documents,
+    tokenize,
+)
+from mlm_eval.training.data import Sample, collate, sample_length
+from mlm_eval.training.loop import train
+from mlm_eval.training.objectives import CausalLM, MaskedLM
+from mlm_eval.training.settings import TrainingProgress, TrainReport, TrainSettings
+from mlm_eval.training.state import on_main
+
+KINDS = {"mlm": "bert", "lm": "gpt"}
+"""Command -> the family of models it trains."""
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """Which text to train on, and how it becomes samples.
+
+    Attributes:
+        data: Text or JSON-lines files; see `pretraining_data.read_documents`.
+        dev: Files to evaluate on; none: the last `dev_share` of the samples is held out.
+        dev_share: See there.
+        seq_length: Most tokens of a sample; None: what the model takes.
+        mask_probability: Share of the tokens that are hidden (masked LM).
+        whole_words: Hide all pieces of a word or none (masked LM).
+    """
+
+    data: Sequence[Path]
+    dev: Sequence[Path] = ()
+    dev_share: float = 0.05
+    seq_length: int | None = None
+    mask_probability: float = 0.15
+    whole_words: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            InputError: One of them is impossible.
+        """
+        if not self.data:
+            raise InputError("no training text was given; name text files with --data")
+        for option, value in (
+            ("--mask-probability", self.mask_probability),
+            ("--dev-share", self.dev_share),
+        ):
+            if not 0.0 < value < 1.0:
+                raise InputError(f"{option} is {value}; it must lie between 0 and 1")
+
+
+def start_from(
+    kind: str,
+    *,
+    init: str | Path,
+    tokenizer: Tokenizer,
+    seed: int,
+    overrides: Mapping[str, Any] | None = None,
+) -> Checkpoint:
+    """Return a new model for `mlm` or `lm`: what `--init` stands for.
+
+    Raises:
+        InputError: There is no such size or file; see `initial_models.initial_config`.
+    """
+    config = initial_config(
+        init, family=KINDS[kind], vocab_entries=tokenizer.vocab_size, overrides=overrides
+    )
+    return new_checkpoint(config, seed=seed)
+
+
+def check_kind(kind: str, checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[str]:
+    """Return warnings about a checkpoint as the start of language-model training.
+
+    Raises:
+        InputError: It is of the other family, lacks the language-model head, or the tokenizer does
+            not fit it.
+    """
+    config, where = checkpoint.config, checkpoint.provenance.path
+    if config.family != KINDS[kind]:
+        other = {"bert": "lm", "gpt": "mlm"}[KINDS[kind]]
+        raise InputError(
+            f"{where} is a {config.family.upper()} model; train it with mlm-eval {other}"
+        )
+    if not config.lm_head:
+        raise InputError(
+            f"{where} has no language-model head, as fine-tuned files have none; give the "
+            "checkpoint that it was fine-tuned from"
+        )
+    misfit = check_fits(tokenizer, config.vocab_size)
+    return [] if misfit is None else [misfit]
+
+
+def pretrain(
+    kind: str,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    text: TextSettings,
+    settings: TrainSettings,
+    *,
+    output_dir: str | Path,
+    resume: bool = False,
+    say: Callable[[str], None] | None = None,
+    on_progress: Callable[[TrainingProgress], None] | None = None,
+    on_evaluation: Callable[[str, int, int], None] | None = None,
+) -> Result:
+    """Train a masked (`mlm`) or causal (`lm`) language model; every rank calls it.
+
+    Writes what `training.train` writes into `output_dir`, and result.json. An evaluation is the
+    mean loss on held-out text: nats per hidden or per predicted token.
+
+    Args:
+        kind: `mlm` or `lm`.
+        engine: Loaded in float32, from a checkpoint or from `start_from`.
+        tokenizer: Its vocabulary.
+        text: The data.
+        settings: How to train.
+        output_dir: Where everything goes.
+        resume: Go on from the last state in `output_dir`.
+        say: Takes a line for people who watch, on rank 0.
+        on_progress: Called on rank 0 after each step.
+        on_evaluation: Takes (name of the set, samples done, samples in all), on rank 0.
+
+    Raises:
+        InputError: As `training.train`; or the text or the tokenizer do not fit.
+    """
+    output = Path(output_dir)
+    warnings = check_kind(kind, engine.checkpoint, tokenizer)
+    positions = engine.config.max_position_embeddings
+    length = text.seq_length or positions
+    least = 8 if kind == "mlm" else 2
+    if not least <= length <= positions:
+        raise InputError(
+            f"--seq-length is {length}; this model takes {least} to {positions} tokens"
+        )
+    samples = _Samples(kind, engine, tokenizer, text, length, settings.seed, output / "text")
+    objective = MaskedLM() if kind == "mlm" else CausalLM()
+    tell = say if say is not None and engine.is_main else lambda text: None
+    plan = training_plan({**dataclasses.asdict(settings), "seq_length": length})
+    tell(
+        f"work ahead: to train on {len(samples.train):,} samples ({plan}), to evaluate "
+        f"{len(samples.dev):,}"
+    )
+    last: list[TrainingProgress] = []
+
+    def note(progress: TrainingProgress) -> None:
+        if not last and progress.step > 1:
+            tell(f"resumed after step {progress.step - 1:,}")
+        last[:] = [progress]
+        if on_progress is not None:
+            on_progress(progress)
+
+    def evaluate() -> dict[str, Any]:
+        started = time.perf_counter()
+        found = measure(
+            engine,
+            samples.dev,
+            dtype=settings.dtype,
+            on_progress=None if on_evaluation is None else partial(on_evaluation, "dev"),
+        )
+        for progress in last:
+            place = progress_place(progress)
+            tell(f" > |{place}| training: {progress_figures(progress)}")
+            tell(
+                f" > |{place}| metrics for dev: loss = {found['loss']:.4f}, perplexity = "
+                f"{large(found['perplexity'])}, accuracy = {100 * found['accuracy']:.4f} %, "
+                f"elapsed time (sec): {time.perf_counter() - started:.1f}"
+            )
+        return found
+
+    report = train(
+        engine,
+        samples.train,
+        objective,
+        settings,
+        output_dir=output,
+        evaluate=evaluate,
+        resume=resume,
+        on_progress=note,
+        args={"seq_length": length},
+        tokenizer_files=tokenizer.files,
+    )
+    result = _result(kind, engine, tokenizer, text, settings, samples, report, warnings)
+    on_main(lambda: result.write(output / RESULT))
+    return result
+
+
+class _Samples:
+    """Training and held-out samples, tokenized by rank 0 and mapped by all."""
+
+    def __init__(
+        self,
+        kind: str,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        text: TextSettings,
+        length: int,
+        seed: int,
+        folder: Path,
+    ) -> None:
+        self.kind, self.tokenizer, self.settings, self.length = kind, tokenizer, text, length
+        self.pairs = engine.config.binary_head
+        self.special = SpecialTokens.of(tokenizer) if kind == "mlm" else None
+        self.sha256: dict[str, str] = {}
+        tokens = self._tokens(text.data, folder)
+        whole = self._cut(tokens, seed)
+        self.train: Sequence[Sample] = whole
+        self.num_tokens = tokens.tokens.numel()
+        # Masks of their own, the same at every evaluation: nobody calls set_epoch on these.
+        if text.dev:
+            self.dev: Sequence[Sample] = self._cut(self._tokens(text.dev, folder), seed + 1)
+            return
+        count = max(1, round(len(whole) * text.dev_share))
+        if len(whole) < 2:
+            raise InputError(
+                "the text makes a single sample, so none can be held out; give more text, or --dev"
+            )
+        if count == len(whole):
+            raise InputError(
+                f"--dev-share {text.dev_share} of {count} samples leaves none to train on; lower "
+                "it, or give --dev"
+            )
+        self.train = Part(whole, 0, len(whole) - count)
+        self.dev = Part(self._cut(tokens, seed + 1), len(whole) - count, len(whole))
+
+    def _cut(self, tokens: TokenizedText, seed: int) -> MaskedText | TextWindows:
+        if self.special is None:
+            return TextWindows(tokens, length=self.length)
+        return MaskedText(
+            tokens,
+            self.special,
+            length=self.length,
+            seed=seed,
+            pairs=self.pairs,
+            probability=self.settings.mask_probability,
+            whole_words=self.settings.whole_words,
+        )
+
+    def _tokens(self, paths: Sequence[Path], folder: Path) -> TokenizedText:
+        """Return the tokens of files, kept on disk under what they were made from."""
+        from safetensors.torch import load_file
+
+        path, sha256 = on_main(lambda: self._tokenized(paths, folder))
+        self.sha256 |= sha256
+        return TokenizedText(**load_file(path))
+
+    def _tokenized(self, paths: Sequence[Path], folder: Path) -> tuple[Path, dict[str, str]]:
+        """Tokenize files unless that was done before; rank 0."""
+        from safetensors.torch import save_file
+
+        # Reads and checks everything first: a missing file must not become a hash of nothing.
+        mlm = self.kind == "mlm"
+        documents = list(read_documents(paths, whole_files=not mlm))
+        sha256 = {
+            str(path): hashlib.sha256(path.expanduser().read_bytes()).hexdigest() for path in paths
+        }
+        parts = [self.kind, self.tokenizer.sha256, *sha256.values()]
+        key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+        target = folder / f"tokens-{key}.safetensors"
+        if target.is_file():
+            return target, sha256
+        end = None if mlm else self.tokenizer.eot_id
+        tokens = tokenize(documents, self.tokenizer, end=end, sentences=mlm)
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = target.with_suffix(".part")
+        save_file({name: value.clone() for name, value in vars(tokens).items()}, beside)
+        beside.replace(target)
+        return target, sha256
+
+
+@torch.no_grad()
+def measure(
+    engine: Engine,
+    data: Sequence[Sample],
+    *,
+    dtype: str = "float32",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Return loss, perplexity and accuracy of a language model on samples, on every rank the same.
+
+    `loss` is what training lowers: the mean over hidden (BERT) or predicted tokens, in nats. A BERT
+    with a binary head adds the mean loss of the segments' order; then `lm_loss` and `order_loss`
+    are its two parts. `score` is the negative loss.
+
+    Args:
+        engine: With the model.
+        data: Samples of the kind that it was trained on.
+        dtype: Of the matrix products.
+        on_progress: Told about (samples done, samples in all), on rank 0.
+    """
+    lengths = [sample_length(data, index) for index in range(len(data))]
+    # Sums of: losses, hits, predictions; losses of orders, right ones.
+    sums = torch.zeros(5, dtype=torch.float64, device=engine.device)
+    done = 0
+    for indices in pack(lengths, engine.batch_tokens)[engine.mesh.dp_rank :: engine.mesh.dp]:
+        batch = collate([data[index] for index in indices], device=engine.device)
+        order = None
+        with torch.autocast(engine.device.type, DTYPES[dtype], enabled=dtype != "float32"):
+            if isinstance(engine.model, BERT):
+                losses, hits, count, order = MaskedLM().parts(engine.model, batch, None)
+            else:
+                losses, hits, count = CausalLM().loss_and_hits(engine.model, batch, None)
+        found = [losses.sum(), hits.sum(), torch.tensor(count, device=engine.device)]
+        if order is not None:
+            exchanged = batch.labels[:, 0]
+            found += [F.cross_entropy(order, exchanged, reduction="sum")]
+            found += [(order.argmax(dim=-1) == exchanged).sum()]
+        sums[: len(found)] += torch.stack([value.double() for value in found])
+        done += len(indices) * engine.dp  # the other copies of the model go at about the same pace
+        if on_progress is not None and engine.is_main:
+            on_progress(min(done, len(data)), len(data))
+    if engine.dp > 1:
+        dist.all_reduce(sums, group=engine.mesh.dp_group)
+    loss, hits_in_all, tokens, order_loss, right = sums.tolist()
+    loss, order_loss = loss / tokens, order_loss / len(data)
+    metrics = {
+        "loss": loss + order_loss,
+        "perplexity": exponential(loss),
+        "accuracy": hits_in_all / tokens,
+        "score": -loss - order_loss,
+    }
+    if engine.config.binary_head:
+        metrics |= {"lm_loss": loss, "order_loss": order_loss, "order_accuracy": right / len(data)}
+    return metrics
+
+
+def _result(
+    kind: str,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    text: TextSettings,
+    settings: TrainSettings,
+    samples: _Samples,
+    report: TrainReport,
+    warnings: list[str],
+) -> Result:
+    last = {k: v for k, v in report.evaluations[-1].items() if k not in ("step", "epoch", "score")}
+    best = (
+        None
+        if report.best is None
+        else {"step": report.best["step"], "loss": -report.best["score"]}
+    )
+    return Result(
+        task=kind,
+        protocol="masked-lm" if kind == "mlm" else "causal-lm",
+        metrics={**last, "best": best, "final_training_loss": report.losses[-1]},
+        counts={
+            "training_tokens": samples.num_tokens,
+            "training_samples": len(samples.train),
+            "dev_samples": len(samples.dev),
+            "steps": report.steps,
+            "samples_seen": report.samples,
+        },
+        settings={
+            **dataclasses.asdict(settings),
+            "seq_length": samples.length,
+            "mask_probability": text.mask_probability if kind == "mlm" else None,
+            "whole_words": text.whole_words if kind == "mlm" else None,
+            "vocab_size": engine.vocab_size,
+            "tp": engine.tp,
+            "dp": engine.dp,
+            "device": engine.device.type,
+            "tokenizer": tokenizer.record(),
+            "data": {
+                "path": ", ".join(str(path) for path in text.data),
+                "dev": ", ".join(str(path) for path in text.dev)
+                or f"the last {text.dev_share:.0%}",
+                "sha256": samples.sha256,
+            },
+            "warnings": warnings,
+        },
+        checkpoint=checkpoint_record(engine.checkpoint),
+        timing={
+            "load_seconds": engine.load_seconds,
+            "train_seconds": report.seconds,
+            "samples_per_second": report.samples_per_second,
+        },
+        versions=versions(),
+    )

@@ -1,0 +1,240 @@
+"""Log-probabilities of given sequences: JSON lines in, JSON lines out (`mlm-eval score`)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.tokenizer import Tokenizer
+from mlm_eval.engine.batching import Request
+from mlm_eval.engine.encode import BertInput, find_fault, run_bert
+from mlm_eval.engine.engine import Engine
+from mlm_eval.reporting.results import write_text
+from mlm_eval.tasks.zero_shot.wikitext103 import windows
+
+FORM = '{"tokens": [...]} or {"text": "..."}, one JSON object a line'
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the input: one sequence, or the choices of one question."""
+
+    where: str
+    """File and line number, for messages."""
+    rows: list[list[int]]
+    choices: bool = False
+    tokentypes: list[list[int]] | None = None
+    padding_mask: list[list[int]] | None = field(default=None)
+
+
+def read_lines(path: Path, tokenizer: Tokenizer | None, *, limit: int | None = None) -> list[Line]:
+    """Return the lines of a JSON-lines file.
+
+    Raises:
+        InputError: The file cannot be read, or a line is not of the form that `mlm-eval
+            score --help` shows.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; give --input a file of JSON lines") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path} cannot be read as UTF-8 text ({error}); give --input a file of JSON lines"
+        ) from None
+    lines: list[Line] = []
+    for number, content in enumerate(text.split("\n"), 1):
+        if content.strip() and (limit is None or len(lines) < limit):
+            lines.append(_parse(content, number, path, tokenizer))
+    if not lines:
+        raise InputError(f"{path} holds no lines; expected one JSON object a line")
+    return lines
+
+
+def _parse(content: str, number: int, path: Path, tokenizer: Tokenizer | None) -> Line:
+    where = f"{path}, line {number}"
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not JSON ({error}); expected {FORM}") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{where} holds {content!r:.80}; expected {FORM}")
+    choices = "choices" in record
+    if choices:
+        rows = _lists(record["choices"], "choices", where)
+    elif "tokens" in record:
+        rows = _lists([record["tokens"]], "tokens", where)
+    elif isinstance(record.get("text"), str):
+        if tokenizer is None:
+            raise InputError(f"{where} holds text, which needs --tokenizer DIR or --vocab-file F")
+        rows = [_encode(record["text"], tokenizer, where)]
+    else:
+        raise InputError(f'{where} has neither "tokens", "text" nor "choices"; expected {FORM}')
+    extras: dict[str, list[list[int]] | None] = {}
+    for name in ("tokentypes", "padding_mask"):
+        value = record.get(name)
+        if value is not None:
+            extras[name] = _lists(value if choices else [value], name, where)
+            if [len(row) for row in extras[name] or []] != [len(row) for row in rows]:
+                raise InputError(f"{where}: {name} and tokens differ in length; give one each")
+    if any(not row for row in rows):
+        raise InputError(f"{where} holds an empty sequence; give at least one token")
+    return Line(where, rows, choices, extras.get("tokentypes"), extras.get("padding_mask"))
+
+
+def _encode(text: str, tokenizer: Tokenizer, where: str) -> list[int]:
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InputError(f"{where} holds half of a surrogate pair, which is no text; correct it")
+    return tokenizer.encode(text)
+
+
+def _lists(value: Any, name: str, where: str) -> list[list[int]]:
+    good = isinstance(value, list) and all(
+        isinstance(row, list) and all(type(item) is int and abs(item) < 1 << 62 for item in row)
+        for row in value
+    )
+    if not good or not value:
+        kind = "lists of integers, one a choice" if name == "choices" else "integers"
+        raise InputError(f"{where}: {name} must be a list of {kind}")
+    return value  # type: ignore[no-any-return]
+
+
+def score_lines(
+    engine: Engine,
+    lines: Sequence[Line],
+    *,
+    stride: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Yield the output records in the order of the input.
+
+    Args:
+        engine: The loaded model, GPT or BERT.
+        lines: The input.
+        stride: For GPT sequences of more than positions + 1 tokens: how many tokens each further
+            window scores; None: half the positions.
+        on_progress: See `Engine.score`.
+
+    Raises:
+        InputError: A line does not fit the model; the message names it.
+    """
+    for line in lines:
+        _check_line(line, engine.config)
+    if engine.config.family == "bert":
+        yield from _score_bert(engine, lines)
+    else:
+        yield from _score_gpt(engine, lines, stride, on_progress)
+
+
+def _check_line(line: Line, config: ModelConfig) -> None:
+    """Refuse a line that the model cannot score, by its place in the file."""
+    if config.family == "bert":
+        for item in _bert_inputs(line):
+            fault = find_fault(item, config)
+            if fault is not None:
+                raise InputError(f"{line.where} {fault}")
+        return
+    if line.choices or line.tokentypes or line.padding_mask:
+        raise InputError(
+            f"{line.where} has BERT fields (choices, tokentypes or padding_mask), but this is a "
+            "GPT checkpoint; leave them out"
+        )
+    rows = config.vocab_size
+    outside = next((token for token in line.rows[0] if not 0 <= token < rows), None)
+    if outside is not None:
+        raise InputError(
+            f"{line.where} holds token id {outside}, outside the model's vocabulary of {rows} "
+            "rows; the tokenizer does not belong to this checkpoint"
+        )
+
+
+def _score_gpt(
+    engine: Engine,
+    lines: Sequence[Line],
+    stride: int | None,
+    on_progress: Callable[[int, int], None] | None,
+) -> Iterator[dict[str, Any]]:
+    positions = engine.config.max_position_embeddings
+    stride = max(positions // 2, 1) if stride is None else stride
+    if not 1 <= stride <= positions:
+        raise InputError(f"--stride {stride} must lie in 1 to {positions}, the model's positions")
+    requests: list[Request] = []
+    spans = []
+    for line in lines:
+        tokens = torch.tensor(line.rows[0], dtype=torch.int64)
+        first = len(requests)
+        requests += [
+            Request(tokens[a:b], n) for a, b, n in windows(tokens.numel(), positions, stride)
+        ]
+        spans.append((first, len(requests)))
+    scores = engine.score(requests, on_progress=on_progress)
+    for line, (first, last) in zip(lines, spans, strict=True):
+        span = slice(int(scores.offsets[first]), int(scores.offsets[last]))
+        logprobs, greedy = scores.logprobs[span].tolist(), scores.greedy[span].tolist()
+        yield {
+            "tokens": line.rows[0],
+            "logprobs": [None, *map(_number, logprobs)],
+            "greedy": [None, *greedy],
+        }
+
+
+def _score_bert(engine: Engine, lines: Sequence[Line]) -> Iterator[dict[str, Any]]:
+    outputs = iter(run_bert(engine, [item for line in lines for item in _bert_inputs(line)]))
+    for line in lines:
+        mine = [next(outputs) for _ in line.rows]
+        record: dict[str, Any] = {
+            "choices" if line.choices else "tokens": line.rows if line.choices else line.rows[0]
+        }
+        for name in ("logprobs", "greedy"):
+            rows = [_values(getattr(output, name)) for output in mine]
+            record[name] = rows if line.choices else rows[0]
+        heads = mine[0].heads
+        if "binary_head" in heads:
+            rows = [_values(output.heads["binary_head"]) for output in mine]
+            record["binary_logits"] = rows if line.choices else rows[0]
+        if "classification_head" in heads:
+            rows = [_values(output.heads["classification_head"]) for output in mine]
+            record["head_logits"] = rows if line.choices else rows[0]
+        if "multichoice_head" in heads:  # one logit a choice
+            record["head_logits"] = [_number(float(o.heads["multichoice_head"])) for o in mine]
+        yield record
+
+
+def _bert_inputs(line: Line) -> list[BertInput]:
+    return [
+        BertInput(torch.tensor(row), _row(line.tokentypes, i), _row(line.padding_mask, i))
+        for i, row in enumerate(line.rows)
+    ]
+
+
+def _row(rows: list[list[int]] | None, index: int) -> Tensor | None:
+    return None if rows is None else torch.tensor(rows[index])
+
+
+def _values(values: Tensor | None) -> list[Any] | None:
+    if values is None:
+        return None
+    return [item if isinstance(item, bool) else _number(item) for item in values.tolist()]
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write JSON lines; the file appears whole or not at all.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    write_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))

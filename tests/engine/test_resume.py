@@ -1,0 +1,269 @@
+"""An interrupted run goes on where it stopped, at any layout, never with another run's scores."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from support import random_models
+from support.ranks import run_ranks
+
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.tokenizer import load_tokenizer
+from mlm_eval.engine import resume
+from mlm_eval.engine.batching import Batch, Request
+from mlm_eval.engine.engine import Engine
+from mlm_eval.engine.resume import PartialScores, resume_key
+from mlm_eval.reporting.results import Result
+from mlm_eval.tasks.zero_shot import wikitext103
+
+CONFIG = random_models.config(vocab_size=256)
+WORDS = " ".join(f"word{n}" for n in range(40))
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a run in the middle."""
+
+
+class StoppingEngine(Engine):
+    """Notes which requests it scores, and stops before the batch after the last allowed one."""
+
+    allowed: int | None = None
+    scored: list[list[int]]
+
+    def _score_batch(self, batch: Batch) -> Any:
+        if self.allowed is not None and len(self.scored) == self.allowed:
+            raise Stopped
+        self.scored.append(batch.indices)
+        return super()._score_batch(batch)
+
+
+def run_on_a_rank(
+    folder: Path, tp: int, dp: int, go_on: bool, allowed: int | None, limit: int | None
+) -> tuple[list[int], int, Result | None]:
+    """Score a text; return which windows were scored here, how many were known, the result."""
+    resume.FLUSH_SECONDS = -1.0  # after every batch
+    engine = StoppingEngine.load(
+        random_models.checkpoint(CONFIG), tp=tp, dp=dp, batch_tokens=3 * 16
+    )
+    assert isinstance(engine, StoppingEngine)
+    engine.allowed, engine.scored = allowed, []
+    words = load_tokenizer(directory=folder / "vocabulary")
+    work = wikitext103.prepare(
+        folder / "text", tokenizer=words, positions=16, stride=4, limit=limit
+    )
+    partial = PartialScores(folder / "out.json.partial", "the key", resume=go_on)
+    known = len(partial.finished())
+    try:
+        result = wikitext103.score(engine, work, tokenizer=words, partial=partial)
+    except Stopped:
+        result = None
+    return [i for batch in engine.scored for i in batch], known, result
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a text and a vocabulary."""
+    (tmp_path / "text").write_text(WORDS)
+    random_models.byte_vocabulary(tmp_path / "vocabulary")
+    return tmp_path
+
+
+def run(
+    folder: Path,
+    tp: int,
+    dp: int,
+    *,
+    go_on: bool = False,
+    allowed: int | None = None,
+    limit: int | None = None,
+) -> tuple[list[int], int, Result | None]:
+    """Return the windows that were scored, over all copies of the model, and rank 0's answers."""
+    answers = run_ranks(tp * dp, run_on_a_rank, folder, tp, dp, go_on, allowed, limit)
+    scored = [i for mine, _, _ in answers[::tp] for i in mine]
+    return scored, answers[0][1], answers[0][2]
+
+
+def kept(folder: Path) -> list[int]:
+    """Return the requests of which scores are on the disk."""
+    found = []
+    for path in folder.glob("out.json.partial/*"):
+        with safe_open(path, framework="pt") as chunk:
+            found += chunk.get_tensor("indices").tolist()
+    return found
+
+
+WINDOWS = len(wikitext103.windows(len(WORDS), 16, 4))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((1, 1), (2, 2)), ((2, 2), (1, 1)), ((1, 2), (2, 1)), ((2, 1), (1, 2))]
+)
+def test_an_interrupted_run_goes_on_at_another_layout(folder, before, after):
+    whole, known, expected = run(folder, 1, 1)
+    assert sorted(whole) == list(range(WINDOWS)) and known == 0 and expected is not None
+
+    first, _, result = run(folder, *before, allowed=4)  # clears what is there of the whole run
+    assert result is None and len(first) == 4 * 3 * before[1] and len(set(first)) == len(first)
+    assert sorted(kept(folder)) == sorted(first)
+
+    second, known, result = run(folder, *after, go_on=True)
+    assert known == len(first)
+    assert sorted(first + second) == list(range(WINDOWS))  # every window once, in either run
+    assert result is not None and result.counts == expected.counts
+    for name, value in expected.metrics.items():
+        assert result.metrics[name] == pytest.approx(value, rel=1e-6), name
+
+    third, known, again = run(folder, 1, 1, go_on=True)  # nothing is left to do
+    assert known == WINDOWS and third == [] and again is not None
+    assert again.timing["tokens_per_second"] == 0  # the speed is that of this run's work
+    assert again.metrics["nll_sum"] == result.metrics["nll_sum"]
+
+
+def test_a_run_may_be_interrupted_again_and_again(folder):
+    scored: list[int] = []
+    for go_on in itertools.chain([False], itertools.repeat(True)):
+        new, known, result = run(folder, 1, 1, go_on=go_on, allowed=5)
+        assert known == len(scored)
+        scored += new
+        if result is not None:
+            break
+    assert sorted(scored) == list(range(WINDOWS))
+    _, _, expected = run(folder, 1, 1)
+    assert expected is not None
+    assert result.metrics["nll_sum"] == pytest.approx(expected.metrics["nll_sum"], rel=1e-7)
+
+
+@pytest.mark.parametrize(("tp", "dp"), [(1, 1), (2, 2)])
+def test_a_lower_limit_takes_its_part_of_what_is_there(folder, tp, dp):
+    run(folder, 1, 1, allowed=10)
+    done = kept(folder)
+    limit = 20
+    assert max(done) > limit  # more than the second run asks for
+    scored, _, result = run(folder, tp, dp, go_on=True, limit=limit)
+    assert sorted(scored + [i for i in done if i < limit]) == list(range(limit))
+    _, _, expected = run(folder, 1, 1, limit=limit)
+    assert result is not None and expected is not None
+    assert result.metrics["nll_sum"] == pytest.approx(expected.metrics["nll_sum"], rel=1e-6)
+
+
+def test_without_resume_what_an_earlier_run_left_is_removed(folder):
+    run(folder, 1, 1, allowed=4)
+    assert kept(folder)
+    PartialScores(folder / "out.json.partial", "another key", resume=False)
+    assert not (folder / "out.json.partial").exists()
+
+
+def open_on_a_rank(folder: Path, key: str) -> int:
+    return len(PartialScores(folder, key, resume=True).finished())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_scores_of_another_run_are_refused_on_every_rank(folder, ranks):
+    run(folder, 1, 1, allowed=4)
+    place = folder / "out.json.partial"
+    assert run_ranks(ranks, open_on_a_rank, place, "the key") == [12] * ranks
+    with pytest.raises(InputError, match=r"out\.json\.partial holds scores of another checkpoint"):
+        run_ranks(ranks, open_on_a_rank, place, "another key")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("damage", ["cut off", "not a chunk", "empty"])
+def test_a_damaged_chunk_is_named(folder, ranks, damage):
+    run(folder, 1, 1, allowed=4)
+    chunk = max((folder / "out.json.partial").iterdir())
+    content = chunk.read_bytes()
+    chunk.write_bytes({"cut off": content[:-9], "not a chunk": b"x" * 99, "empty": b""}[damage])
+    with pytest.raises(InputError) as caught:
+        run_ranks(ranks, open_on_a_rank, chunk.parent, "the key")
+    message = str(caught.value)
+    assert message.startswith(f"{chunk} is damaged (") and "run without --resume" in message
+    assert "\n" not in message
+    chunk.unlink()  # as the message says
+    assert run_ranks(ranks, open_on_a_rank, chunk.parent, "the key") == [9] * ranks
+
+
+def test_an_unfinished_chunk_is_not_read(folder):
+    run(folder, 1, 1, allowed=4)
+    (folder / "out.json.partial" / "1-0.part").write_bytes(b"half of it")
+    assert open_on_a_rank(folder / "out.json.partial", "the key") == 12
+
+
+def test_nothing_to_resume_is_a_fresh_start(tmp_path):
+    partial = PartialScores(tmp_path / "none", "key", resume=True)
+    assert partial.finished() == {}
+    partial.flush()
+    assert not (tmp_path / "none").exists()  # a run without results leaves no folder
+
+
+def small_batch() -> tuple[list[Request], Batch, torch.Tensor, torch.Tensor]:
+    requests = [Request(torch.arange(4), 2), Request(torch.arange(4), 1)]
+    batch = Batch(torch.zeros(2, 3).long(), 0, torch.arange(3), torch.arange(3), [1, 0])
+    return requests, batch, torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([True, False, True])
+
+
+def test_chunks_hold_each_requests_own_scores(tmp_path):
+    partial = PartialScores(tmp_path / "kept", "key", resume=False)
+    partial.add(*small_batch())
+    assert not (tmp_path / "kept").exists()  # not with every batch
+    partial.flush()
+    found = PartialScores(tmp_path / "kept", "key", resume=True).finished()
+    assert {i: (a.tolist(), b.tolist()) for i, (a, b) in found.items()} == {
+        1: ([-1.0], [True]),
+        0: ([-2.0, -3.0], [False, True]),
+    }
+    partial.remove()
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_second_run_does_not_overwrite_the_chunks_of_the_first(tmp_path):
+    """Not even with the same process id, as in a container."""
+    for _ in range(3):
+        partial = PartialScores(tmp_path / "kept", "key", resume=True)
+        partial.add(*small_batch())
+        partial.flush()
+    assert len(list((tmp_path / "kept").iterdir())) == 3
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    partial = PartialScores(tmp_path / "file" / "kept", "key", resume=False)
+    partial.add(*small_batch())
+    with pytest.raises(InputError, match="the scores so far cannot be kept in"):
+        partial.flush()
+
+
+def test_what_ranks_share_does_not_grow_with_the_square_of_the_requests(tmp_path):
+    """Pickled one by one, views of a chunk would each carry the whole of it."""
+    import pickle
+
+    count = 2000
+    chunk = {
+        "indices": torch.arange(count),
+        "counts": torch.full((count,), 32),
+        "logprobs": torch.zeros(32 * count),
+        "greedy": torch.zeros(32 * count, dtype=torch.bool),
+    }
+    (tmp_path / "kept").mkdir()
+    save_file(chunk, tmp_path / "kept" / "1-0.safetensors", metadata={"key": "key"})
+    partial = PartialScores(tmp_path / "kept", "key", resume=True)
+    assert len(pickle.dumps(partial._read())) < 1_000_000
+    assert len(partial.finished()) == count
+
+
+def test_the_key_depends_on_every_part():
+    parts = {"task": "wikitext103", "digest": "abc", "settings": {"stride": 32, "seq_length": 16}}
+    key = resume_key(**parts)
+    assert key == resume_key(**dict(reversed(parts.items())))  # not on their order
+    others = [
+        {**parts, "task": "lambada"},
+        {**parts, "digest": "abd"},
+        {**parts, "settings": {"stride": 31, "seq_length": 16}},
+        {**parts, "dtype": "float32"},
+    ]
+    assert len({key, *(resume_key(**other) for other in others)}) == 5

@@ -1,0 +1,343 @@
+"""MNLI and QQP: columns, labels, bare quotes, names of sets, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import tiny_bert
+from support.tiny_bert import CLS, SEP, ids
+
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.tasks.finetune.glue import Glue, Mnli, Qqp, set_name
+from mlm_eval.tasks.finetune.recipe import load_recipe
+from mlm_eval.tasks.finetune.task import Example, ExampleSet, check_names, make_task
+
+MNLI_TRAIN = [
+    "index", "promptID", "pairID", "genre", "sentence1_binary_parse", "sentence2_binary_parse",
+    "sentence1_parse", "sentence2_parse", "sentence1", "sentence2", "label1", "gold_label",
+]  # fmt: skip
+MNLI_DEV = [*MNLI_TRAIN[:11], "label2", "label3", "label4", "label5", "gold_label"]
+QQP_DEV = ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"]
+
+
+def write(path: Path, rows: list[list[str]], *, end: str = "\n") -> Path:
+    """Write a file of GLUE: tabs and line ends, nothing quoted."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes("".join("\t".join(row) + end for row in rows).encode())
+    return path
+
+
+def mnli_row(index: int, first: str, second: str, label: str, *, columns: int = 12) -> list[str]:
+    filling = [label] * (columns - 11) if columns > 10 else []
+    last = [label] if columns > 10 else []
+    return [str(index), *"abcdefg", first, second, *filling, *last]
+
+
+def read(task: type[Glue], source: Path, *roles: str) -> list[ExampleSet]:
+    return task().read(str(source), roles or ("train", "dev", "test"))
+
+
+def content(part: ExampleSet) -> list[tuple[str, str, str, int | None]]:
+    return [(e.id, e.firsts[0], part.texts[e.second], e.label) for e in part.examples]
+
+
+# --- MNLI ---
+
+
+def test_mnli_columns_and_labels(tmp_path):
+    write(
+        tmp_path / "MNLI" / "train.tsv",
+        [
+            MNLI_TRAIN,
+            mnli_row(5, 'He said "no', "It's  over . Now", "contradiction"),
+            mnli_row(6, '"quoted" text', 'a "', "entailment"),
+            mnli_row(7, " a ", "b", "neutral"),
+        ],
+    )
+    (part,) = read(Mnli, tmp_path)
+    assert (part.name, part.role, part.labelled) == ("train", "train", True)
+    assert content(part) == [
+        ("5", 'He said "no', "It's over. Now", 0),
+        ("6", '"quoted" text', 'a "', 1),
+        ("7", "a", "b", 2),
+    ]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_mnli_as_published(tmp_path, end):
+    """Twelve columns, sixteen, and ten, which are a test set's: no labels."""
+    row = {name: mnli_row(0, "a", "b", "neutral", columns=n) for name, n in (("d", 16), ("t", 10))}
+    for name in ("matched", "mismatched"):
+        write(tmp_path / f"dev_{name}.tsv", [MNLI_DEV, row["d"]], end=end)
+        write(tmp_path / f"test_{name}.tsv", [MNLI_TRAIN[:10], row["t"]], end=end)
+    write(tmp_path / "train.tsv", [MNLI_TRAIN, mnli_row(1, "a", "b", "neutral")], end=end)
+    found = read(Mnli, tmp_path)
+    assert [(part.name, part.labelled) for part in found] == [
+        ("train", True),
+        ("dev-matched", True),
+        ("dev-mismatched", True),
+        ("test-matched", False),
+        ("test-mismatched", False),
+    ]
+    assert [content(part)[0][1:] for part in found] == [("a", "b", 2)] * 3 + [("a", "b", None)] * 2
+
+
+def test_mnli_fields_are_what_csv_calls_unquoted(tmp_path):
+    rows = [MNLI_TRAIN, mnli_row(1, 'x "y', '" z', "neutral"), mnli_row(2, '"', "'", "neutral")]
+    path = write(tmp_path / "train.tsv", rows)
+    with path.open(newline="") as stream:
+        expected = list(csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
+    (part,) = read(Mnli, tmp_path)
+    assert [c[:3] for c in content(part)] == [(row[0], row[8], row[9]) for row in expected]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            mnli_row(1, "a", "b", "-"),
+            "line 3 has the label '-'; expected one of contradiction, ent",
+        ),
+        (mnli_row(1, "a", "b", ""), "line 3 has the label ''"),
+        (mnli_row(1, " ", "b", "neutral"), "line 3 has an empty sentence in column 8 or 9"),
+        (mnli_row(1, "a", "", "neutral"), "line 3 has an empty sentence"),
+        (mnli_row(1, "a", "b", "neutral")[:-1], "line 3 has 11 columns, its header 12"),
+        ([""], "line 3 has 1 columns"),
+    ],
+)
+def test_a_damaged_row_of_mnli_is_named(tmp_path, row, message):
+    good = mnli_row(0, "a", "b", "neutral")
+    path = write(tmp_path / "train.tsv", [MNLI_TRAIN, good, row, good])
+    with pytest.raises(InputError, match=message) as caught:
+        read(Mnli, tmp_path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "message"),
+    [
+        (Mnli, [["a", "b"], ["c", "d"]], "a header of 2 columns; MNLI's have 10"),
+        (Mnli, [MNLI_TRAIN], "holds no rows; expected a header and rows of MNLI"),
+        (Mnli, [], "holds no rows"),
+        (Qqp, [["a", "b"], ["c", "d"]], "a header of 2 columns; QQP's have 6"),
+        (
+            Qqp,
+            [QQP_DEV, ["1", "2", "3", "a", "b", "2"]],
+            "line 2 has the label '2'; expected 0 or 1",
+        ),
+    ],
+)
+def test_a_file_of_another_form_is_named(tmp_path, task, rows, message):
+    write(tmp_path / "train.tsv", rows)
+    with pytest.raises(InputError, match=message):
+        read(task, tmp_path)
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    (tmp_path / "train.tsv").write_bytes("\t".join(MNLI_TRAIN).encode() + b"\n\xff")
+    with pytest.raises(InputError, match="train.tsv, line 2 is not UTF-8"):
+        read(Mnli, tmp_path)
+
+
+# --- QQP ---
+
+
+def test_qqp_columns_labels_and_rows_that_are_left_out(tmp_path):
+    path = write(
+        tmp_path / "QQP" / "dev.tsv",
+        [
+            QQP_DEV,
+            ["133", "1", "2", 'Who is "he', "Who is he?", "1"],
+            ["134", "3", "4", "only five columns", "0"],
+            ["135", "3", "4", "", "no first question", "0"],
+            ["136", "3", "4", "no second question", "  ", "0"],
+            ["137", "5", "6", "a", "b", "0"],
+        ],
+    )
+    (part,) = read(Qqp, tmp_path, "dev")
+    assert content(part) == [("133", 'Who is "he', "Who is he?", 1), ("137", "a", "b", 0)]
+    assert part.warnings == [
+        f"{path}: 3 row(s) without 6 columns or with an empty side are left out, as Megatron does "
+        f"(line 3, 4, 5)"
+    ]
+
+
+def test_qqp_test_files_have_three_columns(tmp_path):
+    write(tmp_path / "test.tsv", [["id", "question1", "question2"], ["0", "a", "b"]])
+    (part,) = read(Qqp, tmp_path, "test")
+    assert content(part) == [("0", "a", "b", None)]
+    assert not part.labelled
+
+
+# --- both ---
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("dev_matched.tsv", "dev-matched"),
+        ("test_mismatched.tsv", "test-mismatched"),
+        ("train.tsv", "train"),
+        ("dev.tsv", "dev"),  # Megatron's own stripping leaves "de"
+    ],
+)
+def test_names_of_sets(file, name):
+    assert set_name(file) == name
+
+
+def test_a_part_has_the_name_of_its_file_and_role(tmp_path):
+    row = mnli_row(1, "a", "b", "neutral")
+    path = write(tmp_path / "hard_cases.tsv", [MNLI_TRAIN, row])
+    (part,) = check_names(Mnli().read_part(str(path), "dev"))
+    assert (part.name, part.role) == ("dev-hard-cases", "dev")
+
+
+def test_the_row_of_a_pair(tmp_path):
+    words = tiny_bert.tokenizer(tmp_path)
+    part = ExampleSet(
+        "dev", "dev", "", "", ["a dog", "the mat"], [Example("7", ("The cat sat",), 1, 2)]
+    )
+    recipe = load_recipe("mnli-megatron-336m", task="mnli")
+    (sample,) = Mnli().features(part, words, recipe, cache=tmp_path)
+    assert sample.rows[0].tolist() == [CLS, *ids("the cat sat"), SEP, *ids("the mat"), SEP]
+    assert sample.tokentypes[0].tolist() == [0] * 5 + [1] * 3
+    assert (sample.label, sample.index, len(sample.rows)) == (2, 0, 1)
+
+
+def test_folders_that_are_none_are_refused(tmp_path):
+    with pytest.raises(InputError, match="holds none of train.tsv, dev_matched.tsv, .*GLUE's MNLI"):
+        read(Mnli, tmp_path)
+    with pytest.raises(InputError, match="train.tsv is a file; --data takes GLUE's folder QQP"):
+        read(Qqp, write(tmp_path / "train.tsv", [QQP_DEV]))
+    with pytest.raises(InputError, match="gone does not exist"):
+        read(Qqp, tmp_path / "gone")
+
+
+def save_hub(folder: Path, **splits: list[dict[str, Any]]) -> Path:
+    datasets = pytest.importorskip("datasets")
+    rows = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+    datasets.DatasetDict(rows).save_to_disk(folder)
+    return folder
+
+
+def test_mnli_of_the_hub(tmp_path):
+    """The Hub counts entailment 0, neutral 1, contradiction 2, and a test set's labels -1."""
+
+    def row(label: int) -> dict[str, Any]:
+        return {"premise": "a", "hypothesis": "b", "label": label, "idx": label + 10}
+
+    folder = save_hub(
+        tmp_path / "hub",
+        train=[row(0), row(1), row(2)],
+        validation_matched=[row(1)],
+        validation_mismatched=[row(2)],
+        test_matched=[row(-1)],
+    )
+    found = read(Mnli, folder)
+    names = [(part.name, part.labelled) for part in found]
+    assert names == [
+        ("train", True),
+        ("dev-matched", True),
+        ("dev-mismatched", True),
+        ("test-matched", False),
+    ]
+    assert [Mnli.classes[label] for *_, label in content(found[0])] == [
+        "entailment",
+        "neutral",
+        "contradiction",
+    ]
+    assert content(found[3]) == [("9", "a", "b", None)]
+    (part,) = Mnli().read_part(f"{folder}::validation_mismatched", "dev")
+    assert part.name == "dev-mismatched"
+    with pytest.raises(InputError, match="has no split nothing; it has train, validation_matched"):
+        Mnli().read_part(f"{folder}::nothing", "dev")
+
+
+def test_qqp_of_the_hub(tmp_path):
+    row = {"question1": "a", "question2": "b", "label": 1, "idx": 3}
+    folder = save_hub(tmp_path / "hub", train=[row], validation=[{**row, "label": 0}])
+    found = read(Qqp, folder)
+    assert [(part.name, content(part)) for part in found] == [
+        ("train", [("3", "a", "b", 1)]),
+        ("dev", [("3", "a", "b", 0)]),
+    ]
+    mixed = save_hub(tmp_path / "mixed", validation=[row, {**row, "label": -1}])
+    with pytest.raises(InputError, match="has labels in some rows only"):
+        read(Qqp, mixed, "dev")
+    other = save_hub(tmp_path / "other", validation=[{**row, "label": 7}])
+    with pytest.raises(InputError, match="row 1: the label 7 is not known for QQP"):
+        read(Qqp, other, "dev")
+
+
+@pytest.mark.parametrize(
+    ("task", "source", "path", "config"),
+    [
+        ("mnli", "nyu-mll/glue", "nyu-mll/glue", "mnli"),
+        ("qqp", "glue", "nyu-mll/glue", "qqp"),
+        ("mnli", "SetFit/mnli:default", "SetFit/mnli", "default"),
+        ("race", "ehovy/race", "ehovy/race", "all"),
+        ("race", "race:high", "ehovy/race", "high"),
+        ("squad", "rajpurkar/squad", "rajpurkar/squad", None),
+        ("squad", "squad_v2", "rajpurkar/squad_v2", None),
+    ],
+)
+def test_names_of_the_hub_are_asked_for_by_their_config(
+    tmp_path, monkeypatch, task, source, path, config
+):
+    asked = []
+
+    def load(name: Any) -> Any:
+        asked.append((name.path, name.config, name.split))
+        raise InputError("asked")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mlm_eval.tasks.data.sources.load_dataset", load)
+    with pytest.raises(InputError, match="asked"):
+        make_task(task).read(source, ["dev"])
+    assert asked == [(path, config, None)]
+
+
+# --- real texts ---
+
+
+def mnli_of_textfooler(source: Path, target: Path) -> Path:
+    """Rewrite pairs (label, premise, hypothesis) to GLUE's dev columns."""
+    rows = [MNLI_DEV]
+    for index, line in enumerate(source.read_text(encoding="utf-8").splitlines()):
+        label, first, second = line.split("\t")
+        rows.append(mnli_row(index, first, second, label, columns=16))
+    return write(target, rows)
+
+
+@pytest.mark.realdata
+def test_real_pairs_of_mnli(shared_data, tmp_path):
+    for name in ("matched", "mismatched"):
+        source = shared_data / "glue" / f"textfooler_mnli_{name}.tsv"
+        mnli_of_textfooler(source, tmp_path / f"dev_{name}.tsv")
+    found = read(Mnli, tmp_path, "dev")
+    assert [(part.name, len(part.examples)) for part in found] == [
+        ("dev-matched", 1000),
+        ("dev-mismatched", 1000),
+    ]
+    lines = (shared_data / "glue" / "textfooler_mnli_matched.tsv").read_text().splitlines()
+    labels = Counter(line.split("\t")[0] for line in lines)
+    assert labels == Counter(Mnli.classes[label] for *_, label in content(found[0]))
+    assert found[0].examples[0].firsts[0].startswith("In Temple Bar , the bookshop")
+
+
+@pytest.mark.realdata
+def test_real_pairs_of_qqp(shared_data, tmp_path):
+    entries = json.loads((shared_data / "glue" / "advglue_dev.json").read_text())["qqp"]
+    rows = [
+        [str(e["idx"]), "0", "0", e["question1"], e["question2"], str(e["label"])] for e in entries
+    ]
+    write(tmp_path / "QQP" / "dev.tsv", [QQP_DEV, *rows])
+    (part,) = read(Qqp, tmp_path, "dev")
+    assert len(part.examples) == 78
+    assert part.warnings == []
+    assert [label for *_, label in content(part)] == [entry["label"] for entry in entries]

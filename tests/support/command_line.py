@@ -1,0 +1,68 @@
+"""Runs command lines as a user does, and reads what they leave; for test_cli*.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from support import random_models
+
+CONFIG = random_models.config(vocab_size=256, max_position_embeddings=32)
+TEXT = " = Title = \n \n " + " ".join(f"word{n} , <unk>" for n in range(60)) + " \n"
+OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "TORCHELASTIC_", "MLM_EVAL_L")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
+
+
+def started(*arguments: object, command: tuple[str, ...] = ("-P", "-m", "mlm_eval")) -> Any:
+    """Start a command line as a user does, in an environment without a launcher."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(OF_A_LAUNCHER)}
+    return subprocess.Popen(
+        [sys.executable, *command, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def as_user(*arguments: object, command: tuple[str, ...] = ("-P", "-m", "mlm_eval")) -> Ended:
+    """Run a command line as a user does, to its end."""
+    process = started(*arguments, command=command)
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    return Ended(process.returncode, out, err)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return a record."""
+    record: dict[str, Any] = json.loads(path.read_text())
+    return record
+
+
+def assert_one_sentence(ended: Ended, *parts: str) -> None:
+    """Wrong input: exit code 2, and one line on stderr that says all of `parts`."""
+    assert ended.code == 2, ended
+    assert ended.out == ""
+    lines = [line for line in ended.err.splitlines() if not line.startswith("work ahead: ")]
+    assert len(lines) == 1 and lines[0].startswith("mlm-eval: "), ended.err
+    for part in parts:
+        assert part in lines[0], (part, lines[0])

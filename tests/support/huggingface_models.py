@@ -1,0 +1,125 @@
+"""Small random models of transformers, and what they compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlm_eval.checkpoints.checkpoint import Checkpoint
+from mlm_eval.engine.batching import Request
+from mlm_eval.engine.engine import Engine
+
+VOCAB, POSITIONS = 40, 24
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCAB}
+LLAMA = SMALL | {"intermediate_size": 48, "max_position_embeddings": POSITIONS}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB, "n_positions": POSITIONS}
+GPT2 |= {"bos_token_id": None, "eos_token_id": None}
+BERT = SMALL | {"intermediate_size": 64, "max_position_embeddings": POSITIONS}
+PARTIAL = {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+GPT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2", GPT2),
+    "gpt2-untied": ("GPT2", GPT2 | {"tie_word_embeddings": False, "n_inner": 24}),
+    "gpt2-erf": ("GPT2", GPT2 | {"activation_function": "gelu"}),
+    "gpt2-fast": ("GPT2", GPT2 | {"activation_function": "gelu_fast"}),
+    "gpt2-relu2": ("GPT2", GPT2 | {"activation_function": "relu2"}),
+    "llama": ("Llama", LLAMA),
+    "llama-gqa": ("Llama", LLAMA | {"num_key_value_heads": 2, "head_dim": 12}),
+    "llama-biases": ("Llama", LLAMA | {"attention_bias": True, "mlp_bias": True}),
+    "llama-attention-bias": ("Llama", LLAMA | {"attention_bias": True, "num_key_value_heads": 1}),
+    "llama-tied": ("Llama", LLAMA | {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
+    "llama3": ("Llama", LLAMA | {"rope_parameters": LLAMA3, "max_position_embeddings": 64}),
+    "llama-linear": (
+        "Llama",
+        LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 99.0}},
+    ),
+    "mistral": ("Mistral", LLAMA | {"num_key_value_heads": 2}),
+    "qwen2": ("Qwen2", LLAMA | {"num_key_value_heads": 2}),
+    "qwen3": ("Qwen3", LLAMA | {"num_key_value_heads": 2, "head_dim": 16}),
+    "stablelm": ("StableLm", LLAMA | {"num_key_value_heads": 2, "use_qkv_bias": True}),
+    "stablelm-half": ("StableLm", LLAMA | {"num_key_value_heads": 4} | PARTIAL),
+    "starcoder2": ("Starcoder2", LLAMA | {"num_key_value_heads": 2}),
+    "neox": ("GPTNeoX", LLAMA | {"use_parallel_residual": False}),
+    "neox-half": (
+        "GPTNeoX",
+        LLAMA
+        | {"use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_new"}
+        | PARTIAL,
+    ),
+}
+BERT_MODELS = [
+    f"{family}{head}"
+    for family in ("Bert", "MegatronBert")
+    for head in (
+        "ForPreTraining",
+        "ForMaskedLM",
+        "ForSequenceClassification",
+        "ForMultipleChoice",
+        "ForNextSentencePrediction",
+        "ForQuestionAnswering",
+        "Model",
+    )
+]
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Fill every parameter with noise: zero biases and unit gains would hide a wrong order."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0.0, 0.2, generator=generator)
+            if name.lower().endswith(
+                ("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight", "ln.weight")
+            ):
+                parameter += 1
+
+
+def theirs(name: str, settings: dict[str, Any]) -> Any:
+    """Return a small random transformers model."""
+    import transformers
+
+    architecture = next(
+        base
+        for base in (
+            "MegatronBert",
+            "Bert",
+            name.removesuffix("ForCausalLM").removesuffix("LMHeadModel"),
+        )
+        if name.startswith(base)
+    )
+    config = getattr(transformers, f"{architecture}Config")(**settings)
+    model = getattr(transformers, name)(config).eval()
+    randomize(model)
+    return model
+
+
+def gpt_model(kind: str) -> Any:
+    name, settings = GPT_MODELS[kind]
+    return theirs(f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM", settings)
+
+
+def tokens(rows: int = 2) -> Tensor:
+    return torch.randint(VOCAB, (rows, POSITIONS), generator=torch.Generator().manual_seed(2))
+
+
+def our_log_probs(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
+    """Return the log-probabilities of all tokens but the first, `[rows, positions - 1]`."""
+    engine = Engine.load(checkpoint, dtype="float32")
+    scores = engine.score([Request(row, row.numel() - 1) for row in ids])
+    return scores.logprobs.view(len(ids), -1)
+
+
+def their_log_probs(model: Any, ids: Tensor) -> Tensor:
+    with torch.inference_mode():
+        everything = model(ids).logits[:, :-1].log_softmax(-1)
+    return everything.gather(-1, ids[:, 1:, None]).squeeze(-1)

@@ -1,0 +1,125 @@
+"""What the ranks of test_launch.py run: `python launch_targets.py [--ranks N] TARGET ARGUMENTS`.
+
+With `--ranks` the process is the parent of N ranks, as the command line is; without it is a rank.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.ranks import launch
+from mlm_eval.ranks.world import World, detect_world
+
+
+def all_reduce(folder: Path, world: World, *sizes: str) -> None:
+    """Sum 10**rank over all ranks and over each group of a dp x tp mesh."""
+    tp, dp = (int(size) for size in sizes)
+    launch.init_process_group(world, device="cpu")
+    import torch
+    import torch.distributed as dist
+
+    mesh = launch.device_mesh(tp, dp)
+    sums = {}
+    for name, group in [("all", None), ("tp", mesh.get_group("tp")), ("dp", mesh.get_group("dp"))]:
+        value = torch.tensor(10**world.rank)
+        dist.all_reduce(value, group=group)
+        sums[name] = int(value)
+    launch.shutdown()
+    leave(folder, world, sums=sums, omp=os.environ["OMP_NUM_THREADS"])
+
+
+def wrong_input(folder: Path, world: World, where: str) -> None:
+    """Fail in rank 1 before the ranks meet, or while the others wait for it in a collective."""
+    if where == "everywhere":
+        raise InputError("wrong.pt holds no model")
+    if where == "before":
+        if world.rank == 1:
+            raise InputError("rank 1 found wrong.pt")
+        launch.init_process_group(world, device="cpu")
+    join_and_wait(folder, world, absent=1)
+    time.sleep(0.5)  # the others are well inside the collective
+    raise InputError("rank 1 found wrong.pt")
+
+
+def fault(folder: Path, world: World) -> None:
+    """Fail with an exception that is not the user's in rank 1."""
+    join_and_wait(folder, world, absent=1)
+    raise KeyError("decoder.layers.0")
+
+
+def wait_for_test(folder: Path, world: World) -> None:
+    """Hang: rank 1 in a C call, the others in a collective that it never joins."""
+    join_and_wait(folder, world, absent=1)
+    ctypes.CDLL(None).pause()
+
+
+def deaf(folder: Path, world: World) -> None:
+    """Hang in rank 0 with SIGTERM blocked; end rank 1 with exit code 5."""
+    if world.rank == 0:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        leave(folder, world)
+        ctypes.CDLL(None).pause()
+    while not (folder / "rank0.json").exists():
+        time.sleep(0.01)
+    os._exit(5)
+
+
+def verdict(folder: Path, world: World) -> None:
+    """Answer 3 in rank 1 at once, and let rank 0 finish its work after that."""
+    if world.rank == 0:
+        time.sleep(1)
+        leave(folder, world)
+    sys.exit(3)
+
+
+def alone(folder: Path, world: World) -> None:
+    """Wait for ranks that never come."""
+    launch.RENDEZVOUS_TIMEOUT = timedelta(seconds=1)
+    launch.init_process_group(world, device="cpu")
+
+
+def join_and_wait(folder: Path, world: World, absent: int) -> None:
+    """Join the group, say so, and enter a collective that rank `absent` does not enter."""
+    launch.init_process_group(world, device="cpu")
+    import torch
+    import torch.distributed as dist
+
+    leave(folder, world)
+    if world.rank != absent:
+        dist.all_reduce(torch.ones(1))
+
+
+def leave(folder: Path, world: World, **facts: object) -> None:
+    """Write this rank's facts for the test, all at once."""
+    facts |= {"pid": os.getpid(), "rank": world.rank, "size": world.size, "source": world.source}
+    facts |= {"local_rank": world.local_rank, "local_size": world.local_size}
+    unfinished = folder / f"rank{world.rank}.part"
+    unfinished.write_text(json.dumps(facts))
+    unfinished.rename(folder / f"rank{world.rank}.json")
+
+
+def main() -> int:
+    if sys.argv[1] == "--ranks":
+        ranks, argv = int(sys.argv[2]), sys.argv[3:]
+        command = [sys.executable, "-P", __file__]
+        result = launch.launch(argv, ranks=ranks, device="cpu", command=command)
+        if result.message is not None:
+            print(result.message, file=sys.stderr)
+        return result.exit_code
+    world = detect_world()
+    assert world is not None
+    launch.prepare_worker()
+    target, folder, *arguments = sys.argv[1:]
+    with launch.reporting_errors(world):
+        globals()[target](Path(folder), world, *arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Random models for the tests: every weight is noise, biases and gains included.
+
+A zero bias hides the classic fault of tensor parallelism, a bias added once per rank, and equal
+gains hide a wrong order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance
+from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.lazy import InMemory
+from mlm_eval.checkpoints.parameters import parameters
+from mlm_eval.engine.engine import load_model
+from mlm_eval.model.tensor_parallel import SINGLE
+
+GPT = ModelConfig(
+    family="gpt",
+    num_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_query_groups=4,
+    kv_channels=8,
+    ffn_hidden_size=64,
+    vocab_size=50,
+    max_position_embeddings=16,
+)
+LLAMA = dataclasses.replace(
+    GPT,
+    num_query_groups=2,
+    position_embedding_type="rope",
+    normalization="RMSNorm",
+    activation="swiglu",
+    add_bias_linear=False,
+    add_qkv_bias=False,
+    untie_embeddings_and_output_weights=True,
+)
+BERT = dataclasses.replace(GPT, family="bert", num_tokentypes=2, pooler=True, binary_head=True)
+
+
+def config(base: ModelConfig = GPT, **changes: Any) -> ModelConfig:
+    """Return `base` with some settings changed; changed heads have a group of queries each."""
+    if "num_attention_heads" in changes:
+        changes.setdefault("num_query_groups", changes["num_attention_heads"])
+    return dataclasses.replace(base, **changes)
+
+
+def state_dict(model: ModelConfig, *, seed: int = 0, std: float = 0.2) -> dict[str, Tensor]:
+    """Return every parameter: N(0, std), gains of norms about 1 (0 where they are centred)."""
+    noise = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, parameter in parameters(model).items():
+        weights[name] = torch.randn(parameter.shape, generator=noise) * std
+        if "norm" in name and name.endswith("weight") and not model.layernorm_zero_centered_gamma:
+            weights[name] += 1
+    return weights
+
+
+def checkpoint(
+    model: ModelConfig,
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    seed: int = 0,
+    path: Path | str = "memory",
+) -> Checkpoint:
+    """Return a checkpoint of canonical weights, random ones if none are given."""
+    weights = state_dict(model, seed=seed) if weights is None else weights
+    lazy = {name: InMemory(tensor) for name, tensor in weights.items()}
+    return Checkpoint(model, lazy, Provenance(Path(path), "megatron-torch", digest="none")).check()
+
+
+def on_one_rank(model: ModelConfig, weights: Mapping[str, Tensor] | None = None) -> Any:
+    """Return the whole model, for float32 on the CPU; its weights are random unless given."""
+    loaded = load_model(
+        checkpoint(model, weights), SINGLE, device=torch.device("cpu"), dtype=torch.float32
+    )
+    return loaded.eval().requires_grad_(False)
+
+
+def all_log_probs(model: Any, states: Tensor) -> Tensor:
+    """Return `[batch, seq, vocab]`, every entry asked for as a target of its own."""
+    vocab = model.config.vocab_size
+    rows = states.flatten(0, -2).repeat_interleave(vocab, dim=0)
+    targets = torch.arange(vocab).repeat(len(rows) // vocab)
+    return model.log_probs(rows, targets)[0].view(*states.shape[:-1], vocab)  # type: ignore[no-any-return]
+
+
+def bert_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens, padding mask and token types; the second line is padded after 9 tokens."""
+    noise = torch.Generator().manual_seed(1)
+    shape = (2, BERT.max_position_embeddings)
+    tokens = torch.randint(BERT.vocab_size, shape, generator=noise)
+    types = torch.randint(2, shape, generator=noise)
+    mask = torch.ones_like(tokens)
+    mask[1, 9:] = 0
+    return tokens, mask, types
+
+
+def byte_vocabulary(folder: Path) -> Path:
+    """Write a GPT-2 vocabulary without merges, one id a byte: 256 entries for any text."""
+    from tokenizers import pre_tokenizers
+
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({s: i for i, s in enumerate(symbols)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return folder
