@@ -55,7 +55,7 @@ def load_on_a_rank(source: Path, report: Path) -> None:
     launch.prepare_worker()
     with launch.reporting_errors(world), Peak() as peak:
         launch.init_process_group(world, device="cpu")
-        from mlm_eval.checkpoints.checkpoint import open_checkpoint
+        from mlm_eval.checkpoints.open import open_checkpoint
         from mlm_eval.engine.engine import Engine
 
         before = anonymous_bytes(os.getpid())

@@ -110,7 +110,7 @@ def run(case: Case, folder: Path) -> None:
     """Do what a case says, in this process."""
     import torch
 
-    from mlm_eval.checkpoints.checkpoint import open_checkpoint
+    from mlm_eval.checkpoints.open import open_checkpoint
     from mlm_eval.engine.engine import Engine
     from mlm_eval.model.initial import new_checkpoint, with_head
     from mlm_eval.model.sizes import named_config

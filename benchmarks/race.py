@@ -180,8 +180,8 @@ class Run:
 
     def prepare_model(self) -> None:
         """Write all-MiniLM-L6-v2 as a Megatron checkpoint, and with a head for the Trainer."""
-        from mlm_eval.checkpoints.checkpoint import open_checkpoint
         from mlm_eval.checkpoints.convert import convert
+        from mlm_eval.checkpoints.open import open_checkpoint
         from mlm_eval.model.initial import with_head
 
         if not self.model.is_dir():
@@ -196,7 +196,7 @@ class Run:
 
     def train_ours(self) -> dict[str, Any]:
         """Run `mlm-eval race`'s function; return its record of the run."""
-        from mlm_eval.checkpoints.checkpoint import open_checkpoint
+        from mlm_eval.checkpoints.open import open_checkpoint
         from mlm_eval.checkpoints.tokenizer import load_tokenizer
         from mlm_eval.engine.engine import Engine
         from mlm_eval.tasks.finetune.options import Observer

@@ -8,9 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlm_eval.checkpoints.checkpoint import open_checkpoint
     from mlm_eval.checkpoints.convert import convert
     from mlm_eval.checkpoints.errors import InputError
+    from mlm_eval.checkpoints.open import open_checkpoint
     from mlm_eval.engine.engine import Engine
     from mlm_eval.tasks import evaluate
 
@@ -23,7 +23,7 @@ _HOME = {
     "InputError": "mlm_eval.checkpoints.errors",
     "convert": "mlm_eval.checkpoints.convert",
     "evaluate": "mlm_eval.tasks",
-    "open_checkpoint": "mlm_eval.checkpoints.checkpoint",
+    "open_checkpoint": "mlm_eval.checkpoints.open",
 }
 
 

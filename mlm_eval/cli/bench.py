@@ -187,8 +187,8 @@ def _source(
     Raises:
         InputError: Not exactly one of them is given, or it does not exist.
     """
-    from mlm_eval.checkpoints.checkpoint import open_checkpoint
     from mlm_eval.checkpoints.config import apply_overrides, parse_overrides
+    from mlm_eval.checkpoints.open import open_checkpoint
     from mlm_eval.model.sizes import named_config
     from mlm_eval.planning.bench_series import model_series, paper_series, usual_sizes
 

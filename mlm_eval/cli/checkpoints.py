@@ -39,8 +39,8 @@ def inspect(
     import json
 
     from mlm_eval.checkpoints.checkpoint import full_digest as hash_everything
-    from mlm_eval.checkpoints.checkpoint import open_checkpoint
     from mlm_eval.checkpoints.config import parse_overrides
+    from mlm_eval.checkpoints.open import open_checkpoint
     from mlm_eval.reporting.text import inspect_record, inspect_text
 
     checkpoint = open_checkpoint(ckpt, parse_overrides(set_ or []), allow_hostile=True)
@@ -98,8 +98,8 @@ def convert(
 
     Example: mlm-eval convert --ckpt gpt2_tp8 --to megatron --tp 2 --output gpt2_tp2
     """
-    from mlm_eval.checkpoints.checkpoint import open_checkpoint
     from mlm_eval.checkpoints.config import parse_overrides
+    from mlm_eval.checkpoints.open import open_checkpoint
     from mlm_eval.engine.conversion import convert_checked
     from mlm_eval.reporting.text import comparison_text
 
@@ -147,8 +147,8 @@ def verify(
 
     Example: mlm-eval verify --ckpt gpt2_tp8 --against gpt2_hf
     """
-    from mlm_eval.checkpoints.checkpoint import open_checkpoint
     from mlm_eval.checkpoints.config import parse_overrides
+    from mlm_eval.checkpoints.open import open_checkpoint
     from mlm_eval.engine.verify import compare_checkpoints
     from mlm_eval.reporting.results import write_json
     from mlm_eval.reporting.text import comparison_text

@@ -174,8 +174,8 @@ _Source = tuple[str, "Callable[[int], ModelConfig]", "int | None"]
 
 
 def _checkpoint(ckpt: str, sets: list[str]) -> _Source:
-    from mlm_eval.checkpoints.checkpoint import open_checkpoint
     from mlm_eval.checkpoints.config import parse_overrides
+    from mlm_eval.checkpoints.open import open_checkpoint
 
     checkpoint = open_checkpoint(ckpt, parse_overrides(sets))
     return ckpt, lambda tp: checkpoint.config, None

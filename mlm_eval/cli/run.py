@@ -53,8 +53,8 @@ class ModelRun:
     """A command that runs a model: opens the checkpoint, gets its ranks, loads the engine."""
 
     def __init__(self, *, checkpoint: Checkpoint | None = None, **options: Any) -> None:
-        from mlm_eval.checkpoints.checkpoint import open_checkpoint
         from mlm_eval.checkpoints.config import parse_overrides
+        from mlm_eval.checkpoints.open import open_checkpoint
         from mlm_eval.reporting.results import check_writable
 
         self.options = options

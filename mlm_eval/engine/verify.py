@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mlm_eval.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import LazyTensor, Mapped
+from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.engine.engine import Engine
 from mlm_eval.model.bert import BERT
 from mlm_eval.model.gpt import GPT

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance, open_checkpoint
+from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance
 from mlm_eval.checkpoints.config import ModelConfig, parse_overrides
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import Index, LazyTensor
+from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import Parameter, parameters
 from mlm_eval.engine.batching import Request
 from mlm_eval.engine.encode import BertInput

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from mlm_eval.checkpoints.checkpoint import TRACKER, Checkpoint, Provenance, open_checkpoint
+from mlm_eval.checkpoints.checkpoint import TRACKER, Checkpoint, Provenance
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.megatron.args import choose_names
 from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
+from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import num_parameters
 from mlm_eval.engine.engine import Engine
 from mlm_eval.training.data import Plan, Sample, check_data, fingerprint, set_epoch

@@ -15,9 +15,9 @@ from support import random_models
 from mlm_eval import cli
 from mlm_eval.checkpoints import catalog
 from mlm_eval.checkpoints.catalog import entries, find_entry, local_folder, locate
-from mlm_eval.checkpoints.checkpoint import open_checkpoint
 from mlm_eval.checkpoints.config import check_overrides
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.open import open_checkpoint
 
 NAME = "megatron-gpt2-345m"
 

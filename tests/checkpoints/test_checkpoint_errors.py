@@ -27,9 +27,9 @@ from support.synthetic import (
     write,
 )
 
-from mlm_eval.checkpoints.checkpoint import open_checkpoint
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files import zip_archive as archive
+from mlm_eval.checkpoints.open import open_checkpoint
 
 SHIPPED = ORACLES
 TRACKER = "latest_checkpointed_iteration.txt"

@@ -21,10 +21,10 @@ from support.huggingface_models import (
     tokens,
 )
 
-from mlm_eval.checkpoints.checkpoint import open_checkpoint
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safetensors_file import read_safetensors
 from mlm_eval.checkpoints.huggingface.read import read_folder
+from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import parameters, shard_index
 from mlm_eval.engine.engine import load_model
 from mlm_eval.model.tensor_parallel import SINGLE

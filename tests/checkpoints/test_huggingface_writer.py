@@ -20,7 +20,7 @@ from support import random_models
 from support.huggingface_models import BERT, BERT_MODELS, GPT_MODELS, gpt_model, theirs
 from torch import Tensor
 
-from mlm_eval.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safetensors_file import PIECE_BYTES, write_safetensors
@@ -28,6 +28,7 @@ from mlm_eval.checkpoints.huggingface.read import read_folder
 from mlm_eval.checkpoints.huggingface.write import Report, parse_size, write_huggingface
 from mlm_eval.checkpoints.lazy import InMemory
 from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
+from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.engine.engine import Engine
 
 LAYER_NORM_ROPE: dict[str, Any] = {"position_embedding_type": "rope", "rotary_percent": 0.5}

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
 
-from mlm_eval.checkpoints.checkpoint import Checkpoint, full_digest, open_checkpoint
+from mlm_eval.checkpoints.checkpoint import Checkpoint, full_digest
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files import distcp
+from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import parameters, shard_index
 from mlm_eval.engine.batching import Request
 from mlm_eval.engine.engine import Engine
@@ -625,7 +626,7 @@ def test_metadata_of_megatron_classes_needs_no_megatron(
 BLOCKED = """
 import sys
 sys.modules["megatron"] = None
-from mlm_eval.checkpoints.checkpoint import open_checkpoint
+from mlm_eval.checkpoints.open import open_checkpoint
 for folder in sys.argv[1:]:
     checkpoint = open_checkpoint(folder)
     assert all(bool(lazy.read().isfinite().all()) for lazy in checkpoint.tensors.values())

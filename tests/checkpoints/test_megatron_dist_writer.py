@@ -22,12 +22,13 @@ from support.paths import ORACLES, SUPPORT
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from mlm_eval.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import Index, LazyTensor, MappedFile, StoredTensor
 from mlm_eval.checkpoints.megatron import write_dist as megatron_dist_writer
 from mlm_eval.checkpoints.megatron.write_dist import write_torch_dist
+from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import parameters
 from mlm_eval.engine.verify import outputs, probe
 

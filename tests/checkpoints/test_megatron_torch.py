@@ -29,12 +29,13 @@ from support.synthetic import (
 )
 from torch import Tensor
 
-from mlm_eval.checkpoints.checkpoint import Checkpoint, full_digest, open_checkpoint
+from mlm_eval.checkpoints.checkpoint import Checkpoint, full_digest
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import MappedFile
 from mlm_eval.checkpoints.megatron import names
 from mlm_eval.checkpoints.megatron.read_torch import qkv_order
+from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.engine.engine import Engine
 
 SHIPPED = ORACLES

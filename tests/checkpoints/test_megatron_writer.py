@@ -15,19 +15,16 @@ from typing import Any
 import pytest
 import torch
 from support.paths import ORACLES, SUPPORT
-from support.random_models import BERT, GPT, LLAMA, config, state_dict
+from support.random_models import BERT, GPT, LLAMA, checkpoint_from_state_dict, config, state_dict
 from torch import Tensor
 
-from mlm_eval.checkpoints.checkpoint import (
-    Checkpoint,
-    checkpoint_from_state_dict,
-    open_checkpoint,
-)
+from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.torch_file import read_torch_file
 from mlm_eval.checkpoints.megatron.args import padded_vocabulary
 from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
+from mlm_eval.checkpoints.open import open_checkpoint
 
 EMBEDDINGS = "embedding.word_embeddings.weight"
 

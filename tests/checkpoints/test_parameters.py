@@ -9,10 +9,10 @@ import torch
 from support.paths import ORACLES
 from torch import Tensor
 
-from mlm_eval.checkpoints.checkpoint import open_checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import take
+from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import (
     Parameter,
     allowed_tp,

@@ -17,8 +17,8 @@ from support.command_line import TEXT, Run, assert_one_sentence, read
 from support.paths import ORACLES
 
 from mlm_eval import cli
-from mlm_eval.checkpoints.checkpoint import open_checkpoint
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import load_tokenizer
 from mlm_eval.cli.training import training_bars
 from mlm_eval.engine.engine import Engine

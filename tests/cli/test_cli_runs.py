@@ -17,8 +17,8 @@ from support.command_line import CONFIG, TEXT, as_user, assert_one_sentence, rea
 from support.paths import PROJECT
 from support.ranks import run_ranks
 
-from mlm_eval.checkpoints.checkpoint import open_checkpoint
 from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
+from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import load_tokenizer
 from mlm_eval.engine.engine import Engine
 from mlm_eval.engine.resume import PartialScores

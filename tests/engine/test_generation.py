@@ -14,9 +14,10 @@ from support.paths import PROJECT
 from support.ranks import run_ranks
 from torch import Tensor
 
-from mlm_eval.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from mlm_eval.engine.engine import Engine
 from mlm_eval.engine.generate import Continuation, Prompt, Sampling, draw, generate

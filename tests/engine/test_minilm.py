@@ -12,8 +12,8 @@ import torch
 from support.ranks import run_ranks
 from torch import Tensor
 
-from mlm_eval.checkpoints.checkpoint import open_checkpoint
 from mlm_eval.checkpoints.convert import convert
+from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.engine.encode import BertInput
 from mlm_eval.engine.engine import Engine
 

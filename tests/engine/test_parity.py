@@ -19,7 +19,7 @@ from support.paths import ORACLES
 from support.ranks import run_ranks
 from torch import Tensor
 
-from mlm_eval.checkpoints.checkpoint import open_checkpoint
+from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import allowed_tp
 from mlm_eval.engine.batching import Request
 from mlm_eval.engine.encode import BertInput

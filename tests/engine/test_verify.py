@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.paths import PROJECT
 
-from mlm_eval.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import find_tokenizer
 from mlm_eval.engine import verify
 from mlm_eval.engine.conversion import convert_checked

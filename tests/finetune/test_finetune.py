@@ -16,8 +16,9 @@ from support import random_models, tiny_bert
 from support.paths import PROJECT
 from support.ranks import run_ranks
 
-from mlm_eval.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from mlm_eval.engine.engine import Engine
 from mlm_eval.reporting.results import Result

@@ -11,7 +11,7 @@ from support.paths import PROJECT
 from support.real_race import first_passages
 from test_glue import MNLI_DEV, MNLI_TRAIN, QQP_DEV, mnli_of_textfooler, mnli_row, write
 
-from mlm_eval.checkpoints.checkpoint import open_checkpoint
+from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import find_tokenizer
 from mlm_eval.engine.engine import Engine
 from mlm_eval.reporting.results import Result

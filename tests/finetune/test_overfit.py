@@ -14,7 +14,7 @@ import pytest
 from support.ranks import run_ranks
 from support.real_race import first_passages
 
-from mlm_eval.checkpoints.checkpoint import open_checkpoint
+from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import load_tokenizer
 from mlm_eval.engine.engine import Engine
 from mlm_eval.tasks.finetune.options import FinetuneOptions

@@ -13,8 +13,8 @@ import torch
 from support import random_models
 from support.ranks import run_ranks
 
-from mlm_eval.checkpoints.checkpoint import open_checkpoint
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import num_parameters
 from mlm_eval.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from mlm_eval.engine.engine import Engine

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mlm_eval.checkpoints.checkpoint import open_checkpoint
 from mlm_eval.checkpoints.convert import convert
+from mlm_eval.checkpoints.open import open_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -113,3 +113,24 @@ def byte_vocabulary(folder: Path) -> Path:
     (folder / "vocab.json").write_text(json.dumps({s: i for i, s in enumerate(symbols)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     return folder
+
+
+def checkpoint_from_state_dict(
+    config: ModelConfig, state: Mapping[str, Tensor], *, args: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """Return a Checkpoint of tensors in memory, for a writer.
+
+    Args:
+        config: The model; its `params_dtype` is taken from the word embeddings.
+        state: Whole tensors under canonical names (`parameters` lists them).
+        args: Megatron args of the run that the model comes from, to be carried over where harmless.
+
+    Raises:
+        InputError: The tensors are not those that `config` calls for.
+    """
+    tensors = {name: InMemory(tensor.detach()) for name, tensor in state.items()}
+    if words := tensors.get("embedding.word_embeddings.weight"):
+        dtype = str(words.dtype).removeprefix("torch.")
+        config = dataclasses.replace(config, params_dtype=dtype)
+    provenance = Provenance(Path("the state dict"), "memory", args=dict(args or {}))
+    return Checkpoint(config, tensors, provenance).check()

@@ -6,8 +6,9 @@ import string
 from pathlib import Path
 from typing import Any
 
-from mlm_eval.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
+from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from mlm_eval.engine.engine import Engine
 from support import random_models

@@ -28,7 +28,7 @@ def train(folder: Path, world: World, tp: int, dp: int, resume: bool) -> None:
 
 def whole(folder: Path, tp: int, dp: int) -> dict[str, bytes]:
     """Train without a stop, on ranks that run already; return the bytes of the written weights."""
-    from mlm_eval.checkpoints.checkpoint import open_checkpoint
+    from mlm_eval.checkpoints.open import open_checkpoint
     from support import training_runs
 
     report, _ = training_runs.run(tp, dp, "mlm", folder, SETTINGS)

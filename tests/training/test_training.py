@@ -13,8 +13,8 @@ from support import random_models, training_runs
 from support.ranks import run_ranks
 from torch import Tensor
 
-from mlm_eval.checkpoints.checkpoint import open_checkpoint
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.engine.engine import Engine
 from mlm_eval.model.bert import BERT
 from mlm_eval.model.dropout import Dropout

@@ -15,10 +15,10 @@ from support import random_models, training_runs
 from support.ranks import run_ranks
 from torch import Tensor
 
-from mlm_eval.checkpoints.checkpoint import open_checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.huggingface.write import write_huggingface
+from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.model import tensor_parallel
 from mlm_eval.training.data import Batch, collate
 

@@ -19,8 +19,8 @@ from support import random_models, training_runs, training_target
 from support.ranks import run_ranks
 from torch import Tensor
 
-from mlm_eval.checkpoints.checkpoint import open_checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.training import state as training_state
 from mlm_eval.training.settings import TrainReport
 from mlm_eval.training.step import Stepper, StepResult

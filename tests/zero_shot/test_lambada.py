@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance, open_checkpoint
+from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from mlm_eval.engine.batching import Request, Scores
 from mlm_eval.engine.engine import Engine, Mesh
