@@ -1,4 +1,7 @@
-"""Folders that are there whole or not at all: written beside the target, renamed at the end."""
+"""Output that is there whole or not at all: written next to the target, renamed at the end.
+
+Also the folder for what can be made again, `cache_root`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlm_eval.checkpoints.errors import InputError
@@ -20,15 +23,15 @@ _OF_A_CHECKPOINT = re.compile(
 
 @contextmanager
 def output_folder(target: Path, *, overwrite: bool = False, needs: int = 0) -> Iterator[Path]:
-    """Give an empty folder beside `target`, which becomes `target` when the block ends well.
+    """Yield an empty folder next to `target`, renamed to `target` when the block succeeds.
 
     A block that raises leaves the target as it was. A killed process leaves a hidden folder
-    `.NAME.partial-*` beside it, never a target with half of the files.
+    `.NAME.partial-*` next to it, never a target with half of the files.
 
     Args:
-        target: The folder to make; its parents are made too.
-        overwrite: Replace a checkpoint that is there. A folder that holds no checkpoint is
-            never replaced.
+        target: The folder to create, with its parents.
+        overwrite: Replace an existing checkpoint. A folder that holds no checkpoint is never
+            replaced.
         needs: Bytes about to be written.
 
     Raises:
@@ -56,11 +59,76 @@ def output_folder(target: Path, *, overwrite: bool = False, needs: int = 0) -> I
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
             raise
         raise InputError(
-            f"{target} could not be written to the end ({error.strerror}); nothing was left there, "
-            "make room or choose another output folder"
+            f"{target} could not be written completely ({error.strerror}); nothing was left "
+            "there, make room or choose another output folder"
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(target: Path, *, sync: bool = False, option: str | None = None) -> Iterator[Path]:
+    """Yield a path next to `target` to write to, renamed to `target` when the block succeeds.
+
+    A block that raises leaves the target as it was. A killed process leaves a hidden file
+    `.NAME.partial-*`, without the target's suffix.
+
+    Args:
+        target: The file to create or replace; its folders are created.
+        sync: Have the contents reach the disk before the rename.
+        option: The command line's option that names the file.
+
+    Raises:
+        InputError: The file cannot be written; without `option` an OSError instead.
+    """
+    partial = _beside(target, "partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        if sync:
+            with partial.open("rb+") as stream:
+                os.fsync(stream.fileno())
+        os.replace(partial, target)
+    except OSError as error:
+        if option is None:
+            raise
+        raise InputError(
+            f"{target} cannot be written ({error.strerror}); name another file with {option}"
+        ) from error
+    finally:
+        with suppress(OSError):  # renamed by now, unless something above failed
+            partial.unlink()
+
+
+def write_text(
+    path: str | Path, content: str, *, sync: bool = False, option: str | None = "--output"
+) -> Path:
+    """Write a file in UTF-8 and return its path; see `atomic_file`.
+
+    Raises:
+        InputError: The file cannot be written; without `option` an OSError instead.
+    """
+    target = Path(path)
+    with atomic_file(target, sync=sync, option=option) as partial:
+        partial.write_text(content, encoding="utf-8")
+    return target
+
+
+def cache_root() -> Path:
+    """Return the folder for what can be made again, `$XDG_CACHE_HOME/mlm-eval`.
+
+    Without that variable it is `~/.cache/mlm-eval`.
+
+    Raises:
+        FileNotFoundError: This user has no home folder.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # unset or relative, which the XDG standard says to ignore
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError:
+            raise FileNotFoundError("there is no home folder") from None
+    return base / "mlm-eval"
 
 
 def refuse_source(files: Iterable[Path], target: Path) -> None:
@@ -86,8 +154,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
                 return
             raise InputError(
                 f"{target} holds no checkpoint (found {', '.join(sorted(names)[:3])}), so it is "
-                "not replaced; "
-                "choose another output folder"
+                "not replaced; choose another output folder"
             )
     elif not target.exists() and not target.is_symlink():
         return

@@ -9,7 +9,6 @@ values beside the tensors allow. The same contents give the same bytes: the reco
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 from torch._utils import _rebuild_tensor_v2
 
+from mlm_eval.checkpoints.files.output import atomic_file
 from mlm_eval.checkpoints.lazy import InMemory, LazyTensor
 
 ALIGNMENT = 64
@@ -65,13 +65,8 @@ def write_torch_file(
         path: The file; an existing one is replaced.
         on_bytes: Called with the number of bytes of each piece of a tensor, once it is written.
     """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("wb") as stream:
-            _write_archive(value, stream, path.stem, on_bytes)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_file(path) as partial, partial.open("wb") as stream:
+        _write_archive(value, stream, path.stem, on_bytes)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.output import cache_root
 from mlm_eval.checkpoints.files.safe_pickle import printable
 
 
@@ -65,13 +66,13 @@ def _cache() -> Path:
         InputError: Neither can be written.
     """
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlm_eval"
+        cache = cache_root()
         cache.mkdir(parents=True, exist_ok=True)
         if os.access(cache, os.W_OK):
             return cache
-    except (OSError, RuntimeError):
+    except OSError:
         pass  # a home that is read-only, or none
-    fallback = Path(tempfile.gettempdir()) / f"mlm_eval-{os.getuid()}"
+    fallback = Path(tempfile.gettempdir()) / f"mlm-eval-{os.getuid()}"
     try:
         fallback.mkdir(mode=0o700, exist_ok=True)
         if fallback.stat().st_uid == os.getuid():  # else another user's files would be read

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.output import atomic_file
 from mlm_eval.engine.batching import Batch, Request
 
 FLUSH_SECONDS = 20.0
@@ -112,7 +112,6 @@ class PartialScores:
         # The time keeps the chunks of a resumed run apart from the earlier ones; in a container
         # every run may have the same process id.
         path = self.folder / f"{time.time_ns()}-{rank}.safetensors"
-        beside = path.with_suffix(".part")
         chunk: Chunk = {
             "indices": torch.tensor([i for part in indices for i in part]),
             "counts": torch.tensor([n for part in counts for n in part]),
@@ -120,9 +119,8 @@ class PartialScores:
             "greedy": torch.cat([part.cpu() for part in greedy]),
         }
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(chunk, beside, metadata={"key": self.key})
-            os.replace(beside, path)
+            with atomic_file(path) as partial:
+                save_file(chunk, partial, metadata={"key": self.key})
         except (OSError, SafetensorError) as error:
             raise InputError(
                 f"the scores so far cannot be kept in {self.folder} ({error}); "

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.output import atomic_file
 from mlm_eval.planning.bench_record import headline, how, notes, rate_unit
 from mlm_eval.planning.bench_series import WEAK
 
@@ -49,18 +47,8 @@ def plot_bench(record: Mapping[str, Any], path: Path) -> None:
         draw(axes, record)
     figure.suptitle(headline(record), fontsize=12, fontweight="bold")
     figure.supxlabel("\n".join(lines), fontsize=NOTE_SIZE, x=0.01, ha="left")
-    beside = path.with_name(f".{path.stem}.{os.getpid()}.png")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        FigureCanvasAgg(figure).print_png(str(beside))
-        os.replace(beside, path)
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be written ({error.strerror}); name another file with --plot"
-        ) from error
-    finally:
-        with suppress(OSError):  # gone already, unless something above failed
-            beside.unlink()
+    with atomic_file(path, option="--plot") as partial:
+        FigureCanvasAgg(figure).print_png(str(partial))
 
 
 def _places(axes: Axes, record: Mapping[str, Any]) -> range:

@@ -8,13 +8,13 @@ import math
 import os
 import platform
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.output import write_text
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.checkpoint import Checkpoint
@@ -71,28 +71,6 @@ def write_json(path: str | Path, record: dict[str, Any]) -> Path:
     """Write a record as JSON, infinities and NaN as null; see `write_text`."""
     content = json.dumps(_finite(record), indent=2, ensure_ascii=False, allow_nan=False)
     return write_text(path, content + "\n")
-
-
-def write_text(path: str | Path, content: str) -> Path:
-    """Write a file and return its path: the whole of it, or nothing.
-
-    Raises:
-        InputError: The file cannot be written.
-    """
-    target = Path(path)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(content, encoding="utf-8")
-        os.replace(beside, target)
-    except OSError as error:
-        raise InputError(
-            f"{target} cannot be written ({error.strerror}); name another file with --output"
-        ) from error
-    finally:
-        with suppress(OSError):  # gone already, unless something above failed
-            beside.unlink()
-    return target
 
 
 def check_writable(path: str | Path) -> None:

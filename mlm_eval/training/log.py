@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlm_eval.checkpoints.files.output import atomic_file, write_text
+
 METRICS = "metrics.jsonl"
 PLOT = "training.png"
 TENSORBOARD = "tensorboard"
@@ -34,9 +36,7 @@ class TrainingLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.lines = [line for line in read_metrics(folder) if line["step"] <= start]
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
-        beside = folder / (METRICS + ".part")
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, folder / METRICS)
+        write_text(folder / METRICS, text, option=None)
         self.stream = (folder / METRICS).open("a", encoding="utf-8")
         self.board: Any = SummaryWriter(str(folder / TENSORBOARD), purge_step=start + 1)
 
@@ -122,9 +122,8 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.legend()
-    beside = path.with_name(path.stem + ".part.png")
-    FigureCanvasAgg(figure).print_png(str(beside))
-    os.replace(beside, path)
+    with atomic_file(path) as partial:
+        FigureCanvasAgg(figure).print_png(str(partial))
 
 
 def _by_name(lines: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:

@@ -35,6 +35,7 @@ from torch import Tensor
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.distcp import check_coverage, open_folder
+from mlm_eval.checkpoints.files.output import write_text
 from mlm_eval.checkpoints.lazy import Computed, LazyTensor
 from mlm_eval.checkpoints.parameters import Parameter, parameters, shard_index
 from mlm_eval.training.replicas import Replicas, device_mesh
@@ -169,7 +170,7 @@ class StateFolder:
             return
         latest = None if self.finished() else self.latest()
         self._remove(but=None if latest is None else latest.name)
-        for leftover in self.folder.glob("*.part"):
+        for leftover in self.folder.glob(".*.partial-*"):
             leftover.unlink()
 
     def finish(self, progress: Mapping[str, Any]) -> None:
@@ -333,12 +334,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file that is there whole or not at all."""
-    beside = path.with_name(path.name + ".part")
-    with beside.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(beside, path)
+    write_text(path, json.dumps(value, indent=1), sync=True, option=None)
 
 
 def _sync(folder: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.output import atomic_file, cache_root
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.tasks.finetune.features import Ragged
 
@@ -47,21 +47,11 @@ class Tokenized:
     stops: Ragged | None = None
 
 
-def cache_root() -> Path:
-    """Return the folder for what can be made again: `$XDG_CACHE_HOME/mlm-eval`, `~/.cache/...`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    # The standard asks to ignore a relative path.
-    folder = Path(base) if base and Path(base).is_absolute() else Path("~/.cache")
-    with contextlib.suppress(RuntimeError):  # no home at all
-        folder = folder.expanduser()
-    return folder / "mlm-eval"
-
-
 @contextlib.contextmanager
 def cache_folder() -> Iterator[Path]:
     """Give the folder for tokens; where it cannot be written, one that goes with the block."""
-    folder = cache_root() / "tokens"
     try:
+        folder = cache_root() / "tokens"
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -132,30 +122,24 @@ def _write(path: Path, texts: Sequence[str], tokenizer: Tokenizer, offsets: bool
                 result[name] = [[pair[place] for pair in entry.offsets] for entry in found]
         return result
 
-    beside = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
     # Types are stated: they cannot be told from no texts at all.
     source = datasets.Dataset.from_dict(
         {"text": list(texts)}, features=datasets.Features({"text": datasets.Value("string")})
     )
-    try:
-        with quiet_datasets():
-            source.map(
-                cut,
-                batched=True,
-                remove_columns=["text"],
-                features=datasets.Features({name: integers for name in columns}),
-                cache_file_name=str(beside),
-                load_from_cache_file=False,
-                new_fingerprint=path.stem,
-                desc="cutting texts into tokens",
-            )
-        if not beside.is_file():  # nothing to map over, nothing written
+    with atomic_file(path) as partial, quiet_datasets():
+        source.map(
+            cut,
+            batched=True,
+            remove_columns=["text"],
+            features=datasets.Features({name: integers for name in columns}),
+            cache_file_name=str(partial),
+            load_from_cache_file=False,
+            new_fingerprint=path.stem,
+            desc="cutting texts into tokens",
+        )
+        if not partial.is_file():  # nothing to map over, nothing written
             assert not texts
-            _write_empty(beside, columns)
-        os.replace(beside, path)
-    finally:
-        with contextlib.suppress(OSError):  # gone already, unless something above failed
-            beside.unlink()
+            _write_empty(partial, columns)
 
 
 def _write_empty(path: Path, columns: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.output import atomic_file
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits
 from mlm_eval.engine.batching import pack
 from mlm_eval.engine.engine import DTYPES, Engine
@@ -279,7 +280,7 @@ class _Samples:
         """Tokenize files unless that was done before; rank 0."""
         from safetensors.torch import save_file
 
-        # Reads and checks everything first: a missing file must not become a hash of nothing.
+        # Read first, so that a missing file fails before we hash it.
         mlm = self.kind == "mlm"
         documents = list(read_documents(paths, whole_files=not mlm))
         sha256 = {
@@ -292,10 +293,8 @@ class _Samples:
             return target, sha256
         end = None if mlm else self.tokenizer.eot_id
         tokens = tokenize(documents, self.tokenizer, end=end, sentences=mlm)
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = target.with_suffix(".part")
-        save_file({name: value.clone() for name, value in vars(tokens).items()}, beside)
-        beside.replace(target)
+        with atomic_file(target) as partial:
+            save_file({name: value.clone() for name, value in vars(tokens).items()}, partial)
         return target, sha256
 
 

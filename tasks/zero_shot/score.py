@@ -14,11 +14,11 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.output import write_text
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.engine.batching import Request
 from mlm_eval.engine.encode import BertInput, find_fault, run_bert
 from mlm_eval.engine.engine import Engine
-from mlm_eval.reporting.results import write_text
 from mlm_eval.tasks.zero_shot.wikitext103 import windows
 
 FORM = '{"tokens": [...]} or {"text": "..."}, one JSON object a line'

@@ -642,7 +642,7 @@ def test_an_archive_is_opened_and_unpacked_once(prefix: str, tmp_path: Path, cac
             assert torch.equal(checkpoint.tensors[name].read(), tensor)
         assert checkpoint.provenance.iteration == "release"
         assert cache in checkpoint.provenance.path.parents
-        [unpacked] = (cache / "mlm_eval" / "unpacked").iterdir()
+        [unpacked] = (cache / "mlm-eval" / "unpacked").iterdir()
         [file] = unpacked.rglob("*.pt")
         os.utime(file, (1, 1))
     assert file.stat().st_mtime == 1, "it was unpacked again"
@@ -692,7 +692,7 @@ def test_damaged_archives(tmp_path: Path, cache: Path):
     path.write_bytes(encrypted)
     with pytest.raises(InputError, match=f"{path} is (cut off or )?damaged"):
         open_checkpoint(path)
-    assert not list((cache / "mlm_eval" / "unpacked").iterdir()), "nothing half-unpacked is left"
+    assert not list((cache / "mlm-eval" / "unpacked").iterdir()), "nothing half-unpacked is left"
 
 
 def test_an_archive_whose_names_clash(tmp_path: Path, cache: Path):
@@ -719,7 +719,7 @@ def test_a_cache_that_cannot_be_written(
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # a file, so no folder below it
     checkpoint = open_checkpoint(path, {"num_attention_heads": 4})
-    fallback = tmp_path / f"mlm_eval-{os.getuid()}"
+    fallback = tmp_path / f"mlm-eval-{os.getuid()}"
     assert fallback in checkpoint.provenance.path.parents
     shutil.rmtree(fallback)
     fallback.write_text("x")
@@ -732,7 +732,7 @@ def test_a_folder_of_another_user_is_not_used(
     """The fallback has a name that anyone can guess."""
     path = published(tmp_path / "x.zip", random_model(BERT))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x.zip"))
-    fallback = tmp_path / "mlm_eval-54321"
+    fallback = tmp_path / "mlm-eval-54321"
     fallback.mkdir()
     monkeypatch.setattr(archive.os, "getuid", lambda: 54321)
     refused(path, f"neither the cache folder nor {fallback} can be written")

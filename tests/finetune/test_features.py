@@ -14,6 +14,7 @@ from support import tiny_bert
 from support.tiny_bert import CLS, SEP, ids
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.output import cache_root
 from mlm_eval.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from mlm_eval.tasks.finetune import tokenized
 from mlm_eval.tasks.finetune.features import PairFeatures, Ragged, clean_text, special_ids
@@ -247,7 +248,7 @@ def test_the_cache_is_where_the_system_wants_it(tmp_path, monkeypatch):
         assert folder.is_dir()
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert tokenized.cache_root() == tmp_path / "home" / ".cache" / "mlm-eval"
+    assert cache_root() == tmp_path / "home" / ".cache" / "mlm-eval"
 
 
 def test_without_a_place_to_write_the_cache_is_temporary(words, monkeypatch):
