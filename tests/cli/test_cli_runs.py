@@ -323,7 +323,7 @@ def line_on_a_rank(oracles: Path, shared_data: Path, task: str, tp: int, dp: int
     engine = Engine.load(open_checkpoint(str(ckpt)), tp=tp, dp=dp)
     tokenizer = load_tokenizer(directory=str(words))
     result = evaluate(task, engine, data=str(data), tokenizer=tokenizer)
-    line: str = import_module(f"mlm_eval.tasks.{task}").megatron_line(result)
+    line: str = import_module(f"mlm_eval.tasks.zero_shot.{task}").megatron_line(result)
     return line
 
 

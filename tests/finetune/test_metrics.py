@@ -332,7 +332,7 @@ def test_perturbed_answers_of_squad_2(shared_data):
 # --- where they work ---
 
 OFFLINE = """
-from mlm_eval.tasks import metrics
+from mlm_eval.tasks.finetune import metrics
 print(metrics.load("accuracy").compute(predictions=[1, 0], references=[1, 1]))
 from mlm_eval.tasks.finetune.metrics.squad import Squad
 print(Squad().compute(
