@@ -154,7 +154,8 @@ def train(engine: object, case: Case) -> None:
     """Take steps of two micro-batches each, so that gradients are there beside activations."""
     import torch
 
-    from mlm_eval.engine.engine import DTYPES, Engine
+    from mlm_eval.checkpoints.dtypes import resolve_dtype
+    from mlm_eval.engine.engine import Engine
     from mlm_eval.model.dropout import Dropout, sample_keys
     from mlm_eval.training.data import Sample, collate
     from mlm_eval.training.objectives import MultipleChoice
@@ -177,7 +178,7 @@ def train(engine: object, case: Case) -> None:
         for _ in range(2):
             keys = sample_keys(1, step, batch.row_numbers)
             dropout = Dropout(keys, 0.1, case.attention_dropout)
-            with torch.autocast("cpu", DTYPES[case.dtype], enabled=case.dtype != "float32"):
+            with torch.autocast("cpu", resolve_dtype(case.dtype), enabled=case.dtype != "float32"):
                 loss, _ = replicas.module(batch, dropout, 1.0)
             loss.backward()
         optimizer.step()

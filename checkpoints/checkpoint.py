@@ -8,17 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.dtypes import WEIGHT_DTYPES, dtype_name
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import LazyTensor
 from mlm_eval.checkpoints.parameters import num_parameters, parameters
 
 TRACKER = "latest_checkpointed_iteration.txt"
-
-
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ class Checkpoint:
                     f"{list(parameter.shape)}; copy all ranks of one save, where ranks of two are "
                     "mixed, or correct the settings with --set"
                 )
-            if self.tensors[name].dtype not in WEIGHT_DTYPES:
+            if dtype_name(self.tensors[name].dtype) not in WEIGHT_DTYPES:
                 # 8-bit weights have scales beside them: read as they stand they would be others.
                 raise InputError(
                     f"{where}: {name} is stored as {self.tensors[name].dtype}, which mlm-eval does "

@@ -21,12 +21,12 @@ from threading import Event, Lock
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from mlm_eval.checkpoints.dtypes import cast
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import LazyTensor, MappedFile, StoredTensor
 
-DTYPES: dict[str, torch.dtype] = {
+SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -120,7 +120,7 @@ def _tensors(path: Path, file: MappedFile, header: bytes) -> dict[str, StoredTen
 
 def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, list[int], int, int]:
     try:
-        dtype = DTYPES[entry["dtype"]]
+        dtype = SAFETENSORS_DTYPES[entry["dtype"]]
         shape, (first, last) = entry["shape"], entry["data_offsets"]
         numbers = [*shape, first, last]
     except (KeyError, TypeError, ValueError):
@@ -172,7 +172,7 @@ def write_safetensors(
     Raises:
         InputError: A finite value becomes infinite in `dtype`.
     """
-    names = {dtype: name for name, dtype in DTYPES.items()}
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
     at = 0
     for name, tensor in tensors.items():
@@ -216,7 +216,7 @@ def _write_pieces(
                 return
             try:
                 stored = piece.tensor.read(0, piece.rows)
-                values = _cast(stored, dtype, piece.name).contiguous()
+                values = cast(stored, dtype, piece.name).contiguous()
                 # numpy has no bfloat16: write the bytes as they are.
                 _write_at(file, values.view(-1).view(torch.uint8).numpy().data, piece.offset)
             except BaseException:
@@ -255,18 +255,3 @@ def _pieces(
     for start in range(0, tensor.shape[0], rows):
         run = slice(start, min(start + rows, tensor.shape[0]))
         yield _Piece(name, tensor, run, offset + start * row_bytes)
-
-
-def _cast(values: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
-    if dtype is None or values.dtype == dtype:
-        return values
-    cast = values.to(dtype)
-    if torch.finfo(dtype).max < torch.finfo(values.dtype).max:
-        overflow = cast.isinf().sum() - values.isinf().sum()
-        if overflow:
-            raise InputError(
-                f"{int(overflow)} value(s) of {name} are too large for "
-                f"{str(dtype).removeprefix('torch.')}; "
-                "choose --dtype bfloat16 or float32"
-            )
-    return cast

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.huggingface.config import (
     Found,
@@ -307,7 +308,7 @@ def _expressed(
     for key in family.switches:
         modules = [row.canonical.replace("{i}", "0") for row in family.rows if row.bias == key]
         switches[key] = any(f"{module}.bias" in names for module in modules)
-    changes: dict[str, Any] = {"params_dtype": str(dtype).removeprefix("torch.")} if dtype else {}
+    changes: dict[str, Any] = {"params_dtype": dtype_name(dtype)} if dtype else {}
     changes.update(bias_settings(family, switches))
     changes["head_activation"] = c.activation if family.kind == "bert" else "gelu"
     if c.position_embedding_type == "none":

@@ -16,6 +16,7 @@ import torch
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance, cheap_digest
 from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safetensors_file import read_safetensors
 from mlm_eval.checkpoints.files.torch_file import read_torch_file
@@ -259,7 +260,7 @@ def _inspect(weights: Weights, family: Family, hf: Mapping[str, Any]) -> Found:
     copy = weights.find(f"{output_name}.weight") if tied else None
     return Found(
         vocab_size=table.shape[0],
-        params_dtype=str(table.dtype).removeprefix("torch."),
+        params_dtype=dtype_name(table.dtype),
         untied=copy is not None and not _equal(copy, table),
         heads=_bert_heads(weights, hf) if family.kind == "bert" else {},
     )

@@ -19,6 +19,7 @@ import torch
 
 from mlm_eval import __version__
 from mlm_eval.checkpoints.checkpoint import Checkpoint
+from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import output_folder, refuse_source
 from mlm_eval.checkpoints.files.safetensors_file import write_safetensors
@@ -27,7 +28,6 @@ from mlm_eval.checkpoints.huggingface.tokenizer import TokenizerPlan, plan_token
 from mlm_eval.checkpoints.lazy import LazyTensor, Selected
 from mlm_eval.checkpoints.parameters import parameters
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", re.IGNORECASE)
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -95,7 +95,7 @@ def write_huggingface(
             tokenizer does not fit.
     """
     target = Path(target)
-    dtype = _resolve_dtype(dtype)
+    dtype = None if dtype is None else resolve_dtype(dtype)
     limit = parse_size(max_shard_size)
     refuse_source(checkpoint.provenance.files, target)
     files = None
@@ -143,14 +143,6 @@ def write_huggingface(
             _readme(checkpoint, plan, report, vocab_note), encoding="utf-8"
         )
     return report
-
-
-def _resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
-    return DTYPES[dtype]
 
 
 def parse_size(size: int | str) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance, cheap_digest
 from mlm_eval.checkpoints.config import apply_overrides
+from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.distcp import (
     METADATA,
@@ -87,7 +88,7 @@ def read_iteration(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
         megatron_core=True,
         overrides=overrides,
         where=str(folder),
-        params_dtype=str(tensors["embedding.word_embeddings.weight"].dtype).removeprefix("torch."),
+        params_dtype=dtype_name(tensors["embedding.word_embeddings.weight"].dtype),
     )
     pickles = [files.metadata, *common.pickles]
     records = [*files.records(keys), *common.records]

@@ -16,6 +16,7 @@ import torch
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance, cheap_digest
 from mlm_eval.checkpoints.config import apply_overrides
+from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import Concat, LazyTensor, Selected
 from mlm_eval.checkpoints.megatron import names
@@ -136,7 +137,7 @@ def _merge(
         megatron_core=megatron_core,
         overrides=overrides,
         where=str(where),
-        params_dtype=str(shards[0][EMBEDDING].dtype).removeprefix("torch."),
+        params_dtype=dtype_name(shards[0][EMBEDDING].dtype),
     )
     config = apply_overrides(build.config, overrides)
     tied = not config.untie_embeddings_and_output_weights

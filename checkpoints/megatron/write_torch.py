@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.checkpoint import TRACKER, Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.dtypes import cast
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import output_folder
 from mlm_eval.checkpoints.files.torch_save import write_torch_file
@@ -221,7 +222,7 @@ def _shard(
         rows = shape[0] = layout.vocab_size // layout.tp
         start = tp_rank * rows
         return Computed(
-            shape, to, lambda: _cast(_vocab_rows(source, start, start + rows), to, parameter)
+            shape, to, lambda: cast(_vocab_rows(source, start, start + rows), to, parameter.name)
         )
     if rule.unit == "qkv":
         # Files hold even cuts even where ranks that compute hold copies of a key/value head.
@@ -234,19 +235,7 @@ def _shard(
     dim = rule.dim or 0
     if rule.dim is not None:
         shape[dim] //= layout.tp
-    return Computed(shape, to, lambda: _cast(source.read(dim, index), to, parameter))
-
-
-def _cast(values: Tensor, dtype: torch.dtype, parameter: Parameter) -> Tensor:
-    """Return the values in another dtype; one that is too narrow for them is refused."""
-    result = values.to(dtype)
-    limit = torch.finfo(dtype).max
-    if limit < torch.finfo(values.dtype).max and bool((result.isinf() & values.isfinite()).any()):
-        raise InputError(
-            f"{parameter.name} has values up to {values.abs().max().item():.3g}, beyond the "
-            f"{limit:.3g} of {dtype}; choose --dtype bfloat16 or float32"
-        )
-    return result
+    return Computed(shape, to, lambda: cast(source.read(dim, index), to, parameter.name))
 
 
 def _vocab_rows(source: LazyTensor, start: int, stop: int) -> Tensor:

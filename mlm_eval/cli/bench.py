@@ -93,6 +93,7 @@ def bench(
     if job is not None:
         _rank(job)
         return
+    from mlm_eval.checkpoints.dtypes import training_dtype
     from mlm_eval.planning.bench_fit import fit
     from mlm_eval.planning.bench_plot import plot_bench
     from mlm_eval.planning.bench_record import bench_record, bench_text
@@ -110,7 +111,7 @@ def bench(
     kind = pick_device(device)
     options = BenchOptions(
         device=kind,
-        dtype=_dtype(dtype, kind),
+        dtype=training_dtype(dtype, kind),
         mode=mode,
         batch=batch,
         micro_batch=micro_batch,
@@ -150,12 +151,6 @@ def bench(
         if failure.message is not None:
             print(f"mlm-eval: {failure.message}", file=sys.stderr)
         raise SystemExit(failure.exit_code)
-
-
-def _dtype(dtype: str, device: str) -> str:
-    if dtype != "auto":
-        return dtype
-    return "bfloat16" if device == "cuda" else "float32"
 
 
 def _of_world(sizes: list[int] | None, world: World | None) -> list[int] | None:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
+from mlm_eval.checkpoints.dtypes import DTYPE_CHOICES
 from mlm_eval.cli.app import load_config
 
 Ckpt = Annotated[
@@ -139,7 +140,6 @@ def signature(options: Options) -> inspect.Signature:
 # ---- the commands that train -------------------------------------------------------------------
 
 RECIPE = "the recipe's"
-DTYPES = "float32, bfloat16 or float16"
 
 
 def _hyper(kind: type, help: str, group: str | None = None, least: int | None = None) -> Option:
@@ -214,7 +214,7 @@ RESUME_RUN = Option(bool, "Go on from the last saved state.", False, flag="--res
 OUTPUT_DIR = Option(Path, "Folder for the result, the model, the states and the logs.")
 DTYPE = Option(
     str,
-    f"Of the matrix products: auto (bfloat16 on CUDA, float32 on the CPU), {DTYPES}.",
+    f"Of the matrix products: auto (bfloat16 on CUDA, float32 on the CPU), {DTYPE_CHOICES}.",
     "auto",
     group=RUN,
 )
@@ -294,7 +294,7 @@ def finetuning(task: str) -> Options:
         "eval_dtype": Option(
             str,
             "Of the matrix products of evaluations while training: auto (--dtype on CUDA, float32 "
-            f"on the CPU), {DTYPES}.",
+            f"on the CPU), {DTYPE_CHOICES}.",
             "auto",
             group=RUN,
         ),

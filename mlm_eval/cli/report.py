@@ -120,6 +120,7 @@ def plan(
     """
     import json
 
+    from mlm_eval.checkpoints.dtypes import dtype_name, evaluation_dtype
     from mlm_eval.model.memory import TrainingBatch
     from mlm_eval.planning.plan import make_plan, parse_memory, parse_throughput
     from mlm_eval.planning.plan_text import plan_text
@@ -135,7 +136,8 @@ def plan(
         _checkpoint(ckpt, set_ or []) if ckpt is not None else _named(model or "", set_ or [])
     )
     first = config_of(1)
-    precision = _precision(dtype, first.params_dtype if ckpt is not None else "bfloat16")
+    stored = "bfloat16" if ckpt is None else first.params_dtype
+    precision = dtype_name(evaluation_dtype(dtype, stored, "cuda"))
     batch = TrainingBatch(
         rows=1,
         length=1,
@@ -203,16 +205,6 @@ def _size_of(config: ModelConfig) -> str | None:
     prefix = "gpt" if config.family == "gpt" else "bert"
     names = [name for name, size in SIZES.items() if size == shape and name.startswith(prefix)]
     return names[0] if names else None
-
-
-def _precision(dtype: str, default: str) -> str:
-    from mlm_eval.engine.engine import DTYPES
-
-    if dtype == "auto":
-        return default if default in DTYPES else "float32"
-    if dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
-    return dtype
 
 
 @app.command(rich_help_panel=REPORTS)

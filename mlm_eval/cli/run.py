@@ -88,14 +88,12 @@ class ModelRun:
 
         Reading data comes after this call: the ranks do it, and the parent need not.
         """
-        import torch
-
-        from mlm_eval.engine.engine import resolve_dtype
+        from mlm_eval.checkpoints.dtypes import evaluation_dtype
         from mlm_eval.ranks.mesh import choose_layout, pick_device
 
         options = self.options
         device = pick_device(options["device"])
-        dtype = resolve_dtype(options["dtype"], self.checkpoint.config, torch.device(device))
+        dtype = evaluation_dtype(options["dtype"], self.checkpoint.config.params_dtype, device)
         tp, dp = choose_layout(
             self.checkpoint,
             tp=parallel_size("--tp", options["tp"]),

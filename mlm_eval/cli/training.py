@@ -89,6 +89,7 @@ def _finetune(task: str, values: dict[str, Any]) -> None:
 
 def _pretrain(kind: str, values: dict[str, Any]) -> None:
     from mlm_eval.checkpoints.config import parse_overrides
+    from mlm_eval.checkpoints.dtypes import training_dtype
     from mlm_eval.cli.run import find_words
     from mlm_eval.reporting.text import training_text
     from mlm_eval.tasks.language.pretraining import TextSettings, pretrain, start_from
@@ -99,7 +100,7 @@ def _pretrain(kind: str, values: dict[str, Any]) -> None:
     files = {name: tuple(values[name] or ()) for name in ("data", "dev")}
     text = TextSettings(**{**_fields(TextSettings, values), **files})
     # What auto means depends on the device, which is not known yet.
-    dtype = "float32" if values["dtype"] == "auto" else values["dtype"]
+    dtype = training_dtype(values["dtype"], "cpu")
     settings = TrainSettings(**{**_fields(TrainSettings, values), "dtype": dtype})
     checkpoint = None
     if values["init"] is not None:
@@ -114,8 +115,8 @@ def _pretrain(kind: str, values: dict[str, Any]) -> None:
     place = run.start()
     words = run.tokenizer(required=True)
     assert words is not None
-    if values["dtype"] == "auto" and place.device == "cuda":
-        settings = dataclasses.replace(settings, dtype="bfloat16")
+    dtype = training_dtype(values["dtype"], place.device)
+    settings = dataclasses.replace(settings, dtype=dtype)
     engine = run.join(place)(run.checkpoint, "float32")
     warnings = _Warnings(run)
     warnings.tell(run.checkpoint.provenance.warnings)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.convert import Conversion, convert
+from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import output_folder, refuse_source
 
@@ -50,13 +51,7 @@ def convert_checked(
     Raises:
         InputError: As `mlm_eval.convert`; or the result differs, and was removed.
     """
-    torch_dtype = None
-    if dtype != "auto":
-        from mlm_eval.engine.engine import DTYPES
-
-        if dtype not in DTYPES:
-            raise InputError(f"--dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
-        torch_dtype = DTYPES[dtype]
+    torch_dtype = None if dtype == "auto" else resolve_dtype(dtype, auto="float32")
     if vocab == "true" and tokenizer is None:
         raise InputError(
             "--vocab true needs the tokenizer's size; give --tokenizer or --vocab-file"

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.dtypes import dtype_name, evaluation_dtype
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import LazyTensor, Selected
 from mlm_eval.checkpoints.parameters import check_tp, parameters, shard_index
@@ -34,7 +35,6 @@ from mlm_eval.model.tensor_parallel import TensorParallel
 if TYPE_CHECKING:
     from mlm_eval.engine.resume import PartialScores
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Progress = Callable[[int, int], None]
 """Called with (tokens done, tokens in all) on rank 0."""
@@ -156,7 +156,7 @@ class Engine:
         mesh = make_mesh(tp, dp)
         device = torch.device(device)
         check_tp(checkpoint.config, mesh.tp)
-        dtype = resolve_dtype(dtype, checkpoint.config, device)
+        dtype = evaluation_dtype(dtype, checkpoint.config.params_dtype, device.type)
         if vocab == "true":
             checkpoint = cut_vocab(checkpoint, true_vocab_size)
         elif vocab != "padded":
@@ -295,7 +295,7 @@ class Engine:
         return {
             "vocab": self.vocab,
             "vocab_size": self.vocab_size,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "device": self.device.type,
             "tp": self.tp,
             "dp": self.dp,
@@ -355,23 +355,6 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
-
-
-def resolve_dtype(
-    dtype: torch.dtype | str, config: ModelConfig, device: torch.device
-) -> torch.dtype:
-    """Return the compute dtype: `auto` is the checkpoint's on CUDA, float32 on the CPU."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        return (
-            DTYPES.get(config.params_dtype, torch.float32)
-            if device.type == "cuda"
-            else torch.float32
-        )
-    if dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
 
 
 def cut_vocab(checkpoint: Checkpoint, true_size: int | None) -> Checkpoint:

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance
 from mlm_eval.checkpoints.config import ModelConfig, parse_overrides
+from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import Index, LazyTensor
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import Parameter, parameters
 from mlm_eval.engine.batching import Request
 from mlm_eval.engine.encode import BertInput
-from mlm_eval.engine.engine import DTYPES, Engine
+from mlm_eval.engine.engine import Engine
 from mlm_eval.model.flops import forward_flops
 from mlm_eval.model.initial import initial_tensor
 from mlm_eval.planning.bench_clocks import (
@@ -206,7 +207,7 @@ def measure(job: Job) -> Measured:
     with noting_all_reduces() as calls:
         step()
     seconds = time_steps(step, job.steps, engine.device)
-    peak, busy_over_alone = products(engine.device, DTYPES[job.dtype])
+    peak, busy_over_alone = products(engine.device, resolve_dtype(job.dtype))
     return Measured(
         step_seconds=seconds,
         peak_tflops=peak / 1e12,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.engine.engine import DTYPES
 from mlm_eval.model.memory import TrainingBatch, evaluation_memory, training_memory
 from mlm_eval.planning.bench import Job, predicted_rows
 from mlm_eval.planning.bench_series import BenchOptions, Layout, Series, make_job
@@ -22,7 +22,7 @@ SCALES = tuple(percent / 100 for percent in range(100, 4, -5))
 
 def rank_bytes(layout: Layout, job: Job) -> int:
     """Return what each rank of a layout needs, what is there before the model included."""
-    config, itemsize = layout.config, DTYPES[job.dtype].itemsize
+    config, itemsize = layout.config, resolve_dtype(job.dtype).itemsize
     predicted = predicted_rows(config, job.seq_length, mode=job.mode)
     if job.mode == "train":
         batch = TrainingBatch(

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.parameters import allowed_tp, check_tp
-from mlm_eval.engine.engine import DTYPES
 from mlm_eval.model.initial import DIVISIBLE_BY
 from mlm_eval.model.sizes import named_config
 from mlm_eval.planning.bench import MODES, Job
@@ -268,8 +268,7 @@ class BenchOptions:
         """
         if self.mode not in MODES:
             raise InputError(f"--mode {self.mode!r} is unknown; use {' or '.join(MODES)}")
-        if self.dtype not in DTYPES:
-            raise InputError(f"--dtype {self.dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
+        resolve_dtype(self.dtype)
         if self.mode == "infer" and (self.micro_batch is not None or self.recompute):
             raise InputError("--micro-batch and --recompute belong to --mode train")
         for name in ("hidden_dropout", "attention_dropout"):

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlm_eval.checkpoints.dtypes import DTYPE_NAMES
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.engine.engine import DTYPES
 from mlm_eval.training.data import Plan
 from mlm_eval.training.replicas import DP_MODES
 
@@ -91,7 +91,7 @@ class TrainSettings:
                 "to the other"
             )
         for name, known in (
-            ("dtype", tuple(DTYPES)),
+            ("dtype", DTYPE_NAMES),
             ("dp_mode", DP_MODES),
             ("lr_decay", ("linear", "cosine")),
         ):

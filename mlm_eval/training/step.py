@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mlm_eval.engine.engine import DTYPES, Engine
+from mlm_eval.checkpoints.dtypes import resolve_dtype
+from mlm_eval.engine.engine import Engine
 from mlm_eval.model.dropout import Dropout, sample_keys
 from mlm_eval.training.data import Sample, collate, deal, sample_length
 from mlm_eval.training.objectives import Objective
@@ -188,7 +189,7 @@ class Stepper:
             keys = sample_keys(settings.seed, step, batch.row_numbers)
             dropout = Dropout(keys, settings.hidden_dropout, settings.attention_dropout)
         autocast = torch.autocast(
-            device.type, DTYPES[settings.dtype], enabled=settings.dtype != "float32"
+            device.type, resolve_dtype(settings.dtype), enabled=settings.dtype != "float32"
         )
         with self.replicas.accumulating(last=last):
             with autocast:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.engine.engine import DTYPES
 from mlm_eval.tasks.finetune.recipe import FIELDS
-from mlm_eval.training.settings import TrainSettings
+from mlm_eval.training.settings import TrainSettings, option_name
 
 if TYPE_CHECKING:
     from mlm_eval.tasks.finetune.recipe import Recipe
@@ -132,11 +132,7 @@ class FinetuneOptions:
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} {value}: choose 1 or more")
         for name in ("dtype", "eval_dtype"):
-            if getattr(self, name) not in ("auto", *DTYPES):
-                raise InputError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)!r} is unknown; use auto, "
-                    f"{', '.join(DTYPES)}"
-                )
+            resolve_dtype(getattr(self, name), auto="float32", option=option_name(name))
         # Else the trainer would refuse them after the data were read and the model was loaded.
         names = TrainSettings.__dataclass_fields__.keys() & self.__dataclass_fields__.keys()
         given = {name: getattr(self, name) for name in names - {"dtype"}}

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from mlm_eval.checkpoints.dtypes import dtype_name, evaluation_dtype, training_dtype
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits
 from mlm_eval.model.initial import with_head
@@ -260,15 +261,10 @@ class _Job:
 
     def _dtypes(self, engine: Engine) -> tuple[str, torch.dtype | None]:
         """Return the dtype of training, and that of evaluations where it is not float32."""
-        from mlm_eval.engine.engine import DTYPES
-
-        cuda = engine.device.type == "cuda"
-        dtype, evaluation = self.options.dtype, self.options.eval_dtype
-        if dtype == "auto":
-            dtype = "bfloat16" if cuda else "float32"
-        if evaluation == "auto":
-            evaluation = dtype if cuda else "float32"
-        return dtype, None if evaluation == "float32" else DTYPES[evaluation]
+        device = engine.device.type
+        dtype = training_dtype(self.options.dtype, device)
+        evaluation = evaluation_dtype(self.options.eval_dtype, dtype, device)
+        return dtype, None if dtype_name(evaluation) == "float32" else evaluation
 
     # ---- evaluation ------------------------------------------------------------------------------
 
@@ -395,4 +391,4 @@ def _tell(listener: Callable[[str], None] | None, text: str) -> None:
 
 
 def _name(dtype: torch.dtype | None) -> str:
-    return "float32" if dtype is None else str(dtype).removeprefix("torch.")
+    return "float32" if dtype is None else dtype_name(dtype)

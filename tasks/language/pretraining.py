@@ -16,11 +16,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
+from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import atomic_file
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits
 from mlm_eval.engine.batching import pack
-from mlm_eval.engine.engine import DTYPES, Engine
+from mlm_eval.engine.engine import Engine
 from mlm_eval.model.bert import BERT
 from mlm_eval.model.initial import initial_config, new_checkpoint
 from mlm_eval.reporting.results import Result, checkpoint_record, exponential, versions
@@ -325,7 +326,7 @@ def measure(
     for indices in pack(lengths, engine.batch_tokens)[engine.mesh.dp_rank :: engine.mesh.dp]:
         batch = collate([data[index] for index in indices], device=engine.device)
         order = None
-        with torch.autocast(engine.device.type, DTYPES[dtype], enabled=dtype != "float32"):
+        with torch.autocast(engine.device.type, resolve_dtype(dtype), enabled=dtype != "float32"):
             if isinstance(engine.model, BERT):
                 losses, hits, count, order = MaskedLM().parts(engine.model, batch, None)
             else:

@@ -348,7 +348,7 @@ def test_large_tensors_are_written_in_pieces(tmp_path: Path) -> None:
 def test_values_too_large_for_the_dtype_stop_the_conversion(tmp_path: Path) -> None:
     weights = random_models.state_dict(GPT)
     weights["decoder.layers.1.mlp.linear_fc1.weight"][3, 4] = 1e6
-    with pytest.raises(InputError, match="h.1.mlp.c_fc.weight are too large for float16"):
+    with pytest.raises(InputError, match="h.1.mlp.c_fc.weight has .* beyond .* float16"):
         write_huggingface(random_models.checkpoint(GPT, weights), tmp_path / "out", dtype="float16")
     assert not list(tmp_path.iterdir())
 

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.dtypes import evaluation_dtype, training_dtype
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import Index, InMemory
 from mlm_eval.checkpoints.parameters import parameters
 from mlm_eval.engine.batching import Request, Scores
-from mlm_eval.engine.engine import Engine, cut_vocab, load_model, make_mesh, resolve_dtype
+from mlm_eval.engine.engine import Engine, cut_vocab, load_model, make_mesh
 from mlm_eval.model.tensor_parallel import TensorParallel
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]
@@ -356,13 +357,18 @@ def test_sizes_that_do_not_fill_the_ranks_are_refused(tp, dp):
 
 
 def test_auto_is_the_checkpoints_dtype_on_a_gpu_and_float32_on_the_cpu():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda:0")
     for stored in ("float16", "bfloat16", "float32"):
-        config = random_models.config(params_dtype=stored)
-        assert resolve_dtype("auto", config, cpu) == torch.float32
-        assert str(resolve_dtype("auto", config, cuda)) == f"torch.{stored}"
-    assert resolve_dtype("bfloat16", random_models.GPT, cpu) == torch.bfloat16
-    assert resolve_dtype(torch.float16, random_models.GPT, cpu) == torch.float16
+        assert evaluation_dtype("auto", stored, "cpu") == torch.float32
+        assert str(evaluation_dtype("auto", stored, "cuda")) == f"torch.{stored}"
+    assert evaluation_dtype("auto", "float64", "cuda") == torch.float32
+    assert evaluation_dtype("bfloat16", "float32", "cpu") == torch.bfloat16
+    assert evaluation_dtype(torch.float16, "float32", "cpu") == torch.float16
+
+
+def test_auto_is_bfloat16_on_a_gpu_in_training():
+    assert training_dtype("auto", "cuda") == "bfloat16"
+    assert training_dtype("auto", "cpu") == "float32"
+    assert training_dtype("float16", "cpu") == "float16"
 
 
 # --- Counted work -------------------------------------------------------------------------------

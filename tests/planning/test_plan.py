@@ -18,10 +18,11 @@ from support.ranks import run_ranks
 from mlm_eval import cli
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.parameters import parameters, shard_index
 from mlm_eval.engine.batching import Request
-from mlm_eval.engine.engine import DTYPES, Engine
+from mlm_eval.engine.engine import Engine
 from mlm_eval.model.dropout import Dropout, sample_keys
 from mlm_eval.model.initial import new_checkpoint, with_head
 from mlm_eval.model.memory import (
@@ -116,7 +117,7 @@ def scoring_peak(checkpoint: Checkpoint, dtype: str, batch_tokens: int, length: 
 def test_evaluation_memory_is_what_lives(config: ModelConfig, dtype: str):
     found = scoring_peak(new_checkpoint(config, seed=1), dtype, 4096, 256)
     need = evaluation_memory(
-        config, tp=1, itemsize=DTYPES[dtype].itemsize, batch_tokens=4096, scored_rows=736
+        config, tp=1, itemsize=resolve_dtype(dtype).itemsize, batch_tokens=4096, scored_rows=736
     )
     assert need.activations == pytest.approx(found, rel=0.15)
 
