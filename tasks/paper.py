@@ -3,7 +3,7 @@
 A result record is compared with the published row of its size. It counts "as in the paper" only if
 protocol, data and size are the paper's; every difference is named in a note. Here, in the tasks'
 layer, because it takes the tasks' protocols and the names of their metrics to judge that; how a
-table looks is decided by `mlm_eval.reporting.tables`.
+table looks is decided by `mlm_eval.reporting.render`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.reporting.tables import MEASURED, PUBLISHED, Cell, Column, Row, Table, short_count
+from mlm_eval.reporting.tables import (
+    MEASURED,
+    PUBLISHED,
+    Cell,
+    Column,
+    Table,
+    TableRow,
+    short_count,
+)
 from mlm_eval.tasks.records import TABLE_OF, Record, figures, find_set
 
 COLUMNS = {
@@ -216,7 +224,7 @@ def _table(number: int, records: Sequence[Record]) -> Table:
     published = paper[f"table{number}"]["rows"]
     groups = _group(records)
     names = _names(groups)
-    measured: dict[str | None, list[Row]] = {}
+    measured: dict[str | None, list[TableRow]] = {}
     runs = []
     for name, group in zip(names, groups, strict=True):
         row, notes = _match_size(group[0], published)
@@ -274,14 +282,14 @@ def _name(record: Record) -> str:
 
 def _measured_row(
     name: str, group: Sequence[Record], row: Mapping[str, Any] | None, notes: list[str]
-) -> Row:
+) -> TableRow:
     cells = {}
     for record in group:
         common = _differences(record, row["size"] if row else None)
         for key, value, own in figures(record):
             published = row.get(key) if row else None
             cells[key] = Cell(value, published, (*own, *common), record.path)
-    return Row(
+    return TableRow(
         model=name,
         kind=MEASURED,
         cells=cells,
@@ -293,9 +301,9 @@ def _measured_row(
     )
 
 
-def _published_row(entry: Mapping[str, Any], columns: Sequence[Column]) -> Row:
+def _published_row(entry: Mapping[str, Any], columns: Sequence[Column]) -> TableRow:
     size = entry.get("size")
-    return Row(
+    return TableRow(
         model=entry["model"],
         kind=PUBLISHED,
         cells={c.key: Cell(float(entry[c.key])) for c in columns if c.key in entry},

@@ -47,8 +47,8 @@ def report(
     Example: mlm-eval report wikitext103.json lambada.json --format html --output table3.html
     """
     from mlm_eval.checkpoints.files.output import write_text
+    from mlm_eval.reporting.render import FORMATS, render
     from mlm_eval.reporting.results import check_writable
-    from mlm_eval.reporting.tables import FORMATS, render
     from mlm_eval.tasks.paper import build_tables
     from mlm_eval.tasks.records import read_record
 

@@ -21,7 +21,9 @@ from mlm_eval import cli
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.model.initial import SIZES
 from mlm_eval.model.sizes import paper_parameters
-from mlm_eval.reporting.tables import MEASURED, Table, render, short_count
+from mlm_eval.reporting import plots
+from mlm_eval.reporting.render import render
+from mlm_eval.reporting.tables import MEASURED, Table, short_count
 from mlm_eval.tasks.paper import build_tables, load_paper
 from mlm_eval.tasks.records import Record, read_record
 
@@ -81,7 +83,7 @@ def test_parameters_round_to_the_papers(number: int):
 def test_the_recipes_that_ship_are_table_6():
     import tomllib
 
-    folder = PROJECT / "tasks" / "recipes"
+    folder = PROJECT / "tasks" / "finetune" / "recipes"
     names = {"squad1": "squad-v1", "squad2": "squad-v2"}
     for row in load_paper()["table6"]["rows"]:
         size = row["size"].removeprefix("bert-")
@@ -455,11 +457,9 @@ def test_every_figure_is_marked_in_the_plot():
     """The plot of Table 3 has a mark for each measured figure: hollow where not as in the paper."""
     from matplotlib.figure import Figure
 
-    from mlm_eval.reporting import page as report_page
-
     table = golden_tables()[0]
     figure = Figure()
-    report_page._against_size(figure, table)
+    plots.draw_against_size(figure, table)
     rows = measured(table)
     for panel, column in zip(figure.axes, table.columns, strict=True):
         marks = {line.get_label(): line for line in panel.lines}
@@ -469,7 +469,7 @@ def test_every_figure_is_marked_in_the_plot():
             if row.kind != MEASURED and row.parameters
         ]
         for row in rows:
-            line = marks[report_page._label(row)]
+            line = marks[plots.legend_label(row)]
             cell = row.cells.get(column.key)
             assert list(line.get_ydata()) == ([] if cell is None else [cell.value])
             assert line.get_fillstyle() == ("full" if row.as_in_paper else "none")

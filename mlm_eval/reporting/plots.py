@@ -1,4 +1,4 @@
-"""One self-contained HTML page: the tables, a plot for each as inline SVG. Nothing is fetched."""
+"""A plot of each table, as inline SVG for the HTML page."""
 
 from __future__ import annotations
 
@@ -8,69 +8,10 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlm_eval.reporting.tables import HTML, MEASURED, PUBLISHED, Row, Table, short_count, wide_frame
+from mlm_eval.reporting.tables import MEASURED, PUBLISHED, Table, TableRow, short_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-STYLE = """ body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin:
-2rem auto; max-width: 84rem;
-  padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; } .scroll { overflow-x:
-auto; } table { border-collapse: collapse; }
-td { white-space: nowrap; } td:nth-child(2) { white-space: normal; } th, td { padding: .3rem .55rem;
-text-align: right; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums; } th {
-border-bottom: 2px solid #333; } th:nth-child(-n+2), td:nth-child(-n+2), td:last-child,
-th:last-child { text-align: left; } tr.measured td { background: #eef5fb; font-weight: 600;
-border-bottom: none; } tr.difference td { background: #eef5fb; color: #44515c; } tr.differs
-td:last-child { color: #a33; } sup { font-weight: 400; color: #a33; } ol.notes { list-style: none;
-padding: 0; font-size: .87rem; color: #333; } ul.runs { font-size: .87rem; color: #333;
-padding-left: 1.2rem; overflow-wrap: anywhere; } ol.notes { overflow-wrap: anywhere; } svg {
-max-width: 100%; height: auto; }
-"""
-
-
-def html_page(tables: Sequence[Table]) -> str:
-    """Return the page; every figure, its footnotes and its run stand in it."""
-    title = "Measured beside the Megatron-LM paper"
-    sections = "\n".join(_section(table) for table in tables)
-    return (
-        "<!DOCTYPE html>\n"
-        '<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
-        f"{sections}\n</body>\n</html>\n"
-    )
-
-
-def _section(table: Table) -> str:
-    frame, kinds, notes = wide_frame(table, HTML)
-    head = "".join(f"<th>{title}</th>" for title in frame.columns)
-    lines = []
-    for kind, line in zip(kinds, frame.values, strict=True):
-        differs = " differs" if line[-1] == "no" else ""
-        cells = "".join(f"<td>{text}</td>" for text in line)
-        lines.append(f'<tr class="{kind}{differs}">{cells}</tr>')
-    parts = [
-        "<section>",
-        f"<h2>{html.escape(table.caption)}</h2>",
-        '<div class="scroll"><table>',
-        f"<thead><tr>{head}</tr></thead>",
-        "<tbody>",
-        *lines,
-        "</tbody>",
-        "</table></div>",
-    ]
-    if notes:
-        items = "\n".join(f"<li><sup>{mark}</sup> {HTML.escape(text)}</li>" for mark, text in notes)
-        parts.append(f'<ol class="notes">\n{items}\n</ol>')
-    parts.append(f"<figure>{table_plot(table)}</figure>")
-    if table.runs:
-        items = "\n".join(f"<li>{html.escape(run)}</li>" for run in table.runs)
-        parts.append(f'<p>Measured:</p>\n<ul class="runs">\n{items}\n</ul>')
-    if table.source:
-        parts.append(f"<p>Published: {html.escape(table.source)}</p>")
-    return "\n".join([*parts, "</section>"])
 
 
 def table_plot(table: Table) -> str:
@@ -87,24 +28,21 @@ def table_plot(table: Table) -> str:
     with rc_context(settings):
         if any(not column.higher_is_better for column in table.columns):
             figure = Figure(figsize=(9, 3.6), layout="constrained")
-            _against_size(figure, table)
+            draw_against_size(figure, table)
         else:
             figure = Figure(figsize=(9, 4.2), layout="constrained")
-            _against_task(figure.add_subplot(), table)
+            draw_against_task(figure.add_subplot(), table)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None})
-    return inline_svg(stream.getvalue(), label=table.caption)
+    # The element alone, without metadata, which names other places.
+    text = stream.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
+    label = html.escape(table.caption)
+    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).rstrip()
 
 
-def inline_svg(text: str, *, label: str) -> str:
-    """Return the svg element of a file, without what names other places."""
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1).rstrip()
-
-
-def _against_size(figure: Any, table: Table) -> None:
-    """One panel a figure, over the number of parameters."""
+def draw_against_size(figure: Any, table: Table) -> None:
+    """Draw a panel for each column, over the number of parameters."""
     panels = figure.subplots(1, len(table.columns), squeeze=False)[0]
     for panel, column in zip(panels, table.columns, strict=True):
         published = _points(table.rows, column.key)
@@ -135,7 +73,7 @@ def _plain_tick(value: float, _: int) -> str:
     return f"{value:g}" if f"{value:e}"[0] in "125" else ""
 
 
-def _points(rows: Sequence[Row], key: str) -> list[tuple[float, float]]:
+def _points(rows: Sequence[TableRow], key: str) -> list[tuple[float, float]]:
     """Return (parameters, value) of the published models."""
     return [
         (float(row.parameters), cell.value)
@@ -147,7 +85,7 @@ def _points(rows: Sequence[Row], key: str) -> list[tuple[float, float]]:
     ]
 
 
-def _mark(panel: Axes, row: Row, key: str, x: float, index: int) -> None:
+def _mark(panel: Axes, row: TableRow, key: str, x: float, index: int) -> None:
     cell = row.cells.get(key)
     y = [] if cell is None or cell.value is None else [cell.value]
     hollow = row.limited or not row.as_in_paper
@@ -158,16 +96,17 @@ def _mark(panel: Axes, row: Row, key: str, x: float, index: int) -> None:
         color=f"C{index % 10}",
         fillstyle="none" if hollow else "full",
         markersize=9,
-        label=_label(row),
+        label=legend_label(row),
     )
 
 
-def _label(row: Row) -> str:
+def legend_label(row: TableRow) -> str:
+    """Return the name of a measured model in the legend."""
     return row.model if row.as_in_paper else f"{row.model} (not as in the paper)"
 
 
-def _against_task(panel: Axes, table: Table) -> None:
-    """One place a figure; the published models of the paper as lines of small marks."""
+def draw_against_task(panel: Axes, table: Table) -> None:
+    """Draw a place for each column, the published models as rows of small marks."""
     places = range(len(table.columns))
     for row in table.rows:
         if row.kind != PUBLISHED:

@@ -1,0 +1,210 @@
+"""Tables as Markdown, LaTeX, CSV and HTML.
+
+Each format but CSV has a template in `templates/`. A template prints plain text only, and every
+value is escaped for its format on the way out. The HTML page holds a plot of each table and fetches
+nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.reporting.tables import PUBLISHED, Cell, Column, Table, TableRow, short_count
+
+FORMATS = ("md", "latex", "csv", "html")
+
+DIFFERENCE = "difference"
+LIMITED = "LIMITED RUN"
+LESS, MORE, MINUS = "↓", "↑", "\N{MINUS SIGN}"
+
+MARKDOWN = str.maketrans({**{mark: f"\\{mark}" for mark in "|\\`*<>"}, MINUS: "-"})
+LATEX = str.maketrans(
+    {
+        **{mark: f"\\{mark}" for mark in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        LESS: r"$\downarrow$",
+        MORE: r"$\uparrow$",
+        MINUS: "$-$",
+    }
+)
+LATEX_DELIMITERS = {
+    "block_start_string": "[%",
+    "block_end_string": "%]",
+    "variable_start_string": "[[",
+    "variable_end_string": "]]",
+}
+"""Braces and percent signs are LaTeX's own."""
+
+
+@dataclass(frozen=True)
+class Marked:
+    """The text of a cell and the letters of its footnotes."""
+
+    text: str
+    marks: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a table: a row, or the differences below a measured row."""
+
+    kind: str
+    """`PUBLISHED`, `MEASURED` or `DIFFERENCE`."""
+    cells: Sequence[Marked]
+
+
+def render(tables: Sequence[Table], fmt: str) -> str:
+    """Return the tables as text in one of `FORMATS`.
+
+    Raises:
+        InputError: There is no such format.
+    """
+    if fmt not in FORMATS:
+        raise InputError(f"--format {fmt} is unknown; choose {', '.join(FORMATS)}")
+    if fmt == "csv":
+        return _csv(tables)
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    name, options = _TEMPLATES[fmt]
+    environment = Environment(
+        loader=PackageLoader(__package__),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+        **options,
+    )
+    views = [_view(table, plot=fmt == "html") for table in tables]
+    return environment.get_template(name).render(tables=views)
+
+
+def _markdown(value: object) -> str:
+    return str(value).translate(MARKDOWN)
+
+
+def _latex(value: object) -> str:
+    text = str(value).translate(LATEX)
+    return text.replace("--", "-{}-")  # else it is set as one dash, not the start of an option
+
+
+_TEMPLATES: dict[str, tuple[str, dict[str, Any]]] = {
+    "md": ("report.md.j2", {"finalize": _markdown}),
+    "latex": ("report.tex.j2", {"finalize": _latex, **LATEX_DELIMITERS}),
+    "html": ("report.html.j2", {"autoescape": True}),
+}
+"""Template of a format, and how its values are escaped."""
+
+
+def _view(table: Table, *, plot: bool) -> dict[str, Any]:
+    """Return what a template needs of a table."""
+    notes: list[str] = []
+    lines = list(_lines(table, notes))
+    better = [f"{c.title} {MORE if c.higher_is_better else LESS}" for c in table.columns]
+    view = {
+        "table": table,
+        "titles": ["model", "figures", "parameters", *better, "as in the paper"],
+        "lines": lines,
+        "notes": [(_letters(number), note) for number, note in enumerate(notes)],
+    }
+    if plot:
+        from mlm_eval.reporting.plots import table_plot
+
+        view["plot"] = table_plot(table)
+    return view
+
+
+def _lines(table: Table, notes: list[str]) -> Iterator[Line]:
+    """Yield the lines of a table, and collect its footnotes in the order of their first use.
+
+    A measured row is followed by its differences from the published row of its size.
+    """
+
+    def marked(text: str, reasons: Sequence[str]) -> Marked:
+        for reason in reasons:
+            if reason not in notes:
+                notes.append(reason)
+        return Marked(text, [_letters(notes.index(reason)) for reason in reasons])
+
+    for row in table.rows:
+        cells = [(row.cells.get(column.key), column) for column in table.columns]
+        name = f"{row.model} ({LIMITED})" if row.limited else row.model
+        yield Line(
+            row.kind,
+            [
+                marked(name, row.notes),
+                Marked(row.kind),
+                Marked("" if row.parameters is None else short_count(row.parameters)),
+                *(marked(_figure(cell, c), cell.notes if cell else ()) for cell, c in cells),
+                Marked(_verdict(row)),
+            ],
+        )
+        if any(cell.difference is not None for cell in row.cells.values()):
+            title = f"{DIFFERENCE} from {row.compared_with}"
+            texts = ["", title, "", *(_gap(cell, column) for cell, column in cells), ""]
+            yield Line(DIFFERENCE, [Marked(text) for text in texts])
+
+
+def _letters(number: int) -> str:
+    """Return a, b, ..., z, aa, ab, ... for 0, 1, ..."""
+    before, last = divmod(number, 26)
+    return (_letters(before - 1) if before else "") + chr(ord("a") + last)
+
+
+def _figure(cell: Cell | None, column: Column) -> str:
+    if cell is None:
+        return ""
+    return "none" if cell.value is None else f"{cell.value:.{column.decimals}f}"
+
+
+def _gap(cell: Cell | None, column: Column) -> str:
+    if cell is None or cell.difference is None:
+        return ""
+    text = f"{abs(cell.difference):.{column.decimals}f}"
+    sign = "+" if cell.difference > 0 else MINUS
+    return text if float(text) == 0.0 else sign + text
+
+
+def _verdict(row: TableRow) -> str:
+    if row.kind == PUBLISHED:
+        return ""
+    return "yes" if row.as_in_paper else "no"
+
+
+def _csv(tables: Sequence[Table]) -> str:
+    """Return all figures, one a line, unrounded, for machines."""
+    lines = [
+        {
+            "table": table.number,
+            "model": row.model,
+            "kind": row.kind,
+            "parameters": row.parameters,
+            "figure": column.key,
+            "value": cell.value,
+            "compared_with": row.compared_with,
+            "published": cell.published,
+            "difference": cell.difference,
+            "as_in_paper": None if row.kind == PUBLISHED else not (row.notes or cell.notes),
+            "limited": None if row.kind == PUBLISHED else row.limited,
+            "why_not": "; ".join((*row.notes, *cell.notes)),
+            "record": cell.record,
+            "digest": row.digest,
+        }
+        for table in tables
+        for row in table.rows
+        for column in table.columns
+        if (cell := row.cells.get(column.key)) is not None
+    ]
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, lines[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return stream.getvalue()
