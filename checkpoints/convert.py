@@ -11,6 +11,7 @@ import torch
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.tokenizer import Tokenizer, load_tokenizer
 
 TARGETS = ("hf", "megatron", "torch_dist")
 
@@ -45,7 +46,7 @@ def convert(
     max_shard_size: int | str = "5GB",
     vocab: str | None = None,
     true_vocab_size: int | None = None,
-    tokenizer: str | Path | tuple[Path, Path] | None = None,
+    tokenizer: Tokenizer | str | Path | tuple[Path, Path] | None = None,
     allow_approximate: bool = False,
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
@@ -64,8 +65,8 @@ def convert(
             targets) or `padded` (the stored rows); None: true for `hf` where the tokenizer's size
             is known, else the stored rows, so that a change of sizes and back gives the same bits.
         true_vocab_size: The tokenizer's size, where known.
-        tokenizer: Folder or file of the tokenizer, or its vocabulary and merges, to be put into a
-            Hugging Face folder.
+        tokenizer: The tokenizer to write into a Hugging Face folder, or its folder or file, or its
+            vocabulary and merges.
         allow_approximate: Convert although the target cannot express the model exactly.
         overwrite: Replace a checkpoint that is there.
         on_progress: Called with (bytes written, bytes in all).
@@ -83,6 +84,11 @@ def convert(
                 "--tp and --pp are for Megatron targets; a Hugging Face folder has no ranks"
             )
         from mlm_eval.checkpoints.huggingface.write import write_huggingface
+
+        if isinstance(tokenizer, tuple):
+            tokenizer = load_tokenizer(vocab_file=tokenizer[0], merge_file=tokenizer[1])
+        elif tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+            tokenizer = load_tokenizer(directory=tokenizer)
 
         report = write_huggingface(
             checkpoint,

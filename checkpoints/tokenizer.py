@@ -1,17 +1,19 @@
 """Tokenizer: text to ids by the rules that Megatron used, from the files of a vocabulary.
 
-It wraps the `tokenizers` library (or `sentencepiece`), not transformers, whose import takes
-seconds and whose conversion of a bare `tokenizer.model` changes the ids. No form adds special
-tokens, and none reads them out of the text: `<|endoftext|>` or `[MASK]` written in a text is a
-string like any other, as it is for Megatron.
+This is the one place that knows the files of a tokenizer. Evaluation, conversion and the harness
+take the same object; the latter two use `Tokenizer.hub_backend`, which follows transformers' rules.
+
+It wraps the `tokenizers` library (or `sentencepiece`), not transformers, whose import takes seconds
+and whose conversion of a bare `tokenizer.model` changes the ids. `Tokenizer.encode` adds no special
+tokens and reads none out of the text: `<|endoftext|>` or `[MASK]` written in a text is a string
+like any other, as it is for Megatron.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,13 @@ from typing import Any
 from mlm_eval.checkpoints.catalog import is_catalog_name, resolve
 from mlm_eval.checkpoints.errors import InputError
 
+CONFIG = "tokenizer_config.json"
 VOCAB_AND_MERGES = (
     ("vocab.json", "merges.txt"),
     ("encoder.json", "vocab.bpe"),  # as OpenAI published GPT-2
     ("gpt2-vocab.json", "gpt2-merges.txt"),  # as Megatron's README names them
 )
+BERT_PIECES = ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
 EOT_PIECES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 # Megatron pads to a multiple of make_vocab_size_divisible_by x tp; nobody runs beyond 128 x 64.
 LARGEST_PADDING = 128 * 64
@@ -35,27 +39,26 @@ ACCEPTED = (
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A vocabulary with its rules.
-
-    Attributes:
-        kind: `gpt2-bpe`, `bert-wordpiece`, `tokenizer.json` or `sentencepiece`.
-        source: Folder or file it was read from.
-        vocab_size: True size: rows that its ids can name. Not Megatron's padded size, and without
-            the `[BOS]` and `[EOS]` that later Megatron versions append to a BERT vocabulary.
-        sha256: Of the files' bytes one after the other, vocabulary first.
-        lower_case: Whether text is lower-cased; None where the file itself decides.
-        eot_id: The end-of-text id, None where there is none.
-    """
+    """A vocabulary with its rules."""
 
     kind: str
+    """`gpt2-bpe`, `bert-wordpiece`, `tokenizer.json` or `sentencepiece`."""
     source: str
+    """Folder or file it was read from."""
     vocab_size: int
+    """True size: rows that its ids can name. Not Megatron's padded size, and without the `[BOS]`
+    and `[EOS]` that later Megatron versions append to a BERT vocabulary."""
     sha256: str
+    """Of the files' bytes one after the other, vocabulary first."""
     eot_id: int | None
+    """The end-of-text id, None where there is none."""
     backend: Any = field(repr=False, compare=False)
     files: tuple[Path, ...] = ()
     """What it was read from, to be copied with a converted checkpoint."""
+    settings: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What tokenizer_config.json says, where it is one of the files."""
     lower_case: bool | None = None
+    """Whether text is lower-cased; None where the file itself decides."""
     missing_bytes: frozenset[int] = field(default=frozenset(), repr=False)
     """Bytes that a byte-level vocabulary has no symbol for; `tokenizers` would drop them."""
 
@@ -110,6 +113,36 @@ class Tokenizer:
     def pad_id(self) -> int | None:
         """Id of BERT's `[PAD]`."""
         return self.piece_id("[PAD]")
+
+    def special_id(self, name: str) -> int | None:
+        """Return the id of the `bos`, `eos` or `pad` token that tokenizer_config.json names."""
+        piece = _special_piece(self.settings, name)
+        return None if piece is None else self.piece_id(piece)
+
+    def hub_backend(self) -> Any:
+        """Return a copy of the backend by transformers' rules: special tokens are read in a text.
+
+        The copy of a BERT vocabulary also adds `[CLS]` and `[SEP]` where it is asked for special
+        tokens. Not for sentencepiece, whose library has no such switch.
+        """
+        from tokenizers import AddedToken, processors
+        from tokenizers import Tokenizer as Backend
+
+        backend = Backend.from_str(self.backend.to_str())
+        backend.encode_special_tokens = False
+        if self.kind == "gpt2-bpe" and self.eot_id is not None:
+            end = backend.id_to_token(self.eot_id)
+            backend.add_special_tokens([AddedToken(end, special=True, normalized=False)])
+        if self.kind == "bert-wordpiece":
+            pieces = [piece for piece in BERT_PIECES if self.piece_id(piece) is not None]
+            backend.add_special_tokens(pieces)
+            if self.cls_id is not None and self.sep_id is not None:
+                backend.post_processor = processors.TemplateProcessing(
+                    single="[CLS] $A [SEP]",
+                    pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+                    special_tokens=[("[CLS]", self.cls_id), ("[SEP]", self.sep_id)],
+                )
+        return backend
 
     def record(self) -> dict[str, Any]:
         """Return what a result record says about the tokenizer."""
@@ -281,7 +314,10 @@ def _load_bert(path: Path) -> Tokenizer:
             f"{path} is no BERT vocabulary: it has no [UNK] among its {len(pieces)} lines; "
             f"expected one piece a line"
         )
-    lower_case = _lower_case(path, pieces)
+    settings = _settings(path)
+    lower_case = settings.get("do_lower_case")
+    if not isinstance(lower_case, bool):  # not stated: the pieces decide, never a name
+        lower_case = all(piece == piece.lower() for piece in pieces if not piece.startswith("["))
     backend = Backend(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=200))
     backend.normalizer = normalizers.BertNormalizer(lowercase=lower_case)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -292,24 +328,11 @@ def _load_bert(path: Path) -> Tokenizer:
         vocab_size=len(pieces),
         sha256=_sha256(path),
         files=_with_config(path),
+        settings=settings,
         eot_id=None,
         backend=backend,
         lower_case=lower_case,
     )
-
-
-def _lower_case(path: Path, pieces: list[str]) -> bool:
-    """Return whether a BERT vocabulary is for lower-cased text."""
-    config = path.parent / "tokenizer_config.json"
-    stated = _read_json(config).get("do_lower_case") if config.is_file() else None
-    if isinstance(stated, bool):
-        return stated
-    name = path.name.lower()
-    if "uncased" in f"{path.absolute().parent.name.lower()} {name}":
-        return True
-    if re.search(r"(?<![a-z])lower", name):  # a word of its own: not "flowers"
-        return True
-    return all(piece == piece.lower() for piece in pieces if not piece.startswith("["))
 
 
 def _load_tokenizer_json(path: Path) -> Tokenizer:
@@ -323,17 +346,16 @@ def _load_tokenizer_json(path: Path) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
-    config = path.parent / "tokenizer_config.json"
-    stated = _read_json(config).get("eos_token") if config.is_file() else None
-    if isinstance(stated, dict):
-        stated = stated.get("content")
+    settings = _settings(path)
+    end = _special_piece(settings, "eos")
     return Tokenizer(
         kind="tokenizer.json",
         source=str(path),
         vocab_size=_rows(backend),
         sha256=_sha256(path),
         files=_with_config(path),
-        eot_id=_first_id(backend, (stated, *EOT_PIECES) if isinstance(stated, str) else EOT_PIECES),
+        settings=settings,
+        eot_id=_first_id(backend, EOT_PIECES if end is None else (end, *EOT_PIECES)),
         backend=backend,
     )
 
@@ -361,15 +383,27 @@ def _load_sentencepiece(path: Path) -> Tokenizer:
         vocab_size=int(backend.get_piece_size()),
         sha256=_sha256(path),
         files=_with_config(path),
+        settings=_settings(path),
         eot_id=int(backend.eos_id()) if backend.eos_id() >= 0 else None,
         backend=backend,
     )
 
 
 def _with_config(path: Path) -> tuple[Path, ...]:
-    """Return a tokenizer's file and the configuration beside it, which decides on lower case."""
-    config = path.parent / "tokenizer_config.json"
+    """Return a tokenizer's file and its configuration in the same folder, if there is one."""
+    config = path.with_name(CONFIG)
     return (path, config) if config.is_file() else (path,)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    config = path.with_name(CONFIG)
+    return _read_json(config) if config.is_file() else {}
+
+
+def _special_piece(settings: Mapping[str, Any], name: str) -> str | None:
+    piece = settings.get(f"{name}_token")
+    piece = piece.get("content") if isinstance(piece, dict) else piece
+    return piece if isinstance(piece, str) else None
 
 
 def _rows(backend: Any) -> int:

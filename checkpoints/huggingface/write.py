@@ -24,9 +24,10 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import output_folder, refuse_source
 from mlm_eval.checkpoints.files.safetensors_file import write_safetensors
 from mlm_eval.checkpoints.huggingface.plan import Plan, plan_conversion
-from mlm_eval.checkpoints.huggingface.tokenizer import TokenizerPlan, plan_tokenizer
+from mlm_eval.checkpoints.huggingface.tokenizer import TokenizerFiles, tokenizer_files
 from mlm_eval.checkpoints.lazy import LazyTensor, Selected
 from mlm_eval.checkpoints.parameters import parameters
+from mlm_eval.checkpoints.tokenizer import Tokenizer
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", re.IGNORECASE)
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -70,7 +71,7 @@ def write_huggingface(
     max_shard_size: int | str = "5GB",
     vocab: str = "true",
     true_vocab_size: int | None = None,
-    tokenizer: str | Path | tuple[str | Path, str | Path] | None = None,
+    tokenizer: Tokenizer | None = None,
     allow_approximate: bool = False,
     overwrite: bool = False,
     on_progress: Progress | None = None,
@@ -85,7 +86,7 @@ def write_huggingface(
         vocab: `true` leaves out the rows that only pad the vocabulary, where its true size is
             known; `padded` keeps all stored rows.
         true_vocab_size: The tokenizer's size; None: from `tokenizer`.
-        tokenizer: Folder or file of the tokenizer to put beside the model, or (vocabulary, merges).
+        tokenizer: The tokenizer to write into the folder.
         allow_approximate: Convert although transformers computes something slightly different.
         overwrite: Replace a checkpoint that is there.
         on_progress: Told about the bytes of weights written.
@@ -100,17 +101,12 @@ def write_huggingface(
     refuse_source(checkpoint.provenance.files, target)
     files = None
     if tokenizer is not None:
-        source = (
-            (Path(tokenizer[0]), Path(tokenizer[1]))
-            if isinstance(tokenizer, tuple)
-            else Path(tokenizer)
-        )
         config = checkpoint.config
-        files = plan_tokenizer(
-            source, kind=config.family, max_length=config.max_position_embeddings
+        files = tokenizer_files(
+            tokenizer, family=config.family, max_length=config.max_position_embeddings
         )
     warnings = list(files.warnings) if files is not None else []
-    checkpoint, vocab_note = _choose_vocab(checkpoint, vocab, true_vocab_size, files, warnings)
+    checkpoint, vocab_note = _choose_vocab(checkpoint, vocab, true_vocab_size, tokenizer, warnings)
     plan = plan_conversion(checkpoint, dtype=dtype, allow_approximate=allow_approximate)
     special = _special_tokens(checkpoint, files)
     plan.hf.update(special)
@@ -166,7 +162,7 @@ def _choose_vocab(
     checkpoint: Checkpoint,
     vocab: str,
     true_size: int | None,
-    files: TokenizerPlan | None,
+    tokenizer: Tokenizer | None,
     warnings: list[str],
 ) -> tuple[Checkpoint, str | None]:
     """Return the checkpoint with the rows to write, and a note where some are left out.
@@ -176,7 +172,7 @@ def _choose_vocab(
     if vocab not in ("true", "padded"):
         raise InputError(f"--vocab {vocab!r} is unknown; use padded or true")
     stored = checkpoint.config.vocab_size
-    size = files.vocab_size if files is not None else None
+    size = tokenizer.vocab_size if tokenizer is not None else None
     true_size = true_size if true_size is not None else size
     largest = max(true_size or 0, size or 0)
     if largest > stored:
@@ -212,7 +208,7 @@ def _choose_vocab(
     )
 
 
-def _special_tokens(checkpoint: Checkpoint, files: TokenizerPlan | None) -> dict[str, int | None]:
+def _special_tokens(checkpoint: Checkpoint, files: TokenizerFiles | None) -> dict[str, int | None]:
     """Return the ids of special tokens; null where unknown, since defaults would be wrong."""
     keys = ["bos_token_id", "eos_token_id", "pad_token_id"]
     known = {} if files is None else files.token_ids

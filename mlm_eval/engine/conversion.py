@@ -72,7 +72,7 @@ def convert_checked(
             max_shard_size=max_shard_size,
             vocab=vocab,
             true_vocab_size=None if tokenizer is None else tokenizer.vocab_size,
-            tokenizer=None if tokenizer is None else _files(tokenizer),
+            tokenizer=tokenizer,
             allow_approximate=allow_approximate,
             on_progress=on_progress,
         )
@@ -96,13 +96,6 @@ def convert_checked(
                     "are right"
                 )
     return CheckedConversion(conversion, comparison)
-
-
-def _files(tokenizer: Tokenizer) -> Path | tuple[Path, Path]:
-    """Return a tokenizer's vocabulary and merges, or its one file."""
-    if tokenizer.kind == "gpt2-bpe":
-        return tokenizer.files[0], tokenizer.files[1]
-    return tokenizer.files[0]
 
 
 def _record(folder: Path, comparison: Comparison) -> None:

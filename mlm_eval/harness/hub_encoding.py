@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 
 
@@ -21,26 +18,15 @@ class HubEncoding:
         """Take a tokenizer; `add_bos` overrides what its files say."""
         self.tokenizer = tokenizer
         self.add_bos = add_bos
-        self.backend = tokenizer.backend
-        settings = _settings(tokenizer)
         if tokenizer.kind == "sentencepiece":
+            self.backend = tokenizer.backend
             bos = int(self.backend.bos_id())
             self.bos_id = bos if bos >= 0 else None
-            self.adds_bos = bool(settings.get("add_bos_token", False))
-            return
-        from tokenizers import AddedToken
-        from tokenizers import Tokenizer as Backend
-
-        # A copy, because reading special tokens is a switch of the tokenizer itself.
-        self.backend = Backend.from_str(self.backend.to_str())
-        self.backend.encode_special_tokens = False
-        bos_piece = settings.get("bos_token")
-        bos_piece = bos_piece.get("content") if isinstance(bos_piece, dict) else bos_piece
-        self.bos_id = None if bos_piece is None else self.backend.token_to_id(bos_piece)
-        self.adds_bos = False  # beyond what the backend's own rules add
-        if tokenizer.kind == "gpt2-bpe" and tokenizer.eot_id is not None:
-            end = self.backend.id_to_token(tokenizer.eot_id)
-            self.backend.add_special_tokens([AddedToken(end, special=True, normalized=False)])
+            self.adds_bos = bool(tokenizer.settings.get("add_bos_token", False))
+        else:
+            self.backend = tokenizer.hub_backend()
+            self.bos_id = tokenizer.special_id("bos")
+            self.adds_bos = False  # beyond what the backend's own rules add
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Return the ids of a text; `special`: with what the tokenizer adds to a text."""
@@ -62,12 +48,3 @@ class HubEncoding:
         if self.tokenizer.kind == "sentencepiece":
             return str(self.backend.decode(known))
         return str(self.backend.decode(known, skip_special_tokens=True))
-
-
-def _settings(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return what tokenizer_config.json says, where it is one of the tokenizer's files."""
-    for file in tokenizer.files:
-        if file.name == "tokenizer_config.json":
-            settings = json.loads(file.read_bytes())
-            return settings if isinstance(settings, dict) else {}
-    return {}

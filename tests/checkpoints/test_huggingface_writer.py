@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
+from mlm_eval.checkpoints.convert import convert
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safetensors_file import PIECE_BYTES, write_safetensors
 from mlm_eval.checkpoints.huggingface.read import read_folder
@@ -29,6 +30,7 @@ from mlm_eval.checkpoints.huggingface.write import Report, parse_size, write_hug
 from mlm_eval.checkpoints.lazy import InMemory
 from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
 from mlm_eval.checkpoints.open import open_checkpoint
+from mlm_eval.checkpoints.tokenizer import find_tokenizer, load_tokenizer
 from mlm_eval.engine.engine import Engine
 
 LAYER_NORM_ROPE: dict[str, Any] = {"position_embedding_type": "rope", "rotary_percent": 0.5}
@@ -437,12 +439,10 @@ def bert_vocabulary(folder: Path) -> Path:
 def test_gpt2_tokenizer_files_load_in_transformers(byte_level: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from mlm_eval.checkpoints.tokenizer import find_tokenizer, load_tokenizer
-
     ours = load_tokenizer(directory=byte_level)
     config = variant(GPT, vocab_size=ours.vocab_size + 30)
     checkpoint = random_models.checkpoint(config)
-    report = write_huggingface(checkpoint, tmp_path / "out", tokenizer=byte_level)
+    report = write_huggingface(checkpoint, tmp_path / "out", tokenizer=ours)
     assert report.vocab_size == ours.vocab_size
     assert f"30 rows that pad the vocabulary are left out: {ours.vocab_size} remain" in report.notes
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -462,7 +462,7 @@ def test_gpt2_tokenizer_files_load_in_transformers(byte_level: Path, tmp_path: P
     again = find_tokenizer(tmp_path / "out")
     assert again is not None and again.encode(TEXT) == ours.encode(TEXT)
     # The folder is a source of a tokenizer itself.
-    second = write_huggingface(checkpoint, tmp_path / "second", tokenizer=tmp_path / "out")
+    second = write_huggingface(checkpoint, tmp_path / "second", tokenizer=again)
     assert second.vocab_size == ours.vocab_size
     assert AutoTokenizer.from_pretrained(tmp_path / "second")(TEXT)["input_ids"] == ours.encode(
         TEXT
@@ -474,28 +474,56 @@ def test_gpt2_tokenizer_files_load_in_transformers(byte_level: Path, tmp_path: P
 def test_a_llama_with_a_gpt2_tokenizer(byte_level: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from mlm_eval.checkpoints.tokenizer import load_tokenizer
-
     ours = load_tokenizer(directory=byte_level)
     checkpoint = random_models.checkpoint(variant(LLAMA, vocab_size=ours.vocab_size))
-    files = (byte_level / "vocab.json", byte_level / "merges.txt")
-    report = write_huggingface(checkpoint, tmp_path / "out", tokenizer=files)
+    report = write_huggingface(checkpoint, tmp_path / "out", tokenizer=ours)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer(TEXT)["input_ids"] == ours.encode(TEXT)
     load_theirs(report)(**tokenizer("The cat", return_tensors="pt"))
 
 
-@pytest.mark.parametrize("folder_name", ["uncased", "cased"])
-def test_bert_tokenizer_files_load_in_transformers(folder_name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("capitals", [False, True])
+@pytest.mark.parametrize("stated", [None, False, True])
+@pytest.mark.parametrize(
+    "name", ["x/vocab.txt", "x/bert-lower-vocab.txt", "uncased/vocab.txt", "x/bert-cased-vocab.txt"]
+)
+def test_a_converted_bert_vocabulary_gives_the_ids_that_are_scored(
+    name: str, stated: bool | None, capitals: bool, tmp_path: Path
+) -> None:
+    """Whether text is lower-cased is stated, or the pieces decide; names of files say nothing."""
     from transformers import AutoTokenizer
 
-    from mlm_eval.checkpoints.tokenizer import load_tokenizer
+    vocabulary = tmp_path / name
+    pieces = (bert_vocabulary(vocabulary.parent) / "vocab.txt").read_text(encoding="utf-8")
+    (vocabulary.parent / "vocab.txt").unlink()
+    lower = dict.fromkeys(piece for piece in pieces.splitlines() if piece.islower() or "[" in piece)
+    vocabulary.write_text(pieces if capitals else "\n".join(lower) + "\n", encoding="utf-8")
+    if stated is not None:
+        config = json.dumps({"do_lower_case": stated})
+        (vocabulary.parent / "tokenizer_config.json").write_text(config)
+    expected = stated if stated is not None else not capitals
+    scored = load_tokenizer(directory=vocabulary.parent)
+    assert scored.lower_case is expected
+    checkpoint = random_models.checkpoint(variant(MODEL_BERT, vocab_size=scored.vocab_size + 6))
+    for place, source in (("by object", scored), ("by file", vocabulary)):
+        convert(checkpoint, "hf", tmp_path / place, tokenizer=source)
+        written = AutoTokenizer.from_pretrained(tmp_path / place)
+        ids = written(TEXT, add_special_tokens=False)["input_ids"]
+        assert ids == scored.encode(TEXT)
+        assert (ids == written(TEXT.lower(), add_special_tokens=False)["input_ids"]) is expected
 
-    vocabulary = bert_vocabulary(tmp_path / folder_name) / "vocab.txt"
+
+@pytest.mark.parametrize("lower_case", [True, False])
+def test_bert_tokenizer_files_load_in_transformers(lower_case: bool, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    vocabulary = bert_vocabulary(tmp_path / "x") / "vocab.txt"
+    config = json.dumps({"do_lower_case": lower_case})
+    vocabulary.with_name("tokenizer_config.json").write_text(config)
     ours = load_tokenizer(vocab_file=vocabulary)
-    assert ours.lower_case == (folder_name == "uncased")
+    assert ours.lower_case == lower_case
     checkpoint = random_models.checkpoint(variant(MODEL_BERT, vocab_size=ours.vocab_size + 6))
-    report = write_huggingface(checkpoint, tmp_path / "out", tokenizer=vocabulary)
+    report = write_huggingface(checkpoint, tmp_path / "out", tokenizer=ours)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == ours.encode(TEXT)
     pair = tokenizer("the cat", "sat on")
@@ -518,11 +546,11 @@ def test_the_size_of_the_vocabulary(byte_level: Path, tmp_path: Path) -> None:
     assert cut.vocab_size == 47 and not cut.warnings
     table = load_file(tmp_path / "cut" / "model.safetensors")["transformer.wte.weight"]
     assert torch.equal(table, checkpoint.tensors["embedding.word_embeddings.weight"].read()[:47])
-    for size in ({"true_vocab_size": 51}, {"tokenizer": byte_level}):
+    for size in ({"true_vocab_size": 51}, {"tokenizer": load_tokenizer(directory=byte_level)}):
         with pytest.raises(InputError, match="not the tokenizer of this model"):
             write_huggingface(checkpoint, tmp_path / "no", **size)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="holds no tokenizer"):
-        write_huggingface(checkpoint, tmp_path / "no", tokenizer=tmp_path / "cut")
+        convert(checkpoint, "hf", tmp_path / "no", tokenizer=tmp_path / "cut")
 
 
 @pytest.mark.realdata
@@ -530,7 +558,8 @@ def test_the_real_gpt2_vocabulary(shared_data: Path, oracles: Path, tmp_path: Pa
     from transformers import AutoTokenizer
 
     checkpoint = open_checkpoint(oracles / "v25_gpt2vocab_tp2_trained")
-    report = write_huggingface(checkpoint, tmp_path / "out", tokenizer=shared_data / "gpt2")
+    ours = load_tokenizer(directory=shared_data / "gpt2")
+    report = write_huggingface(checkpoint, tmp_path / "out", tokenizer=ours)
     assert report.vocab_size == 50257
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer("Hello world")["input_ids"] == [15496, 995]

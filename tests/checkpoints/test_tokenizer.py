@@ -201,16 +201,15 @@ def test_blank_lines_at_the_end_of_a_vocabulary_are_no_pieces(tmp_path):
     [
         ("vocab.txt", ("hello",), None, True),  # nothing but lower-case pieces
         ("vocab.txt", ("hello", "Hello"), None, False),
-        ("bert-uncased-vocab.txt", ("hello", "Hello"), None, True),
-        ("bert-lower.txt", ("Hello",), None, True),
-        ("bert_lowercase_vocab.txt", ("Hello",), None, True),
-        ("flowers-vocab.txt", ("Hello",), None, False),
+        ("bert-uncased-vocab.txt", ("hello", "Hello"), None, False),
+        ("bert-lower-vocab.txt", ("Hello",), None, False),
+        ("bert-cased-vocab.txt", ("hello",), None, True),
         ("bert-uncased-vocab.txt", ("hello",), {"do_lower_case": False}, False),
         ("vocab.txt", ("Hello",), {"do_lower_case": True}, True),
         ("vocab.txt", ("Hello",), {"unrelated": 1}, False),
     ],
 )
-def test_lower_case_from_config_then_name_then_pieces(tmp_path, name, pieces, config, lower_case):
+def test_lower_case_is_stated_or_the_pieces_decide(tmp_path, name, pieces, config, lower_case):
     path = write_bert(tmp_path / name, pieces=pieces)
     if config is not None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -220,9 +219,9 @@ def test_lower_case_from_config_then_name_then_pieces(tmp_path, name, pieces, co
     assert (tokenizer.encode("HELLO") == hello) is (lower_case or hello == [1])
 
 
-def test_name_of_the_folder_may_say_uncased(tmp_path):
+def test_the_name_of_the_folder_says_nothing(tmp_path):
     path = write_bert(tmp_path / "bert_uncased" / "vocab.txt", pieces=("Hello",))
-    assert load_tokenizer(directory=path.parent).lower_case is True
+    assert load_tokenizer(directory=path.parent).lower_case is False
 
 
 def test_without_sentencepiece_the_message_says_what_to_install(tmp_path, monkeypatch):

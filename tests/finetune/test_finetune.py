@@ -684,11 +684,12 @@ def test_wrong_data_end_every_rank(tmp_path):
 
 
 def test_a_copied_tokenizer_is_found_again(tmp_path):
-    """Whatever its file was called, and though the name alone said that it is lower-case."""
+    """Whatever its file was called, with the `do_lower_case` that a file next to it stated."""
     source = tmp_path / "bert-large-uncased-vocab.txt"
     shutil.copy(tiny_bert.write_vocabulary(tmp_path / "v"), source)
     with source.open("a") as stream:
         stream.write("Upper\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": true}')
     words = load_tokenizer(vocab_file=source)
     assert words.lower_case is True
     copy_tokenizer(words, tmp_path / "checkpoint" / "tokenizer")
