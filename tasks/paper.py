@@ -1,9 +1,9 @@
 """The paper's tables beside measured figures: what is compared with what, and whether it may be.
 
 A result record is compared with the published row of its size. It counts "as in the paper" only if
-protocol, data and size are the paper's; every difference is named in a note. Here, in the tasks'
-layer, because it takes the tasks' protocols and the names of their metrics to judge that; how a
-table looks is decided by `mlm_eval.reporting.render`.
+protocol, data and size are the paper's; every difference is named in a note. That takes the tasks'
+protocols and the names of their metrics, so it belongs to the tasks; how a table looks is up to
+`mlm_eval.reporting.render`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from mlm_eval.reporting.tables import (
     TableRow,
     short_count,
 )
-from mlm_eval.tasks.records import TABLE_OF, Record, figures, find_set
+from mlm_eval.tasks.records import TABLE_OF, ResultRecord, find_set, paper_figures
 
-COLUMNS = {
+PAPER_COLUMNS = {
     3: (
         Column("wikitext103", "WikiText-103 perplexity", 2, higher_is_better=False),
         Column("lambada", "LAMBADA accuracy", 2),
@@ -48,7 +48,7 @@ COLUMNS = {
 }
 
 SIZE_TOLERANCE = 0.02
-"""Padding of the vocabulary and task heads change a model's count by less; the next size is far."""
+"""Vocabulary padding and task heads change a model's count by less; other sizes differ by more."""
 
 
 @functools.cache
@@ -58,11 +58,11 @@ def load_paper() -> dict[str, Any]:
     return tomllib.loads(text)
 
 
-# --- what is not as in the paper -----------------------------------------------------------------
+# --- differences from the paper ------------------------------------------------------------------
 
 
-def _differences(record: Record, size: str | None) -> list[str]:
-    """Return what of a record's protocol and data is not the paper's, one sentence each."""
+def _differences(record: ResultRecord, size: str | None) -> list[str]:
+    """Return how a record's protocol and data differ from the paper's, one sentence each."""
     rules = load_paper()["protocol"][record.benchmark]
     settings = record.settings
     notes = [
@@ -77,23 +77,23 @@ def _differences(record: Record, size: str | None) -> list[str]:
         notes += _other_file(record, rules["file"])
     else:
         notes += _other_training(record, rules, size)
-    if any(value is None for _, value, _ in figures(record)):
+    if any(value is None for _, value, _ in paper_figures(record)):
         notes.append("not a finite number; the record says why")
     return notes
 
 
-def _other_file(record: Record, file: str) -> list[str]:
+def _other_file(record: ResultRecord, file: str) -> list[str]:
     data = record.settings.get("data")
     if not isinstance(data, dict):
         return [f"the data is not recorded, in the paper {file}"]
     if data.get("paper_file") is True:
         return []
-    told = [text for text in data.get("warnings", []) if isinstance(text, str)]
-    return told[:1] or [f"data {data.get('path', 'not recorded')}, in the paper {file}"]
+    warnings = [text for text in data.get("warnings", []) if isinstance(text, str)]
+    return warnings[:1] or [f"data {data.get('path', 'not recorded')}, in the paper {file}"]
 
 
-def _other_training(record: Record, rules: Mapping[str, Any], size: str | None) -> list[str]:
-    """Return what of a fine-tuning is not the paper's: seeds, recipe, sets."""
+def _other_training(record: ResultRecord, rules: Mapping[str, Any], size: str | None) -> list[str]:
+    """Return how a fine-tuning differs from the paper's: seeds, recipe, sets."""
     settings, notes = record.settings, []
     other = []
     for name, total in rules["totals"].items():
@@ -127,7 +127,7 @@ def _other_training(record: Record, rules: Mapping[str, Any], size: str | None) 
 
 
 def _thousands(value: Any) -> str:
-    """Return a count as people write it; a record may hold anything."""
+    """Return a count with thousands separators; a record may hold anything."""
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -146,8 +146,8 @@ def _size_in_parameters(size: str) -> int:
     return paper_parameters(size)
 
 
-def _match_size(record: Record, rows: Sequence[Mapping[str, Any]]) -> tuple[Any, list[str]]:
-    """Return the published row of a record's size, or None, and what differs in its shape."""
+def _match_size(record: ResultRecord, rows: Sequence[Mapping[str, Any]]) -> tuple[Any, list[str]]:
+    """Return the published row of a record's size, or None, and how its shape differs."""
     sized = [row for row in rows if "size" in row]
     wants_ensemble = bool(record.settings.get("ensemble"))
     count = record["checkpoint"]["num_parameters"]
@@ -163,7 +163,7 @@ def _match_size(record: Record, rows: Sequence[Mapping[str, Any]]) -> tuple[Any,
     return None, [f"{count:,} parameters; the paper's models have {known}"]
 
 
-def _other_shape(record: Record, size: str) -> list[str]:
+def _other_shape(record: ResultRecord, size: str) -> list[str]:
     config = record["checkpoint"].get("config")
     if not isinstance(config, dict):
         return []
@@ -181,35 +181,35 @@ def _other_shape(record: Record, size: str) -> list[str]:
 
 
 def build_tables(
-    records: Sequence[Record], *, number: int | None = None, include_limited: bool = False
+    records: Sequence[ResultRecord], *, number: int | None = None, include_limited: bool = False
 ) -> list[Table]:
-    """Return the paper's tables that the records belong to, measured rows among the published ones.
+    """Return the paper's tables that the records belong to, with measured rows added to them.
 
-    Records of one checkpoint share a row, as far as they are of different benchmarks.
+    Records of one checkpoint share a row if they are of different benchmarks.
 
     Args:
         records: What `read_record` returned.
         number: 3 or 5; None: those that the records belong to.
-        include_limited: Take records of limited runs, too, and mark them.
+        include_limited: Also take records of limited runs, and mark them.
 
     Raises:
         InputError: There is no such table, or a record does not belong to it or is of a limited
             run.
     """
-    if number is not None and number not in COLUMNS:
-        raise InputError(f"--table {number} is not one that results belong to; choose 3 or 5")
+    if number is not None and number not in PAPER_COLUMNS:
+        raise InputError(f"--table {number} holds no results of ours; choose 3 or 5")
     if not records:
         raise InputError("no result record was given; name files that --output wrote")
     for record in records:
         if number not in (None, TABLE_OF[record.benchmark]):
             raise InputError(
                 f"{record.path} is a record of {record['task']}, which belongs to Table "
-                f"{TABLE_OF[record.benchmark]}, not {number}; leave it or --table out"
+                f"{TABLE_OF[record.benchmark]}, not {number}; drop the file or --table"
             )
         if record.limits and not include_limited:
             raise InputError(
                 f"{record.path} is of a limited run ({', '.join(record.limits)}), whose figures "
-                "are not those of the whole data; leave it out, or take it in, marked, with "
+                "are not those of the whole data; leave it out, or have it marked with "
                 "--include-limited"
             )
     numbers = [number] if number else sorted({TABLE_OF[record.benchmark] for record in records})
@@ -219,7 +219,7 @@ def build_tables(
     ]
 
 
-def _table(number: int, records: Sequence[Record]) -> Table:
+def _table(number: int, records: Sequence[ResultRecord]) -> Table:
     paper = load_paper()
     published = paper[f"table{number}"]["rows"]
     groups = _group(records)
@@ -234,17 +234,17 @@ def _table(number: int, records: Sequence[Record]) -> Table:
         runs += [f"{name}, {_run(record)}" for record in group]
     rows = []
     for entry in published:
-        rows.append(_published_row(entry, COLUMNS[number]))
+        rows.append(_published_row(entry, PAPER_COLUMNS[number]))
         rows += measured.get(entry["model"], [])
     rows += measured.get(None, [])
     source = f"{paper['source']['title']}, arXiv {paper['source']['arxiv']}, Table {number}"
     title = paper[f"table{number}"]["title"]
-    return Table(number, title, COLUMNS[number], rows, runs, source)
+    return Table(number, title, PAPER_COLUMNS[number], rows, runs, source)
 
 
-def _group(records: Sequence[Record]) -> list[list[Record]]:
-    """Return the records by rows: of one model, each benchmark once."""
-    groups: list[list[Record]] = []
+def _group(records: Sequence[ResultRecord]) -> list[list[ResultRecord]]:
+    """Return the records of each row: of one model, each benchmark once."""
+    groups: list[list[ResultRecord]] = []
     for record in records:
         for group in groups:
             other = group[0]
@@ -260,7 +260,7 @@ def _group(records: Sequence[Record]) -> list[list[Record]]:
     return groups
 
 
-def _names(groups: Sequence[Sequence[Record]]) -> list[str]:
+def _names(groups: Sequence[Sequence[ResultRecord]]) -> list[str]:
     """Return a name for each row: the checkpoint's folder, numbered where rows share it."""
     names = [_name(group[0]) for group in groups]
     return [
@@ -269,7 +269,7 @@ def _names(groups: Sequence[Sequence[Record]]) -> list[str]:
     ]
 
 
-def _name(record: Record) -> str:
+def _name(record: ResultRecord) -> str:
     parts = [
         part
         for part in Path(str(record["checkpoint"].get("path", ""))).parts
@@ -281,12 +281,12 @@ def _name(record: Record) -> str:
 
 
 def _measured_row(
-    name: str, group: Sequence[Record], row: Mapping[str, Any] | None, notes: list[str]
+    name: str, group: Sequence[ResultRecord], row: Mapping[str, Any] | None, notes: list[str]
 ) -> TableRow:
     cells = {}
     for record in group:
         common = _differences(record, row["size"] if row else None)
-        for key, value, own in figures(record):
+        for key, value, own in paper_figures(record):
             published = row.get(key) if row else None
             cells[key] = Cell(value, published, (*own, *common), record.path)
     return TableRow(
@@ -324,7 +324,7 @@ def _data_digests(data: Any) -> list[str]:
     ]
 
 
-def _run(record: Record) -> str:
+def _run(record: ResultRecord) -> str:
     """Return how a record's figures came about, in one line."""
     settings, checkpoint = record.settings, record["checkpoint"]
     version = settings.get("version")

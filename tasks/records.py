@@ -33,7 +33,7 @@ LIMITS = ("limit", "train_limit", "dev_limit", "test_limit")
 
 
 @dataclass(frozen=True)
-class Record:
+class ResultRecord:
     """A result record that was read from a file."""
 
     path: str
@@ -43,7 +43,7 @@ class Record:
 
     @property
     def metrics(self) -> Mapping[str, Any]:
-        """Those of the median over seeds where there is one."""
+        """The figures: of the median over seeds where there is one."""
         metrics: Mapping[str, Any] = self.values["metrics"]
         median = metrics.get("median")
         return median if isinstance(median, dict) else metrics
@@ -59,20 +59,20 @@ class Record:
 
     @property
     def limits(self) -> list[str]:
-        """The options that kept the run to a part of the data."""
+        """The options that limited the run to a part of the data, with their values."""
         given = [name for name in LIMITS if self.settings.get(name) is not None]
         return [f"--{name.replace('_', '-')} {self.settings[name]}" for name in given]
 
     @property
     def model(self) -> tuple[str, str]:
-        """What makes two records those of one model: digest and settings of the checkpoint."""
+        """Digest and settings of the checkpoint, equal in records of the same model."""
         checkpoint = self.values["checkpoint"]
         config = json.dumps(checkpoint.get("config"), sort_keys=True)
-        # A record without a digest belongs to no other one.
+        # Records without a digest cannot be known to be of one model.
         return checkpoint.get("digest") or self.path, config
 
 
-def read_record(path: str | Path) -> Record:
+def read_record(path: str | Path) -> ResultRecord:
     """Return the result record that `--output` wrote, or a fine-tuning's `result.json`.
 
     Raises:
@@ -103,17 +103,16 @@ def read_record(path: str | Path) -> Record:
             f"{path} is a record of {benchmark!r}, which is in no table of the paper; known are "
             f"{', '.join(sorted({*TABLE_OF, 'squad'} - {'squad1', 'squad2'}))}"
         )
-    record = Record(str(path), benchmark, values)
-    for _ in figures(record):  # now, so that the fault is told with the name of the file
-        pass
+    record = ResultRecord(str(path), benchmark, values)
+    list(paper_figures(record))  # a fault in the metrics is found here, where the file is named
     return record
 
 
 def _fault(values: Any) -> str | None:
     if not isinstance(values, dict):
         return f"it holds a {type(values).__name__}, expected an object"
-    for name, kind in (("task", str), ("protocol", str)):
-        if not isinstance(values.get(name), kind):
+    for name in ("task", "protocol"):
+        if not isinstance(values.get(name), str):
             return f"it has no {name!r}"
     for name in ("metrics", "counts", "settings", "checkpoint"):
         if not isinstance(values.get(name), dict):
@@ -126,17 +125,17 @@ def _fault(values: Any) -> str | None:
 def _squad_version(values: Mapping[str, Any], path: str | Path) -> int:
     """Return 1 or 2."""
     settings = values["settings"]
-    told = " ".join(str(settings.get(name, "")) for name in ("version", "recipe"))
-    found = re.search(r"\bv?([12])(?:\.[01])?\b", f"{told} {values['protocol']}")
+    names = " ".join(str(settings.get(name, "")) for name in ("version", "recipe"))
+    found = re.search(r"\bv?([12])(?:\.[01])?\b", f"{names} {values['protocol']}")
     if found is None:
         raise InputError(
-            f"{path}: its settings do not say which version of SQuAD it is of (1.1, 2.0)"
+            f"{path}: its settings do not say which version of SQuAD it is (1.1 or 2.0)"
         )
     return int(found[1])
 
 
-def figures(record: Record) -> Iterator[tuple[str, float | None, list[str]]]:
-    """Yield (figure, value, why that figure is not the paper's kind) of a record.
+def paper_figures(record: ResultRecord) -> Iterator[tuple[str, float | None, list[str]]]:
+    """Yield (column, value, notes on what that value is instead of the paper's) of a record.
 
     Raises:
         InputError: The metrics are not those of the task.
@@ -155,7 +154,7 @@ def figures(record: Record) -> Iterator[tuple[str, float | None, list[str]]]:
 
 
 def _accuracies(
-    record: Record, metrics: Mapping[str, Any]
+    record: ResultRecord, metrics: Mapping[str, Any]
 ) -> Iterator[tuple[str, float | None, list[str]]]:
     found = 0
     for key, name in SETS[record.benchmark].items():
@@ -174,14 +173,14 @@ def _accuracies(
 
 
 def find_set(metrics: Mapping[str, Any], names: Sequence[str]) -> Mapping[str, Any] | None:
-    """Return the first of some sets that metrics hold."""
+    """Return the figures of the first of these sets that the metrics hold; None without any."""
     for name in names:
         if isinstance(entry := metrics.get(name), dict):
             return entry
     return None
 
 
-def _number(record: Record, metrics: Mapping[str, Any], name: str) -> float | None:
+def _number(record: ResultRecord, metrics: Mapping[str, Any], name: str) -> float | None:
     value = metrics.get(name)
     if value is None and f"{name}_note" in metrics:  # infinity, or not a number
         return None

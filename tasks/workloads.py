@@ -1,4 +1,4 @@
-"""How much each benchmark runs through a model, known without its data: for `mlm-eval plan`.
+"""How much work each benchmark is for a model, known without its data: for `mlm-eval plan`.
 
 Zero-shot: exact for the paper's files and GPT-2's tokenizer. Fine-tuning: the published sets'
 counts; mean lengths in BERT's uncased WordPiece, with [CLS] and [SEP], measured on what the
@@ -25,7 +25,7 @@ WIKITEXT_STRIDE = 32
 LAMBADA_PASSAGES, LAMBADA_TOKENS, LAMBADA_TARGETS = 5_153, 425_064, 6_542
 
 TEXT_TOKENS = 1_000_000
-"""Language modelling has no set of its own: its work is told for each million tokens of text."""
+"""Language modelling has no set of its own: its work is given for a million tokens of text."""
 
 MLM_SHARE = 0.15
 """Tokens that masked-LM training hides."""
@@ -33,25 +33,21 @@ MLM_SHARE = 0.15
 
 @dataclasses.dataclass(frozen=True)
 class _FineTuning:
-    """Sizes of a fine-tuning benchmark.
-
-    Attributes:
-        title: With its units.
-        train: Samples of the training set.
-        evaluated: Samples of the sets that are evaluated.
-        rows: Of one sample.
-        length: Mean length of a row, in tokens.
-        longest: Where rows are cut.
-        head: Settings of the model's head.
-    """
+    """Sizes of a fine-tuning benchmark."""
 
     title: str
     train: int
+    """Samples of the training set."""
     evaluated: int
+    """Samples of the sets that are evaluated."""
     rows: int
+    """Of one sample (RACE: one for each answer)."""
     length: float
+    """Mean length of a row, in tokens."""
     longest: int
+    """Where rows are cut."""
     head: dict[str, int | bool]
+    """Settings of the model's head."""
 
 
 FINE_TUNING = {
@@ -69,7 +65,7 @@ FINE_TUNING = {
     "squad2": _FineTuning("SQuAD 2.0", 130_319, 11_873, 1, 195.7, 512, {"qa_head": True}),
 }
 
-TASKS = {
+TASKS_OF_FAMILY = {
     "gpt": ("wikitext103", "lambada", "lm"),
     "bert": ("race", "mnli", "qqp", "squad1", "squad2", "mlm"),
 }
@@ -87,23 +83,21 @@ def workloads(
 
     Args:
         config: The model.
-        task: Only this one; `squad` for both versions.
-        size: Name of the paper's size whose recipes are taken; None or another: the smallest one's.
+        task: Only this one; `squad` is both versions.
+        size: The paper's size whose recipes apply; None or an unknown one: those of the smallest.
         micro_batch: Samples of a training step's forward pass on one rank.
         batch: Dropout, precision, recomputation of training; rows and lengths are the tasks'.
 
     Raises:
         InputError: There is no such task for this kind of model.
     """
-    names = list(TASKS[config.family])
+    names = list(TASKS_OF_FAMILY[config.family])
     if task is not None:
         names = [name for name in names if name == task or name.rstrip("12") == task]
         if not names:
             kind = {"gpt": "GPT", "bert": "BERT"}[config.family]
-            known = ", ".join(TASKS[config.family])
-            raise InputError(
-                f"--task {task} is nothing that a {kind} model is run on; choose {known}"
-            )
+            known = ", ".join(TASKS_OF_FAMILY[config.family])
+            raise InputError(f"--task {task} is not a task of a {kind} model; choose {known}")
     batch = batch or TrainingBatch(rows=1, length=1)
     return [_workload(name, config, size, micro_batch, batch) for name in names]
 

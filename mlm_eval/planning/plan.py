@@ -26,7 +26,7 @@ from mlm_eval.model.memory import (
 )
 
 OUTSIDE = 1 << 30
-"""Left free beside what is planned: the CUDA context, workspaces of libraries, fragments."""
+"""Bytes left free on a device: the CUDA context, workspaces of libraries, fragmentation."""
 
 BACKWARD = 2
 """The backward pass costs twice the forward pass."""
@@ -34,53 +34,42 @@ BACKWARD = 2
 
 @dataclass(frozen=True)
 class Passes:
-    """Forward passes of one shape.
-
-    Attributes:
-        count: How many sequences.
-        length: Input positions of each.
-        last_rows: Positions of the last layer that are computed whole.
-        head_rows: Positions whose logits are computed.
-    """
+    """Forward passes of one shape."""
 
     count: int
+    """How many sequences."""
     length: int
+    """Input positions of each."""
     last_rows: int
+    """Positions of the last layer that are computed whole."""
     head_rows: int
+    """Positions whose logits are computed."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """A fine-tuning.
-
-    Attributes:
-        passes: One epoch.
-        epochs: How many.
-        batch: A rank's micro-batch.
-        heads: Settings of the model with the task's head.
-    """
+    """A fine-tuning."""
 
     passes: Sequence[Passes]
+    """One epoch."""
     epochs: int
     batch: TrainingBatch
+    """A rank's micro-batch."""
     heads: Mapping[str, Any]
+    """Settings of the model with the task's head."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a benchmark asks of a model.
-
-    Attributes:
-        task: Its name.
-        title: What is run, for people.
-        passes: The evaluation.
-        training: None for zero-shot tasks.
-    """
+    """What a benchmark asks of a model."""
 
     task: str
     title: str
+    """What is run, for people."""
     passes: Sequence[Passes]
+    """The evaluation."""
     training: Training | None = None
+    """None for zero-shot tasks."""
 
     def scored_rows(self, batch_tokens: int) -> int:
         """Return the most positions of an evaluation's batch whose logits are computed."""
@@ -92,49 +81,40 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What one tensor-parallel size needs on the fullest rank.
-
-    Attributes:
-        tp: The size.
-        vocab_size: Rows of the vocabulary in all ranks together.
-        parameters: On the rank.
-        evaluation: Scoring.
-        training: By task.
-    """
+class SizeNeeds:
+    """What one tensor-parallel size needs on the fullest rank."""
 
     tp: int
     vocab_size: int
+    """Rows of the vocabulary in all ranks together."""
     parameters: int
+    """On the rank."""
     evaluation: Memory
+    """Scoring."""
     training: Mapping[str, Memory]
+    """By task."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a task costs, over all ranks.
-
-    Attributes:
-        task: Its name.
-        title: What is run.
-        evaluation_flops: Of one evaluation; 0 where there is none.
-        training_flops: Of the whole fine-tuning, evaluations after each epoch included; 0 without.
-        tp: Ranks that the times are for.
-        evaluation_seconds: At the throughput that was given; None without one.
-        training_seconds: The same.
-    """
+class TaskCost:
+    """What a task costs, over all ranks."""
 
     task: str
     title: str
+    """What is run."""
     evaluation_flops: float
+    """Of one evaluation; 0 where there is none."""
     training_flops: float
+    """Of the whole fine-tuning, evaluations after each epoch included; 0 without."""
     tp: int
+    """Ranks that the times are for."""
     evaluation_seconds: float | None
+    """At the throughput that was given; None without one."""
     training_seconds: float | None
 
 
 @dataclass(frozen=True)
-class Plan:
+class ResourcePlan:
     """The plan of one model; see `make_plan`."""
 
     name: str
@@ -143,8 +123,8 @@ class Plan:
     paper_parameters: int | None
     allowed_tp: Sequence[int]
     settings: Mapping[str, Any]
-    layouts: Sequence[Layout]
-    work: Sequence[Work]
+    layouts: Sequence[SizeNeeds]
+    work: Sequence[TaskCost]
     device_memory: float | None
     smallest_tp: Mapping[str, int | None]
     """The smallest size that fits, for `evaluation` and each training task; {} without a device."""
@@ -198,13 +178,13 @@ def make_plan(
     throughput: float | None = None,
     paper_parameters: int | None = None,
     settings: Mapping[str, Any] | None = None,
-) -> Plan:
-    """Return what a model's runs need at each tensor-parallel size that divides it.
+) -> ResourcePlan:
+    """Return what a model's runs need at each tensor-parallel size that divides the model.
 
     Args:
         name: Of the model, for people.
-        config_of: The model's settings for a tensor-parallel size, on which its padded vocabulary
-            may depend.
+        config_of: Returns the model's settings for a tensor-parallel size, which may decide how
+            far the vocabulary is padded.
         workloads: The benchmarks.
         itemsize: Bytes of a weight in evaluation.
         batch_tokens: Padded tokens of a forward pass in evaluation.
@@ -213,7 +193,7 @@ def make_plan(
         device_memory: Bytes of a device.
         throughput: Floating-point operations a second that a device sustains.
         paper_parameters: The paper's count.
-        settings: More for the record.
+        settings: More entries for the record.
 
     Raises:
         InputError: `tp` does not divide the model.
@@ -223,19 +203,10 @@ def make_plan(
         check_tp(config, tp)
     sizes = [tp] if tp is not None else allowed_tp(config)
     layouts = [
-        _layout(size, config_of(size), workloads, itemsize=itemsize, batch_tokens=batch_tokens)
+        _needs(size, config_of(size), workloads, itemsize, batch_tokens, device=device)
         for size in sizes
     ]
-    if device == "cpu":
-        layouts = [
-            dataclasses.replace(
-                layout,
-                evaluation=layout.evaluation.on_cpu(),
-                training={task: need.on_cpu() for task, need in layout.training.items()},
-            )
-            for layout in layouts
-        ]
-    plan = Plan(
+    plan = ResourcePlan(
         name=name,
         config=config,
         parameters=num_parameters(config),
@@ -257,20 +228,18 @@ def make_plan(
     return dataclasses.replace(plan, work=work, smallest_tp=smallest)
 
 
-def _layout(
+def _needs(
     tp: int,
     config: ModelConfig,
     workloads: Sequence[Workload],
-    *,
     itemsize: int,
     batch_tokens: int,
-) -> Layout:
+    *,
+    device: str,
+) -> SizeNeeds:
+    scored = max((w.scored_rows(batch_tokens) for w in workloads), default=0)
     evaluation = evaluation_memory(
-        config,
-        tp=tp,
-        itemsize=itemsize,
-        batch_tokens=batch_tokens,
-        scored_rows=max((w.scored_rows(batch_tokens) for w in workloads), default=0),
+        config, tp=tp, itemsize=itemsize, batch_tokens=batch_tokens, scored_rows=scored
     )
     training = {
         w.task: training_memory(
@@ -279,10 +248,13 @@ def _layout(
         for w in workloads
         if w.training is not None
     }
-    return Layout(tp, config.vocab_size, local_parameters(config, tp), evaluation, training)
+    if device == "cpu":
+        evaluation = evaluation.on_cpu()
+        training = {task: need.on_cpu() for task, need in training.items()}
+    return SizeNeeds(tp, config.vocab_size, local_parameters(config, tp), evaluation, training)
 
 
-def _smallest(plan: Plan) -> dict[str, int | None]:
+def _smallest(plan: ResourcePlan) -> dict[str, int | None]:
     needs: dict[str, int | None] = {"evaluation": None}
     needs |= dict.fromkeys(plan.layouts[0].training, None)
     for layout in reversed(plan.layouts):
@@ -293,8 +265,11 @@ def _smallest(plan: Plan) -> dict[str, int | None]:
 
 
 def _work(
-    plan: Plan, smallest: Mapping[str, int | None], workload: Workload, throughput: float | None
-) -> Work:
+    plan: ResourcePlan,
+    smallest: Mapping[str, int | None],
+    workload: Workload,
+    throughput: float | None,
+) -> TaskCost:
     training = workload.training
     evaluation = _forward(plan.config, workload.passes)
     trained = 0.0
@@ -302,11 +277,11 @@ def _work(
         recompute = 1 if training.batch.recompute else 0
         epoch = _forward(plan.config, training.passes) * (1 + BACKWARD + recompute)
         trained = training.epochs * (epoch + evaluation)
-    # The ranks of the times: those of the need that is larger.
+    # Times are for the size that fits the larger need.
     need = workload.task if training is not None else "evaluation"
     tp = smallest.get(need) or plan.layouts[-1 if smallest else 0].tp
     rate = None if throughput is None else throughput * tp
-    return Work(
+    return TaskCost(
         workload.task,
         workload.title,
         evaluation,

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from mlm_eval.planning.plan import OUTSIDE, ResourcePlan
+from mlm_eval.reporting.text import aligned
 
-from mlm_eval.planning.plan import OUTSIDE, Plan
 
-
-def plan_text(plan: Plan) -> str:
+def plan_text(plan: ResourcePlan) -> str:
     """Return the tables of `mlm-eval plan`."""
     return "\n\n".join([_model_text(plan), _memory_text(plan), _work_text(plan)])
 
 
-def _model_text(plan: Plan) -> str:
+def _model_text(plan: ResourcePlan) -> str:
     c = plan.config
     lines = [
         f"{plan.name}: {plan.parameters:,} parameters with {c.vocab_size:,} rows of vocabulary",
@@ -25,7 +24,7 @@ def _model_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _memory_text(plan: Plan) -> str:
+def _memory_text(plan: ResourcePlan) -> str:
     tasks = list(plan.layouts[0].training)
     rows = [["tp", "parameters", "weights", "evaluation", *(f"train {task}" for task in tasks)]]
     for layout in plan.layouts:
@@ -40,10 +39,10 @@ def _memory_text(plan: Plan) -> str:
         )
     s = plan.settings
     lines = [
-        f"memory of each rank on {s['device']}, beside the bare process ({s.get('dtype')}, "
+        f"memory of each rank on {s['device']}, on top of the bare process ({s.get('dtype')}, "
         f"{s['batch_tokens']:,} tokens a batch; training: AdamW on float32 weights, "
         f"micro-batch {s.get('micro_batch')})",
-        *_aligned(rows),
+        *aligned(rows),
     ]
     if plan.device_memory is not None:
         lines.append(
@@ -58,7 +57,7 @@ def _mark(fits: bool | None) -> str:
     return "" if fits is None else "  " if fits else " *"
 
 
-def _work_text(plan: Plan) -> str:
+def _work_text(plan: ResourcePlan) -> str:
     timed = any(work.evaluation_seconds is not None for work in plan.work)
     rows = [["task", "evaluation", "training", *(["time", "at tp"] if timed else [])]]
     for work in plan.work:
@@ -72,19 +71,7 @@ def _work_text(plan: Plan) -> str:
     title = "floating-point operations, all ranks together"
     if timed:
         title += f"; time at {plan.settings['throughput'] / 1e12:,.6g} TFLOP/s on each of tp ranks"
-    return "\n".join([title, *_aligned(rows, left=1)])
-
-
-def _aligned(rows: Sequence[Sequence[str]], *, left: int = 0) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  "
-        + "  ".join(
-            text.ljust(width) if i < left else text.rjust(width)
-            for i, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    return "\n".join([title, *aligned(rows, left=1)])
 
 
 def _gigabytes(count: float) -> str:

@@ -7,32 +7,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
-from mlm_eval.reporting.results import Result
+from mlm_eval.reporting.results import Result, checkpoint_record
 
 if TYPE_CHECKING:
     from mlm_eval.engine.verify import Comparison
     from mlm_eval.training.settings import TrainingProgress
 
 
+def aligned(rows: Sequence[Sequence[str]], *, left: int = 0) -> list[str]:
+    """Return the rows of a table as indented lines.
+
+    Args:
+        rows: The texts of the columns, with titles in the first row where there are any.
+        left: The first so many columns are aligned to the left, the others to the right.
+    """
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        columns = enumerate(zip(row, widths, strict=True))
+        cells = [f"{text:{'<' if i < left else '>'}{width}}" for i, (text, width) in columns]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return lines
+
+
 def rows_as_text(title: str, rows: Sequence[tuple[str, str]]) -> str:
     """Return a title and aligned `name  value` lines."""
-    width = max(len(name) for name, _ in rows)
-    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
+    return "\n".join([title, *aligned(rows, left=2)])
 
 
 def inspect_record(checkpoint: Checkpoint, digest: str) -> dict[str, Any]:
     """Return the JSON record of `mlm-eval inspect`."""
     provenance = checkpoint.provenance
     return {
-        "path": str(provenance.path),
-        "format": provenance.format,
-        "checkpoint_version": provenance.checkpoint_version,
-        "tensor_parallel": provenance.tensor_parallel,
-        "pipeline_parallel": provenance.pipeline_parallel,
-        "iteration": provenance.iteration,
-        "config": checkpoint.config.to_dict(),
-        "config_sources": dict(provenance.config_sources),
-        "num_parameters": checkpoint.num_parameters,
+        **checkpoint_record(checkpoint),
         "digest": digest,
         "pickle_classes": provenance.pickle_classes,
         "hostile_names": provenance.hostile,

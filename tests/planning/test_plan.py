@@ -32,7 +32,7 @@ from mlm_eval.model.memory import (
     training_memory,
 )
 from mlm_eval.model.sizes import named_config
-from mlm_eval.planning.plan import OUTSIDE, Plan, make_plan, parse_memory, parse_throughput
+from mlm_eval.planning.plan import OUTSIDE, ResourcePlan, make_plan, parse_memory, parse_throughput
 from mlm_eval.tasks import workloads as work
 from mlm_eval.tasks.workloads import workloads
 from mlm_eval.training.data import NO_LABEL, Sample, collate
@@ -227,7 +227,7 @@ def test_training_keeps_sixteen_bytes_for_each_weight_beside_the_activations():
 # --- floating-point operations ---
 
 
-def planned(config: ModelConfig, **options: Any) -> Plan:
+def planned(config: ModelConfig, **options: Any) -> ResourcePlan:
     """Return the plan of a model for all of its tasks."""
     return make_plan(
         "it",
@@ -313,7 +313,7 @@ def test_the_recipe_is_that_of_the_papers_size(size: str | None, epochs: int, ac
 
 def test_squad_means_both_versions_and_wrong_tasks_are_refused():
     assert [w.task for w in workloads(BERT, task="squad")] == ["squad1", "squad2"]
-    with pytest.raises(InputError, match="--task race is nothing that a GPT model.*wikitext103"):
+    with pytest.raises(InputError, match="--task race is not a task of a GPT model.*wikitext103"):
         workloads(WIDE, task="race")
 
 
@@ -325,7 +325,7 @@ def test_what_fits_is_told_with_the_smallest_size():
     needs = workloads(config)
     limit = 6e9
 
-    def plan(**options: Any) -> Plan:
+    def plan(**options: Any) -> ResourcePlan:
         return make_plan(
             "it", lambda tp: named_config("gpt2-2.5b", tp=tp), needs, itemsize=2,
             batch_tokens=32768, device_memory=limit, throughput=1e12, **options,

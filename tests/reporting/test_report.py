@@ -25,7 +25,7 @@ from mlm_eval.reporting import plots
 from mlm_eval.reporting.render import render
 from mlm_eval.reporting.tables import MEASURED, Table, short_count
 from mlm_eval.tasks.paper import build_tables, load_paper
-from mlm_eval.tasks.records import Record, read_record
+from mlm_eval.tasks.records import ResultRecord, read_record
 
 
 def table_of(folder: Path, *records: Any, **options: Any) -> Table:
@@ -363,10 +363,10 @@ def golden_tables() -> list[Table]:
     made["ensemble.json"] = fine_tuned("race", FIGURES["race"], size="bert-3.9b", ensemble=5)
     made["one-seed.json"] = fine_tuned("race", FIGURES["race"], name="quick", seeds=[1], epochs=1)
     found = [read_record(path) for path in sorted(records.glob("*.json"))]
-    shown = [Record(str(folder / Path(r.path).name), r.benchmark, r.values) for r in found]
+    shown = [ResultRecord(str(folder / Path(r.path).name), r.benchmark, r.values) for r in found]
     for name, values in made.items():
         task = values["task"] + values["settings"].get("version", "")[:1]
-        shown.append(Record(str(folder / name), task, values))
+        shown.append(ResultRecord(str(folder / name), task, values))
     return build_tables(shown, include_limited=True)
 
 
