@@ -1,161 +1,107 @@
-"""What `--data` names, read: the bytes of a local file, or one text column of a `datasets` set."""
+"""Text, JSON and digests of the tasks' files: one reader, which names what is wrong and where."""
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError
 
-FILE_SUFFIXES = {".txt", ".tokens", ".raw", ".json", ".jsonl", ".parquet", ".csv", ".tsv", ".zip"}
 
-
-@dataclass(frozen=True)
-class DatasetName:
-    """A `datasets` set, written `path:config:split`; the config may be absent, None: all splits."""
-
-    path: str
-    config: str | None
-    split: str | None = "test"
-
-    def __str__(self) -> str:
-        return ":".join(part for part in (self.path, self.config, self.split) if part)
-
-
-@dataclass(frozen=True)
-class RawData:
-    """Exactly one of `content` (a file's bytes) and `rows` (a column's strings) is there."""
-
-    path: str
-    content: bytes | None = None
-    rows: list[str] | None = None
-
-    def text(self) -> str:
-        """Return the file's bytes as text, its line ends as they are.
-
-        Raises:
-            InputError: The bytes are not UTF-8.
-        """
-        assert self.content is not None
-        try:
-            return self.content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{self.path} is not UTF-8 text (byte 0x{self.content[error.start]:02x} at offset "
-                f"{error.start}); expected the file as published, so get it again or convert it"
-            ) from error
-
-
-def read_data(data: str | Path | None, *, column: str, default: DatasetName) -> RawData:
-    """Return what `data` names.
-
-    Args:
-        data: A local file; a folder that `datasets` wrote or can read; a name on the Hub such as
-            `wikitext:wikitext-103-v1:test`; None for the default.
-        column: The column that holds the text.
-        default: What None means; also gives the config to a name that says none.
+def read_text(path: Path) -> str:
+    """Return a file's text.
 
     Raises:
-        InputError: There is no such data, it is empty, or it has no such column.
+        InputError: It cannot be read, or is not UTF-8.
     """
-    if data is None:
-        return _read_dataset(default, column)
-    path = Path(data).expanduser()
-    if path.is_file():
-        content = _read_file(path)
-        if not content.strip():
-            raise InputError(f"{path} is empty; expected the text to evaluate on")
-        return RawData(str(path), content=content)
-    if path.is_dir():
-        return _read_dataset(DatasetName(str(path), None), column)
-    if path.suffix in FILE_SUFFIXES or str(data).startswith(("/", "./", "../", "~")):
-        folder = str(data).partition(":")[0]
-        if not Path(folder).expanduser().is_dir():
-            raise InputError(
-                f"{data} does not exist; --data takes a local file or the name of a `datasets` set"
-            )
-    return _read_dataset(parse_dataset_name(str(data), default), column)
+    return decode(read_bytes(path), str(path))
 
 
-def parse_dataset_name(text: str, default: DatasetName) -> DatasetName:
-    """Return `path[:config[:split]]` taken apart; `wikitext` alone means the default's own set.
+def read_bytes(path: Path) -> bytes:
+    """Return a file's content.
 
     Raises:
-        InputError: There are more parts, or the first one is empty.
+        InputError: It cannot be read.
     """
-    path, *rest = text.split(":", 2)
-    if not path or any(not part for part in rest[1:]):
-        raise InputError(f"--data {text}: expected a file or a dataset as NAME, NAME:CONFIG:SPLIT")
-    config = rest[0] if rest and rest[0] else None
-    split = rest[1] if len(rest) > 1 else default.split
-    # `wikitext` is the Hub's old name of the set, unless a folder here is called so.
-    if path in (default.path, default.path.partition("/")[2]) and not Path(path).is_dir():
-        return DatasetName(default.path, config or default.config, split)
-    return DatasetName(str(Path(path).expanduser()), config, split)
-
-
-def _read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _read_dataset(name: DatasetName, column: str) -> RawData:
-    loaded = load_dataset(name)
-    if isinstance(loaded, dict):  # a DatasetDict: the folder held several splits
-        if name.split not in loaded:
-            raise InputError(
-                f"{name} has no split {name.split}; it has {', '.join(loaded)}; "
-                f"write --data {name.path}::SPLIT"
-            )
-        loaded = loaded[name.split]
-    if column not in loaded.column_names:
-        raise InputError(
-            f"{name} has no column {column!r}; it has {', '.join(loaded.column_names)}; "
-            f"this task reads its text from that column"
-        )
-    rows = list(loaded[column])
-    if not any(isinstance(row, str) and row.strip() for row in rows):
-        raise InputError(f"{name} holds no text in its column {column!r} ({len(rows)} rows)")
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, str):
-            raise InputError(f"{name}: row {number} of {column!r} is {row!r}; expected a string")
-    return RawData(str(name), rows=rows)
-
-
-def load_dataset(name: DatasetName) -> Any:
-    """Return what `datasets` makes of a name or of a folder: a set, or a dict of them by split.
+def decode(content: bytes, path: str) -> str:
+    """Return bytes as text; a byte order mark goes.
 
     Raises:
-        InputError: It makes nothing of it, or is not installed.
+        InputError: They are not UTF-8.
     """
     try:
-        import datasets
-    except ImportError:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
         raise InputError(
-            f"{name} needs the `datasets` library, which is not installed: run `pip install "
-            f"datasets`, or give a local file with --data"
-        ) from None
-    folder = Path(name.path)
-    quiet = not (sys.stderr.isatty() or datasets.are_progress_bars_disabled())
-    if quiet:
-        datasets.disable_progress_bars()
-    try:
-        if any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):
-            return datasets.load_from_disk(name.path)
-        return datasets.load_dataset(name.path, name.config, split=name.split)
-    # Every layer below raises its own kinds (of datasets, huggingface_hub, httpx, pyarrow), and
-    # what the user can do is always the same.
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise InputError(
-            f"{name} cannot be loaded by `datasets` ({type(error).__name__}: "
-            f"{reason[0] if reason else 'no reason given'}); --data takes a local file too, "
-            f"which needs no network connection"
+            f"{path}, line {line} is not UTF-8 text (byte 0x{content[error.start]:02x}); expected "
+            f"the file as published"
         ) from error
-    finally:
-        if quiet:
-            datasets.enable_progress_bars()
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Return the value of a JSON text.
+
+    Args:
+        text: The text.
+        where: Its file, and line if it is one of many, for the message.
+
+    Raises:
+        InputError: It is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if "\n" in text else ""
+        raise InputError(
+            f"{where}{line} is not JSON ({error.msg} at column {error.colno}); is the file damaged?"
+        ) from None
+
+
+def json_field(entry: Any, name: str, kind: type, where: str) -> Any:
+    """Return a field of a JSON object.
+
+    Raises:
+        InputError: `entry` is no object, has no such field, or its value is of another kind.
+    """
+    if not isinstance(entry, Mapping):
+        raise InputError(f"{where} holds {entry!r:.60}; expected a JSON object")
+    value = entry.get(name)
+    if type(value) is not kind:
+        what = {str: "a string", list: "a list", int: "a number"}[kind]
+        found = "missing" if name not in entry else f"{value!r:.60}"
+        raise InputError(f"{where}: {name!r} is {found}; expected {what}")
+    return check_text(value, where) if isinstance(value, str) else value
+
+
+def check_text(text: str, where: str) -> str:
+    """Return a text that can be encoded.
+
+    Raises:
+        InputError: It holds half of a surrogate pair, as broken JSON escapes make.
+    """
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InputError(f"{where} holds half of a surrogate pair, which is no text; get it again")
+    return text
+
+
+def sha256(pieces: Iterable[bytes | str]) -> str:
+    """Return the sha256 of pieces one after the other."""
+    state = hashlib.sha256()
+    for piece in pieces:
+        state.update(piece.encode() if isinstance(piece, str) else piece)
+    return state.hexdigest()
+
+
+def digest(records: Iterable[Any]) -> str:
+    """Return the sha256 of records as JSON lines: the same wherever they were read from."""
+    return sha256(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

@@ -10,12 +10,12 @@ from typing import Any
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.reporting.text import training_plan
-from mlm_eval.tasks.data.sources import sha256
+from mlm_eval.tasks.data.text import sha256
+from mlm_eval.tasks.data.tokens import token_cache
 from mlm_eval.tasks.finetune.features import PairFeatures
 from mlm_eval.tasks.finetune.options import FinetuneOptions
 from mlm_eval.tasks.finetune.recipe import Recipe, load_recipe
 from mlm_eval.tasks.finetune.task import ROLES, ExampleSet, Task, check_names, merge
-from mlm_eval.tasks.finetune.tokenized import cache_folder
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def prepare(
     evaluated = [part.limited(limits[part.role]) for part in sets if part.role in limits]
     settings = {**dataclasses.asdict(recipe), "max_steps": options.max_steps}
     say(_announcement(whole, evaluated, f"{name}, {training_plan(settings)}"))
-    with cache_folder() as cache:
+    with token_cache() as cache:
         train_features = None
         if whole is not None:
             train_features = task.features(whole, tokenizer, recipe, cache=cache)

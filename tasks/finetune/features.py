@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer
+from mlm_eval.tasks.data.tokens import Integers, Ragged
 from mlm_eval.training.data import Sample
-
-Integers = NDArray[np.integer[Any]]
 
 SPECIAL_TOKENS = 3
 """[CLS] and two [SEP]."""
@@ -55,48 +53,6 @@ def special_ids(tokenizer: Tokenizer) -> tuple[int, int]:
             f"BERT model; give its own with --tokenizer or --vocab-file"
         )
     return cls_id, sep_id
-
-
-@dataclass(frozen=True)
-class Ragged:
-    """Rows of numbers of any lengths, stored one after the other.
-
-    Attributes:
-        values: All rows together, `[sum of lengths]` int32.
-        offsets: Where each row starts, and the end, `[rows + 1]` int64.
-    """
-
-    values: Integers
-    offsets: Integers
-
-    @classmethod
-    def of(cls, rows: Iterable[Sequence[int]]) -> Ragged:
-        """Return the rows packed."""
-        arrays = [np.asarray(row, dtype=np.int32) for row in rows]
-        return cls(
-            np.concatenate([*arrays, np.empty(0, np.int32)]),
-            _offsets(np.array([len(array) for array in arrays], dtype=np.int64)),
-        )
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, row: int) -> Integers:
-        if not 0 <= row < len(self):
-            raise IndexError(row)  # also what ends an iteration
-        return self.values[self.offsets[row] : self.offsets[row + 1]]
-
-    def __iter__(self) -> Iterator[Integers]:
-        return (self[row] for row in range(len(self)))
-
-    @property
-    def lengths(self) -> Integers:
-        """Length of each row, `[rows]`."""
-        return np.diff(self.offsets)
-
-
-def _offsets(lengths: Integers) -> Integers:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.tasks.data.sources import (
-    check_columns,
-    dataset_splits,
-    digest,
-    is_dataset,
-    read_text,
-    sha256,
-    take,
-)
-from mlm_eval.tasks.data.text import DatasetName
+from mlm_eval.tasks.data.sources import DatasetName, check_columns, dataset_splits, is_dataset
+from mlm_eval.tasks.data.text import digest, json_field, read_text, sha256
 from mlm_eval.tasks.finetune.features import clean_text
 from mlm_eval.tasks.finetune.task import ChoiceTask, Example, ExampleSet
 from mlm_eval.training.objectives import Classification, Objective
@@ -133,8 +125,8 @@ class Glue(ChoiceTask):
             records: list[Any] = []
             for number, row in enumerate(rows, start=1):
                 place = f"{where}, row {number}"
-                first, second = (take(row, column, str, place) for column in self.hub_texts)
-                label = take(row, "label", int, place)
+                first, second = (json_field(row, column, str, place) for column in self.hub_texts)
+                label = json_field(row, "label", int, place)
                 if label != UNKNOWN and not 0 <= label < len(self.hub_labels):
                     raise InputError(f"{place}: the label {label} is not known for {self.folder}")
                 ours = None if label == UNKNOWN else self.hub_labels[label]

@@ -22,17 +22,12 @@ from typing import Any
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.tasks.data.sources import (
     HUB_SPLITS,
+    DatasetName,
     check_columns,
-    check_text,
     dataset_splits,
-    decode,
-    digest,
     is_dataset,
-    parse_json,
-    read_text,
-    take,
 )
-from mlm_eval.tasks.data.text import DatasetName
+from mlm_eval.tasks.data.text import check_text, decode, digest, json_field, parse_json, read_text
 from mlm_eval.tasks.finetune.features import clean_text
 from mlm_eval.tasks.finetune.recipe import Recipe
 from mlm_eval.tasks.finetune.task import ROLES, ChoiceTask, Example, ExampleSet
@@ -127,10 +122,10 @@ def parse_passages(text: str, where: str) -> list[Passage]:
 
 
 def _passage(entry: Any, where: str, number: int) -> Passage:
-    article = take(entry, "article", str, where)
-    questions = take(entry, "questions", list, where)
-    options = take(entry, "options", list, where)
-    answers = take(entry, "answers", list, where)
+    article = json_field(entry, "article", str, where)
+    questions = json_field(entry, "questions", list, where)
+    options = json_field(entry, "options", list, where)
+    answers = json_field(entry, "answers", list, where)
     if not len(questions) == len(options) == len(answers):
         raise InputError(
             f"{where} has {len(questions)} questions, {len(options)} lists of options and "
@@ -225,7 +220,10 @@ def read_hub(source: str, role: str) -> Iterator[ExampleSet]:
         for number, row in enumerate(rows, start=1):
             place = f"{where}, row {number}"
             check_question(row["question"], row["options"], row["answer"], place)
-            name, article = take(row, "example_id", str, place), take(row, "article", str, place)
+            name, article = (
+                json_field(row, "example_id", str, place),
+                json_field(row, "article", str, place),
+            )
             found = re.match("middle|high", name)
             passages = by_level.setdefault(found[0] if found else "", {})
             question = (row["question"], tuple(row["options"]), LETTERS.index(row["answer"]))

@@ -28,7 +28,7 @@ from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits
 from mlm_eval.model.initial import with_head
 from mlm_eval.reporting.results import Result, checkpoint_record, write_json
 from mlm_eval.reporting.text import progress_figures, progress_place
-from mlm_eval.tasks.data.sources import parse_json, read_text, sha256
+from mlm_eval.tasks.data.text import parse_json, read_text, sha256
 from mlm_eval.tasks.finetune import result as records
 from mlm_eval.tasks.finetune.data import Prepared, prepare
 from mlm_eval.tasks.finetune.features import special_ids

@@ -22,23 +22,18 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.tasks.data.sources import (
     HUB_SPLITS,
+    DatasetName,
     check_columns,
-    check_text,
     dataset_splits,
-    digest,
     is_dataset,
-    parse_json,
-    read_text,
-    sha256,
-    take,
 )
-from mlm_eval.tasks.data.text import DatasetName
+from mlm_eval.tasks.data.text import check_text, digest, json_field, parse_json, read_text, sha256
+from mlm_eval.tasks.data.tokens import tokens_of
 from mlm_eval.tasks.finetune.features import SPECIAL_TOKENS, PairFeatures
 from mlm_eval.tasks.finetune.inference import Outputs
 from mlm_eval.tasks.finetune.recipe import Recipe
 from mlm_eval.tasks.finetune.spans import best_answers
 from mlm_eval.tasks.finetune.task import Answered, ExampleSet, Judgement, Task
-from mlm_eval.tasks.finetune.tokenized import tokenize
 from mlm_eval.tasks.finetune.windows import SpanExample, SpanFeatures, window_features
 from mlm_eval.training.objectives import Objective, SpanExtraction
 
@@ -106,8 +101,8 @@ class Squad(Task):
         questions = [example.firsts[0] for example in examples.examples]
         return window_features(
             examples.examples,
-            tokenize(questions, tokenizer, cache=cache).tokens,
-            tokenize(examples.texts, tokenizer, cache=cache, offsets=True),
+            tokens_of(questions, tokenizer, cache=cache).tokens,
+            tokens_of(examples.texts, tokenizer, cache=cache, offsets=True),
             tokenizer=tokenizer,
             recipe=recipe,
         )
@@ -212,12 +207,12 @@ def read_file(path: Path, role: str) -> ExampleSet:
     content = parse_json(text, str(path))
     texts: list[str] = []
     examples: list[SpanExample] = []
-    for number, article in enumerate(take(content, "data", list, str(path)), start=1):
+    for number, article in enumerate(json_field(content, "data", list, str(path)), start=1):
         place = f"{path}, article {number}"
-        for part, paragraph in enumerate(take(article, "paragraphs", list, place), start=1):
+        for part, paragraph in enumerate(json_field(article, "paragraphs", list, place), start=1):
             where = f"{place}, paragraph {part}"
-            context = take(paragraph, "context", str, where)
-            for entry in take(paragraph, "qas", list, where):
+            context = json_field(paragraph, "context", str, where)
+            for entry in json_field(paragraph, "qas", list, where):
                 examples.append(_question(entry, context, len(texts), where))
             texts.append(context)
     is_2 = str(content.get("version")).startswith("v2") or any(
@@ -257,7 +252,7 @@ def read_hub(source: str, role: str) -> Iterator[ExampleSet]:
         examples, records = [], []
         for number, row in enumerate(rows, start=1):
             place = f"{where}, row {number}"
-            context = take(row, "context", str, place)
+            context = json_field(row, "context", str, place)
             starts = zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
             answers = [{"text": text, "answer_start": start} for text, start in starts]
             entry = {"id": row["id"], "question": row["question"], "answers": answers}
@@ -279,16 +274,16 @@ def read_hub(source: str, role: str) -> Iterator[ExampleSet]:
 
 def _question(entry: Any, context: str, second: int, where: str) -> SpanExample:
     """Return a question that has its answers where it says."""
-    identity = take(entry, "id", str, where)
+    identity = json_field(entry, "id", str, where)
     where = f"{where}, question {identity}"
-    question = take(entry, "question", str, where).strip()
+    question = json_field(entry, "question", str, where).strip()
     impossible = entry.get("is_impossible")
     if impossible not in (None, True, False):
         raise InputError(f"{where}: is_impossible is {impossible!r}; expected true or false")
     answers = []
-    for answer in take(entry, "answers", list, where) if "answers" in entry else []:
-        text = check_text(take(answer, "text", str, where), where)
-        start = take(answer, "answer_start", int, where)
+    for answer in json_field(entry, "answers", list, where) if "answers" in entry else []:
+        text = check_text(json_field(answer, "text", str, where), where)
+        start = json_field(answer, "answer_start", int, where)
         if not text.strip() or context[max(start, 0) : start + len(text)] != text:
             raise InputError(
                 f"{where}: the answer {text!r:.60} does not stand in the passage at character "

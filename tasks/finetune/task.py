@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer
+from mlm_eval.tasks.data.tokens import tokens_of
 from mlm_eval.tasks.finetune.features import PairFeatures
 from mlm_eval.tasks.finetune.inference import Outputs
 from mlm_eval.tasks.finetune.recipe import Recipe
-from mlm_eval.tasks.finetune.tokenized import tokenize
 from mlm_eval.training.objectives import Objective
 
 ROLES = ("train", "dev", "test")
@@ -283,8 +283,8 @@ class ChoiceTask(Task):
         """See `Task.features`."""
         firsts = [text for example in examples.examples for text in example.firsts]
         return PairFeatures.of_whole_texts(
-            tokenize(firsts, tokenizer, cache=cache).tokens,
-            tokenize(examples.texts, tokenizer, cache=cache).tokens,
+            tokens_of(firsts, tokenizer, cache=cache).tokens,
+            tokens_of(examples.texts, tokenizer, cache=cache).tokens,
             second=[example.second for example in examples.examples],
             labels=[example.label or 0 for example in examples.examples],
             tokenizer=tokenizer,

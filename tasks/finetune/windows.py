@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlm_eval.checkpoints.tokenizer import Tokenizer
-from mlm_eval.tasks.finetune.features import Integers, PairFeatures, Ragged, special_ids
+from mlm_eval.tasks.data.tokens import Integers, Ragged, TextTokens
+from mlm_eval.tasks.finetune.features import PairFeatures, special_ids
 from mlm_eval.tasks.finetune.recipe import Recipe
 from mlm_eval.tasks.finetune.task import Example
-from mlm_eval.tasks.finetune.tokenized import Tokenized
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class SpanFeatures(PairFeatures):
 def window_features(
     examples: Sequence[SpanExample],
     questions: Ragged,
-    passages: Tokenized,
+    passages: TextTokens,
     *,
     tokenizer: Tokenizer,
     recipe: Recipe,

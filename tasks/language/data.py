@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer
+from mlm_eval.tasks.data.text import read_text
 from mlm_eval.training.data import NO_LABEL, Sample
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"')\]])\s+|\n+")
@@ -44,14 +45,7 @@ def read_documents(paths: Sequence[Path], *, whole_files: bool) -> Iterator[str]
         InputError: A file is missing, empty, no UTF-8, or a line has no text.
     """
     for path in paths:
-        try:
-            text = path.expanduser().read_bytes().decode("utf-8")
-        except OSError as error:
-            raise InputError(
-                f"{path} cannot be read ({error.strerror}); give --data text or JSON-lines files"
-            ) from None
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from None
+        text = read_text(path.expanduser())
         found = list(_documents(path, text, whole_files))
         if not found:
             raise InputError(f"{path} holds no text; give --data files with text")

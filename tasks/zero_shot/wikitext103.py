@@ -34,7 +34,7 @@ from mlm_eval.reporting.results import (
     timing_record,
     versions,
 )
-from mlm_eval.tasks.data.text import DatasetName, read_data
+from mlm_eval.tasks.data.sources import DatasetName, read_data
 
 if TYPE_CHECKING:
     from mlm_eval.engine.engine import Engine, Progress

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.tasks.data.text import DatasetName, RawData, parse_dataset_name, read_data
+from mlm_eval.tasks.data.sources import DatasetName, RawData, parse_dataset_name, read_data
 
 HUB = DatasetName("Salesforce/wikitext", "wikitext-103-v1")
 
@@ -36,14 +36,14 @@ def test_an_empty_file_is_refused(tmp_path, content):
 @pytest.mark.parametrize(
     ("content", "where"),
     [
-        ("caf\u00e9 au lait".encode("latin-1"), "byte 0xe9 at offset 3"),
-        ("a b".encode("utf-16-le") + b"\xff", "byte 0xff at offset 6"),
+        ("caf\u00e9 au lait".encode("latin-1"), "line 1 is not UTF-8 text .byte 0xe9"),
+        ("a b".encode("utf-16-le") + b"\xff", "line 1 is not UTF-8 text .byte 0xff"),
     ],
 )
 def test_another_encoding_is_named_with_its_first_byte(tmp_path, content, where):
     path = tmp_path / "file.txt"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=f"file.txt is not UTF-8 text .{where}"):
+    with pytest.raises(InputError, match=f"file.txt, {where}"):
         read(path).text()
 
 

@@ -16,8 +16,9 @@ from support.tiny_bert import CLS, SEP, ids
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import cache_root
 from mlm_eval.checkpoints.tokenizer import Tokenizer, load_tokenizer
-from mlm_eval.tasks.finetune import tokenized
-from mlm_eval.tasks.finetune.features import PairFeatures, Ragged, clean_text, special_ids
+from mlm_eval.tasks.data import tokens
+from mlm_eval.tasks.data.tokens import Ragged
+from mlm_eval.tasks.finetune.features import PairFeatures, clean_text, special_ids
 from mlm_eval.training.data import check_data, collate
 
 
@@ -175,7 +176,7 @@ TEXTS = ["The cat sat", "", "caf\u00e9, Red!", "the cat SAT"]
 
 
 def test_tokens_and_their_places_in_the_text(words, tmp_path):
-    found = tokenized.tokenize(TEXTS, words, cache=tmp_path, offsets=True)
+    found = tokens.tokens_of(TEXTS, words, cache=tmp_path, offsets=True)
     assert [row.tolist() for row in found.tokens] == [
         ids("the cat sat"),
         [],
@@ -190,29 +191,29 @@ def test_tokens_and_their_places_in_the_text(words, tmp_path):
 def test_texts_are_cut_once(words, tmp_path):
     counting = Counting(words.backend)
     words = dataclasses.replace(words, backend=counting)
-    first = tokenized.tokenize(TEXTS, words, cache=tmp_path)
-    again = tokenized.tokenize(TEXTS, words, cache=tmp_path)
+    first = tokens.tokens_of(TEXTS, words, cache=tmp_path)
+    again = tokens.tokens_of(TEXTS, words, cache=tmp_path)
     assert counting.texts == len(TEXTS)
     assert np.array_equal(first.tokens.values, again.tokens.values)
     assert np.array_equal(first.tokens.offsets, again.tokens.offsets)
-    assert len(list(tmp_path.glob("*.arrow"))) == 1
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
     assert not list(tmp_path.glob(".*"))
 
 
 def test_a_damaged_file_is_made_again(words, tmp_path):
-    expected = tokenized.tokenize(TEXTS, words, cache=tmp_path).tokens
-    (file,) = tmp_path.glob("*.arrow")
+    expected = tokens.tokens_of(TEXTS, words, cache=tmp_path).tokens
+    (file,) = tmp_path.glob("*.safetensors")
     whole = file.read_bytes()
     for content in (b"", b"nonsense", whole[: len(whole) // 2]):
         file.write_bytes(content)
-        found = tokenized.tokenize(TEXTS, words, cache=tmp_path).tokens
+        found = tokens.tokens_of(TEXTS, words, cache=tmp_path).tokens
         assert np.array_equal(found.values, expected.values)
         assert np.array_equal(found.offsets, expected.offsets)
 
 
 def test_the_key_is_of_all_that_decides_the_tokens(words):
     def key(texts: list[str] = TEXTS, tokenizer: Tokenizer = words, offsets: bool = False) -> str:
-        return tokenized.cache_key(texts, tokenizer, offsets=offsets)
+        return tokens.cache_key(texts, tokenizer, offsets=offsets)
 
     keys = [
         key(),
@@ -232,18 +233,18 @@ def test_the_key_is_of_all_that_decides_the_tokens(words):
 
 def test_no_texts_at_all(words, tmp_path):
     for _ in range(2):
-        assert len(tokenized.tokenize([], words, cache=tmp_path).tokens) == 0
+        assert len(tokens.tokens_of([], words, cache=tmp_path).tokens) == 0
 
 
 def test_more_texts_than_one_batch(words, tmp_path):
     texts = [f"cat {number}" for number in range(2500)]
-    found = tokenized.tokenize(texts, words, cache=tmp_path).tokens
+    found = tokens.tokens_of(texts, words, cache=tmp_path).tokens
     assert [row.tolist() for row in found] == [words.encode(text) for text in texts]
 
 
 def test_the_cache_is_where_the_system_wants_it(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with tokenized.cache_folder() as folder:
+    with tokens.token_cache() as folder:
         assert folder == tmp_path / "mlm-eval" / "tokens"
         assert folder.is_dir()
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
@@ -253,8 +254,6 @@ def test_the_cache_is_where_the_system_wants_it(tmp_path, monkeypatch):
 
 def test_without_a_place_to_write_the_cache_is_temporary(words, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/nowhere")
-    with tokenized.cache_folder() as folder:
-        assert tokenized.tokenize(TEXTS, words, cache=folder).tokens[0].tolist() == ids(
-            "the cat sat"
-        )
+    with tokens.token_cache() as folder:
+        assert tokens.tokens_of(TEXTS, words, cache=folder).tokens[0].tolist() == ids("the cat sat")
     assert not folder.exists()
