@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.engine.batching import pack
 from mlm_eval.model.bert import BERT
+from mlm_eval.ranks.collectives import gather_over_dp
 
 if TYPE_CHECKING:
     from mlm_eval.engine.engine import Engine
@@ -79,10 +79,8 @@ def run_bert(
                 strict=True,
             )
         )
-    if engine.dp > 1:
-        parts: list[dict[int, BertOutput] | None] = [None] * engine.dp
-        dist.all_gather_object(parts, mine, group=engine.mesh.dp_group)
-        mine = {index: output for part in parts if part for index, output in part.items()}
+    for part in gather_over_dp(mine, engine.mesh):
+        mine.update(part)
     return [mine[index] for index in range(len(inputs))]
 
 

@@ -12,11 +12,9 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
@@ -31,6 +29,8 @@ from mlm_eval.model.bert import BERT
 from mlm_eval.model.flops import forward_flops
 from mlm_eval.model.gpt import GPT
 from mlm_eval.model.tensor_parallel import TensorParallel
+from mlm_eval.ranks.collectives import sum_over_dp
+from mlm_eval.ranks.mesh import Mesh, make_mesh
 
 if TYPE_CHECKING:
     from mlm_eval.engine.resume import PartialScores
@@ -38,60 +38,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 """Called with (tokens done, tokens in all) on rank 0."""
-
-
-@dataclass(frozen=True)
-class Mesh:
-    """The layout of the ranks: `dp` groups of `tp` ranks each, tensor-parallel ranks adjacent."""
-
-    tp: int = 1
-    dp: int = 1
-    rank: int = 0
-    tp_group: dist.ProcessGroup | None = None
-    dp_group: dist.ProcessGroup | None = None
-
-    @property
-    def tp_rank(self) -> int:
-        """Place among the ranks that share one copy of the model."""
-        return self.rank % self.tp
-
-    @property
-    def dp_rank(self) -> int:
-        """Which copy of the model this rank works on."""
-        return self.rank // self.tp
-
-    @property
-    def tensor_parallel(self) -> TensorParallel:
-        """What the parallel layers need to know."""
-        return TensorParallel(self.tp_rank, self.tp, self.tp_group)
-
-
-def make_mesh(tp: int | None, dp: int | None) -> Mesh:
-    """Return the mesh of the running process group; one process needs none.
-
-    Args:
-        tp: Tensor-parallel size; None: all ranks that `dp` leaves.
-        dp: Data-parallel size; None: all ranks that `tp` leaves.
-
-    Raises:
-        InputError: tp x dp is not the number of running ranks.
-    """
-    size = dist.get_world_size() if dist.is_initialized() else 1
-    if tp is None:
-        tp = max(size // max(dp or 1, 1), 1)
-    if dp is None:
-        dp = max(size // max(tp, 1), 1)
-    if tp < 1 or dp < 1 or tp * dp != size:
-        raise InputError(
-            f"tp {tp} x dp {dp} needs {max(tp, 1) * max(dp, 1)} ranks, {size} are running; "
-            "start through mlm-eval, or torchrun with that many processes"
-        )
-    if size == 1:
-        return Mesh()
-    from mlm_eval.ranks.launch import device_mesh
-
-    mesh = device_mesh(tp, dp)
-    return Mesh(tp, dp, dist.get_rank(), mesh.get_group("tp"), mesh.get_group("dp"))
 
 
 class Engine:
@@ -266,12 +212,8 @@ class Engine:
             spans = [torch.arange(int(offsets[i]), int(offsets[i + 1])) for i in batch.indices]
             where = torch.cat(spans)
             values[0, where], values[1, where] = logprobs.cpu(), greedy.float().cpu()
-        if self.mesh.dp > 1:
-            # Every sample was scored by one copy of the model only; the sum puts them together
-            # exactly.
-            on_device = values.to(self.device)
-            dist.all_reduce(on_device, group=self.mesh.dp_group)
-            values = on_device.cpu()
+        # Every sample was scored by one copy of the model only; the sum puts them together exactly.
+        values = sum_over_dp(values.to(self.device), self.mesh).cpu()
         meter.finish()
         seconds = time.perf_counter() - started
         return Scores(values[0], values[1] > 0.5, offsets, seconds)

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.parameters import local_groups
 from mlm_eval.engine.batching import pack
 from mlm_eval.model.gpt import GPT
+from mlm_eval.ranks.collectives import gather_over_dp
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.tokenizer import Tokenizer
@@ -130,10 +130,8 @@ def generate(
         if on_progress is not None and engine.is_main:
             # The other copies of the model go at about the same pace.
             on_progress(min(len(mine) * engine.dp, len(prompts)), len(prompts))
-    if engine.dp > 1:
-        parts: list[dict[int, Continuation] | None] = [None] * engine.dp
-        dist.all_gather_object(parts, mine, group=engine.mesh.dp_group)
-        mine = {index: text for part in parts if part for index, text in part.items()}
+    for part in gather_over_dp(mine, engine.mesh):
+        mine.update(part)
     return [mine[index] for index in range(len(prompts))]
 
 

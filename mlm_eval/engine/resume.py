@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import atomic_file
 from mlm_eval.engine.batching import Batch, Request
+from mlm_eval.ranks.collectives import on_main
+from mlm_eval.ranks.mesh import this_rank
 
 FLUSH_SECONDS = 20.0
 
@@ -55,21 +56,8 @@ class PartialScores:
         self.folder, self.key = folder, key
         self._buffer: list[tuple[list[int], list[int], Tensor, Tensor]] = []
         self._last_flush = time.monotonic()
-        self._finished = _taken_apart(self._share(resume))
-
-    def _share(self, resume: bool) -> list[Chunk]:
-        """Let rank 0 read, and give all ranks the same: they must agree on what is left."""
-        found: list[Any] = [None]
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            try:
-                found[0] = self._read() if resume else self._clear()
-            except InputError as error:  # every rank must leave, not only this one
-                found[0] = error
-        if dist.is_initialized():
-            dist.broadcast_object_list(found, src=0)
-        if isinstance(found[0], InputError):
-            raise found[0]
-        return found[0]  # type: ignore[no-any-return]
+        # Rank 0 reads for all: the ranks must agree on what is left to do.
+        self._finished = _taken_apart(on_main(self._read if resume else self._clear))
 
     def _read(self) -> list[Chunk]:
         return [_read_chunk(path, self.key) for path in sorted(self.folder.glob("*.safetensors"))]
@@ -108,10 +96,9 @@ class PartialScores:
 
         indices, counts, logprobs, greedy = zip(*self._buffer, strict=True)
         self._buffer = []
-        rank = dist.get_rank() if dist.is_initialized() else 0
         # The time keeps the chunks of a resumed run apart from the earlier ones; in a container
         # every run may have the same process id.
-        path = self.folder / f"{time.time_ns()}-{rank}.safetensors"
+        path = self.folder / f"{time.time_ns()}-{this_rank()}.safetensors"
         chunk: Chunk = {
             "indices": torch.tensor([i for part in indices for i in part]),
             "counts": torch.tensor([n for part in counts for n in part]),

@@ -24,7 +24,6 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from mlm_eval import __version__
 from mlm_eval.checkpoints.errors import InputError
@@ -34,6 +33,7 @@ from mlm_eval.engine.engine import Engine
 from mlm_eval.engine.generate import GREEDY, Prompt, Sampling, generate
 from mlm_eval.harness.hub_encoding import HubEncoding
 from mlm_eval.model.gpt import GPT
+from mlm_eval.ranks.collectives import from_main, patient_group
 
 try:
     from lm_eval.api.instance import Instance
@@ -134,9 +134,7 @@ class MegatronLM(TemplateLM):
         self._bar: Bar = bar or nullcontext
         self._device = engine.device
         self._in_call = False
-        self._orders: dist.ProcessGroup | None = None
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            self._orders = dist.new_group(timeout=PATIENCE)
+        self._orders = patient_group(PATIENCE)
 
     # ---- one harness, many ranks ---------------------------------------------------------------
 
@@ -157,28 +155,22 @@ class MegatronLM(TemplateLM):
             return body()
         finally:
             if not self._in_call:  # else the others have failed as this rank has
-                self._tell(None)
+                from_main(None, self._orders)
 
     def _call(self, work: str, items: Sequence[Any]) -> list[Any]:
         """Do some work on all ranks; what rank 0 asks for counts."""
         self._in_call = True
         if self._orders is not None:
-            work, items = self._tell((work, items))
+            work, items = from_main((work, items), self._orders)
         answers: list[Any] = getattr(self, work)(items)
         self._in_call = False
         return answers
 
     def _take_part(self) -> bool:
-        order = self._tell(None)
+        order: Any = from_main(None, self._orders)
         if order is not None:
             getattr(self, order[0])(order[1])
         return order is not None
-
-    def _tell(self, order: Any) -> Any:
-        """Return rank 0's order on every rank; one broadcast."""
-        box = [order]
-        dist.broadcast_object_list(box, src=0, group=self._orders)
-        return box[0]
 
     # ---- text and tokens -----------------------------------------------------------------------
 

@@ -34,12 +34,12 @@ from mlm_eval.model.flops import forward_flops
 from mlm_eval.model.initial import initial_tensor
 from mlm_eval.planning.bench_clocks import (
     device_name,
-    noting_all_reduces,
     products,
     time_all_reduces,
     time_steps,
 )
 from mlm_eval.planning.plan import BACKWARD
+from mlm_eval.ranks.collectives import counting_all_reduces
 from mlm_eval.training.data import NO_LABEL, Sample
 from mlm_eval.training.objectives import CausalLM, MaskedLM, Objective
 from mlm_eval.training.optimization import Schedule
@@ -204,7 +204,7 @@ def measure(job: Job) -> Measured:
     step = (_training if job.mode == "train" else _inference)(engine, job)
     for _ in range(job.warmup_steps - 1):
         step()
-    with noting_all_reduces() as calls:
+    with counting_all_reduces() as calls:
         step()
     seconds = time_steps(step, job.steps, engine.device)
     peak, busy_over_alone = products(engine.device, resolve_dtype(job.dtype))

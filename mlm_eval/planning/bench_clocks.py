@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+
+from mlm_eval.ranks.collectives import (
+    AllReduceCounts,
+    barrier,
+    from_main,
+    max_over_ranks,
+    sum_over_ranks,
+)
+from mlm_eval.ranks.mesh import is_main, num_ranks
 
 SIDES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
 """Sides of the square matrices whose products are timed; the fastest is the peak."""
@@ -30,18 +34,12 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _meet() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _over_ranks(values: list[float], op: Any, device: torch.device) -> list[float]:
-    """Return each value's sum, or largest, over the ranks."""
-    together = torch.tensor(values, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(together, op=op)
-    result: list[float] = together.tolist()
-    return result
+def _slowest(seconds: list[float], device: torch.device) -> list[float]:
+    """Return each of the times on its slowest rank."""
+    largest: list[float] = max_over_ranks(
+        torch.tensor(seconds, dtype=torch.float64, device=device)
+    ).tolist()
+    return largest
 
 
 def time_steps(step: Callable[[], None], count: int, device: torch.device) -> list[float]:
@@ -49,20 +47,20 @@ def time_steps(step: Callable[[], None], count: int, device: torch.device) -> li
     seconds = []
     for _ in range(count):
         _wait(device)
-        _meet()
+        barrier()
         started = time.perf_counter()
         step()
         _wait(device)
         seconds.append(time.perf_counter() - started)
-    return _over_ranks(seconds, dist.ReduceOp.MAX, device)
+    return _slowest(seconds, device)
 
 
 def products(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """Return the operations a second of rank 0's fastest product, and busy over alone."""
-    size = dist.get_world_size() if dist.is_initialized() else 1
+    size = num_ranks()
     best, mean, side = 0.0, 0.0, 0
-    _meet()
-    if size == 1 or dist.get_rank() == 0:
+    barrier()
+    if is_main():
         for tried in SIDES[device.type]:
             seconds = product_seconds(device, dtype, tried)
             if 2 * tried**3 / min(seconds) > best:
@@ -72,13 +70,12 @@ def products(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
                 break
     if size == 1:
         return best, 1.0
-    best, mean, chosen = _over_ranks([best, mean, float(side)], dist.ReduceOp.SUM, device)
-    side = int(chosen)
-    _meet()
+    best, mean, side = from_main((best, mean, side))
+    barrier()
     seconds = product_seconds(device, dtype, side)
     busy = 2 * side**3 * len(seconds) / sum(seconds)
-    (total,) = _over_ranks([busy], dist.ReduceOp.SUM, device)
-    return best, total / size / mean
+    total = sum_over_ranks(torch.tensor(busy, dtype=torch.float64, device=device))
+    return best, float(total) / size / mean
 
 
 def product_seconds(device: torch.device, dtype: torch.dtype, side: int) -> list[float]:
@@ -101,41 +98,20 @@ def product_seconds(device: torch.device, dtype: torch.dtype, side: int) -> list
     return seconds
 
 
-Calls = Counter[tuple[int, torch.dtype]]
-"""How many all-reduces there were of each (number of values, dtype)."""
-
-
-@contextmanager
-def noting_all_reduces() -> Iterator[Calls]:
-    """Count the all-reduces of the body: what they carry depends on dtype, mode and dropout."""
-    calls: Calls = Counter()
-    all_reduce = dist.all_reduce
-
-    def noting(tensor: Tensor, *args: Any, **named: Any) -> Any:
-        calls[tensor.numel(), tensor.dtype] += 1
-        return all_reduce(tensor, *args, **named)
-
-    dist.all_reduce = noting
-    try:
-        yield calls
-    finally:
-        dist.all_reduce = all_reduce
-
-
-def time_all_reduces(calls: Calls, device: torch.device, repeats: int = 5) -> float:
+def time_all_reduces(calls: AllReduceCounts, device: torch.device, repeats: int = 5) -> float:
     """Return the seconds of all-reduces of these sizes, one after the other; all ranks call it."""
     total = 0.0
     for (size, dtype), count in calls.items():
         tensor = torch.zeros(size, dtype=dtype, device=device)
-        dist.all_reduce(tensor)  # the first one of a size may set up buffers
+        sum_over_ranks(tensor)  # the first one of a size may set up buffers
         _wait(device)
-        dist.barrier()
+        barrier()
         started = time.perf_counter()
         for _ in range(repeats):
-            dist.all_reduce(tensor)
+            sum_over_ranks(tensor)
         _wait(device)
         total += count * (time.perf_counter() - started) / repeats
-    return max(_over_ranks([total], dist.ReduceOp.MAX, device))
+    return _slowest([total], device)[0]
 
 
 def device_name(device: torch.device) -> str:

@@ -6,10 +6,10 @@
         rank 1: mlm-eval CMD --tp 2
 
 A rank finds out where it is (`detect_world`), prepares itself before torch is imported
-(`prepare_worker`), joins the others (`init_process_group`, `device_mesh`) and leaves
-(`shutdown`). What goes wrong in a rank goes through `reporting_errors` to the parent, which
-hands the first cause, once, to its caller. torch is imported inside functions: a command that
-needs no second rank, and `--help`, do not wait for it.
+(`prepare_worker`), joins the others (`init_process_group`) and leaves (`shutdown`). What goes wrong
+in a rank goes through `reporting_errors` to the parent, which hands the first cause, once, to its
+caller. torch is imported inside functions: a command that needs no second rank, and `--help`, do
+not wait for it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.ranks.world import LAUNCHED, SOURCE, World, check_world_size
+from mlm_eval.ranks.world import LAUNCHED, SOURCE, World
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.elastic.multiprocessing import SubprocessContext
 
 PARENT = "MLM_EVAL_PARENT_PID"  # the process that must outlive such a rank
@@ -181,20 +180,6 @@ def init_process_group(world: World, *, device: str) -> None:
     )
 
 
-def device_mesh(tp: int, dp: int) -> DeviceMesh:
-    """Return the mesh ("dp", "tp") over all ranks: rank = dp_rank * tp + tp_rank.
-
-    The ranks of one tensor-parallel group are neighbours, hence on one node where tp divides its
-    ranks. Every rank must call it: creating the groups is a collective.
-    """
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-
-    check_world_size(dist.get_world_size(), tp=tp, dp=dp)
-    device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return init_device_mesh(device_type, (dp, tp), mesh_dim_names=("dp", "tp"))
-
-
 def shutdown() -> None:
     """Leave the process group, after all ranks have come to this call; without a group, nothing.
 
@@ -203,7 +188,9 @@ def shutdown() -> None:
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
-        dist.barrier()  # a rank that closes its connections early breaks another's last collective
+        from mlm_eval.ranks.collectives import barrier
+
+        barrier()  # a rank that closes its connections early breaks another's last collective
         dist.destroy_process_group()
 
 

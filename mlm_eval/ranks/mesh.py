@@ -1,13 +1,124 @@
-"""How many ranks: the tensor- and data-parallel sizes of a run, chosen before any rank starts."""
+"""How many ranks there are and who they are.
+
+The tensor- and data-parallel sizes are chosen before any rank starts (`choose_layout`); the ranks
+that run then make a `Mesh` of them. rank = dp_rank * tp + tp_rank: the ranks that share one copy of
+the model are neighbours, hence on one machine where tp divides its ranks.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.parameters import allowed_tp, check_tp
+from mlm_eval.model.tensor_parallel import TensorParallel
 
 ACTIVATION_BYTES = 3 << 30
 """Left free on each device beside the weights: activations, logits, the CUDA context."""
+
+
+def num_ranks() -> int:
+    """Return how many ranks have joined this one's process group, itself included."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def this_rank() -> int:
+    """Return this process's rank, 0 where it is the only one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Return whether this is rank 0, which prints and writes."""
+    return this_rank() == 0
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The layout of the running ranks: `dp` copies of the model, each on `tp` ranks."""
+
+    tp: int = 1
+    dp: int = 1
+    rank: int = 0
+    device_mesh: DeviceMesh | None = None
+    """torch's view of it, with the dims ("dp", "tp"); None for one process."""
+
+    @property
+    def tp_rank(self) -> int:
+        """Place among the ranks that share one copy of the model."""
+        return self.rank % self.tp
+
+    @property
+    def dp_rank(self) -> int:
+        """Which copy of the model this rank works on."""
+        return self.rank // self.tp
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share this rank's copy of the model; None for one process."""
+        return None if self.device_mesh is None else self.device_mesh.get_group("tp")
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same part of each copy; None for one process."""
+        return None if self.device_mesh is None else self.device_mesh.get_group("dp")
+
+    @property
+    def dp_mesh(self) -> DeviceMesh:
+        """The data-parallel dim of `device_mesh`, which must be there."""
+        assert self.device_mesh is not None
+        return self.device_mesh["dp"]
+
+    @property
+    def tensor_parallel(self) -> TensorParallel:
+        """What the parallel layers need to know."""
+        return TensorParallel(self.tp_rank, self.tp, self.tp_group)
+
+
+def make_mesh(tp: int | None, dp: int | None) -> Mesh:
+    """Return the mesh of the running ranks; every rank must call it, for groups are made.
+
+    Args:
+        tp: Tensor-parallel size; None: all ranks that `dp` leaves.
+        dp: Data-parallel size; None: all ranks that `tp` leaves.
+
+    Raises:
+        InputError: tp x dp is not the number of running ranks.
+    """
+    running = num_ranks()
+    tp, dp = fill_ranks(running, tp=running if tp is None and dp is None else tp, dp=dp)
+    if running == 1:
+        return Mesh()
+    kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    device_mesh = init_device_mesh(kind, (dp, tp), mesh_dim_names=("dp", "tp"))
+    return Mesh(tp, dp, this_rank(), device_mesh)
+
+
+def fill_ranks(running: int, *, tp: int | None, dp: int | None) -> tuple[int, int]:
+    """Return (tp, dp) whose product is the number of running ranks.
+
+    Args:
+        running: Ranks.
+        tp: Tensor-parallel size; None: what `dp` leaves, or 1.
+        dp: Data-parallel size; None: what `tp` leaves.
+
+    Raises:
+        InputError: The product is another.
+    """
+    if tp is None:
+        tp = max(running // dp, 1) if dp else 1
+    if dp is None:
+        dp = max(running // max(tp, 1), 1)
+    if tp < 1 or tp * dp != running:
+        raise InputError(
+            f"tp {tp} x dp {dp} needs {tp * dp} ranks, {running} are running; give sizes whose "
+            f"product is {running}, or start that many processes with mlm-eval, torchrun or srun"
+        )
+    return tp, dp
 
 
 def pick_device(device: str) -> str:
@@ -20,8 +131,6 @@ def pick_device(device: str) -> str:
         return "cpu"
     if device not in ("auto", "cuda"):
         raise InputError(f"--device {device!r} is unknown; use auto, cpu or cuda")
-    import torch
-
     if torch.cuda.is_available():
         return "cuda"
     if device == "cuda":
@@ -57,11 +166,9 @@ def choose_layout(
     if tp is not None:
         check_tp(checkpoint.config, tp)
     if running is not None:
-        return _fill(running, tp, dp)
+        return fill_ranks(running, tp=tp, dp=dp)
     if device == "cpu":
         return tp or 1, dp or 1
-    import torch
-
     devices = torch.cuda.device_count()
     if tp is None:
         free = min(torch.cuda.mem_get_info(i)[0] for i in range(devices))
@@ -83,21 +190,7 @@ def smallest_fitting_tp(checkpoint: Checkpoint, *, free: int, itemsize: int, lim
         if weights / size + ACTIVATION_BYTES <= free:
             return size
     raise InputError(
-        f"the model has {weights / 1e9:.1f} GB of weights, which does not fit {allowed[-1]} "
-        "device(s) with "
-        f"{free / 1e9:.1f} GB free each; use more devices, --dtype bfloat16, or --device cpu"
+        f"the model has {weights / 1e9:.1f} GB of weights, which do not fit {allowed[-1]} "
+        f"device(s) with {free / 1e9:.1f} GB free each; use more devices, --dtype bfloat16, or "
+        "--device cpu"
     )
-
-
-def _fill(running: int, tp: int | None, dp: int | None) -> tuple[int, int]:
-    """Let the size that is not given follow from the number of running ranks."""
-    if tp is None:
-        tp = max(running // dp, 1) if dp else 1
-    if dp is None:
-        dp = max(running // tp, 1)
-    if tp * dp != running:
-        raise InputError(
-            f"--tp {tp} x --dp {dp} is {tp * dp} ranks, {running} are running; give sizes whose "
-            f"product is {running}"
-        )
-    return tp, dp

@@ -139,12 +139,3 @@ def _integer(name: str, default: int | None = None) -> int:
             "start the ranks with torchrun or srun, or unset the variables of that launcher"
         )
     return int(value)
-
-
-def check_world_size(size: int, *, tp: int, dp: int) -> None:
-    """Refuse a number of ranks that is not tp x dp."""
-    if size != tp * dp:
-        raise InputError(
-            f"--tp {tp} x --dp {dp} is {tp * dp} ranks, but WORLD_SIZE is {size}; start {tp * dp} "
-            f"processes, or choose --tp and --dp whose product is {size}"
-        )

@@ -25,6 +25,7 @@ from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import num_parameters
 from mlm_eval.engine.engine import Engine
+from mlm_eval.ranks.collectives import on_main
 from mlm_eval.training.data import Plan, Sample, check_data, fingerprint, set_epoch
 from mlm_eval.training.log import TrainingLog, read_metrics
 from mlm_eval.training.objectives import Objective
@@ -42,7 +43,6 @@ from mlm_eval.training.state import (
     StateFolder,
     collect,
     fill,
-    on_main,
     read_json,
     read_state,
     restore_moments,

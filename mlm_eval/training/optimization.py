@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-if TYPE_CHECKING:
-    from mlm_eval.engine.engine import Mesh
+from mlm_eval.ranks.collectives import sum_over_dp, sum_over_tp
+from mlm_eval.ranks.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -115,12 +114,9 @@ def gradient_norm(trained: Iterable[Trained], mesh: Mesh, *, over_dp: bool) -> f
             parts[item.over_tp].append(local(item.parameter.grad))
     norms = [get_total_norm(part).to(device, torch.float64) for part in parts]
     squares = torch.stack(norms).square()
-    if over_dp and mesh.dp > 1:
-        dist.all_reduce(squares, group=mesh.dp_group)
-    if mesh.tp > 1:
-        cut = squares[1].clone()
-        dist.all_reduce(cut, group=mesh.tp_group)
-        squares = torch.stack([squares[0], cut])
+    if over_dp:
+        sum_over_dp(squares, mesh)
+    sum_over_tp(squares[1:], mesh)
     return math.sqrt(float(squares.sum()))
 
 

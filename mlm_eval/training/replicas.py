@@ -6,12 +6,10 @@ The loss is computed inside the wrapped module, because both wrappers act when a
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from mlm_eval.checkpoints.errors import InputError
@@ -19,12 +17,10 @@ from mlm_eval.checkpoints.parameters import allowed_tp, parameters
 from mlm_eval.model.bert import BERT
 from mlm_eval.model.dropout import Dropout
 from mlm_eval.model.gpt import GPT
+from mlm_eval.ranks.mesh import Mesh
 from mlm_eval.training.data import Batch
 from mlm_eval.training.objectives import Objective
 from mlm_eval.training.optimization import Trained
-
-if TYPE_CHECKING:
-    from mlm_eval.engine.engine import Mesh
 
 DP_MODES = ("ddp", "fsdp2")
 
@@ -90,7 +86,7 @@ class Replicas:
         if self.sharded:
             from torch.distributed.fsdp import fully_shard
 
-            fully_shard(module, mesh=_dp_mesh(mesh))
+            fully_shard(module, mesh=mesh.dp_mesh)
             # The root took over what no layer holds: new Parameter objects.
             found = dict(self.worker.named_parameters())
             self.trained = [
@@ -152,24 +148,6 @@ def check_trainable(model: BERT | GPT, tp: int) -> None:
         )
 
 
-def _dp_mesh(mesh: Mesh) -> Any:
-    """Return the data-parallel dim of the mesh, made of the groups that exist."""
-    return device_mesh(mesh)["dp"]
-
-
-@functools.lru_cache(maxsize=1)
-def device_mesh(mesh: Mesh) -> Any:
-    """Return torch's view of the layout, a DeviceMesh ("dp", "tp") over the groups that exist."""
-    from torch.distributed.device_mesh import DeviceMesh
-
-    kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    ranks = torch.arange(mesh.dp * mesh.tp).view(mesh.dp, mesh.tp)
-    assert mesh.dp_group is not None and mesh.tp_group is not None
-    return DeviceMesh.from_group(
-        [mesh.dp_group, mesh.tp_group], kind, mesh=ranks, mesh_dim_names=("dp", "tp")
-    )
-
-
 def _sharded_twin(model: BERT | GPT, mesh: Mesh) -> BERT | GPT:
     """Return a second model on the same weights, each layer cut over the data-parallel ranks."""
     from torch.distributed.fsdp import fully_shard
@@ -182,7 +160,7 @@ def _sharded_twin(model: BERT | GPT, mesh: Mesh) -> BERT | GPT:
         setattr(twin.get_submodule(owner), leaf, shared)
     block: Any = twin.get_submodule(model.config.block)
     for layer in block.layers:
-        fully_shard(layer, mesh=_dp_mesh(mesh))
+        fully_shard(layer, mesh=mesh.dp_mesh)
     return twin
 
 

@@ -17,7 +17,6 @@ hidden]`, cut along dim 1.
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import os
@@ -26,10 +25,9 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mlm_eval.checkpoints.config import ModelConfig
@@ -38,42 +36,15 @@ from mlm_eval.checkpoints.files.distcp import check_coverage, open_folder
 from mlm_eval.checkpoints.files.output import write_text
 from mlm_eval.checkpoints.lazy import Computed, LazyTensor
 from mlm_eval.checkpoints.parameters import Parameter, parameters, shard_index
-from mlm_eval.training.replicas import Replicas, device_mesh
-
-if TYPE_CHECKING:
-    from mlm_eval.engine.engine import Mesh
+from mlm_eval.ranks.collectives import on_main
+from mlm_eval.ranks.mesh import Mesh, num_ranks
+from mlm_eval.training.replicas import Replicas
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHTS = "weights"
 PROGRESS = "progress.json"
 FINISHED = "finished.json"
 _STEP = re.compile(r"step-(\d{8,})")
-
-Result = TypeVar("Result")
-
-
-def on_main(function: Callable[[], Result]) -> Result:
-    """Return on every rank what `function` returns on rank 0; its InputError is raised on all.
-
-    Collectives: one broadcast over all ranks.
-    """
-    outcome: list[Any] = [None, None]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            outcome[0] = function()
-        except InputError as error:  # every rank must leave, not only this one
-            outcome[1] = error
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-                raise
-            outcome[1] = InputError(
-                f"the output folder cannot be written ({error}); make room or choose another"
-            )
-    if dist.is_initialized():
-        dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]  # type: ignore[no-any-return]
 
 
 class StateFolder:
@@ -124,7 +95,7 @@ class StateFolder:
         partial = self.folder / "unfinished"
         target = self.folder / f"step-{step:08d}"
         on_main(lambda: self._prepare(partial, needs))
-        alone = not dist.is_initialized()
+        alone = num_ranks() == 1
         try:
             with warnings.catch_warnings():  # one process is no reason to warn
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -188,7 +159,6 @@ def collect(
     views of what is there.
     """
     table = parameters(replicas.home.config)
-    torch_mesh = device_mesh(mesh) if dist.is_initialized() else None
     if kind == WEIGHTS:
         values: dict[str, Tensor] = dict(replicas.worker.named_parameters())
     else:  # before its first step (or where float16 has skipped all of them) Adam has no moments
@@ -202,11 +172,11 @@ def collect(
     for name, value in values.items():
         sharded: Any = value.detach()
         shard = sharded.full_tensor() if hasattr(sharded, "full_tensor") else sharded
-        tensors[name] = _whole(shard, table[name], mesh=torch_mesh, tp=mesh.tp)
+        tensors[name] = _whole(shard, table[name], mesh)
     return tensors
 
 
-def _whole(shard: Tensor, parameter: Parameter, *, mesh: Any, tp: int) -> Tensor:
+def _whole(shard: Tensor, parameter: Parameter, mesh: Mesh) -> Tensor:
     """Return this rank's shard of a parameter as a part of the whole tensor."""
     rule, shape = parameter.rule, list(parameter.shape)
     dim = rule.dim
@@ -215,15 +185,15 @@ def _whole(shard: Tensor, parameter: Parameter, *, mesh: Any, tp: int) -> Tensor
         shape = [rule.blocks, shape[0] // rule.blocks, *shape[1:]]
         shard = shard.unflatten(0, (rule.blocks, shard.shape[0] // rule.blocks))
         dim = 1
-    if mesh is None:
+    if mesh.device_mesh is None:
         return shard
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    place = Replicate() if dim is None or tp == 1 else Shard(dim)
+    place = Replicate() if dim is None or mesh.tp == 1 else Shard(dim)
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
         shard.contiguous(),
-        mesh,
+        mesh.device_mesh,
         [Replicate(), place],
         run_check=False,
         shape=torch.Size(shape),

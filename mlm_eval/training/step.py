@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.engine.engine import Engine
 from mlm_eval.model.dropout import Dropout, sample_keys
+from mlm_eval.ranks.collectives import sum_over_dp, sum_over_ranks
 from mlm_eval.training.data import Sample, collate, deal, sample_length
 from mlm_eval.training.objectives import Objective
 from mlm_eval.training.optimization import (
@@ -167,9 +167,7 @@ class Stepper:
             return 1.0
         weight = sum(self.objective.weight(sample) for part in chosen for sample in part)
         total = torch.tensor(weight, dtype=torch.float64, device=self.engine.device)
-        if self.mesh.dp > 1:
-            dist.all_reduce(total, group=self.mesh.dp_group)
-        return float(total) / samples
+        return float(sum_over_dp(total, self.mesh)) / samples
 
     def _forward_and_backward(
         self,
@@ -202,7 +200,5 @@ class Stepper:
         if self.mesh.tp_rank > 0:  # its numbers are those of its group's first rank
             sums = torch.zeros_like(sums)
         everything = torch.cat([sums, sums.new_full((1,), float(wish and self.engine.is_main))])
-        if dist.is_initialized():
-            dist.all_reduce(everything)
-        loss, hits, predictions, wished = everything.tolist()
+        loss, hits, predictions, wished = sum_over_ranks(everything).tolist()
         return loss, hits, predictions, wished > 0

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
 from mlm_eval.engine.batching import pack
 from mlm_eval.model.bert import BERT
+from mlm_eval.ranks.collectives import sum_over_dp
 from mlm_eval.tasks.finetune.features import PairFeatures
 
 if TYPE_CHECKING:
@@ -80,11 +80,8 @@ def run(
         done += len(batch) * engine.dp  # the other copies of the model go at about the same pace
         if on_progress is not None and engine.is_main:
             on_progress(min(done, len(lengths)), len(lengths))
-    if engine.dp > 1:
-        # Every row was run by one copy of the model only; the sum puts them together exactly.
-        everything = values.to(engine.device)
-        dist.all_reduce(everything, group=engine.mesh.dp_group)
-        values = everything.cpu()
+    # Every row was run by one copy of the model only; the sum puts them together exactly.
+    values = sum_over_dp(values.to(engine.device), engine.mesh).cpu()
     return Outputs(values.numpy(), offsets if spans else None, features.rows)
 
 

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from mlm_eval.checkpoints.dtypes import dtype_name, evaluation_dtype, training_dtype
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits
 from mlm_eval.model.initial import with_head
+from mlm_eval.ranks.collectives import on_main
+from mlm_eval.ranks.mesh import is_main
 from mlm_eval.reporting.results import Result, checkpoint_record, write_json
 from mlm_eval.reporting.text import progress_figures, progress_place
 from mlm_eval.tasks.data.text import parse_json, read_text, sha256
@@ -37,7 +38,6 @@ from mlm_eval.tasks.finetune.options import FinetuneOptions, Observer
 from mlm_eval.tasks.finetune.predictions import SUFFIX, write_predictions
 from mlm_eval.tasks.finetune.task import Answered, ExampleSet, Judgement, Task, make_task
 from mlm_eval.training.loop import BEST_CHECKPOINT, CHECKPOINT, STATE, train
-from mlm_eval.training.state import on_main
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.checkpoint import Checkpoint
@@ -94,8 +94,7 @@ class _Job:
     ) -> None:
         self.task, self.checkpoint, self.options = task, checkpoint, options
         self.tokenizer, self.load = tokenizer, load
-        is_main = not dist.is_initialized() or dist.get_rank() == 0
-        self.observer = observer if is_main else Observer()
+        self.observer = observer if is_main() else Observer()
         self.output = Path(options.output_dir).expanduser()
         self.sets: dict[str, ExampleSet] = {}  # on rank 0 only
 

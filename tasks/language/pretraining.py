@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
@@ -24,6 +23,7 @@ from mlm_eval.engine.batching import pack
 from mlm_eval.engine.engine import Engine
 from mlm_eval.model.bert import BERT
 from mlm_eval.model.initial import initial_config, new_checkpoint
+from mlm_eval.ranks.collectives import on_main, sum_over_dp
 from mlm_eval.reporting.results import Result, checkpoint_record, exponential, versions
 from mlm_eval.reporting.text import large, progress_figures, progress_place, training_plan
 from mlm_eval.tasks.language.data import (
@@ -39,7 +39,6 @@ from mlm_eval.training.data import Sample, collate, sample_length
 from mlm_eval.training.loop import train
 from mlm_eval.training.objectives import CausalLM, MaskedLM
 from mlm_eval.training.settings import TrainingProgress, TrainReport, TrainSettings
-from mlm_eval.training.state import on_main
 
 KINDS = {"mlm": "bert", "lm": "gpt"}
 """Command -> the family of models it trains."""
@@ -340,9 +339,7 @@ def measure(
         done += len(indices) * engine.dp  # the other copies of the model go at about the same pace
         if on_progress is not None and engine.is_main:
             on_progress(min(done, len(data)), len(data))
-    if engine.dp > 1:
-        dist.all_reduce(sums, group=engine.mesh.dp_group)
-    loss, hits_in_all, tokens, order_loss, right = sums.tolist()
+    loss, hits_in_all, tokens, order_loss, right = sum_over_dp(sums, engine.mesh).tolist()
     loss, order_loss = loss / tokens, order_loss / len(data)
     metrics = {
         "loss": loss + order_loss,

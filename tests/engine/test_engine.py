@@ -18,8 +18,9 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import Index, InMemory
 from mlm_eval.checkpoints.parameters import parameters
 from mlm_eval.engine.batching import Request, Scores
-from mlm_eval.engine.engine import Engine, cut_vocab, load_model, make_mesh
+from mlm_eval.engine.engine import Engine, cut_vocab, load_model
 from mlm_eval.model.tensor_parallel import TensorParallel
+from mlm_eval.ranks.mesh import make_mesh
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]
 MODELS = {

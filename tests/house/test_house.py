@@ -127,6 +127,31 @@ def process_group_uses(source: str, module: str) -> list[tuple[int, str]]:
     return [(line, name) for line, name in found if not allowed.match(name)]
 
 
+COLLECTIVE = re.compile(
+    r"(all_|a?reduce|broadcast|gather|scatter|(monitored_)?barrier|i?send|i?recv|batch_isend|new_group)"
+)
+
+
+def collectives_named(source: str, module: str) -> list[tuple[int, str]]:
+    """Return the collectives of torch.distributed that a source names, however it imports them."""
+    names = [(line, name) for line, name in imports(source, module)]
+    tree = ast.parse(source)
+    aliases = {"torch.distributed"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            origin = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            aliases |= {
+                alias.asname or alias.name
+                for alias in node.names
+                if origin + alias.name == "torch.distributed"
+            }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in aliases:
+            names.append((node.lineno, f"torch.distributed.{node.attr}"))
+    called = ((line, name, name.removeprefix("torch.distributed.")) for line, name in names)
+    return [(line, name) for line, name, end in called if end != name and COLLECTIVE.match(end)]
+
+
 # --- the rules on made-up sources: each has to be able to fail ---
 
 
@@ -174,6 +199,23 @@ def test_the_process_group_rule_tells_right_from_wrong(source: str, faulty: bool
     assert bool(process_group_uses(source, "mlm_eval.checkpoints.lazy")) == faulty
 
 
+@pytest.mark.parametrize(
+    ("source", "faulty"),
+    [
+        ("import torch.distributed as dist\ndist.all_reduce(x)", True),
+        ("import torch.distributed as dist\nkeep = dist.all_gather_object", True),
+        ("import torch\ntorch.distributed.barrier()", True),
+        ("def f():\n    from torch import distributed as d\n    d.broadcast(x, 0)", True),
+        ("from torch.distributed import all_reduce as sum_up", True),
+        ("import torch.distributed as dist\ndist.get_rank()", False),
+        ("from torch.distributed.fsdp import fully_shard", False),
+        ("from mlm_eval.ranks.collectives import barrier\nbarrier()", False),
+    ],
+)
+def test_the_collectives_rule_tells_right_from_wrong(source: str, faulty: bool):
+    assert bool(collectives_named(source, "mlm_eval.training.step")) == faulty
+
+
 # --- the rules on the project ---
 
 
@@ -206,6 +248,16 @@ def test_the_loader_needs_no_process_group(module: str):
 )
 def test_the_model_talks_to_other_ranks_through_tensor_parallel_only(module: str):
     assert not process_group_uses(MODULES[module].read_text(encoding="utf-8"), module)
+
+
+def test_collectives_are_called_in_two_files_only():
+    """One for what the model's layers say to each other, one for everything else."""
+    found = {
+        module
+        for module, file in MODULES.items()
+        if collectives_named(file.read_text(encoding="utf-8"), module)
+    }
+    assert found == {"mlm_eval.model.tensor_parallel", "mlm_eval.ranks.collectives"}
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if layer(name) != "cli"])

@@ -45,6 +45,7 @@ from mlm_eval.planning.bench_series import (
     scaled,
     usual_sizes,
 )
+from mlm_eval.ranks.collectives import counting_all_reduces
 from mlm_eval.ranks.launch import LaunchResult
 from mlm_eval.ranks.world import World
 from mlm_eval.reporting.results import write_json
@@ -194,7 +195,7 @@ def test_a_loss_that_is_not_finite_is_told(monkeypatch: pytest.MonkeyPatch):
 def test_all_reduces_are_counted_for_a_step_only():
     """Afterwards torch's own function is in its place, also after an exception."""
     before = torch.distributed.all_reduce
-    with pytest.raises(KeyError), bench_clocks.noting_all_reduces():
+    with pytest.raises(KeyError), counting_all_reduces():
         assert torch.distributed.all_reduce is not before
         raise KeyError
     assert torch.distributed.all_reduce is before

@@ -16,7 +16,8 @@ from support.paths import TESTS
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.ranks import launch
-from mlm_eval.ranks.world import SOURCE, World, check_world_size, detect_world, expand_nodelist
+from mlm_eval.ranks.mesh import Mesh, fill_ranks, make_mesh
+from mlm_eval.ranks.world import SOURCE, World, detect_world, expand_nodelist
 
 TARGETS = TESTS / "support" / "launch_targets.py"
 SECONDS = 15  # within which a job must end once something went wrong
@@ -163,13 +164,13 @@ def test_sizes_that_are_not_the_ranks_are_refused(monkeypatch: pytest.MonkeyPatc
     set_all(monkeypatch, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     launch.init_process_group(World(0, 1, 0, 1, "torchrun"), device="cpu")
     try:
-        with pytest.raises(InputError, match="--tp 3 x --dp 2 is 6 ranks, but WORLD_SIZE is 1"):
-            launch.device_mesh(3, 2)
-        assert launch.device_mesh(1, 1).mesh_dim_names == ("dp", "tp")
+        with pytest.raises(InputError, match="tp 3 x dp 2 needs 6 ranks, 1 are running"):
+            make_mesh(3, 2)
+        assert make_mesh(1, 1) == Mesh()
     finally:
         launch.shutdown()
     launch.shutdown()  # nothing to leave any more
-    check_world_size(6, tp=3, dp=2)
+    assert fill_ranks(6, tp=3, dp=2) == (3, 2)
 
 
 def test_fault_in_a_rank_shows_its_traceback_and_no_other(start: Start, tmp_path: Path) -> None:

@@ -24,9 +24,11 @@ def all_reduce(folder: Path, world: World, *sizes: str) -> None:
     import torch
     import torch.distributed as dist
 
-    mesh = launch.device_mesh(tp, dp)
+    from mlm_eval.ranks.mesh import make_mesh
+
+    mesh = make_mesh(tp, dp)
     sums = {}
-    for name, group in [("all", None), ("tp", mesh.get_group("tp")), ("dp", mesh.get_group("dp"))]:
+    for name, group in [("all", None), ("tp", mesh.tp_group), ("dp", mesh.dp_group)]:
         value = torch.tensor(10**world.rank)
         dist.all_reduce(value, group=group)
         sums[name] = int(value)

@@ -169,17 +169,14 @@ def gradients(
 
 def whole_gradients(stepper: Stepper) -> dict[str, Tensor]:
     """Return the gradients of the whole model, gathered over all ranks; 0 where there is none."""
-    from mlm_eval.training.replicas import device_mesh
-
     mesh = stepper.mesh
-    torch_mesh = device_mesh(mesh) if mesh.tp * mesh.dp > 1 else None
     table = parameters(stepper.engine.config)
     found = {}
     for name, parameter in stepper.replicas.worker.named_parameters():
         gradient: Any = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-        whole: Any = _whole(gradient.clone(), table[name], mesh=torch_mesh, tp=mesh.tp)
-        whole = whole.full_tensor() if torch_mesh is not None else whole
+        whole: Any = _whole(gradient.clone(), table[name], mesh)
+        whole = whole.full_tensor() if mesh.device_mesh is not None else whole
         found[name] = whole.reshape(table[name].shape)
     return found
 

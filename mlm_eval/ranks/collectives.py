@@ -1,0 +1,131 @@
+"""What the ranks say to each other outside the model: sums, gathers, broadcasts and barriers.
+
+No other file but `model/tensor_parallel.py` calls a collective of torch.distributed. In one process
+each function returns what it is given. Sums work in place, on tensors on the device that the
+process group was made for.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.ranks.mesh import Mesh, is_main, num_ranks
+
+T = TypeVar("T")
+
+AllReduceCounts = Counter[tuple[int, torch.dtype]]
+"""How many all-reduces there were of each (number of values, dtype)."""
+
+
+def barrier() -> None:
+    """Wait until every rank has come to this call."""
+    if num_ranks() > 1:
+        dist.barrier()
+
+
+def sum_over_dp(values: Tensor, mesh: Mesh) -> Tensor:
+    """Sum a tensor over the copies of the model, in place; return it. One all-reduce over dp."""
+    if mesh.dp > 1:
+        dist.all_reduce(values, group=mesh.dp_group)
+    return values
+
+
+def sum_over_tp(values: Tensor, mesh: Mesh) -> Tensor:
+    """Sum a tensor over the ranks of one copy, in place; return it. One all-reduce over tp."""
+    if mesh.tp > 1:
+        dist.all_reduce(values, group=mesh.tp_group)
+    return values
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum a tensor over all ranks, in place; return it. One all-reduce."""
+    if num_ranks() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def max_over_ranks(values: Tensor) -> Tensor:
+    """Replace each value by the largest of all ranks, in place; return it. One all-reduce."""
+    if num_ranks() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+def gather_over_dp(value: T, mesh: Mesh) -> list[T]:
+    """Return the values of all copies of the model, in order of dp_rank, on every rank.
+
+    One gather of pickled objects over dp. Tensors must be on the CPU.
+    """
+    gathered: list[Any] = [value] * mesh.dp
+    if mesh.dp > 1:
+        dist.all_gather_object(gathered, value, group=mesh.dp_group)
+    return gathered
+
+
+def patient_group(patience: timedelta) -> dist.ProcessGroup | None:
+    """Return a group of all ranks whose collectives may wait so long; None in one process."""
+    return dist.new_group(timeout=patience) if num_ranks() > 1 else None
+
+
+def from_main(value: T, group: dist.ProcessGroup | None = None) -> T:
+    """Return rank 0's value on every rank. One broadcast of a pickled object.
+
+    Args:
+        value: Ignored on the other ranks.
+        group: Of all ranks (`patient_group`); None: the one that every run has.
+    """
+    box = [value]
+    if num_ranks() > 1:
+        dist.broadcast_object_list(box, src=0, group=group)
+    return box[0]
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Return on every rank what `function` returns on rank 0, where alone it runs. One broadcast.
+
+    Raises:
+        InputError: On every rank, because all must leave: rank 0's own, or its disk is full or
+            read-only.
+    """
+    outcome: tuple[Any, InputError | None] = None, None
+    if is_main():
+        try:
+            outcome = function(), None
+        except InputError as error:
+            outcome = None, error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+                raise
+            fault = f"the output folder cannot be written ({error}); make room or choose another"
+            outcome = None, InputError(fault)
+    result, failure = from_main(outcome)
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[no-any-return]
+
+
+@contextmanager
+def counting_all_reduces() -> Iterator[AllReduceCounts]:
+    """Count the all-reduces of the body: what they carry depends on dtype, mode and dropout."""
+    counts: AllReduceCounts = Counter()
+    all_reduce = dist.all_reduce
+
+    def counted(tensor: Tensor, *args: Any, **named: Any) -> Any:
+        counts[tensor.numel(), tensor.dtype] += 1
+        return all_reduce(tensor, *args, **named)
+
+    dist.all_reduce = counted
+    try:
+        yield counts
+    finally:
+        dist.all_reduce = all_reduce
