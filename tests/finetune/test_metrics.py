@@ -334,8 +334,7 @@ def test_perturbed_answers_of_squad_2(shared_data):
 OFFLINE = """
 from mlm_eval.tasks.finetune import metrics
 print(metrics.load("accuracy").compute(predictions=[1, 0], references=[1, 1]))
-from mlm_eval.tasks.finetune.metrics.squad import Squad
-print(Squad().compute(
+print(metrics.LocalMetric("squad").compute(
     predictions=[{"id": "1", "prediction_text": "x"}],
     references=[{"id": "1", "answers": {"text": ["x"], "answer_start": [3]}}],
 ))
@@ -380,12 +379,11 @@ def test_evaluate_finds_a_module_by_its_path(tmp_path, monkeypatch):
     import evaluate
 
     monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    from mlm_eval.tasks.finetune.metrics import accuracy
 
-    loaded = evaluate.load(str(accuracy.__file__), cache_dir=str(tmp_path))
+    loaded = evaluate.load(str(metrics.__file__), "accuracy", cache_dir=str(tmp_path))
     assert loaded.compute(predictions=[1, 1], references=[1, 0])["accuracy"] == 0.5
 
 
 def test_every_metric_is_found():
     for name in metrics.METRICS:
-        assert metrics.load(name).name
+        assert metrics.load(name).config_name == name
