@@ -7,8 +7,12 @@ a record its values. Nothing here imports torch or typer, so that `--help` stays
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from mlm_eval.checkpoints.errors import InputError
 
 KEY = "option"
 """Where a field's metadata holds its `Option`."""
@@ -19,36 +23,166 @@ class Option:
     """What the command line shows of a field, and what it accepts."""
 
     help: str
-    least: int | None = None
-    """Smallest value of a whole number."""
+    least: float | None = None
+    """Smallest value of a number."""
     flag: str | None = None
     """The spelling, where it does not follow from the field's name; for a switch that nobody would
     switch off, the only one."""
     shown: str | None = None
     """What the help says for a default of None."""
     group: str | None = None
-    """Title of its group in the help; fields of no group come first."""
+    """Title of its group in the help; options of no group come first."""
+    parse: Callable[[str, str], Any] | None = None
+    """Turns the flag and the text after it into the value."""
+    written: str | None = None
+    """For an option with `parse`: how its default is written."""
+    positional: bool = False
+    """An argument without a flag."""
+    more: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What else typer takes: max, hidden, metavar."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """A field that maps the names of another class' options to the values that were given."""
+
+    kind: type[Any]
+    shown: str
+    """What the help says for the default of each."""
 
 
 def option(
     help: str,
     default: Any = dataclasses.MISSING,
     *,
-    least: int | None = None,
+    least: float | None = None,
     flag: str | None = None,
     shown: str | None = None,
     group: str | None = None,
+    parse: Callable[[str, str], Any] | None = None,
+    written: str | None = None,
+    positional: bool = False,
+    **more: Any,
 ) -> Any:
     """Return a dataclass field that is an option of every command that takes its class.
 
     Args:
         help: One sentence: what the setting is.
         default: Its value where it is not given; without one it has to be given.
-        least: Smallest value of a whole number.
+        least: Smallest value of a number.
         flag: See `Option.flag`.
         shown: What the help says for a default of None.
         group: Title of its group in the help.
+        parse: See `Option.parse`.
+        written: How the default is written, with `parse`.
+        positional: Whether it is an argument without a flag.
+        more: What else typer takes: max, hidden, metavar.
     """
-    return dataclasses.field(
-        default=default, metadata={KEY: Option(help, least, flag, shown, group)}
+    entry = Option(help, least, flag, shown, group, parse, written, positional, more)
+    return dataclasses.field(default=default, metadata={KEY: entry})
+
+
+def again(kind: type[Any], name: str, **changes: Any) -> Any:
+    """Return the option that field `name` of a dataclass is, for another dataclass.
+
+    Args:
+        kind: The dataclass.
+        name: Its field.
+        changes: What differs: `default`, or fields of `Option`.
+    """
+    known = kind.__dataclass_fields__[name]
+    default = changes.pop("default", known.default)
+    entry = dataclasses.replace(known.metadata[KEY], **changes)
+    return dataclasses.field(default=default, metadata={KEY: entry})
+
+
+def given(kind: type[Any], shown: str) -> Any:
+    """Return a field that holds those options of a dataclass that were given, by their names.
+
+    On the command line they stand where this field stands. None of them has to be given, and one
+    that is not given is absent: its value is for others to choose, such as a recipe.
+    """
+    return dataclasses.field(default_factory=dict, metadata={KEY: Given(kind, shown)})
+
+
+def parallel_size(flag: str, text: str) -> int | None:
+    """Return a `--tp` or `--dp` value; None for auto.
+
+    Raises:
+        InputError: It is neither a positive number nor `auto`.
+    """
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"{flag} {text!r} must be a positive number or auto")
+    return int(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOption:
+    """The checkpoint of a command."""
+
+    ckpt: str = option(
+        "Checkpoint: root folder with its tracker file, iter_* or release folder, .pt file, "
+        "published zip archive, or Hugging Face folder."
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(CheckpointOption):
+    """Where a model runs, and how."""
+
+    tp: int | None = option(
+        "Tensor-parallel size: ranks that share one copy of the model, or auto.",
+        None,
+        parse=parallel_size,
+        written="auto",
+    )
+    dp: int | None = option(
+        "Data-parallel size: copies of the model, or auto.",
+        None,
+        parse=parallel_size,
+        written="auto",
+    )
+    device: str = option("auto, cpu or cuda.", "auto")
+    dtype: str = option(
+        "auto (the checkpoint's on CUDA, float32 on CPU), float32, bfloat16 or float16.", "auto"
+    )
+    batch_tokens: int | None = option(
+        "Tokens per forward pass and rank. Results do not depend on it.", None, least=1
+    )
+    vocab: str = option(
+        "padded: softmax over all stored rows, as in Megatron; true: over the tokenizer's entries "
+        "only.",
+        "padded",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerOptions:
+    """The tokenizer that belongs to a checkpoint."""
+
+    tokenizer: Path | None = option(
+        "Folder with the tokenizer; default: beside the checkpoint.", None
+    )
+    vocab_file: Path | None = option("vocab.json or vocab.txt, instead of --tokenizer.", None)
+    merge_file: Path | None = option("merges.txt that goes with --vocab-file.", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(TokenizerOptions, EngineOptions):
+    """What every command that evaluates a model takes.
+
+    On the command line the options of the last base class come first.
+    """
+
+    output: Path | None = option("Write the result record (JSON) here.", None)
+    limit: int | None = option("Only the first N; marked in every output.", None, least=1)
+    seed: int = option("Recorded; zero-shot evaluation draws nothing at random.", 1234)
+    overrides: tuple[str, ...] = option(
+        "field=value: a model setting that an old file does not record (repeatable).",
+        (),
+        flag="--set",
+    )
+    compile_model: bool = option("Compile the model with torch.compile.", False, flag="--compile")
+    full_digest: bool = option("Hash every byte of the checkpoint.", False, flag="--full-digest")

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from mlm_eval.cli.app import CHECKPOINTS, app
-from mlm_eval.cli.options import (
-    Ckpt,
-    Config,
-    FullDigest,
-    MergeFile,
-    Output,
-    Sets,
-    TokenizerDir,
-    VocabFile,
-)
+from mlm_eval.cli.app import CHECKPOINTS
+from mlm_eval.cli.command import command
 from mlm_eval.cli.run import find_words, progress
+from mlm_eval.options import CheckpointOption, RunOptions, TokenizerOptions, again, option
 
 
-@app.command(rich_help_panel=CHECKPOINTS)
-def inspect(
-    ckpt: Ckpt,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON record.")] = False,
-    set_: Sets = None,
-    full_digest: FullDigest = False,
-    config: Config = None,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions(CheckpointOption):
+    """The options of `inspect`."""
+
+    as_json: bool = option("Print one JSON record.", False, flag="--json")
+    overrides: tuple[str, ...] = again(RunOptions, "overrides")
+    full_digest: bool = again(RunOptions, "full_digest")
+
+
+@command("inspect", InspectOptions, panel=CHECKPOINTS)
+def inspect(options: InspectOptions) -> None:
     """Show what a checkpoint is: format, sizes, settings and where each came from.
 
     Loads no weights.
@@ -43,55 +38,51 @@ def inspect(
     from mlm_eval.checkpoints.open import open_checkpoint
     from mlm_eval.reporting.text import inspect_record, inspect_text
 
-    checkpoint = open_checkpoint(ckpt, parse_overrides(set_ or []), allow_hostile=True)
-    digest = hash_everything(checkpoint) if full_digest else checkpoint.provenance.digest
+    checkpoint = open_checkpoint(
+        options.ckpt, parse_overrides(options.overrides), allow_hostile=True
+    )
+    digest = hash_everything(checkpoint) if options.full_digest else checkpoint.provenance.digest
     record = inspect_record(checkpoint, digest)
-    print(json.dumps(record, indent=2, default=str) if as_json else inspect_text(record))
+    print(json.dumps(record, indent=2, default=str) if options.as_json else inspect_text(record))
 
 
-@app.command(rich_help_panel=CHECKPOINTS)
-def convert(
-    ckpt: Ckpt,
-    to: Annotated[str, typer.Option(help="hf, megatron (torch format) or torch_dist.")],
-    output: Annotated[Path, typer.Option(help="Folder to make; it appears whole or not at all.")],
-    tp: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tensor-parallel size to write; default: as it was saved."),
-    ] = None,
-    pp: Annotated[
-        int | None, typer.Option(min=1, help="Pipeline size to write; default: as it was saved.")
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")
-    ] = "auto",
-    vocab: Annotated[
-        str | None,
-        typer.Option(
-            help="hf: true (the tokenizer's entries) or padded (all stored rows). Default: true "
-            "where the tokenizer is known."
-        ),
-    ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file (hf).")] = "5GB",
-    verify: Annotated[
-        bool,
-        typer.Option("--verify", help="Compare the result's logits with the source's first."),
-    ] = False,
-    allow_approximate: Annotated[
-        bool,
-        typer.Option(
-            "--allow-approximate",
-            help="Convert what the target cannot express exactly; measured and recorded.",
-        ),
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a checkpoint that is at --output.")
-    ] = False,
-    tokenizer: TokenizerDir = None,
-    vocab_file: VocabFile = None,
-    merge_file: MergeFile = None,
-    set_: Sets = None,
-    config: Config = None,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions(CheckpointOption):
+    """What `convert` writes, and how."""
+
+    to: str = option("hf, megatron (torch format) or torch_dist.")
+    output: Path = option("Folder to make; it appears whole or not at all.")
+    tp: int | None = option(
+        "Tensor-parallel size to write; default: as it was saved.", None, least=1
+    )
+    pp: int | None = option("Pipeline size to write; default: as it was saved.", None, least=1)
+    dtype: str = option("auto (as stored), float32, bfloat16 or float16.", "auto")
+    vocab: str | None = option(
+        "hf: true (the tokenizer's entries) or padded (all stored rows). Default: true where the "
+        "tokenizer is known.",
+        None,
+    )
+    max_shard_size: str = option("Largest safetensors file (hf).", "5GB")
+    verify: bool = option(
+        "Compare the result's logits with the source's first.", False, flag="--verify"
+    )
+    allow_approximate: bool = option(
+        "Convert what the target cannot express exactly; measured and recorded.",
+        False,
+        flag="--allow-approximate",
+    )
+    overwrite: bool = option("Replace a checkpoint that is at --output.", False, flag="--overwrite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(TokenizerOptions, TargetOptions):
+    """The options of `convert`."""
+
+    overrides: tuple[str, ...] = again(RunOptions, "overrides")
+
+
+@command("convert", ConvertOptions, panel=CHECKPOINTS)
+def convert_checkpoint(options: ConvertOptions) -> None:
     """Change a checkpoint's format or its parallel sizes. One process; memory for a few tensors.
 
     Example: mlm-eval convert --ckpt gpt2_345m --to hf --output gpt2_345m_hf --verify
@@ -103,46 +94,47 @@ def convert(
     from mlm_eval.engine.conversion import convert_checked
     from mlm_eval.reporting.text import comparison_text
 
-    checkpoint = open_checkpoint(ckpt, parse_overrides(set_ or []))
-    words = find_words(ckpt, tokenizer, vocab_file, merge_file)
+    checkpoint = open_checkpoint(options.ckpt, parse_overrides(options.overrides))
+    words = find_words(options.ckpt, options)
     for warning in checkpoint.provenance.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     with progress(True, unit="B") as on_progress:
         done = convert_checked(
             checkpoint,
-            to,
-            output,
-            tp=tp,
-            pp=pp,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            vocab=vocab,
+            options.to,
+            options.output,
+            tp=options.tp,
+            pp=options.pp,
+            dtype=options.dtype,
+            max_shard_size=options.max_shard_size,
+            vocab=options.vocab,
             tokenizer=words,
-            verify=verify,
-            allow_approximate=allow_approximate,
-            overwrite=overwrite,
+            verify=options.verify,
+            allow_approximate=options.allow_approximate,
+            overwrite=options.overwrite,
             on_progress=on_progress,
         )
     for note in done.conversion.notes:
         print(f"note: {note}", file=sys.stderr)
     for warning in [*done.conversion.warnings, *done.conversion.approximations]:
         print(f"warning: {warning}", file=sys.stderr)
-    print(f"{ckpt} -> {output} ({to})")
+    print(f"{options.ckpt} -> {options.output} ({options.to})")
     if done.comparison is not None:
         print(comparison_text(done.comparison))
 
 
-@app.command(rich_help_panel=CHECKPOINTS)
-def verify(
-    ckpt: Ckpt,
-    against: Annotated[str, typer.Option(help="The other checkpoint, of any format.")],
-    tolerance: Annotated[
-        float, typer.Option(help="Largest difference of a log-probability that passes.")
-    ] = 2e-4,
-    output: Output = None,
-    set_: Sets = None,
-    config: Config = None,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(CheckpointOption):
+    """The options of `verify`."""
+
+    against: str = option("The other checkpoint, of any format.")
+    tolerance: float = option("Largest difference of a log-probability that passes.", 2e-4)
+    output: Path | None = again(RunOptions, "output")
+    overrides: tuple[str, ...] = again(RunOptions, "overrides")
+
+
+@command("verify", VerifyOptions, panel=CHECKPOINTS)
+def verify(options: VerifyOptions) -> None:
     """Compare two checkpoints by their logits on the same tokens; exit code 3: they differ.
 
     Example: mlm-eval verify --ckpt gpt2_tp8 --against gpt2_hf
@@ -153,12 +145,12 @@ def verify(
     from mlm_eval.reporting.results import write_json
     from mlm_eval.reporting.text import comparison_text
 
-    overrides = parse_overrides(set_ or [])
-    first, second = open_checkpoint(ckpt, overrides), open_checkpoint(against)
-    comparison = compare_checkpoints(first, second, tolerance=tolerance)
+    overrides = parse_overrides(options.overrides)
+    first, second = open_checkpoint(options.ckpt, overrides), open_checkpoint(options.against)
+    comparison = compare_checkpoints(first, second, tolerance=options.tolerance)
     print(comparison_text(comparison))
-    if output is not None:
+    if options.output is not None:
         sides = {"ckpt": str(first.provenance.path), "against": str(second.provenance.path)}
-        write_json(output, {**sides, **comparison.to_dict()})
+        write_json(options.output, {**sides, **comparison.to_dict()})
     if not comparison.same:
         raise typer.Exit(3)

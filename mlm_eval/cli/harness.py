@@ -4,59 +4,45 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.cli.app import ZERO_SHOT, app
-from mlm_eval.cli.options import (
-    BatchTokens,
-    Ckpt,
-    Compile,
-    Config,
-    Device,
-    Dp,
-    Dtype,
-    MergeFile,
-    Sets,
-    TokenizerDir,
-    Tp,
-    Vocab,
-    VocabFile,
-)
+from mlm_eval.cli.app import ZERO_SHOT
+from mlm_eval.cli.command import command
 from mlm_eval.cli.run import ModelRun, progress
+from mlm_eval.options import CheckpointOption, RunOptions, option
 
 if TYPE_CHECKING:
     from mlm_eval.engine.engine import Engine
 
 
-@app.command(rich_help_panel=ZERO_SHOT)
-def harness(
-    ckpt: Ckpt,
-    arguments: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="-- LM_EVAL_ARGUMENTS",
-            help="After `--`: what `lm-eval run` takes (--tasks, --num_fewshot, --limit, "
-            "--output_path, ...). --model_args may set max_length, max_gen_toks, prefix_token_id, "
-            "add_bos_token and seed.",
-        ),
-    ],
-    tp: Tp = "auto",
-    dp: Dp = "auto",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    batch_tokens: BatchTokens = None,
-    vocab: Vocab = "padded",
-    tokenizer: TokenizerDir = None,
-    vocab_file: VocabFile = None,
-    merge_file: MergeFile = None,
-    set_: Sets = None,
-    compile_: Compile = False,
-    config: Config = None,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ArgumentsOption(CheckpointOption):
+    """What goes to the harness."""
+
+    arguments: tuple[str, ...] = option(
+        "After `--`: what `lm-eval run` takes (--tasks, --num_fewshot, --limit, --output_path, "
+        "...). --model_args may set max_length, max_gen_toks, prefix_token_id, add_bos_token and "
+        "seed.",
+        positional=True,
+        metavar="-- LM_EVAL_ARGUMENTS",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarnessOptions(RunOptions, ArgumentsOption):
+    """The options of `harness`; the harness has its own for what a field without one says."""
+
+    output: None = None
+    limit: None = None
+    seed: int = 0
+    full_digest: bool = False
+
+
+@command("harness", HarnessOptions, panel=ZERO_SHOT)
+def harness(options: HarnessOptions) -> None:
     """Any task of lm-evaluation-harness, on the checkpoint as it is.
 
     Its log-likelihoods are those of the harness' hf backend on the converted model.
@@ -72,23 +58,9 @@ def harness(
     from mlm_eval.harness.command import read_arguments, run_command_line
     from mlm_eval.harness.model import MegatronLM
 
+    arguments = list(options.arguments)
     given = read_arguments(arguments)
-    run = ModelRun(
-        ckpt=ckpt,
-        tp=tp,
-        dp=dp,
-        device=device,
-        dtype=dtype,
-        batch_tokens=batch_tokens,
-        vocab=vocab,
-        tokenizer=tokenizer,
-        vocab_file=vocab_file,
-        merge_file=merge_file,
-        set_=set_,
-        compile_=compile_,
-        output=None,
-        limit=None,
-    )
+    run = ModelRun(options)
     words = run.tokenizer(required=True)
     assert words is not None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.options import RunOptions, TokenizerOptions
 from mlm_eval.ranks.launch import init_process_group, launch, shutdown
 from mlm_eval.ranks.world import World, detect_world
 
@@ -24,15 +25,6 @@ if TYPE_CHECKING:
     from mlm_eval.engine.resume import PartialScores
     from mlm_eval.reporting.results import Result
     from mlm_eval.tasks.zero_shot.score import Line
-
-
-def shared(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the shared options of a command from its local variables."""
-    names = {
-        "ckpt", "tp", "dp", "device", "dtype", "batch_tokens", "vocab", "tokenizer", "vocab_file",
-        "merge_file", "output", "limit", "seed", "set_", "compile_", "full_digest",
-    }  # fmt: skip
-    return {name: values[name] for name in names}
 
 
 Load = Callable[["Checkpoint", "torch.dtype | str"], "Engine"]
@@ -52,18 +44,16 @@ class Placement:
 class ModelRun:
     """A command that runs a model: opens the checkpoint, gets its ranks, loads the engine."""
 
-    def __init__(self, *, checkpoint: Checkpoint | None = None, **options: Any) -> None:
+    def __init__(self, options: RunOptions, *, checkpoint: Checkpoint | None = None) -> None:
         from mlm_eval.checkpoints.config import parse_overrides
         from mlm_eval.checkpoints.open import open_checkpoint
         from mlm_eval.reporting.results import check_writable
 
         self.options = options
-        self.output: Path | None = options["output"]
-        self.limit: int | None = options["limit"]
-        if self.output is not None:
-            check_writable(self.output)
+        if options.output is not None:
+            check_writable(options.output)
         self.checkpoint: Checkpoint = checkpoint or open_checkpoint(
-            options["ckpt"], parse_overrides(options["set_"] or [])
+            options.ckpt, parse_overrides(options.overrides)
         )
         self.world: World | None = detect_world()
         self.is_main = self.world is None or self.world.is_main
@@ -92,18 +82,18 @@ class ModelRun:
         from mlm_eval.ranks.mesh import choose_layout, pick_device
 
         options = self.options
-        device = pick_device(options["device"])
-        dtype = evaluation_dtype(options["dtype"], self.checkpoint.config.params_dtype, device)
+        device = pick_device(options.device)
+        dtype = evaluation_dtype(options.dtype, self.checkpoint.config.params_dtype, device)
         tp, dp = choose_layout(
             self.checkpoint,
-            tp=parallel_size("--tp", options["tp"]),
-            dp=parallel_size("--dp", options["dp"]),
+            tp=options.tp,
+            dp=options.dp,
             device=device,
             itemsize=dtype.itemsize,
             running=None if self.world is None else self.world.size,
         )
         if self.world is None and tp * dp > 1:
-            if "auto" in (options["tp"], options["dp"]) and device == "cuda":
+            if None in (options.tp, options.dp) and device == "cuda":
                 self.say(f"layout: tp {tp} x dp {dp} on {tp * dp} CUDA device(s)")
             start_ranks(tp, dp, device)
         return Placement(tp, dp, device, dtype)
@@ -120,7 +110,7 @@ class ModelRun:
         if device == "cuda":
             device = f"cuda:{torch.cuda.current_device()}"
         true_size = None
-        if self.options["vocab"] == "true":
+        if self.options.vocab == "true":
             words = self.tokenizer(required=True)
             assert words is not None
             true_size = words.vocab_size
@@ -132,10 +122,10 @@ class ModelRun:
                 dp=place.dp,
                 dtype=dtype,
                 device=device,
-                vocab=self.options["vocab"],
+                vocab=self.options.vocab,
                 true_vocab_size=true_size,
-                batch_tokens=self.options["batch_tokens"],
-                compile_model=self.options["compile_"],
+                batch_tokens=self.options.batch_tokens,
+                compile_model=self.options.compile_model,
             )
 
         return load
@@ -153,12 +143,10 @@ class ModelRun:
     def tokenizer(self, *, required: bool) -> Tokenizer | None:
         """Return the tokenizer that the options name, or the one beside the checkpoint."""
         options = self.options
-        found = find_words(
-            options["ckpt"], options["tokenizer"], options["vocab_file"], options["merge_file"]
-        )
+        found = find_words(options.ckpt, options)
         if found is None and required:
             raise InputError(
-                f"no tokenizer was found beside {options['ckpt']}; give --tokenizer DIR, or "
+                f"no tokenizer was found beside {options.ckpt}; give --tokenizer DIR, or "
                 "--vocab-file F and --merge-file F (GPT-2: vocab.json and merges.txt)"
             )
         return found
@@ -172,7 +160,7 @@ class ModelRun:
                 f"{self.checkpoint.provenance.path} is a BERT checkpoint; {task} needs a GPT model "
                 "(left to right)"
             )
-        if resume and self.output is None:
+        if resume and self.options.output is None:
             raise InputError("--resume needs the --output of the interrupted run")
         from mlm_eval.checkpoints.tokenizer import check_fits
 
@@ -203,23 +191,23 @@ class ModelRun:
             result: Result = module.score(
                 engine, work, tokenizer=words, on_progress=on_progress, partial=partial
             )
-        result.settings.update(engine.describe(), seed=self.options["seed"])
-        if self.options["full_digest"] and self.is_main:
+        result.settings.update(engine.describe(), seed=self.options.seed)
+        if self.options.full_digest and self.is_main:
             from mlm_eval.checkpoints.checkpoint import full_digest
 
             result.checkpoint["full_digest"] = full_digest(engine.checkpoint)
         self.warn(result.warnings)
         self.tell(result_text(result))
         self.tell(module.megatron_line(result))
-        if self.output is not None and self.is_main:
-            result.write(self.output)
+        if self.options.output is not None and self.is_main:
+            result.write(self.options.output)
         if partial is not None and self.is_main:
             partial.remove()
 
     def _partial(
         self, task: str, engine: Engine, work: Any, words: Tokenizer, resume: bool
     ) -> PartialScores | None:
-        if self.output is None:
+        if self.options.output is None:
             return None
         from mlm_eval.engine.resume import PartialScores, resume_key
 
@@ -236,7 +224,7 @@ class ModelRun:
             vocab=engine.vocab,
             settings=settings,
         )
-        folder = self.output.with_name(self.output.name + ".partial")
+        folder = self.options.output.with_name(self.options.output.name + ".partial")
         partial = PartialScores(folder, key, resume=resume)
         if resume:
             known = sum(index < len(work.requests) for index in partial.finished())
@@ -257,7 +245,7 @@ class ModelRun:
         """Run `mlm-eval score`."""
         from mlm_eval.tasks.zero_shot.score import read_lines
 
-        lines = read_lines(input_, self.tokenizer(required=False), limit=self.limit)
+        lines = read_lines(input_, self.tokenizer(required=False), limit=self.options.limit)
         self.on_ranks(lambda engine: self._score_lines(engine, lines, stride))
 
     def _score_lines(self, engine: Engine, lines: Sequence[Line], stride: int | None) -> None:
@@ -266,21 +254,25 @@ class ModelRun:
         with progress(self.is_main) as on_progress:
             records = list(score_lines(engine, lines, stride=stride, on_progress=on_progress))
         if self.is_main:
-            assert self.output is not None
-            write_lines(self.output, records)
-            limited = f" (LIMITED to the first {self.limit})" if self.limit is not None else ""
-            self.tell(f"{len(records):,} line(s) scored{limited}: {self.output}")
+            assert self.options.output is not None
+            write_lines(self.options.output, records)
+            limited = (
+                f" (LIMITED to the first {self.options.limit})"
+                if self.options.limit is not None
+                else ""
+            )
+            self.tell(f"{len(records):,} line(s) scored{limited}: {self.options.output}")
 
 
-def find_words(
-    ckpt: str, folder: Path | None, vocab_file: Path | None, merge_file: Path | None
-) -> Tokenizer | None:
+def find_words(ckpt: str, options: TokenizerOptions) -> Tokenizer | None:
     """Return the tokenizer that the options name, or the one beside the checkpoint."""
     from mlm_eval.checkpoints.tokenizer import find_tokenizer, load_tokenizer
 
-    if any(given is not None for given in (folder, vocab_file, merge_file)):
-        return load_tokenizer(directory=folder, vocab_file=vocab_file, merge_file=merge_file)
-    return find_tokenizer(ckpt)
+    given = (options.tokenizer, options.vocab_file, options.merge_file)
+    if given == (None, None, None):
+        return find_tokenizer(ckpt)
+    folder, vocab_file, merge_file = given
+    return load_tokenizer(directory=folder, vocab_file=vocab_file, merge_file=merge_file)
 
 
 @contextmanager
@@ -298,19 +290,6 @@ def progress(show: bool, unit: str = "tok") -> Iterator[Callable[[int, int], Non
             bar.update(done - bar.n)
 
         yield update
-
-
-def parallel_size(option: str, text: str) -> int | None:
-    """Return a `--tp` or `--dp` value; None for auto.
-
-    Raises:
-        InputError: It is neither a positive number nor `auto`.
-    """
-    if text == "auto":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise InputError(f"{option} {text!r} must be a positive number or auto")
-    return int(text)
 
 
 def start_ranks(tp: int, dp: int, device: str) -> None:

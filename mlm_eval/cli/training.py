@@ -15,6 +15,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.app import TRAINING, app
 from mlm_eval.cli.options import Options, Output, finetuning, pretraining, signature
 from mlm_eval.cli.run import ModelRun
+from mlm_eval.options import RunOptions, TokenizerOptions, parallel_size
 from mlm_eval.ranks.launch import shutdown
 
 if TYPE_CHECKING:
@@ -104,7 +105,14 @@ def _pretrain(kind: str, values: dict[str, Any]) -> None:
     settings = TrainSettings(**{**_fields(TrainSettings, values), "dtype": dtype})
     checkpoint = None
     if values["init"] is not None:
-        words = find_words("", values["tokenizer"], values["vocab_file"], values["merge_file"])
+        words = find_words(
+            "",
+            TokenizerOptions(
+                tokenizer=values["tokenizer"],
+                vocab_file=values["vocab_file"],
+                merge_file=values["merge_file"],
+            ),
+        )
         if words is None:
             raise InputError("--init needs the vocabulary of the new model; give --tokenizer")
         overrides = parse_overrides(values["set_"] or [])
@@ -186,17 +194,16 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 def _model_run(values: dict[str, Any], checkpoint: Any = None) -> ModelRun:
     """Return the run of a command that trains: weights in float32, the stored vocabulary."""
-    names = ("ckpt", "tp", "dp", "device", "batch_tokens", "tokenizer", "vocab_file", "merge_file")
-    return ModelRun(
-        checkpoint=checkpoint,
-        **{name: values[name] for name in (*names, "set_", "output")},
+    names = ("device", "batch_tokens", "tokenizer", "vocab_file", "merge_file", "output")
+    options = RunOptions(
+        ckpt=values["ckpt"] or "",
+        tp=parallel_size("--tp", values["tp"]),
+        dp=parallel_size("--dp", values["dp"]),
+        **{name: values[name] for name in names},
         dtype="float32",
-        vocab="padded",
-        limit=None,
-        seed=None,
-        compile_=False,
-        full_digest=False,
+        overrides=tuple(values["set_"] or ()),
     )
+    return ModelRun(options, checkpoint=checkpoint)
 
 
 def _fields(kind: type[Any], values: dict[str, Any]) -> dict[str, Any]:
