@@ -7,39 +7,55 @@ Source: Megatron-LM paper, section 3; facts C.4 and D.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.lazy import Index, as_index
+from mlm_eval.checkpoints.lazy import Concat, Index, LazyTensor, Selected
 
 
 @dataclass(frozen=True)
 class ShardRule:
-    """How one parameter is cut.
-
-    Attributes:
-        dim: The dim that is cut; None for a replicated parameter.
-        unit: What must stay whole: `even` (any equal cut), `vocab` (rows of ceil(V / tp), the last
-            rank has the rest) or `qkv` (whole query groups; key and value heads are copied where tp
-            exceeds them).
-        blocks: Packed equal blocks along `dim`, each cut on its own: 2 for `[gate; up]`.
-    """
+    """How one parameter is cut."""
 
     dim: int | None
+    """The dim that is cut; None for a replicated parameter."""
     unit: str = "even"
+    """What must stay whole: `even` (any equal cut), `vocab` (rows of ceil(V / tp), the last rank
+    has the rest) or `qkv` (whole query groups; key and value heads are copied where tp exceeds
+    them)."""
     blocks: int = 1
+    """Packed equal blocks along `dim`, each cut on its own: 2 for `[gate; up]`."""
+    heads: int = 0
+    """Query heads, for `qkv`."""
+    groups: int = 0
+    """Key/value heads, for `qkv`."""
+
+    def merge(self, parts: Sequence[LazyTensor]) -> LazyTensor:
+        """Return the whole parameter from equal parts, in rank order: the inverse of `part`."""
+        if self.dim is None or len(parts) == 1:
+            return parts[0]
+        if self.blocks == 1:
+            return Concat(parts, self.dim)
+        assert self.dim == 0, "packed blocks stand along dim 0"
+        size = parts[0].shape[0] // self.blocks
+        rows = [torch.arange(b * size, (b + 1) * size) for b in range(self.blocks)]
+        return Concat([Selected(part, block) for block in rows for part in parts], 0)
 
 
 REPLICATED = ShardRule(None)
 COLUMN = ShardRule(0)
-GATED = ShardRule(0, blocks=2)
+GATE_UP = ShardRule(0, blocks=2)
 ROW = ShardRule(1)
 VOCAB = ShardRule(0, "vocab")
-QKV = ShardRule(0, "qkv")
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,81 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     rule: ShardRule
+
+    @property
+    def dim(self) -> int:
+        """The dim along which `index` and `part` count."""
+        return self.rule.dim or 0
+
+    def index(self, tp_rank: int, tp_size: int) -> Index:
+        """Return which entries along `dim` one rank computes with (None: all of them).
+
+        Raises:
+            InputError: `tp_size` does not divide a block.
+        """
+        if self.rule.dim is None or tp_size == 1:
+            return None
+        return _as_index(self._runs(tp_rank, tp_size))
+
+    def part(self, tp_rank: int, tp_size: int) -> Index:
+        """Return which entries along `dim` one rank's file holds (None: all of them).
+
+        Megatron's files hold equal parts, also where ranks that compute hold copies of a key/value
+        head.
+
+        Raises:
+            InputError: `tp_size` does not divide a block.
+        """
+        if self.rule.dim is None or tp_size == 1:
+            return None
+        return _as_index(self._equal_runs(tp_rank, tp_size))
+
+    def read_shard(self, tensor: LazyTensor, tp_rank: int, tp_size: int) -> Tensor:
+        """Return what one rank computes with of the whole `tensor`; no more is read."""
+        return tensor.read(self.dim, self.index(tp_rank, tp_size))
+
+    def numel(self, tp_size: int = 1) -> int:
+        """Return the number of weights; cut by `tp_size`, that of the rank with the most."""
+        count = math.prod(self.shape)
+        if self.rule.dim is None or tp_size == 1:
+            return count
+        return count // self.shape[self.dim] * sum(map(len, self._runs(0, tp_size)))
+
+    def _runs(self, tp_rank: int, tp_size: int) -> list[range]:
+        rule = self.rule
+        if rule.unit == "vocab":
+            return [range(*vocab_range(self.shape[self.dim], tp_rank, tp_size))]
+        if rule.unit == "even":
+            return self._equal_runs(tp_rank, tp_size)
+        per_group = rule.heads // rule.groups
+        channels = self.shape[self.dim] // (rule.heads + 2 * rule.groups)
+        slots = []
+        for heads, group in local_groups(rule.heads, rule.groups, tp_rank, tp_size):
+            base = group * (per_group + 2)
+            slots += [base + head - group * per_group for head in heads]
+            slots += [base + per_group, base + per_group + 1]
+        return [range(slot * channels, (slot + 1) * channels) for slot in slots]
+
+    def _equal_runs(self, tp_rank: int, tp_size: int) -> list[range]:
+        size, blocks = self.shape[self.dim], self.rule.blocks
+        block = size // blocks
+        if block % tp_size:
+            allowed = [n for n in range(1, block + 1) if block % n == 0]
+            raise InputError(
+                f"cannot split {self.name} over tp={tp_size}: dim {self.dim} is {size} = "
+                f"{blocks} block(s) of {block}, not divisible by {tp_size}; "
+                f"this parameter allows tp in {', '.join(map(str, allowed))}"
+            )
+        part = block // tp_size
+        starts = [b * block + tp_rank * part for b in range(blocks)]
+        return [range(start, start + part) for start in starts]
+
+
+def _as_index(runs: list[range]) -> Index:
+    """Return runs of entries as a slice where they follow on one another, else as numbers."""
+    if all(left.stop == right.start for left, right in itertools.pairwise(runs)):
+        return slice(runs[0].start, runs[-1].stop)
+    return torch.cat([torch.arange(run.start, run.stop) for run in runs])
 
 
 def parameters(config: ModelConfig) -> dict[str, Parameter]:
@@ -78,12 +169,13 @@ def layer_parameters(c: ModelConfig, layer: int) -> Iterator[Parameter]:
     """Yield the parameters of one transformer layer."""
     h, f, hn = c.hidden_size, c.ffn_hidden_size, c.kv_channels
     prefix = f"{c.block}.layers.{layer}."
-    fc1_rows, fc1_rule = (2 * f, GATED) if c.gated else (f, COLUMN)
+    fc1_rows, fc1_rule = (2 * f, GATE_UP) if c.gated else (f, COLUMN)
+    qkv = ShardRule(0, "qkv", heads=c.num_attention_heads, groups=c.num_query_groups)
     yield from _norm(c, f"{prefix}input_layernorm")
     attention = f"{prefix}self_attention."
-    yield Parameter(f"{attention}linear_qkv.weight", (c.qkv_size, h), QKV)
+    yield Parameter(f"{attention}linear_qkv.weight", (c.qkv_size, h), qkv)
     if c.add_qkv_bias:
-        yield Parameter(f"{attention}linear_qkv.bias", (c.qkv_size,), QKV)
+        yield Parameter(f"{attention}linear_qkv.bias", (c.qkv_size,), qkv)
     if c.qk_layernorm:
         for name in ("q_layernorm", "k_layernorm"):
             yield Parameter(f"{attention}{name}.weight", (hn,), REPLICATED)
@@ -135,15 +227,26 @@ def _linear(name: str, rows: int, columns: int) -> Iterator[Parameter]:
     yield Parameter(f"{name}.bias", (rows,), REPLICATED)
 
 
+@functools.cache
+def _rules() -> dict[str, ShardRule]:
+    """Return the rules of all parameters that are cut, by the names of a model with one layer."""
+    rules: dict[str, ShardRule] = {}
+    for family in ("gpt", "bert"):
+        small = ModelConfig(
+            family, 1, 1, 1, 1, 1, 1, 1, 1, untie_embeddings_and_output_weights=True
+        )
+        rules |= {parameter.name: parameter.rule for parameter in _all(small)}
+    return rules
+
+
+def cut_dim(name: str) -> int | None:
+    """Return the dim that tensor parallelism cuts of a parameter, whatever the model's config."""
+    return _rules().get(re.sub(r"\.layers\.\d+\.", ".layers.0.", name), REPLICATED).dim
+
+
 def num_parameters(config: ModelConfig) -> int:
     """Return the number of weights, tied embeddings counted once and padded rows included."""
-    total = 0
-    for parameter in parameters(config).values():
-        count = 1
-        for size in parameter.shape:
-            count *= size
-        total += count
-    return total
+    return sum(parameter.numel() for parameter in parameters(config).values())
 
 
 def allowed_tp(config: ModelConfig, limit: int = 1024) -> list[int]:
@@ -167,7 +270,9 @@ def check_tp(config: ModelConfig, tp_size: int) -> None:
         )
 
 
-def local_groups(config: ModelConfig, tp_rank: int, tp_size: int) -> list[tuple[list[int], int]]:
+def local_groups(
+    heads: int, groups: int, tp_rank: int, tp_size: int
+) -> list[tuple[list[int], int]]:
     """Return the query groups that one rank computes: (its query heads, the key/value head).
 
     Heads go to ranks in contiguous runs. With `tp_size` up to the number of groups each rank holds
@@ -175,57 +280,17 @@ def local_groups(config: ModelConfig, tp_rank: int, tp_size: int) -> list[tuple[
     where a rank's run would cover groups unevenly each query head gets its own copy, so that the
     groups of one rank all have the same size.
     """
-    n, ng = config.num_attention_heads, config.num_query_groups
-    per_group = n // ng
-    heads = range(tp_rank * n // tp_size, (tp_rank + 1) * n // tp_size)
-    if ng % tp_size == 0:
-        first, count = tp_rank * ng // tp_size, ng // tp_size
-        return [
-            (list(range(g * per_group, (g + 1) * per_group)), g)
-            for g in range(first, first + count)
-        ]
-    if tp_size % ng == 0:
-        return [(list(heads), heads[0] // per_group)]
-    return [([head], head // per_group) for head in heads]
-
-
-def shard_index(parameter: Parameter, config: ModelConfig, tp_rank: int, tp_size: int) -> Index:
-    """Return which entries along `parameter.rule.dim` belong to one rank (None: all of them)."""
-    rule = parameter.rule
-    if rule.dim is None or tp_size == 1:
-        return None
-    size = parameter.shape[rule.dim]
-    if rule.unit == "vocab":
-        start, stop = vocab_range(size, tp_rank, tp_size)
-        return slice(start, stop)
-    if rule.unit == "qkv":
-        return _qkv_index(config, tp_rank, tp_size)
-    block = size // rule.blocks
-    if block % tp_size:
-        raise InputError(
-            f"cannot split {parameter.name} over tp={tp_size}: dim {rule.dim} is {size} = "
-            f"{rule.blocks} block(s) of {block}, not divisible by {tp_size}; "
-            f"this model allows tp in {', '.join(map(str, allowed_tp(config)))}"
-        )
-    part = block // tp_size
-    starts = [b * block + tp_rank * part for b in range(rule.blocks)]
-    return as_index(torch.cat([torch.arange(start, start + part) for start in starts]))
+    per_group = heads // groups
+    ours = range(tp_rank * heads // tp_size, (tp_rank + 1) * heads // tp_size)
+    if groups % tp_size == 0:
+        whole = range(tp_rank * groups // tp_size, (tp_rank + 1) * groups // tp_size)
+        return [(list(range(g * per_group, (g + 1) * per_group)), g) for g in whole]
+    if tp_size % groups == 0:
+        return [(list(ours), ours[0] // per_group)]
+    return [([head], head // per_group) for head in ours]
 
 
 def vocab_range(vocab_size: int, tp_rank: int, tp_size: int) -> tuple[int, int]:
     """Return the rows of the vocabulary that a rank owns: ceil(V / tp), the last ones the rest."""
     chunk = -(-vocab_size // tp_size)
     return min(tp_rank * chunk, vocab_size), min((tp_rank + 1) * chunk, vocab_size)
-
-
-def _qkv_index(config: ModelConfig, tp_rank: int, tp_size: int) -> Index:
-    n, ng, hn = config.num_attention_heads, config.num_query_groups, config.kv_channels
-    per_group = n // ng
-    channels = torch.arange(hn)
-    runs = []
-    for heads, group in local_groups(config, tp_rank, tp_size):
-        base = group * (per_group + 2)
-        slots = [base + head - group * per_group for head in heads]
-        slots += [base + per_group, base + per_group + 1]
-        runs += [slot * hn + channels for slot in slots]
-    return as_index(torch.cat(runs))

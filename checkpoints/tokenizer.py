@@ -211,6 +211,19 @@ def find_tokenizer(checkpoint_path: str | Path) -> Tokenizer | None:
         folder = folder.parent
 
 
+def check_entries(entries: int, rows: int, tokenizer: str = "the tokenizer") -> None:
+    """Refuse a tokenizer for a model with `rows` rows in its vocabulary.
+
+    Raises:
+        InputError: It has more entries than that, or none.
+    """
+    if not 1 <= entries <= rows:
+        raise InputError(
+            f"{tokenizer} has {entries} entries but the model has {rows} rows in its vocabulary: "
+            "it is not the tokenizer of this model; give its own with --tokenizer"
+        )
+
+
 def check_fits(tokenizer: Tokenizer, vocab_rows: int) -> str | None:
     """Return a warning if the vocabulary hardly belongs to a model of `vocab_rows`, else None.
 
@@ -218,11 +231,7 @@ def check_fits(tokenizer: Tokenizer, vocab_rows: int) -> str | None:
         InputError: The model has fewer rows than the vocabulary has entries.
     """
     size = tokenizer.vocab_size
-    if size > vocab_rows:
-        raise InputError(
-            f"{tokenizer.source} has {size} entries but the model has {vocab_rows} rows in its "
-            f"vocabulary: it is not the tokenizer of this model; give its own with --tokenizer"
-        )
+    check_entries(size, vocab_rows, str(tokenizer.source))
     if vocab_rows - size >= LARGEST_PADDING:
         return (
             f"{tokenizer.source} has {size} entries and the model {vocab_rows} rows, more than any "

@@ -7,7 +7,6 @@ It is written beside the target and renamed at the end.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -25,9 +24,9 @@ from mlm_eval.checkpoints.files.output import output_folder, refuse_source
 from mlm_eval.checkpoints.files.safetensors_file import write_safetensors
 from mlm_eval.checkpoints.huggingface.plan import Plan, plan_conversion
 from mlm_eval.checkpoints.huggingface.tokenizer import TokenizerFiles, tokenizer_files
-from mlm_eval.checkpoints.lazy import LazyTensor, Selected
-from mlm_eval.checkpoints.parameters import parameters
-from mlm_eval.checkpoints.tokenizer import Tokenizer
+from mlm_eval.checkpoints.lazy import LazyTensor
+from mlm_eval.checkpoints.tokenizer import Tokenizer, check_entries
+from mlm_eval.checkpoints.vocabulary import with_rows
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", re.IGNORECASE)
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -175,11 +174,8 @@ def _choose_vocab(
     size = tokenizer.vocab_size if tokenizer is not None else None
     true_size = true_size if true_size is not None else size
     largest = max(true_size or 0, size or 0)
-    if largest > stored:
-        raise InputError(
-            f"the tokenizer has {largest} entries, the checkpoint's vocabulary {stored} rows; "
-            "this is not the tokenizer of this model"
-        )
+    if largest:
+        check_entries(largest, stored)
     if vocab == "true" and size is not None and true_size is not None and size > true_size:
         raise InputError(
             f"the tokenizer has {size} entries where {true_size} rows are to be kept; "
@@ -196,14 +192,8 @@ def _choose_vocab(
     if vocab == "padded" or true_size in (None, stored):
         return checkpoint, None
     assert true_size is not None
-    config = dataclasses.replace(checkpoint.config, vocab_size=true_size)
-    tensors: dict[str, LazyTensor] = dict(checkpoint.tensors)
-    for name, parameter in parameters(config).items():
-        if parameter.rule.unit == "vocab":
-            tensors[name] = Selected(tensors[name], torch.arange(true_size))
-    cut = dataclasses.replace(checkpoint, config=config, tensors=tensors)
     return (
-        cut,
+        with_rows(checkpoint, true_size),
         f"{stored - true_size} rows that pad the vocabulary are left out: {true_size} remain",
     )
 

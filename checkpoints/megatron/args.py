@@ -17,6 +17,7 @@ import torch
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.tokenizer import check_entries
 
 DEFAULT_DIVISIBLE_BY = 128
 """Megatron's default of --make-vocab-size-divisible-by."""
@@ -143,11 +144,8 @@ def padded_vocabulary(
     rows, args = checkpoint.config.vocab_size, checkpoint.provenance.args
     saved = args.get("make_vocab_size_divisible_by")
     saved = saved if isinstance(saved, int) and saved > 0 else None
-    if true_size is not None and not 1 <= true_size <= rows:
-        raise InputError(
-            f"{checkpoint.provenance.path} stores {rows} rows of vocabulary, which does not fit a "
-            f"true size of {true_size}; give the tokenizer that the model was trained with"
-        )
+    if true_size is not None:
+        check_entries(true_size, rows)
     if divisible_by is not None and divisible_by < 1:
         raise InputError(f"make_vocab_size_divisible_by is {divisible_by}; it must be at least 1")
     if true_size is None and divisible_by is None and rows % tp == 0:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance, cheap_digest
-from mlm_eval.checkpoints.config import apply_overrides
+from mlm_eval.checkpoints.config import ModelConfig, apply_overrides
 from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.lazy import Concat, LazyTensor, Selected
+from mlm_eval.checkpoints.lazy import LazyTensor, Selected
 from mlm_eval.checkpoints.megatron import names
 from mlm_eval.checkpoints.megatron.config import build_config, check_dims, layer_indices
 from mlm_eval.checkpoints.megatron.files import (
@@ -30,7 +30,7 @@ from mlm_eval.checkpoints.megatron.files import (
     read_rank,
     scan_ranks,
 )
-from mlm_eval.checkpoints.parameters import parameters
+from mlm_eval.checkpoints.parameters import Parameter, cut_dim, parameters
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -146,14 +146,10 @@ def _merge(
     tensors: dict[str, LazyTensor] = {}
     for name in shards[0]:
         parts = [shard[name] for shard in shards]
-        rule = table[name].rule if name in table else None
-        if rule is not None and rule.unit == "qkv":
-            merged: LazyTensor = _merge_qkv(parts, version, config, where)
-        elif rule is not None and rule.dim is not None:
-            merged = _merge_blocks(parts, rule.dim, rule.blocks)
-        else:
-            merged = parts[0]
-        tensors[name] = merged
+        if ".linear_qkv." in name:
+            parts = _in_group_order(parts, version, config, where)
+        # A parameter that the table lacks is refused below.
+        tensors[name] = table[name].rule.merge(parts) if name in table else parts[0]
     warnings += build.warnings + _compare_replicas(shards, table, where)
     provenance = Provenance(
         path=where,
@@ -292,54 +288,27 @@ def _check_same_keys(
                 )
 
 
-# Which dim tensor parallelism cuts, by the end of the name: needed before there is a config.
-_CUT_ROWS = (
-    "word_embeddings.weight",
-    "output_layer.weight",
-    "output_layer.bias",
-    "linear_qkv.weight",
-    "linear_qkv.bias",
-    "linear_fc1.weight",
-    "linear_fc1.bias",
-)
-_CUT_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
-
-
 def _full_shape(name: str, parts: list[LazyTensor]) -> tuple[int, ...]:
-    shape = list(parts[0].shape)
-    if name.endswith(_CUT_ROWS):
-        shape[0] = sum(part.shape[0] for part in parts)
-    elif name.endswith(_CUT_COLUMNS):
-        shape[1] = sum(part.shape[1] for part in parts)
+    """Return the shape of a parameter in the whole model, before there is a config."""
+    shape, dim = list(parts[0].shape), cut_dim(name)
+    if dim is not None:
+        shape[dim] = sum(part.shape[dim] for part in parts)
     return tuple(shape)
 
 
-def _merge_blocks(parts: list[LazyTensor], dim: int, blocks: int) -> LazyTensor:
-    """Return rank pieces `[gate_r; up_r]` as `[gate; up]` (blocks=2), or one after the other."""
-    if len(parts) == 1:
-        return parts[0]
-    if blocks == 1:
-        return Concat(parts, dim)
-    assert dim == 0, "packed blocks stand along dim 0"
-    pieces = []
-    for block in range(blocks):
-        for part in parts:
-            size = part.shape[0] // blocks
-            pieces.append(Selected(part, torch.arange(block * size, (block + 1) * size)))
-    return Concat(pieces, 0)
-
-
-def _merge_qkv(parts: list[LazyTensor], version: float, config: Any, where: Path) -> LazyTensor:
-    """Return the QKV rows of all ranks in group order (facts D.3)."""
-    if version < 2.0:
-        if config.num_query_groups != config.num_attention_heads:
-            raise InputError(
-                f"{where}: checkpoint_version {version} is older than grouped-query attention, "
-                "which its weights have; correct it with --set checkpoint_version=3.0"
-            )
-        order = qkv_order(version, config.num_attention_heads // len(parts), config.kv_channels)
-        parts = [Selected(part, order) for part in parts]
-    return parts[0] if len(parts) == 1 else Concat(parts, 0)
+def _in_group_order(
+    parts: list[LazyTensor], version: float, config: ModelConfig, where: Path
+) -> list[LazyTensor]:
+    """Return the QKV rows of each rank in group order (facts D.3)."""
+    if version >= 2.0:
+        return parts
+    if config.num_query_groups != config.num_attention_heads:
+        raise InputError(
+            f"{where}: checkpoint_version {version} is older than grouped-query attention, "
+            "which its weights have; correct it with --set checkpoint_version=3.0"
+        )
+    order = qkv_order(version, config.num_attention_heads // len(parts), config.kv_channels)
+    return [Selected(part, order) for part in parts]
 
 
 def qkv_order(version: float, heads: int, channels: int) -> torch.Tensor:
@@ -356,7 +325,7 @@ def qkv_order(version: float, heads: int, channels: int) -> torch.Tensor:
 
 
 def _compare_replicas(
-    shards: list[dict[str, LazyTensor]], table: Mapping[str, Any], where: Path
+    shards: list[dict[str, LazyTensor]], table: Mapping[str, Parameter], where: Path
 ) -> list[str]:
     """Compare the small replicated tensors of all ranks; rounding drift is worth a word.
 

@@ -44,6 +44,7 @@ from mlm_eval.checkpoints.megatron.args import (
     padded_vocabulary,
 )
 from mlm_eval.checkpoints.megatron.write_torch import WORD_EMBEDDINGS, check_sizes, rank_tensors
+from mlm_eval.checkpoints.vocabulary import with_rows
 
 DATA_FILE = "__0_0.distcp"
 """rank 0, writer 0: torch.distributed.checkpoint's name for what a single process writes."""
@@ -133,7 +134,8 @@ def write_torch_dist(
         iteration=0 if release else int(iteration),  # type: ignore[arg-type]
         dtype=dtype or checkpoint.tensors[WORD_EMBEDDINGS].dtype,
     )
-    whole = rank_tensors(checkpoint, dataclasses.replace(layout, tp=1, pp=1), 0, 0, dtype)
+    padded = with_rows(checkpoint, rows)
+    whole = rank_tensors(padded, dataclasses.replace(layout, tp=1, pp=1), 0, 0, dtype)
     entries = list(_entries(config, whole))
     _check_dtypes(entries, checkpoint)
     args = megatron_args(checkpoint, layout, 0, 0)

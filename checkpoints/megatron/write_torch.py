@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mlm_eval.checkpoints.checkpoint import TRACKER, Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
@@ -21,7 +20,7 @@ from mlm_eval.checkpoints.dtypes import cast
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import output_folder
 from mlm_eval.checkpoints.files.torch_save import write_torch_file
-from mlm_eval.checkpoints.lazy import Computed, Index, LazyTensor
+from mlm_eval.checkpoints.lazy import Computed, LazyTensor
 from mlm_eval.checkpoints.megatron.args import (
     Layout,
     choose_names,
@@ -29,7 +28,8 @@ from mlm_eval.checkpoints.megatron.args import (
     padded_vocabulary,
 )
 from mlm_eval.checkpoints.megatron.names import HEAD_COPY
-from mlm_eval.checkpoints.parameters import Parameter, allowed_tp, check_tp, parameters, shard_index
+from mlm_eval.checkpoints.parameters import Parameter, allowed_tp, check_tp, parameters
+from mlm_eval.checkpoints.vocabulary import with_rows
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 
@@ -110,7 +110,8 @@ def write_megatron_torch(
     )
     folder = "release" if release else f"iter_{layout.iteration:07d}"
     ranks = [(t, p) for p in range(pp) for t in range(tp)]
-    models = {rank: rank_tensors(checkpoint, layout, *rank, dtype) for rank in ranks}
+    padded = with_rows(checkpoint, rows)
+    models = {rank: rank_tensors(padded, layout, *rank, dtype) for rank in ranks}
     total = sum(lazy.nbytes for model in models.values() for lazy in model.values())
     progress = _Progress(total, on_progress)
     with output_folder(target, overwrite=overwrite, needs=total) as partial:
@@ -192,7 +193,7 @@ def rank_tensors(
     last = layout.pp - 1
     tensors: dict[str, LazyTensor] = {}
     for name, parameter in parameters(config).items():
-        shard = _shard(checkpoint.tensors[name], parameter, config, layout, tp_rank, dtype)
+        shard = _shard(checkpoint.tensors[name], parameter, tp_rank, layout.tp, dtype)
         layer = re.fullmatch(r"(\w+\.layers\.)(\d+)(\..+)", name)
         if layer:
             stage, local = divmod(int(layer[2]), per_stage)
@@ -208,45 +209,16 @@ def rank_tensors(
 
 
 def _shard(
-    source: LazyTensor,
-    parameter: Parameter,
-    config: ModelConfig,
-    layout: Layout,
-    tp_rank: int,
-    dtype: torch.dtype | None,
+    source: LazyTensor, parameter: Parameter, tp_rank: int, tp: int, dtype: torch.dtype | None
 ) -> LazyTensor:
     """Return what one tensor-parallel rank's file holds of a parameter."""
-    rule, shape = parameter.rule, list(source.shape)
+    index, shape = parameter.part(tp_rank, tp), list(parameter.shape)
     to = dtype or source.dtype
-    if rule.unit == "vocab":
-        rows = shape[0] = layout.vocab_size // layout.tp
-        start = tp_rank * rows
-        return Computed(
-            shape, to, lambda: cast(_vocab_rows(source, start, start + rows), to, parameter.name)
-        )
-    if rule.unit == "qkv":
-        # Files hold even cuts even where ranks that compute hold copies of a key/value head.
-        part = shape[0] // layout.tp
-        index: Index = slice(tp_rank * part, (tp_rank + 1) * part)
-    else:
-        index = shard_index(parameter, config, tp_rank, layout.tp)
     if index is None and to == source.dtype:
         return source
-    dim = rule.dim or 0
-    if rule.dim is not None:
-        shape[dim] //= layout.tp
-    return Computed(shape, to, lambda: cast(source.read(dim, index), to, parameter.name))
-
-
-def _vocab_rows(source: LazyTensor, start: int, stop: int) -> Tensor:
-    """Return rows of a vocabulary table, the last stored row standing for those beyond."""
-    stored = source.shape[0]
-    rows = source.read(0, slice(min(start, stored), min(stop, stored)))
-    missing = stop - max(start, stored)
-    if missing <= 0:
-        return rows
-    filler = source.read(0, slice(stored - 1, stored))
-    return torch.cat([rows, filler.expand(missing, *filler.shape[1:])])
+    if index is not None:
+        shape[parameter.dim] //= tp
+    return Computed(shape, to, lambda: cast(source.read(parameter.dim, index), to, parameter.name))
 
 
 def _core_model(tensors: dict[str, LazyTensor], *, last: bool) -> dict[str, LazyTensor | None]:

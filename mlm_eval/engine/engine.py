@@ -8,7 +8,6 @@ the forward itself.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,8 +20,9 @@ from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.dtypes import dtype_name, evaluation_dtype
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.lazy import LazyTensor, Selected
-from mlm_eval.checkpoints.parameters import check_tp, parameters, shard_index
+from mlm_eval.checkpoints.parameters import check_tp, parameters
+from mlm_eval.checkpoints.tokenizer import check_entries
+from mlm_eval.checkpoints.vocabulary import with_rows
 from mlm_eval.engine.batching import Batch, Request, Scores, collate, pack, riders
 from mlm_eval.engine.encode import BertInput, BertOutput, run_bert
 from mlm_eval.model.bert import BERT
@@ -104,7 +104,12 @@ class Engine:
         check_tp(checkpoint.config, mesh.tp)
         dtype = evaluation_dtype(dtype, checkpoint.config.params_dtype, device.type)
         if vocab == "true":
-            checkpoint = cut_vocab(checkpoint, true_vocab_size)
+            if true_vocab_size is None:
+                raise InputError(
+                    "--vocab true needs the tokenizer's size; give --tokenizer or --vocab-file"
+                )
+            check_entries(true_vocab_size, checkpoint.config.vocab_size)
+            checkpoint = with_rows(checkpoint, true_vocab_size)
         elif vocab != "padded":
             raise InputError(f"--vocab {vocab!r} is unknown; use padded or true")
         model = load_model(checkpoint, mesh.tensor_parallel, device=device, dtype=dtype)
@@ -299,30 +304,6 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True)
 
 
-def cut_vocab(checkpoint: Checkpoint, true_size: int | None) -> Checkpoint:
-    """Return the checkpoint without the rows that only pad the vocabulary.
-
-    Raises:
-        InputError: The true size is unknown, or larger than the stored table.
-    """
-    if true_size is None:
-        raise InputError(
-            "--vocab true needs the tokenizer's size; give --tokenizer DIR or --vocab-file F"
-        )
-    stored = checkpoint.config.vocab_size
-    if true_size > stored:
-        raise InputError(
-            f"the tokenizer has {true_size} entries, the checkpoint's vocabulary {stored} rows; "
-            "this is the wrong tokenizer for it"
-        )
-    config = dataclasses.replace(checkpoint.config, vocab_size=true_size)
-    tensors: dict[str, LazyTensor] = dict(checkpoint.tensors)
-    for name, parameter in parameters(config).items():
-        if parameter.rule.unit == "vocab":
-            tensors[name] = Selected(tensors[name], torch.arange(true_size))
-    return dataclasses.replace(checkpoint, config=config, tensors=tensors)
-
-
 def load_model(
     checkpoint: Checkpoint, tp: TensorParallel, *, device: torch.device, dtype: torch.dtype
 ) -> GPT | BERT:
@@ -339,9 +320,7 @@ def load_model(
     assert set(found) == set(table), sorted(set(found) ^ set(table))
     with torch.no_grad():
         for name, parameter in table.items():
-            dim = parameter.rule.dim or 0
-            index = shard_index(parameter, config, tp.rank, tp.size)
-            piece = checkpoint.tensors[name].read(dim, index)
+            piece = parameter.read_shard(checkpoint.tensors[name], tp.rank, tp.size)
             assert piece.shape == found[name].shape, (name, piece.shape, found[name].shape)
             found[name].copy_(piece)
             del piece  # before the next is read

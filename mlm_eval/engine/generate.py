@@ -285,6 +285,7 @@ def draw(logits: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:
 def _tokens_in_cache(engine: Engine) -> int:
     """Return how many tokens' keys and values `CACHE_BYTES` hold."""
     config = engine.config
-    groups = len(local_groups(config, 0, engine.tp))  # every rank has as many
-    token = 2 * config.num_layers * groups * config.kv_channels * engine.dtype.itemsize
+    groups = local_groups(config.num_attention_heads, config.num_query_groups, 0, engine.tp)
+    heads = len(groups)  # of keys and of values, as many on every rank
+    token = 2 * config.num_layers * heads * config.kv_channels * engine.dtype.itemsize
     return max(CACHE_BYTES // token, 1)

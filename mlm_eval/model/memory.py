@@ -13,16 +13,13 @@ attention's output (h / tp), f width of the MLP (/ tp), g rows of the packed QKV
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.parameters import (
-    Parameter,
     layer_parameters,
     local_groups,
     parameters,
-    vocab_range,
 )
 from mlm_eval.model.tensor_parallel import LOGIT_CHUNK_ELEMENTS
 
@@ -80,7 +77,7 @@ class _Local:
 
     @classmethod
     def of(cls, config: ModelConfig, tp: int) -> _Local:
-        groups = local_groups(config, 0, tp)
+        groups = local_groups(config.num_attention_heads, config.num_query_groups, 0, tp)
         heads = sum(len(queries) for queries, _ in groups)
         grouped = heads > len(groups)
         return cls(
@@ -98,21 +95,7 @@ class _Local:
 
 def local_parameters(config: ModelConfig, tp: int) -> int:
     """Return the number of weights on the rank that holds most of them."""
-    return sum(_local_size(parameter, config, tp) for parameter in parameters(config).values())
-
-
-def _local_size(parameter: Parameter, config: ModelConfig, tp: int) -> int:
-    rule, size = parameter.rule, math.prod(parameter.shape)
-    if rule.dim is None or tp == 1:
-        return size
-    rows = parameter.shape[rule.dim]
-    if rule.unit == "vocab":
-        start, stop = vocab_range(rows, 0, tp)
-        return size // rows * (stop - start)
-    if rule.unit == "qkv":
-        # A key and value head goes to every rank that has one of its queries.
-        return size // rows * _Local.of(config, tp).g
-    return size // tp
+    return sum(parameter.numel(tp) for parameter in parameters(config).values())
 
 
 # --- evaluation ----------------------------------------------------------------------------------
@@ -217,7 +200,7 @@ def training_memory(config: ModelConfig, batch: TrainingBatch, *, tp: int) -> Me
     ends = batch.tokens * (2 * FLOAT32 * x.h + 1)  # the final norm's input and output
     # The logits and their exponentials, or those and their gradient.
     logits = (2 * FLOAT32 + (2 if batch.half else 0)) * _logit_chunk(config, tp, batch.predicted)
-    largest = FLOAT32 * max(_local_size(p, config, tp) for p in parameters(config).values())
+    largest = FLOAT32 * max(p.numel(tp) for p in parameters(config).values())
     start = saved + ends + max(_passing(x, batch), logits)
     gradients = FLOAT32 * count
     activations = start if batch.accumulates else max(start - gradients, ends)
@@ -233,7 +216,7 @@ def _saved(config: ModelConfig, x: _Local, batch: TrainingBatch, tp: int) -> flo
     """Return the bytes that all layers keep for the backward pass, autocast's copies included."""
     layers = config.num_layers
     matrices = (p for p in layer_parameters(config, 0) if len(p.shape) == 2)
-    copies = 2 * sum(_local_size(p, config, tp) for p in matrices) if batch.half else 0
+    copies = 2 * sum(p.numel(tp) for p in matrices) if batch.half else 0
     kept = batch.tokens * _kept_widths(x, batch)
     if not batch.recompute:
         return layers * (kept + copies)

@@ -153,7 +153,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, number: int) -> None:
         super().__init__()
-        groups = local_groups(config, tp.rank, tp.size)
+        groups = local_groups(config.num_attention_heads, config.num_query_groups, tp.rank, tp.size)
         self.number = number  # of the layer
         self.heads = [head for heads, _ in groups for head in heads]
         self.groups = len(groups)

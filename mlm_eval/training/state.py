@@ -35,7 +35,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.distcp import check_coverage, open_folder
 from mlm_eval.checkpoints.files.output import write_text
 from mlm_eval.checkpoints.lazy import Computed, LazyTensor
-from mlm_eval.checkpoints.parameters import Parameter, parameters, shard_index
+from mlm_eval.checkpoints.parameters import Parameter, parameters
 from mlm_eval.ranks.collectives import on_main
 from mlm_eval.ranks.mesh import Mesh, num_ranks
 from mlm_eval.training.replicas import Replicas
@@ -246,7 +246,7 @@ def fill(
     table = parameters(config)
     for name, target in targets:
         with torch.no_grad():
-            target.copy_(_shard(source[name], table[name], config, mesh))
+            target.copy_(table[name].read_shard(source[name], mesh.tp_rank, mesh.tp))
 
 
 def restore_moments(
@@ -268,14 +268,10 @@ def restore_moments(
         state: dict[str, Tensor] = {"step": torch.tensor(float(updates), device=device)}
         for key, source in sources.items():
             # A copy: what is read may be a view of the file.
-            value = _shard(source[item.name], table[item.name], config, mesh).clone().to(device)
+            shard = table[item.name].read_shard(source[item.name], mesh.tp_rank, mesh.tp)
+            value = shard.clone().to(device)
             state[key] = _like(value, item.parameter)
         optimizer.state[item.parameter] = state
-
-
-def _shard(lazy: LazyTensor, parameter: Parameter, config: ModelConfig, mesh: Mesh) -> Tensor:
-    index = shard_index(parameter, config, mesh.tp_rank, mesh.tp)
-    return lazy.read(parameter.rule.dim or 0, index)
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:

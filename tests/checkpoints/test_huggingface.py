@@ -25,7 +25,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safetensors_file import read_safetensors
 from mlm_eval.checkpoints.huggingface.read import read_folder
 from mlm_eval.checkpoints.open import open_checkpoint
-from mlm_eval.checkpoints.parameters import parameters, shard_index
+from mlm_eval.checkpoints.parameters import parameters
 from mlm_eval.engine.engine import load_model
 from mlm_eval.model.tensor_parallel import SINGLE
 
@@ -98,7 +98,7 @@ def test_slices_of_ranks_are_slices_of_the_whole(kind: str, tp_size: int, tmp_pa
         whole = checkpoint.tensors[name].read()
         dim = parameter.rule.dim or 0
         for tp_rank in range(tp_size):
-            index = shard_index(parameter, checkpoint.config, tp_rank, tp_size)
+            index = parameter.index(tp_rank, tp_size)
             rows = torch.arange(whole.shape[dim])
             rows = rows if index is None else rows[index]
             assert torch.equal(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.lazy import take
+from mlm_eval.checkpoints.lazy import InMemory, take
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import (
     Parameter,
@@ -20,7 +20,6 @@ from mlm_eval.checkpoints.parameters import (
     local_groups,
     num_parameters,
     parameters,
-    shard_index,
     vocab_range,
 )
 
@@ -205,10 +204,9 @@ def whole(parameter: Parameter) -> Tensor:
     return torch.arange(count, dtype=torch.float64).view(parameter.shape)
 
 
-def shards(parameter: Parameter, config: ModelConfig, tp_size: int) -> list[Tensor]:
-    full, dim = whole(parameter), parameter.rule.dim or 0
+def shards(parameter: Parameter, tp_size: int) -> list[Tensor]:
     return [
-        take(full, dim, shard_index(parameter, config, rank, tp_size)) for rank in range(tp_size)
+        parameter.read_shard(InMemory(whole(parameter)), rank, tp_size) for rank in range(tp_size)
     ]
 
 
@@ -225,7 +223,7 @@ def test_shards_are_the_papers(name: str, tp_size: int):
     """Every rule against torch's own chunk, for all parameters of a model."""
     config = CONFIGS[name]
     for key, parameter in parameters(config).items():
-        full, pieces = whole(parameter), shards(parameter, config, tp_size)
+        full, pieces = whole(parameter), shards(parameter, tp_size)
         module = key.rpartition(".")[0].rpartition(".")[2]
         if key.endswith(("word_embeddings.weight", "output_layer.weight", "output_layer.bias")):
             rows = -(-full.shape[0] // tp_size)
@@ -262,8 +260,8 @@ def test_each_query_meets_its_own_key_and_value(name: str, tp_size: int):
     parameter = parameters(config)[f"{config.block}.layers.0.self_attention.linear_qkv.weight"]
     full = whole(parameter).view(groups, per_group + 2, channels, config.hidden_size)
     seen = []
-    for rank, piece in enumerate(shards(parameter, config, tp_size)):
-        local = local_groups(config, rank, tp_size)
+    for rank, piece in enumerate(shards(parameter, tp_size)):
+        local = local_groups(heads, groups, rank, tp_size)
         queries = len(local[0][0])
         assert all(len(chosen) == queries for chosen, _ in local), "groups of different sizes"
         ours = piece.view(len(local), queries + 2, channels, config.hidden_size)
@@ -283,8 +281,8 @@ def test_shards_merge_to_the_whole(name: str, tp_size: int):
     for key, parameter in parameters(config).items():
         full, dim = whole(parameter), parameter.rule.dim
         merged = torch.full_like(full, torch.nan)
-        for rank, piece in enumerate(shards(parameter, config, tp_size)):
-            index = shard_index(parameter, config, rank, tp_size)
+        for rank, piece in enumerate(shards(parameter, tp_size)):
+            index = parameter.index(rank, tp_size)
             places = take(torch.arange(full.shape[dim or 0]), 0, index)
             merged.index_copy_(dim or 0, places, piece)
         assert torch.equal(merged, full), key
@@ -302,8 +300,7 @@ def test_shards_merge_to_the_whole(name: str, tp_size: int):
     ],
 )
 def test_local_groups(heads: int, groups: int, tp_size: int, expected: list):
-    config = with_heads(heads, groups)
-    assert [local_groups(config, rank, tp_size) for rank in range(tp_size)] == expected
+    assert [local_groups(heads, groups, rank, tp_size) for rank in range(tp_size)] == expected
 
 
 @pytest.mark.parametrize(
@@ -361,4 +358,4 @@ def test_a_parameter_that_cannot_be_cut_is_named():
         match="cannot split decoder.layers.0.mlp.linear_fc1.weight over "
         "tp=4: dim 0 is 12 = 2 block.s. of 6, not divisible by 4.*tp in 1, 2",
     ):
-        shard_index(fc1, config, 0, 4)
+        fc1.index(0, 4)

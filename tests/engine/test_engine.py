@@ -17,8 +17,9 @@ from mlm_eval.checkpoints.dtypes import evaluation_dtype, training_dtype
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import Index, InMemory
 from mlm_eval.checkpoints.parameters import parameters
+from mlm_eval.checkpoints.vocabulary import with_rows
 from mlm_eval.engine.batching import Request, Scores
-from mlm_eval.engine.engine import Engine, cut_vocab, load_model
+from mlm_eval.engine.engine import Engine, load_model
 from mlm_eval.model.tensor_parallel import TensorParallel
 from mlm_eval.ranks.mesh import make_mesh
 
@@ -227,7 +228,7 @@ def test_a_rank_reads_its_own_slices_only(name, vocab):
     tensors = {name: Watched(tensor) for name, tensor in weights.items()}
     checkpoint = dataclasses.replace(random_models.checkpoint(config), tensors=tensors)
     if vocab == "true":
-        checkpoint = cut_vocab(checkpoint, 41)
+        checkpoint = with_rows(checkpoint, 41)
     for rank in range(2):
         for tensor in tensors.values():
             tensor.read_elements = 0
@@ -313,7 +314,7 @@ def test_an_id_of_the_padding_is_outside_the_true_vocabulary():
         ({"vocab": "true"}, "--vocab true needs the tokenizer's size"),
         (
             {"vocab": "true", "true_vocab_size": 51},
-            "the tokenizer has 51 entries, the checkpoint's vocabulary 50 rows",
+            "the tokenizer has 51 entries but the model has 50 rows",
         ),
     ],
 )

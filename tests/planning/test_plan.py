@@ -20,7 +20,7 @@ from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.parameters import parameters, shard_index
+from mlm_eval.checkpoints.parameters import parameters
 from mlm_eval.engine.batching import Request
 from mlm_eval.engine.engine import Engine
 from mlm_eval.model.dropout import Dropout, sample_keys
@@ -74,7 +74,7 @@ def test_the_fullest_rank_has_as_many_weights_as_it_loads(config: ModelConfig, t
     config = dataclasses.replace(config, vocab_size=129)  # not divisible: rank 0 has most rows
     count = 0
     for parameter in parameters(config).values():
-        index = shard_index(parameter, config, 0, tp)
+        index = parameter.index(0, tp)
         part = torch.empty(parameter.shape, device="meta")
         if isinstance(index, slice):
             part = part.narrow(parameter.rule.dim or 0, index.start, index.stop - index.start)
