@@ -92,9 +92,10 @@ demo: $(RUN_STAMP) ## evaluate the sample checkpoint that ships, on one process 
 test: $(DEV_STAMP) ## run the tests, but for those marked slow
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: $(DEV_STAMP) ## check style and formatting
+lint: $(DEV_STAMP) ## check style, formatting and spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 
 typecheck: $(DEV_STAMP) ## check the types
 	$(BIN)/mypy -p mlm_eval
