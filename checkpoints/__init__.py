@@ -13,7 +13,7 @@ A reader maps a format to canonical names (`parameters.py` is the table), a writ
     files/           kinds of files      megatron/, huggingface/    layouts of checkpoints
     samples/         the small checkpoints and texts that ship
 
-A new format is a reader in a room of its own that returns a `Checkpoint`, called from `open.py`, and
+A new format is a reader in its own room that returns a `Checkpoint`, called from `open.py`, and
 a writer, called from `convert.py`. Any room may import from here; nothing here imports the model or
 a process group, so that opening, converting and resharding run on a laptop. Import names from the
 modules: this file imports nothing, so that one reader does not bring all of them.
