@@ -37,6 +37,7 @@ from mlm_eval.harness.model import MegatronLM
 GPT = SAMPLES / "gpt"  # 256 positions
 BERT = ORACLES / "v25_bert_tp2_fusedgelu"
 TOLERANCE = 1e-4
+OF_A_SUM = 1e-6  # of a page's log-likelihood, the sum of a thousand float32 numbers
 
 # --- A study: data, tasks, and the sample model in both forms -----------------------------------
 
@@ -178,6 +179,11 @@ def flat(answer: Any) -> Iterator[Any]:
         yield answer
 
 
+def near(value: float) -> Any:
+    """Return what equals the value but for rounding; a token left out changes it by far more."""
+    return pytest.approx(value, rel=OF_A_SUM, abs=TOLERANCE)
+
+
 def assert_same(found: Answers, expected: Answers) -> None:
     """Log-likelihoods within the tolerance; flags and texts equal."""
     assert set(found) == set(expected)
@@ -188,7 +194,7 @@ def assert_same(found: Answers, expected: Answers) -> None:
             assert pairs
             for ours, theirs in pairs:
                 if isinstance(theirs, float):
-                    assert ours == pytest.approx(theirs, rel=0, abs=TOLERANCE), (task, document)
+                    assert ours == near(theirs), (task, document)
                 else:
                     assert ours == theirs, (task, document)
 
@@ -314,7 +320,7 @@ def test_the_command_line_on_two_ranks(
                 if task == "local_writing":
                     assert mine == other
                 else:
-                    assert _number(mine) == pytest.approx(_number(other), rel=0, abs=TOLERANCE)
+                    assert _number(mine) == near(_number(other))
 
 
 def _number(value: Any) -> float:
@@ -403,7 +409,10 @@ def test_an_interrupted_run_goes_on_from_its_cache(
     assert calls == []  # all is known
     fresh, whole = evaluate(model(), study)
     assert_same(answers, whole)
-    assert figures["local_pages"] == again["local_pages"] == fresh["local_pages"]
+    assert figures["local_pages"] == again["local_pages"]
+    for name, value in fresh["local_pages"].items():  # which batched the rest in another way
+        same = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
+        assert figures["local_pages"][name] == same, name
     lines = sum(len(documents) for documents in whole.values())
     assert asked > lines - 10 - len(whole["local_writing"]) and figures["local_cloze"]
 

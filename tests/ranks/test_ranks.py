@@ -59,7 +59,8 @@ def test_ranks(pool: ranks._Pool, monkeypatch: pytest.MonkeyPatch):
 
     with pytest.raises(InputError, match="wrong everywhere") as caught:
         run(pool, 2, fail, "wrong everywhere")
-    assert "on rank 0" in caught.value.__notes__[0]
+    first = caught.value.__notes__[0]  # either rank may have been quicker
+    assert "on rank 0" in first or "on rank 1" in first
     assert len(run(pool, 2, add_up, torch.ones(1))) == 2
     assert [process.pid for process, _ in pool.workers] == started, "all had answered"
 

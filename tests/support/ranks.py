@@ -124,6 +124,10 @@ def _serve(rank: int, connection: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    from support import other_kernels
+
+    if other_kernels.VARIABLE in os.environ:
+        other_kernels.install(int(os.environ[other_kernels.VARIABLE]))
     group = None
     while True:
         try:
