@@ -23,7 +23,7 @@ SAMPLE      := checkpoints/samples
 SAMPLE_ARGS := --ckpt $(SAMPLE)/gpt --tokenizer $(SAMPLE)/gpt/tokenizer --device cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint typecheck wheel notebooks bench bench-race clean
+.PHONY: help demo test lint typecheck wheel notebooks bench bench-race clean links
 
 help: ## list the targets and the variables
 	@echo 'usage: make TARGET [VARIABLE=value ...]'
@@ -39,7 +39,15 @@ help: ## list the targets and the variables
 	@echo '  RACE=DIR       the RACE data of bench-race, a folder or its archives (now: $(RACE))'
 	@echo '  BENCHMARKS=... the scripts that bench runs (now: $(or $(BENCHMARKS),none))'
 
-$(BIN)/python:
+# Where git makes no symbolic links (on Windows, say), these two are small text files.
+links:
+	@test -d mlm_eval/checkpoints && test -d mlm_eval/tasks || { \
+	  echo 'mlm_eval/checkpoints and mlm_eval/tasks are not the folders that they link to: git wrote the' \
+	    'symbolic links of this clone as text files. Write them again: git config core.symlinks true &&' \
+	    'git checkout -- mlm_eval/checkpoints mlm_eval/tasks' >&2; \
+	  exit 1; }
+
+$(BIN)/python: | links
 	@for python in $(PYTHON); do \
 	  if "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	    echo "making $(VENV) with $$python"; \
@@ -53,12 +61,12 @@ $(BIN)/python:
 
 # No prerequisite but the two files, so that a second run starts at once; the installation is
 # editable, so that a change of the code needs none.
-$(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+$(RUN_STAMP): pyproject.toml constraints.txt | links $(BIN)/python
 	@rm -f $(VENV)/.mlm-eval-*
 	$(INSTALL) -e .
 	@touch $@
 
-$(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+$(DEV_STAMP): pyproject.toml constraints.txt | links $(BIN)/python
 	@rm -f $(VENV)/.mlm-eval-*
 	$(INSTALL) -e '.[dev,lm-eval]'
 	@touch $(RUN_STAMP) $@

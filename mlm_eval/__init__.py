@@ -4,8 +4,16 @@ The names below are the public Python API. They are looked up when first used, s
 `import mlm_eval` and `mlm-eval --help` cost no torch.
 """
 
+import os.path
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+if not os.path.isdir(os.path.join(os.path.dirname(__file__), "checkpoints")):
+    raise SystemExit(
+        "mlm_eval/checkpoints is not the folder that it links to: git wrote the symbolic links of "
+        "this clone as text files. Write them again: git config core.symlinks true && git checkout "
+        "-- mlm_eval/checkpoints mlm_eval/tasks"
+    )
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.convert import convert

@@ -2,7 +2,7 @@
 
 usage: python tests/support/check_wheel.py WHEEL
 
-`make wheel` runs this on the wheel that it built; test_house.py runs the same check.
+`make wheel` runs this on the wheel that it built; test_packaging.py makes the same check.
 """
 
 from __future__ import annotations
