@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,13 +16,14 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.app import app
 from mlm_eval.cli.options import Config, Device, Output, Sets
 from mlm_eval.cli.report import REPORTS
-from mlm_eval.ranks.launch import PARENT, LaunchResult, init_process_group, launch, shutdown
-from mlm_eval.ranks.world import LAUNCHED, World, detect_world
+from mlm_eval.ranks.launch import LaunchResult, init_process_group, launch, shutdown
+from mlm_eval.ranks.world import World, detect_world
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.config import ModelConfig
-    from mlm_eval.planning.bench import Job, Measured
-    from mlm_eval.planning.bench_series import Series
+    from mlm_eval.planning.bench_options import BenchOptions
+    from mlm_eval.planning.bench_run import Measured
+    from mlm_eval.planning.bench_study import BenchPoint, BenchSeries
 
 
 @app.command(rich_help_panel=REPORTS)
@@ -94,10 +92,10 @@ def bench(
         _rank(job)
         return
     from mlm_eval.checkpoints.dtypes import training_dtype
-    from mlm_eval.planning.bench_fit import fit
+    from mlm_eval.planning.bench_options import BenchOptions, cores, parse_scale, parse_sizes
     from mlm_eval.planning.bench_plot import plot_bench
-    from mlm_eval.planning.bench_record import bench_record, bench_text
-    from mlm_eval.planning.bench_series import BenchOptions, cores, parse_scale, parse_sizes
+    from mlm_eval.planning.bench_report import bench_record, bench_text
+    from mlm_eval.planning.bench_study import fit
     from mlm_eval.ranks.mesh import pick_device
     from mlm_eval.reporting.results import check_writable, write_json
 
@@ -107,7 +105,6 @@ def bench(
     if ckpt is not None and factor != 1.0:
         raise InputError("--scale shrinks new models, a checkpoint has its size; leave it out")
     world = detect_world()
-    is_main = world is None or world.is_main
     kind = pick_device(device)
     options = BenchOptions(
         device=kind,
@@ -127,21 +124,22 @@ def bench(
     )
     sizes = _of_world(parse_sizes(tp), world)
     make = _source(study, ckpt, model, set_ or [], sizes, kind)
-    series, jobs = fit(
-        make, options, scale=factor, local_ranks=None if world is None else world.local_size
-    )
+    local_ranks = None if world is None else world.local_size
+    series = fit(make, options, scale=factor, local_ranks=local_ranks)
+    is_main = world is None or world.is_main
     if is_main:
-        _announce(series, jobs)
+        _announce(series, options)
     failure = None
     if world is not None:
-        measured = [_measure_here(jobs[0], world)]
+        measured = [_measure_here(series.points[0], options, world)]
     else:
-        measured, failure = _on_fresh_ranks(jobs)
+        measured, failure = _on_fresh_ranks(series.points, options)
     if is_main and measured:
         failed = None
         if failure is not None:
-            failed = f"tp {jobs[len(measured)].tp} and what follows it was not measured: it failed"
-        record = bench_record(series, jobs, measured, cores=cores(), failed=failed)
+            size = series.points[len(measured)].tp
+            failed = f"tp {size} and what follows it was not measured: it failed"
+        record = bench_record(series, options, measured, cores=cores(), failed=failed)
         print(bench_text(record))
         if output is not None:
             write_json(output, record)
@@ -176,8 +174,8 @@ def _source(
     sets: list[str],
     sizes: list[int] | None,
     device: str,
-) -> Callable[[float], Series]:
-    """Return what makes the series at a scale.
+) -> Callable[[float], BenchSeries]:
+    """Return a function that makes the series at a scale.
 
     Raises:
         InputError: Not exactly one of them is given, or it does not exist.
@@ -185,7 +183,7 @@ def _source(
     from mlm_eval.checkpoints.config import apply_overrides, parse_overrides
     from mlm_eval.checkpoints.open import open_checkpoint
     from mlm_eval.model.sizes import named_config
-    from mlm_eval.planning.bench_series import model_series, paper_series, usual_sizes
+    from mlm_eval.planning.bench_study import model_series, paper_series, usual_sizes
 
     if sum(given is not None for given in (study, ckpt, model)) != 1:
         raise InputError(
@@ -211,25 +209,16 @@ def _source(
     return lambda scale: model_series(name, found, chosen, scale=scale)
 
 
-def _announce(series: Series, jobs: Sequence[Job]) -> None:
-    """Tell on stderr what is going to be measured."""
-    from mlm_eval.planning.bench import step_flops
+def _announce(series: BenchSeries, options: BenchOptions) -> None:
+    """Print on stderr what is going to be measured."""
+    from mlm_eval.planning.bench_study import step_flops
 
-    work = [
-        step_flops(
-            layout.config,
-            mode=job.mode,
-            batch=job.batch,
-            length=job.seq_length,
-            recompute=job.recompute,
-        )
-        * (job.steps + job.warmup_steps)
-        for layout, job in zip(series.layouts, jobs, strict=True)
-    ]
+    count = options.steps + options.warmup_steps
+    work = sum(step_flops(point.config, options) * count for point in series.points)
     shrunk = "" if series.scale == 1.0 else f", scaled by {series.scale:g}"
-    sizes = ", ".join(str(layout.tp) for layout in series.layouts)
+    sizes = ", ".join(str(point.tp) for point in series.points)
     print(
-        f"work ahead: {series.title}{shrunk}, tp {sizes}, {sum(work) / 1e12:,.3g} TFLOP in all",
+        f"work ahead: {series.title}{shrunk}, tp {sizes}, {work / 1e12:,.3g} TFLOP in all",
         file=sys.stderr,
     )
 
@@ -238,15 +227,19 @@ def _announce(series: Series, jobs: Sequence[Job]) -> None:
 
 
 def _rank(path: Path) -> None:
-    """Measure what a job file asks for, as one of its ranks; rank 0 leaves the answer beside it."""
+    """Measure the point of a job file, as one of its ranks; rank 0 writes the answer next to it."""
     import dataclasses
 
-    from mlm_eval.planning.bench import Job
+    from mlm_eval.checkpoints.config import ModelConfig
+    from mlm_eval.planning.bench_options import BenchOptions
+    from mlm_eval.planning.bench_study import BenchPoint
     from mlm_eval.reporting.results import write_json
 
     world = detect_world()
     assert world is not None, "a job is for ranks"
-    measured = _measure_here(Job(**json.loads(path.read_text(encoding="utf-8"))), world)
+    job = json.loads(path.read_text(encoding="utf-8"))
+    point = BenchPoint(job["tp"], job["model"], ModelConfig(**job["config"]))
+    measured = _measure_here(point, BenchOptions(**job["options"]), world)
     if world.is_main:
         write_json(_answer(path), dataclasses.asdict(measured))
 
@@ -255,34 +248,43 @@ def _answer(path: Path) -> Path:
     return path.with_suffix(".measured.json")
 
 
-def _measure_here(job: Job, world: World) -> Measured:
-    """Measure a layout on the ranks that run, of which this process is one."""
-    from mlm_eval.planning.bench import measure
+def _measure_here(point: BenchPoint, options: BenchOptions, world: World) -> Measured:
+    """Measure a point on the ranks that run, of which this process is one."""
+    from mlm_eval.planning.bench_run import measure_point
 
     if world.size > 1:
-        init_process_group(world, device=job.device)
-    measured = measure(job)
+        init_process_group(world, device=options.device)
+    measured = measure_point(point, options)
     shutdown()
     return measured
 
 
-def _on_fresh_ranks(jobs: Sequence[Job]) -> tuple[list[Measured], LaunchResult | None]:
-    """Measure each layout in processes of its own; return also how the first to fail has failed."""
+def _on_fresh_ranks(
+    points: Sequence[BenchPoint], options: BenchOptions
+) -> tuple[list[Measured], LaunchResult | None]:
+    """Measure each point in processes of its own; return also how the first to fail has failed."""
     import dataclasses
 
-    from mlm_eval.planning.bench import Measured
+    from mlm_eval.planning.bench_options import cores
+    from mlm_eval.planning.bench_run import Measured
 
+    # A rank has as many threads at every size: else more ranks would be slower ranks.
+    most = max(point.tp for point in points)
+    threads = max(1, cores() // most) if options.device == "cpu" else None
     measured: list[Measured] = []
-    with tempfile.TemporaryDirectory(prefix="mlm-eval-bench-") as folder, _threads(jobs):
-        for job in jobs:
-            print(f"measuring tp {job.tp} ...", file=sys.stderr)
-            path = Path(folder, f"tp{job.tp}.json")
-            path.write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
+    with tempfile.TemporaryDirectory(prefix="mlm-eval-bench-") as folder:
+        for point in points:
+            print(f"measuring tp {point.tp} ...", file=sys.stderr)
+            path = Path(folder, f"tp{point.tp}.json")
+            job = {
+                "tp": point.tp,
+                "model": point.model,
+                "config": point.config.to_dict(),
+                "options": dataclasses.asdict(options),
+            }
+            path.write_text(json.dumps(job), encoding="utf-8")
             argv = ["bench", "--job", str(path)]
-            if job.tp == 1:
-                result = _alone(argv)
-            else:
-                result = launch(argv, ranks=job.tp, device=job.device)
+            result = launch(argv, ranks=point.tp, device=options.device, threads=threads)
             if result.exit_code == 128 + signal.SIGINT:
                 raise KeyboardInterrupt
             if result.exit_code:
@@ -290,39 +292,3 @@ def _on_fresh_ranks(jobs: Sequence[Job]) -> tuple[list[Measured], LaunchResult |
             answer: dict[str, Any] = json.loads(_answer(path).read_text(encoding="utf-8"))
             measured.append(Measured(**answer))
     return measured, None
-
-
-@contextmanager
-def _threads(jobs: Sequence[Job]) -> Iterator[None]:
-    """Give a rank as many threads in every layout: else more ranks would be slower ranks."""
-    from mlm_eval.planning.bench_series import cores
-
-    name = "OMP_NUM_THREADS"
-    given = os.environ.get(name)
-    if given is None and jobs[0].device == "cpu":
-        os.environ[name] = str(max(1, cores() // max(job.tp for job in jobs)))
-    try:
-        yield
-    finally:
-        if given is None:
-            os.environ.pop(name, None)
-
-
-def _alone(argv: Sequence[str]) -> LaunchResult:
-    """Run a command line as the only rank of a job, in a process that ends with this one."""
-    world = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    # It meets nobody; the address only makes the description of its place complete.
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "mlm_eval", *argv],
-        env={**os.environ, **world, **place, LAUNCHED: "1", PARENT: str(os.getpid())},
-        check=False,
-    )
-    if done.returncode >= 0:  # what was wrong, it has printed itself
-        return LaunchResult(done.returncode)
-    if done.returncode == -signal.SIGINT:
-        return LaunchResult(128 + signal.SIGINT)
-    hint = " (often: out of memory)" if done.returncode == -signal.SIGKILL else ""
-    return LaunchResult(
-        1, f"the rank of tp 1 was killed by {signal.Signals(-done.returncode).name}{hint}"
-    )

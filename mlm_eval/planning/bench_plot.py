@@ -1,4 +1,4 @@
-"""The plot of a measured series: its scaling beside the paper's, a rank's rate below the peak."""
+"""The plot of a measured series: its scaling beside the paper's, a rank's rate and the peak."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.files.output import atomic_file
-from mlm_eval.planning.bench_record import headline, how, notes, rate_unit
-from mlm_eval.planning.bench_series import WEAK
+from mlm_eval.planning.bench_report import headline, how, notes, rate_unit
+from mlm_eval.planning.bench_study import WEAK
+from mlm_eval.reporting.tables import short_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ NOTE_COLUMNS = 190
 
 
 def plot_bench(record: Mapping[str, Any], path: Path) -> None:
-    """Draw a record of `mlm-eval bench` as a PNG file, with all that the record tells of it.
+    """Draw a record of `mlm-eval bench` as a PNG file, with the sentences of the record below.
 
     Raises:
         InputError: The file cannot be written.
@@ -54,17 +55,13 @@ def plot_bench(record: Mapping[str, Any], path: Path) -> None:
 def _places(axes: Axes, record: Mapping[str, Any]) -> range:
     """Label a place for each point with its size and model; return the places."""
     points = record["points"]
-    labels = [f"tp {point['tp']}\n{_short(point['parameters'])}" for point in points]
+    labels = [f"tp {point['tp']}\n{short_count(point['parameters'])}" for point in points]
     axes.set_xticks(range(len(points)), labels)
     axes.set_xlim(-0.6, len(points) - 0.4)
     axes.set_xlabel("tensor-parallel size, parameters")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     return range(len(points))
-
-
-def _short(count: int) -> str:
-    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
 
 def _legend(axes: Axes) -> None:

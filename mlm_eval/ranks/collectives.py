@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.ranks.mesh import Mesh, is_main, num_ranks
@@ -114,18 +114,19 @@ def on_main(function: Callable[[], T]) -> T:
     return result  # type: ignore[no-any-return]
 
 
-@contextmanager
-def counting_all_reduces() -> Iterator[AllReduceCounts]:
-    """Count the all-reduces of the body: what they carry depends on dtype, mode and dropout."""
-    counts: AllReduceCounts = Counter()
-    all_reduce = dist.all_reduce
+class AllReduceCounter(TorchDispatchMode):
+    """Counts the all-reduces of its `with` block, whoever calls them.
 
-    def counted(tensor: Tensor, *args: Any, **named: Any) -> Any:
-        counts[tensor.numel(), tensor.dtype] += 1
-        return all_reduce(tensor, *args, **named)
+    `counts` tells how many there were of each (number of values, dtype).
+    """
 
-    dist.all_reduce = counted
-    try:
-        yield counts
-    finally:
-        dist.all_reduce = all_reduce
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: AllReduceCounts = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.c10d.allreduce_.default:
+            self.counts.update((tensor.numel(), tensor.dtype) for tensor in args[0])
+        return func(*args, **(kwargs or {}))

@@ -210,7 +210,12 @@ def _gpu(world: World, count: int) -> int:
 
 
 def launch(
-    argv: Sequence[str], *, ranks: int, device: str, command: Sequence[str] | None = None
+    argv: Sequence[str],
+    *,
+    ranks: int,
+    device: str,
+    threads: int | None = None,
+    command: Sequence[str] | None = None,
 ) -> LaunchResult:
     """Run this command line again as `ranks` processes on this machine and wait for them.
 
@@ -221,13 +226,15 @@ def launch(
         argv: The arguments of the command line.
         ranks: Processes to start.
         device: "cpu" or "cuda" (one GPU for each).
+        threads: Of each rank on the CPU, where OMP_NUM_THREADS is not set; None: an equal share of
+            the cores.
         command: What to run with `argv`; `python -m mlm_eval` by default.
 
     Returns:
         Exit code 0 or 3 as the ranks say, 2 for wrong input, 130 for Ctrl-C (128 + n for signal n),
         else 1; with the earliest cause as the message.
     """
-    assert ranks > 1 and device in ("cpu", "cuda"), (ranks, device)
+    assert ranks > 0 and device in ("cpu", "cuda"), (ranks, device)
     # -P: a stray module in the current folder must not shadow one of ours or of the libraries.
     command = [*(command or (sys.executable, "-P", "-m", "mlm_eval")), *argv]
     try:
@@ -241,7 +248,7 @@ def launch(
             tempfile.TemporaryDirectory(prefix="mlm-eval-") as error_dir,
             _noting_signals() as noted,
         ):
-            context = _start(command, ranks, port=store.port, error_dir=error_dir)
+            context = _start(command, ranks, threads, port=store.port, error_dir=error_dir)
             codes, stopped = _wait(context, until=noted)
             if noted and any(code < 0 for code in codes.values()):
                 message = None if noted[0] == signal.SIGINT else f"stopped by {noted[0].name}"
@@ -261,7 +268,9 @@ def _check_gpus(ranks: int) -> None:
         )
 
 
-def _start(command: Sequence[str], ranks: int, *, port: int, error_dir: str) -> SubprocessContext:
+def _start(
+    command: Sequence[str], ranks: int, threads: int | None, *, port: int, error_dir: str
+) -> SubprocessContext:
     """Start the ranks through torch elastic, each in its own session and process group."""
     from torch.distributed.elastic.multiprocessing import (
         DefaultLogsSpecs,
@@ -280,7 +289,9 @@ def _start(command: Sequence[str], ranks: int, *, port: int, error_dir: str) -> 
         LAUNCHED: "1",
         PARENT: str(os.getpid()),
         ERROR_DIR: error_dir,
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads_per_rank(ranks))),
+        "OMP_NUM_THREADS": os.environ.get(
+            "OMP_NUM_THREADS", str(threads or _threads_per_rank(ranks))
+        ),
         # C++ warnings about a lost connection come from every rank but the one that is the cause.
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }
@@ -327,13 +338,13 @@ def _outcome(error_dir: Path, codes: dict[int, int], *, stopped: set[int]) -> La
     for report in reports:
         if report["kind"] == "input":
             return LaunchResult(2, report["message"])
+    stop = "; the other ranks were stopped" if len(codes) > 1 else ""
     faults = [f"rank {r['rank']} failed:\n{r['message']}" for r in reports]
     for rank in sorted(codes.keys() - stopped):
         code = codes[rank]
         if code < 0:
             hint = " (often: out of memory)" if -code == signal.SIGKILL else ""
-            told = f"rank {rank} was killed by {signal.Signals(-code).name}{hint}"
-            told += "; the other ranks were stopped"
+            told = f"rank {rank} was killed by {signal.Signals(-code).name}{hint}{stop}"
             # After a kill from outside the others only report that they lost this rank; after a
             # crash the first of their reports may be the cause.
             also = faults[:1] if -code != signal.SIGKILL else []
@@ -345,8 +356,7 @@ def _outcome(error_dir: Path, codes: dict[int, int], *, stopped: set[int]) -> La
         if code == 2:
             return LaunchResult(2)  # it has printed what is wrong with the options
         if code not in DONE_CODES:
-            told = f"rank {rank} ended with exit code {code}; the other ranks were stopped"
-            return LaunchResult(1, told)
+            return LaunchResult(1, f"rank {rank} ended with exit code {code}{stop}")
     return LaunchResult(max(codes.values()))
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +26,26 @@ from mlm_eval.cli import bench as command
 from mlm_eval.model.initial import initial_tensor
 from mlm_eval.model.memory import evaluation_memory
 from mlm_eval.model.sizes import named_config
-from mlm_eval.planning import bench, bench_clocks, bench_fit, bench_series
-from mlm_eval.planning.bench import Drawn, Job, Measured, measure, step_flops
-from mlm_eval.planning.bench_fit import PROCESS, fit, free_bytes, rank_bytes
+from mlm_eval.planning import bench_options, bench_run, bench_study
+from mlm_eval.planning.bench_options import BenchOptions, parse_scale, parse_sizes
 from mlm_eval.planning.bench_plot import plot_bench
-from mlm_eval.planning.bench_record import bench_record, bench_text
-from mlm_eval.planning.bench_series import (
-    BenchOptions,
-    Layout,
-    Series,
-    make_job,
+from mlm_eval.planning.bench_report import bench_record, bench_text
+from mlm_eval.planning.bench_run import Drawn, Measured, measure_point
+from mlm_eval.planning.bench_study import (
+    PROCESS,
+    BenchPoint,
+    BenchSeries,
+    check_point,
+    fit,
+    free_bytes,
     model_series,
     paper_series,
-    parse_scale,
-    parse_sizes,
+    rank_bytes,
     scaled,
+    step_flops,
     usual_sizes,
 )
-from mlm_eval.ranks.collectives import counting_all_reduces
+from mlm_eval.ranks.collectives import AllReduceCounter
 from mlm_eval.ranks.launch import LaunchResult
 from mlm_eval.ranks.world import World
 from mlm_eval.reporting.results import write_json
@@ -54,18 +54,16 @@ from mlm_eval.tasks.paper import load_paper
 pytest_plugins = ["support.command_line_fixtures"]
 
 GPT = dataclasses.replace(random_models.GPT, params_dtype="float32")
-JOB = Job(
-    tp=1, mode="infer", device="cpu", dtype="float32", batch=3, micro_batch=2, seq_length=8,
-    steps=2, warmup_steps=1, model=GPT.to_dict(),
-)  # fmt: skip
+POINT = BenchPoint(1, "tiny", GPT)
 OPTIONS = BenchOptions(device="cpu", dtype="float32")
+FEW = BenchOptions(device="cpu", dtype="float32", batch=3, seq_length=8, steps=2, warmup_steps=1)
 QUICK = ["--batch", 2, "--steps", 2, "--warmup-steps", 1, "--device", "cpu"]
 
 
-def quickly(job: Job) -> Measured:
+def quickly(point: BenchPoint, options: BenchOptions) -> Measured:
     """Measure, with small matrices for the peak."""
-    bench_clocks.SIDES, bench_clocks.PRODUCT_SECONDS = {"cpu": (16, 32)}, 0.001
-    return measure(job)
+    bench_run.SIDES, bench_run.PRODUCT_SECONDS = {"cpu": (16, 32)}, 0.001
+    return measure_point(point, options)
 
 
 def measured(seconds: list[float], **figures: Any) -> Measured:
@@ -83,8 +81,10 @@ def measured(seconds: list[float], **figures: Any) -> Measured:
     return Measured(step_seconds=seconds, **(values | figures))
 
 
-def jobs_of(series: Series, options: BenchOptions = OPTIONS) -> list[Job]:
-    return [make_job(layout, options) for layout in series.layouts]
+def shaped(mode: str, *, batch: int, length: int, recompute: bool = False) -> BenchOptions:
+    return dataclasses.replace(
+        OPTIONS, mode=mode, batch=batch, seq_length=length, recompute=recompute
+    )
 
 
 # --- operations ---
@@ -100,20 +100,19 @@ def test_the_operations_of_a_step_by_hand():
     )
     head = 4 * 2 * 50 * 32
     forward = 2 * layer + head
-    assert step_flops(GPT, mode="infer", batch=3, length=4) == 3 * forward
-    assert step_flops(GPT, mode="train", batch=3, length=4) == 3 * 3 * forward
-    again = step_flops(GPT, mode="train", batch=3, length=4, recompute=True)
+    assert step_flops(GPT, shaped("infer", batch=3, length=4)) == 3 * forward
+    assert step_flops(GPT, shaped("train", batch=3, length=4)) == 3 * 3 * forward
+    again = step_flops(GPT, shaped("train", batch=3, length=4, recompute=True))
     assert again == 3 * (3 * forward + 2 * layer)
 
 
 def test_a_bert_in_training_computes_the_logits_of_hidden_tokens_only():
-    layers = step_flops(
-        dataclasses.replace(random_models.BERT, lm_head=False), mode="infer", batch=1, length=16
-    )
+    scored, train = (shaped(mode, batch=1, length=16) for mode in ("infer", "train"))
+    layers = step_flops(dataclasses.replace(random_models.BERT, lm_head=False), scored)
     head = 2 * 50 * 32
-    assert step_flops(random_models.BERT, mode="infer", batch=1, length=16) == layers + 16 * head
+    assert step_flops(random_models.BERT, scored) == layers + 16 * head
     # Positions 1, 8 and 15.
-    trained = step_flops(random_models.BERT, mode="train", batch=1, length=16)
+    trained = step_flops(random_models.BERT, train)
     assert trained == 3 * (layers + 3 * head)
 
 
@@ -159,8 +158,9 @@ def test_a_rank_draws_its_shard_only():
 def test_real_steps_are_measured_on_the_ranks(
     base: ModelConfig, mode: str, collectives: int, large: int, tp: int
 ):
-    job = dataclasses.replace(JOB, tp=tp, mode=mode, model=base.to_dict())
-    per_rank = run_ranks(tp, quickly, job)
+    micro_batch = 2 if mode == "train" else None
+    options = dataclasses.replace(FEW, mode=mode, micro_batch=micro_batch)
+    per_rank = run_ranks(tp, quickly, BenchPoint(tp, "tiny", base), options)
     first = per_rank[0]
     assert len(first.step_seconds) == 2 and min(first.step_seconds) > 0
     assert first.peak_tflops > 0 and first.busy_over_alone > 0
@@ -181,32 +181,43 @@ def test_real_steps_are_measured_on_the_ranks(
 
 @pytest.mark.parametrize("changes", [{"recompute": True}, {"dtype": "bfloat16"}])
 def test_training_takes_its_options(changes: dict[str, Any]):
-    job = dataclasses.replace(JOB, mode="train", attention_dropout=0.0, **changes)
-    (result,) = run_ranks(1, quickly, job)
+    options = dataclasses.replace(FEW, mode="train", attention_dropout=0.0, **changes)
+    (result,) = run_ranks(1, quickly, POINT, options)
     assert len(result.step_seconds) == 2
 
 
 def test_a_loss_that_is_not_finite_is_told(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(bench, "LEARNING_RATE", 1e30)
+    monkeypatch.setattr(bench_run, "LEARNING_RATE", 1e30)
     with pytest.raises(InputError, match="step 2 in float32 is not finite"):
-        measure(dataclasses.replace(JOB, mode="train", micro_batch=3))
+        measure_point(POINT, dataclasses.replace(FEW, mode="train"))
+
+
+def counted_around(size: int) -> dict[tuple[int, torch.dtype], int]:
+    """Return the all-reduces that are counted where one runs before, three inside, one after."""
+    sums = [torch.ones(n) for n in (5, 5, 7)]
+    torch.distributed.all_reduce(torch.ones(9))
+    counter = AllReduceCounter()
+    with pytest.raises(KeyError), counter:
+        for values in sums:
+            torch.distributed.all_reduce(values)
+        raise KeyError
+    torch.distributed.all_reduce(torch.ones(9))
+    assert [values[0] for values in sums] == [size] * 3
+    return dict(counter.counts)
 
 
 def test_all_reduces_are_counted_for_a_step_only():
-    """Afterwards torch's own function is in its place, also after an exception."""
-    before = torch.distributed.all_reduce
-    with pytest.raises(KeyError), counting_all_reduces():
-        assert torch.distributed.all_reduce is not before
-        raise KeyError
-    assert torch.distributed.all_reduce is before
+    """What runs before and after does not count, also after an exception."""
+    for counts in run_ranks(2, counted_around, 2):
+        assert counts == {(5, torch.float32): 2, (7, torch.float32): 1}
 
 
 def test_products_go_on_for_their_time_and_at_least_twice(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(bench_clocks, "PRODUCT_SECONDS", 0.0)
+    monkeypatch.setattr(bench_run, "PRODUCT_SECONDS", 0.0)
     cpu = torch.device("cpu")
-    assert len(bench_clocks.product_seconds(cpu, torch.bfloat16, 8)) == 2
-    monkeypatch.setattr(bench_clocks, "PRODUCT_SECONDS", 0.05)
-    seconds = bench_clocks.product_seconds(cpu, torch.float32, 64)
+    assert len(bench_run.product_seconds(cpu, torch.bfloat16, 8)) == 2
+    monkeypatch.setattr(bench_run, "PRODUCT_SECONDS", 0.05)
+    seconds = bench_run.product_seconds(cpu, torch.float32, 64)
     assert len(seconds) > 2 and min(seconds) > 0
 
 
@@ -217,10 +228,10 @@ def test_no_larger_product_is_tried_after_a_slow_one(monkeypatch: pytest.MonkeyP
         tried.append(side)
         return {10: [2.0, 1.0], 20: [4.0, 3.0]}[side]
 
-    monkeypatch.setattr(bench_clocks, "SIDES", {"cpu": (10, 20, 30)})
-    monkeypatch.setattr(bench_clocks, "product_seconds", product_seconds)
+    monkeypatch.setattr(bench_run, "SIDES", {"cpu": (10, 20, 30)})
+    monkeypatch.setattr(bench_run, "product_seconds", product_seconds)
     # 2 * 20**3 / 3 beats 2 * 10**3 / 1.
-    assert bench_clocks.products(torch.device("cpu"), torch.float32) == (16_000 / 3, 1.0)
+    assert bench_run.products(torch.device("cpu"), torch.float32) == (16_000 / 3, 1.0)
     assert tried == [10, 20]
 
 
@@ -231,7 +242,7 @@ def test_weak_scaling_is_the_papers_table_1_with_figure_5():
     series = paper_series("weak", load_paper(), [1, 2, 4, 8])
     shapes = [
         (c.num_layers, c.hidden_size, c.num_attention_heads, c.kv_channels, c.ffn_hidden_size)
-        for c in (layout.config for layout in series.layouts)
+        for c in (point.config for point in series.points)
     ]
     assert shapes == [
         (40, 1536, 16, 96, 6144),
@@ -239,28 +250,28 @@ def test_weak_scaling_is_the_papers_table_1_with_figure_5():
         (64, 2304, 24, 96, 9216),
         (72, 3072, 32, 96, 12288),
     ]
-    assert {layout.config.vocab_size for layout in series.layouts} == {51_200}
-    for layout, billions in zip(series.layouts, (1.2, 2.5, 4.2, 8.3), strict=True):
-        assert num_parameters(layout.config) == pytest.approx(billions * 1e9, rel=0.02)
-        assert layout.model == f"gpt2-{billions}b"
-    assert [layout.published for layout in series.layouts] == [1.0, 0.95, 0.82, 0.77]
+    assert {point.config.vocab_size for point in series.points} == {51_200}
+    for point, billions in zip(series.points, (1.2, 2.5, 4.2, 8.3), strict=True):
+        assert num_parameters(point.config) == pytest.approx(billions * 1e9, rel=0.02)
+        assert point.model == f"gpt2-{billions}b"
+    assert [point.published for point in series.points] == [1.0, 0.95, 0.82, 0.77]
     assert series.paper and series.paper_batch == 8
 
 
 def test_strong_scaling_is_the_papers_table_8():
     series = paper_series("strong", load_paper(), [1, 2, 4, 8])
-    assert [layout.published for layout in series.layouts] == [1.0, 1.64, 2.34, 2.98]
+    assert [point.published for point in series.points] == [1.0, 1.64, 2.34, 2.98]
     layers = 40 * (12 * 1536**2 + 13 * 1536) + 2 * 1536
     whole = layers + (51_200 + 1024) * 1536
-    assert {num_parameters(layout.config) for layout in series.layouts} == {whole}
+    assert {num_parameters(point.config) for point in series.points} == {whole}
 
 
 def test_the_published_figures_are_those_of_the_file():
     paper = json.loads(json.dumps(load_paper()))
     paper["figure5"]["model_parallel"][1]["efficiency_percent"] = 50
     paper["table8"]["rows"][1]["speedup"] = 1.25
-    assert paper_series("weak", paper, [2]).layouts[0].published == 0.5
-    assert paper_series("strong", paper, [2]).layouts[0].published == 1.25
+    assert paper_series("weak", paper, [2]).points[0].published == 0.5
+    assert paper_series("strong", paper, [2]).points[0].published == 1.25
 
 
 def test_a_scaled_series_by_hand():
@@ -268,7 +279,7 @@ def test_a_scaled_series_by_hand():
     series = paper_series("weak", load_paper(), [1, 2, 4, 8], scale=0.1)
     shapes = [
         (c.num_layers, c.hidden_size, c.num_attention_heads, c.ffn_hidden_size, c.vocab_size)
-        for c in (layout.config for layout in series.layouts)
+        for c in (point.config for point in series.points)
     ]
     assert shapes == [
         (4, 128, 16, 512, 512),
@@ -281,16 +292,16 @@ def test_a_scaled_series_by_hand():
 
 @pytest.mark.parametrize("factor", [0.03, 0.1, 0.25, 0.3, 0.5, 0.77, 0.95])
 def test_a_scaled_model_divides_as_the_whole_one_does(factor: float):
-    for layout in paper_series("weak", load_paper(), [1, 2, 4, 8]).layouts:
-        small = scaled(layout.config, factor)
-        heads = layout.config.num_attention_heads
+    for point in paper_series("weak", load_paper(), [1, 2, 4, 8]).points:
+        small = scaled(point.config, factor)
+        heads = point.config.num_attention_heads
         assert small.num_attention_heads == small.num_query_groups == heads
         assert small.hidden_size == heads * small.kv_channels and small.kv_channels % 8 == 0
-        assert layout.tp in allowed_tp(small)
+        assert point.tp in allowed_tp(small)
         assert small.ffn_hidden_size == 4 * small.hidden_size
         assert small.vocab_size % 128 == 0
-        assert small.hidden_size / layout.config.hidden_size == pytest.approx(factor, abs=0.06)
-        assert small.num_layers / layout.config.num_layers == pytest.approx(factor, abs=0.02)
+        assert small.hidden_size / point.config.hidden_size == pytest.approx(factor, abs=0.06)
+        assert small.num_layers / point.config.num_layers == pytest.approx(factor, abs=0.02)
 
 
 def test_scaling_never_enlarges():
@@ -302,7 +313,7 @@ def test_scaling_never_enlarges():
 
 
 def test_the_output_layer_keeps_its_share_of_a_scaled_model():
-    whole = paper_series("weak", load_paper(), [1]).layouts[0].config
+    whole = paper_series("weak", load_paper(), [1]).points[0].config
     half = scaled(whole, 0.5)
 
     def share(config: ModelConfig) -> float:
@@ -321,7 +332,7 @@ def test_sizes_are_read_in_order(text: str, sizes: list[int] | None):
 
 @pytest.mark.parametrize("text", ["", "1,", "0", "-1", "two", "1;2", "1.5"])
 def test_what_is_no_size_is_refused(text: str):
-    with pytest.raises(InputError, match="give sizes divided by commas"):
+    with pytest.raises(InputError, match="give comma-separated sizes"):
         parse_sizes(text)
 
 
@@ -333,7 +344,7 @@ def test_what_is_no_scale_is_refused(text: str):
 
 
 def test_the_usual_sizes_are_those_with_a_core(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(bench_series, "cores", lambda: 6)
+    monkeypatch.setattr(bench_study, "cores", lambda: 6)
     assert usual_sizes("cpu") == [1, 2, 4]
     three_heads = random_models.config(num_attention_heads=3, hidden_size=24, ffn_hidden_size=96)
     assert usual_sizes("cpu", three_heads) == [1]
@@ -354,7 +365,6 @@ def test_what_the_paper_has_no_figure_for_is_refused():
     ("changes", "told"),
     [
         ({"mode": "guess"}, "--mode 'guess' is unknown; use infer or train"),
-        ({"dtype": "float8"}, "--dtype 'float8' is unknown"),
         ({"micro_batch": 2}, "belong to --mode train"),
         ({"recompute": True}, "belong to --mode train"),
         ({"attention_dropout": 1.0}, "--attention-dropout is 1.0; it must lie in"),
@@ -365,39 +375,32 @@ def test_impossible_options_are_refused(changes: dict[str, Any], told: str):
         dataclasses.replace(OPTIONS, **changes)
 
 
-def test_a_job_is_filled_from_model_and_options():
-    layout = Layout(2, "gpt2-355m", named_config("gpt2-355m"))
-    job = make_job(layout, OPTIONS)
-    assert (job.tp, job.batch, job.micro_batch, job.seq_length) == (2, 8, 8, 1024)
-    assert job.model == layout.config.to_dict() and job.ckpt is None
-    trained = make_job(layout, dataclasses.replace(OPTIONS, mode="train", micro_batch=3, batch=2))
-    assert trained.micro_batch == 2
-    assert make_job(Layout(1, "tiny", GPT), OPTIONS).seq_length == 16  # its positions
-    assert make_job(layout, dataclasses.replace(OPTIONS, ckpt="here")).model is None
-    # It goes through a file as it is.
-    assert Job(**json.loads(json.dumps(dataclasses.asdict(job)))) == job
+def test_rows_are_filled_from_model_and_options():
+    large = BenchPoint(2, "gpt2-355m", named_config("gpt2-355m"))
+    assert (OPTIONS.batch, OPTIONS.forward_rows, OPTIONS.row_length(large.config)) == (8, 8, 1024)
+    assert dataclasses.replace(OPTIONS, mode="train", micro_batch=3, batch=2).forward_rows == 2
+    assert OPTIONS.row_length(GPT) == 16  # its positions
+    check_point(large, OPTIONS)
     with pytest.raises(InputError, match="more than the 16 positions of tiny"):
-        make_job(Layout(1, "tiny", GPT), dataclasses.replace(OPTIONS, seq_length=17))
-    headless = Layout(1, "tuned", dataclasses.replace(random_models.BERT, lm_head=False))
-    assert make_job(headless, OPTIONS).mode == "infer"
+        check_point(POINT, dataclasses.replace(OPTIONS, seq_length=17))
+    headless = BenchPoint(1, "tuned", dataclasses.replace(random_models.BERT, lm_head=False))
+    check_point(headless, OPTIONS)
     with pytest.raises(InputError, match="tuned has no language-model head"):
-        make_job(headless, dataclasses.replace(OPTIONS, mode="train"))
+        check_point(headless, dataclasses.replace(OPTIONS, mode="train"))
 
 
 # --- memory ---
 
 
 def test_the_need_of_a_rank_is_the_memory_models():
-    layout = Layout(2, "tiny", GPT)
-    job = make_job(layout, OPTIONS)
+    point = BenchPoint(2, "tiny", GPT)
     need = evaluation_memory(GPT, tp=2, itemsize=4, batch_tokens=8 * 16, scored_rows=8 * 16)
-    assert rank_bytes(layout, job) == need.on_cpu().total + PROCESS
+    assert rank_bytes(point, OPTIONS) == need.on_cpu().total + PROCESS
     train = dataclasses.replace(OPTIONS, mode="train", attention_dropout=0.0)
-    whole = rank_bytes(layout, make_job(layout, train))
-    assert whole > rank_bytes(layout, job)
+    whole = rank_bytes(point, train)
+    assert whole > rank_bytes(point, OPTIONS)
     for smaller in ({"micro_batch": 1}, {"recompute": True}):
-        less = make_job(layout, dataclasses.replace(train, **smaller))
-        assert rank_bytes(layout, less) < whole
+        assert rank_bytes(point, dataclasses.replace(train, **smaller)) < whole
 
 
 def test_ranks_share_the_memory_of_the_machine():
@@ -412,22 +415,21 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch):
         free_bytes("cuda", 4)
 
 
-def weak(scale: float) -> Series:
+def weak(scale: float) -> BenchSeries:
     return paper_series("weak", load_paper(), [1, 2], scale=scale)
 
 
 def test_what_does_not_fit_is_refused_before_it_starts(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(bench_fit, "free_bytes", lambda device, ranks: 10**10 // ranks)
+    monkeypatch.setattr(bench_study, "free_bytes", lambda device, ranks: 10**10 // ranks)
     told = r"tp 2 \(gpt2-2.5b\) needs [0-9.]+ GB on each of 2 ranks, 5.0 GB are free for each"
     with pytest.raises(InputError, match=rf"{told}; shrink the models with --scale") as caught:
         fit(weak, OPTIONS, scale=1.0)
     assert "--recompute" not in str(caught.value)
     # Under a launcher the ranks of this machine count: a node for each has more.
-    monkeypatch.setattr(bench_fit, "free_bytes", lambda device, ranks: 10**11 // ranks**5)
+    monkeypatch.setattr(bench_study, "free_bytes", lambda device, ranks: 10**11 // ranks**5)
     with pytest.raises(InputError, match="tp 2"):
         fit(weak, OPTIONS, scale=1.0)
-    series, _ = fit(weak, OPTIONS, scale=1.0, local_ranks=1)
-    assert series.scale == 1.0
+    assert fit(weak, OPTIONS, scale=1.0, local_ranks=1).scale == 1.0
     train = dataclasses.replace(OPTIONS, mode="train")
     with pytest.raises(InputError, match="a --micro-batch, or --recompute"):
         fit(weak, train, scale=1.0)
@@ -435,12 +437,10 @@ def test_what_does_not_fit_is_refused_before_it_starts(monkeypatch: pytest.Monke
 
 def test_auto_takes_the_largest_scale_that_fits(monkeypatch: pytest.MonkeyPatch):
     wanted = weak(0.45)
-    needs = [rank_bytes(x, make_job(x, OPTIONS)) for x in wanted.layouts]
-    monkeypatch.setattr(bench_fit, "free_bytes", lambda device, ranks: max(needs))
-    series, jobs = fit(weak, OPTIONS, scale=None)
-    assert series.scale == 0.45 and [job.tp for job in jobs] == [1, 2]
-    assert jobs[1].model == wanted.layouts[1].config.to_dict()
-    monkeypatch.setattr(bench_fit, "free_bytes", lambda device, ranks: PROCESS)
+    needs = [rank_bytes(point, OPTIONS) for point in wanted.points]
+    monkeypatch.setattr(bench_study, "free_bytes", lambda device, ranks: max(needs))
+    assert fit(weak, OPTIONS, scale=None) == wanted
+    monkeypatch.setattr(bench_study, "free_bytes", lambda device, ranks: PROCESS)
     with pytest.raises(InputError, match=r"tp 1 \(gpt2-1.2b\) needs [^;]+; leave it out"):
         fit(weak, OPTIONS, scale=None)
 
@@ -454,7 +454,7 @@ def record_of(
     """Return the record of the paper's series, scaled by 0.1, with made-up times."""
     series = paper_series(kind, load_paper(), sizes, scale=0.1)
     times = [measured(times, **figures) for times in seconds]
-    return bench_record(series, jobs_of(series), times, cores=cores)
+    return bench_record(series, OPTIONS, times, cores=cores)
 
 
 def test_weak_efficiency_is_the_rate_of_a_rank_by_hand():
@@ -518,8 +518,7 @@ def test_unsteady_steps_and_failures_are_told():
     assert any("its steps took 1 s to 1.3 s" in sentence for sentence in record["limits"])
     assert record_of("weak", [1], [[1.0, 1.0, 1.1]])["limits"] == []
     series = paper_series("weak", load_paper(), [1, 2])
-    jobs = jobs_of(series)
-    record = bench_record(series, jobs, [measured([1.0])], cores=2, failed="tp 2 failed")
+    record = bench_record(series, OPTIONS, [measured([1.0])], cores=2, failed="tp 2 failed")
     assert len(record["points"]) == 1 and record["limits"][-1] == "tp 2 failed"
 
 
@@ -535,14 +534,14 @@ def test_what_is_not_as_in_the_paper_is_told():
     series = paper_series("weak", load_paper(), [1])
     options = BenchOptions("cuda", "float16", mode="train", batch=4, seq_length=512)
     figures = measured([1.0], device_name="Tesla V100-SXM3-32GB")
-    record = bench_record(series, jobs_of(series, options), [figures], cores=2)
+    record = bench_record(series, options, [figures], cores=2)
     assert record["not_as_in_the_paper"] == [
         "4 rows a step, in the paper 8",
         "rows of 512 tokens, in the paper 1,024",
     ]
     assert record["limits"] == [] and record["points"][0]["cores_per_thread"] is None
     other = model_series("tiny", GPT, [1])
-    record = bench_record(other, jobs_of(other), [measured([1.0])], cores=2)
+    record = bench_record(other, OPTIONS, [measured([1.0])], cores=2)
     assert record["not_as_in_the_paper"] == [] and record["points"][0]["published"] is None
 
 
@@ -563,7 +562,7 @@ def test_the_table_shows_both_figures_and_the_scale():
     assert "gpt2-1.2b x 0.1" in line and line.split()[-3:] == ["1.60", "80%", "1.64"]
     assert max(len(line) for line in text.splitlines()) < 140
     whole = model_series("tiny", GPT, [1])
-    text = bench_text(bench_record(whole, jobs_of(whole), [measured([0.5])], cores=2))
+    text = bench_text(bench_record(whole, OPTIONS, [measured([0.5])], cores=2))
     assert text.startswith("throughput of tiny: inference, float32, cpu")
     assert "SCALED" not in text and "efficiency" not in text and "paper" not in text
     assert "500 ms" in text
@@ -608,7 +607,7 @@ def test_a_checkpoint_on_one_and_two_ranks(folder: Path, tmp_path: Path):
     for point in record["points"]:
         assert point["parameters"] == num_parameters(CONFIG)
         assert point["tokens_per_second"] * point["seconds_per_step"] == pytest.approx(2 * 32)
-        expected = step_flops(CONFIG, mode="infer", batch=2, length=32) / 1e12
+        expected = step_flops(CONFIG, shaped("infer", batch=2, length=32)) / 1e12
         assert point["tflop_per_step"] == pytest.approx(expected)
         total = point["tflops_per_rank"] * point["tp"] * point["seconds_per_step"]
         assert total == pytest.approx(expected)
@@ -689,68 +688,44 @@ def test_what_cannot_be_measured_is_one_sentence(run, options: list[object], tol
 
 
 def test_what_does_not_fit_is_one_sentence(run, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(bench_fit, "free_bytes", lambda device, ranks: 10**9)
+    monkeypatch.setattr(bench_study, "free_bytes", lambda device, ranks: 10**9)
     ended = run("bench", "--study", "weak", "--tp", "1,8", "--mode", "train", "--device", "cpu")
     assert_one_sentence(ended, "tp 1 (gpt2-1.2b) needs", "1.0 GB are free", "--scale")
 
 
-def fake_measurement(argv: list[str]) -> LaunchResult:
-    """Leave figures where a job's rank 0 would."""
-    assert argv[:2] == ["bench", "--job"]
-    path = Path(argv[2])
-    assert Job(**json.loads(path.read_text())).device == "cpu"
-    write_json(command._answer(path), dataclasses.asdict(measured([1.0])))
-    return LaunchResult(0)
+def failing_at_two(result: LaunchResult, seen: list[int | None]) -> Any:
+    """Return a `launch` that leaves figures where rank 0 would for one rank, and fails for two."""
+
+    def launch(argv: list[str], *, ranks: int, device: str, threads: int | None) -> LaunchResult:
+        assert argv[:2] == ["bench", "--job"] and device == "cpu"
+        seen.append(threads)
+        if ranks > 1:
+            return result
+        path = Path(argv[2])
+        job = json.loads(path.read_text())
+        assert BenchOptions(**job["options"]).device == "cpu"
+        assert ModelConfig(**job["config"]).family == "gpt"
+        write_json(path.with_suffix(".measured.json"), dataclasses.asdict(measured([1.0])))
+        return LaunchResult(0)
+
+    return launch
 
 
 def test_what_was_measured_before_a_failure_is_kept(run, tmp_path, monkeypatch):
-    output = tmp_path / "bench.json"
-    monkeypatch.setattr(command, "_alone", fake_measurement)
-    monkeypatch.setattr(command, "launch", lambda argv, **how: LaunchResult(1, "rank 1 has died"))
+    """Also: a rank has as many threads at every size, else more ranks would be slower ranks."""
+    output, threads = tmp_path / "bench.json", []
+    monkeypatch.setattr(bench_options, "cores", lambda: 8)
+    died = LaunchResult(1, "rank 1 has died")
+    monkeypatch.setattr(command, "launch", failing_at_two(died, threads))
     ended = run("bench", "--model", "gpt2-tiny", "--tp", "1,2", *QUICK, "--output", output)
     assert ended.code == 1 and ended.err.endswith("mlm-eval: rank 1 has died\n")
     assert "tp 2 and what follows it was not measured" in " ".join(ended.out.split())
     assert [point["tp"] for point in read(output)["points"]] == [1]
+    assert threads == [4, 4]
 
 
-def test_ctrl_c_in_a_layout_ends_all(run, tmp_path, monkeypatch):
+def test_ctrl_c_at_a_size_ends_all(run, tmp_path, monkeypatch):
     output = tmp_path / "bench.json"
-    monkeypatch.setattr(command, "_alone", fake_measurement)
-    monkeypatch.setattr(command, "launch", lambda argv, **how: LaunchResult(130))
+    monkeypatch.setattr(command, "launch", failing_at_two(LaunchResult(130), []))
     ended = run("bench", "--model", "gpt2-tiny", "--tp", "1,2", *QUICK, "--output", output)
     assert ended.code == 130 and ended.out == "" and not output.exists()
-
-
-@pytest.mark.parametrize(
-    ("code", "expected"),
-    [
-        (0, LaunchResult(0)),
-        (2, LaunchResult(2)),  # it has said why
-        (-2, LaunchResult(130)),
-        (-9, LaunchResult(1, "the rank of tp 1 was killed by SIGKILL (often: out of memory)")),
-        (-11, LaunchResult(1, "the rank of tp 1 was killed by SIGSEGV")),
-    ],
-)
-def test_how_the_only_rank_ended(code: int, expected: LaunchResult, monkeypatch):
-    def ended(argv: list[str], *, env: dict[str, str], check: bool) -> Any:
-        assert argv[:4] == [sys.executable, "-P", "-m", "mlm_eval"]
-        assert (env["RANK"], env["WORLD_SIZE"], env["MLM_EVAL_LAUNCHED"]) == ("0", "1", "1")
-        return subprocess.CompletedProcess(argv, code)
-
-    monkeypatch.setattr(subprocess, "run", ended)
-    assert command._alone(["bench"]) == expected
-
-
-def test_a_rank_has_as_many_threads_in_every_layout(monkeypatch: pytest.MonkeyPatch):
-    import os
-
-    monkeypatch.setattr(bench_series, "cores", lambda: 8)
-    jobs = [dataclasses.replace(JOB, tp=tp) for tp in (1, 2)]
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    with command._threads(jobs):
-        assert os.environ["OMP_NUM_THREADS"] == "4"
-    assert "OMP_NUM_THREADS" not in os.environ
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's own choice stays
-    with command._threads(jobs):
-        assert os.environ["OMP_NUM_THREADS"] == "3"
-    assert os.environ["OMP_NUM_THREADS"] == "3"

@@ -295,6 +295,10 @@ def test_more_ranks_than_gpus_are_refused_before_any_starts(
         ),
         ([], {0: 2, 1: 0}, (2, None)),
         ([], {0: 0, 1: 0}, (0, None)),
+        # One rank alone: there are no others to stop.
+        ([], {0: -9}, (1, "rank 0 was killed by SIGKILL (often: out of memory)")),
+        ([], {0: -11}, (1, "rank 0 was killed by SIGSEGV")),
+        ([], {0: 5}, (1, "rank 0 ended with exit code 5")),
     ],
 )
 def test_the_cause_is_told_before_its_consequences(

@@ -13,28 +13,36 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlm_eval.checkpoints.parameters import num_parameters
-from mlm_eval.planning.bench import Job, Measured, attention_share, step_flops
-from mlm_eval.planning.bench_series import WEAK, Layout, Series
+from mlm_eval.planning.bench_options import INFER, TRAIN, BenchOptions
+from mlm_eval.planning.bench_run import Measured
+from mlm_eval.planning.bench_study import (
+    WEAK,
+    BenchPoint,
+    BenchSeries,
+    attention_share,
+    step_flops,
+)
 from mlm_eval.reporting.results import versions
+from mlm_eval.reporting.text import aligned
 
 UNSTEADY = 0.2
-"""Steps that differ by more than this share of their median are told of."""
+"""Steps that differ by more than this share of their median are reported."""
 
 PAPER_LENGTH = 1024
 """Tokens of a row in the training of the paper's GPT-2 models."""
 
 CONVENTION = {
-    "infer": "a forward pass over whole rows; multiply and add count as two, the output layer "
+    INFER: "a forward pass over whole rows; multiply and add count as two, the output layer "
     "included, norms, activations and softmax left out",
-    "train": "three times the forward pass, and with recomputation the layers' forward pass once "
+    TRAIN: "three times the forward pass, and with recomputation the layers' forward pass once "
     "more; multiply and add count as two, the output layer included, norms, activations, softmax "
     "and the optimizer left out",
 }
 
 
 def bench_record(
-    series: Series,
-    jobs: Sequence[Job],
+    series: BenchSeries,
+    options: BenchOptions,
     measured: Sequence[Measured],
     *,
     cores: int,
@@ -43,56 +51,60 @@ def bench_record(
     """Return the record of a series.
 
     Args:
-        series: The layouts.
-        jobs: How they were to be measured.
-        measured: Their figures, in the same order; fewer than layouts where one has failed.
+        series: The points.
+        options: How they were measured.
+        measured: Their figures, in the same order; fewer than points where one has failed.
         cores: Processor cores of a machine, which its ranks share.
-        failed: Why the first layout without figures has none.
+        failed: Why the first point without figures has none.
     """
-    done = list(zip(series.layouts, jobs, measured, strict=False))
-    points = [_point(layout, job, figures, cores) for layout, job, figures in done]
+    pairs = zip(series.points, measured, strict=False)
+    points = [_figures(point, options, figures, cores) for point, figures in pairs]
     _compare(points, series.kind)
+    device_name = measured[0].device_name
     return {
         "task": "bench",
         "protocol": f"{series.kind}-scaling",
-        "settings": _settings(series, jobs[0], measured[0], cores),
+        "settings": _settings(series, options, measured[0], cores),
         "points": points,
-        "limits": _limits(points, jobs[0].device, cores, failed),
-        "not_as_in_the_paper": _differences(series, jobs[0], measured[0].device_name)
-        if series.paper
-        else [],
+        "limits": _limits(points, options.device, cores, failed),
+        "not_as_in_the_paper": _differences(series, options, device_name) if series.paper else [],
         "versions": versions(),
     }
 
 
-def _settings(series: Series, job: Job, first: Measured, cores: int) -> dict[str, Any]:
-    training = job.mode == "train"
+def _settings(
+    series: BenchSeries, options: BenchOptions, first: Measured, cores: int
+) -> dict[str, Any]:
+    of_training = {
+        "micro_batch": options.forward_rows,
+        "recompute": options.recompute,
+        "hidden_dropout": options.hidden_dropout,
+        "attention_dropout": options.attention_dropout,
+    }
+    scaling = (
+        f"layers and hidden size x {series.scale:g} with as many heads, vocabulary x "
+        f"{series.scale**2:g}, so that the output layer keeps its share of the work"
+    )
     return {
         "study": series.kind,
         "title": series.title,
         "paper_study": series.paper,
-        "mode": job.mode,
+        "mode": options.mode,
         "scale": series.scale,
-        "scaling": None
-        if series.scale == 1.0
-        else f"layers and hidden size x {series.scale:g} with as many heads, vocabulary x "
-        f"{series.scale**2:g}, so that the output layer keeps its share of the work",
-        "dtype": job.dtype,
-        "device": job.device,
+        "scaling": None if series.scale == 1.0 else scaling,
+        "dtype": options.dtype,
+        "device": options.device,
         "device_name": first.device_name,
         "cores": cores,
         "threads_per_rank": first.threads,
-        "batch": job.batch,
-        "micro_batch": job.micro_batch if training else None,
-        "seq_length": job.seq_length,
-        "recompute": job.recompute if training else None,
-        "hidden_dropout": job.hidden_dropout if training else None,
-        "attention_dropout": job.attention_dropout if training else None,
-        "steps": job.steps,
-        "warmup_steps": job.warmup_steps,
-        "seed": job.seed,
-        "ckpt": job.ckpt,
-        "flops": CONVENTION[job.mode],
+        "batch": options.batch,
+        "seq_length": options.row_length(series.points[0].config),
+        **(of_training if options.trains else dict.fromkeys(of_training)),
+        "steps": options.steps,
+        "warmup_steps": options.warmup_steps,
+        "seed": options.seed,
+        "ckpt": options.ckpt,
+        "flops": CONVENTION[options.mode],
         "peak": "square matrix products in the same dtype with the same threads, the fastest of "
         "several sizes, on rank 0 while the others wait",
         "all_reduce": "an estimate: the all-reduces of a step timed apart from it, one after the "
@@ -103,17 +115,17 @@ def _settings(series: Series, job: Job, first: Measured, cores: int) -> dict[str
 # --- figures -------------------------------------------------------------------------------------
 
 
-def _point(layout: Layout, job: Job, measured: Measured, cores: int) -> dict[str, Any]:
-    config = layout.config
+def _figures(
+    point: BenchPoint, options: BenchOptions, measured: Measured, cores: int
+) -> dict[str, Any]:
+    config = point.config
     seconds = statistics.median(measured.step_seconds)
-    flops = step_flops(
-        config, mode=job.mode, batch=job.batch, length=job.seq_length, recompute=job.recompute
-    )
-    rate = flops / seconds / layout.tp / 1e12
-    on_cpu = job.device == "cpu"
+    flops = step_flops(config, options)
+    rate = flops / seconds / point.tp / 1e12
+    threads = point.tp * measured.threads
     return {
-        "tp": layout.tp,
-        "model": layout.model,
+        "tp": point.tp,
+        "model": point.model,
         "parameters": num_parameters(config),
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
@@ -122,24 +134,24 @@ def _point(layout: Layout, job: Job, measured: Measured, cores: int) -> dict[str
         "seconds_per_step": seconds,
         "fastest_step": min(measured.step_seconds),
         "slowest_step": max(measured.step_seconds),
-        "tokens_per_second": job.batch * job.seq_length / seconds,
+        "tokens_per_second": options.batch * options.row_length(config) / seconds,
         "tflop_per_step": flops / 1e12,
         "tflops_per_rank": rate,
         "peak_tflops": measured.peak_tflops,
         "share_of_peak": rate / measured.peak_tflops,
         "busy_over_alone": measured.busy_over_alone,
-        "cores_per_thread": min(1.0, cores / (layout.tp * measured.threads)) if on_cpu else None,
+        "cores_per_thread": min(1.0, cores / threads) if options.device == "cpu" else None,
         "all_reduces": measured.all_reduces,
         "all_reduce_bytes": measured.all_reduce_bytes,
         "all_reduce_seconds": measured.all_reduce_seconds,
         "all_reduce_share": measured.all_reduce_seconds / seconds,
         "load_seconds": measured.load_seconds,
-        "published": layout.published,
+        "published": point.published,
     }
 
 
 def _compare(points: Sequence[dict[str, Any]], kind: str) -> None:
-    """Add what relates each point to the first one; a point alone is related to nothing."""
+    """Add how each point compares with the first one; a point alone compares with nothing."""
     first, alone = dict(points[0]), len(points) == 1
     for point in points:
         related: dict[str, float | None] = {}
@@ -149,10 +161,9 @@ def _compare(points: Sequence[dict[str, Any]], kind: str) -> None:
             speedup = first["seconds_per_step"] / point["seconds_per_step"]
             related |= {"speedup": speedup, "efficiency": speedup * first["tp"] / point["tp"]}
         published = point["published"]
-        # The paper's are relative to one GPU; a series may start elsewhere.
-        related["published_relative"] = (
-            None if published is None else published / first["published"]
-        )
+        # The paper's figures are relative to one GPU; a series may start elsewhere.
+        relative = None if published is None else published / first["published"]
+        related["published_relative"] = relative
         point.update(dict.fromkeys(related) if alone else related)
 
 
@@ -197,26 +208,28 @@ def _limits(
     return found
 
 
-def _differences(series: Series, job: Job, device: str) -> list[str]:
-    """Return what of a measurement is not the paper's, one sentence each."""
+def _differences(series: BenchSeries, options: BenchOptions, device: str) -> list[str]:
+    """Return how a measurement differs from the paper's, one sentence each."""
     found = []
+    first = series.points[0]
+    length = options.row_length(first.config)
     if series.scale != 1.0:
-        share = attention_share(series.layouts[0].config, job.seq_length)
+        share = attention_share(first.config, length)
         found.append(
             f"models scaled by {series.scale:g}: not the paper's sizes; attention, which grows "
             f"with --seq-length, is {share:.0%} of the first one's operations"
         )
-    if job.mode == "infer":
+    if not options.trains:
         found.append("forward passes; the paper's figures are of training")
-    if series.paper_batch not in (None, job.batch):
-        found.append(f"{job.batch} rows a step, in the paper {series.paper_batch}")
-    if job.seq_length != PAPER_LENGTH:
-        found.append(f"rows of {job.seq_length:,} tokens, in the paper {PAPER_LENGTH:,}")
+    if series.paper_batch not in (None, options.batch):
+        found.append(f"{options.batch} rows a step, in the paper {series.paper_batch}")
+    if length != PAPER_LENGTH:
+        found.append(f"rows of {length:,} tokens, in the paper {PAPER_LENGTH:,}")
     if "V100" not in device:
         found.append(f"{device}; the paper's devices are V100 GPUs")
-    if series.layouts[0].tp != 1:
+    if first.tp != 1:
         found.append(
-            f"relative to tp {series.layouts[0].tp}, and so are the paper's figures here; the "
+            f"relative to tp {first.tp}, and so are the paper's figures here; the "
             "paper's own are relative to one GPU"
         )
     return found
@@ -258,11 +271,8 @@ def notes(record: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
 
 def bench_text(record: Mapping[str, Any]) -> str:
     """Return the table that the command prints, and below it what limits the figures."""
-    import pandas
-
-    frame = pandas.DataFrame(_rows(record))
-    table = frame.to_string(index=False, header=True)
-    lines = [headline(record), *(f"  {line}" for line in table.splitlines())]
+    rows = _rows(record)
+    lines = [headline(record), *aligned([list(rows[0]), *(list(row.values()) for row in rows)])]
     lines.append(f"step: {how(record)}")
     for title, sentences in notes(record):
         lines.append(title)
@@ -274,6 +284,7 @@ def bench_text(record: Mapping[str, Any]) -> str:
 def _rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
     points, scale = record["points"], record["settings"]["scale"]
     factor, unit = rate_unit(points)
+    weak = record["settings"]["study"] == WEAK
     rows = []
     for p in points:
         row = {
@@ -284,17 +295,14 @@ def _rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
             "step": _seconds(p["seconds_per_step"]),
             "tokens/s": f"{p['tokens_per_second']:,.0f}",
             f"{unit} a rank": f"{p['tflops_per_rank'] * factor:,.1f}",
-            "of peak": _percent(p["share_of_peak"]),
+            "of peak": f"{p['share_of_peak']:.0%}",
         }
-        weak = record["settings"]["study"] == WEAK
         if len(points) > 1 and not weak:
-            row["speed-up"] = _times(p["speedup"])
+            row["speed-up"] = f"{p['speedup']:.2f}"
         if len(points) > 1:
-            row["efficiency"] = _percent(p["efficiency"])
+            row["efficiency"] = f"{p['efficiency']:.0%}"
         if len(points) > 1 and record["settings"]["paper_study"]:
-            row["paper"] = (
-                _percent(p["published_relative"]) if weak else _times(p["published_relative"])
-            )
+            row["paper"] = f"{p['published_relative']:{'.0%' if weak else '.2f'}}"
         rows.append(row)
     return rows
 
@@ -307,11 +315,3 @@ def rate_unit(points: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
 
 def _seconds(seconds: float) -> str:
     return f"{seconds * 1e3:,.3g} ms" if seconds < 1.0 else f"{seconds:,.4g} s"
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.0%}"
-
-
-def _times(factor: float | None) -> str:
-    return "-" if factor is None else f"{factor:.2f}"
