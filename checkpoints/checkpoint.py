@@ -14,8 +14,6 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import LazyTensor
 from mlm_eval.checkpoints.parameters import num_parameters, parameters
 
-TRACKER = "latest_checkpointed_iteration.txt"
-
 
 @dataclass(frozen=True)
 class Provenance:

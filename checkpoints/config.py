@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 from mlm_eval.checkpoints.errors import InputError
 
@@ -243,3 +243,34 @@ def apply_overrides(config: ModelConfig, overrides: Mapping[str, Any]) -> ModelC
     """Return `config` with the overridden fields replaced."""
     known = {f.name for f in dataclasses.fields(ModelConfig)}
     return dataclasses.replace(config, **{k: v for k, v in overrides.items() if k in known})
+
+
+@dataclass
+class ConfigBuilder:
+    """Collects the settings of a model one by one, each with its source; `--set` wins."""
+
+    overrides: Mapping[str, Any]
+    where: str
+    """The checkpoint, for messages."""
+    values: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    """Setting -> where its value came from."""
+    warnings: list[str] = field(default_factory=list)
+    """What the user should know."""
+    config: ModelConfig = field(init=False)
+
+    def set(self, name: str, value: Any, source: str) -> Any:
+        """Set `name`, and return its value: that of `--set` where there is one."""
+        if name in self.overrides:
+            value, source = self.overrides[name], "--set"
+        self.values[name], self.sources[name] = value, source
+        return value
+
+    def finish(self) -> Self:
+        """Return itself with `config`, once all settings are known.
+
+        Raises:
+            InputError: A setting is impossible.
+        """
+        self.config = apply_overrides(ModelConfig(**self.values), self.overrides)
+        return self

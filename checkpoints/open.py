@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.catalog import is_catalog_name, resolve
-from mlm_eval.checkpoints.checkpoint import TRACKER, Checkpoint
+from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import check_overrides
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.megatron.iteration import find_iteration
 
 
 def open_checkpoint(
@@ -86,23 +87,23 @@ def _open(target: Path, overrides: dict[str, Any]) -> Checkpoint:
         from mlm_eval.checkpoints.huggingface.read import read_folder
 
         return read_folder(target, overrides)
-    return open_iteration(find_iteration(target), overrides)
+    return _open_iteration(find_iteration(target), overrides)
 
 
-def open_iteration(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
+def _open_iteration(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     """Return the checkpoint in an `iter_*` or `release` folder."""
     names = {entry.name for entry in folder.iterdir()}
     if any(re.match(r"mp_rank_\d", name) and (folder / name).is_dir() for name in names):
-        from mlm_eval.checkpoints.megatron.read_torch import read_iteration
+        from mlm_eval.checkpoints.megatron.read_torch import read_ranks
 
-        return read_iteration(folder, overrides)
-    refuse_unreadable_format(folder, names)
-    from mlm_eval.checkpoints.megatron.read_dist import read_iteration as read_distributed
+        return read_ranks(folder, overrides)
+    _refuse_unreadable_format(folder, names)
+    from mlm_eval.checkpoints.megatron.read_dist import read_distributed
 
     return read_distributed(folder, overrides)
 
 
-def refuse_unreadable_format(folder: Path, names: set[str]) -> None:
+def _refuse_unreadable_format(folder: Path, names: set[str]) -> None:
     """Refuse, by name, folders that hold no format that can be read.
 
     Raises:
@@ -146,45 +147,3 @@ def refuse_unreadable_format(folder: Path, names: set[str]) -> None:
         f"{folder} is an unfinished save: it has .distcp files but neither .metadata nor "
         "metadata.json, which come last; use the checkpoint of an earlier iteration"
     )
-
-
-def find_iteration(root: Path) -> Path:
-    """Return the folder that holds the weights: by the tracker file, or `root` itself.
-
-    Raises:
-        InputError: The tracker file is damaged or names a folder that is not there.
-    """
-    names = {entry.name for entry in root.iterdir()}
-    within = root.resolve()  # also where the path given is `.`
-    if re.fullmatch(r"mp_rank_\d\d.*", within.name) and any(n.endswith(".pt") for n in names):
-        return within.parent
-    if ".metadata" in names or any(
-        re.match(r"mp_rank_\d", name) or name.endswith(".distcp") for name in names
-    ):
-        return root
-    steps = sorted(name for name in names if re.fullmatch(r"iter_\d{7,}|release", name))
-    tracker = root / TRACKER
-    if not tracker.is_file():
-        if len(steps) == 1:
-            return root / steps[0]
-        if steps:
-            raise InputError(
-                f"{root} has no {TRACKER} and several checkpoints ({', '.join(steps[:5])}); "
-                "give --ckpt one of these folders"
-            )
-        return root
-    try:
-        text = tracker.read_text(encoding="utf-8").strip()
-        folder = root / ("release" if text == "release" else f"iter_{int(text):07d}")
-    except (ValueError, UnicodeDecodeError):
-        raise InputError(
-            f"{tracker} holds neither an iteration number nor 'release'; give --ckpt an iter_* "
-            "folder instead"
-        ) from None
-    if not folder.is_dir():
-        found = ", ".join(steps[:5]) or "no iter_* folder"
-        raise InputError(
-            f"{tracker} names {folder.name}, which is not there (found {found}); give --ckpt an "
-            "iter_* folder"
-        )
-    return folder

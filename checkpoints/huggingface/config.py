@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
+from mlm_eval.checkpoints.config import ConfigBuilder, ModelConfig, RopeScaling
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.huggingface.family import Family, Row
 
@@ -25,17 +25,6 @@ ROTARY_KEYS = (
 TYPES = {f.name: str(f.type).split(" | ")[0] for f in dataclasses.fields(ModelConfig)}
 
 
-@dataclass
-class ConfigBuild:
-    """A config, where each setting came from, and what the user should hear about it."""
-
-    config: ModelConfig
-    sources: dict[str, str]
-    switches: dict[str, bool]
-    """config.json's keys that say which modules have biases."""
-    warnings: list[str] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
 class Found:
     """What the weights themselves tell: the size of the vocabulary, dtype, heads, tying."""
@@ -47,19 +36,13 @@ class Found:
     heads: Mapping[str, Any] = field(default_factory=dict)
 
 
-class _Reader:
-    """Collects settings one by one, each with its source; `--set` wins."""
+@dataclass
+class HubConfigReader(ConfigBuilder):
+    """Collects the settings of config.json."""
 
-    def __init__(self, hf: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> None:
-        self.hf, self.overrides, self.where = hf, overrides, where
-        self.values: dict[str, Any] = {}
-        self.sources: dict[str, str] = {}
-
-    def set(self, name: str, value: Any, source: str) -> Any:
-        if name in self.overrides:
-            value, source = self.overrides[name], "--set"
-        self.values[name], self.sources[name] = value, source
-        return value
+    hf: Mapping[str, Any] = field(default_factory=dict)
+    switches: dict[str, bool] = field(default_factory=dict)
+    """config.json's keys that say which modules have biases."""
 
     def get(self, key: str, kind: str, default: Any, within: str | None = None) -> tuple[Any, str]:
         """Return a value of config.json (of its part `within`), checked, and its source."""
@@ -89,7 +72,7 @@ def read_config(
     found: Found,
     overrides: Mapping[str, Any],
     where: str,
-) -> ConfigBuild:
+) -> HubConfigReader:
     """Return the config of a Hugging Face model.
 
     Args:
@@ -110,18 +93,18 @@ def read_config(
                 f"{where} describes a model with {refusal.what} ({refusal.key} is {value!r}), "
                 "which mlm-eval does not compute"
             )
-    r = _Reader(hf, overrides, where)
+    r = HubConfigReader(overrides, where, hf=hf)
     r.set("family", family.kind, "config.json model_type")
     r.set("vocab_size", found.vocab_size, "weights")
     r.set("params_dtype", found.params_dtype, "weights")
     for name, value in family.constants.items():
         r.set(name, value, f"every {family.model_type} model")
     _sizes(r, family)
-    warnings = _window(r, family)
-    switches = {
+    r.warnings += _window(r, family)
+    r.switches = {
         key: bool(r.get(key, "bool", default)[0]) for key, default in family.switches.items()
     }
-    for name, value in bias_settings(family, switches).items():
+    for name, value in bias_settings(family, r.switches).items():
         r.set(name, value, "config.json")
     _activation(r, family)
     if r.values.get("position_embedding_type") == "rope":
@@ -139,7 +122,7 @@ def read_config(
             )
         tied = True  # there is no output table at all
     r.set("untie_embeddings_and_output_weights", not tied, source)
-    return ConfigBuild(ModelConfig(**r.values), r.sources, switches, warnings)
+    return r.finish()
 
 
 def bias_settings(family: Family, switches: Mapping[str, bool]) -> dict[str, bool]:
@@ -161,7 +144,7 @@ def bias_settings(family: Family, switches: Mapping[str, bool]) -> dict[str, boo
     }
 
 
-def _sizes(r: _Reader, family: Family) -> None:
+def _sizes(r: HubConfigReader, family: Family) -> None:
     for entry in family.fields:
         r.set(entry.setting, *r.get(entry.key, TYPES[entry.setting], entry.default))
     hidden, heads = r.values["hidden_size"], r.values["num_attention_heads"]
@@ -180,7 +163,7 @@ def _sizes(r: _Reader, family: Family) -> None:
         raise InputError(f"{r.where}: max_position_embeddings must be at least 1; correct the file")
 
 
-def _window(r: _Reader, family: Family) -> list[str]:
+def _window(r: HubConfigReader, family: Family) -> list[str]:
     """Limit the positions to the sliding window: up to there a window changes nothing."""
     window = r.hf.get("sliding_window", family.sliding_window)
     if family.model_type in ("qwen2", "qwen3") or window is None:
@@ -203,7 +186,7 @@ def _window(r: _Reader, family: Family) -> list[str]:
     ]
 
 
-def _activation(r: _Reader, family: Family) -> None:
+def _activation(r: HubConfigReader, family: Family) -> None:
     key = family.activation_key
     name, source = r.get(key, "str", family.activation)
     if name not in family.activations and "activation" not in r.overrides:
@@ -216,7 +199,7 @@ def _activation(r: _Reader, family: Family) -> None:
         r.set("head_activation", activation, f"{source} {name}")
 
 
-def _rotary(r: _Reader, family: Family) -> None:
+def _rotary(r: HubConfigReader, family: Family) -> None:
     # rope_parameters is transformers 5's name; rope_theta and rope_scaling are older, and win.
     within = "rope_scaling" if r.hf.get("rope_scaling") else "rope_parameters"
     part = r.hf.get(within) or {}

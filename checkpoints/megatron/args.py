@@ -1,34 +1,110 @@
-"""The `args` of a Megatron checkpoint that is written: what rebuilds the model.
+"""Megatron's saved `args` and ModelConfig, both directions.
 
-The inverse of `megatron_config.py`: the reader there, and Megatron's own, must get the same model
-back. Source: facts B.3 and E.5.
+Reading: shapes win over args where both speak; a setting that neither holds is assumed, and the
+assumption is kept in `sources`, so that `inspect` can show it. Writing is the inverse: our reader,
+and Megatron's own, must get the same model back. Source: facts B.3 and E.5.
 """
 
 from __future__ import annotations
 
-import math
+import re
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
-from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
+from mlm_eval.checkpoints.config import ConfigBuilder, ModelConfig, RopeScaling
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.tokenizer import check_entries
+from mlm_eval.checkpoints.files.safe_pickle import Stub, attributes_of
+from mlm_eval.checkpoints.megatron.layout import SaveLayout, needs_openai_gelu
 
-DEFAULT_DIVISIBLE_BY = 128
-"""Megatron's default of --make-vocab-size-divisible-by."""
+Shapes = Mapping[str, tuple[int, ...]]
+"""Canonical name -> full shape."""
 
-CARRIED_WORDS = frozenset(
+# Setting -> its names in args, newer first, and Megatron's default. All of its names are written:
+# Megatron renamed some in 2023 and again in 2026.
+_SETTINGS: dict[str, tuple[tuple[str, ...], Any]] = {
+    "layernorm_epsilon": (("norm_epsilon", "layernorm_epsilon"), 1e-5),
+    "layernorm_zero_centered_gamma": (
+        ("layernorm_zero_centered_gamma", "apply_layernorm_1p"),
+        False,
+    ),
+    "rotary_percent": (("rotary_percent",), 1.0),
+    "rotary_base": (("rotary_base",), 10000.0),
+    "rotary_interleaved": (("rotary_interleaved",), False),
+    "rotary_seq_len_interpolation_factor": (("rotary_seq_len_interpolation_factor",), None),
+    "apply_residual_connection_post_layernorm": (
+        ("apply_residual_connection_post_layernorm",),
+        False,
+    ),
+    "hidden_dropout": (("hidden_dropout",), 0.1),
+    "attention_dropout": (("attention_dropout",), 0.1),
+    "init_method_std": (("init_method_std",), 0.02),
+}
+
+# Settings that are read from shapes and written under the same name.
+_FROM_SHAPES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "kv_channels",
+    "max_position_embeddings",
+    "normalization",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "untie_embeddings_and_output_weights",
+)
+
+# Fields of args that are read as numbers here: one of another type comes from a damaged file.
+_WHOLE_NUMBERS = frozenset(
+    """num_layers encoder_num_layers hidden_size ffn_hidden_size num_attention_heads
+    num_query_groups kv_channels max_position_embeddings seq_length padded_vocab_size rank
+    model_parallel_size tensor_model_parallel_size pipeline_model_parallel_size
+    expert_model_parallel_size""".split()
+)
+_NUMBERS = frozenset(
+    """rotary_percent rotary_base rotary_seq_len_interpolation_factor rope_scaling_factor
+    norm_epsilon layernorm_epsilon hidden_dropout attention_dropout init_method_std""".split()
+)
+
+# Settings that change the mathematics in ways that are not implemented: refused unless at one of
+# these values.
+REFUSED_ARGS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("num_experts", (None, 0), "a mixture of experts"),
+    ("multi_latent_attention", (None, False), "multi-latent attention"),
+    ("mtp_num_layers", (None, 0), "multi-token prediction"),
+    ("is_hybrid_model", (None, False), "a hybrid (Mamba) model"),
+    ("hybrid_override_pattern", (None, ""), "a hybrid (Mamba) model"),
+    ("hybrid_layer_pattern", (None, ""), "a hybrid (Mamba) model"),
+    ("heterogeneous_layers_config_path", (None, ""), "heterogeneous layers"),
+    ("heterogeneous_layers_config_encoded_json", (None, ""), "heterogeneous layers"),
+    ("window_size", (None,), "sliding-window attention"),
+    ("softmax_type", (None, "vanilla"), "attention sinks"),
+    ("qk_l2_norm", (None, False), "L2-normalised queries and keys"),
+    ("attention_output_gate", (None, False), "gated attention output"),
+    ("experimental_attention_variant", (None, ""), "an experimental attention variant"),
+    ("linear_attention_freq", (None,), "linear attention"),
+    ("linear_attention_type", (None,), "linear attention"),
+    ("no_rope_freq", (None,), "layers without rotary positions"),
+    ("activation_func_clamp_value", (None,), "clamped activations"),
+    ("quick_geglu", (None, False), "the quick-GEGLU activation"),
+    ("layernorm_mlp_bias", (None, False), "an unknown MLP norm"),
+    ("use_mup", (None, False), "maximal-update scaling"),
+)
+
+
+_CARRIED_WORDS = frozenset(
     """tokenizer_type optimizer lr_decay_style weight_decay_incr_style dataloader_type data_impl
     DDP_impl""".split()
 )
 """Words that are kept. Any other string may name a place, a person or a machine."""
 
-NOT_CARRIED = frozenset(
+_NOT_CARRIED = frozenset(
     """model_parallel_size rank local_rank node_rank world_size data_parallel_size
     context_parallel_size expert_model_parallel_size expert_tensor_parallel_size sequence_parallel
     virtual_pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage
@@ -42,234 +118,403 @@ NOT_CARRIED = frozenset(
 """About the machines and the layout of the run that saved the source, or said anew below."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a checkpoint is laid out in files."""
-
-    names: str
-    """`core` (megatron-core's) or `legacy` (those of checkpoint version 3.0)."""
-    tp: int
-    pp: int
-    vocab_size: int
-    """Rows of the vocabulary in all files together."""
-    divisible_by: int
-    """Megatron's `make_vocab_size_divisible_by`: with `tp` it gives `vocab_size` again."""
-    iteration: int
-    dtype: torch.dtype
-    """Of the weights."""
-
-
-def choose_names(config: ModelConfig, names: str | None) -> str:
-    """Return `core` or `legacy`: as asked for, else megatron-core's wherever it can run the model.
+def saved_args(value: Any, where: str) -> dict[str, Any]:
+    """Return Megatron's saved `args` as a dict of plain values; empty where there are none.
 
     Raises:
-        InputError: Megatron has no such model under the names asked for.
+        InputError: A size is no number.
     """
-    assert names in (None, "core", "legacy"), names
-    not_core, not_legacy = _lacking_in_core(config), _lacking_in_legacy(config)
-    chosen = names or ("legacy" if not_core else "core")
-    lacking = not_core if chosen == "core" else not_legacy
-    if lacking:
-        other = "legacy" if chosen == "core" else "core"
-        way_out = "keep the format it has" if not_core and not_legacy else f"write {other} names"
-        what = "megatron-core" if chosen == "core" else "Megatron's legacy code"
-        raise InputError(f"{what} has no {lacking}, so its names cannot hold this model; {way_out}")
-    return chosen
+    args = attributes_of(value)
+    for name in sorted(args):
+        found = args[name]
+        if found is None or name not in _WHOLE_NUMBERS | _NUMBERS:
+            continue
+        whole = type(found) is int and 0 <= found < 2**31
+        if not whole and not (name in _NUMBERS and type(found) in (int, float)):
+            raise InputError(
+                f"{where}: args.{name} is {found!r} where a number was expected; the file is "
+                "damaged, copy it again"
+            )
+    return args
 
 
-def _lacking_in_core(c: ModelConfig) -> str | None:
-    """Return what megatron-core does not have, or None."""
-    if c.apply_residual_connection_post_layernorm:
-        return "residual connection after the norm (BERT's original order)"
-    if c.num_classes or c.multichoice_head or c.qa_head:
-        return "task heads (classification, multiple choice, question answering)"
-    if c.family == "bert" and not c.lm_head:
-        return "BERT without a language-model head"
-    if c.family == "bert" and c.pooler != c.binary_head:
-        return "pooler without a binary head"
-    if c.family == "bert" and c.head_activation != "gelu":
-        return "tanh GELU in BERT's language-model head"
-    if c.activation == "gelu_tanh" and not c.add_bias_linear:
-        return "tanh GELU without biases"
-    if c.position_embedding_type == "learned_absolute+rope":
-        return "learned and rotary positions together"
-    if c.qk_layernorm and c.qk_layernorm_bias != (c.normalization == "LayerNorm"):
-        return "norm of queries and keys that differs in kind from the other norms"
-    return _lacking_anywhere(c)
+@dataclass
+class _ArgsReader(ConfigBuilder):
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+    def from_args(self, name: str) -> None:
+        """Take a setting of `_SETTINGS` from the first of its names that is in args."""
+        names, default = _SETTINGS[name]
+        for key in names:
+            if self.args.get(key) is not None:
+                self.set(name, self.args[key], f"args.{key}")
+                return
+        self.set(name, default, "assumed" if not self.args else "Megatron's default")
 
 
-def _lacking_in_legacy(c: ModelConfig) -> str | None:
-    """Return what the legacy models do not have, or None."""
-    if c.qk_layernorm:
-        return "norm of queries and keys"
-    if c.family == "bert" and _openai_gelu(c) != (c.head_activation == "gelu_tanh"):
-        return f"BERT with {c.activation} in the MLP and {c.head_activation} in the head"
-    return _lacking_anywhere(c)
+def build_config(
+    shapes: Shapes,
+    args: Mapping[str, Any],
+    *,
+    family: str,
+    megatron_core: bool,
+    overrides: Mapping[str, Any],
+    where: str,
+    params_dtype: str,
+) -> ConfigBuilder:
+    """Return the config of a Megatron checkpoint.
+
+    Args:
+        shapes: Full shapes of the parameters found, by canonical name.
+        args: Megatron's saved args; empty for files without them.
+        family: `gpt` or `bert`.
+        megatron_core: Whether the names are megatron-core's: legacy and core code read args
+            differently.
+        overrides: `--set` values; they win over everything.
+        where: The checkpoint, for messages.
+        params_dtype: The stored dtype.
+
+    Raises:
+        InputError: A size can be found nowhere, or args and shapes contradict each other.
+    """
+    for name, harmless, what in REFUSED_ARGS:
+        if not any(args.get(name) is value or args.get(name) == value for value in harmless):
+            raise InputError(
+                f"{where} was trained with {what} (args.{name} = {args[name]!r}), which mlm-eval "
+                "does not compute; it reads dense GPT and BERT models only"
+            )
+    check_dims(shapes, where)
+    if overrides.get("family", family) != family:
+        raise InputError(
+            f"{where} holds a {family.upper()} model by its parameters; give no --set family"
+        )
+    b = _ArgsReader(overrides, where, args=args)
+    b.set("family", family, "parameter names")
+    b.set("params_dtype", params_dtype, "weights")
+    for name in _SETTINGS:
+        b.from_args(name)
+    _sizes(b, shapes)
+    _positions(b, shapes)
+    _norms_and_biases(b, shapes)
+    _activation(b, shapes, megatron_core)
+    _tying_and_heads(b, shapes)
+    if megatron_core and b.values["apply_residual_connection_post_layernorm"]:
+        # megatron-core has the field but reads it nowhere (facts E.1): the run was pre-norm.
+        b.set("apply_residual_connection_post_layernorm", False, "megatron-core ignores the flag")
+    return b.finish()
 
 
-def _lacking_anywhere(c: ModelConfig) -> str | None:
-    scaling = c.rope_scaling
-    if scaling is not None and RopeScaling(factor=scaling.factor) != scaling:
-        return "rotary scaling with other constants than Llama 3.1's"
-    if c.add_bias_linear and not c.add_qkv_bias:
-        return "linear biases everywhere but in the QKV projection"
+def check_dims(shapes: Shapes, where: str) -> None:
+    """Refuse tensors that are no matrix where one belongs, or no vector.
+
+    Raises:
+        InputError: A tensor has the wrong number of dims.
+    """
+    for name, shape in shapes.items():
+        module, _, leaf = name.rpartition(".")
+        dims = 1 if leaf == "bias" or module.endswith("norm") else 2
+        if len(shape) != dims:
+            raise InputError(
+                f"{where}: {name} has shape {list(shape)}, expected {dims} dim(s); the checkpoint "
+                "is damaged or was changed by another tool, use the original one"
+            )
+
+
+def layer_indices(shapes: Shapes) -> list[int]:
+    """Return the layer numbers that occur in canonical names, in order."""
+    found = {int(m[1]) for name in shapes if (m := re.match(r"\w+\.layers\.(\d+)\.", name))}
+    return sorted(found)
+
+
+def _layer_shape(shapes: Shapes, suffix: str) -> tuple[int, ...] | None:
+    for name, shape in shapes.items():
+        if name.endswith(suffix) and ".layers." in name:
+            return shape
     return None
 
 
-def _openai_gelu(c: ModelConfig) -> bool:
-    """Whether legacy code needs `openai_gelu`: tanh in the MLP that the fused kernel cannot give.
-
-    The fused kernel needs a bias, and leaves BERT's head at erf; `openai_gelu` makes both tanh.
-    """
-    if c.activation != "gelu_tanh":
-        return False
-    return not c.add_bias_linear or (c.family == "bert" and c.head_activation == "gelu_tanh")
-
-
-def padded_vocabulary(
-    checkpoint: Checkpoint, tp: int, true_size: int | None, divisible_by: int | None
-) -> tuple[int, int]:
-    """Return (rows to store, `make_vocab_size_divisible_by` that goes with them) for `tp` ranks.
-
-    With a true size, or a divisor, given: Megatron's formula, the smallest multiple of divisor x tp
-    that holds the vocabulary; the divisor is the source's unless given, 128 without one. With
-    neither: the stored rows are kept exactly where `tp` divides them, so that changing tp back and
-    forth loses nothing; the divisor then becomes the one from which Megatron's formula gives this
-    same number of rows for any true size that the source may have had. Rows that `tp` does not
-    divide are padded by the formula.
-
-    Raises:
-        InputError: `true_size` is more than there are rows, or a size is not positive.
-    """
-    rows, args = checkpoint.config.vocab_size, checkpoint.provenance.args
-    saved = args.get("make_vocab_size_divisible_by")
-    saved = saved if isinstance(saved, int) and saved > 0 else None
-    if true_size is not None:
-        check_entries(true_size, rows)
-    if divisible_by is not None and divisible_by < 1:
-        raise InputError(f"make_vocab_size_divisible_by is {divisible_by}; it must be at least 1")
-    if true_size is None and divisible_by is None and rows % tp == 0:
-        saved_tp = args.get("tensor_model_parallel_size", args.get("model_parallel_size"))
-        multiple = (saved or 1) * (saved_tp or checkpoint.provenance.tensor_parallel)
-        if rows % multiple:  # not padded by the formula: take the rows for the vocabulary
-            multiple = 1
-        return rows, math.lcm(multiple, tp) // tp
-    divisor = divisible_by or saved or DEFAULT_DIVISIBLE_BY
-    multiple = divisor * tp
-    return -(-(true_size or rows) // multiple) * multiple, divisor
+def _sizes(b: _ArgsReader, shapes: Shapes) -> None:
+    args, where = b.args, b.where
+    layers = layer_indices(shapes)
+    if not layers or "embedding.word_embeddings.weight" not in shapes:
+        missing = "transformer layers" if not layers else "word embeddings"
+        raise InputError(f"{where} holds no {missing}; it is not a whole GPT or BERT model")
+    if layers != list(range(len(layers))):
+        gap = next(i for i, layer in enumerate(layers) if layer != i)
+        raise InputError(
+            f"{where} lacks layer {gap} of {layers[-1] + 1}; if a pipeline stage is missing, copy "
+            "all mp_rank folders of one save"
+        )
+    saved_layers = args.get("num_layers") or args.get("encoder_num_layers")
+    if saved_layers and saved_layers != len(layers) and "num_layers" not in b.overrides:
+        raise InputError(
+            f"{where} holds {len(layers)} layers where its args say {saved_layers}; if a pipeline "
+            "stage is missing, copy all mp_rank folders of one save"
+        )
+    b.set("num_layers", len(layers), "shapes")
+    vocab, hidden = shapes["embedding.word_embeddings.weight"]
+    b.set("vocab_size", vocab, "shapes")
+    b.set("hidden_size", hidden, "shapes")
+    if args.get("hidden_size") not in (None, hidden):
+        raise InputError(
+            f"{where} has embeddings of width {hidden} where its args say hidden_size "
+            f"{args['hidden_size']}; ranks of two checkpoints may be mixed: copy all ranks of one "
+            "save"
+        )
+    _heads(b, shapes, hidden)
 
 
-def megatron_args(checkpoint: Checkpoint, layout: Layout, tp_rank: int, pp_rank: int) -> Namespace:
+def _heads(b: _ArgsReader, shapes: Shapes, hidden: int) -> None:
+    args, where = b.args, b.where
+    qkv = _layer_shape(shapes, "self_attention.linear_qkv.weight")
+    proj = _layer_shape(shapes, "self_attention.linear_proj.weight")
+    if qkv is None or proj is None:
+        raise InputError(f"{where} holds layers without attention weights; it is not a whole model")
+    if args.get("num_attention_heads"):
+        heads = b.set(
+            "num_attention_heads", args["num_attention_heads"], "args.num_attention_heads"
+        )
+    else:
+        heads = b.set("num_attention_heads", max(proj[1] // 64, 1), "assumed: heads of 64")
+        if b.sources["num_attention_heads"] != "--set":
+            b.warnings.append(
+                f"the file holds no args: {heads} heads of 64 assumed; correct it with --set "
+                "num_attention_heads=N"
+            )
+    if heads < 1 or proj[1] < heads or proj[1] % heads:
+        raise InputError(
+            f"{where}: {heads} attention heads do not divide the attention width {proj[1]}; "
+            "correct it with --set num_attention_heads=N"
+        )
+    channels = proj[1] // heads
+    saved = args.get("kv_channels")
+    if saved not in (None, channels) and b.sources["num_attention_heads"] != "--set":
+        raise InputError(
+            f"{where}: {heads} heads over an attention width of {proj[1]} have {channels} channels "
+            f"each where its args say kv_channels {saved}; correct it with --set "
+            "num_attention_heads=N"
+        )
+    b.set("kv_channels", channels, "shapes")
+    groups = (qkv[0] // channels - heads) // 2
+    b.set("num_query_groups", groups, "shapes")
+    # The field is 1 for plain attention too: it counts with the flag only, or without any flag
+    # where the weights bear it out (facts B.3).
+    expected = {heads}
+    if args.get("group_query_attention"):
+        expected = {args.get("num_query_groups") or heads}
+    elif args.get("group_query_attention") is None:
+        expected.add(args.get("num_query_groups") or heads)
+    if (heads + 2 * groups) * channels != qkv[0] or groups < 1:
+        raise InputError(
+            f"{where}: {qkv[0]} QKV rows do not fit {heads} heads of {channels}; "
+            "correct it with --set num_attention_heads=N"
+        )
+    by_hand = {"num_attention_heads", "num_query_groups", "kv_channels"} & set(b.overrides)
+    if args.get("num_attention_heads") and groups not in expected and not by_hand:
+        raise InputError(
+            f"{where}: the QKV weight has {groups} query groups where its args say "
+            f"{max(expected)}; ranks of two checkpoints may be mixed: copy all ranks of one save, "
+            f"or trust the weights with --set num_query_groups={groups}"
+        )
+
+
+def _positions(b: _ArgsReader, shapes: Shapes) -> None:
+    args = b.args
+    table = shapes.get("embedding.position_embeddings.weight")
+    kind = args.get("position_embedding_type")
+    if isinstance(kind, Stub):  # forks keep an enum: its value, or its class and the member's name
+        kind = str([kind, *kind.__dict__["stub_args"]][-1])
+    by_hand = "position_embedding_type" in b.overrides
+    if kind in ("relative", "mrope", "yarn", "alibi") and not by_hand:
+        raise InputError(
+            f"{b.where} uses {kind} position embeddings, which mlm-eval does not compute; it reads "
+            "models with learned_absolute or rope positions"
+        )
+    if kind is None:  # before 2023-07 the two were separate flags, and both could be on
+        rotary = bool(args.get("use_rotary_position_embeddings"))
+        kind = "+".join(name for name, on in (("learned_absolute", table), ("rope", rotary)) if on)
+        source = "shapes and args" if args else "shapes"
+        b.set("position_embedding_type", kind or "none", source)
+    else:
+        b.set("position_embedding_type", str(kind), "args.position_embedding_type")
+    if table is not None:
+        b.set("max_position_embeddings", table[0], "shapes")
+    else:
+        size = args.get("max_position_embeddings") or args.get("seq_length")
+        if size is None and "max_position_embeddings" not in b.overrides:
+            raise InputError(
+                f"{b.where} does not record how many positions the model was trained for; "
+                "give --set max_position_embeddings=N"
+            )
+        b.set("max_position_embeddings", size, "args.max_position_embeddings")
+    b.values["rotary_base"] = float(b.values["rotary_base"])
+    scaling = None
+    if args.get("use_rope_scaling"):
+        scaling = RopeScaling(factor=float(args.get("rope_scaling_factor") or 8.0))
+    b.set("rope_scaling", scaling, "args.use_rope_scaling" if scaling else "Megatron's default")
+
+
+def _norms_and_biases(b: _ArgsReader, shapes: Shapes) -> None:
+    block = "encoder" if b.values["family"] == "bert" else "decoder"
+    has_norm_bias = f"{block}.final_layernorm.bias" in shapes
+    b.set("normalization", "LayerNorm" if has_norm_bias else "RMSNorm", "shapes")
+    saved = b.args.get("normalization")
+    if saved and saved != b.values["normalization"] and "normalization" not in b.overrides:
+        raise InputError(
+            f"{b.where}: args say {saved}, but the final norm has {'a' if has_norm_bias else 'no'} "
+            "bias; ranks of two checkpoints may be mixed: copy all ranks of one save"
+        )
+    if b.args.get("apply_layernorm_1p") and "layernorm_zero_centered_gamma" not in b.overrides:
+        b.set("layernorm_zero_centered_gamma", True, "args.apply_layernorm_1p")
+    for name, suffix in (
+        ("add_bias_linear", "self_attention.linear_proj.bias"),
+        ("add_qkv_bias", "self_attention.linear_qkv.bias"),
+        ("qk_layernorm", "self_attention.q_layernorm.weight"),
+        ("qk_layernorm_bias", "self_attention.q_layernorm.bias"),
+    ):
+        b.set(name, _layer_shape(shapes, suffix) is not None, "shapes")
+
+
+def _activation(b: _ArgsReader, shapes: Shapes, megatron_core: bool) -> None:
+    args = b.args
+    fc1 = _layer_shape(shapes, "mlp.linear_fc1.weight")
+    fc2 = _layer_shape(shapes, "mlp.linear_fc2.weight")
+    if fc1 is None or fc2 is None:
+        raise InputError(f"{b.where} holds layers without an MLP; it is not a whole model")
+    ffn = b.set("ffn_hidden_size", fc2[1], "shapes")
+    gated = fc1[0] == 2 * ffn
+    if not args:
+        guess = "swiglu" if gated else "gelu" if b.values["family"] == "bert" else "gelu_tanh"
+        b.set("activation", guess, "assumed: the file holds no args")
+        if b.sources["activation"] != "--set":
+            b.warnings.append(
+                f"the file holds no args: activation {guess} assumed; correct it with --set "
+                "activation=gelu or gelu_tanh"
+            )
+    else:
+        biased = b.values["add_bias_linear"]
+        b.set("activation", *_activation_from_args(args, megatron_core, biased=biased))
+    if (b.values["activation"] == "swiglu") != gated:
+        raise InputError(
+            f"{b.where}: activation {b.values['activation']} does not fit an MLP whose two weights "
+            f"are {fc1[0]} and {ffn} wide; correct it with --set activation=..."
+        )
+    # GPT has no such head: left at its default, so that equal models have equal configs.
+    openai = bool(args.get("openai_gelu")) and not megatron_core and b.values["family"] == "bert"
+    b.set("head_activation", "gelu_tanh" if openai else "gelu", "Megatron's LM head")
+
+
+def _activation_from_args(
+    args: Mapping[str, Any], megatron_core: bool, *, biased: bool
+) -> tuple[str, str]:
+    """Return the activation that ran, and which field says so (facts E.5, legacy precedence)."""
+    if not megatron_core:  # megatron-core reads neither flag
+        if args.get("openai_gelu"):
+            return "gelu_tanh", "args.openai_gelu"
+        if args.get("onnx_safe"):
+            return "gelu", "args.onnx_safe"
+    if args.get("swiglu"):
+        return "swiglu", "args.swiglu"
+    if args.get("squared_relu"):
+        return "squared_relu", "args.squared_relu"
+    for name in ("bias_gelu_fusion", "bias_activation_fusion"):
+        if args.get(name) is not None:
+            # The fused kernel is the tanh form; it needs a bias to fuse.
+            fused = bool(args[name]) and biased
+            return ("gelu_tanh" if fused else "gelu"), f"args.{name}"
+    return "gelu", "Megatron's default"
+
+
+def _tying_and_heads(b: _ArgsReader, shapes: Shapes) -> None:
+    untied = b.args.get("untie_embeddings_and_output_weights")
+    source = "shapes" if untied is None else "args.untie_embeddings_and_output_weights"
+    untied = "output_layer.weight" in shapes if untied is None else untied
+    b.set("untie_embeddings_and_output_weights", untied, source)
+    bert = b.values["family"] == "bert"
+    tokentypes = shapes.get("embedding.tokentype_embeddings.weight")
+    b.set("num_tokentypes", tokentypes[0] if tokentypes else 0, "shapes")
+    b.set("lm_head", not bert or "lm_head.dense.weight" in shapes, "shapes")
+    b.set("pooler", "pooler.dense.weight" in shapes, "shapes")
+    for name in ("binary_head", "multichoice_head", "qa_head"):
+        b.set(name, f"{name}.weight" in shapes, "shapes")
+    classes = shapes.get("classification_head.weight")
+    b.set("num_classes", classes[0] if classes else 0, "shapes")
+
+
+def rank_args(checkpoint: Checkpoint, layout: SaveLayout, tp_rank: int, pp_rank: int) -> Namespace:
     """Return the `args` of one rank's file."""
-    values = carried(checkpoint.provenance.args)
-    values |= _sizes(checkpoint.config, layout, values.get("seq_length"))
-    values |= _positions(checkpoint.config)
-    values |= _norms_and_biases(checkpoint.config)
-    values |= _activation(checkpoint.config, layout.names == "core")
-    values |= _layout(layout, tp_rank, pp_rank)
-    if checkpoint.config.family == "bert":
-        values["bert_binary_head"] = checkpoint.config.binary_head
+    c = checkpoint.config
+    saved = checkpoint.provenance.args
+    values = {name: value for name, value in saved.items() if _is_carried(name, value)}
+    values |= _args_of_settings(c, layout.names == "core")
+    values |= _args_of_sizes(c, values.get("seq_length"))
+    values |= _args_of_layout(layout, tp_rank, pp_rank)
     return Namespace(**dict(sorted(values.items())))  # sorted: equal args are equal bytes
 
 
-def carried(args: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the saved args that may go into another file: numbers, switches, a few known words."""
-    return {name: value for name, value in args.items() if _is_carried(name, value)}
-
-
 def _is_carried(name: str, value: Any) -> bool:
-    if name in NOT_CARRIED:
+    """Whether a saved arg may go into another file: numbers, switches, a few known words."""
+    if name in _NOT_CARRIED:
         return False
     if isinstance(value, str):
-        return name in CARRIED_WORDS
+        return name in _CARRIED_WORDS
     return value is None or type(value) in (bool, int, float)
 
 
-def _sizes(c: ModelConfig, layout: Layout, run_length: int | None) -> dict[str, Any]:
-    length = run_length or c.max_position_embeddings
-    grouped = c.num_query_groups != c.num_attention_heads
-    groups = c.num_query_groups if grouped else 1  # Megatron's default, which then says nothing
-    values: dict[str, Any] = {
-        "num_layers": c.num_layers,
-        "encoder_num_layers": c.num_layers,
-        "decoder_num_layers": None,
-        "hidden_size": c.hidden_size,
-        "ffn_hidden_size": c.ffn_hidden_size,
-        "num_attention_heads": c.num_attention_heads,
-        "kv_channels": c.kv_channels,
-        "group_query_attention": grouped,
-        "num_query_groups": groups,
-        "max_position_embeddings": c.max_position_embeddings,
-        "seq_length": length,
-        "encoder_seq_length": length,
-        "decoder_seq_length": None,
-        "padded_vocab_size": layout.vocab_size,
-        "make_vocab_size_divisible_by": layout.divisible_by,
-        "untie_embeddings_and_output_weights": c.untie_embeddings_and_output_weights,
-        "hidden_dropout": c.hidden_dropout,
-        "attention_dropout": c.attention_dropout,
-        "init_method_std": c.init_method_std,
-        "params_dtype": layout.dtype,
-        "fp16": layout.dtype == torch.float16,
-        "bf16": layout.dtype == torch.bfloat16,
-    }
-    if c.num_classes:
-        values["num_classes"] = c.num_classes
-    return values
-
-
-def _positions(c: ModelConfig) -> dict[str, Any]:
-    whole_base = float(c.rotary_base).is_integer()
-    values: dict[str, Any] = {
-        "position_embedding_type": c.position_embedding_type,
+def _args_of_settings(c: ModelConfig, core: bool) -> dict[str, Any]:
+    values: dict[str, Any] = {name: getattr(c, name) for name in _FROM_SHAPES}
+    for setting, (names, _) in _SETTINGS.items():
+        values |= dict.fromkeys(names, getattr(c, setting))
+    both_positions = c.position_embedding_type == "learned_absolute+rope"
+    openai = not core and needs_openai_gelu(c)
+    values |= {
+        "rotary_base": int(c.rotary_base) if float(c.rotary_base).is_integer() else c.rotary_base,
+        # Spring 2023: two switches and no type.
+        "position_embedding_type": None if both_positions else c.position_embedding_type,
+        "use_rotary_position_embeddings": both_positions,
         # Megatron's default, and left on in rotary models too.
         "add_position_embedding": True,
-        "use_rotary_position_embeddings": False,
-        "rotary_percent": c.rotary_percent,
-        "rotary_base": int(c.rotary_base) if whole_base else c.rotary_base,
-        "rotary_interleaved": c.rotary_interleaved,
-        "rotary_seq_len_interpolation_factor": c.rotary_seq_len_interpolation_factor,
         "use_rope_scaling": c.rope_scaling is not None,
-    }
-    if c.rope_scaling is not None:
-        values["rope_scaling_factor"] = c.rope_scaling.factor
-    if c.position_embedding_type == "learned_absolute+rope":
-        # Spring 2023: two switches and no type.
-        values |= {"position_embedding_type": None, "use_rotary_position_embeddings": True}
-    return values
-
-
-def _norms_and_biases(c: ModelConfig) -> dict[str, Any]:
-    return {
-        "normalization": c.normalization,
-        # Each under both of its names: Megatron changed them in 2023 and again in 2026.
-        "norm_epsilon": c.layernorm_epsilon,
-        "layernorm_epsilon": c.layernorm_epsilon,
-        "apply_layernorm_1p": c.layernorm_zero_centered_gamma,
-        "layernorm_zero_centered_gamma": c.layernorm_zero_centered_gamma,
-        "add_bias_linear": c.add_bias_linear,
-        "add_qkv_bias": c.add_qkv_bias,
-        "qk_layernorm": c.qk_layernorm,
-        "apply_residual_connection_post_layernorm": c.apply_residual_connection_post_layernorm,
         # A numerical device of the run, not a part of the model (facts E.4).
         "apply_query_key_layer_scaling": False,
-    }
-
-
-def _activation(c: ModelConfig, core: bool) -> dict[str, Any]:
-    openai = not core and _openai_gelu(c)
-    return {
         "swiglu": c.activation == "swiglu",
         "squared_relu": c.activation == "squared_relu",
         "openai_gelu": openai,
         "onnx_safe": None,
         "bias_gelu_fusion": c.activation == "gelu_tanh" and not openai,
     }
+    if c.rope_scaling is not None:
+        values["rope_scaling_factor"] = c.rope_scaling.factor
+    if c.num_classes:
+        values["num_classes"] = c.num_classes
+    if c.family == "bert":
+        values["bert_binary_head"] = c.binary_head
+    return values
 
 
-def _layout(layout: Layout, tp_rank: int, pp_rank: int) -> dict[str, Any]:
+def _args_of_sizes(c: ModelConfig, run_length: int | None) -> dict[str, Any]:
+    length = run_length or c.max_position_embeddings
+    grouped = c.num_query_groups != c.num_attention_heads
+    return {
+        "encoder_num_layers": c.num_layers,
+        "decoder_num_layers": None,
+        "group_query_attention": grouped,
+        # Megatron's default, which then says nothing.
+        "num_query_groups": c.num_query_groups if grouped else 1,
+        "seq_length": length,
+        "encoder_seq_length": length,
+        "decoder_seq_length": None,
+    }
+
+
+def _args_of_layout(layout: SaveLayout, tp_rank: int, pp_rank: int) -> dict[str, Any]:
     core = layout.names == "core"
     return {
+        "padded_vocab_size": layout.vocab_size,
+        "make_vocab_size_divisible_by": layout.divisible_by,
+        "params_dtype": layout.dtype,
+        "fp16": layout.dtype == torch.float16,
+        "bf16": layout.dtype == torch.bfloat16,
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "transformer_pipeline_model_parallel_size": layout.pp,
@@ -285,7 +530,7 @@ def _layout(layout: Layout, tp_rank: int, pp_rank: int) -> dict[str, Any]:
         "use_mcore_models": core,
         "use_legacy_models": not core,
         "ckpt_format": "torch",
-        "iteration": layout.iteration,
+        "iteration": layout.iteration or 0,
         # These files hold weights only.
         "no_save_optim": True,
         "no_save_rng": True,

@@ -17,7 +17,7 @@ from mlm_eval.checkpoints.files.safe_pickle import is_scalar, printable
 from mlm_eval.checkpoints.files.torch_file import TorchFile, read_torch_file
 from mlm_eval.checkpoints.lazy import StoredTensor
 from mlm_eval.checkpoints.megatron import names
-from mlm_eval.checkpoints.megatron.config import saved_args
+from mlm_eval.checkpoints.megatron.args import saved_args
 
 MODEL_FILES = ("model_optim_rng.pt", "model_rng.pt")
 """The second: distributed optimizer of 2022-03 to 2023-05, with optim.pt in folders of its own."""

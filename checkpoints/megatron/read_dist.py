@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance, cheap_digest
-from mlm_eval.checkpoints.config import apply_overrides
 from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.distcp import (
@@ -27,11 +26,11 @@ from mlm_eval.checkpoints.files.distcp import (
     check_coverage,
     open_folder,
 )
-from mlm_eval.checkpoints.files.safe_pickle import attributes_of
 from mlm_eval.checkpoints.files.torch_file import TorchFile, read_torch_file
 from mlm_eval.checkpoints.lazy import Concat, LazyTensor
 from mlm_eval.checkpoints.megatron import names
-from mlm_eval.checkpoints.megatron.config import build_config
+from mlm_eval.checkpoints.megatron.args import build_config, saved_args
+from mlm_eval.checkpoints.megatron.iteration import saved_iteration
 
 COMMON = "common.pt"
 SAVE_FINISHED = "metadata.json"
@@ -56,13 +55,8 @@ class Common:
     pickles: list[TorchFile] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
 
-    @property
-    def args(self) -> dict[str, Any]:
-        """Megatron's saved args; empty where there are none."""
-        return attributes_of(self.values.get("args"))
 
-
-def read_iteration(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
+def read_distributed(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     """Return the checkpoint in a folder with `.metadata` and `.distcp` files.
 
     Raises:
@@ -79,11 +73,12 @@ def read_iteration(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     ]
     warnings = _check_finished(files, keys, nested=nested)
     common = _read_common(files)
+    args = saved_args(common.values.get("args"), str(folder))
     tensors, shapes, family = _canonical(files, keys)
-    _check_rotary(folder, common.args, shapes, overrides)
+    _check_rotary(folder, args, shapes, overrides)
     build = build_config(
         shapes,
-        common.args,
+        args,
         family=family,
         megatron_core=True,
         overrides=overrides,
@@ -96,9 +91,9 @@ def read_iteration(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
         path=folder,
         format="megatron-torch-dist",
         checkpoint_version=_version(folder, common.values, overrides),
-        tensor_parallel=_size(common.args, "tensor_model_parallel_size"),
-        pipeline_parallel=_size(common.args, "pipeline_model_parallel_size"),
-        iteration=_iteration(folder, common.values),
+        tensor_parallel=_size(args, "tensor_model_parallel_size"),
+        pipeline_parallel=_size(args, "pipeline_model_parallel_size"),
+        iteration=saved_iteration(folder, common.values.get("iteration")),
         config_sources=build.sources,
         pickle_classes=sorted({name for pickle in pickles for name in pickle.classes}),
         hostile=sorted({name for pickle in pickles for name in pickle.hostile}),
@@ -106,9 +101,9 @@ def read_iteration(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
         notes=_notes(files, keys, nested=nested),
         files=_paths(files, records),
         digest=_digest(files, records, common),
-        args=common.args,
+        args=args,
     )
-    return Checkpoint(apply_overrides(build.config, overrides), tensors, provenance).check()
+    return Checkpoint(build.config, tensors, provenance).check()
 
 
 def _check_finished(files: DistributedFolder, keys: list[str], *, nested: bool) -> list[str]:
@@ -245,13 +240,6 @@ def _version(where: Path, common: Mapping[str, Any], overrides: Mapping[str, Any
             "formats, whose QKV order is that of version 3.0; leave it out"
         )
     return float(version)
-
-
-def _iteration(where: Path, common: Mapping[str, Any]) -> int | str | None:
-    if where.name == "release":
-        return "release"
-    iteration = common.get("iteration")
-    return iteration if isinstance(iteration, int) else None
 
 
 def _size(args: Mapping[str, Any], name: str) -> int:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance, cheap_digest
-from mlm_eval.checkpoints.config import ModelConfig, apply_overrides
+from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import LazyTensor, Selected
 from mlm_eval.checkpoints.megatron import names
-from mlm_eval.checkpoints.megatron.config import build_config, check_dims, layer_indices
+from mlm_eval.checkpoints.megatron.args import build_config, check_dims, layer_indices
 from mlm_eval.checkpoints.megatron.files import (
     MODEL_FILES,
     RANK_FOLDER,
@@ -30,6 +30,7 @@ from mlm_eval.checkpoints.megatron.files import (
     read_rank,
     scan_ranks,
 )
+from mlm_eval.checkpoints.megatron.iteration import saved_iteration
 from mlm_eval.checkpoints.parameters import Parameter, cut_dim, parameters
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -52,7 +53,7 @@ def read_file(path: Path, overrides: dict[str, Any]) -> Checkpoint:
             beside it.
     """
     if RANK_FOLDER.fullmatch(path.resolve().parent.name) and path.name in MODEL_FILES:
-        return read_iteration(path.resolve().parent.parent, overrides)
+        return read_ranks(path.resolve().parent.parent, overrides)
     rank_file = read_rank(path)
     tp, pp = parallel_sizes(rank_file)
     if (tp, pp) not in ((1, 1), (None, None)):
@@ -63,7 +64,7 @@ def read_file(path: Path, overrides: dict[str, Any]) -> Checkpoint:
     return _merge(path, {(0, 0): rank_file}, 1, 1, overrides)
 
 
-def read_iteration(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
+def read_ranks(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     """Return the checkpoint in an `iter_*` or `release` folder with mp_rank_XX folders.
 
     Raises:
@@ -139,7 +140,7 @@ def _merge(
         where=str(where),
         params_dtype=dtype_name(shards[0][EMBEDDING].dtype),
     )
-    config = apply_overrides(build.config, overrides)
+    config = build.config
     tied = not config.untie_embeddings_and_output_weights
     warnings += _drop_head_copies(shards, where, tied=tied)
     table = parameters(config)
@@ -157,7 +158,7 @@ def _merge(
         checkpoint_version=version,
         tensor_parallel=tp,
         pipeline_parallel=pp,
-        iteration="release" if where.name == "release" else first.iteration,
+        iteration=saved_iteration(where, first.iteration),
         config_sources=build.sources,
         pickle_classes=sorted({c for file in files.values() for c in file.torch_file.classes}),
         hostile=sorted({c for file in files.values() for c in file.torch_file.hostile}),

@@ -31,25 +31,22 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from mlm_eval.checkpoints.checkpoint import TRACKER, Checkpoint
+from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import output_folder
 from mlm_eval.checkpoints.files.torch_save import write_torch_file
 from mlm_eval.checkpoints.lazy import LazyTensor
-from mlm_eval.checkpoints.megatron.args import (
-    Layout,
-    choose_names,
-    megatron_args,
-    padded_vocabulary,
-)
-from mlm_eval.checkpoints.megatron.write_torch import WORD_EMBEDDINGS, check_sizes, rank_tensors
+from mlm_eval.checkpoints.megatron.args import rank_args
+from mlm_eval.checkpoints.megatron.iteration import iteration_folder, write_tracker
+from mlm_eval.checkpoints.megatron.layout import choose_names, save_layout
+from mlm_eval.checkpoints.megatron.write_torch import rank_tensors
 from mlm_eval.checkpoints.vocabulary import with_rows
 
 DATA_FILE = "__0_0.distcp"
 """rank 0, writer 0: torch.distributed.checkpoint's name for what a single process writes."""
 
-ALIGNMENT = 64
+ARCHIVE_ALIGNMENT = 64
 """Of an archive's first byte. Inside of it torch.save aligns the values, so they can be mapped."""
 
 _FORMAT = {
@@ -79,7 +76,7 @@ _STATELESS_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredChunk:
     """One chunk to write: its key, its place in the tensor of that key, and its values."""
 
     key: str
@@ -121,43 +118,39 @@ def write_torch_dist(
     """
     config, target = checkpoint.config, Path(target)
     _check_core(config)
-    check_sizes(config, tp, pp, "core")
-    iteration = checkpoint.provenance.iteration if iteration is None else iteration
-    release = iteration is None or iteration == "release"
-    rows, divisor = padded_vocabulary(checkpoint, tp, true_vocab_size, make_vocab_size_divisible_by)
-    layout = Layout(
+    layout = save_layout(
+        checkpoint,
         names="core",
         tp=tp,
         pp=pp,
-        vocab_size=rows,
-        divisible_by=divisor,
-        iteration=0 if release else int(iteration),  # type: ignore[arg-type]
-        dtype=dtype or checkpoint.tensors[WORD_EMBEDDINGS].dtype,
+        dtype=dtype,
+        iteration=iteration,
+        true_vocab_size=true_vocab_size,
+        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
     )
-    padded = with_rows(checkpoint, rows)
+    padded = with_rows(checkpoint, layout.vocab_size)
     whole = rank_tensors(padded, dataclasses.replace(layout, tp=1, pp=1), 0, 0, dtype)
     entries = list(_entries(config, whole))
     _check_dtypes(entries, checkpoint)
-    args = megatron_args(checkpoint, layout, 0, 0)
+    args = rank_args(checkpoint, layout, 0, 0)
     args.ckpt_format = "torch_dist"
     common = {
         "args": args,
         "checkpoint_version": 3.0,
-        "iteration": layout.iteration,
+        "iteration": layout.iteration or 0,
         "num_floating_point_operations_so_far": 0,
         "content_metadata": {"singleton_local_shards": False},
     }
-    name = "release" if release else f"iter_{layout.iteration:07d}"
     total = sum(entry.values.nbytes for entry in entries)
     with output_folder(target, overwrite=overwrite, needs=total) as partial:
-        folder = partial / name
+        folder = partial / iteration_folder(layout.iteration)
         folder.mkdir()
         write_torch_file(common, folder / "common.pt")
         metadata = _write_data(folder / DATA_FILE, entries, config, total, on_progress)
         (folder / ".metadata").write_bytes(pickle.dumps(metadata))
         # Megatron takes this file for the sign that a save has ended: it comes last.
         (folder / "metadata.json").write_text(json.dumps(_FORMAT))
-        (partial / TRACKER).write_text("release" if release else str(layout.iteration))
+        write_tracker(partial, layout.iteration)
     return target
 
 
@@ -173,7 +166,7 @@ def _check_core(config: ModelConfig) -> None:
         ) from None
 
 
-def _check_dtypes(entries: list[Entry], checkpoint: Checkpoint) -> None:
+def _check_dtypes(entries: list[StoredChunk], checkpoint: Checkpoint) -> None:
     """Refuse layers of different dtypes: stacked, they are one tensor with one dtype."""
     first: dict[str, torch.dtype] = {}
     for entry in entries:
@@ -185,17 +178,17 @@ def _check_dtypes(entries: list[Entry], checkpoint: Checkpoint) -> None:
             )
 
 
-def _entries(config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> Iterator[Entry]:
+def _entries(config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> Iterator[StoredChunk]:
     """Yield the chunks to write, in the order of the forward pass."""
     for name, tensor in tensors.items():
         layer = re.fullmatch(r"(\w+\.layers\.)(\d+)\.(.+)", name)
         if not layer:
-            yield Entry(name, tensor.shape, (0,) * len(tensor.shape), tensor)
+            yield StoredChunk(name, tensor.shape, (0,) * len(tensor.shape), tensor)
             continue
         part = layer[3]
         for norm, linear in _NORMS.items():
             part = part.replace(norm, linear, 1) if part.startswith(norm) else part
-        yield Entry(
+        yield StoredChunk(
             layer[1] + part,
             (config.num_layers, *tensor.shape),
             (int(layer[2]), *(0 for _ in tensor.shape)),
@@ -224,7 +217,7 @@ def _extra_states(config: ModelConfig) -> Iterator[tuple[str, Any]]:
 
 def _write_data(
     path: Path,
-    entries: list[Entry],
+    entries: list[StoredChunk],
     config: ModelConfig,
     total: int,
     on_progress: Callable[[int, int], None] | None,
@@ -258,7 +251,7 @@ def _write_data(
 
 
 def _write_archive(stream: BinaryIO, name: str, value: Any) -> _StorageInfo:
-    stream.write(bytes(-stream.tell() % ALIGNMENT))
+    stream.write(bytes(-stream.tell() % ARCHIVE_ALIGNMENT))
     start = stream.tell()
     torch.save(value, stream)
     return _StorageInfo(name, start, stream.tell() - start)

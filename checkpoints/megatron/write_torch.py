@@ -14,24 +14,17 @@ from typing import Any
 
 import torch
 
-from mlm_eval.checkpoints.checkpoint import TRACKER, Checkpoint
-from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.dtypes import cast
-from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import output_folder
 from mlm_eval.checkpoints.files.torch_save import write_torch_file
 from mlm_eval.checkpoints.lazy import Computed, LazyTensor
-from mlm_eval.checkpoints.megatron.args import (
-    Layout,
-    choose_names,
-    megatron_args,
-    padded_vocabulary,
-)
+from mlm_eval.checkpoints.megatron.args import rank_args
+from mlm_eval.checkpoints.megatron.iteration import iteration_folder, write_tracker
+from mlm_eval.checkpoints.megatron.layout import WORD_EMBEDDINGS, SaveLayout, save_layout
 from mlm_eval.checkpoints.megatron.names import HEAD_COPY
-from mlm_eval.checkpoints.parameters import Parameter, allowed_tp, check_tp, parameters
+from mlm_eval.checkpoints.parameters import Parameter, parameters
 from mlm_eval.checkpoints.vocabulary import with_rows
-
-WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 
 # Canonical part of a layer -> its name in legacy checkpoints of version 3.0 (tag v2.5).
 _LEGACY_LAYER = {
@@ -92,25 +85,20 @@ def write_megatron_torch(
         InputError: A size does not divide the model, Megatron has no such model, or `target`
             exists.
     """
-    config, target = checkpoint.config, Path(target)
-    names = choose_names(config, names)
-    check_sizes(config, tp, pp, names)
-    if iteration is None:
-        iteration = checkpoint.provenance.iteration
-    release = iteration is None or iteration == "release"
-    rows, divisor = padded_vocabulary(checkpoint, tp, true_vocab_size, make_vocab_size_divisible_by)
-    layout = Layout(
+    target = Path(target)
+    layout = save_layout(
+        checkpoint,
         names=names,
         tp=tp,
         pp=pp,
-        vocab_size=rows,
-        divisible_by=divisor,
-        iteration=0 if release else int(iteration),  # type: ignore[arg-type]
-        dtype=dtype or checkpoint.tensors[WORD_EMBEDDINGS].dtype,
+        dtype=dtype,
+        iteration=iteration,
+        true_vocab_size=true_vocab_size,
+        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
     )
-    folder = "release" if release else f"iter_{layout.iteration:07d}"
+    folder = iteration_folder(layout.iteration)
     ranks = [(t, p) for p in range(pp) for t in range(tp)]
-    padded = with_rows(checkpoint, rows)
+    padded = with_rows(checkpoint, layout.vocab_size)
     models = {rank: rank_tensors(padded, layout, *rank, dtype) for rank in ranks}
     total = sum(lazy.nbytes for model in models.values() for lazy in model.values())
     progress = _Progress(total, on_progress)
@@ -119,15 +107,15 @@ def write_megatron_torch(
             path = partial / folder / _rank_folder(layout, t, p) / "model_optim_rng.pt"
             path.parent.mkdir(parents=True)
             contents = {
-                "args": megatron_args(checkpoint, layout, t, p),
+                "args": rank_args(checkpoint, layout, t, p),
                 "checkpoint_version": 3.0,
-                "iteration": layout.iteration,
+                "iteration": layout.iteration or 0,
                 "model": _core_model(model, last=p == pp - 1)
                 if layout.names == "core"
                 else _legacy_model(model),
             }
             write_torch_file(contents, path, on_bytes=progress.add)
-        (partial / TRACKER).write_text("release" if release else str(layout.iteration))
+        write_tracker(partial, layout.iteration)
     return target
 
 
@@ -143,46 +131,16 @@ class _Progress:
             self.report(self.done, self.total)
 
 
-def _rank_folder(layout: Layout, tp_rank: int, pp_rank: int) -> str:
+def _rank_folder(layout: SaveLayout, tp_rank: int, pp_rank: int) -> str:
     return f"mp_rank_{tp_rank:02d}" + (f"_{pp_rank:03d}" if layout.pp > 1 else "")
 
 
-def check_sizes(config: ModelConfig, tp: int, pp: int, names: str) -> None:
-    """Refuse parallel sizes that Megatron could not load the model at.
-
-    Raises:
-        InputError: `tp` does not fit the heads, the MLP or the query groups, or `pp` the layers.
-    """
-    if tp < 1 or pp < 1:
-        raise InputError(f"cannot write tp={tp} x pp={pp} files; both must be at least 1")
-    check_tp(config, tp)
-    fitting = [n for n in allowed_tp(config) if _groups_fit(config.num_query_groups, n, names)]
-    if tp not in fitting:
-        rule = "tp must divide them" if names == "legacy" else "one must divide the other"
-        raise InputError(
-            f"cannot write tp={tp} files with {names} names: the model has "
-            f"{config.num_query_groups} query groups, and {rule}; "
-            f"it allows tp in {', '.join(map(str, fitting))}"
-        )
-    if config.num_layers % pp:
-        allowed = [n for n in range(1, config.num_layers + 1) if config.num_layers % n == 0]
-        raise InputError(
-            f"cannot split {config.num_layers} layers over pp={pp} pipeline stages; "
-            f"this model allows pp in {', '.join(map(str, allowed))}"
-        )
-
-
-def _groups_fit(groups: int, tp: int, names: str) -> bool:
-    """Whether Megatron can load tp files of a model with so many query groups.
-
-    With fewer groups than ranks megatron-core keeps even cuts of the packed rows and gathers them
-    when it runs.
-    """
-    return groups % tp == 0 or (names == "core" and tp % groups == 0)
-
-
 def rank_tensors(
-    checkpoint: Checkpoint, layout: Layout, tp_rank: int, pp_rank: int, dtype: torch.dtype | None
+    checkpoint: Checkpoint,
+    layout: SaveLayout,
+    tp_rank: int,
+    pp_rank: int,
+    dtype: torch.dtype | None,
 ) -> dict[str, LazyTensor]:
     """Return one file's tensors under canonical names, its layers numbered from 0.
 

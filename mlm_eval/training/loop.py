@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from mlm_eval.checkpoints.checkpoint import TRACKER, Checkpoint, Provenance
+from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.megatron.args import choose_names
+from mlm_eval.checkpoints.megatron.iteration import TRACKER
+from mlm_eval.checkpoints.megatron.layout import choose_names
 from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import num_parameters
@@ -35,7 +36,7 @@ from mlm_eval.training.settings import (
     TrainingProgress,
     TrainReport,
     TrainSettings,
-    megatron_args,
+    training_args,
 )
 from mlm_eval.training.state import (
     PROGRESS,
@@ -345,7 +346,7 @@ class _Run:
             hidden_dropout=settings.hidden_dropout,
             attention_dropout=settings.attention_dropout,
         )
-        args = dict(source.args) | megatron_args(settings, self.plan, self.counters) | self.args
+        args = dict(source.args) | training_args(settings, self.plan, self.counters) | self.args
         provenance = Provenance(state, "memory", args=args)
         checkpoint = Checkpoint(config, read_state(state, config, WEIGHTS), provenance).check()
         write_megatron_torch(

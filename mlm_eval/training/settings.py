@@ -197,7 +197,7 @@ class Counters:
         return max(scored, key=lambda entry: entry["score"]) if scored else None
 
 
-def megatron_args(settings: TrainSettings, plan: Plan, counters: Counters) -> dict[str, Any]:
+def training_args(settings: TrainSettings, plan: Plan, counters: Counters) -> dict[str, Any]:
     """Return how the model was trained, under Megatron's names."""
     return {
         "optimizer": "adam",

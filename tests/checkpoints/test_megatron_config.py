@@ -11,6 +11,7 @@ import torch
 from support.synthetic import BERT, GPT, LLAMA, args_of
 
 from mlm_eval.checkpoints.config import (
+    ConfigBuilder,
     ModelConfig,
     RopeScaling,
     check_overrides,
@@ -19,7 +20,7 @@ from mlm_eval.checkpoints.config import (
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safe_pickle import Namespace as PickledNamespace
 from mlm_eval.checkpoints.files.safe_pickle import Stub
-from mlm_eval.checkpoints.megatron.config import ConfigBuild, build_config, saved_args
+from mlm_eval.checkpoints.megatron.args import build_config, saved_args
 from mlm_eval.checkpoints.parameters import parameters
 
 Shapes = dict[str, tuple[int, ...]]
@@ -36,7 +37,7 @@ def build(
     core: bool = False,
     family: str = "gpt",
     **overrides: Any,
-) -> ConfigBuild:
+) -> ConfigBuilder:
     """Build the config of a checkpoint with the shapes of `config` and exactly these args."""
     shapes = config if isinstance(config, dict) else shapes_of(config)
     family = family if isinstance(config, dict) else config.family

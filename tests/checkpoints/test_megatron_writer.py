@@ -22,7 +22,7 @@ from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.torch_file import read_torch_file
-from mlm_eval.checkpoints.megatron.args import padded_vocabulary
+from mlm_eval.checkpoints.megatron.layout import padded_vocabulary
 from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
 from mlm_eval.checkpoints.open import open_checkpoint
 

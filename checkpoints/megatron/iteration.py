@@ -1,0 +1,71 @@
+"""The iterations below a checkpoint's root: their folders, and the tracker file that names one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mlm_eval.checkpoints.errors import InputError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+"""What a checkpoint without an iteration is called."""
+
+
+def iteration_folder(iteration: int | None) -> str:
+    """Return the name of an iteration's folder; None: of a release."""
+    return RELEASE if iteration is None else f"iter_{iteration:07d}"
+
+
+def write_tracker(root: Path, iteration: int | None) -> None:
+    """Write the file that names the iteration to load."""
+    (root / TRACKER).write_text(RELEASE if iteration is None else str(iteration))
+
+
+def saved_iteration(folder: Path, saved: object) -> int | str | None:
+    """Return the iteration of a folder, in which `saved` stands for it; None where unknown."""
+    if folder.name == RELEASE:
+        return RELEASE
+    return saved if isinstance(saved, int) else None
+
+
+def find_iteration(root: Path) -> Path:
+    """Return the folder that holds the weights: by the tracker file, or `root` itself.
+
+    Raises:
+        InputError: The tracker file is damaged or names a folder that is not there.
+    """
+    names = {entry.name for entry in root.iterdir()}
+    within = root.resolve()  # also where the path given is `.`
+    if re.fullmatch(r"mp_rank_\d\d.*", within.name) and any(n.endswith(".pt") for n in names):
+        return within.parent
+    if ".metadata" in names or any(
+        re.match(r"mp_rank_\d", name) or name.endswith(".distcp") for name in names
+    ):
+        return root
+    steps = sorted(name for name in names if re.fullmatch(r"iter_\d{7,}|release", name))
+    tracker = root / TRACKER
+    if not tracker.is_file():
+        if len(steps) == 1:
+            return root / steps[0]
+        if steps:
+            raise InputError(
+                f"{root} has no {TRACKER} and several checkpoints ({', '.join(steps[:5])}); "
+                "give --ckpt one of these folders"
+            )
+        return root
+    try:
+        text = tracker.read_text(encoding="utf-8").strip()
+        folder = root / iteration_folder(None if text == RELEASE else int(text))
+    except (ValueError, UnicodeDecodeError):
+        raise InputError(
+            f"{tracker} holds neither an iteration number nor 'release'; give --ckpt an iter_* "
+            "folder instead"
+        ) from None
+    if not folder.is_dir():
+        found = ", ".join(steps[:5]) or "no iter_* folder"
+        raise InputError(
+            f"{tracker} names {folder.name}, which is not there (found {found}); give --ckpt an "
+            "iter_* folder"
+        )
+    return folder
