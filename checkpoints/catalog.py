@@ -23,58 +23,51 @@ FOLDER_VARIABLE = "MLM_EVAL_CATALOG"
 
 @dataclass(frozen=True)
 class Expectation:
-    """A number that somebody reported for a checkpoint.
-
-    Attributes:
-        task: The benchmark.
-        metric: As a result record names it.
-        value: In `unit`.
-        unit: `%` or `perplexity`.
-        who: Who reported it.
-        where: The address.
-        note: What a reader must know; may be empty.
-    """
+    """A number that somebody reported for a checkpoint."""
 
     task: str
+    """The benchmark."""
     metric: str
+    """As a result record names it."""
     value: float
+    """In `unit`."""
     unit: str
+    """`%` or `perplexity`."""
     who: str
+    """Who reported it."""
     where: str
+    """The address."""
     note: str = ""
+    """What a reader must know; may be empty."""
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One public checkpoint.
-
-    Attributes:
-        name: To be used as `catalog:NAME`.
-        title: What it is.
-        family: `gpt` or `bert`.
-        publisher: Who published it, and under which name.
-        holds: What the files contain.
-        tokenizer: Which vocabulary it needs.
-        get: Commands that fetch it.
-        files: Names under which it may lie in the local folder.
-        settings: What its files do not record.
-        expect: Reported numbers.
-    """
+class CatalogEntry:
+    """One public checkpoint."""
 
     name: str
+    """To be used as `catalog:NAME`."""
     title: str
     family: str
+    """`gpt` or `bert`."""
     publisher: str
+    """Who published it, and under which name."""
     holds: str
+    """What the files contain."""
     tokenizer: str
+    """Which vocabulary it needs."""
     get: Sequence[str]
+    """Commands that fetch it."""
     files: Sequence[str]
+    """Names under which it may lie in the local folder."""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    """What its files do not record."""
     expect: Sequence[Expectation] = ()
+    """Reported numbers."""
 
 
 @functools.cache
-def entries() -> dict[str, Entry]:
+def catalog_entries() -> dict[str, CatalogEntry]:
     """Return the catalog, by name."""
     folder = resources.files(__package__).joinpath("catalog")
     files = sorted(file.name for file in folder.iterdir() if file.name.endswith(".toml"))
@@ -83,7 +76,7 @@ def entries() -> dict[str, Entry]:
         values = tomllib.loads(folder.joinpath(file).read_text(encoding="utf-8"))
         name = file.removesuffix(".toml")
         expect = [Expectation(**item) for item in values.pop("expect", [])]
-        found[name] = Entry(name=name, expect=expect, **values)
+        found[name] = CatalogEntry(name=name, expect=expect, **values)
     return found
 
 
@@ -92,19 +85,19 @@ def is_catalog_name(path: str | Path) -> bool:
     return str(path).startswith(PREFIX)
 
 
-def find_entry(path: str | Path) -> Entry:
+def find_entry(path: str | Path) -> CatalogEntry:
     """Return the entry that `catalog:NAME`, or NAME, stands for.
 
     Raises:
         InputError: There is none.
     """
     name = str(path).removeprefix(PREFIX)
-    if name not in entries():
+    if name not in catalog_entries():
         raise InputError(
-            f"the catalog has no checkpoint {name!r}; it has {', '.join(entries())} "
+            f"the catalog has no checkpoint {name!r}; it has {', '.join(catalog_entries())} "
             "(`mlm-eval catalog` describes them)"
         )
-    return entries()[name]
+    return catalog_entries()[name]
 
 
 def local_folder() -> Path:
@@ -126,7 +119,7 @@ def local_folder() -> Path:
     return Path(data) / "mlm_eval" / "catalog"
 
 
-def locate(entry: Entry) -> Path | None:
+def locate(entry: CatalogEntry) -> Path | None:
     """Return the local file or folder of an entry, or None."""
     folder = local_folder()
     for name in (entry.name, f"{entry.name}.zip", *entry.files):
@@ -135,7 +128,7 @@ def locate(entry: Entry) -> Path | None:
     return None
 
 
-def resolve(path: str | Path) -> tuple[Entry, Path]:
+def resolve(path: str | Path) -> tuple[CatalogEntry, Path]:
     """Return the entry that `catalog:NAME` stands for, and where its files are.
 
     Raises:

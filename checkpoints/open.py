@@ -80,9 +80,9 @@ def _open(target: Path, overrides: dict[str, Any]) -> Checkpoint:
     if target.suffix == ".safetensors" and (target.parent / "config.json").is_file():
         target = target.parent
     if target.is_file():
-        from mlm_eval.checkpoints.megatron.read_torch import read_file
+        from mlm_eval.checkpoints.megatron.read_torch import read_model_file
 
-        return read_file(target, overrides)
+        return read_model_file(target, overrides)
     if (target / "config.json").is_file():
         from mlm_eval.checkpoints.huggingface.read import read_folder
 

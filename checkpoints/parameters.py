@@ -57,6 +57,9 @@ GATE_UP = ShardRule(0, blocks=2)
 ROW = ShardRule(1)
 VOCAB = ShardRule(0, "vocab")
 
+TASK_HEADS = ("multichoice_head", "classification_head", "qa_head")
+"""Heads of fine-tuned BERT models."""
+
 
 @dataclass(frozen=True)
 class Parameter:

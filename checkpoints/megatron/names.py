@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.parameters import TASK_HEADS
 
 # Old name of a layer's part (a prefix of the key below `layers.N.`) -> canonical name.
 LAYER_ALIASES: dict[str, str] = {
@@ -64,7 +65,6 @@ TOP_NAMES = frozenset(
     qa_head.bias""".split()
 )
 BERT_ONLY = ("embedding.tokentype", "lm_head.", "pooler.", "binary_head.", "output_layer.bias")
-TASK_HEADS = ("classification_head.", "multichoice_head.", "qa_head.")
 
 LAYER = re.compile(r"(?P<block>transformer|encoder|decoder)\.layers\.(?P<layer>\d+)\.(?P<rest>.+)")
 FINAL_NORM = re.compile(

@@ -45,7 +45,7 @@ UNVERSIONED = (
 )
 
 
-def read_file(path: Path, overrides: dict[str, Any]) -> Checkpoint:
+def read_model_file(path: Path, overrides: dict[str, Any]) -> Checkpoint:
     """Return the checkpoint of a single `.pt` file; of its whole folder where it is one rank.
 
     Raises:

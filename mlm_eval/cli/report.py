@@ -13,7 +13,7 @@ from mlm_eval.cli.app import app
 from mlm_eval.cli.options import Config, Sets
 
 if TYPE_CHECKING:
-    from mlm_eval.checkpoints.catalog import Entry
+    from mlm_eval.checkpoints.catalog import CatalogEntry
     from mlm_eval.checkpoints.config import ModelConfig
 
 REPORTS = "Tables and planning"
@@ -222,9 +222,9 @@ def catalog(
     import dataclasses
     import json
 
-    from mlm_eval.checkpoints.catalog import entries, find_entry, locate
+    from mlm_eval.checkpoints.catalog import catalog_entries, find_entry, locate
 
-    chosen = list(entries().values()) if name is None else [find_entry(name)]
+    chosen = list(catalog_entries().values()) if name is None else [find_entry(name)]
     places = {entry.name: locate(entry) for entry in chosen}
     if as_json:
         records = [
@@ -238,7 +238,7 @@ def catalog(
         _print_entry(chosen[0], places[chosen[0].name])
 
 
-def _print_list(entries: list[Entry], places: dict[str, Path | None]) -> None:
+def _print_list(entries: list[CatalogEntry], places: dict[str, Path | None]) -> None:
     from mlm_eval.checkpoints.catalog import FOLDER_VARIABLE, local_folder
 
     for entry in entries:
@@ -249,7 +249,7 @@ def _print_list(entries: list[Entry], places: dict[str, Path | None]) -> None:
     print("`mlm-eval catalog NAME` tells more; `--ckpt catalog:NAME` opens what is here")
 
 
-def _print_entry(entry: Entry, found: Path | None) -> None:
+def _print_entry(entry: CatalogEntry, found: Path | None) -> None:
     from mlm_eval.reporting.text import rows_as_text
 
     settings = ", ".join(f"{name}={value}" for name, value in entry.settings.items())

@@ -18,9 +18,7 @@ from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance
 from mlm_eval.checkpoints.config import ModelConfig, apply_overrides
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import Computed, LazyTensor
-from mlm_eval.checkpoints.parameters import Parameter, parameters
-
-TASK_HEADS = ("multichoice_head", "classification_head", "qa_head")
+from mlm_eval.checkpoints.parameters import TASK_HEADS, Parameter, parameters
 
 DIVISIBLE_BY = 128
 """A new model's vocabulary is padded to a multiple of this, whatever the layout of its training."""

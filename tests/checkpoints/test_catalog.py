@@ -14,7 +14,7 @@ from support import random_models
 
 from mlm_eval import cli
 from mlm_eval.checkpoints import catalog
-from mlm_eval.checkpoints.catalog import entries, find_entry, local_folder, locate
+from mlm_eval.checkpoints.catalog import catalog_entries, find_entry, local_folder, locate
 from mlm_eval.checkpoints.config import check_overrides
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.open import open_checkpoint
@@ -69,12 +69,16 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_public_checkpoints_are_there():
-    assert set(entries()) == {NAME, "megatron-bert-345m-uncased", "megatron-bert-345m-cased"}
+    assert set(catalog_entries()) == {
+        NAME,
+        "megatron-bert-345m-uncased",
+        "megatron-bert-345m-cased",
+    }
 
 
-@pytest.mark.parametrize("name", list(entries()))
+@pytest.mark.parametrize("name", list(catalog_entries()))
 def test_an_entry_says_all_that_is_needed(name: str):
-    entry = entries()[name]
+    entry = catalog_entries()[name]
     assert entry.settings["num_attention_heads"] == 16
     assert entry.settings["activation"] == ("gelu_tanh" if entry.family == "gpt" else "gelu")
     check_overrides(entry.settings)
@@ -86,7 +90,7 @@ def test_an_entry_says_all_that_is_needed(name: str):
 
 
 def test_expected_figures_say_from_whom():
-    for entry in entries().values():
+    for entry in catalog_entries().values():
         assert entry.expect
         for item in entry.expect:
             assert item.value > 0 and item.who and item.where
@@ -139,9 +143,9 @@ def eight_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     import dataclasses
 
     entry = dataclasses.replace(
-        entries()[NAME], settings={"num_attention_heads": 8, "activation": "gelu"}
+        catalog_entries()[NAME], settings={"num_attention_heads": 8, "activation": "gelu"}
     )
-    monkeypatch.setattr(catalog, "entries", lambda: {NAME: entry})
+    monkeypatch.setattr(catalog, "catalog_entries", lambda: {NAME: entry})
 
 
 def test_settings_that_the_file_does_not_record_are_applied(shelf: Path, eight_heads: None):
@@ -210,7 +214,7 @@ def test_the_command_lists_describes_and_refuses(
 ):
     released_file(shelf / NAME)
     code, out, _ = run_cli(monkeypatch, capsys, "catalog")
-    assert code == 0 and all(name in out for name in entries())
+    assert code == 0 and all(name in out for name in catalog_entries())
     assert f"here: {shelf / NAME}" in out and out.count("not here") == 2
     code, out, _ = run_cli(monkeypatch, capsys, "catalog", NAME)
     assert "num_attention_heads=16, activation=gelu_tanh" in out
