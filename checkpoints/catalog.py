@@ -104,15 +104,15 @@ def local_folder() -> Path:
     """Return where the files of the catalog's checkpoints are looked for.
 
     Raises:
-        InputError: $MLM_EVAL_CATALOG is set, and no folder.
+        InputError: $MLM_EVAL_CATALOG is set, but not to a folder.
     """
     given = os.environ.get(FOLDER_VARIABLE)
     if given:
         folder = Path(given).expanduser()
         if not folder.is_dir():
             raise InputError(
-                f"${FOLDER_VARIABLE} is {given}, which is no folder; name the one that holds the "
-                "checkpoints"
+                f"${FOLDER_VARIABLE} is {given}, which is not a folder; set it to the one "
+                "that holds the checkpoints"
             )
         return folder
     data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"

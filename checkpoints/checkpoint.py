@@ -17,7 +17,7 @@ from mlm_eval.checkpoints.parameters import num_parameters, parameters
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a checkpoint came from, and what the user should know about it."""
+    """Where a checkpoint comes from, and what the user should know about it."""
 
     path: Path
     """The folder or file that holds the weights (below the root that was given)."""
@@ -35,7 +35,7 @@ class Provenance:
     """Pickled names that would run commands elsewhere."""
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """Neutral remarks: the form of the files, names that were met."""
+    """Neutral remarks, such as the form of the files."""
     files: list[Path] = field(default_factory=list)
     digest: str = ""
     args: Mapping[str, Any] = field(default_factory=dict)
@@ -59,8 +59,8 @@ class Checkpoint:
         """Return itself after comparing the tensors with the table.
 
         Raises:
-            InputError: A parameter is missing, superfluous, of another shape than the config says,
-                or no floating-point number.
+            InputError: A parameter is missing or superfluous, has another shape than the config
+                says, or is not a floating-point tensor.
         """
         table = parameters(self.config)
         where = self.provenance.path
@@ -77,7 +77,7 @@ class Checkpoint:
                     "mixed, or correct the settings with --set"
                 )
             if dtype_name(self.tensors[name].dtype) not in WEIGHT_DTYPES:
-                # 8-bit weights have scales beside them: read as they stand they would be others.
+                # 8-bit weights come with scales: without them they would be other numbers.
                 raise InputError(
                     f"{where}: {name} is stored as {self.tensors[name].dtype}, which mlm-eval does "
                     "not read; use a checkpoint in float32, bfloat16 or float16"

@@ -37,7 +37,7 @@ _RANGES = (
     ("num_tokentypes", 0, 1 << 20),
     ("num_classes", 0, 1 << 20),
 )
-"""Beyond these a value is a slip or damage; not-a-number lies in no range."""
+"""A value outside is a typo or damage; NaN is outside of every range."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class ModelConfig:
         return dataclasses.asdict(self)
 
 
-# Accepted by --set beside the fields of ModelConfig; the readers use them before there is a config.
+# Also accepted by --set; the readers use them before there is a config.
 READER_SETTINGS: dict[str, type] = {"checkpoint_version": float}
 
 
@@ -195,7 +195,7 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def check_overrides(overrides: Mapping[str, Any]) -> None:
-    """Refuse overrides that are no settings, or of another type than the setting's.
+    """Refuse overrides that are not settings, or do not have the setting's type.
 
     Raises:
         InputError: A name is unknown, or a value does not fit it.
@@ -216,7 +216,7 @@ _KINDS = {
 
 
 def _kind_of(name: str) -> str:
-    """Return the type of a setting, a key of `_KINDS`."""
+    """Return the type of a setting: a key of `_KINDS`."""
     if name in READER_SETTINGS:
         return READER_SETTINGS[name].__name__
     fields = {f.name: f for f in dataclasses.fields(ModelConfig) if f.name != "rope_scaling"}

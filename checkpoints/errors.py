@@ -1,4 +1,4 @@
-"""The one error of this project that is the user's."""
+"""The one error that is the user's to mend."""
 
 
 class InputError(ValueError):
@@ -6,5 +6,5 @@ class InputError(ValueError):
 
     The message is one sentence: it names the file or the option, what was found, what was
     expected and what to do. The command line prints it without a traceback and exits with 2.
-    A ValueError that is not an InputError came from a library and is a fault of ours.
+    Any other ValueError comes from a library, and is a bug of ours.
     """

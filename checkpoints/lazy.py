@@ -1,8 +1,8 @@
-"""Tensors that are read late: shape and dtype are known, the bytes stay in the file until needed.
+"""Lazy tensors: shape and dtype are known, the bytes stay in the file until they are needed.
 
 A reader of a format returns `LazyTensor`s; merging ranks, reordering rows and transposing are views
-over them. Whoever asks for a slice touches only the pages of that slice, so that one rank of eight
-reads an eighth of a checkpoint, and a conversion holds a few tensors at a time.
+over them. Reading a slice touches only the pages of that slice, so that one rank of eight reads an
+eighth of a checkpoint, and a conversion holds a few tensors at a time.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class MappedFile:
 def _map(path: Path, size: int) -> torch.UntypedStorage:
     """Return the bytes of a file as a storage, mapped.
 
-    torch maps for writing to a copy of its own, and for that the kernel wants as much memory as the
-    file is long. A larger file is mapped for reading only.
+    torch maps the file copy-on-write, for which the kernel may demand as much memory as the file is
+    long. A larger file is mapped read-only.
     """
     try:
         mapped = torch.UntypedStorage.from_file(str(path), False, size)
@@ -95,7 +95,7 @@ def _map(path: Path, size: int) -> torch.UntypedStorage:
         pass
     try:
         with path.open("rb") as stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it must not be written to: no one does
+            warnings.simplefilter("ignore")  # "must not be written to": nothing does
             buffer = mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ)
             return torch.frombuffer(buffer, dtype=torch.uint8).untyped_storage()
     except OSError as error:

@@ -28,8 +28,8 @@ def open_checkpoint(
         path: A checkpoint root with its tracker file, an `iter_*` or `release` folder, a single
             `.pt`, a published zip archive, a Hugging Face folder, or `catalog:NAME`.
         overrides: Settings that win over the file's and the catalog's (see `parse_overrides`).
-        allow_hostile: Open a file whose pickle names harmful callables all the same (`inspect`
-            does; nothing in a pickle ever runs either way).
+        allow_hostile: Open a file even if its pickle names harmful callables (`inspect` does;
+            nothing in a pickle ever runs either way).
 
     Raises:
         InputError: There is no checkpoint, or it is damaged, incomplete, or of an unsupported kind.
@@ -108,7 +108,7 @@ def _refuse_unreadable_format(folder: Path, names: set[str]) -> None:
 
     Raises:
         InputError: The folder holds zarr arrays, DeepSpeed's files, an unfinished save, or nothing
-            known.
+            that we know.
     """
     metadata = folder / "metadata.json"
     backend = None

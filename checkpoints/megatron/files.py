@@ -1,4 +1,4 @@
-"""The files of Megatron's `torch` format: where they are, what each holds, what must agree in all.
+"""The files of Megatron's `torch` format: where they are, what each holds, what they must share.
 
 Each tensor-parallel rank and pipeline stage wrote one, mp_rank_XX[_YYY]/model_optim_rng.pt.
 Source: facts A.2, B.1.
@@ -39,7 +39,7 @@ SAME_RUN = (
     "consumed_train_samples",
     "seed",
 )
-"""Fields of args that are the same in all files of one save."""
+"""Args that are equal in all files of one save."""
 
 
 @dataclass
@@ -58,7 +58,7 @@ class RankFile:
 def scan_ranks(folder: Path) -> dict[tuple[int, ...], Path]:
     """Return the model files by the numbers in their folder's name.
 
-    Folders without one are left out: they hold a part of the optimizer.
+    Folders without one are skipped: they hold a part of the optimizer.
 
     Raises:
         InputError: There is no model file.
@@ -83,10 +83,10 @@ def scan_ranks(folder: Path) -> dict[tuple[int, ...], Path]:
 
 
 def read_rank(path: Path) -> RankFile:
-    """Return what one file holds; no weight is read.
+    """Return the contents of one file; no weight is read.
 
     Raises:
-        InputError: The file is missing or damaged, or no model file of Megatron's.
+        InputError: The file is missing or damaged, or is not a Megatron model file.
     """
     torch_file = read_torch_file(path)
     value = torch_file.value
@@ -123,7 +123,7 @@ def _number(value: Mapping[Any, Any], key: str, path: Path) -> float | None:
     if number is None or (type(number) in (int, float) and 0 <= number < 2**53):
         return number
     raise InputError(
-        f"{path}: {key} is no number; the file is damaged or not one of Megatron's, copy it again"
+        f"{path}: {key} is not a number; the file is damaged or not Megatron's, copy it again"
     )
 
 
@@ -131,7 +131,7 @@ def _flatten(tree: Mapping[Any, Any], path: Path) -> dict[str, StoredTensor]:
     """Return the tensors in nested dicts under names joined by dots.
 
     Raises:
-        InputError: A name is none, or the dicts are nested without end.
+        InputError: A name is unreadable, or the dicts are nested too deeply.
     """
     flat: dict[str, StoredTensor] = {}
     left: list[tuple[str, int, Mapping[Any, Any]]] = [("", 1, tree)]
@@ -182,7 +182,7 @@ def check_same_run(files: dict[tuple[int, int], RankFile], tp: int, where: Path)
     """Refuse files that were not saved together.
 
     Raises:
-        InputError: Files differ in what is the same in all of one save, or were swapped.
+        InputError: The files come from different saves, or were swapped.
     """
     first = files[0, 0]
     ranks = {}

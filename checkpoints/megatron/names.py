@@ -116,7 +116,7 @@ def refuse_unsupported(keys: list[str], where: str) -> None:
 
 
 def is_ignored(key: str) -> bool:
-    """Whether a key carries no weight: TransformerEngine's extra state, rotary tables."""
+    """Whether a key holds no weight: TransformerEngine's extra state, rotary tables."""
     return key.endswith(("_extra_state", "inv_freq")) or "._extra_state/" in key
 
 
@@ -137,7 +137,7 @@ def canonical_name(key: str, block: str, layer_offset: int, where: str) -> str:
         where: The file, for messages.
 
     Raises:
-        InputError: The key is none that a GPT or BERT model has.
+        InputError: No GPT or BERT model has such a key.
     """
     name = strip_prefixes(key)
     name = TOP_ALIASES.get(name, name)
@@ -159,7 +159,7 @@ def canonical_name(key: str, block: str, layer_offset: int, where: str) -> str:
 
 
 def is_bert(names: list[str]) -> bool:
-    """Tell BERT from GPT by the parameters that only BERT has."""
+    """Whether the parameters are BERT's: some only BERT has."""
     for key in names:
         name = strip_prefixes(key)
         name = TOP_ALIASES.get(name, name)

@@ -49,7 +49,7 @@ _NESTED = ("args", "checkpoint_version", "iteration")
 
 @dataclass
 class Common:
-    """What a checkpoint says beside its tensors, and the pickles that said it."""
+    """What a checkpoint records besides its tensors, and the pickles it was read from."""
 
     values: dict[str, Any] = field(default_factory=dict)
     pickles: list[TorchFile] = field(default_factory=list)
@@ -107,7 +107,7 @@ def read_distributed(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
 
 
 def _check_finished(files: DistributedFolder, keys: list[str], *, nested: bool) -> list[str]:
-    """Refuse what is not there whole; return what to say about a save that may not have ended.
+    """Refuse an incomplete save; return a warning where it may not have finished.
 
     Raises:
         InputError: The folder holds no model, or files of it are missing or cut off.
@@ -140,7 +140,7 @@ def _check_finished(files: DistributedFolder, keys: list[str], *, nested: bool) 
 
 
 def _read_common(files: DistributedFolder) -> Common:
-    """Return args, version and iteration, from wherever this Megatron version put them."""
+    """Return args, version and iteration, from where this version of Megatron put them."""
     path = files.path / COMMON
     if path.is_file():
         torch_file = read_torch_file(path)
@@ -221,7 +221,7 @@ def _check_rotary(
     shapes: Mapping[str, tuple[int, ...]],
     overrides: Mapping[str, Any],
 ) -> None:
-    """Refuse to guess the positions of a model that has no table of them and no args."""
+    """Refuse to guess the kind of positions of a model without a position table and args."""
     learned = "embedding.position_embeddings.weight" in shapes
     if not args and not learned and "position_embedding_type" not in overrides:
         raise InputError(

@@ -36,7 +36,7 @@ from mlm_eval.checkpoints.parameters import Parameter, cut_dim, parameters
 EMBEDDING = "embedding.word_embeddings.weight"
 
 DRIFT = 0.1
-"""By how much, relative to the largest value, what should be the same on all ranks may differ."""
+"""Largest difference between copies on different ranks, relative to their largest value."""
 
 UNVERSIONED = (
     "the files hold no checkpoint_version, so version 0 (QKV rows [3, heads, head]) is assumed, as "
@@ -46,7 +46,7 @@ UNVERSIONED = (
 
 
 def read_model_file(path: Path, overrides: dict[str, Any]) -> Checkpoint:
-    """Return the checkpoint of a single `.pt` file; of its whole folder where it is one rank.
+    """Return the checkpoint of a single `.pt` file, or of all ranks where the file is one of them.
 
     Raises:
         InputError: The file is damaged, or is one rank of a checkpoint whose other files are not
@@ -86,7 +86,7 @@ def read_ranks(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     tp = tp or max(key[0] for key in paths) + 1
     pp = pp or max((key[1] if len(key) > 1 else 0) for key in paths) + 1
     keys: dict[tuple[int, int], tuple[int, ...]] = {}
-    # One by one: sizes from a damaged file may be huge, and the first gap ends this.
+    # Stop at the first missing rank: a damaged file may claim huge sizes.
     for t, p in ((t, p) for t in range(tp) for p in range(pp)):
         key = keys[t, p] = (t,) if pp == 1 and (t,) in paths else (t, p)
         if key not in paths:
@@ -328,7 +328,7 @@ def qkv_order(version: float, heads: int, channels: int) -> torch.Tensor:
 def _compare_replicas(
     shards: list[dict[str, LazyTensor]], table: Mapping[str, Parameter], where: Path
 ) -> list[str]:
-    """Compare the small replicated tensors of all ranks; rounding drift is worth a word.
+    """Compare the small replicated tensors of all ranks, and return a warning if they drifted.
 
     Raises:
         InputError: They differ by more than drift.

@@ -119,7 +119,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(shelf: Path):
 
 def test_a_wrong_variable_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(catalog.FOLDER_VARIABLE, "/no/such/folder")
-    with pytest.raises(InputError, match="which is no folder"):
+    with pytest.raises(InputError, match="which is not a folder"):
         open_checkpoint(f"catalog:{NAME}")
 
 

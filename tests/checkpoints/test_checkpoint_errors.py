@@ -459,12 +459,12 @@ def test_an_old_version_with_query_groups(tmp_path: Path):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"iteration": "many"}, "iteration is no number"),
-        ({"iteration": -1}, "iteration is no number"),
-        ({"iteration": float("nan")}, "iteration is no number"),
-        ({"iteration": [[]]}, "iteration is no number"),
-        ({"checkpoint_version": "3.0"}, "checkpoint_version is no number"),
-        ({"checkpoint_version": True}, "checkpoint_version is no number"),
+        ({"iteration": "many"}, "iteration is not a number"),
+        ({"iteration": -1}, "iteration is not a number"),
+        ({"iteration": float("nan")}, "iteration is not a number"),
+        ({"iteration": [[]]}, "iteration is not a number"),
+        ({"checkpoint_version": "3.0"}, "checkpoint_version is not a number"),
+        ({"checkpoint_version": True}, "checkpoint_version is not a number"),
         (
             {"checkpoint_version": 4.0},
             "checkpoint_version 4.0 is unknown.*--set checkpoint_version",
