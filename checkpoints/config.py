@@ -80,7 +80,7 @@ class ModelConfig:
     """The stored gain is (gain - 1), Megatron's `apply_layernorm_1p`."""
     activation: str = "gelu"
     head_activation: str = "gelu"
-    """BERT's LM head: erf since v1.0, whatever the MLP uses (facts E.5)."""
+    """BERT's LM head: erf since v1.0, whatever the MLP uses (docs/megatron.md, "GELU")."""
     add_bias_linear: bool = True
     add_qkv_bias: bool = True
     qk_layernorm: bool = False

@@ -2,7 +2,7 @@
 
 Names and layout are megatron-core's, with separate norms. QKV rows stand in group order `[groups,
 heads / groups + 2, head]` (Megatron checkpoint versions 2 and 3), a gated fc1 is `[gate; up]`.
-Source: Megatron-LM paper, section 3; facts C.4 and D.
+Source: Megatron-LM paper, section 3; docs/megatron.md, "megatron-core names", "Tensor parallelism".
 """
 
 from __future__ import annotations

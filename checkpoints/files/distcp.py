@@ -1,9 +1,9 @@
 """Folders that torch.distributed.checkpoint wrote (`.metadata`, `*.distcp`), read without it.
 
 torch's own reader unpickles `.metadata` and every entry that is no tensor without restriction: it
-runs whatever a file asks for (facts A.7). Here `.metadata` is read by the own unpickler, which
-knows neither torch's classes nor Megatron's: all of them arrive as inert stubs, whatever the
-version that wrote them, and only their plain attributes are looked at.
+runs whatever a file asks for (docs/megatron.md, "What the pickles ask for"). Here `.metadata` is
+read by our own unpickler, which knows neither torch's nor Megatron's classes: all of them arrive as
+inert stubs, whatever the version that wrote them, and only their plain attributes are looked at.
 
 Every entry of a `.distcp` file is a torch.save archive of its own. A tensor is one chunk or many;
 a chunk's archive is opened when the first value of it is asked for.

@@ -2,7 +2,7 @@
 
 Reading: shapes win over args where both speak; a setting that neither holds is assumed, and the
 assumption is kept in `sources`, so that `inspect` can show it. Writing is the inverse: our reader,
-and Megatron's own, must get the same model back. Source: facts B.3 and E.5.
+and Megatron's own, must get the same model back. Source: docs/megatron.md, "Arguments", "GELU".
 """
 
 from __future__ import annotations
@@ -199,7 +199,8 @@ def build_config(
     _activation(b, shapes, megatron_core)
     _tying_and_heads(b, shapes)
     if megatron_core and b.values["apply_residual_connection_post_layernorm"]:
-        # megatron-core has the field but reads it nowhere (facts E.1): the run was pre-norm.
+        # megatron-core has the field but reads it nowhere: the run was pre-norm.
+        # Source: docs/megatron.md, "Block order".
         b.set("apply_residual_connection_post_layernorm", False, "megatron-core ignores the flag")
     return b.finish()
 
@@ -298,7 +299,7 @@ def _heads(b: _ArgsReader, shapes: Shapes, hidden: int) -> None:
     groups = (qkv[0] // channels - heads) // 2
     b.set("num_query_groups", groups, "shapes")
     # The field is 1 for plain attention too: it counts with the flag only, or without any flag
-    # where the weights bear it out (facts B.3).
+    # where the weights bear it out (docs/megatron.md, "Arguments").
     expected = {heads}
     if args.get("group_query_attention"):
         expected = {args.get("num_query_groups") or heads}
@@ -407,7 +408,10 @@ def _activation(b: _ArgsReader, shapes: Shapes, megatron_core: bool) -> None:
 def _activation_from_args(
     args: Mapping[str, Any], megatron_core: bool, *, biased: bool
 ) -> tuple[str, str]:
-    """Return the activation that ran, and which field says so (facts E.5, legacy precedence)."""
+    """Return the activation that ran, and which field says so.
+
+    Source: docs/megatron.md, "GELU", which has the legacy code's precedence too.
+    """
     if not megatron_core:  # megatron-core reads neither flag
         if args.get("openai_gelu"):
             return "gelu_tanh", "args.openai_gelu"
@@ -475,7 +479,7 @@ def _args_of_settings(c: ModelConfig, core: bool) -> dict[str, Any]:
         # Megatron's default, and left on in rotary models too.
         "add_position_embedding": True,
         "use_rope_scaling": c.rope_scaling is not None,
-        # A numerical device of the run, not a part of the model (facts E.4).
+        # A numerical device of the run, not a part of the model (docs/megatron.md, "Attention").
         "apply_query_key_layer_scaling": False,
         "swiglu": c.activation == "swiglu",
         "squared_relu": c.activation == "squared_relu",

@@ -1,7 +1,7 @@
 """The files of Megatron's `torch` format: where they are, what each holds, what they must share.
 
 Each tensor-parallel rank and pipeline stage wrote one, mp_rank_XX[_YYY]/model_optim_rng.pt.
-Source: facts A.2, B.1.
+Source: docs/megatron.md, "Folders and files", "Top-level keys".
 """
 
 from __future__ import annotations

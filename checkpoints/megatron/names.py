@@ -2,7 +2,8 @@
 
 One table serves all: 2019's flat GPT-2 names, v1.x (`transformer`, `attention`), v2.x to 23.06
 (`encoder`, `self_attention`), `input_norm` (2023-09 on), the legacy TransformerEngine layer, and
-megatron-core's local and TransformerEngine specs. Source: facts C.1 to C.4.
+megatron-core's local and TransformerEngine specs.
+Source: docs/megatron.md, "Legacy GPT", "Legacy BERT", "megatron-core names".
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ tensors, QKV in group order and gated fc1 as `[gate; up]`, whatever the parallel
 `torch_dist` has megatron-core's keys, the layers stacked on a leading dim or each under its number;
 settings stand in `common.pt`, or since core 0.19 in the entry `common_state`. The other two have
 `model.` before each key and keep their settings in entries of their own.
-Source: facts A.4 to A.7 and C.5.
+Source: docs/megatron.md, "Distributed formats", "What the pickles ask for", "torch_dist keys".
 """
 
 from __future__ import annotations

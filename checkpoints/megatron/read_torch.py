@@ -2,7 +2,9 @@
 
 Each tensor-parallel rank and pipeline stage wrote one file. This reader merges them lazily: the QKV
 order of versions 0 and 1.0 becomes group order, gated fc1 becomes `[gate; up]`, pipeline stages get
-global layer numbers. Source: facts A.2, A.3, B, C, D.
+global layer numbers.
+Source: docs/megatron.md, "Folders and files", "Pipeline stages", "Top-level keys",
+"megatron-core names", "Tensor parallelism", "QKV row order", "Gated MLP".
 """
 
 from __future__ import annotations
@@ -172,7 +174,10 @@ def _merge(
 
 
 def _version(first: RankFile, megatron_core: bool, overrides: Mapping[str, Any]) -> float:
-    """Return the checkpoint version: the QKV order follows from it (facts B.2)."""
+    """Return the checkpoint version: the QKV order follows from it.
+
+    Source: docs/megatron.md, "Checkpoint version".
+    """
     if "checkpoint_version" in overrides:
         version = float(overrides["checkpoint_version"])
     elif first.version is None:
@@ -194,7 +199,8 @@ def _stage_tensors(
     """Return one tensor-parallel rank's tensors of all stages, under canonical names.
 
     Every stage counts its layers from 0. In the order chunk by chunk (virtual pipeline), stage by
-    stage within a chunk, the global number is a running sum: facts A.3's `chunk * L/v + stage * c`.
+    stage within a chunk, the global number is a running sum, `chunk * L/v + stage * c`.
+    Source: docs/megatron.md, "Pipeline stages".
     """
     block = "encoder" if family == "bert" else "decoder"
     tensors: dict[str, LazyTensor] = {}
@@ -300,7 +306,7 @@ def _full_shape(name: str, parts: list[LazyTensor]) -> tuple[int, ...]:
 def _in_group_order(
     parts: list[LazyTensor], version: float, config: ModelConfig, where: Path
 ) -> list[LazyTensor]:
-    """Return the QKV rows of each rank in group order (facts D.3)."""
+    """Return the QKV rows of each rank in group order (docs/megatron.md, "QKV row order")."""
     if version >= 2.0:
         return parts
     if config.num_query_groups != config.num_attention_heads:
@@ -315,7 +321,8 @@ def _in_group_order(
 def qkv_order(version: float, heads: int, channels: int) -> torch.Tensor:
     """Return where each row of `[heads, 3, channels]` stands in a rank's weight of an old version.
 
-    Version 0 keeps `[3, heads, channels]`, version 1.0 `[heads, channels, 3]` (facts D.3).
+    Version 0 keeps `[3, heads, channels]`, version 1.0 `[heads, channels, 3]`.
+    Source: docs/megatron.md, "QKV row order".
     """
     rows = torch.arange(heads * 3 * channels)
     if version == 0.0:

@@ -1,10 +1,11 @@
 """Writes Megatron's `torch_dist` format, one chunk per layer, one tensor at a time.
 
-The keys are megatron-core's sharded keys (facts C.5): layers stacked on a leading dim, norms under
-the linear that follows them. The files are those of torch.distributed.checkpoint, made with its own
-metadata classes; its writer is not used, because it keeps the last chunk of every key in memory
-until the file is closed. No process group is needed, and any Megatron run can load the result,
-whatever its parallel sizes: `tp` and `pp` only stand in the saved args.
+The keys are megatron-core's sharded keys (docs/megatron.md, "torch_dist keys"): layers stacked on a
+leading dim, norms under the linear that follows them. The files are those of
+torch.distributed.checkpoint, made with its own metadata classes; its writer is not used, because it
+keeps the last chunk of every key in memory until the file is closed. No process group is needed,
+and any Megatron run can load the result, whatever its parallel sizes: `tp` and `pp` only stand in
+the saved args.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 The names are megatron-core's (local spec, `checkpoint_version` 3.0), or those of the legacy code of
 2021 to 2023 where megatron-core has no such model. Every file is a `torch.save` archive that
-Megatron, torch and this project's reader open. Source: facts A.1 to A.3, B, C, D.
+Megatron, torch and this project's reader open.
+Source: docs/megatron.md, "Folders and files", "Pipeline stages", "Top-level keys",
+"megatron-core names", "Tensor parallelism".
 """
 
 from __future__ import annotations

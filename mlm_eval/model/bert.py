@@ -28,7 +28,10 @@ from mlm_eval.model.transformer import (
 
 
 class LMHead(nn.Module):
-    """Dense, GELU and norm before the tied table; the GELU is erf always (facts E.6)."""
+    """Dense, GELU and norm before the tied table; the GELU is always erf.
+
+    Source: docs/megatron.md, "BERT heads", "GELU".
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -49,7 +49,8 @@ def with_head(
     The heads of pre-training go, and other task heads. A head of the right size that is there
     stays; otherwise it is drawn from the seed, N(0, 0.02) with bias 0, the same on every rank and
     layout. So is a missing pooler, with a warning (Megatron refuses such a checkpoint). Question
-    answering reads the states themselves and takes no pooler along. Source: facts C.3 and G.4.
+    answering reads the states themselves and takes no pooler along.
+    Source: docs/megatron.md, "Legacy BERT", "Training loop".
 
     Args:
         checkpoint: A BERT model.
@@ -101,7 +102,7 @@ def new_checkpoint(config: ModelConfig, *, seed: int) -> Checkpoint:
     """Return a model with Megatron's initial weights; each tensor is drawn when it is read.
 
     N(0, 0.02), what is added to the residual scaled by 1 / sqrt(2 layers), biases 0, gains 1.
-    Source: facts E.9.
+    Source: docs/megatron.md, "Initialization and precision".
     """
     table = parameters(config)
     tensors = {name: initial_tensor(config, table[name], seed=seed) for name in table}

@@ -31,8 +31,8 @@ def family_of(name: str) -> str:
 def named_config(name: str, *, tp: int = 1) -> ModelConfig:
     """Return the settings of a named model, its vocabulary padded as Megatron pads it for `tp`.
 
-    That is to a multiple of 128 x tp (facts D.2): 50,304 rows of GPT-2 on one rank, 51,200 on
-    eight.
+    That is to a multiple of 128 x tp: 50,304 rows of GPT-2 on one rank, 51,200 on eight.
+    Source: docs/megatron.md, "Vocabulary padding".
     """
     family = family_of(name)
     config = initial_config(name, family=family, vocab_entries=VOCABULARY[family])

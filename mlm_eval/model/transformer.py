@@ -1,8 +1,9 @@
 """The transformer layer of Megatron-LM, read top to bottom; GPT and BERT share it.
 
 Module names are the canonical parameter names, so a model's `named_parameters` are the table's
-keys. No layer here knows a rank: the parallel linears do. Source: facts E;
-megatron/model/transformer.py (v2.5), megatron/core/transformer (core 0.16).
+keys. No layer here knows a rank: the parallel linears do.
+Source: docs/megatron.md, "Model mathematics" and the sections that follow it; Megatron-LM,
+megatron/model/transformer.py (v2.5) and megatron/core/transformer (core 0.16).
 """
 
 from __future__ import annotations
@@ -100,9 +101,10 @@ def activate(x: Tensor, kind: str) -> Tensor:
 
 
 def rotary_tables(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines `[length, rotated channels]`, float32 (facts D.5).
+    """Return cosines and sines `[length, rotated channels]`, float32.
 
     Channel pairs are (i, i + d/2), or (2i, 2i + 1) with `rotary_interleaved`.
+    Source: docs/megatron.md, "Norms and rotary positions".
     """
     rotated = int(config.kv_channels * config.rotary_percent)
     steps = torch.arange(0, rotated, 2, dtype=torch.float32, device=device)
@@ -307,7 +309,10 @@ class TransformerBlock(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Word, position and token-type embeddings; no norm on them (facts E.2)."""
+    """Word, position and token-type embeddings; no norm on them.
+
+    Source: docs/megatron.md, "Embeddings".
+    """
 
     def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()

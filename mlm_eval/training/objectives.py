@@ -60,7 +60,10 @@ def _states(model: BERT, batch: Batch, dropout: Dropout | None) -> Tensor:
 
 
 class Classification(Objective):
-    """Cross entropy over the classes of a sentence or of a pair of them (facts G.4)."""
+    """Cross entropy over the classes of a sentence or of a pair of them.
+
+    Source: docs/megatron.md, "BERT heads", "Training loop".
+    """
 
     head = "classification_head"
 
@@ -73,7 +76,10 @@ class Classification(Objective):
 
 
 class MultipleChoice(Objective):
-    """Cross entropy over the choices of a question, one score for each row (facts G.2)."""
+    """Cross entropy over the choices of a question, one score for each row.
+
+    Source: docs/megatron.md, "RACE".
+    """
 
     head = "multichoice_head"
 

@@ -38,7 +38,10 @@ def make_optimizer(
     eps: float,
     weight_decay: float,
 ) -> torch.optim.AdamW:
-    """Return AdamW whose decay leaves out biases and norms: what has one dim (facts G.4)."""
+    """Return AdamW whose decay leaves out biases and norms: what has one dim.
+
+    Source: docs/megatron.md, "Training loop".
+    """
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for item in trained:
         groups[item.parameter.dim() > 1].append(item.parameter)
@@ -56,7 +59,7 @@ def make_optimizer(
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate of each step, Megatron's since v2.0: facts G.4.
+    """The learning rate of each step, Megatron's since v2.0 (docs/megatron.md, "Training loop").
 
     It rises linearly from 0 (the first step has a rate of 0) and falls to `min_lr`, which it would
     reach one step after the last.

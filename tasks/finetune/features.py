@@ -31,8 +31,8 @@ SPECIAL_TOKENS = 3
 def clean_text(text: str) -> str:
     """Return a text on one line, its white space single and no space before a full stop.
 
-    Source: facts G.1; tasks/data_utils.py. Three rounds, because each of them misses every second
-    one of a row of full stops.
+    Three rounds, because each of them misses every second one of a row of full stops.
+    Source: docs/megatron.md, "Text preparation"; Megatron-LM v2.5, tasks/data_utils.py.
     """
     text = re.sub(r"\s+", " ", text.replace("\n", " "))
     for _ in range(3):

@@ -1,7 +1,8 @@
 """MNLI and QQP: is a sentence true given another, do two questions ask the same? From GLUE's files.
 
 Columns and labels are those of Megatron-LM's tasks/glue. A field may hold bare quotes: a tab ends a
-field, a line ends a row, and nothing is quoted. Source: facts G.1 and G.3.
+field, a line ends a row, and nothing is quoted.
+Source: docs/megatron.md, "Text preparation", "GLUE".
 """
 
 from __future__ import annotations

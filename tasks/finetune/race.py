@@ -6,7 +6,8 @@ answer. Each row is
     [CLS] question with the option [SEP] article [SEP]
 
 where the option takes the place of every `_` of the question, or follows it after a space. The
-question with its option is cut at 128 tokens, the article at what is left. Source: facts G.1, G.2.
+question with its option is cut at 128 tokens, the article at what is left.
+Source: docs/megatron.md, "Text preparation", "RACE".
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def split_target(text: str, tokenizer: Tokenizer, *, target: str) -> tuple[list[
     and the word, with one space before it, are cut into tokens each by itself. On 7 of the 5,153
     passages this gives other tokens than the whole text does; it is what Megatron scores.
 
-    Source: facts F.6; tasks/zeroshot_gpt/datasets.py.
+    Source: docs/megatron.md, "LAMBADA"; Megatron-LM v2.5, tasks/zeroshot_gpt/datasets.py.
     """
     if target == "last-token":
         tokens = tokenizer.encode(text)

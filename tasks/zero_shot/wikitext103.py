@@ -77,8 +77,9 @@ AFTER_BRACKETS = (
 def detokenize(text: str) -> str:
     """Return WikiText's words as running text, by Megatron's rules in Megatron's order.
 
-    Source: facts F.3; tasks/zeroshot_gpt/detokenizer.py. The order matters: ` , ` can only be
-    found before ` @,@ ` has become `,`, and a pair of marks may reach across lines.
+    The order matters: ` , ` can only be found before ` @,@ ` has become `,`, and a pair of marks
+    may reach across lines.
+    Source: docs/megatron.md, "Detokenizer"; Megatron-LM v2.5, tasks/zeroshot_gpt/detokenizer.py.
     """
     text = text.replace("s '", "s'")
     text = SLASHED_DIGIT.sub(SLASHED_DIGIT_BECOMES, text)
@@ -111,7 +112,7 @@ def windows(num_tokens: int, seq_length: int, stride: int) -> list[tuple[int, in
     first window with at least seq_length - stride tokens before it. Megatron also runs up to
     seq_length / stride - 1 windows at the end that score nothing.
 
-    Source: facts F.4.
+    Source: docs/megatron.md, "Overlapping windows".
     """
     targets = num_tokens - 1
     if targets < 1:

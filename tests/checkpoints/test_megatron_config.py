@@ -75,7 +75,7 @@ def test_args_and_shapes_give_the_model(config: ModelConfig, core: bool):
 @pytest.mark.parametrize(
     ("args", "legacy", "core"),
     [
-        # Facts E.5, line by line: what ran, by legacy code and by megatron-core.
+        # docs/megatron.md, "GELU", line by line: what ran, by legacy code and by megatron-core.
         ({}, "gelu", "gelu"),
         ({"openai_gelu": False}, "gelu", "gelu"),
         ({"openai_gelu": True}, "gelu_tanh", "gelu"),

@@ -67,7 +67,7 @@ def test_order_of_two_heads_of_two_channels(version: float, expected: list[int])
 
 @pytest.mark.parametrize(("heads", "channels"), [(1, 1), (3, 2), (4, 64)])
 def test_order_against_the_formulas(heads: int, channels: int):
-    """Row of (selector c, head a, channel d), as facts D.3 has it."""
+    """Row of (selector c, head a, channel d), by docs/megatron.md, "QKV row order"."""
     for version in (0.0, 1.0, 2.0):
         order = iter(qkv_order(version, heads, channels).tolist())
         for a, c, d in itertools.product(range(heads), range(3), range(channels)):

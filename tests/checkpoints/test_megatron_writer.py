@@ -231,7 +231,7 @@ def test_a_tied_head_is_copied_to_the_last_stage(tmp_path: Path) -> None:
             assert key not in flat(contents(files[f"mp_rank_{rank:02d}_000"])["model"])
 
 
-# GPT-2's and BERT's tables, as facts D.2 gives them.
+# GPT-2's and BERT's tables, from docs/megatron.md, "Vocabulary padding".
 @pytest.mark.parametrize(
     ("true_size", "tp", "rows"),
     [

@@ -88,7 +88,7 @@ def test_a_row_is_the_pair_cut_at_its_end(words, a, b, longest, tokens, num_firs
 
 
 def as_megatron(a: list[int], b: list[int], longest: int) -> tuple[list[int], list[int]]:
-    """Return a row by the rule of facts G.1, step by step."""
+    """Return a row made step by step as in docs/megatron.md, "Text preparation"."""
     tokens = [CLS, *a, SEP, *b]
     types = [0] * (len(a) + 2) + [1] * len(b)
     if len(tokens) >= longest:

@@ -341,7 +341,7 @@ def test_the_published_dev_and_test_sets(shared_data):
 
 @pytest.mark.realdata
 def test_the_published_training_set(shared_data):
-    """Counts of facts G.2; every gap is filled."""
+    """The counts are those of docs/megatron.md, "RACE"; every gap is filled."""
     passages, questions, gaps = Counter[str](), Counter[str](), Counter[str]()
     for file in passage_files(shared_data / "race" / "RACE_train.tar.gz"):
         (passage,) = parse_passages(file.text, file.where)
@@ -359,7 +359,10 @@ def test_the_published_training_set(shared_data):
 
 @pytest.mark.realdata
 def test_published_questions_become_the_rows_of_the_rule(shared_data, tmp_path):
-    """The first questions of dev-high, put together step by step (facts G.1 and G.2)."""
+    """The first questions of dev-high, put together step by step.
+
+    The rule is that of docs/megatron.md, "Text preparation" and "RACE".
+    """
     from mlm_eval.checkpoints.tokenizer import load_tokenizer
 
     words = load_tokenizer(vocab_file=shared_data / "bert" / "bert-base-uncased-vocab.txt")

@@ -33,7 +33,8 @@ from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
 
 pytest_plugins = ["support.command_line_fixtures"]
 
-DOCUMENTS = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+FRONT = [PROJECT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY", "CHANGELOG")]
+DOCUMENTS = [*FRONT, *sorted((PROJECT / "docs").glob("*.md"))]
 COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
 
 # ---- what the words of the commands stand for ----------------------------------------------------
@@ -67,7 +68,10 @@ FOREIGN_OPTIONS = {
     "--no-load-rng",
 }  # fmt: skip
 """Megatron's."""
-FOREIGN_FILES = {"tasks/zeroshot_gpt"}
+FOREIGN_FILES = {
+    "tasks/zeroshot_gpt", "tasks/zeroshot_gpt/", "tasks/zeroshot_gpt2/", "tasks/data_utils.py",
+    "tasks/zeroshot_gpt/detokenizer.py", "tasks/zeroshot_gpt/datasets.py",
+}  # fmt: skip
 """Megatron's."""
 
 
@@ -592,6 +596,44 @@ def test_files_that_are_named_exist(document: Path):
     for line, text in spans(document):
         if text.startswith(folders) and text not in FOREIGN_FILES and " " not in text:
             assert list(PROJECT.glob(text)), f"line {line}: {text}"
+
+
+CITATION = re.compile(r'docs/(\w+\.md)((?:(?:,| and| to)? "[^"]+")*)')
+"""A page of docs/ in the code, with the headings that are cited: docs/x.md, "A", "B" and "C"."""
+
+
+def citations(source: str) -> Iterator[tuple[str, str | None]]:
+    """Yield page and heading of every citation in a source; no heading: the page as a whole."""
+    one_line = re.sub(r"\s*\n\s*(# )?", " ", source)
+    for page, cited in CITATION.findall(one_line):
+        for heading in re.findall(r'"([^"]+)"', cited) or [None]:
+            yield page, heading
+
+
+def test_citations_are_found():
+    source = '''(docs/a.md, "B c")\n    # see docs/a.md, "D",\n    # "E" and "F"; docs/g.md "no"'''
+    found = {("a.md", "B c"), ("a.md", "D"), ("a.md", "E"), ("a.md", "F"), ("g.md", "no")}
+    assert set(citations(source)) == found
+
+
+def test_citations_lead_to_a_heading():
+    """Code cites sources that a reader can open: pages of docs/, by a heading that is there."""
+    cited, faults = 0, []
+    for folder in ("checkpoints", "mlm_eval", "tasks", "tests", "benchmarks", "scripts"):
+        for file in (PROJECT / folder).rglob("*.py"):
+            if file.is_relative_to(PROJECT / "tests" / "house"):
+                continue
+            source = file.read_text(encoding="utf-8")
+            if found := re.findall(r"\b[Ff]acts [A-J]\b", source):
+                faults.append(f"{file}: {found}: of which document?")
+            for page, heading in citations(source):
+                cited += 1
+                path = PROJECT / "docs" / page
+                titles = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+                if heading is not None and heading not in titles:
+                    faults.append(f"{file}: {page} has no {heading!r}")
+    assert not faults
+    assert cited > 30
 
 
 def test_the_map_names_every_module():

@@ -292,7 +292,10 @@ def test_bert_agrees_with_transformers_megatron_bert():
 
 
 def test_residuals_after_the_norm_are_the_original_bert():
-    """Norms shifted by one place turn Google's post-norm BERT into Megatron's flag (facts E.1)."""
+    """Norms shifted by one place turn Google's post-norm BERT into Megatron's flag.
+
+    What the flag does: docs/megatron.md, "Block order".
+    """
     from transformers.models.bert import BertConfig, BertModel
 
     theirs = noisy(BertModel(BertConfig(**SIZES, layer_norm_eps=1e-5)), seed=3)

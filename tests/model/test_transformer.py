@@ -114,7 +114,10 @@ def test_llama3_scaling_reaches_all_three_of_its_ranges():
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("percent", [1.0, 0.5, 0.25])
 def test_rotation_turns_each_pair_by_its_angle(interleaved, percent):
-    """Each pair of channels is a complex number times e^(i position / base^(2j/d)) (facts D.5)."""
+    """Each pair of channels is a complex number times e^(i position / base^(2j/d)).
+
+    Which channels make a pair: docs/megatron.md, "Norms and rotary positions".
+    """
     config = llama(kv_channels=16, rotary_percent=percent, rotary_interleaved=interleaved)
     x = torch.randn(2, 3, 12, 16, generator=torch.Generator().manual_seed(6))  # [B, heads, T, d]
     cos, sin = rotary_tables(config, 12, torch.device("cpu"))
@@ -186,7 +189,7 @@ def test_activations_are_their_formulas():
 
 
 def test_megatrons_head_keeps_its_gelu_when_the_mlp_has_the_other():
-    """BERT's LM head is erf even where the MLP is fused tanh (facts E.5)."""
+    """BERT's LM head is erf even where the MLP is fused tanh (docs/megatron.md, "GELU")."""
     weights = random_models.state_dict(random_models.BERT)
     tokens, mask, types = bert_inputs()
     by_head = {}

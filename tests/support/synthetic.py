@@ -1,7 +1,7 @@
 """Makes small checkpoints as Megatron of any era wrote them, with torch.save and plain dicts.
 
-Names, orders and splits are written down here a second time, from facts about Megatron and not
-from the loader's tables: what agrees by two ways is right.
+Names, orders and splits are written down here a second time, from Megatron's own files and not
+from the loader's tables: two independent descriptions that agree are right.
 """
 
 from __future__ import annotations

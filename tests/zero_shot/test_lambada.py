@@ -1,4 +1,7 @@
-"""LAMBADA: how a passage is cut, what counts as a hit, and its data, against facts F.6."""
+"""LAMBADA: how a passage is cut, what counts as a hit, and its data.
+
+All of it is held to docs/megatron.md, "LAMBADA".
+"""
 
 from __future__ import annotations
 
