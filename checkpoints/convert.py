@@ -2,37 +2,64 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
+from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.tokenizer import Tokenizer, load_tokenizer
+from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits, load_tokenizer
 
-TARGETS = ("hf", "megatron", "torch_dist")
+FORMATS = ("hf", "megatron", "torch_dist")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far two models are apart on the same tokens."""
+
+    max_difference: float
+    """Largest absolute difference of any log-probability or head logit."""
+    mean_difference: float
+    """Mean absolute difference of the log-probabilities (of the logits of a model without)."""
+    greedy_agreement: float
+    """Share of positions with the same most likely token; 1.0 for models without."""
+    tolerance: float
+    """The largest `max_difference` that passes."""
+    by_output: dict[str, float]
+    """Largest difference of each output."""
+
+    @property
+    def same(self) -> bool:
+        """The verdict; NaN is a difference."""
+        return self.max_difference <= self.tolerance
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the comparison as plain JSON values, with the verdict."""
+        return {**dataclasses.asdict(self), "same": self.same}
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion wrote.
-
-    Attributes:
-        path: The folder.
-        to: `hf`, `megatron` or `torch_dist`.
-        notes: What changed on the way, exactly (a folded gain, a re-padded vocabulary).
-        approximations: What the target cannot express; empty for an exact conversion.
-        warnings: What the user should know.
-    """
+    """What a conversion wrote."""
 
     path: Path
     to: str
-    notes: list[str] = field(default_factory=list)
-    approximations: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    """`hf`, `megatron` or `torch_dist`."""
+    notes: list[str]
+    """What changed on the way, exactly (a folded gain, rows of padding left out)."""
+    approximations: list[str]
+    """What the target cannot express; empty for an exact conversion."""
+    warnings: list[str]
+    """What the user should know."""
+    comparison: Comparison | None
+    """How far the result is from its source, where that was measured."""
 
 
 def convert(
@@ -42,77 +69,138 @@ def convert(
     *,
     tp: int | None = None,
     pp: int | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     max_shard_size: int | str = "5GB",
     vocab: str | None = None,
     true_vocab_size: int | None = None,
     tokenizer: Tokenizer | str | Path | tuple[Path, Path] | None = None,
+    verify: bool = False,
+    compare: Callable[..., Comparison] | None = None,
     allow_approximate: bool = False,
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
     """Write `checkpoint` in another format, tensor by tensor.
 
+    The folder is compared with its source before it takes its name: with `verify`, or where the
+    conversion is approximate by nature; then the README.md says what was measured.
+
     Args:
         checkpoint: What to convert, of any format.
         to: `hf`, `megatron` (torch format) or `torch_dist`.
-        path: Folder to make; it appears whole or not at all.
+        path: Folder to create; it appears whole or not at all.
         tp: Tensor-parallel size of the result; None: the source's. Not for `hf`.
         pp: Pipeline size of the result; None: the source's. Not for `hf`.
-        dtype: Of the weights; None keeps each as it is.
+        dtype: Of the weights; None or `auto` keeps each as it is.
         max_shard_size: Largest safetensors file (`hf`).
         vocab: `true` (the tokenizer's entries; Megatron's own padding of them for Megatron
             targets) or `padded` (the stored rows); None: true for `hf` where the tokenizer's size
             is known, else the stored rows, so that a change of sizes and back gives the same bits.
-        true_vocab_size: The tokenizer's size, where known.
-        tokenizer: The tokenizer to write into a Hugging Face folder, or its folder or file, or its
-            vocabulary and merges.
+        true_vocab_size: The tokenizer's size; None: that of `tokenizer`.
+        tokenizer: The tokenizer to write with the model, or its folder or file, or its vocabulary
+            and merges.
+        verify: Refuse a result whose logits differ from the source's.
+        compare: Measures that: see `mlm_eval.engine.verify.verify_conversion`. It is passed in,
+            because it needs the models, which nothing else here does.
         allow_approximate: Convert although the target cannot express the model exactly.
-        overwrite: Replace a checkpoint that is there.
+        overwrite: Replace an existing checkpoint.
         on_progress: Called with (bytes written, bytes in all).
 
     Raises:
         InputError: The target is unknown, exists, or cannot express the model; a size does not
-        divide it.
+            divide it; the tokenizer does not fit; or the result differs from its source.
     """
-    if to not in TARGETS:
-        raise InputError(f"--to {to!r} is unknown; use {', '.join(TARGETS)}")
-    common: dict[str, Any] = {"dtype": dtype, "overwrite": overwrite, "on_progress": on_progress}
+    assert compare is not None or not verify, "verify needs a function that compares"
+    if to not in FORMATS:
+        raise InputError(f"--to {to!r} is unknown; use {', '.join(FORMATS)}")
+    if to == "hf" and (tp not in (None, 1) or pp not in (None, 1)):
+        raise InputError(
+            "--tp and --pp are for Megatron targets; a Hugging Face folder has no ranks"
+        )
+    if dtype == "auto":
+        dtype = None
+    if dtype is not None:
+        dtype = resolve_dtype(dtype, auto="float32")
+    tokenizer = _load(tokenizer)
+    if tokenizer is not None:
+        check_fits(tokenizer, checkpoint.config.vocab_size)
+        true_vocab_size = true_vocab_size or tokenizer.vocab_size
+    if vocab not in (None, "true", "padded"):
+        raise InputError(f"--vocab {vocab!r} is unknown; use padded or true")
+    if vocab == "true" and true_vocab_size is None:
+        raise InputError(
+            "--vocab true needs the tokenizer's size; give --tokenizer or --vocab-file"
+        )
+    notes: list[str] = []
+    approximations: list[str] = []
+    warnings: list[str] = []
+    sizes: dict[str, Any] = {
+        "tp": tp or checkpoint.provenance.tensor_parallel,
+        "pp": pp or checkpoint.provenance.pipeline_parallel,
+        "dtype": dtype,
+        "true_vocab_size": true_vocab_size if vocab == "true" else None,
+    }
+    write: Callable[..., Any]
     if to == "hf":
-        if tp not in (None, 1) or pp not in (None, 1):
-            raise InputError(
-                "--tp and --pp are for Megatron targets; a Hugging Face folder has no ranks"
-            )
+        from mlm_eval.checkpoints.huggingface.plan import plan_huggingface
         from mlm_eval.checkpoints.huggingface.write import write_huggingface
 
-        if isinstance(tokenizer, tuple):
-            tokenizer = load_tokenizer(vocab_file=tokenizer[0], merge_file=tokenizer[1])
-        elif tokenizer is not None and not isinstance(tokenizer, Tokenizer):
-            tokenizer = load_tokenizer(directory=tokenizer)
-
-        report = write_huggingface(
+        plan = plan_huggingface(
             checkpoint,
-            path,
-            max_shard_size=max_shard_size,
-            vocab=vocab or ("true" if true_vocab_size is not None else "padded"),
+            dtype=dtype,
+            vocab=vocab,
             true_vocab_size=true_vocab_size,
             tokenizer=tokenizer,
             allow_approximate=allow_approximate,
-            **common,
         )
-        return Conversion(Path(path), to, report.notes, report.approximations, report.warnings)
-    provenance = checkpoint.provenance
-    sizes: dict[str, Any] = {
-        "tp": tp or provenance.tensor_parallel,
-        "pp": pp or provenance.pipeline_parallel,
-        "true_vocab_size": true_vocab_size if vocab == "true" else None,
-    }
-    if to == "megatron":
+        notes, approximations, warnings = plan.notes, plan.approximations, plan.warnings
+        write = partial(write_huggingface, plan, max_shard_size=max_shard_size)
+    elif to == "megatron":
         from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
 
-        write_megatron_torch(checkpoint, path, **sizes, **common)
+        write = partial(write_megatron_torch, checkpoint, **sizes)
     else:
         from mlm_eval.checkpoints.megatron.write_dist import write_torch_dist
 
-        write_torch_dist(checkpoint, path, **sizes, **common)
-    return Conversion(Path(path), to)
+        write = partial(write_torch_dist, checkpoint, **sizes)
+    comparison = None
+
+    def finish(folder: Path) -> None:
+        nonlocal comparison
+        if to != "hf" and tokenizer is not None:
+            (folder / "tokenizer").mkdir()
+            for file in tokenizer.files:
+                shutil.copyfile(file, folder / "tokenizer" / file.name)
+        if compare is not None and (verify or approximations):
+            comparison = compare(checkpoint, folder, to=to, dtype=dtype)
+            if approximations:
+                _record(folder, comparison)
+            elif not comparison.same:
+                raise InputError(
+                    "the converted checkpoint differs from its source by "
+                    f"{comparison.max_difference:.3g} (allowed: {comparison.tolerance:g}), so "
+                    f"{path} was not written; check the settings that `mlm-eval inspect` shows as "
+                    "assumed, and report this if they are right"
+                )
+
+    write(target=Path(path), overwrite=overwrite, finish=finish, on_progress=on_progress)
+    return Conversion(Path(path), to, notes, approximations, warnings, comparison)
+
+
+def _load(tokenizer: Tokenizer | str | Path | tuple[Path, Path] | None) -> Tokenizer | None:
+    if tokenizer is None or isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if isinstance(tokenizer, tuple):
+        return load_tokenizer(vocab_file=tokenizer[0], merge_file=tokenizer[1])
+    return load_tokenizer(directory=tokenizer)
+
+
+def _record(folder: Path, comparison: Comparison) -> None:
+    with (folder / "README.md").open("a", encoding="utf-8") as readme:
+        readme.write(
+            "\n## Measured difference\n\n"
+            "Against the source, on the same random tokens in float32: largest difference of a "
+            f"log-probability or logit {comparison.max_difference:.3g}, mean "
+            f"{comparison.mean_difference:.3g}, same most likely token at "
+            f"{100 * comparison.greedy_agreement:.2f} % of the positions.\n"
+        )

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,7 +22,14 @@ _OF_A_CHECKPOINT = re.compile(
 
 
 @contextmanager
-def output_folder(target: Path, *, overwrite: bool = False, needs: int = 0) -> Iterator[Path]:
+def output_folder(
+    target: Path,
+    *,
+    overwrite: bool = False,
+    needs: int = 0,
+    sources: Iterable[Path] = (),
+    finish: Callable[[Path], None] | None = None,
+) -> Iterator[Path]:
     """Yield an empty folder next to `target`, renamed to `target` when the block succeeds.
 
     A block that raises leaves the target as it was. A killed process leaves a hidden folder
@@ -33,11 +40,17 @@ def output_folder(target: Path, *, overwrite: bool = False, needs: int = 0) -> I
         overwrite: Replace an existing checkpoint. A folder that holds no checkpoint is never
             replaced.
         needs: Bytes about to be written.
+        sources: Files that are being read: the target must hold none of them.
+        finish: Called with the complete folder before it is renamed.
 
     Raises:
         InputError: The target exists, cannot be written, or there is no room.
     """
     target = target.expanduser().resolve()
+    if any(file.resolve().is_relative_to(target) for file in sources):
+        raise InputError(
+            f"{target} holds the checkpoint that is being converted; choose another output folder"
+        )
     _check_target(target, overwrite)
     try:
         partial = _beside(target, "partial")
@@ -54,6 +67,8 @@ def output_folder(target: Path, *, overwrite: bool = False, needs: int = 0) -> I
                 "make room or choose another output folder"
             )
         yield partial
+        if finish is not None:
+            finish(partial)
         _replace(partial, target)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
@@ -129,19 +144,6 @@ def cache_root() -> Path:
         except RuntimeError:
             raise FileNotFoundError("there is no home folder") from None
     return base / "mlm-eval"
-
-
-def refuse_source(files: Iterable[Path], target: Path) -> None:
-    """Refuse to replace the folder that is being read.
-
-    Raises:
-        InputError: One of `files` is in `target`.
-    """
-    folder = target.expanduser().resolve()
-    if any(file.resolve().is_relative_to(folder) for file in files):
-        raise InputError(
-            f"{target} holds the checkpoint that is being converted; choose another output folder"
-        )
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

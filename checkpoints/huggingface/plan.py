@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,48 +38,76 @@ from mlm_eval.checkpoints.huggingface.families import (
 )
 from mlm_eval.checkpoints.huggingface.family import Family, entries
 from mlm_eval.checkpoints.huggingface.layout import Cast, Zeros
+from mlm_eval.checkpoints.huggingface.tokenizer import TokenizerFiles, tokenizer_files
 from mlm_eval.checkpoints.lazy import LazyTensor, Mapped, Selected
 from mlm_eval.checkpoints.parameters import parameters
+from mlm_eval.checkpoints.tokenizer import Tokenizer, check_entries
+from mlm_eval.checkpoints.vocabulary import with_rows
 
 WAY_OUT = "convert it --to megatron or --to torch_dist, which hold every model that mlm-eval reads"
 TRAINING_ONLY = ("hidden_dropout", "attention_dropout", "init_method_std")
 """Settings that some families do not record; they change no result."""
 
 
-@dataclass
-class Plan:
-    """One conversion, unwritten.
+@dataclass(frozen=True)
+class HuggingFacePlan:
+    """One conversion to Hugging Face, unwritten."""
 
-    Attributes:
-        model_class: transformers' class.
-        hf: config.json.
-        tensors: What to write, by Hugging Face name.
-        notes: Changes of form that leave the function as it is.
-        approximations: What the target computes differently.
-    """
-
+    source: Checkpoint
+    dtype: torch.dtype | None
+    """Of the weights to write; None keeps each tensor's."""
     model_class: str
+    """transformers' class."""
     hf: dict[str, Any]
+    """config.json."""
     tensors: dict[str, LazyTensor]
-    notes: list[str] = field(default_factory=list)
-    approximations: list[str] = field(default_factory=list)
+    """What to write, by Hugging Face name."""
+    tokenizer: TokenizerFiles | None
+    notes: list[str]
+    """Changes of form that leave the function as it is."""
+    approximations: list[str]
+    """What the target computes differently."""
+    warnings: list[str]
+    """What the user should know."""
 
 
-def plan_conversion(
-    checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, allow_approximate: bool = False
-) -> Plan:
-    """Return what to write for a checkpoint, whose vocabulary is already the one to write.
+def plan_huggingface(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | None = None,
+    vocab: str | None = None,
+    true_vocab_size: int | None = None,
+    tokenizer: Tokenizer | None = None,
+    allow_approximate: bool = False,
+) -> HuggingFacePlan:
+    """Return what to write for a checkpoint.
 
     Args:
         checkpoint: What to convert.
         dtype: The dtype that will be written; None keeps each tensor's.
+        vocab: `true` leaves out the rows that only pad the vocabulary; `padded` keeps all stored
+            rows; None is `true` where the true size is known.
+        true_vocab_size: The tokenizer's size; None: from `tokenizer`.
+        tokenizer: The tokenizer to write into the folder.
         allow_approximate: Convert although transformers computes something slightly different.
 
     Raises:
-        InputError: transformers has no model that computes the same, or its config cannot say so.
+        InputError: transformers has no model that computes the same, its config cannot say so, or
+            the tokenizer does not fit.
     """
+    config = checkpoint.config
     notes: list[str] = []
-    source = _fold_rotary(_fold_gains(checkpoint, dtype, notes), notes)
+    warnings: list[str] = []
+    files = None
+    if tokenizer is not None:
+        files = tokenizer_files(
+            tokenizer, family=config.family, max_length=config.max_position_embeddings
+        )
+        warnings += files.warnings
+    source = checkpoint
+    if vocab != "padded":
+        source = _cut_padding(source, true_vocab_size, tokenizer, notes, warnings)
+    source = _fold_rotary(_fold_gains(source, dtype, notes), notes)
     family = choose_family(source.config)
     head = bert_head(source.config) if family.kind == "bert" else ""
     model_class = family.model_class + head
@@ -90,7 +118,60 @@ def plan_conversion(
     tensors = _tensors(source, family, written, switches, notes)
     if head == "Model":  # a base model's names have no prefix
         tensors = {name.removeprefix(family.prefix): tensor for name, tensor in tensors.items()}
-    return Plan(model_class, hf, tensors, notes, approximations)
+    hf.update(_special_tokens(hf["vocab_size"], files))
+    return HuggingFacePlan(
+        source=checkpoint,
+        dtype=dtype,
+        model_class=model_class,
+        hf=hf,
+        tensors=tensors,
+        tokenizer=files,
+        notes=notes,
+        approximations=approximations,
+        warnings=warnings,
+    )
+
+
+def _cut_padding(
+    checkpoint: Checkpoint,
+    true_size: int | None,
+    tokenizer: Tokenizer | None,
+    notes: list[str],
+    warnings: list[str],
+) -> Checkpoint:
+    """Return the checkpoint without the vocabulary's rows of padding, if their number is known.
+
+    Megatron's softmax runs over the padding rows too: without them probabilities grow a little.
+    """
+    stored = checkpoint.config.vocab_size
+    size = None if tokenizer is None else tokenizer.vocab_size
+    true_size = size if true_size is None else true_size
+    if true_size is None:
+        if checkpoint.provenance.format != "huggingface":
+            warnings.append(
+                f"all {stored} stored rows of the vocabulary are kept, padding included, since no "
+                "tokenizer says how many are true; give --tokenizer DIR"
+            )
+        return checkpoint
+    check_entries(true_size, stored)
+    if size is not None and size > true_size:
+        raise InputError(
+            f"the tokenizer has {size} entries where {true_size} rows are to be kept; "
+            "this is not the tokenizer of this model, or the size is wrong"
+        )
+    if true_size == stored:
+        return checkpoint
+    notes.append(
+        f"{stored - true_size} rows that pad the vocabulary are left out: {true_size} remain"
+    )
+    return with_rows(checkpoint, true_size)
+
+
+def _special_tokens(rows: int, files: TokenizerFiles | None) -> dict[str, int | None]:
+    """Return the ids of special tokens; null where unknown, since defaults would be wrong."""
+    known = {} if files is None else files.token_ids
+    ids = {key: known.get(key, rows) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {key: index if index < rows else None for key, index in ids.items()}
 
 
 def _refused(what: str, why: str) -> InputError:

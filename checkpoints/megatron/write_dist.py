@@ -98,6 +98,7 @@ def write_torch_dist(
     true_vocab_size: int | None = None,
     make_vocab_size_divisible_by: int | None = None,
     overwrite: bool = False,
+    finish: Callable[[Path], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write `checkpoint` as a Megatron checkpoint folder in torch_dist format; return the folder.
@@ -112,6 +113,7 @@ def write_torch_dist(
         true_vocab_size: Size of the tokenizer's vocabulary, where it is known.
         make_vocab_size_divisible_by: Megatron's divisor; see `padded_vocabulary`.
         overwrite: Replace a checkpoint that is at `target`.
+        finish: Called with the complete folder before it becomes `target`.
         on_progress: Called with (bytes written, bytes in all).
 
     Raises:
@@ -143,7 +145,10 @@ def write_torch_dist(
         "content_metadata": {"singleton_local_shards": False},
     }
     total = sum(entry.values.nbytes for entry in entries)
-    with output_folder(target, overwrite=overwrite, needs=total) as partial:
+    sources = checkpoint.provenance.files
+    with output_folder(
+        target, overwrite=overwrite, needs=total, sources=sources, finish=finish
+    ) as partial:
         folder = partial / iteration_folder(layout.iteration)
         folder.mkdir()
         write_torch_file(common, folder / "common.pt")

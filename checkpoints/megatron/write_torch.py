@@ -59,6 +59,7 @@ def write_megatron_torch(
     true_vocab_size: int | None = None,
     make_vocab_size_divisible_by: int | None = None,
     overwrite: bool = False,
+    finish: Callable[[Path], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write `checkpoint` as a Megatron checkpoint folder and return the folder.
@@ -81,6 +82,7 @@ def write_megatron_torch(
         true_vocab_size: Size of the tokenizer's vocabulary, where it is known.
         make_vocab_size_divisible_by: Megatron's divisor; None: see above.
         overwrite: Replace a checkpoint that is at `target`.
+        finish: Called with the complete folder before it becomes `target`.
         on_progress: Called with (bytes written, bytes in all).
 
     Raises:
@@ -104,7 +106,10 @@ def write_megatron_torch(
     models = {rank: rank_tensors(padded, layout, *rank, dtype) for rank in ranks}
     total = sum(lazy.nbytes for model in models.values() for lazy in model.values())
     progress = _Progress(total, on_progress)
-    with output_folder(target, overwrite=overwrite, needs=total) as partial:
+    sources = checkpoint.provenance.files
+    with output_folder(
+        target, overwrite=overwrite, needs=total, sources=sources, finish=finish
+    ) as partial:
         for (t, p), model in models.items():
             path = partial / folder / _rank_folder(layout, t, p) / "model_optim_rng.pt"
             path.parent.mkdir(parents=True)

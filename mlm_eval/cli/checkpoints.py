@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -12,6 +13,9 @@ from mlm_eval.cli.app import CHECKPOINTS
 from mlm_eval.cli.command import command
 from mlm_eval.cli.run import find_words, progress
 from mlm_eval.options import CheckpointOption, RunOptions, TokenizerOptions, again, option
+
+if TYPE_CHECKING:
+    from mlm_eval.checkpoints.convert import Comparison
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,16 +94,21 @@ def convert_checkpoint(options: ConvertOptions) -> None:
     Example: mlm-eval convert --ckpt gpt2_tp8 --to megatron --tp 2 --output gpt2_tp2
     """
     from mlm_eval.checkpoints.config import parse_overrides
+    from mlm_eval.checkpoints.convert import convert
     from mlm_eval.checkpoints.open import open_checkpoint
-    from mlm_eval.engine.conversion import convert_checked
     from mlm_eval.reporting.text import comparison_text
+
+    def compare(*given: Any, **settings: Any) -> Comparison:
+        from mlm_eval.engine.verify import verify_conversion  # imports the models
+
+        return verify_conversion(*given, **settings)
 
     checkpoint = open_checkpoint(options.ckpt, parse_overrides(options.overrides))
     words = find_words(options.ckpt, options)
     for warning in checkpoint.provenance.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     with progress(True, unit="B") as on_progress:
-        done = convert_checked(
+        done = convert(
             checkpoint,
             options.to,
             options.output,
@@ -110,13 +119,14 @@ def convert_checkpoint(options: ConvertOptions) -> None:
             vocab=options.vocab,
             tokenizer=words,
             verify=options.verify,
+            compare=compare,
             allow_approximate=options.allow_approximate,
             overwrite=options.overwrite,
             on_progress=on_progress,
         )
-    for note in done.conversion.notes:
+    for note in done.notes:
         print(f"note: {note}", file=sys.stderr)
-    for warning in [*done.conversion.warnings, *done.conversion.approximations]:
+    for warning in [*done.warnings, *done.approximations]:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"{options.ckpt} -> {options.output} ({options.to})")
     if done.comparison is not None:

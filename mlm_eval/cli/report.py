@@ -121,8 +121,9 @@ def plan(
     import json
 
     from mlm_eval.checkpoints.dtypes import dtype_name, evaluation_dtype
+    from mlm_eval.checkpoints.files.byte_size import parse_bytes
     from mlm_eval.model.memory import TrainingBatch
-    from mlm_eval.planning.plan import make_plan, parse_memory, parse_throughput
+    from mlm_eval.planning.plan import make_plan, parse_throughput
     from mlm_eval.planning.plan_text import plan_text
     from mlm_eval.tasks.workloads import workloads
 
@@ -130,7 +131,7 @@ def plan(
         raise InputError("give --ckpt C, or --model NAME for a size without a checkpoint")
     if device not in DEFAULT_BATCH_TOKENS:
         raise InputError(f"--device {device!r} is unknown; plan for cuda or cpu")
-    memory = None if device_memory is None else parse_memory(device_memory)
+    memory = None if device_memory is None else parse_bytes(device_memory, "--device-memory")
     rate = None if throughput is None else parse_throughput(throughput)
     name, config_of, paper_count = (
         _checkpoint(ckpt, set_ or []) if ckpt is not None else _named(model or "", set_ or [])

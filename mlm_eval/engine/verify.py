@@ -12,9 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.convert import Comparison
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import LazyTensor, Mapped
 from mlm_eval.checkpoints.open import open_checkpoint
@@ -35,36 +34,6 @@ TOLERANCE = 2e-4
 GELU gives 5e-4 and more."""
 
 PROBE_LENGTH = 64
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How far two models are apart on the same tokens.
-
-    Attributes:
-        max_difference: Largest absolute difference of any log-probability or head logit.
-        mean_difference: Mean absolute difference of the log-probabilities (of the logits of a
-        model without).
-        greedy_agreement: Share of positions with the same most likely token; 1.0 for models
-        without.
-        tolerance: The largest `max_difference` that passes.
-        by_output: Largest difference of each output.
-    """
-
-    max_difference: float
-    mean_difference: float
-    greedy_agreement: float
-    tolerance: float
-    by_output: dict[str, float]
-
-    @property
-    def same(self) -> bool:
-        """The verdict; NaN is a difference."""
-        return self.max_difference <= self.tolerance
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the comparison as plain JSON values, with the verdict."""
-        return {**dataclasses.asdict(self), "same": self.same}
 
 
 def probe(config: ModelConfig, vocab_size: int) -> dict[str, Tensor]:

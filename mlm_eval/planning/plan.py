@@ -300,21 +300,6 @@ def _forward(config: ModelConfig, passes: Sequence[Passes]) -> float:
 
 
 _FACTORS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
-_BINARY = {"ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30, "ti": 2.0**40}
-
-
-def parse_memory(text: str) -> float:
-    """Return bytes: `80GB` is 80e9, `80GiB` 80 * 2**30.
-
-    Raises:
-        InputError: It is no size.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", text.lower())
-    if found is None or float(found[1]) == 0:
-        raise InputError(
-            f"--device-memory {text!r} is no size; write 80GB, 24GiB or a number of bytes"
-        )
-    return float(found[1]) * {**_FACTORS, **_BINARY}[found[2]]
 
 
 def parse_throughput(text: str) -> float:

@@ -10,7 +10,7 @@ from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.reporting.results import Result, checkpoint_record
 
 if TYPE_CHECKING:
-    from mlm_eval.engine.verify import Comparison
+    from mlm_eval.checkpoints.convert import Comparison
     from mlm_eval.training.settings import TrainingProgress
 
 

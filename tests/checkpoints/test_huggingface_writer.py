@@ -22,11 +22,10 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
-from mlm_eval.checkpoints.convert import convert
+from mlm_eval.checkpoints.convert import Conversion, convert
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safetensors_file import PIECE_BYTES, write_safetensors
 from mlm_eval.checkpoints.huggingface.read import read_folder
-from mlm_eval.checkpoints.huggingface.write import Report, parse_size, write_huggingface
 from mlm_eval.checkpoints.lazy import InMemory
 from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
 from mlm_eval.checkpoints.open import open_checkpoint
@@ -36,11 +35,17 @@ from mlm_eval.engine.engine import Engine
 LAYER_NORM_ROPE: dict[str, Any] = {"position_embedding_type": "rope", "rotary_percent": 0.5}
 
 
-def load_theirs(report: Report) -> Any:
+def hf_config(report: Conversion) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((report.path / "config.json").read_text())
+    return config
+
+
+def load_theirs(report: Conversion) -> Any:
     """Return the model that plain transformers loads; every weight must come from the folder."""
     import transformers
 
-    model_class = getattr(transformers, report.model_class)
+    [class_name] = hf_config(report)["architectures"]
+    model_class = getattr(transformers, class_name)
     model, loading = model_class.from_pretrained(
         report.path, output_loading_info=True, dtype=torch.float32
     )
@@ -125,8 +130,8 @@ VARIANTS: dict[str, tuple[ModelConfig, str]] = {
 def test_a_written_model_computes_the_same_in_transformers(name: str, tmp_path: Path) -> None:
     config, model_class = VARIANTS[name]
     checkpoint = random_models.checkpoint(config)
-    report = write_huggingface(checkpoint, tmp_path / "out", vocab="padded")
-    assert report.model_class == model_class
+    report = convert(checkpoint, "hf", tmp_path / "out", vocab="padded")
+    assert hf_config(report)["architectures"] == [model_class]
     assert not report.approximations
     ids = torch.randint(config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(5))
     ours, expected = our_logits(checkpoint, ids), load_theirs(report)(ids).logits
@@ -146,9 +151,9 @@ def test_transformers_own_files_come_back_as_they_were(name: str, tmp_path: Path
     else:
         model = theirs(name, BERT | ({"num_labels": 3} if "Sequence" in name else {}))
     model.save_pretrained(tmp_path / "theirs")
-    report = write_huggingface(open_checkpoint(tmp_path / "theirs"), tmp_path / "ours")
+    report = convert(open_checkpoint(tmp_path / "theirs"), "hf", tmp_path / "ours")
     their_config = json.loads((tmp_path / "theirs" / "config.json").read_text())
-    assert name == "mistral" or [report.model_class] == their_config["architectures"]
+    assert name == "mistral" or hf_config(report)["architectures"] == their_config["architectures"]
     before = load_file(tmp_path / "theirs" / "model.safetensors")
     after = load_file(tmp_path / "ours" / "model.safetensors")
     if name in ("llama-attention-bias", "neox-half"):  # read as models with all biases, some zero
@@ -168,7 +173,7 @@ def test_through_two_megatron_ranks_and_back_bit_for_bit(name: str, tmp_path: Pa
     write_megatron_torch(source, tmp_path / "megatron", tp=2, true_vocab_size=rows)
     padded = open_checkpoint(tmp_path / "megatron")
     assert padded.provenance.tensor_parallel == 2 and padded.config.vocab_size > rows
-    report = write_huggingface(padded, tmp_path / "ours", true_vocab_size=rows)
+    report = convert(padded, "hf", tmp_path / "ours", true_vocab_size=rows)
     assert f"{rows} remain" in report.notes[0]
     before = load_file(tmp_path / "theirs" / "model.safetensors")
     after = load_file(tmp_path / "ours" / "model.safetensors")
@@ -192,7 +197,7 @@ ORACLES = [
 ]
 
 
-def difference_from_golden(report: Report, golden: dict[str, Tensor]) -> float:
+def difference_from_golden(report: Conversion, golden: dict[str, Tensor]) -> float:
     """Return the largest difference of transformers' logits from Megatron's own, on real tokens."""
     model = load_theirs(report)
     ids = golden["tokens"]
@@ -218,7 +223,7 @@ def difference_from_golden(report: Report, golden: dict[str, Tensor]) -> float:
 def test_converted_oracles_give_megatrons_logits(name: str, oracles: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(oracles / name)
     golden = torch.load(oracles / name / "golden.pt", weights_only=True)
-    report = write_huggingface(checkpoint, tmp_path / "out", vocab="padded")
+    report = convert(checkpoint, "hf", tmp_path / "out", vocab="padded")
     assert not report.notes and not report.approximations and not report.warnings
     assert difference_from_golden(report, golden) < 2e-4
     back = read_folder(tmp_path / "out")
@@ -236,9 +241,9 @@ def test_two_activations_in_a_bert_need_consent(oracles: Path, tmp_path: Path) -
     checkpoint = open_checkpoint(oracles / "v25_bert_tp2_fusedgelu")
     golden = torch.load(oracles / "v25_bert_tp2_fusedgelu" / "golden.pt", weights_only=True)
     with pytest.raises(InputError, match="one activation .* --allow-approximate"):
-        write_huggingface(checkpoint, tmp_path / "out", vocab="padded")
+        convert(checkpoint, "hf", tmp_path / "out", vocab="padded")
     assert not (tmp_path / "out").exists()
-    report = write_huggingface(checkpoint, tmp_path / "out", vocab="padded", allow_approximate=True)
+    report = convert(checkpoint, "hf", tmp_path / "out", vocab="padded", allow_approximate=True)
     assert 2e-4 < difference_from_golden(report, golden) < 3e-3
     assert "Approximations" in (tmp_path / "out" / "README.md").read_text()
     assert bit_equal(read_folder(tmp_path / "out"), checkpoint)
@@ -283,17 +288,15 @@ def test_what_transformers_lacks_is_refused_by_name(
     config: ModelConfig, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        write_huggingface(
-            random_models.checkpoint(config), tmp_path / "out", allow_approximate=True
-        )
+        convert(random_models.checkpoint(config), "hf", tmp_path / "out", allow_approximate=True)
     assert "--to megatron" in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_bert_head_that_needs_no_pooler_leaves_it_out(tmp_path: Path) -> None:
     config = variant(MODEL_BERT, binary_head=False)
-    report = write_huggingface(random_models.checkpoint(config), tmp_path / "out", vocab="padded")
-    assert report.model_class == "MegatronBertForMaskedLM"
+    report = convert(random_models.checkpoint(config), "hf", tmp_path / "out", vocab="padded")
+    assert hf_config(report)["architectures"] == ["MegatronBertForMaskedLM"]
     assert "pooler" in report.notes[0]
     load_theirs(report)
 
@@ -302,9 +305,9 @@ def test_gains_of_half_precision_are_rounded_once(tmp_path: Path) -> None:
     config = variant(GPT, layernorm_zero_centered_gamma=True)
     weights = {key: value.half() for key, value in random_models.state_dict(config).items()}
     checkpoint = random_models.checkpoint(config, weights)
-    kept = write_huggingface(checkpoint, tmp_path / "kept", vocab="padded")
+    kept = convert(checkpoint, "hf", tmp_path / "kept", vocab="padded")
     assert "rounded by up to" in kept.notes[0]
-    wide = write_huggingface(checkpoint, tmp_path / "wide", vocab="padded", dtype="float32")
+    wide = convert(checkpoint, "hf", tmp_path / "wide", vocab="padded", dtype="float32")
     assert "rounded" not in wide.notes[0]
     stored = load_file(tmp_path / "wide" / "model.safetensors")["transformer.h.1.ln_2.weight"]
     assert torch.equal(stored, weights["decoder.layers.1.pre_mlp_layernorm.weight"].float() + 1)
@@ -313,8 +316,9 @@ def test_gains_of_half_precision_are_rounded_once(tmp_path: Path) -> None:
 def test_dtypes_shards_and_index(tmp_path: Path) -> None:
     checkpoint = random_models.checkpoint(GPT)
     seen: list[tuple[int, int]] = []
-    report = write_huggingface(
+    report = convert(
         checkpoint,
+        "hf",
         tmp_path / "out",
         dtype="bfloat16",
         max_shard_size="10KB",
@@ -325,8 +329,10 @@ def test_dtypes_shards_and_index(tmp_path: Path) -> None:
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(shards) == len(set(index["weight_map"].values())) > 3
     assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
-    assert seen[-1] == (report.num_bytes, report.num_bytes)
-    assert index["metadata"]["total_size"] == report.num_bytes == 2 * checkpoint.num_parameters
+    num_bytes = 2 * checkpoint.num_parameters
+    assert seen[-1] == (num_bytes, num_bytes)
+    expected = {"total_parameters": checkpoint.num_parameters, "total_size": num_bytes}
+    assert index["metadata"] == expected
     for shard in shards:
         assert shard.stat().st_size < 10_000 + 2_000 or len(load_file(shard)) == 1
         with safe_open(shard, "pt") as file:
@@ -351,49 +357,36 @@ def test_values_too_large_for_the_dtype_stop_the_conversion(tmp_path: Path) -> N
     weights = random_models.state_dict(GPT)
     weights["decoder.layers.1.mlp.linear_fc1.weight"][3, 4] = 1e6
     with pytest.raises(InputError, match="h.1.mlp.c_fc.weight has .* beyond .* float16"):
-        write_huggingface(random_models.checkpoint(GPT, weights), tmp_path / "out", dtype="float16")
+        convert(random_models.checkpoint(GPT, weights), "hf", tmp_path / "out", dtype="float16")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("5GB", 5 * 10**9), ("500 MB", 5 * 10**8), ("1.5kb", 1500), (7, 7), ("8", 8)]
-)
-def test_sizes_are_read(text: int | str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "5XB", "GB", "-3GB", "0", 0, "0.1B"])
-def test_sizes_that_mean_nothing_are_refused(text: int | str) -> None:
-    with pytest.raises(InputError, match="is no size"):
-        parse_size(text)
 
 
 def test_an_existing_target_stays(tmp_path: Path) -> None:
     checkpoint = random_models.checkpoint(GPT)
-    write_huggingface(checkpoint, tmp_path / "out", vocab="padded")
+    convert(checkpoint, "hf", tmp_path / "out", vocab="padded")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     other = random_models.checkpoint(GPT, seed=1)
     with pytest.raises(InputError, match="already exists"):
-        write_huggingface(other, tmp_path / "out", vocab="padded")
+        convert(other, "hf", tmp_path / "out", vocab="padded")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
-    write_huggingface(other, tmp_path / "out", vocab="padded", overwrite=True)
+    convert(other, "hf", tmp_path / "out", vocab="padded", overwrite=True)
     assert bit_equal(read_folder(tmp_path / "out"), other)
     with pytest.raises(InputError, match="is being converted"):
-        write_huggingface(read_folder(tmp_path / "out"), tmp_path / "out", overwrite=True)
+        convert(read_folder(tmp_path / "out"), "hf", tmp_path / "out", overwrite=True)
     assert bit_equal(read_folder(tmp_path / "out"), other)
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_killed_conversion_leaves_no_target(tmp_path: Path) -> None:
     """The process dies by SIGKILL when half of the bytes are written."""
-    write_huggingface(random_models.checkpoint(GPT), tmp_path / "in", vocab="padded")
+    convert(random_models.checkpoint(GPT), "hf", tmp_path / "in", vocab="padded")
     code = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
         "from mlm_eval.checkpoints.huggingface.read import read_folder\n"
-        "from mlm_eval.checkpoints.huggingface.write import write_huggingface\n"
+        "from mlm_eval.checkpoints.convert import convert\n"
         "kill = lambda done, total: done * 2 > total and os.kill(os.getpid(), signal.SIGKILL)\n"
-        "write_huggingface(read_folder(Path(sys.argv[1])), sys.argv[2], on_progress=kill)\n"
+        "convert(read_folder(Path(sys.argv[1])), 'hf', sys.argv[2], on_progress=kill)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "in"), str(tmp_path / "out")]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
@@ -442,8 +435,8 @@ def test_gpt2_tokenizer_files_load_in_transformers(byte_level: Path, tmp_path: P
     ours = load_tokenizer(directory=byte_level)
     config = variant(GPT, vocab_size=ours.vocab_size + 30)
     checkpoint = random_models.checkpoint(config)
-    report = write_huggingface(checkpoint, tmp_path / "out", tokenizer=ours)
-    assert report.vocab_size == ours.vocab_size
+    report = convert(checkpoint, "hf", tmp_path / "out", tokenizer=ours)
+    assert hf_config(report)["vocab_size"] == ours.vocab_size
     assert f"30 rows that pad the vocabulary are left out: {ours.vocab_size} remain" in report.notes
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert len(tokenizer) == ours.vocab_size
@@ -462,8 +455,8 @@ def test_gpt2_tokenizer_files_load_in_transformers(byte_level: Path, tmp_path: P
     again = find_tokenizer(tmp_path / "out")
     assert again is not None and again.encode(TEXT) == ours.encode(TEXT)
     # The folder is a source of a tokenizer itself.
-    second = write_huggingface(checkpoint, tmp_path / "second", tokenizer=again)
-    assert second.vocab_size == ours.vocab_size
+    second = convert(checkpoint, "hf", tmp_path / "second", tokenizer=again)
+    assert hf_config(second)["vocab_size"] == ours.vocab_size
     assert AutoTokenizer.from_pretrained(tmp_path / "second")(TEXT)["input_ids"] == ours.encode(
         TEXT
     )
@@ -476,7 +469,7 @@ def test_a_llama_with_a_gpt2_tokenizer(byte_level: Path, tmp_path: Path) -> None
 
     ours = load_tokenizer(directory=byte_level)
     checkpoint = random_models.checkpoint(variant(LLAMA, vocab_size=ours.vocab_size))
-    report = write_huggingface(checkpoint, tmp_path / "out", tokenizer=ours)
+    report = convert(checkpoint, "hf", tmp_path / "out", tokenizer=ours)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer(TEXT)["input_ids"] == ours.encode(TEXT)
     load_theirs(report)(**tokenizer("The cat", return_tensors="pt"))
@@ -523,7 +516,7 @@ def test_bert_tokenizer_files_load_in_transformers(lower_case: bool, tmp_path: P
     ours = load_tokenizer(vocab_file=vocabulary)
     assert ours.lower_case == lower_case
     checkpoint = random_models.checkpoint(variant(MODEL_BERT, vocab_size=ours.vocab_size + 6))
-    report = write_huggingface(checkpoint, tmp_path / "out", tokenizer=ours)
+    report = convert(checkpoint, "hf", tmp_path / "out", tokenizer=ours)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == ours.encode(TEXT)
     pair = tokenizer("the cat", "sat on")
@@ -540,15 +533,15 @@ def test_bert_tokenizer_files_load_in_transformers(lower_case: bool, tmp_path: P
 
 def test_the_size_of_the_vocabulary(byte_level: Path, tmp_path: Path) -> None:
     checkpoint = random_models.checkpoint(GPT)  # 50 rows
-    kept = write_huggingface(checkpoint, tmp_path / "kept")
-    assert kept.vocab_size == 50 and "no tokenizer says" in kept.warnings[0]
-    cut = write_huggingface(checkpoint, tmp_path / "cut", true_vocab_size=47)
-    assert cut.vocab_size == 47 and not cut.warnings
+    kept = convert(checkpoint, "hf", tmp_path / "kept")
+    assert hf_config(kept)["vocab_size"] == 50 and "no tokenizer says" in kept.warnings[0]
+    cut = convert(checkpoint, "hf", tmp_path / "cut", true_vocab_size=47)
+    assert hf_config(cut)["vocab_size"] == 47 and not cut.warnings
     table = load_file(tmp_path / "cut" / "model.safetensors")["transformer.wte.weight"]
     assert torch.equal(table, checkpoint.tensors["embedding.word_embeddings.weight"].read()[:47])
     for size in ({"true_vocab_size": 51}, {"tokenizer": load_tokenizer(directory=byte_level)}):
         with pytest.raises(InputError, match="not the tokenizer of this model"):
-            write_huggingface(checkpoint, tmp_path / "no", **size)  # type: ignore[arg-type]
+            convert(checkpoint, "hf", tmp_path / "no", **size)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="holds no tokenizer"):
         convert(checkpoint, "hf", tmp_path / "no", tokenizer=tmp_path / "cut")
 
@@ -559,8 +552,8 @@ def test_the_real_gpt2_vocabulary(shared_data: Path, oracles: Path, tmp_path: Pa
 
     checkpoint = open_checkpoint(oracles / "v25_gpt2vocab_tp2_trained")
     ours = load_tokenizer(directory=shared_data / "gpt2")
-    report = write_huggingface(checkpoint, tmp_path / "out", tokenizer=ours)
-    assert report.vocab_size == 50257
+    report = convert(checkpoint, "hf", tmp_path / "out", tokenizer=ours)
+    assert hf_config(report)["vocab_size"] == 50257
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer("Hello world")["input_ids"] == [15496, 995]
     assert len(tokenizer) == 50257 and tokenizer.eos_token_id == 50256

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,12 +12,11 @@ from safetensors.torch import load_file, save_file
 from support.paths import PROJECT
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
+from mlm_eval.checkpoints.convert import Comparison, convert
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import find_tokenizer
-from mlm_eval.engine import verify
-from mlm_eval.engine.conversion import convert_checked
-from mlm_eval.engine.verify import Comparison, compare, compare_checkpoints, verify_conversion
+from mlm_eval.engine.verify import TOLERANCE, compare, compare_checkpoints, verify_conversion
 
 SAMPLE = PROJECT / "checkpoints" / "samples" / "gpt"
 ORACLES = PROJECT / "tests" / "oracles"
@@ -30,7 +31,14 @@ def sample() -> Checkpoint:
 def converted(sample: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sample as a Hugging Face folder, verified by plain transformers while it was made."""
     folder = tmp_path_factory.mktemp("converted") / "hf"
-    done = convert_checked(sample, "hf", folder, tokenizer=find_tokenizer(SAMPLE), verify=True)
+    done = convert(
+        sample,
+        "hf",
+        folder,
+        tokenizer=find_tokenizer(SAMPLE),
+        verify=True,
+        compare=verify_conversion,
+    )
     assert done.comparison is not None and done.comparison.same
     assert done.comparison.greedy_agreement == 1.0
     return folder
@@ -61,12 +69,13 @@ def test_one_changed_weight_is_found_by_a_fresh_process(
 
 
 def test_a_conversion_that_differs_is_not_left_at_the_target(
-    sample: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sample: Checkpoint, tmp_path: Path
 ) -> None:
-    worse = Comparison(0.5, 0.1, 0.9, verify.TOLERANCE, {"logits": 0.5})
-    monkeypatch.setattr(verify, "verify_conversion", lambda *_, **__: worse)
+    worse = Comparison(0.5, 0.1, 0.9, TOLERANCE, {"logits": 0.5})
     with pytest.raises(InputError, match=r"differs from its source by 0\.5.*was not written"):
-        convert_checked(sample, "megatron", tmp_path / "out", tp=1, verify=True)
+        convert(
+            sample, "megatron", tmp_path / "out", tp=1, verify=True, compare=lambda *_, **__: worse
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -74,7 +83,9 @@ def test_rounding_that_was_asked_for_is_not_taken_for_a_fault(
     sample: Checkpoint, tmp_path: Path
 ) -> None:
     target = tmp_path / "bf16"
-    done = convert_checked(sample, "torch_dist", target, tp=1, dtype="bfloat16", verify=True)
+    done = convert(
+        sample, "torch_dist", target, tp=1, dtype="bfloat16", verify=True, compare=verify_conversion
+    )
     assert done.comparison is not None and done.comparison.same
     # Against the unrounded source the difference is there.
     assert compare_checkpoints(sample, open_checkpoint(target)).max_difference > 1e-4
@@ -83,9 +94,9 @@ def test_rounding_that_was_asked_for_is_not_taken_for_a_fault(
 def test_a_bert_with_two_gelus_is_refused_or_measured(tmp_path: Path) -> None:
     bert = open_checkpoint(ORACLES / "v25_bert_tp2_fusedgelu")
     with pytest.raises(InputError, match="allow-approximate"):
-        convert_checked(bert, "hf", tmp_path / "exact")
+        convert(bert, "hf", tmp_path / "exact")
     assert not (tmp_path / "exact").exists()
-    done = convert_checked(bert, "hf", tmp_path / "near", allow_approximate=True)
+    done = convert(bert, "hf", tmp_path / "near", allow_approximate=True, compare=verify_conversion)
     assert done.comparison is not None
     assert 5e-4 < done.comparison.max_difference < 5e-3
     readme = (tmp_path / "near" / "README.md").read_text()
@@ -94,17 +105,40 @@ def test_a_bert_with_two_gelus_is_refused_or_measured(tmp_path: Path) -> None:
 
 def test_the_source_itself_is_never_replaced(sample: Checkpoint, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
-    convert_checked(sample, "megatron", copy, tp=2)
+    convert(sample, "megatron", copy, tp=2)
     with pytest.raises(InputError, match="holds the checkpoint that is being converted"):
-        convert_checked(open_checkpoint(copy), "hf", copy, overwrite=True)
+        convert(open_checkpoint(copy), "hf", copy, overwrite=True)
     assert compare_checkpoints(sample, open_checkpoint(copy)).max_difference == 0.0
 
 
 def test_a_tokenizer_travels_with_a_megatron_checkpoint(sample: Checkpoint, tmp_path: Path) -> None:
     words = find_tokenizer(SAMPLE)
-    convert_checked(sample, "megatron", tmp_path / "out", tp=1, tokenizer=words)
+    convert(sample, "megatron", tmp_path / "out", tp=1, tokenizer=words)
     found = find_tokenizer(tmp_path / "out")
     assert found is not None and words is not None and found.sha256 == words.sha256
+
+
+def test_a_conversion_without_verify_imports_no_model(tmp_path: Path) -> None:
+    """Not by the command line either; of torch.distributed only what torch imports itself."""
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "from mlm_eval.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code, end.code\n"
+        "new = sorted(set(sys.modules) - before)\n"
+        "rooms = ('mlm_eval.model', 'mlm_eval.engine', 'mlm_eval.training',\n"
+        "    'mlm_eval.tasks', 'torch.distributed', 'transformers')\n"
+        "print('imported:', *[name for name in new if name.startswith(rooms)])\n"
+    )
+    for to in ("hf", "megatron"):  # torch_dist's metadata are objects of torch.distributed
+        given = ["convert", "--ckpt", SAMPLE, "--to", to, "--output", tmp_path / to]
+        command = [sys.executable, "-c", code, *map(str, given)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == "imported:"
 
 
 def test_models_of_two_kinds_are_not_compared(sample: Checkpoint) -> None:
@@ -131,7 +165,7 @@ def test_unknown_options_of_a_conversion(sample: Checkpoint, tmp_path: Path) -> 
         ({"vocab": "true"}, "needs the tokenizer's size"),
     ):
         with pytest.raises(InputError, match=part):
-            convert_checked(sample, "hf", tmp_path / "out", **options)  # type: ignore[arg-type]
+            convert(sample, "hf", tmp_path / "out", **options)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="--to 'onnx' is unknown"):
-        convert_checked(sample, "onnx", tmp_path / "out")
+        convert(sample, "onnx", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -32,7 +32,7 @@ from mlm_eval.model.memory import (
     training_memory,
 )
 from mlm_eval.model.sizes import named_config
-from mlm_eval.planning.plan import OUTSIDE, ResourcePlan, make_plan, parse_memory, parse_throughput
+from mlm_eval.planning.plan import OUTSIDE, ResourcePlan, make_plan, parse_throughput
 from mlm_eval.tasks import workloads as work
 from mlm_eval.tasks.workloads import workloads
 from mlm_eval.training.data import NO_LABEL, Sample, collate
@@ -354,14 +354,6 @@ def test_what_fits_is_told_with_the_smallest_size():
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("80GB", 80e9), ("80 gb", 80e9), ("24GiB", 24 * 2**30), ("1.5TB", 1.5e12), ("1000", 1000)],
-)
-def test_memory_is_parsed(text: str, value: float):
-    assert parse_memory(text) == value
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
     [("400TFLOPS", 4e14), ("1.5 PFLOP/s", 1.5e15), ("39tflops", 3.9e13), ("4e14", 4e14)],
 )
 def test_throughput_is_parsed(text: str, value: float):
@@ -369,9 +361,7 @@ def test_throughput_is_parsed(text: str, value: float):
 
 
 @pytest.mark.parametrize("text", ["", "GB", "0GB", "-1GB", "80 apples", "nan"])
-def test_what_is_no_size_or_rate_is_refused(text: str):
-    with pytest.raises(InputError, match="--device-memory .* is no size"):
-        parse_memory(text)
+def test_what_is_no_rate_is_refused(text: str):
     with pytest.raises(InputError, match="--throughput .* is no rate"):
         parse_throughput(text)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from support.ranks import run_ranks
 from torch import Tensor
 
 from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.convert import convert
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.huggingface.write import write_huggingface
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.model import tensor_parallel
 from mlm_eval.training.data import Batch, collate
@@ -38,8 +39,9 @@ def transformers_gradients(
     import transformers
 
     checkpoint = training_runs.model_for(kind, base)
-    report = write_huggingface(checkpoint, folder / "weights", vocab="padded")
-    model_class: Any = getattr(transformers, report.model_class)
+    convert(checkpoint, "hf", folder / "weights", vocab="padded")
+    [class_name] = json.loads((folder / "weights" / "config.json").read_text())["architectures"]
+    model_class: Any = getattr(transformers, class_name)
     model = model_class.from_pretrained(folder / "weights", attn_implementation="eager").eval()
     vocab = checkpoint.config.vocab_size
     batch = collate(training_runs.samples(kind, COUNT, vocab=vocab))
