@@ -140,8 +140,8 @@ def score(engine: object) -> None:
     """Score two batches of windows: the first one whole, the others their last 32 tokens."""
     import torch
 
-    from mlm_eval.engine.batching import Request
     from mlm_eval.engine.engine import Engine
+    from mlm_eval.engine.score import Request
 
     assert isinstance(engine, Engine)
     count = 2 * engine.batch_tokens // 1024

@@ -122,6 +122,7 @@ def plan(
 
     from mlm_eval.checkpoints.dtypes import dtype_name, evaluation_dtype
     from mlm_eval.checkpoints.files.byte_size import parse_bytes
+    from mlm_eval.engine.batching import DEFAULT_BATCH_TOKENS
     from mlm_eval.model.memory import TrainingBatch
     from mlm_eval.planning.plan import make_plan, parse_throughput
     from mlm_eval.planning.plan_text import plan_text
@@ -170,9 +171,6 @@ def plan(
     )
     print(json.dumps(made.to_dict(), indent=2) if as_json else plan_text(made))
 
-
-DEFAULT_BATCH_TOKENS = {"cuda": 32768, "cpu": 4096}
-"""Those of `Engine.load`."""
 
 _Source = tuple[str, "Callable[[int], ModelConfig]", "int | None"]
 

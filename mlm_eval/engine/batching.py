@@ -1,80 +1,37 @@
-"""Scoring requests, and how they are packed: by length, under a budget of tokens."""
+"""The one loop over a set: packed by length, dealt to the copies of the model, joined in order.
+
+No item is repeated or dropped, and results come back in the order of the items, so they do not
+depend on the layout beyond the rounding of the forward itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from mlm_eval.ranks.collectives import gather_over_dp
+from mlm_eval.ranks.mesh import Mesh
 
-@dataclass(frozen=True)
-class Request:
-    """A sequence of which the last tokens are scored.
+T = TypeVar("T")
 
-    Attributes:
-        tokens: Token ids `[n]`, int64 on the CPU, n up to positions + 1: the last token is only
-            predicted. May be a view of a longer tensor.
-        num_scored: The last `num_scored` tokens are scored, each given all the tokens before it;
-            1 <= num_scored < n.
-    """
+OnProgress = Callable[[int, int], None]
+"""Called on rank 0 with (work done, work in all)."""
 
-    tokens: Tensor
-    num_scored: int
-
-    @property
-    def length(self) -> int:
-        """Input positions of the forward pass: all tokens but the last."""
-        return self.tokens.numel() - 1
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Log-probabilities in request order.
-
-    Attributes:
-        logprobs: `[sum of num_scored]` float32, nats.
-        greedy: Same shape, bool: the token is the argmax, the lowest index on a tie.
-        offsets: `[requests + 1]` int64: request i owns `logprobs[offsets[i]:offsets[i + 1]]`.
-        seconds: Wall time of the scoring.
-    """
-
-    logprobs: Tensor
-    greedy: Tensor
-    offsets: Tensor
-    seconds: float
-
-    def nll_sums(self) -> Tensor:
-        """Return the negative sum of each request's log-probabilities, float64 `[requests]`."""
-        counts = self.offsets.diff()
-        owner = torch.repeat_interleave(torch.arange(counts.numel()), counts)
-        # Each request by itself: differences of one running sum would lose digits, and a NaN in one
-        # request would reach all that follow.
-        sums = torch.zeros(counts.numel(), dtype=torch.float64)
-        return sums.index_add_(0, owner, -self.logprobs.double())
-
-    def all_greedy(self) -> Tensor:
-        """Return, per request, whether every scored token is the argmax: bool `[requests]`."""
-        misses = torch.cat([torch.zeros(1, dtype=torch.int64), (~self.greedy).long().cumsum(0)])
-        return misses[self.offsets[1:]] == misses[self.offsets[:-1]]
-
-
-def same_input(one: Request, other: Request) -> bool:
-    """Return whether two requests differ at most in the token that is only predicted."""
-    return one.length == other.length and torch.equal(one.tokens[:-1], other.tokens[:-1])
-
-
-def riders(requests: Sequence[Request]) -> set[int]:
-    """Return the indices of requests that have the same input as the one before."""
-    return {i for i in range(1, len(requests)) if same_input(requests[i], requests[i - 1])}
+DEFAULT_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+"""Padded tokens of a forward pass on each rank, by the kind of device."""
 
 
 def pack(lengths: Sequence[int], budget: int, riders: Collection[int] = ()) -> list[list[int]]:
-    """Return batches of request indices, longest first, each of at most `budget` padded tokens.
+    """Return batches of item indices, longest first, each of at most `budget` padded tokens.
 
-    A request longer than the budget is a batch of its own. Requests of one length stay in order;
-    those among `riders` share the line of the one before and cost nothing.
+    An item longer than the budget is a batch of its own. Items of one length stay in order; those
+    among `riders` share the line of the one before and cost nothing.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches: list[list[int]] = []
@@ -93,40 +50,119 @@ def pack(lengths: Sequence[int], budget: int, riders: Collection[int] = ()) -> l
     return batches
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Padded inputs of one forward pass.
+def map_batches(
+    run: Callable[[list[int]], T],
+    batches: Sequence[list[int]],
+    mesh: Mesh,
+    *,
+    work: Sequence[int] | None = None,
+    already_done: int = 0,
+    on_progress: OnProgress | None = None,
+    before_join: Callable[[], None] | None = None,
+) -> list[tuple[list[int], T]]:
+    """Return every batch with what `run` returns for it, on every rank the same.
 
-    Attributes:
-        tokens: `[lines, width]`, padded on the right with 0; neighbours with the same input share
-            a line.
-        query_from: First position whose state is needed by any request.
-        rows: Indices of the scored states in the flattened `[lines * (width - query_from)]` states.
-        targets: Token ids that the scored states predict, `[rows]`.
-        indices: The requests in the batch, in the order of `rows`.
+    Each copy of the model runs its share of the batches: `batches[dp_rank::dp]`. Collectives: those
+    of `run`; one gather of the results over dp.
+
+    Args:
+        run: Takes a batch, runs on all tp ranks of a copy. Tensors that it returns, alone or in a
+            tuple, may be on a GPU: they are copied to the CPU after the last batch, so that the
+            host need not wait for the device before it.
+        batches: What `pack` returned.
+        mesh: The layout.
+        work: Of each item, for `on_progress`; None: 1.
+        already_done: Work done by an earlier run.
+        on_progress: Called when batches have finished.
+        before_join: Called when this copy's batches are done.
     """
+    meter = _Meter(batches, mesh, work, already_done, on_progress)
+    results = []
+    for batch in batches[mesh.dp_rank :: mesh.dp]:
+        results.append(run(batch))
+        meter.started(batch)
+    if before_join is not None:
+        before_join()
+    gathered = gather_over_dp([_on_cpu(result) for result in results], mesh)
+    meter.finish()
+    return [(batch, gathered[i % mesh.dp][i // mesh.dp]) for i, batch in enumerate(batches)]
 
-    tokens: Tensor
-    query_from: int
-    rows: Tensor
-    targets: Tensor
-    indices: list[int]
+
+def in_order(results: Iterable[tuple[list[int], Iterable[T]]]) -> list[T]:
+    """Return the results of all items in the items' order, given batches and their results."""
+    found = {i: item for batch, items in results for i, item in zip(batch, items, strict=True)}
+    return [found[index] for index in range(len(found))]
 
 
-def collate(requests: Sequence[Request], indices: list[int]) -> Batch:
-    """Return the padded batch of some requests."""
-    chosen = [requests[i] for i in indices]
-    width = max(request.length for request in chosen)
-    query_from = min(request.length - request.num_scored for request in chosen)
-    shared = riders(chosen)
-    tokens = torch.zeros(len(chosen) - len(shared), width, dtype=torch.int64)
-    rows, targets = [], []
-    line = -1
-    for place, request in enumerate(chosen):
-        if place not in shared:
-            line += 1
-            tokens[line, : request.length] = request.tokens[:-1]
-        first = request.length - request.num_scored - query_from + line * (width - query_from)
-        rows.append(torch.arange(first, first + request.num_scored))
-        targets.append(request.tokens[-request.num_scored :])
-    return Batch(tokens, query_from, torch.cat(rows), torch.cat(targets), indices)
+def pad_rows(rows: Iterable[Tensor], *, value: int = 0, multiple: int = 1) -> Tensor:
+    """Return rows of different lengths as one tensor `[rows, width]`, padded on the right.
+
+    The width is the longest row's length, rounded up to `multiple`.
+    """
+    padded = pad_sequence(list(rows), batch_first=True, padding_value=value)
+    return F.pad(padded, (0, -padded.shape[1] % multiple), value=value)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Return `x` on `device`; to a GPU through pinned memory, without waiting."""
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
+def _on_cpu(result: Any) -> Any:
+    if isinstance(result, Tensor):
+        return result.cpu()
+    if isinstance(result, tuple):
+        return tuple(_on_cpu(part) for part in result)
+    return result
+
+
+class _Meter:
+    """Progress without a wait for the device at each batch: CUDA events say what has finished."""
+
+    MOST_AHEAD = 8
+
+    def __init__(
+        self,
+        batches: Sequence[list[int]],
+        mesh: Mesh,
+        work: Sequence[int] | None,
+        already_done: int,
+        on_progress: OnProgress | None,
+    ) -> None:
+        self.work = work
+        self.done = already_done
+        pending = sum(map(self._work_of, batches))
+        own = sum(map(self._work_of, batches[:: mesh.dp]))
+        self.total = already_done + pending
+        # Rank 0 sees its own batches; the other copies of the model go at about the same pace.
+        self.scale = pending / own if own else 1.0
+        self.report = on_progress if mesh.rank == 0 else None
+        self.waiting: deque[tuple[torch.cuda.Event, int]] = deque()
+
+    def _work_of(self, batch: list[int]) -> int:
+        return len(batch) if self.work is None else sum(self.work[i] for i in batch)
+
+    def started(self, batch: list[int]) -> None:
+        """Note a batch that the device has been given."""
+        if not torch.cuda.is_initialized():
+            self._advance(self._work_of(batch))
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self.waiting.append((event, self._work_of(batch)))
+        if len(self.waiting) > self.MOST_AHEAD:
+            self.waiting[0][0].synchronize()
+        while self.waiting and self.waiting[0][0].query():
+            self._advance(self.waiting.popleft()[1])
+
+    def finish(self) -> None:
+        """Report that all is done: the other copies of the model are, too."""
+        if self.report is not None:
+            self.report(self.total, self.total)
+
+    def _advance(self, work: int) -> None:
+        self.done += round(work * self.scale)
+        if self.report is not None:
+            self.report(min(self.done, self.total), self.total)

@@ -2,136 +2,165 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.engine.batching import pack
+from mlm_eval.engine.batching import OnProgress, in_order, map_batches, pack, pad_rows
 from mlm_eval.model.bert import BERT
-from mlm_eval.ranks.collectives import gather_over_dp
+from mlm_eval.ranks.mesh import Mesh
 
-if TYPE_CHECKING:
-    from mlm_eval.engine.engine import Engine
+QA_HEAD = "qa_head"
+"""The one head with logits for each token."""
 
 
 @dataclass(frozen=True)
 class BertInput:
-    """One input of BERT.
-
-    Attributes:
-        tokens: Token ids `[n]`, int64.
-        tokentypes: Segment ids `[n]`; None for all zero.
-        padding_mask: 1 on real tokens, `[n]`; None for all real.
-    """
+    """One input of BERT."""
 
     tokens: Tensor
+    """Token ids `[n]`, int64."""
+
     tokentypes: Tensor | None = None
+    """Segment ids `[n]`; None for all zero."""
+
     padding_mask: Tensor | None = None
+    """1 on real tokens, `[n]`; None for all real."""
 
 
 @dataclass(frozen=True)
 class BertOutput:
-    """What the model says about one input.
-
-    Attributes:
-        states: Final states `[n, hidden]` float32, when asked for.
-        pooled: The pooler's output `[hidden]` float32, when asked for and there is a pooler.
-        logprobs: Masked-LM log-probability of each token given the whole input, `[n]`
-            float32, nats.
-        greedy: Whether each token is the argmax, `[n]` bool.
-        heads: Logits of the sentence-level heads by name, float32.
-    """
+    """What the model computes for one input."""
 
     states: Tensor | None
+    """Final states `[n, hidden]` float32, when asked for."""
+
     pooled: Tensor | None
+    """The pooler's output `[hidden]` float32, when asked for and there is a pooler."""
+
     logprobs: Tensor | None
+    """Masked-LM log-probability of each token given the whole input, `[n]` float32, nats."""
+
     greedy: Tensor | None
+    """Whether each token is the argmax, `[n]` bool."""
+
     heads: dict[str, Tensor]
+    """Logits by head, float32: `[outputs]` of a sentence-level head, `[n, 2]` of `qa_head`."""
 
 
 @torch.inference_mode()
-def run_bert(
-    engine: Engine, inputs: Sequence[BertInput], *, states: bool = False, score: bool = True
+def encode(
+    model: BERT,
+    inputs: Sequence[BertInput],
+    *,
+    mesh: Mesh,
+    device: torch.device,
+    batch_tokens: int,
+    states: bool = True,
+    score: bool = False,
+    head: str | None = None,
+    autocast: torch.dtype | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[BertOutput]:
     """Return the outputs of all inputs in order, on every rank the same.
 
     Collectives: those of the model over tp; one gather of the results over dp.
 
+    Args:
+        model: This rank's shard.
+        inputs: Each is read twice; a sequence may make them when they are read.
+        mesh: The layout.
+        device: Where the model is.
+        batch_tokens: Padded tokens of a forward pass.
+        states: Keep the final states and the pooler's output.
+        score: Keep the masked-LM log-probability of each token.
+        head: Keep the logits of this head alone; None: of each sentence-level head there is.
+        autocast: Compute matrix products in this dtype; None: in the model's.
+        on_progress: Called with (inputs done, inputs in all), on rank 0.
+
     Raises:
-        InputError: The model is no BERT, an input is empty or too long, or an id is outside
-            a table.
+        InputError: An input is empty or too long, or an id is outside a table.
     """
-    if not isinstance(engine.model, BERT):
-        raise InputError("this is a GPT checkpoint; only BERT checkpoints encode whole inputs")
-    check_inputs(inputs, engine)
-    batches = pack([item.tokens.numel() for item in inputs], engine.batch_tokens)
-    mine: dict[int, BertOutput] = {}
-    for indices in batches[engine.mesh.dp_rank :: engine.dp]:
-        mine.update(
-            zip(
-                indices,
-                _run_batch(engine, [inputs[i] for i in indices], states, score),
-                strict=True,
-            )
-        )
-    for part in gather_over_dp(mine, engine.mesh):
-        mine.update(part)
-    return [mine[index] for index in range(len(inputs))]
+    lengths = check_inputs(inputs, model.config)
+
+    def run(indices: list[int]) -> list[BertOutput]:
+        items = [inputs[i] for i in indices]
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            return _run_batch(model, items, device, keep_states=states, score=score, head=head)
+
+    batches = pack(lengths, batch_tokens)
+    return in_order(map_batches(run, batches, mesh, on_progress=on_progress))
 
 
 def _run_batch(
-    engine: Engine, inputs: list[BertInput], keep_states: bool, score: bool
-) -> Iterator[BertOutput]:
-    model = engine.model
-    assert isinstance(model, BERT)
-    lengths = [item.tokens.numel() for item in inputs]
-    tokens, types, mask = _pad(inputs, max(lengths))
-    tokens, types, mask = (x.to(engine.device) for x in (tokens, types, mask))
+    model: BERT,
+    inputs: list[BertInput],
+    device: torch.device,
+    *,
+    keep_states: bool,
+    score: bool,
+    head: str | None,
+) -> list[BertOutput]:
+    tokens, types, mask = (x.to(device) for x in _pad(inputs))
     states = model(tokens, mask, types)  # [B, T, h]
-    heads = {name: values.cpu() for name, values in model.head_logits(states).items()}
+    kept = states.float().cpu() if keep_states else None
     pooled = model.pooler(states).float().cpu() if keep_states and model.config.pooler else None
     logprobs = greedy = None
     if score and model.config.lm_head:
         flat, flags = model.log_probs(states.flatten(0, 1), tokens.flatten())
         logprobs, greedy = flat.view(tokens.shape).cpu(), flags.view(tokens.shape).cpu()
-    kept = states.float().cpu() if keep_states else None
-    for line, length in enumerate(lengths):
-        yield BertOutput(
-            states=None if kept is None else kept[line, :length].clone(),
-            pooled=None if pooled is None else pooled[line].clone(),
-            logprobs=None if logprobs is None else logprobs[line, :length].clone(),
-            greedy=None if greedy is None else greedy[line, :length].clone(),
-            heads={name: values[line].clone() for name, values in heads.items()},
-        )
-
-
-def _pad(inputs: list[BertInput], width: int) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (len(inputs), width)
-    tokens, types, mask = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
+    heads = {head: model.qa_logits(states)} if head == QA_HEAD else model.head_logits(states)
+    heads = {name: logits.cpu() for name, logits in heads.items() if head in (None, name)}
+    outputs = []
     for line, item in enumerate(inputs):
         length = item.tokens.numel()
-        tokens[line, :length] = item.tokens
-        mask[line, :length] = 1 if item.padding_mask is None else item.padding_mask
-        if item.tokentypes is not None:
-            types[line, :length] = item.tokentypes
-    return tokens, types, mask
+        outputs.append(
+            BertOutput(
+                states=_own(kept, line, length),
+                pooled=_own(pooled, line),
+                logprobs=_own(logprobs, line, length),
+                greedy=_own(greedy, line, length),
+                heads={
+                    name: logits[line, : length if name == QA_HEAD else None].clone()
+                    for name, logits in heads.items()
+                },
+            )
+        )
+    return outputs
 
 
-def check_inputs(inputs: Sequence[BertInput], engine: Engine) -> None:
-    """Refuse inputs that the model cannot run.
+def _own(values: Tensor | None, line: int, length: int | None = None) -> Tensor | None:
+    """Return one input's part of a batch's values, a copy: a view would carry the whole batch."""
+    return None if values is None else values[line, :length].clone()
+
+
+def _pad(inputs: list[BertInput]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens, segment ids and mask of a batch, `[batch, seq]` each."""
+    types, masks = [], []
+    for item in inputs:
+        zeros = torch.zeros_like(item.tokens)
+        types.append(zeros if item.tokentypes is None else item.tokentypes)
+        masks.append(zeros + 1 if item.padding_mask is None else item.padding_mask)
+    return pad_rows(item.tokens for item in inputs), pad_rows(types), pad_rows(masks)
+
+
+def check_inputs(inputs: Sequence[BertInput], config: ModelConfig) -> list[int]:
+    """Return the length of each input; refuse inputs that the model cannot run.
 
     Raises:
         InputError: Lengths differ, an input is empty or too long, or an id is outside its table.
     """
+    lengths = []
     for index, item in enumerate(inputs):
-        fault = find_fault(item, engine.config)
+        fault = find_fault(item, config)
         if fault is not None:
             raise InputError(f"input {index} {fault}")
+        lengths.append(item.tokens.numel())
+    return lengths
 
 
 def find_fault(item: BertInput, config: ModelConfig) -> str | None:

@@ -1,20 +1,16 @@
-"""The engine: a checkpoint's shard in memory, and scoring over a mesh of dp x tp ranks.
+"""The engine: a checkpoint's shard in memory, on a mesh of dp x tp ranks.
 
-Each rank asks the table for its slice of each parameter and reads only that. Requests are packed
-by length under a token budget and dealt to the data-parallel ranks; none is repeated or dropped,
-and results come back in request order, so they do not depend on the layout beyond the rounding of
-the forward itself.
+Each rank asks the table for its slice of each parameter and reads only that. What a loaded model
+does stands in `score`, `encode` and `generate`.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
@@ -23,21 +19,15 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.parameters import check_tp, parameters
 from mlm_eval.checkpoints.tokenizer import check_entries
 from mlm_eval.checkpoints.vocabulary import with_rows
-from mlm_eval.engine.batching import Batch, Request, Scores, collate, pack, riders
-from mlm_eval.engine.encode import BertInput, BertOutput, run_bert
+from mlm_eval.engine.batching import DEFAULT_BATCH_TOKENS, OnProgress
+from mlm_eval.engine.encode import BertInput, BertOutput, encode
+from mlm_eval.engine.resume import PartialScores
+from mlm_eval.engine.score import Request, Scores, score
 from mlm_eval.model.bert import BERT
 from mlm_eval.model.flops import forward_flops
 from mlm_eval.model.gpt import GPT
 from mlm_eval.model.tensor_parallel import TensorParallel
-from mlm_eval.ranks.collectives import sum_over_dp
 from mlm_eval.ranks.mesh import Mesh, make_mesh
-
-if TYPE_CHECKING:
-    from mlm_eval.engine.resume import PartialScores
-
-
-Progress = Callable[[int, int], None]
-"""Called with (tokens done, tokens in all) on rank 0."""
 
 
 class Engine:
@@ -116,8 +106,6 @@ class Engine:
         model.eval().requires_grad_(False)
         if compile_model:
             model.compile(dynamic=True)
-        if batch_tokens is None:
-            batch_tokens = 32768 if device.type == "cuda" else 4096
         return cls(
             checkpoint,
             model,
@@ -125,7 +113,7 @@ class Engine:
             device=device,
             dtype=dtype,
             vocab=vocab,
-            batch_tokens=batch_tokens,
+            batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS[device.type],
             load_seconds=time.perf_counter() - started,
         )
 
@@ -161,20 +149,14 @@ class Engine:
             for request in requests
         )
 
-    @torch.inference_mode()
     def score(
         self,
         requests: Sequence[Request],
         *,
-        on_progress: Progress | None = None,
+        on_progress: OnProgress | None = None,
         partial: PartialScores | None = None,
     ) -> Scores:
-        """Return the log-probabilities of the scored tokens of a GPT model, on every rank the same.
-
-        Args:
-            requests: What to score; each at most positions + 1 tokens.
-            on_progress: Told about finished tokens, on rank 0.
-            partial: Results of an interrupted run, and where to keep those of this one.
+        """Return the log-probabilities of the scored tokens of a GPT model; see `score.score`.
 
         Raises:
             InputError: The model is no GPT, a request is too long, or a token id is outside the
@@ -185,57 +167,46 @@ class Engine:
                 "this is a BERT checkpoint: it scores whole inputs, not continuations; use "
                 "`mlm-eval score`"
             )
-        started = time.perf_counter()
-        check_requests(requests, self.config)
-        counts = torch.tensor([request.num_scored for request in requests], dtype=torch.int64)
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        done = partial.finished() if partial is not None else {}
-        # An interrupted run with a higher --limit may have done more than is asked for now.
-        done = {index: scores for index, scores in done.items() if index < len(requests)}
-        todo = [i for i in range(len(requests)) if i not in done]
-        pending = [requests[i] for i in todo]
-        lengths = [request.length for request in pending]
-        packed = pack(lengths, self.batch_tokens, riders(pending))
-        batches = [[todo[i] for i in batch] for batch in packed]
-        values = torch.zeros(2, int(offsets[-1]), dtype=torch.float32)
-        if self.mesh.dp_rank == 0:  # summed over dp below: earlier results enter once
-            for index, (logprobs, greedy) in done.items():
-                span = slice(int(offsets[index]), int(offsets[index + 1]))
-                values[0, span], values[1, span] = logprobs, greedy.float()
-        meter = _Meter(self, requests, batches, on_progress)
-        finished: list[tuple[Batch, Tensor, Tensor]] = []
-        for indices in batches[self.mesh.dp_rank :: self.mesh.dp]:
-            batch = collate(requests, indices)
-            logprobs, greedy = self._score_batch(batch)
-            finished.append((batch, logprobs, greedy))
-            meter.step(indices)
-            if partial is not None and self.mesh.tp_rank == 0:
-                partial.add(requests, batch, logprobs, greedy)
-        if partial is not None:
-            partial.flush()
-        for batch, logprobs, greedy in finished:
-            spans = [torch.arange(int(offsets[i]), int(offsets[i + 1])) for i in batch.indices]
-            where = torch.cat(spans)
-            values[0, where], values[1, where] = logprobs.cpu(), greedy.float().cpu()
-        # Every sample was scored by one copy of the model only; the sum puts them together exactly.
-        values = sum_over_dp(values.to(self.device), self.mesh).cpu()
-        meter.finish()
-        seconds = time.perf_counter() - started
-        return Scores(values[0], values[1] > 0.5, offsets, seconds)
+        return score(
+            self.model,
+            requests,
+            mesh=self.mesh,
+            device=self.device,
+            batch_tokens=self.batch_tokens,
+            on_progress=on_progress,
+            partial=partial,
+        )
 
     def encode(
-        self, inputs: Sequence[BertInput], *, states: bool = True, score: bool = False
+        self,
+        inputs: Sequence[BertInput],
+        *,
+        states: bool = True,
+        score: bool = False,
+        head: str | None = None,
+        autocast: torch.dtype | None = None,
+        on_progress: OnProgress | None = None,
     ) -> list[BertOutput]:
-        """Return a BERT model's states and head logits for whole inputs; see `run_bert`."""
-        return run_bert(self, inputs, states=states, score=score)
+        """Return a BERT model's states and head logits for whole inputs; see `encode.encode`.
 
-    def _score_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        tokens, rows, targets = (
-            to_device(x, self.device) for x in (batch.tokens, batch.rows, batch.targets)
+        Raises:
+            InputError: The model is no BERT, an input is empty or too long, or an id is outside
+                a table.
+        """
+        if not isinstance(self.model, BERT):
+            raise InputError("this is a GPT checkpoint; only BERT checkpoints encode whole inputs")
+        return encode(
+            self.model,
+            inputs,
+            mesh=self.mesh,
+            device=self.device,
+            batch_tokens=self.batch_tokens,
+            states=states,
+            score=score,
+            head=head,
+            autocast=autocast,
+            on_progress=on_progress,
         )
-        states = self.model(tokens, batch.query_from)  # [B, T - from, h]
-        scored = states.flatten(0, 1).index_select(0, rows)  # [N, h]
-        return self.model.log_probs(scored, targets)
 
     def describe(self) -> dict[str, Any]:
         """Return the engine's part of a record's settings."""
@@ -248,60 +219,6 @@ class Engine:
             "dp": self.dp,
             "batch_tokens": self.batch_tokens,
         }
-
-
-class _Meter:
-    """Progress without a host sync per batch: on CUDA, events tell what has really finished."""
-
-    MOST_AHEAD = 8
-
-    def __init__(
-        self,
-        engine: Engine,
-        requests: Sequence[Request],
-        batches: list[list[int]],
-        on_progress: Progress | None,
-    ) -> None:
-        self.lengths = [request.length for request in requests]
-        self.total = sum(self.lengths)
-        pending = sum(self.lengths[i] for batch in batches for i in batch)
-        mine = sum(self.lengths[i] for batch in batches[:: engine.dp] for i in batch)
-        self.done = self.total - pending
-        # Rank 0 sees its own batches; the other copies of the model go at about the same pace.
-        self.scale = pending / mine if mine else 1.0
-        self.cuda = engine.device.type == "cuda"
-        self.report = on_progress if engine.is_main else None
-        self.waiting: deque[tuple[torch.cuda.Event, int]] = deque()
-
-    def step(self, indices: list[int]) -> None:
-        tokens = sum(self.lengths[i] for i in indices)
-        if not self.cuda:
-            self._advance(tokens)
-            return
-        event = torch.cuda.Event()
-        event.record()
-        self.waiting.append((event, tokens))
-        if len(self.waiting) > self.MOST_AHEAD:
-            self.waiting[0][0].synchronize()
-        while self.waiting and self.waiting[0][0].query():
-            self._advance(self.waiting.popleft()[1])
-
-    def finish(self) -> None:
-        """Report that all is done: the other copies of the model are, too."""
-        if self.report is not None:
-            self.report(self.total, self.total)
-
-    def _advance(self, tokens: int) -> None:
-        self.done += round(tokens * self.scale)
-        if self.report is not None:
-            self.report(min(self.done, self.total), self.total)
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Return `x` on `device`; to a GPU through pinned memory, without waiting."""
-    if device.type != "cuda":
-        return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
 
 
 def load_model(
@@ -325,34 +242,3 @@ def load_model(
             found[name].copy_(piece)
             del piece  # before the next is read
     return model
-
-
-def check_requests(requests: Sequence[Request], config: ModelConfig) -> None:
-    """Refuse requests that the model cannot run.
-
-    Raises:
-        InputError: A sequence is empty, too long, or holds an id outside the vocabulary.
-    """
-    for index, request in enumerate(requests):
-        if not 1 <= request.num_scored <= request.length:
-            raise InputError(
-                f"sequence {index} has {request.tokens.numel()} token(s) of which "
-                f"{request.num_scored} are to be "
-                "scored; at least one token must stand before the scored ones"
-            )
-        if request.length > config.max_position_embeddings:
-            raise InputError(
-                f"sequence {index} has {request.tokens.numel()} tokens, the model takes at most "
-                f"{config.max_position_embeddings + 1}; cut it, or score it by windows"
-            )
-    if requests:
-        low, high = 0, -1
-        for request in requests:
-            small, large = request.tokens.aminmax()
-            low, high = min(low, int(small)), max(high, int(large))
-        if low < 0 or high >= config.vocab_size:
-            raise InputError(
-                f"token id {low if low < 0 else high} is outside the model's vocabulary of "
-                f"{config.vocab_size} rows; "
-                "the tokenizer does not belong to this checkpoint"
-            )

@@ -9,7 +9,7 @@ change its text beyond the rounding of the forward itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,13 +18,12 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.parameters import local_groups
-from mlm_eval.engine.batching import pack
+from mlm_eval.engine.batching import OnProgress, in_order, map_batches, pack, pad_rows
+from mlm_eval.engine.engine import Engine
 from mlm_eval.model.gpt import GPT
-from mlm_eval.ranks.collectives import gather_over_dp
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.tokenizer import Tokenizer
-    from mlm_eval.engine.engine import Engine
 
 CACHE_BYTES = 4 << 30
 """Keys and values of a batch, on each rank: more prompts than fit wait for the next batch."""
@@ -102,7 +101,7 @@ def generate(
     prompts: Sequence[Prompt],
     *,
     tokenizer: Tokenizer | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[Continuation]:
     """Return a continuation of each prompt, on every rank the same.
 
@@ -121,18 +120,14 @@ def generate(
     check_prompts(engine, prompts, tokenizer)
     limit = engine.config.max_position_embeddings + 1
     widths = [min(len(p.tokens) + p.max_new_tokens, limit) for p in prompts]
+
+    def run(indices: list[int]) -> list[Continuation]:
+        texts = [_Text(prompts[i], widths[i], tokenizer) for i in indices]
+        _write(engine, texts)
+        return [text.finish() for text in texts]
+
     batches = pack(widths, min(engine.batch_tokens, _tokens_in_cache(engine)))
-    mine: dict[int, Continuation] = {}
-    for batch in batches[engine.mesh.dp_rank :: engine.dp]:
-        texts = [_Text(prompts[i], widths[i], tokenizer) for i in batch]
-        _run_batch(engine, texts)
-        mine.update((i, text.finish()) for i, text in zip(batch, texts, strict=True))
-        if on_progress is not None and engine.is_main:
-            # The other copies of the model go at about the same pace.
-            on_progress(min(len(mine) * engine.dp, len(prompts)), len(prompts))
-    for part in gather_over_dp(mine, engine.mesh):
-        mine.update(part)
-    return [mine[index] for index in range(len(prompts))]
+    return in_order(map_batches(run, batches, engine.mesh, on_progress=on_progress))
 
 
 def check_prompts(engine: Engine, prompts: Sequence[Prompt], tokenizer: Tokenizer | None) -> None:
@@ -210,14 +205,12 @@ class _Text:
         return self.tokenizer.decode([token for token in tokens if token < size])
 
 
-def _run_batch(engine: Engine, texts: Sequence[_Text]) -> None:
+def _write(engine: Engine, texts: Sequence[_Text]) -> None:
     """Write some texts to their ends, all of them one token at a time."""
     model = engine.model
     assert isinstance(model, GPT)
     lengths = [len(text.prompt.tokens) for text in texts]
-    tokens = torch.zeros(len(texts), max(lengths), dtype=torch.int64)
-    for row, text in enumerate(texts):
-        tokens[row, : lengths[row]] = torch.tensor(list(text.prompt.tokens))
+    tokens = pad_rows(torch.tensor(list(text.prompt.tokens)) for text in texts)  # [B, T]
     # The last token of a text is chosen, never looked at.
     columns = max(length + text.room - 1 for length, text in zip(lengths, texts, strict=True))
     states, cache = model.start(tokens.to(engine.device), lengths, columns)

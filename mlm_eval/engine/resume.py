@@ -11,7 +11,6 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import atomic_file
-from mlm_eval.engine.batching import Batch, Request
 from mlm_eval.ranks.collectives import on_main
 from mlm_eval.ranks.mesh import this_rank
 
@@ -29,7 +27,7 @@ FLUSH_SECONDS = 20.0
 Finished = dict[int, tuple[Tensor, Tensor]]
 """Request index -> (log-probabilities, greedy flags)."""
 
-Chunk = dict[str, Tensor]
+ScoreChunk = dict[str, Tensor]
 """`indices` and `counts` `[requests]`, `logprobs` and `greedy` `[sum of counts]`."""
 
 
@@ -59,10 +57,10 @@ class PartialScores:
         # Rank 0 reads for all: the ranks must agree on what is left to do.
         self._finished = _taken_apart(on_main(self._read if resume else self._clear))
 
-    def _read(self) -> list[Chunk]:
+    def _read(self) -> list[ScoreChunk]:
         return [_read_chunk(path, self.key) for path in sorted(self.folder.glob("*.safetensors"))]
 
-    def _clear(self) -> list[Chunk]:
+    def _clear(self) -> list[ScoreChunk]:
         try:
             if self.folder.is_dir():
                 shutil.rmtree(self.folder)
@@ -77,12 +75,9 @@ class PartialScores:
         """Return the scores of earlier runs."""
         return self._finished
 
-    def add(
-        self, requests: Sequence[Request], batch: Batch, logprobs: Tensor, greedy: Tensor
-    ) -> None:
-        """Keep one batch's scores; written in chunks, not at once."""
-        counts = [requests[i].num_scored for i in batch.indices]
-        self._buffer.append((batch.indices, counts, logprobs, greedy))
+    def add(self, indices: list[int], counts: list[int], logprobs: Tensor, greedy: Tensor) -> None:
+        """Keep one batch's scores, of `counts` tokens of each request; written in chunks."""
+        self._buffer.append((indices, counts, logprobs, greedy))
         if time.monotonic() - self._last_flush > FLUSH_SECONDS:
             self.flush()
 
@@ -99,7 +94,7 @@ class PartialScores:
         # The time keeps the chunks of a resumed run apart from the earlier ones; in a container
         # every run may have the same process id.
         path = self.folder / f"{time.time_ns()}-{this_rank()}.safetensors"
-        chunk: Chunk = {
+        chunk: ScoreChunk = {
             "indices": torch.tensor([i for part in indices for i in part]),
             "counts": torch.tensor([n for part in counts for n in part]),
             "logprobs": torch.cat([part.cpu() for part in logprobs]),
@@ -119,7 +114,7 @@ class PartialScores:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _read_chunk(path: Path, key: str) -> Chunk:
+def _read_chunk(path: Path, key: str) -> ScoreChunk:
     """Return the scores in one file.
 
     Raises:
@@ -144,7 +139,7 @@ def _read_chunk(path: Path, key: str) -> Chunk:
     return chunk
 
 
-def _taken_apart(chunks: list[Chunk]) -> Finished:
+def _taken_apart(chunks: list[ScoreChunk]) -> Finished:
     """Return each request's own part of the chunks."""
     finished: Finished = {}
     for chunk in chunks:

@@ -28,9 +28,10 @@ import torch
 from mlm_eval import __version__
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits
-from mlm_eval.engine.batching import Request
+from mlm_eval.engine.batching import OnProgress
 from mlm_eval.engine.engine import Engine
 from mlm_eval.engine.generate import GREEDY, Prompt, Sampling, generate
+from mlm_eval.engine.score import Request
 from mlm_eval.harness.hub_encoding import HubEncoding
 from mlm_eval.model.gpt import GPT
 from mlm_eval.ranks.collectives import from_main, patient_group
@@ -59,8 +60,7 @@ PATIENCE = timedelta(days=30)
 Window = tuple[tuple[int, ...], int]
 """Token ids, and how many of the last ones are scored."""
 
-Progress = Callable[[int, int], None]
-Bar = Callable[[], AbstractContextManager[Progress | None]]
+Bar = Callable[[], AbstractContextManager[OnProgress | None]]
 
 GENERATION_OPTIONS = ("do_sample", "temperature", "top_k", "top_p", "until", "max_gen_toks", "seed")
 WITHOUT_EFFECT: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "use_cache": True}

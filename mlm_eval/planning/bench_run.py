@@ -28,9 +28,9 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import Index, LazyTensor
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import Parameter, parameters
-from mlm_eval.engine.batching import Request
 from mlm_eval.engine.encode import BertInput
 from mlm_eval.engine.engine import Engine
+from mlm_eval.engine.score import Request
 from mlm_eval.model.initial import initial_tensor
 from mlm_eval.planning.bench_options import BenchOptions
 from mlm_eval.planning.bench_study import MASKED_EVERY, BenchPoint

@@ -19,9 +19,9 @@ from mlm_eval.checkpoints.files.output import write_text
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.checkpoint import Checkpoint
     from mlm_eval.checkpoints.tokenizer import Tokenizer
-    from mlm_eval.engine.batching import Request
     from mlm_eval.engine.engine import Engine
     from mlm_eval.engine.resume import PartialScores
+    from mlm_eval.engine.score import Request
 
 LIBRARIES = ("torch", "tokenizers", "transformers", "safetensors", "datasets", "numpy")
 

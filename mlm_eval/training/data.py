@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.engine.batching import pad_rows
 
 NO_LABEL = -100
 """Marks a token without a label, as in torch's cross entropy."""
@@ -99,33 +100,22 @@ def collate(
     """Return the samples as one batch, padded to the longest row, rounded up to `multiple`."""
     rows = [row for sample in samples for row in sample.rows]
     types = [row for sample in samples for row in sample.tokentypes]
-    width = max(row.numel() for row in rows)
-    width = -(-width // multiple) * multiple
-    tokens, tokentypes, mask = (torch.zeros(len(rows), width, dtype=torch.int64) for _ in range(3))
-    for line, (row, kinds) in enumerate(zip(rows, types, strict=True)):
-        tokens[line, : row.numel()] = row
-        tokentypes[line, : row.numel()] = kinds
-        mask[line, : row.numel()] = 1
     return Batch(
-        tokens.to(device),
-        tokentypes.to(device),
-        mask.to(device),
-        _labels(samples, width).to(device),
+        pad_rows(rows, multiple=multiple).to(device),
+        pad_rows(types, multiple=multiple).to(device),
+        pad_rows(map(torch.ones_like, rows), multiple=multiple).to(device),
+        _labels(samples, multiple).to(device),
         len(samples[0].rows),
         torch.tensor([sample.index for sample in samples]).to(device),
         mean_weight,
     )
 
 
-def _labels(samples: Sequence[Sample], width: int) -> Tensor:
+def _labels(samples: Sequence[Sample], multiple: int) -> Tensor:
     labels = [sample.label for sample in samples]
-    if not isinstance(labels[0], Tensor):
-        return torch.tensor(labels, dtype=torch.int64)
-    padded = torch.full((len(samples), width), NO_LABEL, dtype=torch.int64)
-    for line, label in enumerate(labels):
-        assert isinstance(label, Tensor)
-        padded[line, : label.numel()] = label
-    return padded
+    if isinstance(labels[0], Tensor):
+        return pad_rows(map(torch.as_tensor, labels), value=NO_LABEL, multiple=multiple)
+    return torch.tensor(labels, dtype=torch.int64)
 
 
 def epoch_order(length: int, *, seed: int, epoch: int) -> list[int]:

@@ -12,17 +12,22 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer
+from mlm_eval.engine.encode import QA_HEAD, BertInput
 from mlm_eval.tasks.data.tokens import Integers, Ragged
 from mlm_eval.training.data import Sample
+
+if TYPE_CHECKING:
+    from mlm_eval.engine.engine import Engine
 
 SPECIAL_TOKENS = 3
 """[CLS] and two [SEP]."""
@@ -180,3 +185,71 @@ class PairFeatures(Sequence[Sample]):
         """Return how many rows have lost the end of their B."""
         uncut = dataclasses.replace(self, max_length=int(np.iinfo(np.int64).max))
         return int((uncut.row_lengths() > self.max_length).sum())
+
+
+@dataclass(frozen=True)
+class RowInputs(Sequence[BertInput]):
+    """The rows of all samples, one after the other, as the model's inputs; made when read."""
+
+    features: PairFeatures
+
+    def __len__(self) -> int:
+        return len(self.features) * self.features.rows
+
+    def __getitem__(self, number: Any) -> Any:
+        tokens, num_first = self.features.row(*divmod(number, self.features.rows))
+        types = (np.arange(len(tokens)) >= num_first).astype(np.int64)
+        return BertInput(torch.from_numpy(tokens), torch.from_numpy(types))
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a head says about a set.
+
+    Attributes:
+        values: `[rows, outputs]` float32, a sample's rows one after the other; of a span head
+            `[tokens, 2]`, the tokens of all rows one after the other.
+        offsets: Span head: where each row's tokens start, and the end, `[rows + 1]`; else None.
+        rows: Rows of a sample.
+    """
+
+    values: NDArray[np.float32]
+    offsets: NDArray[np.int64] | None
+    rows: int
+
+    def table(self) -> NDArray[np.float32]:
+        """Return each sample's scores of its classes or choices, `[samples, classes]`."""
+        assert self.offsets is None
+        return self.values.reshape(-1, self.rows * self.values.shape[1])
+
+    @classmethod
+    def of(
+        cls,
+        engine: Engine,
+        features: PairFeatures,
+        *,
+        head: str,
+        autocast: torch.dtype | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Outputs:
+        """Return the logits of a head for all rows, on every rank the same.
+
+        Args:
+            engine: Holds a BERT model with the head.
+            features: The rows.
+            head: `classification_head`, `multichoice_head` or `qa_head`.
+            autocast: Compute matrix products in this dtype; None: in the engine's.
+            on_progress: Called with (rows done, rows in all), on rank 0.
+        """
+        outputs = engine.encode(
+            RowInputs(features),
+            states=False,
+            head=head,
+            autocast=autocast,
+            on_progress=on_progress,
+        )
+        logits = [output.heads[head] for output in outputs]
+        if head != QA_HEAD:
+            return cls(torch.stack(logits).numpy(), None, features.rows)
+        offsets = np.cumsum([0, *map(len, logits)])
+        return cls(torch.cat(logits).numpy(), offsets, features.rows)

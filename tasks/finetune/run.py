@@ -32,8 +32,7 @@ from mlm_eval.reporting.text import progress_figures, progress_place
 from mlm_eval.tasks.data.text import parse_json, read_text, sha256
 from mlm_eval.tasks.finetune import result as records
 from mlm_eval.tasks.finetune.data import Prepared, prepare
-from mlm_eval.tasks.finetune.features import special_ids
-from mlm_eval.tasks.finetune.inference import Outputs, run
+from mlm_eval.tasks.finetune.features import Outputs, special_ids
 from mlm_eval.tasks.finetune.options import FinetuneOptions, Observer
 from mlm_eval.tasks.finetune.predictions import SUFFIX, write_predictions
 from mlm_eval.tasks.finetune.task import Answered, ExampleSet, Judgement, Task, make_task
@@ -297,7 +296,7 @@ class _Job:
         for part in self.prepared.parts:
             if part.role == role:
                 tell = self.observer.on_evaluation
-                found[part.name] = run(
+                found[part.name] = Outputs.of(
                     engine,
                     part.features,
                     head=self.task.head,

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from mlm_eval.tasks.finetune.features import Integers
 
 if TYPE_CHECKING:
-    from mlm_eval.tasks.finetune.inference import Outputs
+    from mlm_eval.tasks.finetune.features import Outputs
     from mlm_eval.tasks.finetune.windows import SpanFeatures
 
 BLOCK_TOKENS = 1 << 15

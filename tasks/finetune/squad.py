@@ -29,8 +29,7 @@ from mlm_eval.tasks.data.sources import (
 )
 from mlm_eval.tasks.data.text import check_text, digest, json_field, parse_json, read_text, sha256
 from mlm_eval.tasks.data.tokens import tokens_of
-from mlm_eval.tasks.finetune.features import SPECIAL_TOKENS, PairFeatures
-from mlm_eval.tasks.finetune.inference import Outputs
+from mlm_eval.tasks.finetune.features import SPECIAL_TOKENS, Outputs, PairFeatures
 from mlm_eval.tasks.finetune.recipe import Recipe
 from mlm_eval.tasks.finetune.spans import best_answers
 from mlm_eval.tasks.finetune.task import Answered, ExampleSet, Judgement, Task

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.tasks.data.tokens import tokens_of
-from mlm_eval.tasks.finetune.features import PairFeatures
-from mlm_eval.tasks.finetune.inference import Outputs
+from mlm_eval.tasks.finetune.features import Outputs, PairFeatures
 from mlm_eval.tasks.finetune.recipe import Recipe
 from mlm_eval.training.objectives import Objective
 

@@ -13,17 +13,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import atomic_file
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits
-from mlm_eval.engine.batching import pack
+from mlm_eval.engine.batching import map_batches, pack
 from mlm_eval.engine.engine import Engine
 from mlm_eval.model.bert import BERT
 from mlm_eval.model.initial import initial_config, new_checkpoint
-from mlm_eval.ranks.collectives import on_main, sum_over_dp
+from mlm_eval.ranks.collectives import on_main
 from mlm_eval.reporting.results import Result, checkpoint_record, exponential, versions
 from mlm_eval.reporting.text import large, progress_figures, progress_place, training_plan
 from mlm_eval.tasks.language.data import (
@@ -318,11 +319,9 @@ def measure(
         dtype: Of the matrix products.
         on_progress: Told about (samples done, samples in all), on rank 0.
     """
-    lengths = [sample_length(data, index) for index in range(len(data))]
-    # Sums of: losses, hits, predictions; losses of orders, right ones.
-    sums = torch.zeros(5, dtype=torch.float64, device=engine.device)
-    done = 0
-    for indices in pack(lengths, engine.batch_tokens)[engine.mesh.dp_rank :: engine.mesh.dp]:
+
+    def run(indices: list[int]) -> Tensor:
+        """Return sums of losses, hits, predictions; of the orders' losses, and right ones."""
         batch = collate([data[index] for index in indices], device=engine.device)
         order = None
         with torch.autocast(engine.device.type, resolve_dtype(dtype), enabled=dtype != "float32"):
@@ -335,11 +334,14 @@ def measure(
             exchanged = batch.labels[:, 0]
             found += [F.cross_entropy(order, exchanged, reduction="sum")]
             found += [(order.argmax(dim=-1) == exchanged).sum()]
-        sums[: len(found)] += torch.stack([value.double() for value in found])
-        done += len(indices) * engine.dp  # the other copies of the model go at about the same pace
-        if on_progress is not None and engine.is_main:
-            on_progress(min(done, len(data)), len(data))
-    loss, hits_in_all, tokens, order_loss, right = sum_over_dp(sums, engine.mesh).tolist()
+        sums = torch.stack([value.double() for value in found])
+        return F.pad(sums, (0, 5 - len(sums)))
+
+    lengths = [sample_length(data, index) for index in range(len(data))]
+    batches = pack(lengths, engine.batch_tokens)
+    results = map_batches(run, batches, engine.mesh, on_progress=on_progress)
+    sums = torch.stack([result for _, result in results]).sum(dim=0)
+    loss, hits_in_all, tokens, order_loss, right = sums.tolist()
     loss, order_loss = loss / tokens, order_loss / len(data)
     metrics = {
         "loss": loss + order_loss,

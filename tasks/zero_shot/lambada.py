@@ -22,7 +22,7 @@ import torch
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits
-from mlm_eval.engine.batching import Request
+from mlm_eval.engine.score import Request
 from mlm_eval.reporting.results import (
     Result,
     checkpoint_record,
@@ -35,7 +35,8 @@ from mlm_eval.reporting.results import (
 from mlm_eval.tasks.data.sources import DatasetName, read_data
 
 if TYPE_CHECKING:
-    from mlm_eval.engine.engine import Engine, Progress
+    from mlm_eval.engine.batching import OnProgress
+    from mlm_eval.engine.engine import Engine
     from mlm_eval.engine.resume import PartialScores
 
 HUB = DatasetName("EleutherAI/lambada_openai", None)
@@ -138,7 +139,7 @@ def evaluate(
     tokenizer: Tokenizer,
     target: str = "word",
     limit: int | None = None,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
     partial: PartialScores | None = None,
 ) -> Result:
     """Return the paper's cloze accuracy of a GPT model.
@@ -171,7 +172,7 @@ def score(
     work: Work,
     *,
     tokenizer: Tokenizer,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
     partial: PartialScores | None = None,
 ) -> Result:
     """Return the result of prepared work; every rank takes part and gets the same one."""

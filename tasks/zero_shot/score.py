@@ -16,9 +16,9 @@ from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import write_text
 from mlm_eval.checkpoints.tokenizer import Tokenizer
-from mlm_eval.engine.batching import Request
-from mlm_eval.engine.encode import BertInput, find_fault, run_bert
+from mlm_eval.engine.encode import BertInput, find_fault
 from mlm_eval.engine.engine import Engine
+from mlm_eval.engine.score import Request
 from mlm_eval.tasks.zero_shot.wikitext103 import windows
 
 FORM = '{"tokens": [...]} or {"text": "..."}, one JSON object a line'
@@ -188,7 +188,8 @@ def _score_gpt(
 
 
 def _score_bert(engine: Engine, lines: Sequence[Line]) -> Iterator[dict[str, Any]]:
-    outputs = iter(run_bert(engine, [item for line in lines for item in _bert_inputs(line)]))
+    inputs = [item for line in lines for item in _bert_inputs(line)]
+    outputs = iter(engine.encode(inputs, states=False, score=True))
     for line in lines:
         mine = [next(outputs) for _ in line.rows]
         record: dict[str, Any] = {

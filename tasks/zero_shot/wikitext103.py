@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits
-from mlm_eval.engine.batching import Request
+from mlm_eval.engine.score import Request
 from mlm_eval.reporting.results import (
     Result,
     checkpoint_record,
@@ -37,7 +37,8 @@ from mlm_eval.reporting.results import (
 from mlm_eval.tasks.data.sources import DatasetName, read_data
 
 if TYPE_CHECKING:
-    from mlm_eval.engine.engine import Engine, Progress
+    from mlm_eval.engine.batching import OnProgress
+    from mlm_eval.engine.engine import Engine
     from mlm_eval.engine.resume import PartialScores
 
 HUB = DatasetName("Salesforce/wikitext", "wikitext-103-v1")
@@ -223,7 +224,7 @@ def evaluate(
     seq_length: int | None = None,
     stride: int = 32,
     limit: int | None = None,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
     partial: PartialScores | None = None,
 ) -> Result:
     """Return the paper's zero-shot perplexity of a GPT model.
@@ -263,7 +264,7 @@ def score(
     work: Work,
     *,
     tokenizer: Tokenizer,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
     partial: PartialScores | None = None,
 ) -> Result:
     """Return the result of prepared work; every rank takes part and gets the same one."""

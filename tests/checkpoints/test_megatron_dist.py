@@ -31,8 +31,8 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files import distcp
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import parameters
-from mlm_eval.engine.batching import Request
 from mlm_eval.engine.engine import Engine
+from mlm_eval.engine.score import Request
 
 # Genuine torch_dist checkpoints, and the same model as Megatron wrote it in torch format.
 SHIPPED = ("mcore016_gpt2_tp2_dist", "mcore016_gpt2_tp2_pp2")

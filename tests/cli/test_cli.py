@@ -21,7 +21,6 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import load_tokenizer
 from mlm_eval.cli.training import training_bars
-from mlm_eval.engine.engine import Engine
 from mlm_eval.tasks.finetune.options import FinetuneOptions
 from mlm_eval.tasks.language.pretraining import TextSettings
 from mlm_eval.training.settings import TrainingProgress, TrainSettings
@@ -192,7 +191,7 @@ def test_lines_that_cannot_be_scored_are_named(run, folder, tmp_path, content, m
 
 
 def test_a_fault_of_ours_is_shown_whole(run, wiki, monkeypatch):
-    monkeypatch.setattr(Engine, "_score_batch", lambda *_: 1 / 0)
+    monkeypatch.setattr("mlm_eval.engine.score.score_batch", lambda *_: 1 / 0)
     ended = run(*wiki)
     assert ended.code == 1 and ended.out == ""
     assert "Traceback" in ended.err and "ZeroDivisionError" in ended.err

@@ -20,6 +20,7 @@ from support.ranks import run_ranks
 from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import load_tokenizer
+from mlm_eval.engine import score
 from mlm_eval.engine.engine import Engine
 from mlm_eval.engine.resume import PartialScores
 from mlm_eval.ranks import launch
@@ -42,21 +43,21 @@ def test_an_interrupted_run_keeps_its_scores_and_goes_on(run, wiki, tmp_path, mo
     expected = read(output)
     output.unlink()
 
-    score_batch, calls = Engine._score_batch, itertools.count()
+    score_batch, calls = score.score_batch, itertools.count()
 
-    def interrupted(engine: Engine, given: Any) -> Any:
+    def interrupted(*given: Any) -> Any:
         if next(calls) == 5:
             raise KeyboardInterrupt
-        return score_batch(engine, given)
+        return score_batch(*given)
 
-    monkeypatch.setattr(Engine, "_score_batch", interrupted)
+    monkeypatch.setattr(score, "score_batch", interrupted)
     ended = run(*wiki, *batch, "--output", output)
     assert ended.code == 130 and ended.out == "" and "Traceback" not in ended.err
     assert ended.err.splitlines()[-1].startswith("mlm-eval: interrupted")
     assert not output.exists() and (tmp_path / "out.json.partial").is_dir()
 
     # Two ranks go on where one has stopped; other settings may not.
-    monkeypatch.setattr(Engine, "_score_batch", score_batch)
+    monkeypatch.setattr(score, "score_batch", score_batch)
     other = run(*wiki, "--stride", 5, "--output", output, "--resume")
     assert_one_sentence(other, "out.json.partial holds scores of another checkpoint")
     ended = as_user(*wiki, *batch, "--output", output, "--resume", "--tp", 2)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
+from support.ranks import run_ranks
 
-from mlm_eval.engine.batching import Request, Scores, collate, pack, riders
+from mlm_eval.engine.batching import in_order, map_batches, pack, pad_rows
+from mlm_eval.engine.score import Request, Scores, ScoringBatch, riders
+from mlm_eval.ranks.mesh import make_mesh
 
 
 def request(*tokens: int, scored: int) -> Request:
@@ -48,6 +52,42 @@ def test_packing_takes_every_request_once_and_keeps_to_the_budget():
             assert lengths[after[0]] <= lengths[batch[-1]]
 
 
+def results_of_batches(dp: int, lengths: list[int]) -> tuple[list[int], list[int], list[Any]]:
+    """Return the items that ran here, the results in order, and what was reported."""
+    here: list[int] = []
+    seen: list[Any] = []
+
+    def run(batch: list[int]) -> torch.Tensor:
+        here.extend(batch)
+        return torch.tensor([10 * index for index in batch])
+
+    found = map_batches(
+        run,
+        pack(lengths, 6),
+        make_mesh(1, dp),
+        work=lengths,
+        already_done=5,
+        on_progress=lambda *counts: seen.append(counts),
+    )
+    return here, [int(value) for value in in_order(found)], seen
+
+
+@pytest.mark.parametrize("dp", [1, 2, 3])
+@pytest.mark.parametrize("lengths", [[], [4], [3, 1, 2, 6, 5, 1, 1]])
+def test_each_item_runs_once_and_all_ranks_have_all_results_in_order(dp, lengths):
+    answers = run_ranks(dp, results_of_batches, dp, lengths)
+    assert sorted(i for here, _, _ in answers for i in here) == list(range(len(lengths)))
+    assert [found for _, found, _ in answers] == dp * [[10 * i for i in range(len(lengths))]]
+    assert answers[0][2][-1] == (5 + sum(lengths), 5 + sum(lengths))
+    assert all(seen == [] for _, _, seen in answers[1:])
+
+
+def test_rows_are_padded_on_the_right_to_a_multiple():
+    rows = [torch.tensor([1, 2, 3]), torch.tensor([4])]
+    assert pad_rows(rows).tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert pad_rows(rows, value=-1, multiple=4).tolist() == [[1, 2, 3, -1], [4, -1, -1, -1]]
+
+
 def test_collating_is_as_drawn():
     """Three requests, one unscored in the batch; `.` is padding, ^ the states that are needed.
 
@@ -61,7 +101,7 @@ def test_collating_is_as_drawn():
         request(10, 11, 12, 13, 14, scored=1),
         request(30, 31, scored=1),
     ]
-    batch = collate(requests, [2, 0, 3])
+    batch = ScoringBatch.of(requests, [2, 0, 3])
     assert batch.tokens.tolist() == [[10, 11, 12, 13], [20, 21, 22, 0], [30, 0, 0, 0]]
     assert batch.query_from == 0
     assert batch.rows.tolist() == [3, 4 + 1, 4 + 2, 8]
@@ -72,7 +112,7 @@ def test_collating_is_as_drawn():
 def test_collating_drops_the_states_that_nobody_needs():
     """Without the shortest request only the positions from 1 on are computed: three a line."""
     requests = [request(20, 21, 22, 23, scored=2), request(10, 11, 12, 13, 14, scored=1)]
-    batch = collate(requests, [1, 0])
+    batch = ScoringBatch.of(requests, [1, 0])
     assert batch.query_from == 1
     assert batch.rows.tolist() == [2, 3 + 0, 3 + 1]
     assert batch.targets.tolist() == [14, 22, 23]
@@ -91,7 +131,7 @@ def test_neighbours_with_the_same_input_share_a_line():
     lengths = [r.length for r in requests]
     assert pack(lengths, 3, riders(requests)) == [[1, 2], [4], [0], [3]]
     assert pack(lengths, 6, riders(requests)) == [[1, 2, 4], [0, 3]]
-    batch = collate(requests, [1, 2, 4, 0, 3])  # in a batch they may become neighbours
+    batch = ScoringBatch.of(requests, [1, 2, 4, 0, 3])  # in a batch they may become neighbours
     assert batch.tokens.tolist() == [[10, 11, 12], [20, 21, 0]]
     assert batch.query_from == 0
     assert batch.rows.tolist() == [2, 2, 1, 2, 3 + 1, 3 + 0, 3 + 1]
@@ -101,7 +141,7 @@ def test_neighbours_with_the_same_input_share_a_line():
 def test_collating_reads_views_without_changing_them():
     tokens = torch.arange(10)
     requests = [Request(tokens[i : i + 5], 2) for i in range(4)]
-    batch = collate(requests, [0, 1, 2, 3])
+    batch = ScoringBatch.of(requests, [0, 1, 2, 3])
     assert batch.tokens.tolist() == [[0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5], [3, 4, 5, 6]]
     assert batch.targets.tolist() == [3, 4, 4, 5, 5, 6, 6, 7]
     batch.tokens.zero_()
@@ -117,7 +157,7 @@ def test_rows_of_any_batch_are_the_positions_before_the_targets():
             tokens = torch.tensor([chance.randrange(1, 1000) for _ in range(length + 1)])
             requests.append(Request(tokens, chance.randrange(1, length + 1)))
         order = chance.sample(range(len(requests)), len(requests))
-        batch = collate(requests, order)
+        batch = ScoringBatch.of(requests, order)
         # Let each state hold the token that stands there and its line: the rows must find it.
         lines = torch.arange(len(order)).unsqueeze(1).expand_as(batch.tokens) * 1000
         found = (lines + batch.tokens)[:, batch.query_from :].flatten()[batch.rows]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.engine.encode import BertInput, BertOutput, run_bert
+from mlm_eval.engine.encode import BertInput, BertOutput
 from mlm_eval.engine.engine import Engine
 
 VOCAB = 50
@@ -94,11 +94,11 @@ def test_heads_are_those_of_the_checkpoint():
 
 def test_only_what_is_asked_for_is_kept():
     engine = Engine.load(random_models.checkpoint(PRETRAINED))
-    [output] = run_bert(engine, some_inputs(1), states=False, score=True)
+    [output] = engine.encode(some_inputs(1), states=False, score=True)
     assert output.states is None and output.pooled is None and output.logprobs is not None
-    [output] = run_bert(engine, some_inputs(1), states=True, score=False)
+    [output] = engine.encode(some_inputs(1), states=True, score=False)
     assert output.states is not None and output.pooled is not None and output.logprobs is None
-    assert run_bert(engine, []) == []
+    assert engine.encode([]) == []
 
 
 def test_padding_and_types_reach_the_model():

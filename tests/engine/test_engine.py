@@ -18,8 +18,8 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import Index, InMemory
 from mlm_eval.checkpoints.parameters import parameters
 from mlm_eval.checkpoints.vocabulary import with_rows
-from mlm_eval.engine.batching import Request, Scores
 from mlm_eval.engine.engine import Engine, load_model
+from mlm_eval.engine.score import Request, Scores
 from mlm_eval.model.tensor_parallel import TensorParallel
 from mlm_eval.ranks.mesh import make_mesh
 

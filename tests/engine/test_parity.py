@@ -21,9 +21,9 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import allowed_tp
-from mlm_eval.engine.batching import Request
 from mlm_eval.engine.encode import BertInput
 from mlm_eval.engine.engine import Engine
+from mlm_eval.engine.score import Request
 from mlm_eval.model.bert import BERT
 
 SHIPPED = ORACLES

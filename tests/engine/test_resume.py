@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ from support.ranks import run_ranks
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import load_tokenizer
-from mlm_eval.engine import resume
-from mlm_eval.engine.batching import Batch, Request
+from mlm_eval.engine import resume, score
 from mlm_eval.engine.engine import Engine
 from mlm_eval.engine.resume import PartialScores, resume_key
+from mlm_eval.engine.score import ScoringBatch
+from mlm_eval.model.gpt import GPT
 from mlm_eval.reporting.results import Result
 from mlm_eval.tasks.zero_shot import wikitext103
 
@@ -30,17 +33,23 @@ class Stopped(Exception):
     """Stands for whatever ends a run in the middle."""
 
 
-class StoppingEngine(Engine):
-    """Notes which requests it scores, and stops before the batch after the last allowed one."""
+@contextmanager
+def stopping_after(allowed: int | None) -> Iterator[list[int]]:
+    """Note which requests are scored, and stop before the batch after the last allowed one."""
+    scored: list[int] = []
+    batches = itertools.count()
 
-    allowed: int | None = None
-    scored: list[list[int]]
-
-    def _score_batch(self, batch: Batch) -> Any:
-        if self.allowed is not None and len(self.scored) == self.allowed:
+    def score_batch(model: GPT, batch: ScoringBatch, device: torch.device) -> Any:
+        if next(batches) == allowed:
             raise Stopped
-        self.scored.append(batch.indices)
-        return super()._score_batch(batch)
+        scored.extend(batch.indices)
+        return original(model, batch, device)
+
+    original, score.score_batch = score.score_batch, score_batch
+    try:
+        yield scored
+    finally:
+        score.score_batch = original
 
 
 def run_on_a_rank(
@@ -48,22 +57,17 @@ def run_on_a_rank(
 ) -> tuple[list[int], int, Result | None]:
     """Score a text; return which windows were scored here, how many were known, the result."""
     resume.FLUSH_SECONDS = -1.0  # after every batch
-    engine = StoppingEngine.load(
-        random_models.checkpoint(CONFIG), tp=tp, dp=dp, batch_tokens=3 * 16
-    )
-    assert isinstance(engine, StoppingEngine)
-    engine.allowed, engine.scored = allowed, []
+    engine = Engine.load(random_models.checkpoint(CONFIG), tp=tp, dp=dp, batch_tokens=3 * 16)
     words = load_tokenizer(directory=folder / "vocabulary")
     work = wikitext103.prepare(
         folder / "text", tokenizer=words, positions=16, stride=4, limit=limit
     )
     partial = PartialScores(folder / "out.json.partial", "the key", resume=go_on)
     known = len(partial.finished())
-    try:
+    result = None
+    with suppress(Stopped), stopping_after(allowed) as scored:
         result = wikitext103.score(engine, work, tokenizer=words, partial=partial)
-    except Stopped:
-        result = None
-    return [i for batch in engine.scored for i in batch], known, result
+    return scored, known, result
 
 
 @pytest.fixture
@@ -201,10 +205,8 @@ def test_nothing_to_resume_is_a_fresh_start(tmp_path):
     assert not (tmp_path / "none").exists()  # a run without results leaves no folder
 
 
-def small_batch() -> tuple[list[Request], Batch, torch.Tensor, torch.Tensor]:
-    requests = [Request(torch.arange(4), 2), Request(torch.arange(4), 1)]
-    batch = Batch(torch.zeros(2, 3).long(), 0, torch.arange(3), torch.arange(3), [1, 0])
-    return requests, batch, torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([True, False, True])
+def small_batch() -> tuple[list[int], list[int], torch.Tensor, torch.Tensor]:
+    return [1, 0], [1, 2], torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([True, False, True])
 
 
 def test_chunks_hold_each_requests_own_scores(tmp_path):

@@ -17,7 +17,7 @@ from support.tiny_bert import CLS, SEP, ids
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from mlm_eval.tasks.finetune import metrics
-from mlm_eval.tasks.finetune.inference import Outputs
+from mlm_eval.tasks.finetune.features import Outputs
 from mlm_eval.tasks.finetune.recipe import Recipe, load_recipe
 from mlm_eval.tasks.finetune.spans import best_spans, shows_most
 from mlm_eval.tasks.finetune.squad import Squad

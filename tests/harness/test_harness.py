@@ -610,7 +610,7 @@ def test_data_that_is_not_there_is_named(run: Callable[..., Ended], study: Path)
 def test_a_fault_of_ours_is_no_fault_of_the_user(
     run: Callable[..., Ended], study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Engine, "_score_batch", lambda *_: 1 / 0)
+    monkeypatch.setattr("mlm_eval.engine.score.score_batch", lambda *_: 1 / 0)
     arguments = ["--tasks", "local_cloze", "--include_path", study / "tasks"]
     code, _, err = run("--ckpt", GPT, "--", *arguments)
     assert code == 1 and "ZeroDivisionError" in err

@@ -21,8 +21,8 @@ from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.parameters import parameters
-from mlm_eval.engine.batching import Request
 from mlm_eval.engine.engine import Engine
+from mlm_eval.engine.score import Request
 from mlm_eval.model.dropout import Dropout, sample_keys
 from mlm_eval.model.initial import new_checkpoint, with_head
 from mlm_eval.model.memory import (

@@ -19,7 +19,7 @@ import mlm_eval
 from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.engine.batching import Request
+from mlm_eval.engine.score import Request
 from mlm_eval.reporting.results import (
     Result,
     checkpoint_record,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
-from mlm_eval.engine.batching import Request
 from mlm_eval.engine.engine import Engine
+from mlm_eval.engine.score import Request
 
 VOCAB, POSITIONS = 40, 24
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCAB}

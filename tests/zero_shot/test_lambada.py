@@ -22,8 +22,8 @@ from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import Tokenizer, load_tokenizer
-from mlm_eval.engine.batching import Request, Scores
 from mlm_eval.engine.engine import Engine
+from mlm_eval.engine.score import Request, Scores
 from mlm_eval.ranks.mesh import Mesh
 from mlm_eval.reporting.results import Result
 from mlm_eval.tasks.zero_shot import lambada
