@@ -179,3 +179,16 @@ def _replace(partial: Path, target: Path) -> None:
 
 def _beside(target: Path, what: str) -> Path:
     return target.with_name(f".{target.name}.{what}-{uuid.uuid4().hex[:12]}")
+
+
+class ByteMeter:
+    """Adds up the bytes written, and reports (written, in all) after each piece."""
+
+    def __init__(self, total: int, on_progress: Callable[[int, int], None] | None) -> None:
+        self.total, self.on_progress, self.done = total, on_progress, 0
+
+    def add(self, count: int) -> None:
+        """Report `count` more bytes."""
+        self.done += count
+        if self.on_progress is not None:
+            self.on_progress(self.done, self.total)

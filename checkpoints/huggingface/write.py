@@ -14,7 +14,7 @@ from typing import Any
 
 from mlm_eval import __version__
 from mlm_eval.checkpoints.files.byte_size import parse_bytes
-from mlm_eval.checkpoints.files.output import output_folder
+from mlm_eval.checkpoints.files.output import ByteMeter, output_folder
 from mlm_eval.checkpoints.files.safetensors_file import write_safetensors
 from mlm_eval.checkpoints.huggingface.plan import HuggingFacePlan
 from mlm_eval.checkpoints.lazy import LazyTensor
@@ -54,7 +54,7 @@ def write_huggingface(
         max_shard_size=parse_bytes(max_shard_size, "--max-shard-size"),
     )
     total = shards.metadata["total_size"]
-    meter = _Meter(total, on_progress)
+    meter = ByteMeter(total, on_progress)
     sources = plan.source.provenance.files
     with output_folder(
         target, overwrite=overwrite, needs=total, sources=sources, finish=finish
@@ -81,18 +81,6 @@ def write_huggingface(
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-class _Meter:
-    """Turns pieces of bytes into (done, total)."""
-
-    def __init__(self, total: int, report: Callable[[int, int], None] | None) -> None:
-        self.total, self.report, self.done = total, report, 0
-
-    def add(self, count: int) -> None:
-        self.done += count
-        if self.report is not None:
-            self.report(self.done, self.total)
 
 
 def _readme(plan: HuggingFacePlan) -> str:

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.metadata import (
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.files.output import output_folder
+from mlm_eval.checkpoints.files.output import ByteMeter, output_folder
 from mlm_eval.checkpoints.files.torch_save import write_torch_file
 from mlm_eval.checkpoints.lazy import LazyTensor
 from mlm_eval.checkpoints.megatron.args import rank_args
@@ -152,7 +152,7 @@ def write_torch_dist(
         folder = partial / iteration_folder(layout.iteration)
         folder.mkdir()
         write_torch_file(common, folder / "common.pt")
-        metadata = _write_data(folder / DATA_FILE, entries, config, total, on_progress)
+        metadata = _write_data(folder / DATA_FILE, entries, config, ByteMeter(total, on_progress))
         (folder / ".metadata").write_bytes(pickle.dumps(metadata))
         # Megatron takes this file for the sign that a save has ended: it comes last.
         (folder / "metadata.json").write_text(json.dumps(_FORMAT))
@@ -225,13 +225,11 @@ def _write_data(
     path: Path,
     entries: list[StoredChunk],
     config: ModelConfig,
-    total: int,
-    on_progress: Callable[[int, int], None] | None,
+    meter: ByteMeter,
 ) -> Metadata:
     """Write every entry as an archive of its own, and return where each one stands."""
     table: dict[str, Any] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
-    done = 0
     with path.open("wb") as stream:
         for key, value in _extra_states(config):
             table[key] = BytesStorageMetadata()
@@ -250,9 +248,7 @@ def _write_data(
             row.chunks.append(ChunkStorageMetadata(torch.Size(entry.offsets), torch.Size(chunk)))
             storage[index] = _write_archive(stream, path.name, _own_storage(tensor).view(chunk))
             del tensor  # before the next one is read
-            done += entry.values.nbytes
-            if on_progress is not None:
-                on_progress(done, total)
+            meter.add(entry.values.nbytes)
     return Metadata(table, storage_data=storage, storage_meta=StorageMeta(), version="1.0.0")
 
 

@@ -18,7 +18,7 @@ import torch
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.dtypes import cast
-from mlm_eval.checkpoints.files.output import output_folder
+from mlm_eval.checkpoints.files.output import ByteMeter, output_folder
 from mlm_eval.checkpoints.files.torch_save import write_torch_file
 from mlm_eval.checkpoints.lazy import Computed, LazyTensor
 from mlm_eval.checkpoints.megatron.args import rank_args
@@ -105,7 +105,7 @@ def write_megatron_torch(
     padded = with_rows(checkpoint, layout.vocab_size)
     models = {rank: rank_tensors(padded, layout, *rank, dtype) for rank in ranks}
     total = sum(lazy.nbytes for model in models.values() for lazy in model.values())
-    progress = _Progress(total, on_progress)
+    progress = ByteMeter(total, on_progress)
     sources = checkpoint.provenance.files
     with output_folder(
         target, overwrite=overwrite, needs=total, sources=sources, finish=finish
@@ -124,18 +124,6 @@ def write_megatron_torch(
             write_torch_file(contents, path, on_bytes=progress.add)
         write_tracker(partial, layout.iteration)
     return target
-
-
-class _Progress:
-    """Turns pieces of bytes into (done, total)."""
-
-    def __init__(self, total: int, report: Callable[[int, int], None] | None) -> None:
-        self.total, self.report, self.done = total, report, 0
-
-    def add(self, count: int) -> None:
-        self.done += count
-        if self.report is not None:
-            self.report(self.done, self.total)
 
 
 def _rank_folder(layout: SaveLayout, tp_rank: int, pp_rank: int) -> str:
