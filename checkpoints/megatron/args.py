@@ -125,6 +125,11 @@ def saved_args(value: Any, where: str) -> dict[str, Any]:
         InputError: A size is no number.
     """
     args = attributes_of(value)
+    _check_numbers(args, where)
+    return args
+
+
+def _check_numbers(args: Mapping[str, Any], where: str) -> None:
     for name in sorted(args):
         found = args[name]
         if found is None or name not in _WHOLE_NUMBERS | _NUMBERS:
@@ -135,7 +140,6 @@ def saved_args(value: Any, where: str) -> dict[str, Any]:
                 f"{where}: args.{name} is {found!r} where a number was expected; the file is "
                 "damaged, copy it again"
             )
-    return args
 
 
 @dataclass
@@ -183,6 +187,7 @@ def build_config(
                 f"{where} was trained with {what} (args.{name} = {args[name]!r}), which mlm-eval "
                 "does not compute; it reads dense GPT and BERT models only"
             )
+    _check_numbers(args, where)
     check_dims(shapes, where)
     if overrides.get("family", family) != family:
         raise InputError(
