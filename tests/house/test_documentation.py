@@ -65,7 +65,9 @@ ON_RANKS = {"wikitext103", "lambada", "score", "harness", "race", "lm"}
 """Commands whose --tp and --dp are ranks. They run on one, but for transcripts and torchrun."""
 FOREIGN_OPTIONS = {
     "--overlapping-eval", "--strict-lambada", "--dist-ckpt-format", "--no-load-optim",
-    "--no-load-rng",
+    "--no-load-rng", "--ckpt-format", "--ckpt-step", "--use-dist-ckpt", "--use-mcore-models",
+    "--reset-position-ids", "--reset-attention-mask", "--eod-mask-loss", "--keep-last",
+    "--valid-data",
 }  # fmt: skip
 """Megatron's."""
 FOREIGN_FILES = {
@@ -682,6 +684,17 @@ def test_every_page_and_image_is_linked_and_small():
     for file in (PROJECT / "docs").rglob("*.*"):
         assert f"({file.relative_to(PROJECT).as_posix()})" in readme, file
         assert file.suffix == ".md" or file.stat().st_size < 60_000, file
+
+
+def test_the_front_pages_name_the_versions_that_are_used():
+    """A citation, a change log and the hooks before a commit go with one version of everything."""
+    citation = (PROJECT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {mlm_eval.__version__}\n" in citation
+    assert f"\n## {mlm_eval.__version__}" in (PROJECT / "CHANGELOG.md").read_text(encoding="utf-8")
+    tested = (PROJECT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    hooks = (PROJECT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    pinned = re.findall(r"[\w-]+==[\d.]+", hooks)
+    assert len(pinned) == 3 and set(pinned) <= set(tested)
 
 
 def test_nothing_in_the_tables_is_left_over():
