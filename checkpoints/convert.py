@@ -17,7 +17,7 @@ from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits, load_tokenizer
 
-FORMATS = ("hf", "megatron", "torch_dist")
+TARGET_FORMATS = ("hf", "megatron", "torch_dist")
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ def convert(
             divide it; the tokenizer does not fit; or the result differs from its source.
     """
     assert compare is not None or not verify, "verify needs a function that compares"
-    if to not in FORMATS:
-        raise InputError(f"--to {to!r} is unknown; use {', '.join(FORMATS)}")
+    if to not in TARGET_FORMATS:
+        raise InputError(f"--to {to!r} is unknown; use {', '.join(TARGET_FORMATS)}")
     if to == "hf" and (tp not in (None, 1) or pp not in (None, 1)):
         raise InputError(
             "--tp and --pp are for Megatron targets; a Hugging Face folder has no ranks"

@@ -21,7 +21,7 @@ from typing import Any
 from mlm_eval.checkpoints.catalog import is_catalog_name, resolve
 from mlm_eval.checkpoints.errors import InputError
 
-CONFIG = "tokenizer_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 VOCAB_AND_MERGES = (
     ("vocab.json", "merges.txt"),
     ("encoder.json", "vocab.bpe"),  # as OpenAI published GPT-2
@@ -400,12 +400,12 @@ def _load_sentencepiece(path: Path) -> Tokenizer:
 
 def _with_config(path: Path) -> tuple[Path, ...]:
     """Return a tokenizer's file and its configuration in the same folder, if there is one."""
-    config = path.with_name(CONFIG)
+    config = path.with_name(TOKENIZER_CONFIG)
     return (path, config) if config.is_file() else (path,)
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    config = path.with_name(CONFIG)
+    config = path.with_name(TOKENIZER_CONFIG)
     return _read_json(config) if config.is_file() else {}
 
 

@@ -1,4 +1,4 @@
-"""config.json to ModelConfig and back, both by the fields of `huggingface_tables`."""
+"""config.json to ModelConfig and back, by the fields of `families`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from mlm_eval.checkpoints.config import ConfigBuilder, ModelConfig, RopeScaling
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.huggingface.family import Family, Row
+from mlm_eval.checkpoints.huggingface.families import Family, Row
 
 DEFAULT = "transformers' default"
 ROTARY_KEYS = (
@@ -223,8 +223,7 @@ def _rotary(r: HubConfigReader, family: Family) -> None:
     if share != 1.0 and family.partial_rotary is None:
         raise InputError(
             f"{r.where}: partial_rotary_factor is {share}, but {family.model_type} models rotate "
-            "all channels; "
-            "correct the file"
+            "all channels; correct the file"
         )
     r.set("rotary_percent", share, source)
     kind, source = r.get("rope_type", "str", None, within)

@@ -26,17 +26,18 @@ from mlm_eval.checkpoints.huggingface.config import (
     write_config,
 )
 from mlm_eval.checkpoints.huggingface.families import (
-    BERT,
     GPT2,
     GPT_NEOX,
     LLAMA,
     MEGATRON_BERT,
+    ORIGINAL_BERT,
     QWEN2,
     QWEN3,
     STABLELM,
     STARCODER2,
+    Family,
+    entries,
 )
-from mlm_eval.checkpoints.huggingface.family import Family, entries
 from mlm_eval.checkpoints.huggingface.layout import Cast, Zeros
 from mlm_eval.checkpoints.huggingface.tokenizer import TokenizerFiles, tokenizer_files
 from mlm_eval.checkpoints.lazy import LazyTensor, Mapped, Selected
@@ -272,7 +273,7 @@ def _bert_family(c: ModelConfig) -> Family:
     ):
         if bad:
             raise _refused(f"a BERT model with {what}", "transformers' BERT models have none")
-    return BERT if c.apply_residual_connection_post_layernorm else MEGATRON_BERT
+    return ORIGINAL_BERT if c.apply_residual_connection_post_layernorm else MEGATRON_BERT
 
 
 def bert_head(c: ModelConfig) -> str:
@@ -292,7 +293,8 @@ def bert_head(c: ModelConfig) -> str:
     names = [name for name, present in heads.items() if present]
     if len(names) > 1:
         raise _refused(
-            f"a BERT model with the heads {' and '.join(names)}", "transformers has none with both"
+            f"a BERT model with the heads {' and '.join(names)}",
+            "transformers has none with both",
         )
     needs_pooler = bool(c.num_classes) or c.multichoice_head or c.binary_head
     if needs_pooler and not c.pooler:

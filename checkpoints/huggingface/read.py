@@ -1,6 +1,6 @@
 """Reader of Hugging Face folders: config.json and safetensors or pytorch_model.bin, also sharded.
 
-Nothing of transformers is imported: names, layouts and settings come from `huggingface_tables`.
+Nothing of transformers is imported: names, layouts and settings come from `families`.
 Weights are mapped, packed into canonical form by views, and read when somebody asks for a slice.
 """
 
@@ -21,8 +21,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safetensors_file import read_safetensors
 from mlm_eval.checkpoints.files.torch_file import read_torch_file
 from mlm_eval.checkpoints.huggingface.config import Found, read_config
-from mlm_eval.checkpoints.huggingface.families import FAMILIES, IGNORED_TENSORS
-from mlm_eval.checkpoints.huggingface.family import Family, entries
+from mlm_eval.checkpoints.huggingface.families import FAMILIES, IGNORED_TENSORS, Family, entries
 from mlm_eval.checkpoints.huggingface.layout import Zeros
 from mlm_eval.checkpoints.lazy import LazyTensor, StoredTensor
 from mlm_eval.checkpoints.parameters import parameters
@@ -81,7 +80,7 @@ def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> Check
     """
     overrides = dict(overrides or {})
     config_path = path / "config.json"
-    hf = read_json(config_path)
+    hf = read_json_object(config_path)
     family = find_family(hf, config_path)
     weights = _open_weights(path, family.prefix)
     weights.marks["config.json"] = (config_path.stat().st_size, config_path.read_bytes())
@@ -92,8 +91,7 @@ def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> Check
     if found.untied:
         warnings.append(
             "config.json ties the output table to the embeddings, but the file holds two "
-            "different ones; "
-            "both are used, as transformers does"
+            "different ones; both are used, as transformers does"
         )
     provenance = Provenance(
         path=path,
@@ -112,7 +110,7 @@ def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> Check
     return Checkpoint(build.config, tensors, provenance).check()
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Raises:
@@ -197,7 +195,7 @@ def _add_file(weights: Weights, path: Path) -> None:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index} holds no weight_map; download or copy the file again")
     return {str(key): str(name) for key, name in weight_map.items()}
@@ -214,8 +212,7 @@ def _shards(index: Path) -> list[Path]:
     if missing:
         raise InputError(
             f"{index.parent / missing[0]} is missing: {len(names) - len(missing)} of the "
-            f"{len(names)} files named in "
-            f"{index.name} are here; copy the others too"
+            f"{len(names)} files named in {index.name} are here; copy the others too"
         )
     return [index.parent / name for name in names]
 
@@ -281,8 +278,7 @@ def _bert_heads(weights: Weights, hf: Mapping[str, Any]) -> dict[str, Any]:
     if any(name.endswith("ForTokenClassification") for name in classes):
         raise InputError(
             f"{weights.folder / 'config.json'} describes {classes[0]}, whose head labels single "
-            "tokens, which mlm-eval "
-            "does not compute; give the folder of the pretrained model"
+            "tokens, which mlm-eval does not compute; give the folder of the pretrained model"
         )
     return {
         "lm_head": weights.find("cls.predictions.transform.dense.weight") is not None,
@@ -326,8 +322,7 @@ def _pack(
             f"{weights.folder} holds {len(extra)} tensor(s) that a {family.model_type} model of "
             f"{config.num_layers} "
             f"layers with the settings of its config.json does not have, such as {extra[0]}; "
-            "mlm-eval would "
-            "compute something else than the model does, so it stops here"
+            "mlm-eval would compute something else than the model does, so it stops here"
         )
     notes = [f"{len(filled)} biases that the model lacks are read as zeros"] if filled else []
     return tensors, notes

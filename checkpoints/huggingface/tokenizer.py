@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlm_eval.checkpoints.tokenizer import BERT_PIECES, CONFIG, Tokenizer
+from mlm_eval.checkpoints.tokenizer import BERT_PIECES, TOKENIZER_CONFIG, Tokenizer
 
 COPIED = (
     "tokenizer.json",
-    CONFIG,
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
@@ -86,10 +86,10 @@ def tokenizer_files(tokenizer: Tokenizer, *, family: str, max_length: int) -> To
         else:
             copied = {"vocab.txt": vocabulary}
             settings["do_lower_case"] = tokenizer.lower_case
-    if CONFIG in copied:
+    if TOKENIZER_CONFIG in copied:
         settings = dict(tokenizer.settings)
     else:
-        written[CONFIG] = json.dumps(settings, indent=2) + "\n"
+        written[TOKENIZER_CONFIG] = json.dumps(settings, indent=2) + "\n"
     stated = dataclasses.replace(tokenizer, settings=settings)
     ids = {f"{name}_token_id": stated.special_id(name) for name in ("bos", "eos", "pad")}
     return TokenizerFiles(
