@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlm_eval.checkpoints.errors import InputError
-
 KEY = "option"
 """Where a field's metadata holds its `Option`."""
 
@@ -32,8 +30,8 @@ class Option:
     """What the help says for a default of None."""
     group: str | None = None
     """Title of its group in the help; options of no group come first."""
-    parse: Callable[[str, str], Any] | None = None
-    """Turns the flag and the text after it into the value."""
+    parse: Callable[[str], Any] | None = None
+    """Turns text into the value; the message of its ValueError says what the text has to be."""
     written: str | None = None
     """For an option with `parse`: how its default is written."""
     positional: bool = False
@@ -59,7 +57,7 @@ def option(
     flag: str | None = None,
     shown: str | None = None,
     group: str | None = None,
-    parse: Callable[[str, str], Any] | None = None,
+    parse: Callable[[str], Any] | None = None,
     written: str | None = None,
     positional: bool = False,
     **more: Any,
@@ -105,16 +103,16 @@ def given(kind: type[Any], shown: str) -> Any:
     return dataclasses.field(default_factory=dict, metadata={KEY: Given(kind, shown)})
 
 
-def parallel_size(flag: str, text: str) -> int | None:
+def parallel_size(text: str) -> int | None:
     """Return a `--tp` or `--dp` value; None for auto.
 
     Raises:
-        InputError: It is neither a positive number nor `auto`.
+        ValueError: It is neither a positive number nor `auto`.
     """
     if text == "auto":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise InputError(f"{flag} {text!r} must be a positive number or auto")
+        raise ValueError("must be a positive number or auto")
     return int(text)
 
 

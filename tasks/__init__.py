@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,6 @@ if TYPE_CHECKING:
     from mlm_eval.checkpoints.tokenizer import Tokenizer
     from mlm_eval.engine.engine import Engine
     from mlm_eval.reporting.results import Result
-
-ZERO_SHOT = ("lambada", "wikitext103")
 
 
 def evaluate(
@@ -33,18 +30,20 @@ def evaluate(
         engine: The loaded model.
         data: A file or a `datasets` name; None: the benchmark's own test split from the Hub.
         tokenizer: None: the one stored with the checkpoint.
-        options: The others of `evaluate` in the benchmark's module (`limit`, `stride`, ...).
+        options: `limit`, and the benchmark's own (`stride`, `target`, ...).
 
     Raises:
         InputError: No such benchmark, no tokenizer, or what the benchmark finds wrong.
     """
-    if task not in ZERO_SHOT:
-        raise InputError(f"there is no benchmark {task!r}; evaluate knows {', '.join(ZERO_SHOT)}")
-    if tokenizer is None:
-        from mlm_eval.checkpoints.tokenizer import (
-            find_tokenizer,  # here: the package is to import in no time
-        )
+    # Imported here to keep `import mlm_eval` fast.
+    from mlm_eval.checkpoints.tokenizer import find_tokenizer
+    from mlm_eval.tasks.zero_shot import benchmarks
 
+    known = benchmarks()
+    if task not in known:
+        names = ", ".join(sorted(known))
+        raise InputError(f"there is no benchmark {task!r}; evaluate knows {names}")
+    if tokenizer is None:
         path = engine.checkpoint.provenance.path
         tokenizer = find_tokenizer(path)
         if tokenizer is None:
@@ -52,6 +51,4 @@ def evaluate(
                 f"no tokenizer is stored with {path}; give one, for example "
                 f"tokenizer=mlm_eval.checkpoints.tokenizer.load_tokenizer(directory=...)"
             )
-    benchmark = import_module(f"mlm_eval.tasks.zero_shot.{task}")
-    result: Result = benchmark.evaluate(engine, data, tokenizer=tokenizer, **options)
-    return result
+    return known[task].evaluate(engine, data, tokenizer=tokenizer, **options)

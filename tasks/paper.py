@@ -26,26 +26,21 @@ from mlm_eval.reporting.tables import (
     TableRow,
     short_count,
 )
-from mlm_eval.tasks.records import TABLE_OF, ResultRecord, find_set, paper_figures
+from mlm_eval.tasks.records import ResultRecord, find_set, paper_figures, tables_of_benchmarks
+from mlm_eval.tasks.zero_shot import benchmarks
 
-PAPER_COLUMNS = {
-    3: (
-        Column("wikitext103", "WikiText-103 perplexity", 2, higher_is_better=False),
-        Column("lambada", "LAMBADA accuracy", 2),
-    ),
-    5: (
-        Column("mnli_m", "MNLI m", 1),
-        Column("mnli_mm", "MNLI mm", 1),
-        Column("qqp", "QQP", 1),
-        Column("squad1_f1", "SQuAD 1.1 F1", 1),
-        Column("squad1_em", "SQuAD 1.1 EM", 1),
-        Column("squad2_f1", "SQuAD 2.0 F1", 1),
-        Column("squad2_em", "SQuAD 2.0 EM", 1),
-        Column("race", "RACE", 1),
-        Column("race_m", "RACE m", 1),
-        Column("race_h", "RACE h", 1),
-    ),
-}
+FINE_TUNING_COLUMNS = (
+    Column("mnli_m", "MNLI m", 1),
+    Column("mnli_mm", "MNLI mm", 1),
+    Column("qqp", "QQP", 1),
+    Column("squad1_f1", "SQuAD 1.1 F1", 1),
+    Column("squad1_em", "SQuAD 1.1 EM", 1),
+    Column("squad2_f1", "SQuAD 2.0 F1", 1),
+    Column("squad2_em", "SQuAD 2.0 EM", 1),
+    Column("race", "RACE", 1),
+    Column("race_m", "RACE m", 1),
+    Column("race_h", "RACE h", 1),
+)
 
 SIZE_TOLERANCE = 0.02
 """Vocabulary padding and task heads change a model's count by less; other sizes differ by more."""
@@ -58,12 +53,28 @@ def load_paper() -> dict[str, Any]:
     return tomllib.loads(text)
 
 
+def paper_columns(number: int) -> tuple[Column, ...]:
+    """Return the columns of Table 3 or 5 of the paper."""
+    if number == 5:
+        return FINE_TUNING_COLUMNS
+    return tuple(b.paper.column for b in benchmarks().values() if b.paper is not None)
+
+
+def paper_protocol(benchmark: str) -> Mapping[str, Any]:
+    """Return how the paper measured a benchmark: `protocol`, `settings`, and more."""
+    zero_shot = benchmarks().get(benchmark)
+    if zero_shot is not None:
+        return vars(zero_shot.paper)
+    rules: Mapping[str, Any] = load_paper()["protocol"][benchmark]
+    return rules
+
+
 # --- differences from the paper ------------------------------------------------------------------
 
 
 def _differences(record: ResultRecord, size: str | None) -> list[str]:
     """Return how a record's protocol and data differ from the paper's, one sentence each."""
-    rules = load_paper()["protocol"][record.benchmark]
+    rules = paper_protocol(record.benchmark)
     settings = record.settings
     notes = [
         f"limited: {option}, so the figure is of a part of the data" for option in record.limits
@@ -196,15 +207,16 @@ def build_tables(
         InputError: There is no such table, or a record does not belong to it or is of a limited
             run.
     """
-    if number is not None and number not in PAPER_COLUMNS:
+    if number is not None and number not in (3, 5):
         raise InputError(f"--table {number} holds no results of ours; choose 3 or 5")
     if not records:
         raise InputError("no result record was given; name files that --output wrote")
+    table_of = tables_of_benchmarks()
     for record in records:
-        if number not in (None, TABLE_OF[record.benchmark]):
+        if number not in (None, table_of[record.benchmark]):
             raise InputError(
                 f"{record.path} is a record of {record['task']}, which belongs to Table "
-                f"{TABLE_OF[record.benchmark]}, not {number}; drop the file or --table"
+                f"{table_of[record.benchmark]}, not {number}; drop the file or --table"
             )
         if record.limits and not include_limited:
             raise InputError(
@@ -212,9 +224,9 @@ def build_tables(
                 "are not those of the whole data; leave it out, or have it marked with "
                 "--include-limited"
             )
-    numbers = [number] if number else sorted({TABLE_OF[record.benchmark] for record in records})
+    numbers = [number] if number else sorted({table_of[record.benchmark] for record in records})
     return [
-        _table(n, [record for record in records if TABLE_OF[record.benchmark] == n])
+        _table(n, [record for record in records if table_of[record.benchmark] == n])
         for n in numbers
     ]
 
@@ -234,12 +246,12 @@ def _table(number: int, records: Sequence[ResultRecord]) -> Table:
         runs += [f"{name}, {_run(record)}" for record in group]
     rows = []
     for entry in published:
-        rows.append(_published_row(entry, PAPER_COLUMNS[number]))
+        rows.append(_published_row(entry, paper_columns(number)))
         rows += measured.get(entry["model"], [])
     rows += measured.get(None, [])
     source = f"{paper['source']['title']}, arXiv {paper['source']['arxiv']}, Table {number}"
     title = paper[f"table{number}"]["title"]
-    return Table(number, title, PAPER_COLUMNS[number], rows, runs, source)
+    return Table(number, title, paper_columns(number), rows, runs, source)
 
 
 def _group(records: Sequence[ResultRecord]) -> list[list[ResultRecord]]:
@@ -330,7 +342,7 @@ def _run(record: ResultRecord) -> str:
     version = settings.get("version")
     task = f"{record['task']} {version}" if version else record["task"]
     parts = [f"{task}: {record.path}", f"protocol {record['protocol']}"]
-    names = ["vocab", "dtype", "tp", "dp", *load_paper()["protocol"][record.benchmark]["settings"]]
+    names = ["vocab", "dtype", "tp", "dp", *paper_protocol(record.benchmark)["settings"]]
     parts += [f"{name} {settings[name]}" for name in dict.fromkeys(names) if name in settings]
     if isinstance(settings.get("seeds"), list):
         parts.append(f"seeds {' '.join(map(str, settings['seeds'])) or 'none'}")

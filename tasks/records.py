@@ -10,17 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.tasks.zero_shot import benchmarks
 
-TABLE_OF = {
-    "wikitext103": 3,
-    "lambada": 3,
-    "mnli": 5,
-    "qqp": 5,
-    "squad1": 5,
-    "squad2": 5,
-    "race": 5,
-}
-"""Benchmark -> the paper's table; SQuAD's two versions are benchmarks of their own."""
+FINE_TUNED = ("mnli", "qqp", "squad1", "squad2", "race")
+"""The benchmarks of Table 5; SQuAD's two versions are benchmarks of their own."""
 
 # Figure of a table -> name of the set in a record's metrics.
 SETS = {
@@ -72,6 +65,12 @@ class ResultRecord:
         return checkpoint.get("digest") or self.path, config
 
 
+def tables_of_benchmarks() -> dict[str, int]:
+    """Return the number of the paper's table of each benchmark."""
+    zero_shot = [name for name, benchmark in benchmarks().items() if benchmark.paper is not None]
+    return dict.fromkeys(zero_shot, 3) | dict.fromkeys(FINE_TUNED, 5)
+
+
 def read_record(path: str | Path) -> ResultRecord:
     """Return the result record that `--output` wrote, or a fine-tuning's `result.json`.
 
@@ -98,10 +97,11 @@ def read_record(path: str | Path) -> ResultRecord:
     benchmark = values["task"]
     if benchmark == "squad":
         benchmark = f"squad{_squad_version(values, path)}"
-    if benchmark not in TABLE_OF:
+    tables = tables_of_benchmarks()
+    if benchmark not in tables:
         raise InputError(
             f"{path} is a record of {benchmark!r}, which is in no table of the paper; known are "
-            f"{', '.join(sorted({*TABLE_OF, 'squad'} - {'squad1', 'squad2'}))}"
+            f"{', '.join(sorted({*tables, 'squad'} - {'squad1', 'squad2'}))}"
         )
     record = ResultRecord(str(path), benchmark, values)
     list(paper_figures(record))  # a fault in the metrics is found here, where the file is named
@@ -141,10 +141,11 @@ def paper_figures(record: ResultRecord) -> Iterator[tuple[str, float | None, lis
         InputError: The metrics are not those of the task.
     """
     metrics = record.metrics
-    if record.benchmark == "wikitext103":
-        yield "wikitext103", _number(record, metrics, "adjusted_ppl"), []
-    elif record.benchmark == "lambada":
-        yield "lambada", _percent(_number(record, metrics, "accuracy")), []
+    zero_shot = benchmarks().get(record.benchmark)
+    if zero_shot is not None:
+        assert zero_shot.paper is not None
+        value = _number(record, metrics, zero_shot.paper.metric)
+        yield record.benchmark, _percent(value) if zero_shot.paper.percent else value, []
     elif record.benchmark.startswith("squad"):
         entry = find_set(metrics, ["dev"]) or metrics
         for key, name in (("f1", "f1"), ("em", "exact")):

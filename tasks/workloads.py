@@ -8,21 +8,14 @@ comments say.
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterator
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.model.memory import TrainingBatch
-from mlm_eval.planning.plan import Passes, Training, Workload
+from mlm_eval.planning.plan import Passes, Training, Workload, spread
 from mlm_eval.tasks.paper import load_paper
-from mlm_eval.tasks.zero_shot.wikitext103 import MAX_SEQ_LENGTH, windows
-
-WIKITEXT_TOKENS = 270_330  # wiki.test.tokens of WikiText-103, detokenized, in GPT-2's BPE
-WIKITEXT_STRIDE = 32
-
-# lambada_test.jsonl: passages; tokens read (the last of each is predicted only); tokens predicted.
-LAMBADA_PASSAGES, LAMBADA_TOKENS, LAMBADA_TARGETS = 5_153, 425_064, 6_542
+from mlm_eval.tasks.zero_shot import benchmarks
 
 TEXT_TOKENS = 1_000_000
 """Language modelling has no set of its own: its work is given for a million tokens of text."""
@@ -65,10 +58,13 @@ FINE_TUNING = {
     "squad2": _FineTuning("SQuAD 2.0", 130_319, 11_873, 1, 195.7, 512, {"qa_head": True}),
 }
 
-TASKS_OF_FAMILY = {
-    "gpt": ("wikitext103", "lambada", "lm"),
-    "bert": ("race", "mnli", "qqp", "squad1", "squad2", "mlm"),
-}
+
+def tasks_of(family: str) -> list[str]:
+    """Return the names of the tasks of `gpt` or `bert` models."""
+    if family == "bert":
+        return [*FINE_TUNING, "mlm"]
+    measured = [name for name, b in benchmarks().items() if b.workload(1024) is not None]
+    return [*measured, "lm"]
 
 
 def workloads(
@@ -91,13 +87,15 @@ def workloads(
     Raises:
         InputError: There is no such task for this kind of model.
     """
-    names = list(TASKS_OF_FAMILY[config.family])
+    known = tasks_of(config.family)
+    names = known
     if task is not None:
         names = [name for name in names if name == task or name.rstrip("12") == task]
         if not names:
             kind = {"gpt": "GPT", "bert": "BERT"}[config.family]
-            known = ", ".join(TASKS_OF_FAMILY[config.family])
-            raise InputError(f"--task {task} is not a task of a {kind} model; choose {known}")
+            raise InputError(
+                f"--task {task} is not a task of a {kind} model; choose {', '.join(known)}"
+            )
     batch = batch or TrainingBatch(rows=1, length=1)
     return [_workload(name, config, size, micro_batch, batch) for name in names]
 
@@ -106,35 +104,14 @@ def _workload(
     name: str, config: ModelConfig, size: str | None, micro_batch: int, batch: TrainingBatch
 ) -> Workload:
     positions = config.max_position_embeddings
-    if name == "wikitext103":
-        return _wikitext103(positions)
-    if name == "lambada":
-        return _lambada(positions)
+    zero_shot = benchmarks().get(name)
+    if zero_shot is not None:
+        work = zero_shot.workload(positions)
+        assert work is not None
+        return work
     if name in ("lm", "mlm"):
         return _language_modelling(name, positions, micro_batch, batch)
     return _fine_tuning(name, config, size, micro_batch, batch)
-
-
-def _wikitext103(positions: int) -> Workload:
-    length = min(MAX_SEQ_LENGTH, positions)
-    found = windows(WIKITEXT_TOKENS, length, WIKITEXT_STRIDE)
-    shapes = Counter((stop - start - 1, scored) for start, stop, scored in found)
-    passes = [Passes(n, read, scored, scored) for (read, scored), n in shapes.items()]
-    title = f"WikiText-103, {len(found):,} windows of {length:,} tokens"
-    return Workload("wikitext103", title, passes)
-
-
-def _lambada(positions: int) -> Workload:
-    # Lengths near the mean whose sums are the true ones: the work is nearly linear in them.
-    passes = []
-    twice = LAMBADA_TARGETS - LAMBADA_PASSAGES
-    for count, length in _spread(LAMBADA_TOKENS, LAMBADA_PASSAGES):
-        length = min(length, positions)
-        pairs = min(count, twice)
-        twice -= pairs
-        passes += [Passes(n, length, k, k) for n, k in ((pairs, 2), (count - pairs, 1)) if n]
-    title = f"LAMBADA, {LAMBADA_PASSAGES:,} passages, {LAMBADA_TOKENS:,} tokens"
-    return Workload("lambada", title, passes)
 
 
 def _language_modelling(
@@ -180,11 +157,5 @@ def _fine_tuning(
 
 
 def _rows(count: int, mean: float) -> Iterator[Passes]:
-    for number, length in _spread(round(count * mean), count):
+    for number, length in spread(round(count * mean), count):
         yield Passes(number, length, length, 0)
-
-
-def _spread(total: int, count: int) -> list[tuple[int, int]]:
-    """Return `count` numbers, equal or 1 apart, with the sum `total`, as (how many, value)."""
-    low, more = divmod(total, count)
-    return [(n, value) for n, value in ((count - more, low), (more, low + 1)) if n]

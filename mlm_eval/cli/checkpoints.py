@@ -11,7 +11,7 @@ import typer
 
 from mlm_eval.cli.app import CHECKPOINTS
 from mlm_eval.cli.command import command
-from mlm_eval.cli.run import find_words, progress
+from mlm_eval.cli.run import chosen_tokenizer, progress
 from mlm_eval.options import CheckpointOption, RunOptions, TokenizerOptions, again, option
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def convert_checkpoint(options: ConvertOptions) -> None:
         return verify_conversion(*given, **settings)
 
     checkpoint = open_checkpoint(options.ckpt, parse_overrides(options.overrides))
-    words = find_words(options.ckpt, options)
+    tokenizer = chosen_tokenizer(options.ckpt, options)
     for warning in checkpoint.provenance.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     with progress(True, unit="B") as on_progress:
@@ -117,7 +117,7 @@ def convert_checkpoint(options: ConvertOptions) -> None:
             dtype=options.dtype,
             max_shard_size=options.max_shard_size,
             vocab=options.vocab,
-            tokenizer=words,
+            tokenizer=tokenizer,
             verify=options.verify,
             compare=compare,
             allow_approximate=options.allow_approximate,

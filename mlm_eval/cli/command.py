@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
+from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.app import app, load_config
 from mlm_eval.options import KEY, Given, Option
 
@@ -20,7 +21,7 @@ OPTIMIZER, DATA, TASK, RUN = "Optimizer", "Data", "Task", "Run"
 """Titles of groups in a command's help. The options of no group come first."""
 GROUPS = (None, OPTIMIZER, DATA, TASK, RUN)
 
-CONFIG = inspect.Parameter(
+CONFIG_OPTION = inspect.Parameter(
     "config",
     inspect.Parameter.KEYWORD_ONLY,
     default=None,
@@ -52,8 +53,8 @@ def command(
         def run(**values: Any) -> None:
             body(build(kind, values))
 
-        found = sorted(parameters(kind), key=lambda entry: GROUPS.index(entry[0]))
-        listed = [parameter for _, parameter in found] + [CONFIG] * config
+        found = sorted(option_parameters(kind), key=lambda entry: GROUPS.index(entry[0]))
+        listed = [parameter for _, parameter in found] + [CONFIG_OPTION] * config
         run.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
         app.command(name, rich_help_panel=panel, help=help or inspect.getdoc(body))(run)
         return body
@@ -61,7 +62,7 @@ def command(
     return register
 
 
-def parameters(
+def option_parameters(
     kind: type[Any], shown: str | None = None
 ) -> Iterator[tuple[str | None, inspect.Parameter]]:
     """Yield the options of a dataclass as typer reads them, each after the title of its group.
@@ -74,7 +75,7 @@ def parameters(
     for field in dataclasses.fields(kind):
         entry = field.metadata.get(KEY)
         if isinstance(entry, Given):
-            yield from parameters(entry.kind, entry.shown)
+            yield from option_parameters(entry.kind, entry.shown)
         elif entry is not None:
             parameter = _parameter(field, hints[field.name], entry, shown)
             yield entry.group, parameter
@@ -112,7 +113,11 @@ def _parameter(
 
 
 def build(kind: type[T], values: Mapping[str, Any]) -> T:
-    """Return the object that a command's values make."""
+    """Return the object that a command's values make; what is absent or None has its default.
+
+    Raises:
+        InputError: A text cannot be parsed.
+    """
     made: dict[str, Any] = {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         entry = field.metadata.get(KEY)
@@ -120,10 +125,14 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
             names = [inner.name for inner in dataclasses.fields(entry.kind)]
             made[field.name] = {n: v for n in names if (v := values.get(n)) is not None}
         elif entry is not None:
-            value = values[field.name]
+            value = values.get(field.name)
             if value is None:
                 value = field.default
             elif entry.parse is not None:
-                value = entry.parse(entry.flag or f"--{field.name.replace('_', '-')}", value)
+                try:
+                    value = entry.parse(value)
+                except ValueError as error:
+                    flag = entry.flag or f"--{field.name.replace('_', '-')}"
+                    raise InputError(f"{flag} {value!r} {error}") from None
             made[field.name] = tuple(value) if isinstance(value, list) else value
     return kind(**made)

@@ -61,11 +61,10 @@ def harness(options: HarnessOptions) -> None:
     arguments = list(options.arguments)
     given = read_arguments(arguments)
     run = ModelRun(options)
-    words = run.tokenizer(required=True)
-    assert words is not None
+    tokenizer = run.tokenizer()
 
     def body(engine: Engine) -> None:
-        lm = MegatronLM(engine, words, bar=lambda: progress(engine.is_main), **given)
+        lm = MegatronLM(engine, tokenizer, bar=lambda: progress(engine.is_main), **given)
         lm.lead(lambda: run_command_line(lm, arguments))
         run.tell(f"scored by mlm-eval: {lm.summary()}")
 

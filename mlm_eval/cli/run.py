@@ -6,8 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.options import RunOptions, TokenizerOptions
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
     from mlm_eval.checkpoints.checkpoint import Checkpoint
     from mlm_eval.checkpoints.tokenizer import Tokenizer
     from mlm_eval.engine.engine import Engine
-    from mlm_eval.engine.resume import PartialScores
-    from mlm_eval.reporting.results import Result
-    from mlm_eval.tasks.zero_shot.score import Line
 
 
 Load = Callable[["Checkpoint", "torch.dtype | str"], "Engine"]
@@ -109,11 +105,7 @@ class ModelRun:
         device = place.device
         if device == "cuda":
             device = f"cuda:{torch.cuda.current_device()}"
-        true_size = None
-        if self.options.vocab == "true":
-            words = self.tokenizer(required=True)
-            assert words is not None
-            true_size = words.vocab_size
+        true_size = self.tokenizer().vocab_size if self.options.vocab == "true" else None
 
         def load(checkpoint: Checkpoint, dtype: torch.dtype | str) -> Engine:
             return Engine.load(
@@ -140,138 +132,28 @@ class ModelRun:
         body(load(self.checkpoint, place.dtype))
         shutdown()
 
-    def tokenizer(self, *, required: bool) -> Tokenizer | None:
-        """Return the tokenizer that the options name, or the one beside the checkpoint."""
-        options = self.options
-        found = find_words(options.ckpt, options)
-        if found is None and required:
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer that the options name, or the one beside the checkpoint.
+
+        Raises:
+            InputError: There is none.
+        """
+        found = chosen_tokenizer(self.options.ckpt, self.options)
+        if found is None:
             raise InputError(
-                f"no tokenizer was found beside {options.ckpt}; give --tokenizer DIR, or "
+                f"no tokenizer was found beside {self.options.ckpt}; give --tokenizer DIR, or "
                 "--vocab-file F and --merge-file F (GPT-2: vocab.json and merges.txt)"
             )
         return found
 
-    def zero_shot(
-        self, task: str, unit: str, prepare: Callable[[Tokenizer, int], Any], *, resume: bool
-    ) -> None:
-        """Run WikiText-103 or LAMBADA."""
-        if self.checkpoint.config.family != "gpt":
-            raise InputError(
-                f"{self.checkpoint.provenance.path} is a BERT checkpoint; {task} needs a GPT model "
-                "(left to right)"
-            )
-        if resume and self.options.output is None:
-            raise InputError("--resume needs the --output of the interrupted run")
-        from mlm_eval.checkpoints.tokenizer import check_fits
 
-        placement = self.start()
-        words = self.tokenizer(required=True)
-        assert words is not None
-        misfit = check_fits(words, self.checkpoint.config.vocab_size)
-        work = prepare(words, self.checkpoint.config.max_position_embeddings)
-        if misfit is not None:
-            work.settings["warnings"].append(misfit)
-        self.on_ranks(
-            lambda engine: self._zero_shot(task, unit, engine, work, words, resume),
-            placement=placement,
-        )
-
-    def _zero_shot(
-        self, task: str, unit: str, engine: Engine, work: Any, words: Tokenizer, resume: bool
-    ) -> None:
-        from importlib import import_module
-
-        from mlm_eval.reporting.text import result_text, work_text
-
-        tokens = sum(request.length for request in work.requests)
-        self.say(work_text(unit, len(work.requests), tokens, engine.flops(work.requests)))
-        partial = self._partial(task, engine, work, words, resume)
-        module = import_module(f"mlm_eval.tasks.zero_shot.{task}")
-        with progress(self.is_main) as on_progress, self._kept(partial):
-            result: Result = module.score(
-                engine, work, tokenizer=words, on_progress=on_progress, partial=partial
-            )
-        result.settings.update(engine.describe(), seed=self.options.seed)
-        if self.options.full_digest and self.is_main:
-            from mlm_eval.checkpoints.checkpoint import full_digest
-
-            result.checkpoint["full_digest"] = full_digest(engine.checkpoint)
-        self.warn(result.warnings)
-        self.tell(result_text(result))
-        self.tell(module.megatron_line(result))
-        if self.options.output is not None and self.is_main:
-            result.write(self.options.output)
-        if partial is not None and self.is_main:
-            partial.remove()
-
-    def _partial(
-        self, task: str, engine: Engine, work: Any, words: Tokenizer, resume: bool
-    ) -> PartialScores | None:
-        if self.options.output is None:
-            return None
-        from mlm_eval.engine.resume import PartialScores, resume_key
-
-        settings = {
-            k: v for k, v in work.settings.items() if k not in ("warnings", "limit", "data")
-        }
-        key = resume_key(
-            task=task,
-            digest=engine.checkpoint.provenance.digest,
-            config=engine.config.to_dict(),
-            data=work.settings["data"]["sha256"],
-            tokenizer=words.sha256,
-            dtype=str(engine.dtype),
-            vocab=engine.vocab,
-            settings=settings,
-        )
-        folder = self.options.output.with_name(self.options.output.name + ".partial")
-        partial = PartialScores(folder, key, resume=resume)
-        if resume:
-            known = sum(index < len(work.requests) for index in partial.finished())
-            self.say(f"resuming: {known:,} of {len(work.requests):,} are done")
-        return partial
-
-    @contextmanager
-    def _kept(self, partial: PartialScores | None) -> Iterator[None]:
-        """On Ctrl-C in a single process, write what is done before leaving."""
-        try:
-            yield
-        except KeyboardInterrupt:
-            if partial is not None:
-                partial.flush()
-            raise
-
-    def score_file(self, input_: Path, stride: int | None) -> None:
-        """Run `mlm-eval score`."""
-        from mlm_eval.tasks.zero_shot.score import read_lines
-
-        lines = read_lines(input_, self.tokenizer(required=False), limit=self.options.limit)
-        self.on_ranks(lambda engine: self._score_lines(engine, lines, stride))
-
-    def _score_lines(self, engine: Engine, lines: Sequence[Line], stride: int | None) -> None:
-        from mlm_eval.tasks.zero_shot.score import score_lines, write_lines
-
-        with progress(self.is_main) as on_progress:
-            records = list(score_lines(engine, lines, stride=stride, on_progress=on_progress))
-        if self.is_main:
-            assert self.options.output is not None
-            write_lines(self.options.output, records)
-            limited = (
-                f" (LIMITED to the first {self.options.limit})"
-                if self.options.limit is not None
-                else ""
-            )
-            self.tell(f"{len(records):,} line(s) scored{limited}: {self.options.output}")
-
-
-def find_words(ckpt: str, options: TokenizerOptions) -> Tokenizer | None:
-    """Return the tokenizer that the options name, or the one beside the checkpoint."""
+def chosen_tokenizer(ckpt: str, options: TokenizerOptions) -> Tokenizer | None:
+    """Return the tokenizer that the options name, or the one beside the checkpoint, if any."""
     from mlm_eval.checkpoints.tokenizer import find_tokenizer, load_tokenizer
 
-    given = (options.tokenizer, options.vocab_file, options.merge_file)
-    if given == (None, None, None):
+    folder, vocab_file, merge_file = options.tokenizer, options.vocab_file, options.merge_file
+    if folder is None and vocab_file is None and merge_file is None:
         return find_tokenizer(ckpt)
-    folder, vocab_file, merge_file = given
     return load_tokenizer(directory=folder, vocab_file=vocab_file, merge_file=merge_file)
 
 

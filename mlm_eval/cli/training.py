@@ -13,9 +13,10 @@ import typer
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.app import TRAINING, app
+from mlm_eval.cli.command import build
 from mlm_eval.cli.options import Options, Output, finetuning, pretraining, signature
 from mlm_eval.cli.run import ModelRun
-from mlm_eval.options import RunOptions, TokenizerOptions, parallel_size
+from mlm_eval.options import RunOptions, TokenizerOptions
 from mlm_eval.ranks.launch import shutdown
 
 if TYPE_CHECKING:
@@ -66,8 +67,7 @@ def _finetune(task: str, values: dict[str, Any]) -> None:
     options = FinetuneOptions(**{**given, "seeds": parse_seeds(values["seeds"])})
     run = _model_run(values)
     place = run.start()
-    words = run.tokenizer(required=True)
-    assert words is not None
+    words = run.tokenizer()
     load = run.join(place)
     warnings = _Warnings(run)
     warnings.tell(run.checkpoint.provenance.warnings)
@@ -91,7 +91,7 @@ def _finetune(task: str, values: dict[str, Any]) -> None:
 def _pretrain(kind: str, values: dict[str, Any]) -> None:
     from mlm_eval.checkpoints.config import parse_overrides
     from mlm_eval.checkpoints.dtypes import training_dtype
-    from mlm_eval.cli.run import find_words
+    from mlm_eval.cli.run import chosen_tokenizer
     from mlm_eval.reporting.text import training_text
     from mlm_eval.tasks.language.pretraining import TextSettings, pretrain, start_from
     from mlm_eval.training.settings import TrainSettings
@@ -105,7 +105,7 @@ def _pretrain(kind: str, values: dict[str, Any]) -> None:
     settings = TrainSettings(**{**_fields(TrainSettings, values), "dtype": dtype})
     checkpoint = None
     if values["init"] is not None:
-        words = find_words(
+        words = chosen_tokenizer(
             "",
             TokenizerOptions(
                 tokenizer=values["tokenizer"],
@@ -121,8 +121,7 @@ def _pretrain(kind: str, values: dict[str, Any]) -> None:
         )
     run = _model_run(values, checkpoint)
     place = run.start()
-    words = run.tokenizer(required=True)
-    assert words is not None
+    words = run.tokenizer()
     dtype = training_dtype(values["dtype"], place.device)
     settings = dataclasses.replace(settings, dtype=dtype)
     engine = run.join(place)(run.checkpoint, "float32")
@@ -194,15 +193,8 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 def _model_run(values: dict[str, Any], checkpoint: Any = None) -> ModelRun:
     """Return the run of a command that trains: weights in float32, the stored vocabulary."""
-    names = ("device", "batch_tokens", "tokenizer", "vocab_file", "merge_file", "output")
-    options = RunOptions(
-        ckpt=values["ckpt"] or "",
-        tp=parallel_size("--tp", values["tp"]),
-        dp=parallel_size("--dp", values["dp"]),
-        **{name: values[name] for name in names},
-        dtype="float32",
-        overrides=tuple(values["set_"] or ()),
-    )
+    values = {**values, "ckpt": values["ckpt"] or "", "overrides": values["set_"]}
+    options = build(RunOptions, {**values, "dtype": "float32"})
     return ModelRun(options, checkpoint=checkpoint)
 
 

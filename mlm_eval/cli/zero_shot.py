@@ -1,100 +1,144 @@
-"""Commands that score with a GPT or BERT model: wikitext103, lambada, score."""
+"""Commands that score with a GPT or BERT model: the zero-shot benchmarks and score."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.app import ZERO_SHOT
 from mlm_eval.cli.command import command
-from mlm_eval.cli.run import ModelRun
+from mlm_eval.cli.run import ModelRun, chosen_tokenizer, progress
 from mlm_eval.options import CheckpointOption, RunOptions, again, option
+from mlm_eval.tasks import zero_shot
+from mlm_eval.tasks.zero_shot.benchmark import DataOption
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.tokenizer import Tokenizer
+    from mlm_eval.engine.engine import Engine
+    from mlm_eval.engine.resume import PartialScores
+    from mlm_eval.tasks.zero_shot.benchmark import Work, ZeroShot
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wiki(CheckpointOption):
-    """Own."""
+class ResumeOption:
+    """What a benchmark takes beside its own options and those of every run."""
 
-    data: str | None = option(
-        "wiki.test.tokens, or a `datasets` name; default: the Hub's wikitext-103-v1 test.", None
+    resume: bool = option("Resume an interrupted run of the same --output.", False, flag="--resume")
+
+
+def register(benchmark: ZeroShot[Any]) -> None:
+    """Add the command of a benchmark."""
+    kind = dataclasses.make_dataclass(
+        benchmark.name,
+        (),
+        bases=(RunOptions, ResumeOption, benchmark.options, DataOption, CheckpointOption),
+        frozen=True,
+        kw_only=True,
     )
-    seq_length: int | None = option("Window length; default min(1024, positions).", None, least=1)
-    stride: int = option("Tokens that each further window scores.", 32, least=1)
-    resume: bool = option(
-        "Go on with an interrupted run of the same --output.", False, flag="--resume"
-    )
+
+    @command(benchmark.name, kind, panel=ZERO_SHOT, help=inspect.getdoc(benchmark))
+    def run(options: Any) -> None:
+        names = [field.name for field in dataclasses.fields(benchmark.options)]
+        own = benchmark.options(**{name: getattr(options, name) for name in names})
+        run_benchmark(ModelRun(options), benchmark, own, resume=options.resume)
 
 
-@dataclass(frozen=True, kw_only=True)
-class WikiOptions(RunOptions, Wiki):
-    """All."""
+for _benchmark in zero_shot.BENCHMARKS:
+    register(_benchmark)
 
 
-@command("wikitext103", WikiOptions, panel=ZERO_SHOT)
-def wikitext103(options: WikiOptions) -> None:
-    """The paper's zero-shot perplexity: per original word, overlapping windows, stride 32.
+def run_benchmark(run: ModelRun, benchmark: ZeroShot[Any], own: Any, *, resume: bool) -> None:
+    """Run a benchmark on the ranks that it needs.
 
-    Example: mlm-eval wikitext103 --ckpt gpt2_345m --data wiki.test.tokens --tokenizer gpt2 --tp 2
+    Args:
+        run: The command's.
+        benchmark: What is run.
+        own: The benchmark's own options.
+        resume: Use the scores that an interrupted run has kept beside its output.
+
+    Raises:
+        InputError: The model is no GPT, or an option is wrong.
     """
-
-    def prepare(words: Tokenizer, positions: int) -> Any:
-        from mlm_eval.tasks.zero_shot import wikitext103 as task
-
-        return task.prepare(
-            options.data,
-            tokenizer=words,
-            positions=positions,
-            seq_length=options.seq_length,
-            stride=options.stride,
-            limit=options.limit,
+    config = run.checkpoint.config
+    if config.family != "gpt":
+        raise InputError(
+            f"{run.checkpoint.provenance.path} is a BERT checkpoint; {benchmark.name} needs a GPT "
+            "model (left to right)"
         )
-
-    ModelRun(options).zero_shot("wikitext103", "windows", prepare, resume=options.resume)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cloze(CheckpointOption):
-    """Own."""
-
-    data: str | None = option(
-        "JSON lines with `text`, or a `datasets` name; default: EleutherAI/lambada_openai.", None
-    )
-    target: str = option(
-        "word: all tokens of the last word (the paper's); last-token: only the last one.", "word"
-    )
-    resume: bool = option(
-        "Go on with an interrupted run of the same --output.", False, flag="--resume"
+    if resume and run.options.output is None:
+        raise InputError("--resume needs the --output of the interrupted run")
+    place = run.start()
+    tokenizer = run.tokenizer()
+    work = benchmark.work_for(config, own, tokenizer=tokenizer, limit=run.options.limit)
+    run.on_ranks(
+        lambda engine: _score(run, benchmark, engine, work, tokenizer, resume), placement=place
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClozeOptions(RunOptions, Cloze):
-    """All."""
+def _score(
+    run: ModelRun,
+    benchmark: ZeroShot[Any],
+    engine: Engine,
+    work: Work,
+    tokenizer: Tokenizer,
+    resume: bool,
+) -> None:
+    from mlm_eval.reporting.text import result_text, work_text
 
-
-@command("lambada", ClozeOptions, panel=ZERO_SHOT)
-def lambada(options: ClozeOptions) -> None:
-    """The paper's cloze accuracy: is the last word of each passage the model's greedy choice?
-
-    Example: mlm-eval lambada --ckpt gpt2_345m --data lambada_test.jsonl --tokenizer gpt2
-    """
-
-    def prepare(words: Tokenizer, positions: int) -> Any:
-        from mlm_eval.tasks.zero_shot import lambada as task
-
-        return task.prepare(
-            options.data,
-            tokenizer=words,
-            positions=positions,
-            target=options.target,
-            limit=options.limit,
+    options = run.options
+    tokens = sum(request.length for request in work.requests)
+    flops = engine.flops(work.requests)
+    run.say(work_text(benchmark.unit, len(work.requests), tokens, flops))
+    partial = _partial(run, benchmark.resume_key(engine, work, tokenizer), work, resume)
+    with progress(run.is_main) as on_progress, _kept(partial):
+        result = benchmark.score(
+            engine, work, tokenizer=tokenizer, on_progress=on_progress, partial=partial
         )
+    result.settings.update(engine.describe(), seed=options.seed)
+    if options.full_digest and run.is_main:
+        from mlm_eval.checkpoints.checkpoint import full_digest
 
-    ModelRun(options).zero_shot("lambada", "passages", prepare, resume=options.resume)
+        result.checkpoint["full_digest"] = full_digest(engine.checkpoint)
+    run.warn(result.warnings)
+    run.tell(result_text(result, benchmark.title, benchmark.rows(result)))
+    line = benchmark.megatron_line(result)
+    if line is not None:
+        run.tell(line)
+    if options.output is not None and run.is_main:
+        result.write(options.output)
+    if partial is not None and run.is_main:
+        partial.remove()
+
+
+def _partial(run: ModelRun, key: str, work: Work, resume: bool) -> PartialScores | None:
+    """Return the scores kept beside the output; None where there is no output."""
+    output = run.options.output
+    if output is None:
+        return None
+    from mlm_eval.engine.resume import PartialScores
+
+    partial = PartialScores(output.with_name(output.name + ".partial"), key, resume=resume)
+    if resume:
+        known = sum(index < len(work.requests) for index in partial.finished())
+        run.say(f"resuming: {known:,} of {len(work.requests):,} are done")
+    return partial
+
+
+@contextmanager
+def _kept(partial: PartialScores | None) -> Iterator[None]:
+    """On Ctrl-C in a single process, write what is done before leaving."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if partial is not None:
+            partial.flush()
+        raise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,4 +172,19 @@ def score_command(options: ScoreOptions) -> None:
 
     Example: mlm-eval score --ckpt gpt2_345m --input sequences.jsonl --output scores.jsonl --tp 2
     """
-    ModelRun(options).score_file(options.input, options.stride)
+    from mlm_eval.tasks.zero_shot.score import read_lines, score_lines, write_lines
+
+    run = ModelRun(options)
+    lines = read_lines(options.input, chosen_tokenizer(options.ckpt, options), limit=options.limit)
+
+    def body(engine: Engine) -> None:
+        with progress(run.is_main) as on_progress:
+            records = list(
+                score_lines(engine, lines, stride=options.stride, on_progress=on_progress)
+            )
+        if run.is_main:
+            write_lines(options.output, records)
+            limited = f" (LIMITED to the first {options.limit})" if options.limit else ""
+            run.tell(f"{len(records):,} line(s) scored{limited}: {options.output}")
+
+    run.on_ranks(body)

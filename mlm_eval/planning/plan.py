@@ -46,6 +46,12 @@ class Passes:
     """Positions whose logits are computed."""
 
 
+def spread(total: int, count: int) -> list[tuple[int, int]]:
+    """Return `count` numbers, equal or 1 apart, with the sum `total`, as (how many, value)."""
+    low, more = divmod(total, count)
+    return [(n, value) for n, value in ((count - more, low), (more, low + 1)) if n]
+
+
 @dataclass(frozen=True)
 class Training:
     """A fine-tuning."""

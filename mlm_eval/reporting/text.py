@@ -102,11 +102,20 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def result_text(result: Result) -> str:
-    """Return what `wikitext103` and `lambada` print: numbers, then the protocol they belong to."""
-    rows = (_wikitext_rows if result.task == "wikitext103" else _lambada_rows)(result)
+def result_text(result: Result, title: str, rows: Sequence[tuple[str, str]]) -> str:
+    """Return what a zero-shot benchmark prints: its figures, then what they belong to.
+
+    Args:
+        result: Of the benchmark.
+        title: The benchmark's.
+        rows: Its figures and its protocol.
+    """
     settings, checkpoint = result.settings, result.checkpoint
-    rows += [
+    if settings.get("limit") is not None:
+        title += "  *** LIMITED RUN: not the number of the whole file ***"
+    rows = [
+        *rows,
+        ("data", str(settings["data"]["path"])),
         ("model", f"{checkpoint['num_parameters']:,} parameters, {checkpoint['path']}"),
         (
             "run",
@@ -115,53 +124,7 @@ def result_text(result: Result) -> str:
         ),
         ("time", _time(result)),
     ]
-    title = {"wikitext103": "WikiText-103 perplexity", "lambada": "LAMBADA accuracy"}[result.task]
-    if settings.get("limit") is not None:
-        title += "  *** LIMITED RUN: not the number of the whole file ***"
     return rows_as_text(title, rows)
-
-
-def _wikitext_rows(result: Result) -> list[tuple[str, str]]:
-    m, c, s = result.metrics, result.counts, result.settings
-    rows = [
-        (
-            "adjusted perplexity",
-            f"{m['adjusted_ppl']:.4f}   per word of the original text, as the paper counts",
-        ),
-        ("plain perplexity", f"{m['ppl']:.4f}   per token"),
-        ("average loss", f"{m['avg_loss']:.6f} nats per token, over {c['scored_tokens']:,} tokens"),
-        (
-            "token ratio",
-            f"{m['token_ratio']:.10f} = ({c['tokenized_tokens']:,} - 1) / "
-            f"({c['original_tokens']:,} - 1)",
-        ),
-        (
-            "protocol",
-            f"windows of {s['seq_length']:,} tokens, stride {s['stride']}, {c['windows']:,} "
-            "windows",
-        ),
-        ("data", str(s["data"]["path"])),
-    ]
-    if m["clamped_at_20"]:
-        rows.insert(
-            1, ("", "Megatron would have clamped the exponent at 20; these are not clamped")
-        )
-    return rows
-
-
-def _lambada_rows(result: Result) -> list[tuple[str, str]]:
-    m, c, s = result.metrics, result.counts, result.settings
-    target = "every token of the last word" if s["target"] == "word" else "the last token only"
-    return [
-        (
-            "accuracy",
-            f"{100 * m['accuracy']:.2f} % +- {100 * m['accuracy_stderr']:.2f} "
-            f"({m['num_correct']:,} of {c['examples']:,})",
-        ),
-        ("target perplexity", f"{m['target_ppl']:.4f}   per target"),
-        ("protocol", f"greedy match of {target}"),
-        ("data", str(s["data"]["path"])),
-    ]
 
 
 def _time(result: Result) -> str:

@@ -10,58 +10,169 @@ The paper's number counts a word only if every one of its tokens is the model's 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits
-from mlm_eval.engine.score import Request
-from mlm_eval.reporting.results import (
-    Result,
-    checkpoint_record,
-    engine_settings,
-    exponential,
-    loss_warnings,
-    timing_record,
-    versions,
-)
+from mlm_eval.options import option
+from mlm_eval.reporting.results import Result, exponential
+from mlm_eval.reporting.tables import Column
 from mlm_eval.tasks.data.sources import DatasetName, read_data
+from mlm_eval.tasks.data.text import json_field, parse_json, sha256
+from mlm_eval.tasks.zero_shot.benchmark import DataOption, PaperFigure, Work, ZeroShot
 
 if TYPE_CHECKING:
-    from mlm_eval.engine.batching import OnProgress
-    from mlm_eval.engine.engine import Engine
-    from mlm_eval.engine.resume import PartialScores
+    from mlm_eval.checkpoints.tokenizer import Tokenizer
+    from mlm_eval.engine.score import Scores
+    from mlm_eval.planning.plan import Workload
 
-HUB = DatasetName("EleutherAI/lambada_openai", None)
-TARGETS = ("word", "last-token")
-
-# The paper's file: OpenAI's lambada_test.jsonl.
-PAPER_SHA256 = "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226"
-PAPER_EXAMPLES = 5_153
+# The paper's file, OpenAI's lambada_test.jsonl: passages; with GPT-2's tokenizer, the tokens that a
+# model reads (the last of each passage is only predicted) and those that are scored.
+PAPER_DIGEST = "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226"
+PAPER_PASSAGES, PAPER_READ_TOKENS, PAPER_TARGET_TOKENS = 5_153, 425_064, 6_542
 
 
-@dataclass(frozen=True)
-class Example:
-    """A passage and where it stands: its line in a file, its row in a set, from 1."""
+@dataclass(frozen=True, kw_only=True)
+class ClozeOptions(DataOption):
+    """The options of `lambada`."""
 
-    line: int
-    text: str
+    data: str | None = option(
+        "JSON lines with `text`, or a `datasets` name; default: EleutherAI/lambada_openai.", None
+    )
+    target: str = option(
+        "word: all tokens of the last word (the paper's); last-token: only the last one.", "word"
+    )
 
 
-@dataclass(frozen=True)
-class Work:
-    """What will be scored, known before a model is."""
+class Lambada(ZeroShot[ClozeOptions]):
+    """The paper's cloze accuracy: is the last word of each passage the model's greedy choice?
 
-    requests: list[Request]
-    truncated: int
-    settings: dict[str, Any]
+    Example: mlm-eval lambada --ckpt gpt2_345m --data lambada_test.jsonl --tokenizer gpt2
+    """
+
+    name = "lambada"
+    title = "LAMBADA accuracy"
+    unit = "passages"
+    options = ClozeOptions
+    paper = PaperFigure(
+        Column("lambada", "LAMBADA accuracy", 2),
+        metric="accuracy",
+        file="OpenAI's lambada_test.jsonl",
+        settings={"target": "word", "vocab": "padded"},
+        percent=True,
+    )
+
+    def prepare(
+        self,
+        options: ClozeOptions,
+        *,
+        tokenizer: Tokenizer,
+        positions: int,
+        limit: int | None = None,
+    ) -> Work:
+        """Return one request for each passage; the settings say what of them is scored."""
+        import torch
+
+        from mlm_eval.engine.score import Request
+
+        target = options.target
+        if target not in ("word", "last-token"):
+            raise InputError(f"--target {target} is unknown; choose word or last-token")
+        path, passages, digest = read_passages(options.data)
+        requests = []
+        truncated = 0
+        for line, text in passages[:limit]:
+            context, label = split_target(text, tokenizer, target=target)
+            if not context or not label:
+                raise InputError(
+                    f"{path}, line {line}: {text!r:.80} has no context before its last "
+                    f"{'word' if target == 'word' else 'token'}; expected a passage of several "
+                    "words"
+                )
+            if len(label) > positions:
+                raise InputError(
+                    f"{path}, line {line}: the last word has {len(label)} tokens, but the model "
+                    f"has {positions} positions; this task needs a larger model"
+                )
+            tokens = context + label
+            truncated += len(tokens) > positions + 1
+            # The last token is only predicted, never read, so positions + 1 tokens fit.
+            requests.append(Request(torch.tensor(tokens[-(positions + 1) :]), len(label)))
+        warnings = self.limit_warnings(limit, len(requests), len(passages))
+        if truncated:
+            warnings.append(
+                f"{truncated} passages are longer than the model's {positions} positions: only "
+                f"their last {positions + 1} tokens are used"
+            )
+        return Work(
+            requests,
+            counts={
+                "examples": len(requests),
+                "target_tokens": sum(request.num_scored for request in requests),
+                "truncated": truncated,
+            },
+            settings={
+                "target": target,
+                "limit": limit,
+                "data": _data_record(path, digest, len(passages)),
+                "warnings": warnings,
+            },
+        )
+
+    def metrics(self, scores: Scores, nll_sum: float, work: Work) -> dict[str, Any]:
+        """Return accuracy and perplexity of the targets."""
+        num_correct = int(scores.all_greedy().sum())
+        return cloze_metrics(num_correct, examples=len(work.requests), nll_sum=nll_sum)
+
+    def protocol(self, settings: Mapping[str, Any]) -> str:
+        """Return `megatron-paper` for whole words."""
+        return "megatron-paper" if settings["target"] == "word" else "megatron-last-token"
+
+    def rows(self, result: Result) -> list[tuple[str, str]]:
+        """Return the accuracy, and what counts as a hit."""
+        m, c, s = result.metrics, result.counts, result.settings
+        target = "every token of the last word" if s["target"] == "word" else "the last token only"
+        return [
+            (
+                "accuracy",
+                f"{100 * m['accuracy']:.2f} % +- {100 * m['accuracy_stderr']:.2f} "
+                f"({m['num_correct']:,} of {c['examples']:,})",
+            ),
+            ("target perplexity", f"{m['target_ppl']:.4f}   per target"),
+            ("protocol", f"greedy match of {target}"),
+        ]
+
+    def megatron_line(self, result: Result) -> str:
+        """Return the line that Megatron printed for these figures."""
+        return (
+            f" validation results on LAMBADA | number correct: "
+            f"{result.metrics['num_correct']:.4E} | "
+            f"total examples: {result.counts['examples']:.4E} | "
+            f"avg accuracy: {result.metrics['accuracy']:.4E}"
+        )
+
+    def workload(self, positions: int) -> Workload:
+        """Return passes of lengths near the mean whose sums are those of the paper's file.
+
+        The work is nearly linear in the lengths.
+        """
+        from mlm_eval.planning.plan import Passes, Workload, spread
+
+        passes = []
+        twice = PAPER_TARGET_TOKENS - PAPER_PASSAGES
+        for count, length in spread(PAPER_READ_TOKENS, PAPER_PASSAGES):
+            length = min(length, positions)
+            pairs = min(count, twice)
+            twice -= pairs
+            passes += [Passes(n, length, k, k) for n, k in ((pairs, 2), (count - pairs, 1)) if n]
+        title = f"LAMBADA, {PAPER_PASSAGES:,} passages, {PAPER_READ_TOKENS:,} tokens"
+        return Workload(self.name, title, passes)
+
+
+LAMBADA = Lambada()
 
 
 def split_target(text: str, tokenizer: Tokenizer, *, target: str) -> tuple[list[int], list[int]]:
@@ -81,123 +192,6 @@ def split_target(text: str, tokenizer: Tokenizer, *, target: str) -> tuple[list[
         return [], []
     context = text[: text.rfind(words[-1])].strip()
     return tokenizer.encode(context), tokenizer.encode(f" {words[-1]}")
-
-
-def prepare(
-    data: str | Path | None,
-    *,
-    tokenizer: Tokenizer,
-    positions: int,
-    target: str = "word",
-    limit: int | None = None,
-) -> Work:
-    """Return the requests of `data`, one a passage, in its order; see `evaluate` for the arguments.
-
-    Raises:
-        InputError: The data cannot be used, or a setting is unknown.
-    """
-    if target not in TARGETS:
-        raise InputError(f"--target {target} is unknown; choose {' or '.join(TARGETS)}")
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit {limit}: choose 1 or more lines")
-    path, examples, sha256 = _read_examples(data)
-    kept = examples[:limit]
-    requests = []
-    truncated = 0
-    for example in kept:
-        context, label = split_target(example.text, tokenizer, target=target)
-        if not context or not label:
-            raise InputError(
-                f"{path}, line {example.line}: {example.text!r:.80} has no context before its last "
-                f"{'word' if target == 'word' else 'token'}; expected a passage of several words"
-            )
-        if len(label) > positions:
-            raise InputError(
-                f"{path}, line {example.line}: the last word has {len(label)} tokens, but the "
-                f"model has {positions} positions; this task needs a larger model"
-            )
-        tokens = context + label
-        truncated += len(tokens) > positions + 1
-        # The last token is only predicted, never read, so positions + 1 tokens fit.
-        requests.append(Request(torch.tensor(tokens[-(positions + 1) :]), len(label)))
-    return Work(
-        requests=requests,
-        truncated=truncated,
-        settings={
-            "target": target,
-            "limit": limit,
-            "data": _data_record(path, sha256, len(examples)),
-            "warnings": list(_warnings(len(kept), len(examples), truncated, positions)),
-        },
-    )
-
-
-def evaluate(
-    engine: Engine,
-    data: str | Path | None = None,
-    *,
-    tokenizer: Tokenizer,
-    target: str = "word",
-    limit: int | None = None,
-    on_progress: OnProgress | None = None,
-    partial: PartialScores | None = None,
-) -> Result:
-    """Return the paper's cloze accuracy of a GPT model.
-
-    Args:
-        engine: The loaded model.
-        data: A file of JSON lines with a `text` each, a folder saved by `datasets`, a `datasets`
-            name, or None for EleutherAI/lambada_openai.
-        tokenizer: The model's own.
-        target: `word` for every token of the last word, `last-token` for Megatron's default.
-        limit: Score the first passages only.
-        on_progress: Called with tokens done and tokens in all.
-        partial: Scores kept from an interrupted run.
-
-    Raises:
-        InputError: The data cannot be used, a setting is unknown, or the tokenizer is not the
-            model's.
-    """
-    config = engine.checkpoint.config
-    misfit = check_fits(tokenizer, config.vocab_size)
-    positions = config.max_position_embeddings
-    work = prepare(data, tokenizer=tokenizer, positions=positions, target=target, limit=limit)
-    if misfit is not None:
-        work.settings["warnings"].append(misfit)
-    return score(engine, work, tokenizer=tokenizer, on_progress=on_progress, partial=partial)
-
-
-def score(
-    engine: Engine,
-    work: Work,
-    *,
-    tokenizer: Tokenizer,
-    on_progress: OnProgress | None = None,
-    partial: PartialScores | None = None,
-) -> Result:
-    """Return the result of prepared work; every rank takes part and gets the same one."""
-    scores = engine.score(work.requests, on_progress=on_progress, partial=partial)
-    num_correct = int(scores.all_greedy().sum())
-    nll_sum = math.fsum(scores.nll_sums().tolist())
-    strict = work.settings["target"] == "word"
-    return Result(
-        task="lambada",
-        protocol="megatron-paper" if strict else "megatron-last-token",
-        metrics=cloze_metrics(num_correct, examples=len(work.requests), nll_sum=nll_sum),
-        counts={
-            "examples": len(work.requests),
-            "target_tokens": sum(request.num_scored for request in work.requests),
-            "truncated": work.truncated,
-        },
-        settings={
-            **engine_settings(engine, tokenizer),
-            **work.settings,
-            "warnings": [*work.settings["warnings"], *loss_warnings(nll_sum)],
-        },
-        checkpoint=checkpoint_record(engine.checkpoint),
-        timing=timing_record(engine, work.requests, scores.seconds, partial),
-        versions=versions(),
-    )
 
 
 def cloze_metrics(num_correct: int, *, examples: int, nll_sum: float) -> dict[str, Any]:
@@ -222,95 +216,40 @@ def cloze_metrics(num_correct: int, *, examples: int, nll_sum: float) -> dict[st
     }
 
 
-def megatron_line(result: Result) -> str:
-    """Return the line that Megatron printed for these figures."""
-    return (
-        f" validation results on LAMBADA | number correct: {result.metrics['num_correct']:.4E} | "
-        f"total examples: {result.counts['examples']:.4E} | "
-        f"avg accuracy: {result.metrics['accuracy']:.4E}"
-    )
-
-
-def parse_json_lines(text: str, path: str) -> list[Example]:
-    r"""Return the passages of a file of JSON lines, blank lines left out.
+def read_passages(data: str | None) -> tuple[str, list[tuple[int, str]], str]:
+    r"""Return the name of the data, its passages with line numbers, and the sha256 of the file.
 
     Lines end at "\n" alone: JSON strings may hold U+2028 and others that `splitlines` cuts at.
+    Blank lines are left out. The rows of a set are numbered from 1 and hashed as the JSON lines
+    that Python's own `json` writes of them: of the published text this is the published file, byte
+    for byte.
 
     Raises:
-        InputError: A line is not a JSON object with a string `text`.
+        InputError: There is no such data, or a line is not a JSON object with a string `text`.
     """
-    examples = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}, line {number} is not JSON ({error.msg} at column {error.colno}); "
-                f'expected {{"text": "..."}} on every line'
-            ) from error
-        passage = entry.get("text") if isinstance(entry, dict) else None
-        if not isinstance(passage, str):
-            raise InputError(
-                f"{path}, line {number} holds {line!r:.80}; expected an object with a string `text`"
-            )
-        if any("\ud800" <= letter <= "\udfff" for letter in passage):
-            raise InputError(
-                f"{path}, line {number} holds half of a surrogate pair, which is no text; expected "
-                f"the file as published"
-            )
-        examples.append(Example(number, passage))
-    return examples
+    raw = read_data(data, column="text", default=DatasetName("EleutherAI/lambada_openai", None))
+    if raw.rows is not None:
+        lines = (json.dumps({"text": row}) + "\n" for row in raw.rows)
+        return raw.path, list(enumerate(raw.rows, start=1)), sha256(lines)
+    assert raw.content is not None
+    passages = []
+    for number, line in enumerate(raw.text().split("\n"), start=1):
+        if line.strip():
+            where = f"{raw.path}, line {number}"
+            passages.append((number, json_field(parse_json(line, where), "text", str, where)))
+    return raw.path, passages, sha256([raw.content])
 
 
-def _read_examples(data: str | Path | None) -> tuple[str, list[Example], str]:
-    """Return the name of the data, its passages, and the sha256 of the file or of its equal.
-
-    The rows of a set are hashed as the JSON lines that Python's own `json` writes of them: of the
-    published text this is the published file, byte for byte.
-    """
-    raw = read_data(data, column="text", default=HUB)
-    if raw.rows is None:
-        assert raw.content is not None
-        return raw.path, parse_json_lines(raw.text(), raw.path), _sha256([raw.content])
-    lines = (json.dumps({"text": row}).encode() + b"\n" for row in raw.rows)
-    examples = [Example(number, row) for number, row in enumerate(raw.rows, start=1)]
-    return raw.path, examples, _sha256(lines)
-
-
-def _sha256(pieces: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.hexdigest()
-
-
-def _data_record(path: str, sha256: str, examples: int) -> dict[str, Any]:
-    paper_file = sha256 == PAPER_SHA256
-    warnings = []
-    if not paper_file:
-        warnings.append(
-            f"{path} is not the paper's file ({examples:,} passages, sha256 {sha256[:12]}...); the "
-            f"paper's numbers are for OpenAI's lambada_test.jsonl ({PAPER_EXAMPLES:,} passages)"
-        )
+def _data_record(path: str, digest: str, examples: int) -> dict[str, Any]:
+    warning = (
+        f"{path} is not the paper's file ({examples:,} passages, sha256 {digest[:12]}...); the "
+        f"paper's numbers are for OpenAI's lambada_test.jsonl ({PAPER_PASSAGES:,} passages)"
+    )
+    paper_file = digest == PAPER_DIGEST
     return {
         "path": path,
-        "sha256": sha256,
+        "sha256": digest,
         "examples": examples,
         "paper_file": paper_file,
-        "warnings": warnings,
+        "warnings": [] if paper_file else [warning],
     }
-
-
-def _warnings(kept: int, examples: int, truncated: int, positions: int) -> Iterator[str]:
-    if kept < examples:
-        yield (
-            f"limit {kept}: only the first {kept} of {examples} passages are scored; the figures "
-            f"are not those of the whole set"
-        )
-    if truncated:
-        yield (
-            f"{truncated} passages are longer than the model's {positions} positions: only their "
-            f"last {positions + 1} tokens are used"
-        )

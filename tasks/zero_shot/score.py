@@ -19,7 +19,7 @@ from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.engine.encode import BertInput, find_fault
 from mlm_eval.engine.engine import Engine
 from mlm_eval.engine.score import Request
-from mlm_eval.tasks.zero_shot.wikitext103 import windows
+from mlm_eval.tasks.zero_shot.wikitext103 import strided_windows
 
 FORM = '{"tokens": [...]} or {"text": "..."}, one JSON object a line'
 
@@ -173,7 +173,8 @@ def _score_gpt(
         tokens = torch.tensor(line.rows[0], dtype=torch.int64)
         first = len(requests)
         requests += [
-            Request(tokens[a:b], n) for a, b, n in windows(tokens.numel(), positions, stride)
+            Request(tokens[a:b], n)
+            for a, b, n in strided_windows(tokens.numel(), positions, stride)
         ]
         spans.append((first, len(requests)))
     scores = engine.score(requests, on_progress=on_progress)

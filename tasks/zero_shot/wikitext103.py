@@ -11,43 +11,34 @@ Windows for seq_length S = 8 and stride 4 over tokens 0..16 (`.` read as context
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits
-from mlm_eval.engine.score import Request
-from mlm_eval.reporting.results import (
-    Result,
-    checkpoint_record,
-    engine_settings,
-    exponential,
-    loss_warnings,
-    timing_record,
-    versions,
-)
+from mlm_eval.options import option
+from mlm_eval.reporting.results import Result, exponential
+from mlm_eval.reporting.tables import Column
 from mlm_eval.tasks.data.sources import DatasetName, read_data
+from mlm_eval.tasks.data.text import sha256
+from mlm_eval.tasks.zero_shot.benchmark import DataOption, PaperFigure, Work, ZeroShot
 
 if TYPE_CHECKING:
-    from mlm_eval.engine.batching import OnProgress
-    from mlm_eval.engine.engine import Engine
-    from mlm_eval.engine.resume import PartialScores
+    from mlm_eval.checkpoints.tokenizer import Tokenizer
+    from mlm_eval.engine.score import Scores
+    from mlm_eval.planning.plan import Workload
 
-HUB = DatasetName("Salesforce/wikitext", "wikitext-103-v1")
+HUB_TEST_SET = DatasetName("Salesforce/wikitext", "wikitext-103-v1")
 MAX_SEQ_LENGTH = 1024
 MEGATRON_CLAMP = 20.0  # Megatron prints exp(min(20, x)); we never clamp, but say where it would
 
 # The paper's file: wiki.test.tokens of WikiText-103, word level.
-PAPER_SHA256 = "56db52eb157b1ab5c89646eef70510c1eca6e12a3bfdb99f0d6b05b4eacb75b9"
+PAPER_TEXT_DIGEST = "56db52eb157b1ab5c89646eef70510c1eca6e12a3bfdb99f0d6b05b4eacb75b9"
 PAPER_ORIGINAL_TOKENS = 245_566
+PAPER_TOKENS = 270_330  # detokenized, in GPT-2's BPE
 PAPER_UNK_COUNT = 2_492
 WIKITEXT2_UNK_COUNT = 15_218  # its test set is the same text, with more words left out
 RAW_ORIGINAL_TOKENS = 245_570
@@ -73,6 +64,146 @@ AFTER_BRACKETS = (
     (" N ", " 1 "),
     (" 's", "'s"),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WikiTextOptions(DataOption):
+    """The options of `wikitext103`."""
+
+    data: str | None = option(
+        "wiki.test.tokens, or a `datasets` name; default: the Hub's wikitext-103-v1 test.", None
+    )
+    seq_length: int | None = option("Window length; default min(1024, positions).", None, least=1)
+    stride: int = option("Tokens that each further window scores.", 32, least=1)
+
+
+class WikiText103(ZeroShot[WikiTextOptions]):
+    """The paper's zero-shot perplexity: per original word, overlapping windows, stride 32.
+
+    Example: mlm-eval wikitext103 --ckpt gpt2_345m --data wiki.test.tokens --tokenizer gpt2 --tp 2
+    """
+
+    name = "wikitext103"
+    title = "WikiText-103 perplexity"
+    unit = "windows"
+    options = WikiTextOptions
+    paper = PaperFigure(
+        Column("wikitext103", "WikiText-103 perplexity", 2, higher_is_better=False),
+        metric="adjusted_ppl",
+        file="wiki.test.tokens of WikiText-103",
+        settings={"seq_length": 1024, "stride": 32, "vocab": "padded"},
+    )
+
+    def prepare(
+        self,
+        options: WikiTextOptions,
+        *,
+        tokenizer: Tokenizer,
+        positions: int,
+        limit: int | None = None,
+    ) -> Work:
+        """Return the windows of the text, as views of one token tensor."""
+        import torch
+
+        from mlm_eval.engine.score import Request
+
+        stride, seq_length = options.stride, options.seq_length
+        seq_length = min(MAX_SEQ_LENGTH, positions) if seq_length is None else seq_length
+        _check_settings(positions, seq_length, stride)
+        raw = read_data(options.data, column="text", default=HUB_TEST_SET)
+        path = raw.path
+        text = raw.text() if raw.rows is None else restore_text(raw.rows, path)
+        original_tokens = count_original_tokens(text)
+        tokens = torch.tensor(tokenizer.encode(detokenize(text)), dtype=torch.int64)
+        if original_tokens < 2 or tokens.numel() < 2:
+            raise InputError(
+                f"{path} holds {original_tokens} word(s); expected a text of two or more, of which "
+                f"all but the first are predicted"
+            )
+        found = strided_windows(tokens.numel(), seq_length, stride)
+        requests = [Request(tokens[start:stop], scored) for start, stop, scored in found[:limit]]
+        return Work(
+            requests,
+            counts={
+                "original_tokens": original_tokens,
+                "tokenized_tokens": tokens.numel(),
+                "scored_tokens": sum(request.num_scored for request in requests),
+                "windows": len(requests),
+                "total_windows": len(found),
+            },
+            settings={
+                "seq_length": seq_length,
+                "stride": stride,
+                "limit": limit,
+                "detokenizer": "wikitext",
+                "data": _data_record(path, text, original_tokens, tokens.numel()),
+                "warnings": self.limit_warnings(limit, len(requests), len(found)),
+            },
+        )
+
+    def metrics(self, scores: Scores, nll_sum: float, work: Work) -> dict[str, Any]:
+        """Return the perplexities per token and per original word."""
+        return perplexities(
+            nll_sum, scored_tokens=work.counts["scored_tokens"], token_ratio=token_ratio(work)
+        )
+
+    def rows(self, result: Result) -> list[tuple[str, str]]:
+        """Return the perplexities, and the windows that they come from."""
+        m, c, s = result.metrics, result.counts, result.settings
+        rows = [
+            (
+                "adjusted perplexity",
+                f"{m['adjusted_ppl']:.4f}   per word of the original text, as the paper counts",
+            ),
+            ("plain perplexity", f"{m['ppl']:.4f}   per token"),
+            (
+                "average loss",
+                f"{m['avg_loss']:.6f} nats per token, over {c['scored_tokens']:,} tokens",
+            ),
+            (
+                "token ratio",
+                f"{m['token_ratio']:.10f} = ({c['tokenized_tokens']:,} - 1) / "
+                f"({c['original_tokens']:,} - 1)",
+            ),
+            (
+                "protocol",
+                f"windows of {s['seq_length']:,} tokens, stride {s['stride']}, "
+                f"{c['windows']:,} windows",
+            ),
+        ]
+        if m["clamped_at_20"]:
+            note = "Megatron would have clamped the exponent at 20; these are not clamped"
+            rows.insert(1, ("", note))
+        return rows
+
+    def megatron_line(self, result: Result) -> str:
+        """Return the line that Megatron printed for these figures, clamped at exp(20)."""
+        avg_loss, ratio = result.metrics["avg_loss"], result.metrics["token_ratio"]
+        ppl = exponential(min(MEGATRON_CLAMP, avg_loss))
+        adjusted_ppl = exponential(min(MEGATRON_CLAMP, avg_loss * ratio))
+        return (
+            f" validation results on WIKITEXT103 | avg loss: {avg_loss:.4E} | ppl: {ppl:.4E} | "
+            f"adjusted ppl: {adjusted_ppl:.4E} | token ratio: {ratio} |"
+        )
+
+    def workload(self, positions: int) -> Workload:
+        """Return the windows of the paper's file."""
+        from mlm_eval.planning.plan import Passes, Workload
+
+        length = min(MAX_SEQ_LENGTH, positions)
+        found = strided_windows(PAPER_TOKENS, length, WikiTextOptions.stride)
+        shapes = Counter((stop - start - 1, scored) for start, stop, scored in found)
+        passes = [Passes(n, read, scored, scored) for (read, scored), n in shapes.items()]
+        title = f"WikiText-103, {len(found):,} windows of {length:,} tokens"
+        return Workload(self.name, title, passes)
+
+
+WIKITEXT103 = WikiText103()
+
+
+def token_ratio(work: Work) -> float:
+    """Return the predicted tokens for each predicted word, of the whole text."""
+    return (work.counts["tokenized_tokens"] - 1) / (work.counts["original_tokens"] - 1)
 
 
 def detokenize(text: str) -> str:
@@ -104,7 +235,7 @@ def count_original_tokens(text: str) -> int:
     return len(text.strip().split(" "))
 
 
-def windows(num_tokens: int, seq_length: int, stride: int) -> list[tuple[int, int, int]]:
+def strided_windows(num_tokens: int, seq_length: int, stride: int) -> list[tuple[int, int, int]]:
     """Return the windows that score something, as `(start, stop, num_scored)` over the tokens.
 
     Window i starts at token i * stride and reads seq_length + 1 tokens, or up to the end. The first
@@ -127,172 +258,6 @@ def windows(num_tokens: int, seq_length: int, stride: int) -> list[tuple[int, in
     return found
 
 
-@dataclass(frozen=True)
-class Work:
-    """What will be scored, known before a model is: `requests` are views of one token tensor."""
-
-    tokens: Tensor
-    requests: list[Request]
-    total_windows: int
-    original_tokens: int
-    settings: dict[str, Any]
-
-    @property
-    def token_ratio(self) -> float:
-        """Predicted tokens for each predicted word, of the whole text."""
-        return (self.tokens.numel() - 1) / (self.original_tokens - 1)
-
-
-def prepare(
-    data: str | Path | None,
-    *,
-    tokenizer: Tokenizer,
-    positions: int,
-    seq_length: int | None = None,
-    stride: int = 32,
-    limit: int | None = None,
-) -> Work:
-    """Return the windows of `data`; see `evaluate` for the arguments.
-
-    Args:
-        data: File or dataset.
-        tokenizer: The model's own.
-        positions: The model's `max_position_embeddings`.
-        seq_length: Tokens read by a window.
-        stride: Targets scored by each window after the first.
-        limit: Keep the first windows only.
-
-    Raises:
-        InputError: The data cannot be used, or a setting is out of its range.
-    """
-    seq_length = min(MAX_SEQ_LENGTH, positions) if seq_length is None else seq_length
-    _check_settings(positions, seq_length, stride, limit)
-    path, text = _read_text(data)
-    original_tokens = count_original_tokens(text)
-    tokens = torch.tensor(tokenizer.encode(detokenize(text)), dtype=torch.int64)
-    if original_tokens < 2 or tokens.numel() < 2:
-        raise InputError(
-            f"{path} holds {original_tokens} word(s); expected a text of two or more, of which all "
-            f"but the first are predicted"
-        )
-    found = windows(tokens.numel(), seq_length, stride)
-    kept = found[:limit]
-    warnings = []
-    if len(kept) < len(found):
-        warnings.append(
-            f"limit {limit}: only the first {len(kept)} of {len(found)} windows are scored; "
-            f"the figures are not those of the whole text"
-        )
-    return Work(
-        tokens=tokens,
-        requests=[Request(tokens[start:stop], scored) for start, stop, scored in kept],
-        total_windows=len(found),
-        original_tokens=original_tokens,
-        settings={
-            "seq_length": seq_length,
-            "stride": stride,
-            "limit": limit,
-            "detokenizer": "wikitext",
-            "data": _data_record(path, text, original_tokens, tokens.numel()),
-            "warnings": warnings,
-        },
-    )
-
-
-def _data_record(path: str, text: str, original_tokens: int, tokens: int) -> dict[str, Any]:
-    """Return what the record says about the text; `sha256` is that of the text as a file."""
-    content = text.encode()
-    sha256 = hashlib.sha256(content).hexdigest()
-    unk_count = text.count("<unk>")
-    return {
-        "path": path,
-        "sha256": sha256,
-        "bytes": len(content),
-        "original_tokens": original_tokens,
-        "tokenized_tokens": tokens,
-        "unk_count": unk_count,
-        "paper_file": sha256 == PAPER_SHA256,
-        "warnings": data_warnings(path, sha256, original_tokens, unk_count),
-    }
-
-
-def evaluate(
-    engine: Engine,
-    data: str | Path | None = None,
-    *,
-    tokenizer: Tokenizer,
-    seq_length: int | None = None,
-    stride: int = 32,
-    limit: int | None = None,
-    on_progress: OnProgress | None = None,
-    partial: PartialScores | None = None,
-) -> Result:
-    """Return the paper's zero-shot perplexity of a GPT model.
-
-    Args:
-        engine: The loaded model.
-        data: The paper's wiki.test.tokens or another file of its form, a folder saved by
-            `datasets`, a `datasets` name (`wikitext:wikitext-103-v1:test`), or None for that one.
-        tokenizer: The model's own.
-        seq_length: Tokens read by a window; None for 1024, or the model's positions if fewer.
-        stride: Targets scored by each window after the first; Megatron's `--overlapping-eval`.
-        limit: Score the first windows only.
-        on_progress: Called with tokens done and tokens in all.
-        partial: Scores kept from an interrupted run.
-
-    Raises:
-        InputError: The data cannot be used, a setting is out of its range, or the tokenizer is not
-            the model's.
-    """
-    config = engine.checkpoint.config
-    misfit = check_fits(tokenizer, config.vocab_size)
-    work = prepare(
-        data,
-        tokenizer=tokenizer,
-        positions=config.max_position_embeddings,
-        seq_length=seq_length,
-        stride=stride,
-        limit=limit,
-    )
-    if misfit is not None:
-        work.settings["warnings"].append(misfit)
-    return score(engine, work, tokenizer=tokenizer, on_progress=on_progress, partial=partial)
-
-
-def score(
-    engine: Engine,
-    work: Work,
-    *,
-    tokenizer: Tokenizer,
-    on_progress: OnProgress | None = None,
-    partial: PartialScores | None = None,
-) -> Result:
-    """Return the result of prepared work; every rank takes part and gets the same one."""
-    scores = engine.score(work.requests, on_progress=on_progress, partial=partial)
-    nll_sum = math.fsum(scores.nll_sums().tolist())
-    scored_tokens = sum(request.num_scored for request in work.requests)
-    return Result(
-        task="wikitext103",
-        protocol="megatron-paper",
-        metrics=perplexities(nll_sum, scored_tokens=scored_tokens, token_ratio=work.token_ratio),
-        counts={
-            "original_tokens": work.original_tokens,
-            "tokenized_tokens": work.tokens.numel(),
-            "scored_tokens": scored_tokens,
-            "windows": len(work.requests),
-            "total_windows": work.total_windows,
-        },
-        settings={
-            **engine_settings(engine, tokenizer),
-            **work.settings,
-            "warnings": [*work.settings["warnings"], *loss_warnings(nll_sum)],
-        },
-        checkpoint=checkpoint_record(engine.checkpoint),
-        timing=timing_record(engine, work.requests, scores.seconds, partial),
-        versions=versions(),
-    )
-
-
 def perplexities(nll_sum: float, *, scored_tokens: int, token_ratio: float) -> dict[str, Any]:
     """Return the metrics of a sum of losses.
 
@@ -310,17 +275,6 @@ def perplexities(nll_sum: float, *, scored_tokens: int, token_ratio: float) -> d
         "token_ratio": token_ratio,
         "clamped_at_20": avg_loss > MEGATRON_CLAMP or avg_loss * token_ratio > MEGATRON_CLAMP,
     }
-
-
-def megatron_line(result: Result) -> str:
-    """Return the line that Megatron printed for these figures, its clamp at exp(20) included."""
-    avg_loss, ratio = result.metrics["avg_loss"], result.metrics["token_ratio"]
-    ppl = exponential(min(MEGATRON_CLAMP, avg_loss))
-    adjusted_ppl = exponential(min(MEGATRON_CLAMP, avg_loss * ratio))
-    return (
-        f" validation results on WIKITEXT103 | avg loss: {avg_loss:.4E} | ppl: {ppl:.4E} | "
-        f"adjusted ppl: {adjusted_ppl:.4E} | token ratio: {ratio} |"
-    )
 
 
 def restore_text(rows: Sequence[str], name: str) -> str:
@@ -344,16 +298,16 @@ def restore_text(rows: Sequence[str], name: str) -> str:
     )
 
 
-def data_warnings(path: str, sha256: str, original_tokens: int, unk_count: int) -> list[str]:
+def data_warnings(path: str, digest: str, original_tokens: int, unk_count: int) -> list[str]:
     """Return why a text is not the paper's, in one sentence; nothing if it is."""
-    if sha256 == PAPER_SHA256:
+    if digest == PAPER_TEXT_DIGEST:
         return []
     found = f"{original_tokens:,} words and {unk_count:,} <unk>"
     same_words = original_tokens == PAPER_ORIGINAL_TOKENS
     if same_words and unk_count == WIKITEXT2_UNK_COUNT:
         what = f"is WikiText-2's test file, the same text with more words left out ({found})"
     elif same_words and unk_count == PAPER_UNK_COUNT:
-        what = f"has the paper's {found} but other bytes (sha256 {sha256[:12]}...)"
+        what = f"has the paper's {found} but other bytes (sha256 {digest[:12]}...)"
     elif original_tokens == RAW_ORIGINAL_TOKENS and not unk_count:
         what = f"is the raw form of the test set ({found})"
     elif original_tokens == BLANK_LINES_LOST_ORIGINAL_TOKENS and unk_count == PAPER_UNK_COUNT:
@@ -370,13 +324,24 @@ def data_warnings(path: str, sha256: str, original_tokens: int, unk_count: int) 
     ]
 
 
-def _read_text(data: str | Path | None) -> tuple[str, str]:
-    """Return the name of the data and its text."""
-    raw = read_data(data, column="text", default=HUB)
-    return raw.path, raw.text() if raw.rows is None else restore_text(raw.rows, raw.path)
+def _data_record(path: str, text: str, original_tokens: int, tokens: int) -> dict[str, Any]:
+    """Return what the record says about the text; `sha256` is that of the text as a file."""
+    content = text.encode()
+    digest = sha256([content])
+    unk_count = text.count("<unk>")
+    return {
+        "path": path,
+        "sha256": digest,
+        "bytes": len(content),
+        "original_tokens": original_tokens,
+        "tokenized_tokens": tokens,
+        "unk_count": unk_count,
+        "paper_file": digest == PAPER_TEXT_DIGEST,
+        "warnings": data_warnings(path, digest, original_tokens, unk_count),
+    }
 
 
-def _check_settings(positions: int, seq_length: int, stride: int, limit: int | None) -> None:
+def _check_settings(positions: int, seq_length: int, stride: int) -> None:
     if not 1 <= seq_length <= positions:
         raise InputError(
             f"--seq-length {seq_length}: the model has {positions} positions; choose 1 to "
@@ -387,5 +352,3 @@ def _check_settings(positions: int, seq_length: int, stride: int, limit: int | N
             f"--stride {stride}: windows read {seq_length} tokens; choose 1 to {seq_length}, or "
             f"some targets would never be scored"
         )
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit {limit}: choose 1 or more windows")

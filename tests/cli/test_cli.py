@@ -90,7 +90,10 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     ),
     "merges without a vocabulary": (["--merge-file", "{folder}/m.txt"], ["--merge-file"]),
     "no such data": (["--data", "{folder}/none.txt"], ["none.txt does not exist", "--data"]),
-    "data in another encoding": (["--data", "{folder}/latin.txt"], ["latin.txt is not UTF-8"]),
+    "data in another encoding": (
+        ["--data", "{folder}/latin.txt"],
+        ["latin.txt, line 1 is not UTF-8"],
+    ),
     "empty data": (["--data", "{folder}/empty.txt"], ["empty.txt is empty"]),
     "output below a file": (
         ["--output", "{folder}/wiki.tokens/out.json"],
@@ -158,7 +161,7 @@ def test_a_bert_is_no_left_to_right_model(run, folder, task):
     ("content", "message"),
     [
         ('{"text": "the cat"}\n{"text": "one"}\n', "line 2: 'one' has no context"),
-        ('{"text": "the cat"}\n{"txt": "one"}\n', "line 2 holds"),
+        ('{"text": "the cat"}\n{"txt": "one"}\n', "line 2: 'text' is missing"),
         ("the cat sat\n", "line 1 is not JSON"),
     ],
 )

@@ -23,7 +23,7 @@ from mlm_eval.engine.resume import PartialScores, resume_key
 from mlm_eval.engine.score import ScoringBatch
 from mlm_eval.model.gpt import GPT
 from mlm_eval.reporting.results import Result
-from mlm_eval.tasks.zero_shot import wikitext103
+from mlm_eval.tasks.zero_shot.wikitext103 import WIKITEXT103, WikiTextOptions, strided_windows
 
 CONFIG = random_models.config(vocab_size=256)
 WORDS = " ".join(f"word{n}" for n in range(40))
@@ -59,14 +59,13 @@ def run_on_a_rank(
     resume.FLUSH_SECONDS = -1.0  # after every batch
     engine = Engine.load(random_models.checkpoint(CONFIG), tp=tp, dp=dp, batch_tokens=3 * 16)
     words = load_tokenizer(directory=folder / "vocabulary")
-    work = wikitext103.prepare(
-        folder / "text", tokenizer=words, positions=16, stride=4, limit=limit
-    )
+    options = WikiTextOptions(data=str(folder / "text"), stride=4)
+    work = WIKITEXT103.prepare(options, tokenizer=words, positions=16, limit=limit)
     partial = PartialScores(folder / "out.json.partial", "the key", resume=go_on)
     known = len(partial.finished())
     result = None
     with suppress(Stopped), stopping_after(allowed) as scored:
-        result = wikitext103.score(engine, work, tokenizer=words, partial=partial)
+        result = WIKITEXT103.score(engine, work, tokenizer=words, partial=partial)
     return scored, known, result
 
 
@@ -102,7 +101,7 @@ def kept(folder: Path) -> list[int]:
     return found
 
 
-WINDOWS = len(wikitext103.windows(len(WORDS), 16, 4))
+WINDOWS = len(strided_windows(len(WORDS), 16, 4))
 
 
 @pytest.mark.parametrize(

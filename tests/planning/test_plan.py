@@ -33,7 +33,6 @@ from mlm_eval.model.memory import (
 )
 from mlm_eval.model.sizes import named_config
 from mlm_eval.planning.plan import OUTSIDE, ResourcePlan, make_plan, parse_throughput
-from mlm_eval.tasks import workloads as work
 from mlm_eval.tasks.workloads import workloads
 from mlm_eval.training.data import NO_LABEL, Sample, collate
 from mlm_eval.training.objectives import CausalLM, MultipleChoice, Objective
@@ -244,9 +243,9 @@ def test_wikitext_costs_what_its_windows_cost():
     first = planned(config, task="wikitext103").work[0]
     engine = Engine.load(new_checkpoint(config, seed=1))
     tokens = torch.zeros(270_330, dtype=torch.int64)
-    from mlm_eval.tasks.zero_shot.wikitext103 import windows
+    from mlm_eval.tasks.zero_shot.wikitext103 import strided_windows
 
-    found = windows(270_330, 1024, 32)
+    found = strided_windows(270_330, 1024, 32)
     assert len(found) == 8_417 and "8,417 windows" in first.title
     requests = [Request(tokens[start:stop], scored) for start, stop, scored in found]
     assert first.evaluation_flops == pytest.approx(engine.flops(requests), rel=1e-12)
@@ -278,16 +277,14 @@ def test_the_counts_are_those_of_the_papers_files(shared_data: Path):
     from mlm_eval.tasks.zero_shot import lambada, wikitext103
 
     words = load_tokenizer(directory=shared_data / "gpt2")
-    text = wikitext103.prepare(
-        shared_data / "wikitext-103" / "wiki.test.tokens", tokenizer=words, positions=1024
-    )
-    assert text.tokens.numel() == work.WIKITEXT_TOKENS
-    passages = lambada.prepare(
-        shared_data / "lambada" / "lambada_test.jsonl", tokenizer=words, positions=1024
-    )
-    assert len(passages.requests) == work.LAMBADA_PASSAGES
-    assert sum(request.length for request in passages.requests) == work.LAMBADA_TOKENS
-    assert sum(request.num_scored for request in passages.requests) == work.LAMBADA_TARGETS
+    file = wikitext103.WikiTextOptions(data=str(shared_data / "wikitext-103" / "wiki.test.tokens"))
+    text = wikitext103.WIKITEXT103.prepare(file, tokenizer=words, positions=1024)
+    assert text.counts["tokenized_tokens"] == wikitext103.PAPER_TOKENS
+    lines = lambada.ClozeOptions(data=str(shared_data / "lambada" / "lambada_test.jsonl"))
+    passages = lambada.LAMBADA.prepare(lines, tokenizer=words, positions=1024)
+    assert len(passages.requests) == lambada.PAPER_PASSAGES
+    assert sum(request.length for request in passages.requests) == lambada.PAPER_READ_TOKENS
+    assert passages.counts["target_tokens"] == lambada.PAPER_TARGET_TOKENS
 
 
 def test_training_costs_three_forward_passes_and_recomputation_a_fourth():

@@ -26,6 +26,8 @@ from mlm_eval.engine.score import Request, Scores
 from mlm_eval.ranks.mesh import Mesh
 from mlm_eval.reporting.results import Result
 from mlm_eval.tasks.zero_shot import wikitext103
+from mlm_eval.tasks.zero_shot.benchmark import Work
+from mlm_eval.tasks.zero_shot.wikitext103 import WIKITEXT103, WikiTextOptions, token_ratio
 
 SMALL_TEXT = (
     ' \n = A title = \n \n He said : " some @-@ thing , else " . It <unk> \'s 1 @,@ 234 @.@ 5 '
@@ -136,7 +138,7 @@ def test_words_are_what_stands_between_single_spaces(text, words):
     ],
 )
 def test_windows(num_tokens, seq_length, stride, expected):
-    assert wikitext103.windows(num_tokens, seq_length, stride) == expected
+    assert wikitext103.strided_windows(num_tokens, seq_length, stride) == expected
 
 
 def megatron_targets(num_tokens: int, seq_length: int, overlap: int) -> dict[int, int]:
@@ -156,7 +158,7 @@ def megatron_targets(num_tokens: int, seq_length: int, overlap: int) -> dict[int
 
 def our_targets(num_tokens: int, seq_length: int, stride: int) -> dict[int, int]:
     found: dict[int, int] = {}
-    for start, stop, num_scored in wikitext103.windows(num_tokens, seq_length, stride):
+    for start, stop, num_scored in wikitext103.strided_windows(num_tokens, seq_length, stride):
         assert 1 <= num_scored < stop - start <= seq_length + 1
         for target in range(stop - num_scored, stop):
             assert target not in found
@@ -176,7 +178,10 @@ def test_windows_score_each_target_once_in_megatrons_context():
     ("num_tokens", "stride", "count"), [(270_330, 32, 8417), (270_330, 1024, 264), (8_527, 256, 34)]
 )
 def test_number_of_windows_on_the_papers_text(num_tokens, stride, count):
-    assert len(wikitext103.windows(num_tokens, 1024 if stride != 256 else 256, stride)) == count
+    assert (
+        len(wikitext103.strided_windows(num_tokens, 1024 if stride != 256 else 256, stride))
+        == count
+    )
 
 
 # --- Evaluating ---------------------------------------------------------------------------------
@@ -198,6 +203,27 @@ def tokenizer(tmp_path) -> Tokenizer:
 def log_prob(context: tuple[int, ...], target: int) -> float:
     """Return a value that depends on every token of the context and sums exactly in float64."""
     return -(1 + hash((context, target)) % 4093) / 1024
+
+
+def prepare(
+    data: str | Path | None,
+    *,
+    tokenizer: Tokenizer,
+    positions: int,
+    limit: int | None = None,
+    **options: Any,
+) -> Work:
+    """Return the requests for a model with this tokenizer's vocabulary."""
+    sizes: Any = SimpleNamespace(vocab_size=tokenizer.vocab_size, max_position_embeddings=positions)
+    own = WikiTextOptions(data=None if data is None else str(data), **options)
+    return WIKITEXT103.work_for(sizes, own, tokenizer=tokenizer, limit=limit)
+
+
+def tokens_of(work: Work) -> torch.Tensor:
+    """Return the tensor that the windows are views of."""
+    base = work.requests[0].tokens._base
+    assert base is not None
+    return base
 
 
 class ContextEngine(Engine):
@@ -265,7 +291,7 @@ def test_every_token_is_scored_once_in_its_window(
     small_file, tokenizer, positions, seq_length, stride
 ):
     engine = ContextEngine(positions=positions)
-    result = wikitext103.evaluate(
+    result = WIKITEXT103.evaluate(
         engine, small_file, tokenizer=tokenizer, seq_length=seq_length, stride=stride
     )
 
@@ -294,10 +320,11 @@ def test_every_token_is_scored_once_in_its_window(
 
 
 def test_windows_are_views_of_one_tensor_in_order(small_file, tokenizer):
-    work = wikitext103.prepare(small_file, tokenizer=tokenizer, positions=16, stride=4)
-    assert work.tokens.dtype == torch.int64
-    storage = work.tokens.untyped_storage()
-    assert storage.nbytes() == work.tokens.numel() * 8
+    work = prepare(small_file, tokenizer=tokenizer, positions=16, stride=4)
+    tokens = tokens_of(work)
+    assert tokens.dtype == torch.int64
+    storage = tokens.untyped_storage()
+    assert storage.nbytes() == tokens.numel() * 8
     for number, request in enumerate(work.requests):
         assert request.tokens.untyped_storage().data_ptr() == storage.data_ptr()
         assert request.tokens.storage_offset() == number * 4
@@ -306,8 +333,8 @@ def test_windows_are_views_of_one_tensor_in_order(small_file, tokenizer):
 def test_limit_keeps_the_first_windows_and_says_so(small_file, tokenizer):
     whole, cut = ContextEngine(), ContextEngine()
     sizes: dict[str, Any] = {"tokenizer": tokenizer, "seq_length": 16, "stride": 4}
-    everything = wikitext103.evaluate(whole, small_file, **sizes)
-    result = wikitext103.evaluate(cut, small_file, **sizes, limit=3)
+    everything = WIKITEXT103.evaluate(whole, small_file, **sizes)
+    result = WIKITEXT103.evaluate(cut, small_file, **sizes, limit=3)
     assert [r.tokens.tolist() for r in cut.scored] == [r.tokens.tolist() for r in whole.scored[:3]]
     assert result.counts["scored_tokens"] == 16 + 4 + 4
     assert result.metrics["avg_loss"] == result.metrics["nll_sum"] / 24
@@ -317,14 +344,14 @@ def test_limit_keeps_the_first_windows_and_says_so(small_file, tokenizer):
     assert result.counts["total_windows"] == len(whole.scored)
     assert any("only the first 3 of" in warning for warning in result.warnings)
     assert not any("only the first" in warning for warning in everything.warnings)
-    beyond = wikitext103.evaluate(ContextEngine(), small_file, tokenizer=tokenizer, limit=10**6)
+    beyond = WIKITEXT103.evaluate(ContextEngine(), small_file, tokenizer=tokenizer, limit=10**6)
     assert not any("only the first" in warning for warning in beyond.warnings)
 
 
 def test_record_has_the_fields_of_the_contract(small_file, tokenizer, tmp_path):
     engine = ContextEngine()
     progress, partial = object(), NothingDone()
-    result = wikitext103.evaluate(
+    result = WIKITEXT103.evaluate(
         engine, small_file, tokenizer=tokenizer, on_progress=progress, partial=partial
     )  # fmt: skip
     assert engine.passed == {"on_progress": progress, "partial": partial}
@@ -361,13 +388,13 @@ def test_figures_are_never_clamped_but_say_where_megatrons_would_be(avg_loss, ra
 
 
 def test_a_hopeless_model_still_gives_valid_json(small_file, tokenizer):
-    result = wikitext103.evaluate(ContextEngine(scale=1000.0), small_file, tokenizer=tokenizer)
+    result = WIKITEXT103.evaluate(ContextEngine(scale=1000.0), small_file, tokenizer=tokenizer)
     assert result.metrics["ppl"] == math.inf
     record = json.loads(result.to_json())
     assert record["metrics"]["ppl"] is None
     assert "infinity" in record["metrics"]["ppl_note"]
     assert record["metrics"]["avg_loss"] > 709
-    broken = wikitext103.evaluate(ContextEngine(scale=math.nan), small_file, tokenizer=tokenizer)
+    broken = WIKITEXT103.evaluate(ContextEngine(scale=math.nan), small_file, tokenizer=tokenizer)
     assert json.loads(broken.to_json())["metrics"]["nll_sum"] is None
     assert any("summed loss is nan" in warning for warning in broken.warnings)
 
@@ -395,18 +422,18 @@ def result_with(metrics: dict[str, Any]) -> Result:
 )
 def test_megatrons_line(avg_loss, ratio, line):
     result = result_with(wikitext103.perplexities(avg_loss * 4, scored_tokens=4, token_ratio=ratio))
-    assert wikitext103.megatron_line(result) == f" validation results on WIKITEXT103 | {line}"
+    assert WIKITEXT103.megatron_line(result) == f" validation results on WIKITEXT103 | {line}"
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused_before_scoring(small_file, tokenizer):
     engine = ContextEngine(vocab_size=255)
     with pytest.raises(InputError, match="256 entries but the model has 255 rows"):
-        wikitext103.evaluate(engine, small_file, tokenizer=tokenizer)
+        WIKITEXT103.evaluate(engine, small_file, tokenizer=tokenizer)
     assert engine.scored == []
 
 
 def test_a_doubtful_tokenizer_is_recorded(small_file, tokenizer):
-    result = wikitext103.evaluate(ContextEngine(vocab_size=50304), small_file, tokenizer=tokenizer)
+    result = WIKITEXT103.evaluate(ContextEngine(vocab_size=50304), small_file, tokenizer=tokenizer)
     assert any("50304 rows" in warning for warning in result.settings["warnings"])
 
 
@@ -423,12 +450,12 @@ def test_a_doubtful_tokenizer_is_recorded(small_file, tokenizer):
 )
 def test_settings_out_of_range(small_file, tokenizer, settings, message):
     with pytest.raises(InputError, match=message):
-        wikitext103.prepare(small_file, tokenizer=tokenizer, positions=16, **settings)
+        prepare(small_file, tokenizer=tokenizer, positions=16, **settings)
 
 
 def test_default_stride_needs_a_window_of_its_size(small_file, tokenizer):
     with pytest.raises(InputError, match="--stride 32: windows read 16 tokens"):
-        wikitext103.prepare(small_file, tokenizer=tokenizer, positions=16)
+        prepare(small_file, tokenizer=tokenizer, positions=16)
 
 
 # --- Data ---------------------------------------------------------------------------------------
@@ -446,7 +473,7 @@ def test_unusable_files_are_named_with_the_reason(tmp_path, tokenizer, content, 
     path = tmp_path / "wiki.test.tokens"
     path.write_bytes(content)
     with pytest.raises(InputError, match=message) as caught:
-        wikitext103.prepare(path, tokenizer=tokenizer, positions=16, stride=4)
+        prepare(path, tokenizer=tokenizer, positions=16, stride=4)
     assert str(path) in str(caught.value)
 
 
@@ -477,8 +504,8 @@ def test_a_saved_set_is_read_as_the_file(tmp_path, tokenizer):
 
     rows = datasets.Dataset.from_dict({"text": hub_rows(SMALL_TEXT)})
     rows.save_to_disk(tmp_path / "set")
-    work = wikitext103.prepare(tmp_path / "set", tokenizer=tokenizer, positions=64)
-    assert work.tokens.tolist() == tokenizer.encode(wikitext103.detokenize(SMALL_TEXT))
+    work = prepare(tmp_path / "set", tokenizer=tokenizer, positions=64)
+    assert tokens_of(work).tolist() == tokenizer.encode(wikitext103.detokenize(SMALL_TEXT))
     data = work.settings["data"]
     assert data["path"] == f"{tmp_path / 'set'}:test"
     assert data["sha256"] == hashlib.sha256(SMALL_TEXT.encode()).hexdigest()
@@ -522,18 +549,18 @@ def gpt2(shared_data) -> Tokenizer:
     ],
 )
 def test_real_files(shared_data, gpt2, name, words, tokens, unk, count, says):
-    work = wikitext103.prepare(shared_data / name, tokenizer=gpt2, positions=1024)
+    work = prepare(shared_data / name, tokenizer=gpt2, positions=1024)
     data = work.settings["data"]
     assert data["original_tokens"] == words
     assert data["tokenized_tokens"] == tokens
     assert data["unk_count"] == unk
-    assert len(work.requests) == work.total_windows == count
+    assert len(work.requests) == work.counts["total_windows"] == count
     assert sum(request.num_scored for request in work.requests) == tokens - 1
     assert data["paper_file"] is (says is None)
     assert len(data["warnings"]) == (0 if says is None else 1)
     if says is None:
         assert data["bytes"] == 1_281_077
-        assert f"{work.token_ratio:.10f}" == "1.1008449901"
+        assert f"{token_ratio(work):.10f}" == "1.1008449901"
     else:
         assert says in data["warnings"][0]
 
@@ -548,24 +575,24 @@ def test_the_papers_file_comes_back_from_a_set_with_the_hubs_rows(shared_data, g
     assert rows.count("") == 1_467
     assert wikitext103.count_original_tokens("".join(rows)) == 244_101  # what a plain join gives
     datasets.Dataset.from_dict({"text": rows}).save_to_disk(tmp_path / "hub")
-    work = wikitext103.prepare(tmp_path / "hub", tokenizer=gpt2, positions=1024)
+    work = prepare(tmp_path / "hub", tokenizer=gpt2, positions=1024)
     data = work.settings["data"]
     assert wikitext103.restore_text(rows, "set") == text
     assert data["original_tokens"] == 245_566
     assert data["paper_file"] is True
-    assert data["sha256"] == wikitext103.PAPER_SHA256
+    assert data["sha256"] == wikitext103.PAPER_TEXT_DIGEST
 
 
 @pytest.mark.realdata
 def test_the_small_file_that_megatron_ran(shared_data, oracles, gpt2):
     path = oracles / "zeroshot" / "wiki_small.test.tokens"
-    work = wikitext103.prepare(path, tokenizer=gpt2, positions=256)
-    assert (work.original_tokens, work.tokens.numel()) == (7_930, 8_527)
-    assert repr(work.token_ratio) == "1.075293227393114"
+    work = prepare(path, tokenizer=gpt2, positions=256)
+    assert (work.counts["original_tokens"], tokens_of(work).numel()) == (7_930, 8_527)
+    assert repr(token_ratio(work)) == "1.075293227393114"
 
     engine = Engine.load(open_checkpoint(oracles / "v25_gpt2vocab_tp2_trained"))
-    result = wikitext103.score(engine, work, tokenizer=gpt2)
-    assert wikitext103.megatron_line(result) == (
+    result = WIKITEXT103.score(engine, work, tokenizer=gpt2)
+    assert WIKITEXT103.megatron_line(result) == (
         " validation results on WIKITEXT103 | avg loss: 7.6933E+00 | ppl: 2.1936E+03 | "
         "adjusted ppl: 3.9148E+03 | token ratio: 1.075293227393114 |"
     )
