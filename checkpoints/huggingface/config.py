@@ -9,7 +9,7 @@ from typing import Any
 
 from mlm_eval.checkpoints.config import ConfigBuilder, ModelConfig, RopeScaling
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.huggingface.families import Family, Row
+from mlm_eval.checkpoints.huggingface.families import QUANTIZED, Family, Row
 
 DEFAULT = "transformers' default"
 ROTARY_KEYS = (
@@ -86,7 +86,7 @@ def read_config(
         InputError: A setting is missing or of the wrong type, or changes the mathematics in a way
             that is not implemented.
     """
-    for refusal in family.refusals:
+    for refusal in (QUANTIZED, *family.refusals):
         value = hf.get(refusal.key, refusal.default)
         if value not in refusal.harmless:
             raise InputError(

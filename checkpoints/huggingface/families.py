@@ -24,6 +24,19 @@ from mlm_eval.checkpoints.huggingface.layout import (
     Layout,
 )
 
+GELU = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",  # exactly F.gelu(approximate="tanh"): the one to write
+    "gelu_new": "gelu_tanh",  # the same function, in float arithmetic of its own
+    "gelu_fast": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "relu2": "squared_relu",
+}
+"""config.json's activation -> ours; the first of each kind is the one that is written."""
+GATED = {"silu": "swiglu", "swish": "swiglu"}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -62,15 +75,16 @@ class Family:
     """One architecture of transformers."""
 
     model_type: str
-    kind: str  # ModelConfig.family
     model_class: str
     """The class with its language-model head; `Bert` and `MegatronBert` take a head's name."""
-    prefix: str
-    """What the base model's names begin with, in a model with a head."""
     rows: tuple[Row, ...]
     fields: tuple[Field, ...]
-    activations: Mapping[str, str]
-    activation: str
+    kind: str = "gpt"
+    """ModelConfig.family."""
+    prefix: str = "model."
+    """What the base model's names begin with, in a model with a head."""
+    activations: Mapping[str, str] = field(default_factory=lambda: dict(GATED))
+    activation: str = "silu"
     """transformers' default."""
     activation_key: str = "hidden_act"
     tied: bool = False
@@ -80,24 +94,12 @@ class Family:
     switches: Mapping[str, bool] = field(default_factory=dict)
     """Keys of config.json that rows name as their `bias`, with transformers' defaults."""
     refusals: tuple[Refusal, ...] = ()
+    """Besides quantized weights, which no family has here."""
     partial_rotary: float | None = None
     """transformers' default share of rotated channels; None where all are."""
     sliding_window: int | None = None
     """transformers' default of sliding_window."""
 
-
-GELU = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",  # exactly F.gelu(approximate="tanh"): the one to write
-    "gelu_new": "gelu_tanh",  # the same function, in float arithmetic of its own
-    "gelu_fast": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-    "gelu_accurate": "gelu_tanh",
-    "relu2": "squared_relu",
-}
-"""config.json's activation -> ours; the first of each kind is the one that is written."""
-GATED = {"silu": "swiglu", "swish": "swiglu"}
 
 IGNORED_TENSORS = re.compile(
     r"(^|\.)(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$|(^|\.)position_ids$"
@@ -105,11 +107,13 @@ IGNORED_TENSORS = re.compile(
 """Buffers that older versions of transformers stored: causal masks, rotary tables, positions."""
 
 QUANTIZED = Refusal("quantization_config", (None,), "quantized weights")
+NO_WINDOW = Refusal("use_sliding_window", (False,), "sliding windows", False)
 PARALLEL = "attention and MLP side by side (a parallel residual)"
+
+_LAYER = "decoder.layers.{i}"
 
 GPT2 = Family(
     model_type="gpt2",
-    kind="gpt",
     model_class="GPT2LMHeadModel",
     prefix="transformer.",
     tied=True,
@@ -129,7 +133,6 @@ GPT2 = Family(
         Field("init_method_std", "initializer_range", 0.02),
     ),
     refusals=(
-        QUANTIZED,
         Refusal("scale_attn_weights", (True,), "unscaled attention scores", True),
         Refusal("scale_attn_by_inverse_layer_idx", (False,), "scores scaled by layer", False),
         Refusal("add_cross_attention", (False,), "cross-attention", False),
@@ -137,20 +140,20 @@ GPT2 = Family(
     rows=(
         Row("embedding.word_embeddings", ("transformer.wte",), False),
         Row("embedding.position_embeddings", ("transformer.wpe",), False),
-        Row("decoder.layers.{i}.input_layernorm", ("transformer.h.{i}.ln_1",)),
+        Row(f"{_LAYER}.input_layernorm", ("transformer.h.{i}.ln_1",)),
         Row(
-            "decoder.layers.{i}.self_attention.linear_qkv",
+            f"{_LAYER}.self_attention.linear_qkv",
             ("transformer.h.{i}.attn.c_attn",),
             layout=CONV1D_QKV,
         ),
         Row(
-            "decoder.layers.{i}.self_attention.linear_proj",
+            f"{_LAYER}.self_attention.linear_proj",
             ("transformer.h.{i}.attn.c_proj",),
             layout=CONV1D,
         ),
-        Row("decoder.layers.{i}.pre_mlp_layernorm", ("transformer.h.{i}.ln_2",)),
-        Row("decoder.layers.{i}.mlp.linear_fc1", ("transformer.h.{i}.mlp.c_fc",), layout=CONV1D),
-        Row("decoder.layers.{i}.mlp.linear_fc2", ("transformer.h.{i}.mlp.c_proj",), layout=CONV1D),
+        Row(f"{_LAYER}.pre_mlp_layernorm", ("transformer.h.{i}.ln_2",)),
+        Row(f"{_LAYER}.mlp.linear_fc1", ("transformer.h.{i}.mlp.c_fc",), layout=CONV1D),
+        Row(f"{_LAYER}.mlp.linear_fc2", ("transformer.h.{i}.mlp.c_proj",), layout=CONV1D),
         Row("decoder.final_layernorm", ("transformer.ln_f",)),
         Row("output_layer", ("lm_head",), False, optional=True),
     ),
@@ -187,7 +190,7 @@ def _llama_rows(
         qk_norm: Whether queries and keys are normed.
         mlp: The two matrices of an ungated MLP; None for a gated one.
     """
-    own = "decoder.layers.{i}."
+    own = f"{_LAYER}."
     theirs = "model.layers.{i}."
     attention, theirs_attention = f"{own}self_attention.", f"{theirs}self_attn."
     qkv = tuple(f"{theirs_attention}{which}_proj" for which in "qkv")
@@ -230,63 +233,41 @@ _RMS_EPSILON = Field("layernorm_epsilon", "rms_norm_eps", 1e-6)
 
 LLAMA = Family(
     model_type="llama",
-    kind="gpt",
     model_class="LlamaForCausalLM",
-    prefix="model.",
-    activations=GATED,
-    activation="silu",
     constants=_RMS,
     fields=(*_LLAMA_FIELDS, _HEAD_DIM, _RMS_EPSILON),
     switches={"attention_bias": False, "mlp_bias": False},
-    refusals=(QUANTIZED,),
     rows=_llama_rows("attention_bias", "attention_bias", "mlp_bias"),
 )
 MISTRAL = Family(
     model_type="mistral",
-    kind="gpt",
     model_class="MistralForCausalLM",
-    prefix="model.",
-    activations=GATED,
-    activation="silu",
     constants=_RMS,
-    fields=(*_LLAMA_FIELDS, _HEAD_DIM, _RMS_EPSILON),
-    refusals=(QUANTIZED,),
+    fields=LLAMA.fields,
     rows=_llama_rows(False),
     sliding_window=4096,
 )
 QWEN2 = Family(
     model_type="qwen2",
-    kind="gpt",
     model_class="Qwen2ForCausalLM",
-    prefix="model.",
-    activations=GATED,
-    activation="silu",
     constants=_RMS,
-    fields=(*_LLAMA_FIELDS, _HEAD_DIM, _RMS_EPSILON),
-    refusals=(QUANTIZED, Refusal("use_sliding_window", (False,), "sliding windows", False)),
+    fields=LLAMA.fields,
+    refusals=(NO_WINDOW,),
     rows=_llama_rows(True),
 )
 QWEN3 = Family(
     model_type="qwen3",
-    kind="gpt",
     model_class="Qwen3ForCausalLM",
-    prefix="model.",
-    activations=GATED,
-    activation="silu",
     constants={**_RMS, "qk_layernorm": True},
     fields=(*_LLAMA_FIELDS, Field("kv_channels", "head_dim", 128), _RMS_EPSILON),
     switches={"attention_bias": False},
-    refusals=(QUANTIZED, Refusal("use_sliding_window", (False,), "sliding windows", False)),
+    refusals=(NO_WINDOW,),
     rows=_llama_rows("attention_bias", "attention_bias", qk_norm=True),
 )
 _LAYER_NORM_ROPE = {"normalization": "LayerNorm", "position_embedding_type": "rope"}
 STABLELM = Family(
     model_type="stablelm",
-    kind="gpt",
     model_class="StableLmForCausalLM",
-    prefix="model.",
-    activations=GATED,
-    activation="silu",
     constants=_LAYER_NORM_ROPE,
     fields=(
         *_LLAMA_FIELDS,
@@ -295,7 +276,6 @@ STABLELM = Family(
     ),
     switches={"use_qkv_bias": False},
     refusals=(
-        QUANTIZED,
         Refusal("use_parallel_residual", (False,), PARALLEL, False),
         Refusal("qk_layernorm", (False,), "a norm of its own for each head", False),
     ),
@@ -304,9 +284,7 @@ STABLELM = Family(
 )
 STARCODER2 = Family(
     model_type="starcoder2",
-    kind="gpt",
     model_class="Starcoder2ForCausalLM",
-    prefix="model.",
     tied=True,
     activations=GELU,
     activation="gelu_pytorch_tanh",
@@ -317,12 +295,10 @@ STARCODER2 = Family(
         Field("hidden_dropout", "residual_dropout", 0.0),
     ),
     switches={"use_bias": True},
-    refusals=(QUANTIZED,),
     rows=_llama_rows("use_bias", "use_bias", "use_bias", norm_bias=True, mlp=("c_fc", "c_proj")),
 )
 GPT_NEOX = Family(
     model_type="gpt_neox",
-    kind="gpt",
     model_class="GPTNeoXForCausalLM",
     prefix="gpt_neox.",
     activations=GELU,
@@ -340,27 +316,27 @@ GPT_NEOX = Family(
         Field("init_method_std", "initializer_range", 0.02),
     ),
     switches={"attention_bias": True},
-    refusals=(QUANTIZED, Refusal("use_parallel_residual", (False,), PARALLEL, True)),
+    refusals=(Refusal("use_parallel_residual", (False,), PARALLEL, True),),
     partial_rotary=0.25,
     rows=(
         Row("embedding.word_embeddings", ("gpt_neox.embed_in",), False),
-        Row("decoder.layers.{i}.input_layernorm", ("gpt_neox.layers.{i}.input_layernorm",)),
+        Row(f"{_LAYER}.input_layernorm", ("gpt_neox.layers.{i}.input_layernorm",)),
         Row(  # rows [heads, 3, head]: group order as it is
-            "decoder.layers.{i}.self_attention.linear_qkv",
+            f"{_LAYER}.self_attention.linear_qkv",
             ("gpt_neox.layers.{i}.attention.query_key_value",),
             "attention_bias",
         ),
         Row(
-            "decoder.layers.{i}.self_attention.linear_proj",
+            f"{_LAYER}.self_attention.linear_proj",
             ("gpt_neox.layers.{i}.attention.dense",),
             "attention_bias",
         ),
         Row(
-            "decoder.layers.{i}.pre_mlp_layernorm",
+            f"{_LAYER}.pre_mlp_layernorm",
             ("gpt_neox.layers.{i}.post_attention_layernorm",),
         ),
-        Row("decoder.layers.{i}.mlp.linear_fc1", ("gpt_neox.layers.{i}.mlp.dense_h_to_4h",)),
-        Row("decoder.layers.{i}.mlp.linear_fc2", ("gpt_neox.layers.{i}.mlp.dense_4h_to_h",)),
+        Row(f"{_LAYER}.mlp.linear_fc1", ("gpt_neox.layers.{i}.mlp.dense_h_to_4h",)),
+        Row(f"{_LAYER}.mlp.linear_fc2", ("gpt_neox.layers.{i}.mlp.dense_4h_to_h",)),
         Row("decoder.final_layernorm", ("gpt_neox.final_layer_norm",)),
         Row("output_layer", ("embed_out",), False, optional=True),
     ),
@@ -379,7 +355,6 @@ _BERT_FIELDS = (
     Field("init_method_std", "initializer_range", 0.02),
 )
 _BERT_REFUSALS = (
-    QUANTIZED,
     Refusal("is_decoder", (False,), "a causal mask (a decoder)", False),
     Refusal("add_cross_attention", (False,), "cross-attention", False),
     Refusal("position_embedding_type", ("absolute",), "relative positions", "absolute"),
