@@ -23,7 +23,7 @@ SAMPLE      := checkpoints/samples
 SAMPLE_ARGS := --ckpt $(SAMPLE)/gpt --tokenizer $(SAMPLE)/gpt/tokenizer --device cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint typecheck wheel notebooks bench bench-race clean links
+.PHONY: help demo test test-fast test-portable lint typecheck wheel notebooks bench bench-race clean links
 
 help: ## list the targets and the variables
 	@echo 'usage: make TARGET [VARIABLE=value ...]'
@@ -99,6 +99,12 @@ demo: $(RUN_STAMP) ## evaluate the sample checkpoint that ships, on one process 
 
 test: $(DEV_STAMP) ## run the tests, but for those marked slow
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(DEV_STAMP) ## run the tests that start no process: about a minute
+	$(BIN)/python -m pytest -m 'not process and not slow' $(PYTEST_ARGS)
+
+test-portable: $(DEV_STAMP) ## run them as other processors and numbers of threads would (hours)
+	$(BIN)/python tests/support/portable.py $(PYTEST_ARGS)
 
 lint: $(DEV_STAMP) ## check style, formatting and spelling
 	$(BIN)/ruff check .

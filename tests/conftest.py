@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import processes
 
 # Before anything imports them: a test that reaches for the Hub is to fail at once and everywhere,
 # not to pass on the machines that have a network.
@@ -27,12 +29,20 @@ def pytest_configure(config: pytest.Config) -> None:
     for marker in (
         "realdata: needs ../shared/data (or $MLM_EVAL_DATA); skipped where it is absent",
         "slow: takes minutes; never part of the default run, choose it with -m slow",
+        "process: starts processes; given by tests/support/processes.py where it can be seen",
     ):
         config.addinivalue_line("markers", marker)
     for variable in ("MLM_EVAL_DATA", "MLM_EVAL_ORACLES"):
         if variable in os.environ and not Path(os.environ[variable]).is_dir():
             # Skipping here would hide a misspelt path behind a green run.
             raise pytest.UsageError(f"${variable} is {os.environ[variable]!r}, which is no folder")
+    processes.watch()
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that start processes."""
+    processes.mark(items)
 
 
 def optional_folder(variable: str, default: Path) -> Path:
@@ -44,8 +54,16 @@ def optional_folder(variable: str, default: Path) -> Path:
     return folder
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail a test that has started processes, in its fixtures too, without the marker."""
+    yield
+    processes.check(item)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a `realdata` test where there is no real data, whatever fixtures it asks for."""
+    processes.started.clear()
     if item.get_closest_marker("realdata"):
         optional_folder("MLM_EVAL_DATA", SHARED / "data")
 

@@ -1,0 +1,106 @@
+"""Which tests start processes: found by reading them, and checked while they run.
+
+A test gets the marker `process` when it uses `subprocess` or `multiprocessing`, itself or through
+functions and fixtures of its file and of tests/support (ranks, the command line as a user runs it).
+What starts processes deep inside the product cannot be read off: such a test carries the marker
+itself, and fails without it.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import multiprocessing.process
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.paths import SUPPORT
+
+STARTERS = ("subprocess", "multiprocessing")
+started: list[str] = []
+"""What the running test has started."""
+
+
+@functools.cache
+def names_that_start(file: Path) -> frozenset[str]:
+    """Return the functions, fixtures and variables of a file that start processes when used."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tainted: set[str] = set()
+    plugins: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            tainted |= {
+                (alias.asname or alias.name).partition(".")[0]
+                for alias in node.names
+                if alias.name.partition(".")[0] in STARTERS
+            }
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {alias.name: alias.asname or alias.name for alias in node.names}
+            if node.module.partition(".")[0] in STARTERS:
+                tainted |= set(names.values())
+            elif node.module.startswith("support."):
+                theirs = names_that_start(SUPPORT / f"{node.module[8:]}.py")
+                tainted |= {ours for name, ours in names.items() if name in theirs}
+            elif node.module == "support":  # `ranks.run_ranks`: its attributes are looked up below
+                for name in names:
+                    tainted |= names_that_start(SUPPORT / f"{name}.py")
+        elif isinstance(node, ast.Constant) and str(node.value).startswith("support."):
+            plugins.add(str(node.value))  # pytest_plugins = ["support.minilm_fixtures"]
+    for plugin in plugins:
+        if (SUPPORT / f"{plugin[8:]}.py").is_file():
+            tainted |= names_that_start(SUPPORT / f"{plugin[8:]}.py")
+    uses = {name: _names_in(node) for node in tree.body for name in _defined_by(node)}
+    while found := {name for name, used in uses.items() if name not in tainted and used & tainted}:
+        tainted |= found
+    return frozenset(tainted)
+
+
+def _defined_by(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    if isinstance(node, ast.Assign):
+        return [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return []
+
+
+def _names_in(node: ast.stmt) -> set[str]:
+    """Return the names that a definition uses, those of its parameters (fixtures) included."""
+    found = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+    found |= {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
+    return found | {part.arg for part in ast.walk(node) if isinstance(part, ast.arg)}
+
+
+def mark(items: list[pytest.Item]) -> None:
+    """Add the marker `process` to the tests that start processes."""
+    for item in items:
+        tainted = names_that_start(item.path)
+        name = getattr(item, "originalname", item.name)
+        if name in tainted or tainted & set(getattr(item, "fixturenames", ())):
+            item.add_marker("process")
+
+
+def watch() -> None:
+    """Note from now on what is started from here; small programs of the system do not count."""
+    begin, start = subprocess.Popen.__init__, multiprocessing.process.BaseProcess.start
+
+    def noted(self: Any, args: Any, *more: Any, **options: Any) -> None:
+        program = str(args if isinstance(args, str | Path) else args[0])
+        if Path(program).name.startswith(("python", "mlm-eval", "make")):
+            started.append(program)
+        begin(self, args, *more, **options)
+
+    def noted_start(self: Any) -> None:
+        started.append("a process of multiprocessing")
+        start(self)
+
+    subprocess.Popen.__init__ = noted  # type: ignore[method-assign]
+    multiprocessing.process.BaseProcess.start = noted_start  # type: ignore[method-assign]
+
+
+def check(item: pytest.Item) -> None:
+    """Fail the test that has started a process and does not carry the marker."""
+    if started and not item.get_closest_marker("process"):
+        pytest.fail(f"starts a process ({started[0]}): mark it with @pytest.mark.process")
