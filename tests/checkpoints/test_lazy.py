@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import random
+import itertools
 import resource
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.properties import thorough
 from torch import Tensor
 
 from mlm_eval.checkpoints import lazy
@@ -38,6 +41,7 @@ class Source:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.files = itertools.count()
         self.generator = torch.Generator().manual_seed(5)
 
     def random(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -45,7 +49,7 @@ class Source:
 
     def stored(self, tensor: Tensor, *, gap: int = 0) -> StoredTensor:
         """Write the storage of `tensor` to a file; `gap` bytes before it spoil its alignment."""
-        path = self.folder / f"{len(list(self.folder.iterdir()))}.bin"
+        path = self.folder / f"{next(self.files)}.bin"
         whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
         path.write_bytes(b"." * (16 + gap) + whole.numpy().tobytes())
         offset = 16 + gap + tensor.storage_offset() * tensor.element_size()
@@ -57,183 +61,122 @@ def source(tmp_path: Path) -> Source:
     return Source(tmp_path)
 
 
-def stored(s: Source) -> Pair:
-    x = s.random(9, 7)
-    return s.stored(x), x
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def stored_transposed(s: Source) -> Pair:
-    x = s.random(7, 9).t()
-    return s.stored(x), x
+@st.composite
+def stored(draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype, source: Source) -> Pair:
+    """A tensor in a file: strided, transposed or expanded, and at any byte."""
+    order = draw(st.permutations(range(len(shape))))
+    steps = draw(st.lists(st.integers(1, 3), min_size=len(shape), max_size=len(shape)))
+    first = draw(st.integers(0, 2))
+    sizes = [first + size * step for size, step in zip(shape, steps, strict=True)]
+    x = source.random(*(sizes[dim] for dim in order), dtype=dtype)
+    x = x.permute(*(order.index(dim) for dim in range(len(shape))))
+    for dim, (size, step) in enumerate(zip(shape, steps, strict=True)):
+        x = x.narrow(dim, first, size * step)[(slice(None),) * dim + (slice(None, None, step),)]
+    if draw(st.booleans()) and shape[0]:
+        x = x[:1].expand(shape)
+    x = x if x.numel() else torch.empty(shape, dtype=dtype)  # without an offset of its own
+    assert x.shape == shape
+    return source.stored(x, gap=draw(st.sampled_from([0, 0, 1, 3]))), x
 
 
-def stored_strided(s: Source) -> Pair:
-    x = s.random(20, 30)[3:18:2, 1::4]
-    return s.stored(x), x
+def in_memory(shape: tuple[int, ...], dtype: torch.dtype, source: Source) -> st.SearchStrategy:
+    def made() -> Pair:
+        x = source.random(*shape, dtype=dtype)
+        return InMemory(x), x
+
+    return st.builds(made)
 
 
-def stored_unaligned(s: Source) -> Pair:
-    x = s.random(20, 30)[3:18:2, 1::4]
-    return s.stored(x, gap=3), x
-
-
-def stored_half_unaligned(s: Source) -> Pair:
-    x = s.random(9, 7, dtype=torch.bfloat16)
-    return s.stored(x, gap=1), x
-
-
-def stored_expanded(s: Source) -> Pair:
-    x = s.random(1, 7).expand(9, 7)
-    return s.stored(x), x
-
-
-def stored_vector(s: Source) -> Pair:
-    x = s.random(23, dtype=torch.float16)
-    return s.stored(x), x
-
-
-def stored_cube(s: Source) -> Pair:
-    x = s.random(4, 6, 5).permute(2, 0, 1)
-    return s.stored(x), x
-
-
-def in_memory(s: Source) -> Pair:
-    x = s.random(9, 7)
-    return InMemory(x), x
-
-
-def rows(s: Source) -> Pair:
-    parts = [s.random(n, 7) for n in (4, 1, 6)]
-    views = [s.stored(parts[0]), InMemory(parts[1]), s.stored(parts[2], gap=1)]
-    return Concat(views, 0), torch.cat(parts)
-
-
-def columns(s: Source) -> Pair:
-    parts = [s.random(9, n) for n in (4, 1, 6)]
-    return Concat([s.stored(part) for part in parts], 1), torch.cat(parts, dim=1)
-
-
-def empty_part(s: Source) -> Pair:
-    parts = [s.random(n, 7) for n in (3, 0, 5)]
-    return Concat([InMemory(part) for part in parts], 0), torch.cat(parts)
-
-
-def concat_of_concats(s: Source) -> Pair:
-    upper, lower = columns(s), columns(s)
-    return Concat([upper[0], lower[0]], 0), torch.cat([upper[1], lower[1]])
-
-
-def permuted(s: Source) -> Pair:
-    x = s.random(12, 7)
-    order = torch.randperm(12, generator=s.generator)
-    return Selected(s.stored(x), order), x[order]
-
-
-def narrowed(s: Source) -> Pair:
-    x = s.random(12, 7)
-    return Selected(s.stored(x), torch.arange(3, 11)), x[3:11]
-
-
-def repeated(s: Source) -> Pair:
-    x = s.random(5, 7)
-    order = torch.tensor([4, 0, 0, 3, 4, 4, 1])
-    return Selected(InMemory(x), order), x[order]
-
-
-def gated(s: Source) -> Pair:
-    """Gate and up of two ranks, `[g0; u0]` and `[g1; u1]`, as `[g0; g1; u0; u1]`."""
-    ranks = [s.random(6, 7), s.random(6, 7)]
-    views = [s.stored(rank) for rank in ranks]
-    halves = [(view, slice(0, 3)) for view in views] + [(view, slice(3, 6)) for view in views]
-    parts: list[LazyTensor] = [
-        Selected(view, torch.arange(half.start, half.stop)) for view, half in halves
+@st.composite
+def concatenated(
+    draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype, source: Source, depth: int
+) -> Pair:
+    """Two to four parts along any dim, some of them empty."""
+    dim = draw(st.integers(0, len(shape) - 1))
+    cuts = draw(st.lists(st.integers(0, shape[dim]), min_size=1, max_size=3))
+    edges = [0, *sorted(cuts), shape[dim]]
+    sizes = [stop - start for start, stop in itertools.pairwise(edges)]
+    parts = [
+        draw(views((*shape[:dim], size, *shape[dim + 1 :]), dtype, source, depth)) for size in sizes
     ]
-    whole = torch.cat([rank[half] for half in (slice(0, 3), slice(3, 6)) for rank in ranks])
-    return Concat(parts, 0), whole
+    return Concat([view for view, _ in parts], dim), torch.cat([x for _, x in parts], dim)
 
 
-def transposed(s: Source) -> Pair:
-    x = s.random(7, 9)
-    return Transposed(s.stored(x)), x.t()
-
-
-def transposed_rows(s: Source) -> Pair:
-    view, x = rows(s)
-    return Transposed(view), x.t()
-
-
-def selected_of_transposed(s: Source) -> Pair:
-    view, x = transposed_rows(s)
-    order = torch.tensor([6, 2, 2, 0])
+@st.composite
+def selected(
+    draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype, source: Source, depth: int
+) -> Pair:
+    """A run of rows, a permutation, or rows in any order, again and again."""
+    rows = draw(st.integers(max(shape[0], 1), shape[0] + 3))
+    start = draw(st.integers(0, rows - shape[0]))
+    kinds = st.just(list(range(start, start + shape[0])))
+    kinds |= st.permutations(range(rows)).map(lambda order: order[: shape[0]])
+    kinds |= st.lists(st.integers(0, rows - 1), min_size=shape[0], max_size=shape[0])
+    order = torch.tensor(draw(kinds), dtype=torch.int64)
+    view, x = draw(views((rows, *shape[1:]), dtype, source, depth))
     return Selected(view, order), x[order]
 
 
-def shifted(s: Source) -> Pair:
-    view, x = permuted(s)
-    return Mapped(view, lambda values: values + 1), x + 1
+@st.composite
+def views(
+    draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype, source: Source, depth: int
+) -> Pair:
+    """A view of that shape over views over tensors in files and in memory."""
+    leaf = stored(shape, dtype, source) | in_memory(shape, dtype, source)
+    if not depth:
+        return draw(leaf)
+    deeper = (dtype, source, depth - 1)
+    kinds: list[Any] = [leaf, concatenated(shape, *deeper), selected(shape, *deeper)]
+    below = views(shape, *deeper)
+    kinds.append(
+        below.map(lambda pair: (Mapped(pair[0], lambda x: x + 1), pair[1] + 1))
+        | below.map(lambda pair: (Computed(shape, dtype, pair[0].read), pair[1]))
+    )
+    if len(shape) == 2:
+        flipped = views((shape[1], shape[0]), *deeper)
+        kinds.append(flipped.map(lambda pair: (Transposed(pair[0]), pair[1].t())))
+    return draw(st.one_of(kinds))
 
 
-def computed(s: Source) -> Pair:
-    x = s.random(9, 7)
-    return Computed(x.shape, x.dtype, lambda: x * 2), x * 2
+@st.composite
+def indices(draw: st.DrawFn, size: int) -> Index:
+    """All, a slice (from the end, beyond it, empty), or rows in any order."""
+    ends = st.none() | st.integers(-size - 1, size + 50)
+    found: list[Any] = [st.none(), st.builds(slice, ends, ends)]
+    places = st.lists(st.integers(0, size - 1), max_size=2 * size) if size else st.just([])
+    runs = st.integers(0, size).map(lambda start: list(range(start, size)))
+    found.append((places | runs).map(lambda order: torch.tensor(order, dtype=torch.int64)))
+    return draw(st.one_of(found))
 
 
-VIEWS: list[Callable[[Source], Pair]] = [
-    stored,
-    stored_transposed,
-    stored_strided,
-    stored_unaligned,
-    stored_half_unaligned,
-    stored_expanded,
-    stored_vector,
-    stored_cube,
-    in_memory,
-    rows,
-    columns,
-    empty_part,
-    concat_of_concats,
-    permuted,
-    narrowed,
-    repeated,
-    gated,
-    transposed,
-    transposed_rows,
-    selected_of_transposed,
-    shifted,
-    computed,
-]
+@pytest.fixture(scope="module")
+def shared_source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return Source(tmp_path_factory.mktemp("tensors"))
 
 
-def indices(size: int, rng: random.Random) -> list[Index]:
-    """Return slices and index tensors of a dim: ordinary ones, and those at the edges."""
-    found: list[Index] = [None, slice(None), slice(0, 0), slice(size, None), slice(1, None)]
-    found += [slice(None, -1), slice(-3, None), slice(2, size + 50), slice(5, 2), slice(0, size, 1)]
-    for _ in range(12):
-        start = rng.randrange(size + 1)
-        found.append(slice(start, rng.randrange(start, size + 1)))
-    found += [torch.arange(size), torch.arange(size).flip(0), torch.empty(0, dtype=torch.int64)]
-    for count in (1, 3, size, 2 * size):
-        found.append(torch.tensor([rng.randrange(size) for _ in range(count)]))
-    return found
-
-
-@pytest.mark.parametrize("make", VIEWS, ids=lambda make: make.__name__)
-def test_reads_what_the_eager_tensor_gives(make: Callable[[Source], Pair], source: Source):
-    view, eager = make(source)
-    assert view.shape == eager.shape
+@thorough(200)
+@given(data=st.data())
+def test_reads_what_the_eager_tensor_gives(shared_source: Source, data: st.DataObject):
+    ndim = data.draw(st.sampled_from([2, 2, 1, 3]))
+    shape = tuple(data.draw(st.lists(st.integers(0, 7), min_size=ndim, max_size=ndim)))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    view, eager = data.draw(views(shape, dtype, shared_source, data.draw(st.integers(0, 3))))
+    assert view.shape == eager.shape == shape
     assert view.dtype == eager.dtype
     assert view.numel == eager.numel()
     assert view.nbytes == eager.numel() * eager.element_size()
     assert torch.equal(view.read(), eager)
-    rng = random.Random(make.__name__)
     before = eager.clone()
     for dim in range(eager.ndim):
-        for index in indices(eager.shape[dim], rng):
+        for index in data.draw(st.lists(indices(shape[dim]), min_size=1, max_size=6)):
             if index is None:
                 expected = eager
             elif isinstance(index, slice):
-                places = range(*index.indices(eager.shape[dim]))
-                expected = eager.index_select(dim, torch.tensor(list(places), dtype=torch.int64))
+                places = list(range(*index.indices(shape[dim])))
+                expected = eager.index_select(dim, torch.tensor(places, dtype=torch.int64))
             else:
                 expected = eager.index_select(dim, index)
             found = view.read(dim, index)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from support.paths import ORACLES
+from support.properties import thorough
 from torch import Tensor
 
 from mlm_eval.checkpoints.config import ModelConfig
@@ -175,27 +180,42 @@ def test_the_table_is_what_genuine_checkpoints_hold(name: str):
 # ---- cutting -----------------------------------------------------------------------------------
 
 
-def with_heads(heads: int, groups: int) -> ModelConfig:
-    return dataclasses.replace(
-        LLAMA,
-        num_attention_heads=heads,
-        num_query_groups=groups,
-        kv_channels=2,
-        hidden_size=heads * 2,
-        ffn_hidden_size=heads * 3,
-        vocab_size=37,
+def with_heads(heads: int, groups: int, **changes: Any) -> ModelConfig:
+    sizes = {"kv_channels": 2, "hidden_size": heads * 2, "ffn_hidden_size": heads * 3}
+    sizes["vocab_size"] = 37
+    heads_and_groups = {"num_attention_heads": heads, "num_query_groups": groups}
+    return dataclasses.replace(LLAMA, **(sizes | heads_and_groups | changes))
+
+
+@st.composite
+def cut_models(draw: st.DrawFn) -> tuple[ModelConfig, int]:
+    """A model with heads, groups and widths of any sizes that fit, and a tp that it allows."""
+    heads = draw(st.integers(1, 12))
+    groups = draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0]))
+    base = draw(st.sampled_from([GPT, LLAMA, BERT]))
+    config = dataclasses.replace(
+        with_heads(heads, groups, vocab_size=draw(st.integers(1, 40))),
+        ffn_hidden_size=heads * draw(st.integers(1, 3)),
+        kv_channels=draw(st.sampled_from([2, 4])),
+        **{name: getattr(base, name) for name in ("family", "activation", "add_bias_linear")},
+        **{name: getattr(base, name) for name in ("num_tokentypes", "pooler", "binary_head")},
+        add_qkv_bias=draw(st.booleans()),
     )
+    return config, draw(st.sampled_from(allowed_tp(config)))
 
 
-CONFIGS = {
-    "gpt": dataclasses.replace(GPT, vocab_size=37),
-    "bert": dataclasses.replace(BERT, vocab_size=37, num_classes=3, multichoice_head=True),
-    "llama": with_heads(8, 2),
-    "multi-query": with_heads(8, 1),
-    "many groups": with_heads(12, 6),
-    "irregular": with_heads(12, 4),
-    "odd": with_heads(9, 3),
-}
+def of_any_model(test: Callable[[tuple[ModelConfig, int]], None]) -> Callable[[], None]:
+    """Run a test of a model and its tp on many of them, and always on those with a pitfall."""
+    for model in (
+        (dataclasses.replace(GPT, vocab_size=37), 4),  # a head a rank
+        (with_heads(8, 2), 8),  # four ranks share a key
+        (with_heads(8, 1), 8),  # all do
+        (with_heads(12, 4), 6),  # two heads of groups of three: a rank has parts of two groups
+        (with_heads(9, 3), 9),
+        (with_heads(4, 4, vocab_size=5), 4),  # the last rank has no row
+    ):
+        test = example(model)(test)
+    return thorough(80)(given(cut_models())(test))  # type: ignore[no-any-return]
 
 
 def whole(parameter: Parameter) -> Tensor:
@@ -210,18 +230,10 @@ def shards(parameter: Parameter, tp_size: int) -> list[Tensor]:
     ]
 
 
-def cases() -> list[tuple[str, int]]:
-    return [(name, tp) for name, config in CONFIGS.items() for tp in allowed_tp(config)]
-
-
-def test_the_cases_cover_what_can_happen():
-    assert {("gpt", 4), ("llama", 8), ("multi-query", 8), ("irregular", 6), ("odd", 9)} < {*cases()}
-
-
-@pytest.mark.parametrize(("name", "tp_size"), cases())
-def test_shards_are_the_papers(name: str, tp_size: int):
+@of_any_model
+def test_shards_are_the_papers(model: tuple[ModelConfig, int]):
     """Every rule against torch's own chunk, for all parameters of a model."""
-    config = CONFIGS[name]
+    config, tp_size = model
     for key, parameter in parameters(config).items():
         full, pieces = whole(parameter), shards(parameter, tp_size)
         module = key.rpartition(".")[0].rpartition(".")[2]
@@ -247,10 +259,10 @@ def test_shards_are_the_papers(name: str, tp_size: int):
             assert torch.equal(piece, other), key
 
 
-@pytest.mark.parametrize(("name", "tp_size"), cases())
-def test_each_query_meets_its_own_key_and_value(name: str, tp_size: int):
+@of_any_model
+def test_each_query_meets_its_own_key_and_value(model: tuple[ModelConfig, int]):
     """Whatever is copied: a rank's rows, read as its groups, give each head its group's key."""
-    config = CONFIGS[name]
+    config, tp_size = model
     heads, groups, channels = (
         config.num_attention_heads,
         config.num_query_groups,
@@ -275,9 +287,9 @@ def test_each_query_meets_its_own_key_and_value(name: str, tp_size: int):
     assert seen == list(range(heads)), "every head once, in the order of linear_proj's columns"
 
 
-@pytest.mark.parametrize(("name", "tp_size"), cases())
-def test_shards_merge_to_the_whole(name: str, tp_size: int):
-    config = CONFIGS[name]
+@of_any_model
+def test_shards_merge_to_the_whole(model: tuple[ModelConfig, int]):
+    config, tp_size = model
     for key, parameter in parameters(config).items():
         full, dim = whole(parameter), parameter.rule.dim
         merged = torch.full_like(full, torch.nan)
@@ -286,6 +298,24 @@ def test_shards_merge_to_the_whole(name: str, tp_size: int):
             places = take(torch.arange(full.shape[dim or 0]), 0, index)
             merged.index_copy_(dim or 0, places, piece)
         assert torch.equal(merged, full), key
+
+
+@of_any_model
+def test_the_parts_of_files_merge_to_the_whole(model: tuple[ModelConfig, int]):
+    """Equal parts, as in Megatron's files; what does not divide (ours is not padded) is named."""
+    config, tp_size = model
+    for key, parameter in parameters(config).items():
+        full = whole(parameter)
+        if parameter.rule.dim is not None and (
+            full.shape[parameter.dim] // parameter.rule.blocks % tp_size
+        ):
+            with pytest.raises(InputError, match=f"cannot split {key} over tp={tp_size}"):
+                parameter.part(0, tp_size)
+            continue
+        parts = [take(full, parameter.dim, parameter.part(r, tp_size)) for r in range(tp_size)]
+        assert len({part.shape for part in parts}) == 1, key
+        merged = parameter.rule.merge([InMemory(part) for part in parts])
+        assert torch.equal(merged.read(), full), key
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,12 @@ def install(salt: int) -> None:
     F.scaled_dot_product_attention = rounded_otherwise(F.scaled_dot_product_attention, salt)
 
 
+def install_as_asked() -> None:
+    """Do so in a process of the tests whose parent does."""
+    if VARIABLE in os.environ:
+        install(int(os.environ[VARIABLE]))
+
+
 def pytest_configure() -> None:
     """Let the products of this process, and of the ranks that it starts, round otherwise."""
     os.environ.setdefault(VARIABLE, "1")

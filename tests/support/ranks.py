@@ -126,8 +126,7 @@ def _serve(rank: int, connection: Connection) -> None:
     torch.set_num_threads(1)
     from support import other_kernels
 
-    if other_kernels.VARIABLE in os.environ:
-        other_kernels.install(int(os.environ[other_kernels.VARIABLE]))
+    other_kernels.install_as_asked()
     group = None
     while True:
         try:

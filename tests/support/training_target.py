@@ -20,8 +20,12 @@ def train(folder: Path, world: World, tp: int, dp: int, resume: bool) -> None:
     """Train, and leave this process's number for the test."""
     launch.init_process_group(world, device="cpu")
     (folder / f"pid{world.rank}").write_text(str(os.getpid()))
-    from support import training_runs
+    import torch
 
+    from support import other_kernels, training_runs
+
+    torch.set_num_threads(1)  # as on the ranks of the test: the bytes are compared
+    other_kernels.install_as_asked()
     training_runs.run(tp, dp, "mlm", folder / "run", SETTINGS, resume=resume, delay=DELAY)
     launch.shutdown()
 

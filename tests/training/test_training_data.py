@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from support import training_runs
+from support.properties import thorough
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.training.data import (
@@ -88,21 +92,31 @@ def test_samples_are_dealt_as_the_module_draws_it():
     assert ranks == [[[0, 2], [4, 6], [8]], [[1, 3], [5, 7], [9]]]
 
 
-@pytest.mark.parametrize("dp_size", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("micro_batch", [1, 2, 3, 7, 100])
-@pytest.mark.parametrize("count", [1, 2, 5, 12, 13])
-def test_every_sample_is_dealt_once_and_ranks_keep_step(count, micro_batch, dp_size):
-    lengths = [(7 * i) % 5 + 1 for i in range(count)]
+@thorough(300)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=30),
+    micro_batch=st.integers(1, 9) | st.just(100),
+    dp_size=st.integers(1, 8),
+)
+@example(lengths=[1, 2], micro_batch=1, dp_size=8)  # more ranks than samples
+@example(lengths=[3] * 13, micro_batch=3, dp_size=2)  # a last micro-batch that not all ranks have
+def test_every_sample_is_dealt_once_and_ranks_keep_step(
+    lengths: list[int], micro_batch: int, dp_size: int
+):
     ranks = [
         deal(lengths, dp_rank=r, dp_size=dp_size, micro_batch=micro_batch) for r in range(dp_size)
     ]
     dealt = Counter(i for rank in ranks for batch in rank for i in batch)
-    assert dealt == Counter(range(count))
+    assert dealt == Counter(range(len(lengths)))
     assert len({len(rank) for rank in ranks}) == 1
     assert max(len(batch) for rank in ranks for batch in rank) <= micro_batch
+    # No more micro-batches than needed, and no rank has two samples more than another.
+    assert len(ranks[0]) == -(-len(lengths) // (dp_size * micro_batch))
+    shares = [sum(map(len, rank)) for rank in ranks]
+    assert max(shares) - min(shares) <= 1
     # At each step of the ranks no sample is shorter than one of the next step.
     steps = [[lengths[i] for rank in ranks for i in rank[k]] for k in range(len(ranks[0]))]
-    for now, then in zip(steps, steps[1:], strict=False):
+    for now, then in itertools.pairwise(steps):
         assert min(now) >= max(then, default=0)
 
 
