@@ -21,36 +21,9 @@ from mlm_eval.checkpoints.lazy import InMemory
 from mlm_eval.checkpoints.parameters import parameters
 from mlm_eval.engine.engine import load_model
 from mlm_eval.model.tensor_parallel import SINGLE
+from support import configs
 
-GPT = ModelConfig(
-    family="gpt",
-    num_layers=2,
-    hidden_size=32,
-    num_attention_heads=4,
-    num_query_groups=4,
-    kv_channels=8,
-    ffn_hidden_size=64,
-    vocab_size=50,
-    max_position_embeddings=16,
-)
-LLAMA = dataclasses.replace(
-    GPT,
-    num_query_groups=2,
-    position_embedding_type="rope",
-    normalization="RMSNorm",
-    activation="swiglu",
-    add_bias_linear=False,
-    add_qkv_bias=False,
-    untie_embeddings_and_output_weights=True,
-)
-BERT = dataclasses.replace(GPT, family="bert", num_tokentypes=2, pooler=True, binary_head=True)
-
-
-def config(base: ModelConfig = GPT, **changes: Any) -> ModelConfig:
-    """Return `base` with some settings changed; changed heads have a group of queries each."""
-    if "num_attention_heads" in changes:
-        changes.setdefault("num_query_groups", changes["num_attention_heads"])
-    return dataclasses.replace(base, **changes)
+GPT, LLAMA, BERT, config = configs.GPT, configs.LLAMA, configs.BERT, configs.config
 
 
 def state_dict(model: ModelConfig, *, seed: int = 0, std: float = 0.2) -> dict[str, Tensor]:

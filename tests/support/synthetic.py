@@ -18,32 +18,22 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.parameters import parameters
+from support import configs
 
 Model = dict[str, Tensor]
 """Whole tensors under canonical names."""
 
-GPT = ModelConfig(
-    family="gpt",
-    num_layers=4,
-    hidden_size=16,
-    num_attention_heads=4,
-    num_query_groups=4,
-    kv_channels=4,
-    ffn_hidden_size=24,
-    vocab_size=32,
-    max_position_embeddings=8,
+SIZES = {
+    "num_layers": 4,  # so that pipeline stages have some each
+    "hidden_size": 16,
+    "kv_channels": 4,
+    "ffn_hidden_size": 24,
+    "vocab_size": 32,
+    "max_position_embeddings": 8,
+}
+GPT, LLAMA, BERT = (
+    dataclasses.replace(base, **SIZES) for base in (configs.GPT, configs.LLAMA, configs.BERT)
 )
-LLAMA = dataclasses.replace(
-    GPT,
-    num_query_groups=2,
-    position_embedding_type="rope",
-    normalization="RMSNorm",
-    activation="swiglu",
-    add_bias_linear=False,
-    add_qkv_bias=False,
-    untie_embeddings_and_output_weights=True,
-)
-BERT = dataclasses.replace(GPT, family="bert", num_tokentypes=2, pooler=True, binary_head=True)
 
 
 def random_model(config: ModelConfig, *, seed: int = 1) -> Model:

@@ -1,0 +1,38 @@
+"""The three small models of the tests: one of each kind that the parameter table knows."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from mlm_eval.checkpoints.config import ModelConfig
+
+GPT = ModelConfig(
+    family="gpt",
+    num_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_query_groups=4,
+    kv_channels=8,
+    ffn_hidden_size=64,
+    vocab_size=50,
+    max_position_embeddings=16,
+)
+LLAMA = dataclasses.replace(
+    GPT,
+    num_query_groups=2,
+    position_embedding_type="rope",
+    normalization="RMSNorm",
+    activation="swiglu",
+    add_bias_linear=False,
+    add_qkv_bias=False,
+    untie_embeddings_and_output_weights=True,
+)
+BERT = dataclasses.replace(GPT, family="bert", num_tokentypes=2, pooler=True, binary_head=True)
+
+
+def config(base: ModelConfig = GPT, **changes: Any) -> ModelConfig:
+    """Return `base` with some settings changed; changed heads have a group of queries each."""
+    if "num_attention_heads" in changes:
+        changes.setdefault("num_query_groups", changes["num_attention_heads"])
+    return dataclasses.replace(base, **changes)
