@@ -133,5 +133,5 @@ bench-race: $(DEV_STAMP) ## fine-tune on real questions of RACE, beside transfor
 	$(BIN)/python benchmarks/race.py --data $(RACE)
 
 clean: ## remove what builds and checks leave; the virtual environment stays
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
