@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,7 +35,6 @@ def pytest_configure(config: pytest.Config) -> None:
         if variable in os.environ and not Path(os.environ[variable]).is_dir():
             # Skipping here would hide a misspelt path behind a green run.
             raise pytest.UsageError(f"${variable} is {os.environ[variable]!r}, which is no folder")
-    processes.watch()
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
@@ -54,16 +52,8 @@ def optional_folder(variable: str, default: Path) -> Path:
     return folder
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Fail a test that has started processes, in its fixtures too, without the marker."""
-    yield
-    processes.check(item)
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a `realdata` test where there is no real data, whatever fixtures it asks for."""
-    processes.started.clear()
     if item.get_closest_marker("realdata"):
         optional_folder("MLM_EVAL_DATA", SHARED / "data")
 
