@@ -1,20 +1,25 @@
 """What a checkpoint is: every format in and out, as one canonical set of lazy tensors.
 
-A reader maps a format to canonical names (`parameters.py` is the table), a writer maps them back.
+A reader maps a format to canonical names, a writer maps them back. Everything here runs on a
+laptop: no model, no process group.
 
-    open.py          `open_checkpoint`: which format a path holds, and its reader
-    convert.py       one checkpoint into another format or other parallel sizes
-    config.py        `ModelConfig`: everything that decides the function
-    parameters.py    THE TABLE: each parameter, its shape, how tensor parallelism cuts it
-    lazy.py          tensors that are read late; dtypes.py, errors.py beside them
-    checkpoint.py    `Checkpoint` and `Provenance`, which readers return
-    tokenizer.py     what a tokenizer folder says, for scoring and for conversion
-    catalog.py       the public checkpoints that we know (catalog/)
-    files/           kinds of files      megatron/, huggingface/    layouts of checkpoints
-    samples/         the small checkpoints and texts that ship
+    open.py         `open_checkpoint`: detects the format and calls its reader
+    convert.py      `convert`: writes a checkpoint in another format or for other parallel sizes
+    parameters.py   THE TABLE: each parameter, its shape, and how tensor parallelism cuts it
+    config.py       `ModelConfig`: every setting that decides what the model computes
+    checkpoint.py   `Checkpoint` and `Provenance`, which readers return
+    lazy.py         tensors that know their shape and read a slice when asked
+    vocabulary.py   a checkpoint with more or fewer rows of vocabulary
+    tokenizer.py    text to ids, by the rules of a tokenizer folder
+    dtypes.py       names of dtypes, what `auto` means, a cast that refuses to overflow
+    catalog.py      public checkpoints, one TOML file each in catalog/
+    errors.py       `InputError`: what is wrong with the user's input
+    files/          kinds of files, whatever they hold: pickles, safetensors, .distcp, zip
+    megatron/       the layouts of Megatron-LM                samples/   what ships
+    huggingface/    the layouts of Hugging Face
 
-A new format is a reader in its own room that returns a `Checkpoint`, called from `open.py`, and
-a writer, called from `convert.py`. Any room may import from here; nothing here imports the model or
-a process group, so that opening, converting and resharding run on a laptop. Import names from the
-modules: this file imports nothing, so that one reader does not bring all of them.
+To add a format: a room beside `megatron/` with a reader that returns a `Checkpoint`, called from
+`open.py`, and a writer, called from `convert.py`. Everyone may import from here; nothing here
+imports from the rest of `mlm_eval`. Import from the modules: this file imports nothing, so that
+one reader does not load all of them.
 """

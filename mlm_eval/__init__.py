@@ -2,6 +2,20 @@
 
 The names below are the public Python API. They are looked up when first used, so that
 `import mlm_eval` and `mlm-eval --help` cost no torch.
+
+The rooms; each imports only from those listed before it:
+
+    options.py     settings that stand once: a dataclass field with its default, help and bounds
+    checkpoints/   what a checkpoint is
+    model/         the mathematics: GPT and BERT over tensor-parallel layers
+    ranks/         who the ranks are, and what they say outside the model
+    engine/        a loaded model at work: scores, states, text
+    training/      the trainer
+    reporting/     results for machines and for people
+    planning/      what a run will need, how fast a machine is
+    harness/       lm-evaluation-harness on the engine
+    tasks/         the benchmarks
+    cli/           the commands, the only place that prints
 """
 
 import os.path

@@ -1,10 +1,14 @@
 """Kinds of files, whatever they hold: read without running anything, written whole or not at all.
 
     safe_pickle.py        the unpickler that runs nothing
-    torch_file.py         what `torch.save` writes, read lazily and written as a stream
-    safetensors_file.py   safetensors       distcp.py       torch.distributed.checkpoint's folders
-    zip_archive.py        published zips    output.py       atomic files and folders, the cache root
+    torch_file.py         reads what `torch.save` wrote, lazily
+    torch_save.py         writes what `torch.save` writes, one tensor at a time
+    safetensors_file.py   reads and writes safetensors
+    distcp.py             reads the folders of torch.distributed.checkpoint
+    zip_archive.py        published zip archives
+    output.py             files and folders that appear whole; the cache folder
+    byte_size.py          sizes such as 5GB
 
-Imports `errors`, `lazy` and `dtypes` of this folder's parent; the layouts (`megatron/`,
-`huggingface/`) import from here.
+`megatron/` and `huggingface/` import from here. This room imports `errors`, `lazy` and `dtypes` of
+`checkpoints`.
 """

@@ -1,9 +1,13 @@
-"""Hugging Face folders, both ways: a family is a table, read in either direction.
+"""Hugging Face folders, both ways. A family is a table that is read in either direction.
 
-    families.py   names and config fields of each family      layout.py   how tensors are packed
-    config.py     config.json <-> `ModelConfig`               plan.py     what a folder will hold
-    read.py       a folder -> `Checkpoint`                    write.py    `Checkpoint` -> a folder
+    families.py    THE TABLES: parameter names and config.json keys of each family
+    layout.py      how a family's tensors pack a canonical parameter
+    config.py      config.json <-> `ModelConfig`
+    read.py        a folder -> `Checkpoint`
+    plan.py        which class a model becomes, what changes form, what is refused
+    write.py       `Checkpoint` -> a folder that plain `from_pretrained` loads
+    tokenizer.py   the tokenizer files of such a folder
 
-Imports `files/` and the modules of `checkpoints`; only `open.py` and `convert.py` import from here.
-transformers itself is not needed.
+`open.py` and `convert.py` import from here. This room imports `files/` and the modules of
+`checkpoints`, never `megatron/`. transformers is not needed.
 """

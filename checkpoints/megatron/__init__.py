@@ -1,11 +1,15 @@
-"""Megatron-LM's own layouts: names, arguments and files of every era since 2019, both ways.
+"""Megatron-LM's own formats, of every version since 2019, both ways. They are in docs/megatron.md.
 
-    names.py         parameter names of every era -> canonical names; what is refused by name
-    args.py          saved arguments <-> `ModelConfig`, both directions of one table
-    files.py         which rank files there are, and what must agree in all of them
-    read_torch.py, write_torch.py    the `torch` format: tensor x pipeline ranks
-    read_dist.py, write_dist.py      `torch_dist` and its relatives
+    names.py        parameter names of every version -> canonical names; what is refused by name
+    args.py         saved arguments <-> `ModelConfig`
+    iteration.py    the folders below a root, and the file that names the latest
+    files.py        the files of the `torch` format, and what must agree in all of them
+    read_torch.py   the `torch` format, one file for each tensor and pipeline rank
+    write_torch.py
+    read_dist.py    `torch_dist` and its relatives, whole tensors in .distcp files
+    write_dist.py
+    layout.py       names, parallel sizes and rows for both writers
 
-What the formats are: docs/megatron.md. Imports `files/` and the modules of `checkpoints`; only
-`open.py` and `convert.py` import from here.
+`open.py`, `convert.py` and what stands above `checkpoints` may import from here. This room imports
+`files/` and the modules of `checkpoints`, never `huggingface/`.
 """

@@ -1,7 +1,16 @@
 """The command line. Each command parses its options, runs on the ranks it needs, and prints.
 
-Only the modules of this folder print. They import what they need inside functions, so that `--help`
-and `inspect` stay quick.
+    app.py           the typer application, `--config`
+    command.py       a dataclass becomes a command: its fields are the options
+    options.py       the options that commands share
+    run.py           checkpoint, ranks and engine for a command
+    checkpoints.py   inspect, convert, verify        zero_shot.py   wikitext103, lambada, score
+    training.py      race, mnli, qqp, squad, mlm, lm, ensemble
+    report.py        report, plan, catalog           harness.py     harness
+    bench.py         bench
+
+Only the modules of this room print. They may import everything, and do so inside functions where
+that is heavy, so that `--help` and `inspect` stay quick. Nothing imports from here.
 """
 
 from __future__ import annotations

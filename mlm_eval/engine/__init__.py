@@ -1,11 +1,13 @@
 """A loaded model at work: scoring, encoding, generating, comparing. No training, no benchmarks.
 
-    engine.py     `Engine`: this rank's shard in memory
-    batching.py   THE ONE LOOP: requests packed by length, dealt to the ranks, run, joined
-    encode.py     BERT's states and heads for whole inputs
-    generate.py   text, token by token
-    resume.py     scores of an interrupted run
-    verify.py     two checkpoints compared by their logits
+    engine.py               `Engine`: this rank's shard of a model in memory
+    batching.py             THE ONE LOOP: items packed by length, dealt to the ranks, run, joined
+    score.py                GPT's log-probabilities of requests
+    encode.py               BERT's states, masked-LM scores and head outputs of whole inputs
+    generate.py             text, token by token
+    resume.py               scores of an interrupted run
+    verify.py               two checkpoints compared by their logits
+    plain_transformers.py   a converted folder run by transformers alone, in its own process
 
-Imports `ranks`, `model` and `mlm_eval.checkpoints`.
+This room imports `ranks`, `model` and `mlm_eval.checkpoints`.
 """

@@ -1,6 +1,8 @@
-"""lm-evaluation-harness on our engine: the model class, and its command line with that class in it.
+"""lm-evaluation-harness on our engine. The package lm_eval is an optional extra.
 
-    model.py   `MegatronLM`      command.py   `mlm-eval harness`      hub_encoding.py   its tokens
+    model.py          `MegatronLM`, the model class that the harness calls
+    command.py        the harness' own command line with that class in it
+    hub_encoding.py   text to ids and back, as transformers does it
 
-Imports `reporting`, `engine`, `ranks` and `mlm_eval.checkpoints`; lm_eval is an optional extra.
+This room imports `reporting`, `engine`, `ranks`, `model` and `mlm_eval.checkpoints`.
 """

@@ -1,11 +1,16 @@
-"""The model is mathematics: GPT and BERT over tensor-parallel layers, nothing about files or tasks.
+"""The model is mathematics: GPT and BERT over tensor-parallel layers.
 
     tensor_parallel.py   THE PAPER'S SECTION 3: column-, row- and vocabulary-parallel layers, and
-                         all collectives of the model; a new parallel layer goes here
-    transformer.py       the layer, top to bottom      gpt.py, bert.py   the models around it
-    dropout.py           masks that do not depend on the layout      kv_cache.py   generation
-    sizes.py             sizes by name, new models and heads
-    flops.py, memory.py  what a pass costs
+                         every collective of the model
+    transformer.py       the transformer layer, top to bottom
+    gpt.py, bert.py      the two models around it, with their heads
+    dropout.py           masks that do not depend on the layout
+    kv_cache.py          keys and values of earlier tokens, for generation
+    sizes.py             models known by name
+    initial.py           new heads and new models
+    flops.py             floating-point operations of a pass
+    memory.py            memory of a run on each rank
 
-Imports `mlm_eval.checkpoints` (the config and the table) only.
+A new parallel layer goes into `tensor_parallel.py`. Everyone above may import from here; this room
+imports from `mlm_eval.checkpoints` only, and knows nothing of files, tasks or how ranks start.
 """

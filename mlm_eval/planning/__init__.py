@@ -1,10 +1,14 @@
-"""What a run will need, and how fast the machine is.
+"""What a run will need, and how fast a machine is.
 
-`plan` computes memory, operations and time from a model's settings, `plan_text` prints them.
-`bench_options` says how a speed is measured and imports no torch; `bench_study` says what is
-measured, which is a series of models at tensor-parallel sizes, and whether it fits; `bench_run`
-measures one of them on its ranks; `bench_report` and `bench_plot` compare and show the results.
+    plan.py            memory, FLOPs and time, computed from a model's settings
+    plan_text.py       a plan as tables
+    bench_options.py   how a speed is measured; imports no torch
+    bench_study.py     what is measured: models at tensor-parallel sizes, and whether they fit
+    bench_run.py       one of them measured on its ranks
+    bench_report.py    efficiencies, what limits them, the record, the table
+    bench_plot.py      the plot
 
-Imports `reporting`, `training`, `engine`, `ranks`, `model` and `mlm_eval.checkpoints`. The figures
-of the paper and the work of each benchmark come from the tasks, handed in by the command line.
+This room imports `reporting`, `training`, `engine`, `ranks`, `model` and `mlm_eval.checkpoints`.
+The paper's figures and the work of each benchmark come from the tasks, handed in by the command
+line.
 """

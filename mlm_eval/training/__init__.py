@@ -1,10 +1,14 @@
-"""The trainer that fine-tuning and language modelling share; it knows no benchmark.
+"""The trainer that fine-tuning and language modelling share. It knows no benchmark.
 
-    settings.py       hyper-parameters and run settings, once each    loop.py    the run
-    objectives.py     losses                                           step.py    one step
-    optimization.py   AdamW, schedule, clipping, loss scale            state.py   resuming
-    data.py           which samples a step takes                       log.py     what a run leaves
-    replicas.py       DDP and FSDP2
+    settings.py       hyper-parameters and settings of a run, once each
+    loop.py           the run: steps, evaluations, saving, stopping
+    step.py           one step: micro-batches, gradient norm, update
+    data.py           which samples a step takes, and their batches
+    objectives.py     losses
+    optimization.py   AdamW, the learning rate, clipping, the loss scale
+    replicas.py       DDP and FSDP2 over data-parallel ranks
+    state.py          what `--resume` needs, for any layout
+    log.py            metrics.jsonl, TensorBoard, the plot
 
-Imports `engine`, `ranks`, `model` and `mlm_eval.checkpoints`.
+This room imports `engine`, `ranks`, `model` and `mlm_eval.checkpoints`.
 """

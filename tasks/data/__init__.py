@@ -1,7 +1,8 @@
-"""Where texts and data sets come from, whatever the task.
+"""Where texts and data sets come from, for every task.
 
-    text.py      text and JSON, with faults named       sources.py   what --data names: files, sets
+    sources.py   what `--data` names: a file, a folder, a set of the `datasets` library
+    text.py      text and JSON files; errors name file and line
     tokens.py    texts tokenized once and kept
 
-Imports `mlm_eval.checkpoints` only; the benchmarks' rooms import from here.
+The other rooms of `tasks` import from here; this room imports from `mlm_eval.checkpoints` only.
 """

@@ -1,9 +1,17 @@
-"""Benchmarks that a BERT is fine-tuned for: RACE, MNLI, QQP, SQuAD; a new one is a `Task`.
+"""Benchmarks that a BERT is fine-tuned for, by the paper's recipes.
 
-    task.py       what a task is, and the list of them    race.py, glue.py, squad.py   the tasks
-    features.py   rows of BERT                            spans.py     SQuAD's windows and answers
-    run.py        a fine-tuning from data to record       metrics.py   figures, as `evaluate` module
-    predictions.py   saved predictions and ensembles      recipes/     the paper's hyper-parameters
+    task.py          `Task`: what the benchmarks have in common, and the list of them
+    race.py          RACE            glue.py   MNLI and QQP            squad.py   SQuAD 1.1 and 2.0
+    features.py      pairs of texts as rows of BERT
+    windows.py       long passages as rows          spans.py   scores of tokens -> best answers
+    metrics.py       figures: plain functions, and one module for `evaluate`
+    recipe.py        hyper-parameters, one TOML file for each task and size in recipes/
+    options.py       what a command gives and hears
+    data.py          features made on rank 0, for all ranks
+    run.py           a fine-tuning, from data to record
+    result.py        the record: every seed and the median
+    predictions.py   saved predictions, and ensembles of them
 
-Imports `tasks.data` and `mlm_eval` below the command line.
+To add one: a subclass of `Task` in a file of its own, its line in the list of `task.py`, recipes.
+This room imports `tasks.data` and `mlm_eval` without the command line.
 """

@@ -1,7 +1,7 @@
-"""Masked and causal language modelling on text: `mlm` and `lm`.
+"""Masked and causal language modelling on text files: `mlm` and `lm`.
 
-    data.py   from texts to samples: sentences packed, tokens hidden, windows cut
-    pretraining.py   a run from text to record
+    data.py          texts -> samples: sentences packed, tokens masked, rows cut
+    pretraining.py   a run, from text to record
 
-Imports `tasks.data` and `mlm_eval` below the command line.
+This room imports `tasks.data` and `mlm_eval` without the command line.
 """

@@ -1,8 +1,13 @@
-"""Zero-shot benchmarks: a file each, listed here, and `score` for given sequences.
+"""Benchmarks without training: each is one file that exports one object, listed here.
 
-To add one: a file like `lambada.py` that exports an object of a subclass of `ZeroShot`
-(`benchmark.py`), and the object in `BENCHMARKS`. Its command, its record, its rows on the terminal
-and in the reports, and its entry in `mlm-eval plan` come from the object.
+    benchmark.py     `ZeroShot`: what a benchmark is; scoring and record, the same for all
+    wikitext103.py   word-level perplexity, as in the paper's appendix E
+    lambada.py       accuracy of the last word of a passage
+    score.py         log-probabilities of given lines, for `mlm-eval score`
+
+To add one: a file like `lambada.py`, and its object in `BENCHMARKS` below. Its command, its record,
+its rows on the terminal and in the reports, and its entry in `mlm-eval plan` come from the object.
+This room imports `tasks.data` and `mlm_eval` without the command line.
 """
 
 from __future__ import annotations

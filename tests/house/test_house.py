@@ -149,6 +149,17 @@ def test_the_room_rule_counts_files_and_reads_doors():
     assert len(house_rules.room_faults(files)) == 1
 
 
+def test_the_rule_of_doors_sees_what_they_do_not_name():
+    door = {"mlm_eval.ranks.__init__": '"""Starts ranks: launch.py, collective.py."""'}
+    room = {f"mlm_eval.ranks.{name}": "" for name in ("launch", "collectives", "__init__")} | door
+    package = {"mlm_eval.__init__": '"""ranks/ and __main__.py."""', "mlm_eval.__main__": ""}
+    faults = ["mlm_eval.ranks does not name collectives.py"]
+    assert house_rules.unnamed_at_the_door(room | package) == faults
+    strangers = {"mlm_eval.engine.__init__": '"""Nothing."""'}
+    more = house_rules.unnamed_at_the_door(room | package | strangers)
+    assert more == [*faults, "mlm_eval does not name engine/"]
+
+
 def test_the_name_rules_see_what_stands_twice_and_what_is_anothers():
     one = {"mlm_eval.a": "def read(): ...\nLIMIT: int = 3\n_own = 1\nclass A:\n    _held = 1"}
     other = {"mlm_eval.b": "class read: ...\nLIMIT = 4\n_own = 2"}
@@ -227,6 +238,10 @@ def test_no_modules_import_each_other_in_a_circle():
 def test_a_room_holds_a_dozen_files_and_has_a_docstring_at_its_door():
     faults = house_rules.room_faults(PRODUCT)
     assert [fault for fault in faults if fault.split()[0] not in LARGE_LEFT] == []
+
+
+def test_doors_name_what_is_behind_them():
+    assert house_rules.unnamed_at_the_door(PRODUCT) == []
 
 
 def test_no_public_name_stands_in_two_files():

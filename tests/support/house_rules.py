@@ -190,6 +190,23 @@ def room_faults(modules: Mapping[str, str], most: int = 12) -> list[str]:
     return faults
 
 
+def unnamed_at_the_door(modules: Mapping[str, str]) -> list[str]:
+    """Return the files and rooms inside a room that the docstring at its door does not name."""
+    faults = []
+    for module in modules:
+        room, _, file = module.rpartition(".")
+        named = f"{file}.py"
+        if file == "__init__":
+            room, _, file = room.rpartition(".")
+            named = f"{file}/"
+        door = modules.get(f"{room}.__init__")
+        if door is None or file in DOORS:
+            continue
+        if not re.search(rf"(?<![\w/]){re.escape(named)}", ast.get_docstring(parsed(door)) or ""):
+            faults.append(f"{room} does not name {named}")
+    return faults
+
+
 def public_names(source: str) -> set[str]:
     """Return the public classes, functions and constants at the top level of a source."""
     found = set()
