@@ -39,6 +39,8 @@ from typing import Any
 
 import numpy as np
 
+from mlm_eval.training.settings import Listener, TrainingProgress
+
 SETTINGS: Mapping[str, Any] = {
     "questions": 4000,
     "seq_length": 160,
@@ -161,7 +163,7 @@ class Run:
 
         s = self.settings
         names = (
-            "epochs global_batch micro_batch lr warmup weight_decay clip_grad hidden_dropout "
+            "epochs global_batch lr warmup weight_decay clip_grad hidden_dropout "
             "attention_dropout seq_length max_qa_length"
         ).split()
         return FinetuneOptions(
@@ -175,7 +177,8 @@ class Run:
             eval_dtype="float32",
             save_minutes=2.0,
             resume=True,
-            **{name: s[name] for name in names},
+            micro_batch=s["micro_batch"],
+            overrides={name: s[name] for name in names},
         )
 
     def prepare_model(self) -> None:
@@ -199,7 +202,6 @@ class Run:
         from mlm_eval.checkpoints.open import open_checkpoint
         from mlm_eval.checkpoints.tokenizer import load_tokenizer
         from mlm_eval.engine.engine import Engine
-        from mlm_eval.tasks.finetune.options import Observer
         from mlm_eval.tasks.finetune.run import RUN, finetune
 
         if not (self.ours / RUN).is_file():
@@ -211,7 +213,7 @@ class Run:
                 load=lambda checkpoint, dtype: Engine.load(
                     checkpoint, tp=1, dp=1, dtype=dtype, device=self.device
                 ),
-                observer=Observer(say=print, warn=print, on_step=_tell_step),
+                listener=Printer(),
             )
         record: dict[str, Any] = json.loads((self.ours / RUN).read_text())
         return record
@@ -227,13 +229,25 @@ class Run:
         return record
 
 
-def _tell_step(progress: Any) -> None:
-    if progress.step % 25 == 0:
-        print(
-            f"step {progress.step} of {progress.total_steps}: loss {progress.loss:.4f}, "
-            f"{progress.samples_per_second * 60:.0f} questions/min",
-            flush=True,
-        )
+class Printer(Listener):
+    """Prints what a run says, and every 25th step."""
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        print(text)
+
+    def warn(self, *warnings: str) -> None:
+        """Print warnings."""
+        print(*warnings, sep="\n")
+
+    def on_step(self, progress: TrainingProgress) -> None:
+        """Print where the run is."""
+        if progress.step % 25 == 0:
+            print(
+                f"step {progress.step} of {progress.total_steps}: loss {progress.loss:.4f}, "
+                f"{progress.samples_per_second * 60:.0f} questions/min",
+                flush=True,
+            )
 
 
 def trainer(run: Run) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Settings that stand once: a dataclass field carries its default, its help and its bounds.
 
-A command takes its options from such a dataclass (`mlm_eval/cli/options.py`), a recipe its fields,
+A command takes its options from such a dataclass (`mlm_eval/cli/command.py`), a recipe its fields,
 a record its values. Nothing here imports torch or typer, so that `--help` stays quick.
 """
 
@@ -14,6 +14,9 @@ from typing import Any
 
 KEY = "option"
 """Where a field's metadata holds its `Option`."""
+
+OPTIMIZER, DATA, TASK, RUN = "Optimizer", "Data", "Task", "Run"
+"""Titles of groups in a command's help. The options of no group come first."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,13 @@ class Option:
     shown: str | None = None
     """What the help says for a default of None."""
     group: str | None = None
-    """Title of its group in the help; options of no group come first."""
+    """Title of its group in the help."""
+    below: float | None = None
+    """Values lie in [0, below)."""
+    choices: tuple[str, ...] = ()
+    """The only values; empty: any."""
+    only: tuple[str, ...] = ()
+    """The commands that take it; empty: all."""
     parse: Callable[[str], Any] | None = None
     """Turns text into the value; the message of its ValueError says what the text has to be."""
     written: str | None = None
@@ -41,12 +50,13 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Given:
-    """A field that maps the names of another class' options to the values that were given."""
+class Nested:
+    """A field for the options of another class: an object of it, or those that were given."""
 
     kind: type[Any]
-    shown: str
-    """What the help says for the default of each."""
+    shown: str | None = None
+    """What the help says for the default of each. Not None: the field maps the names of the options
+    that were given to their values."""
 
 
 def option(
@@ -57,6 +67,9 @@ def option(
     flag: str | None = None,
     shown: str | None = None,
     group: str | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+    only: tuple[str, ...] = (),
     parse: Callable[[str], Any] | None = None,
     written: str | None = None,
     positional: bool = False,
@@ -71,12 +84,17 @@ def option(
         flag: See `Option.flag`.
         shown: What the help says for a default of None.
         group: Title of its group in the help.
+        below: See `Option.below`.
+        choices: See `Option.choices`.
+        only: See `Option.only`.
         parse: See `Option.parse`.
         written: How the default is written, with `parse`.
         positional: Whether it is an argument without a flag.
         more: What else typer takes: max, hidden, metavar.
     """
-    entry = Option(help, least, flag, shown, group, parse, written, positional, more)
+    entry = Option(
+        help, least, flag, shown, group, below, choices, only, parse, written, positional, more
+    )
     return dataclasses.field(default=default, metadata={KEY: entry})
 
 
@@ -100,7 +118,17 @@ def given(kind: type[Any], shown: str) -> Any:
     On the command line they stand where this field stands. None of them has to be given, and one
     that is not given is absent: its value is for others to choose, such as a recipe.
     """
-    return dataclasses.field(default_factory=dict, metadata={KEY: Given(kind, shown)})
+    return dataclasses.field(default_factory=dict, metadata={KEY: Nested(kind, shown)})
+
+
+def nested(kind: type[Any]) -> Any:
+    """Return a field that holds an object of another dataclass, made of its options."""
+    return dataclasses.field(metadata={KEY: Nested(kind)})
+
+
+def option_name(name: str) -> str:
+    """Return how the command line spells the option of a field."""
+    return "--" + name.replace("_", "-")
 
 
 def parallel_size(text: str) -> int | None:

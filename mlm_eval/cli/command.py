@@ -13,13 +13,12 @@ import typer
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.app import app, load_config
-from mlm_eval.options import KEY, Given, Option
+from mlm_eval.options import DATA, KEY, OPTIMIZER, RUN, TASK, Nested, Option, option_name
 
 T = TypeVar("T")
 
-OPTIMIZER, DATA, TASK, RUN = "Optimizer", "Data", "Task", "Run"
-"""Titles of groups in a command's help. The options of no group come first."""
 GROUPS = (None, OPTIMIZER, DATA, TASK, RUN)
+"""Groups of options in a command's help, in order."""
 
 CONFIG_OPTION = inspect.Parameter(
     "config",
@@ -35,25 +34,39 @@ CONFIG_OPTION = inspect.Parameter(
 
 
 def command(
-    name: str, kind: type[T], *, panel: str, help: str | None = None, config: bool = True
+    name: str,
+    kind: type[T],
+    *,
+    panel: str,
+    help: str | None = None,
+    config: bool = True,
+    order: Sequence[str] = (),
+    shown: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[[T], None]], Callable[[T], None]]:
     """Return a decorator that makes a function of one object a command.
 
     Args:
         name: Of the command.
-        kind: Class of the object: a dataclass whose fields come from `option` and `given`. Those
-            of its base classes come first, of the last base first of all. Fields made otherwise
-            are no options and need a default.
+        kind: Class of the object: a dataclass whose fields come from `option`, `given` and
+            `nested`. Those of its base classes come first, of the last base first of all. Fields
+            made otherwise are no options and need a default.
         panel: Title of the command's group in `mlm-eval --help`.
         help: The command's; None: the function's docstring.
         config: Whether it has `--config`.
+        order: Names of options that come first in their groups, in this order.
+        shown: What the help says for the defaults of some options, instead of their own `shown`.
     """
 
     def register(body: Callable[[T], None]) -> Callable[[T], None]:
         def run(**values: Any) -> None:
             body(build(kind, values))
 
-        found = sorted(option_parameters(kind), key=lambda entry: GROUPS.index(entry[0]))
+        def place(entry: tuple[str | None, inspect.Parameter]) -> tuple[int, int]:
+            group, parameter = entry
+            first = parameter.name in order
+            return GROUPS.index(group), order.index(parameter.name) if first else len(order)
+
+        found = sorted(option_parameters(kind, name, shown=shown or {}), key=place)
         listed = [parameter for _, parameter in found] + [CONFIG_OPTION] * config
         run.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
         app.command(name, rich_help_panel=panel, help=help or inspect.getdoc(body))(run)
@@ -63,38 +76,40 @@ def command(
 
 
 def option_parameters(
-    kind: type[Any], shown: str | None = None
+    kind: type[Any], name: str, *, shown: Mapping[str, str], given: str | None = None
 ) -> Iterator[tuple[str | None, inspect.Parameter]]:
     """Yield the options of a dataclass as typer reads them, each after the title of its group.
 
     Args:
         kind: The dataclass.
-        shown: What the help says for the defaults; then nothing has to be given.
+        name: Of the command.
+        shown: See `command`.
+        given: What the help says for the default of each; then nothing has to be given.
     """
     hints = get_type_hints(kind)
     for field in dataclasses.fields(kind):
         entry = field.metadata.get(KEY)
-        if isinstance(entry, Given):
-            yield from option_parameters(entry.kind, entry.shown)
-        elif entry is not None:
-            parameter = _parameter(field, hints[field.name], entry, shown)
-            yield entry.group, parameter
+        if isinstance(entry, Nested):
+            yield from option_parameters(entry.kind, name, shown=shown, given=entry.shown)
+        elif entry is not None and (not entry.only or name in entry.only):
+            said = given or shown.get(field.name, entry.shown)
+            yield entry.group, _parameter(field, hints[field.name], entry, given is None, said)
 
 
 def _parameter(
-    field: dataclasses.Field[Any], hint: Any, entry: Option, shown: str | None
+    field: dataclasses.Field[Any], hint: Any, entry: Option, has_default: bool, shown: str | None
 ) -> inspect.Parameter:
     default: Any = field.default
     if entry.parse is not None:
         hint, default = str, entry.written
     if get_origin(hint) in (tuple, Sequence):
         hint, default = GenericAlias(list, get_args(hint)[:1]), default or None
-    if shown is not None:
+    if not has_default:
         default = None
     elif default is dataclasses.MISSING:
         default = inspect.Parameter.empty
     flags = [entry.flag] if entry.flag else []
-    show: Any = shown or entry.shown or True
+    show: Any = shown or True
     make = typer.Argument if entry.positional else typer.Option
     info = make(
         *flags,
@@ -121,8 +136,10 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
     made: dict[str, Any] = {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         entry = field.metadata.get(KEY)
-        if isinstance(entry, Given):
-            names = [inner.name for inner in dataclasses.fields(entry.kind)]
+        if isinstance(entry, Nested) and entry.shown is None:
+            made[field.name] = build(entry.kind, values)
+        elif isinstance(entry, Nested):
+            names = [inner.name for inner in dataclasses.fields(entry.kind) if inner.metadata]
             made[field.name] = {n: v for n in names if (v := values.get(n)) is not None}
         elif entry is not None:
             value = values.get(field.name)
@@ -132,7 +149,7 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
                 try:
                     value = entry.parse(value)
                 except ValueError as error:
-                    flag = entry.flag or f"--{field.name.replace('_', '-')}"
+                    flag = entry.flag or option_name(field.name)
                     raise InputError(f"{flag} {value!r} {error}") from None
             made[field.name] = tuple(value) if isinstance(value, list) else value
     return kind(**made)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,17 +13,21 @@ import typer
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.app import TRAINING, app
-from mlm_eval.cli.command import build
-from mlm_eval.cli.options import Options, Output, finetuning, pretraining, signature
+from mlm_eval.cli.command import command
+from mlm_eval.cli.options import Output
 from mlm_eval.cli.run import ModelRun
-from mlm_eval.options import RunOptions, TokenizerOptions
+from mlm_eval.options import RUN, RunOptions, again, nested, option
 from mlm_eval.ranks.launch import shutdown
+from mlm_eval.tasks.finetune.options import FinetuneOptions
+from mlm_eval.tasks.language.settings import MaskedTextSettings, TextSettings
+from mlm_eval.training.settings import Listener, TrainSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tqdm import tqdm
 
+    from mlm_eval.checkpoints.checkpoint import Checkpoint
     from mlm_eval.reporting.results import Result
     from mlm_eval.training.settings import TrainingProgress
 
@@ -44,111 +48,151 @@ PRETRAINING = {
 }
 
 
-def _register(name: str, text: str, options: Options, body: Callable[[str, Any], None]) -> None:
-    """Add a command with these options, which calls `body` with its name and their values."""
+ORDER = (
+    "ckpt", "init", "data", "output_dir", "recipe", "epochs", "lr", "global_batch", "seq_length",
+    "seed", "seeds", "resume", "eval_only", "tp", "dp", "device", "tokenizer", "dtype",
+    "eval_dtype", "max_steps", "evaluate_every", "save_minutes", "micro_batch", "recompute",
+    "dp_mode", "batch_tokens", "vocab_file", "merge_file", "overrides",
+)  # fmt: skip
+"""The order of the options within each group of the help; others follow."""
 
-    def command(**values: Any) -> None:
-        body(name, values)
 
-    command.__signature__ = signature(options)  # type: ignore[attr-defined]
-    app.command(name, rich_help_panel=TRAINING, help=text)(command)
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun(RunOptions):
+    """Where a run that trains computes: weights in float32, the stored vocabulary."""
+
+    dtype: str = "float32"
+    vocab: str = "padded"
+    limit: None = None
+    seed: int = 0
+    compile_model: bool = False
+    full_digest: bool = False
+    batch_tokens: int | None = again(RunOptions, "batch_tokens", group=RUN)
+    vocab_file: Path | None = again(RunOptions, "vocab_file", group=RUN)
+    merge_file: Path | None = again(RunOptions, "merge_file", group=RUN)
+    overrides: tuple[str, ...] = again(RunOptions, "overrides", group=RUN)
+    output: Path | None = again(RunOptions, "output", group=RUN)
 
 
 # ---- fine-tuning -------------------------------------------------------------------------------
 
 
-def _finetune(task: str, values: dict[str, Any]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class FinetuneCommand:
+    """The options of `race`, `mnli`, `qqp` and `squad`."""
+
+    options: FinetuneOptions = nested(FinetuneOptions)
+    run: TrainingRun = nested(TrainingRun)
+
+
+def _finetune(task: str, given: FinetuneCommand) -> None:
     from mlm_eval.reporting.text import training_text
-    from mlm_eval.tasks.finetune.options import FinetuneOptions, Observer
     from mlm_eval.tasks.finetune.run import finetune
 
-    given = _fields(FinetuneOptions, values)
-    given |= {name: tuple(values[name] or ()) for name in ("train", "dev", "test")}
-    options = FinetuneOptions(**{**given, "seeds": parse_seeds(values["seeds"])})
-    run = _model_run(values)
+    run = ModelRun(given.run)
     place = run.start()
-    words = run.tokenizer()
+    tokenizer = run.tokenizer()
     load = run.join(place)
-    warnings = _Warnings(run)
-    warnings.tell(run.checkpoint.provenance.warnings)
     with training_bars(run) as bars:
-        observer = Observer(
-            say=bars.say,
-            warn=lambda text: warnings.tell([text]),
-            on_step=bars.on_step,
-            on_evaluation=bars.on_evaluation,
-        )
+        bars.warn(*run.checkpoint.provenance.warnings)
         result = finetune(
-            task, run.checkpoint, options, tokenizer=words, load=load, observer=observer
+            task, run.checkpoint, given.options, tokenizer=tokenizer, load=load, listener=bars
         )
-    warnings.tell(result.warnings)
-    _finish(run, result, training_text(result, folder=values["output_dir"]), values["output"])
+    bars.warn(*result.warnings)
+    text = training_text(result, folder=given.options.output_dir)
+    _finish(run, result, text)
 
 
 # ---- language models ---------------------------------------------------------------------------
 
 
-def _pretrain(kind: str, values: dict[str, Any]) -> None:
-    from mlm_eval.checkpoints.config import parse_overrides
-    from mlm_eval.checkpoints.dtypes import training_dtype
-    from mlm_eval.cli.run import chosen_tokenizer
+@dataclass(frozen=True, kw_only=True)
+class TextRun(TrainingRun):
+    """The same, from a checkpoint or from a new model."""
+
+    ckpt: str | None = again(  # type: ignore[assignment]  # None with --init
+        RunOptions, "ckpt", help="Checkpoint to start from.", default=None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainCommand:
+    """The options of `lm`."""
+
+    init: str | None = option("Or a new model: the name of a size, or a TOML file.", None)
+    text: TextSettings = nested(TextSettings)
+    output_dir: Path = again(FinetuneOptions, "output_dir")
+    resume: bool = again(FinetuneOptions, "resume")
+    settings: TrainSettings = nested(TrainSettings)
+    run: TextRun = nested(TextRun)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedCommand(PretrainCommand):
+    """The options of `mlm`."""
+
+    text: TextSettings = nested(MaskedTextSettings)
+
+
+def _pretrain(given: PretrainCommand) -> None:
     from mlm_eval.reporting.text import training_text
-    from mlm_eval.tasks.language.pretraining import TextSettings, pretrain, start_from
-    from mlm_eval.training.settings import TrainSettings
+    from mlm_eval.tasks.language.pretraining import pretrain
 
-    if (values["ckpt"] is None) == (values["init"] is None):
-        raise InputError("give either --ckpt, to go on from a checkpoint, or --init, for a new one")
-    files = {name: tuple(values[name] or ()) for name in ("data", "dev")}
-    text = TextSettings(**{**_fields(TextSettings, values), **files})
-    # What auto means depends on the device, which is not known yet.
-    dtype = training_dtype(values["dtype"], "cpu")
-    settings = TrainSettings(**{**_fields(TrainSettings, values), "dtype": dtype})
-    checkpoint = None
-    if values["init"] is not None:
-        words = chosen_tokenizer(
-            "",
-            TokenizerOptions(
-                tokenizer=values["tokenizer"],
-                vocab_file=values["vocab_file"],
-                merge_file=values["merge_file"],
-            ),
-        )
-        if words is None:
-            raise InputError("--init needs the vocabulary of the new model; give --tokenizer")
-        overrides = parse_overrides(values["set_"] or [])
-        checkpoint = start_from(
-            kind, init=values["init"], tokenizer=words, seed=values["seed"], overrides=overrides
-        )
-    run = _model_run(values, checkpoint)
+    if (given.run.ckpt is None) == (given.init is None):
+        raise InputError("give either --ckpt, to start from a checkpoint, or --init, for a new one")
+    run = ModelRun(given.run, checkpoint=None if given.init is None else _new_model(given))
     place = run.start()
-    words = run.tokenizer()
-    dtype = training_dtype(values["dtype"], place.device)
-    settings = dataclasses.replace(settings, dtype=dtype)
+    tokenizer = run.tokenizer()
     engine = run.join(place)(run.checkpoint, "float32")
-    warnings = _Warnings(run)
-    warnings.tell(run.checkpoint.provenance.warnings)
     with training_bars(run) as bars:
+        bars.warn(*run.checkpoint.provenance.warnings)
         result = pretrain(
-            kind,
             engine,
-            words,
-            text,
-            settings,
-            output_dir=values["output_dir"],
-            resume=values["resume"],
-            say=bars.say,
-            on_progress=bars.on_step,
-            on_evaluation=bars.on_evaluation,
+            tokenizer,
+            given.text,
+            given.settings,
+            output_dir=given.output_dir,
+            resume=given.resume,
+            listener=bars,
         )
-    warnings.tell(result.warnings)
-    _finish(run, result, training_text(result, folder=values["output_dir"]), values["output"])
+    bars.warn(*result.warnings)
+    _finish(run, result, training_text(result, folder=given.output_dir))
 
 
-for _name, _what in FINETUNING.items():
-    _example = f"mlm-eval {_name} --ckpt bert_345m --data {_name.upper()} --output-dir out --tp 2"
-    _register(_name, f"{_what}\n\nExample: {_example}", finetuning(_name), _finetune)
-for _name, _what in PRETRAINING.items():
-    _register(_name, _what, pretraining(_name), _pretrain)
+def _new_model(given: PretrainCommand) -> Checkpoint:
+    """Return the model that `--init` names."""
+    from mlm_eval.checkpoints.config import parse_overrides
+    from mlm_eval.cli.run import chosen_tokenizer
+    from mlm_eval.tasks.language.pretraining import start_from
+
+    tokenizer = chosen_tokenizer("", given.run)
+    if tokenizer is None:
+        raise InputError("--init needs the vocabulary of the new model; give --tokenizer")
+    assert given.init is not None
+    return start_from(
+        given.text,
+        init=given.init,
+        tokenizer=tokenizer,
+        seed=given.settings.seed,
+        overrides=parse_overrides(given.run.overrides),
+    )
+
+
+for _task, _what in FINETUNING.items():
+    _example = f"mlm-eval {_task} --ckpt bert_345m --data {_task.upper()} --output-dir out --tp 2"
+    _recipe = f"{_task}-megatron-336m"
+    if _task == "squad":
+        _recipe = "squad-v1-megatron-336m, or squad-v2-megatron-336m for SQuAD 2.0"
+    command(
+        _task,
+        FinetuneCommand,
+        panel=TRAINING,
+        help=f"{_what}\n\nExample: {_example}",
+        order=ORDER,
+        shown={"recipe": _recipe},
+    )(partial(_finetune, _task))
+for _kind, _options in (("mlm", MaskedCommand), ("lm", PretrainCommand)):
+    command(_kind, _options, panel=TRAINING, help=PRETRAINING[_kind], order=ORDER)(_pretrain)
 
 
 # ---- ensembles ---------------------------------------------------------------------------------
@@ -177,81 +221,41 @@ def ensemble(
         result.write(output)
 
 
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """Return the seeds of `--seeds 1,2,3`.
-
-    Raises:
-        InputError: One of them is no number.
-    """
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(
-            f"--seeds {text!r}: give numbers divided by commas, such as 1,2,3"
-        ) from None
-
-
-def _model_run(values: dict[str, Any], checkpoint: Any = None) -> ModelRun:
-    """Return the run of a command that trains: weights in float32, the stored vocabulary."""
-    values = {**values, "ckpt": values["ckpt"] or "", "overrides": values["set_"]}
-    options = build(RunOptions, {**values, "dtype": "float32"})
-    return ModelRun(options, checkpoint=checkpoint)
-
-
-def _fields(kind: type[Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of those options that are fields of a dataclass."""
-    return {f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values}
-
-
-def _finish(run: ModelRun, result: Result, text: str, output: Path | None) -> None:
+def _finish(run: ModelRun, result: Result, text: str) -> None:
     run.tell(text)
-    if output is not None and run.is_main:
-        result.write(output)
+    if run.options.output is not None and run.is_main:
+        result.write(run.options.output)
     shutdown()
 
 
 # ---- what people see meanwhile -----------------------------------------------------------------
 
 
-class _Warnings:
-    """Prints each warning of a run once: some are known at its start, its record has them all."""
+class TrainingBars(Listener):
+    """Prints a run's lines and warnings; on a terminal, bars of its steps and of an evaluation."""
 
     def __init__(self, run: ModelRun) -> None:
         self.run = run
-        self.told: set[str] = set()
-
-    def tell(self, warnings: Sequence[str]) -> None:
-        """Print those that have not been printed."""
-        fresh = [text for text in dict.fromkeys(warnings) if text not in self.told]
-        self.told.update(fresh)
-        self.run.warn(fresh)
-
-
-class TrainingBars:
-    """What a training run shows: lines, and on a terminal a bar of steps and one of an evaluation.
-
-    Attributes:
-        on_step: Draws the bar of steps, with the loss and the time left; None off a terminal.
-        on_evaluation: Draws the bar of a set that is evaluated; None off a terminal.
-    """
-
-    def __init__(self, run: ModelRun) -> None:
-        self.run = run
-        drawn = run.is_main and sys.stderr.isatty()
-        self.on_step = self._step if drawn else None
-        self.on_evaluation = self._evaluation if drawn else None
+        self.drawn = run.is_main and sys.stderr.isatty()
+        self.warned: set[str] = set()
         self.steps: tqdm[Any] | None = None
         self.rows: tqdm[Any] | None = None
 
     def say(self, text: str) -> None:
         """Print a line for people who watch, above the bars."""
-        if self.on_step is None:
+        if not self.drawn:
             self.run.say(text)
             return
         from tqdm import tqdm
 
         with tqdm.external_write_mode(file=sys.stderr):
             self.run.say(text)
+
+    def warn(self, *warnings: str) -> None:
+        """Print those that have not been printed yet: a record repeats the early ones."""
+        fresh = [text for text in dict.fromkeys(warnings) if text not in self.warned]
+        self.warned.update(fresh)
+        self.run.warn(fresh)
 
     def close(self) -> None:
         """Leave the bars as they are."""
@@ -260,7 +264,10 @@ class TrainingBars:
                 bar.close()
         self.rows = self.steps = None
 
-    def _step(self, progress: TrainingProgress) -> None:
+    def on_step(self, progress: TrainingProgress) -> None:
+        """Draw the bar of steps, with the loss and the time left."""
+        if not self.drawn:
+            return
         from tqdm import tqdm
 
         if self.steps is not None and progress.step <= self.steps.n:  # the next seed's run
@@ -282,7 +289,10 @@ class TrainingBars:
         )
         self.steps.update(progress.step - self.steps.n)
 
-    def _evaluation(self, name: str, done: int, total: int) -> None:
+    def on_evaluation(self, name: str, done: int, total: int) -> None:
+        """Draw the bar of a set that is evaluated."""
+        if not self.drawn:
+            return
         from tqdm import tqdm
 
         if self.rows is None:

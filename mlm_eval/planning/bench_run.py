@@ -214,7 +214,7 @@ def _training(engine: Engine, options: BenchOptions) -> Callable[[], object]:
 
     def step() -> None:
         number = next(numbers)
-        result = stepper.take(number, list(range(options.batch)), updates=number, wish=False)
+        result = stepper.take(number, list(range(options.batch)), updates=number, save_due=False)
         if result.broken:
             raise InputError(
                 f"the loss of training step {number + 1} in {options.dtype} is not finite; "

@@ -11,7 +11,6 @@ from mlm_eval.reporting.results import Result, checkpoint_record
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.convert import Comparison
-    from mlm_eval.training.settings import TrainingProgress
 
 
 def aligned(rows: Sequence[Sequence[str]], *, left: int = 0) -> list[str]:
@@ -173,19 +172,6 @@ def training_text(result: Result, *, folder: Path | None = None) -> str:
     if folder is not None:
         rows.append(("written to", str(folder)))
     return rows_as_text(title, rows)
-
-
-def progress_place(progress: TrainingProgress) -> str:
-    """Return where a training run is, for a line on the way."""
-    return f"epoch {progress.epoch}, step {progress.step:,} of {progress.total_steps:,}"
-
-
-def progress_figures(progress: TrainingProgress) -> str:
-    """Return what training has come to in this epoch, for a line on the way."""
-    return (
-        f"loss {progress.loss:.4f}, accuracy {100 * progress.accuracy:.2f} %, "
-        f"{progress.samples_per_second:,.1f} samples/s"
-    )
 
 
 def sets_to_show(metrics: Mapping[str, Any]) -> list[str]:

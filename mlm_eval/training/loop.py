@@ -33,10 +33,10 @@ from mlm_eval.training.objectives import Objective
 from mlm_eval.training.optimization import Schedule
 from mlm_eval.training.settings import (
     Counters,
+    Listener,
     TrainingProgress,
     TrainReport,
     TrainSettings,
-    training_args,
 )
 from mlm_eval.training.state import (
     PROGRESS,
@@ -44,13 +44,16 @@ from mlm_eval.training.state import (
     StateFolder,
     collect,
     fill,
-    read_json,
+    read_progress,
     read_state,
     restore_moments,
 )
 from mlm_eval.training.step import Stepper, StepResult
 
 CHECKPOINT, BEST_CHECKPOINT, STATE = "checkpoint", "checkpoint-best", "state"
+
+Evaluate = Callable[[TrainingProgress], dict[str, Any]]
+"""Evaluates the model after a step."""
 
 
 def train(
@@ -60,9 +63,10 @@ def train(
     settings: TrainSettings,
     *,
     output_dir: str | Path,
-    evaluate: Callable[[], dict[str, Any]] | None = None,
+    evaluate: Evaluate | None = None,
     resume: bool = False,
-    on_progress: Callable[[TrainingProgress], None] | None = None,
+    listener: Listener | None = None,
+    title: str = "",
     args: Mapping[str, Any] | None = None,
     tokenizer_files: Sequence[Path] = (),
 ) -> TrainReport:
@@ -78,24 +82,25 @@ def train(
         settings: How to train.
         output_dir: Where everything goes; on several machines a folder that all of them share.
         evaluate: Called on every rank with the current weights in `engine.model`, without gradients
-            and outside autocast. It returns JSON values, the same on every rank; `score`, where
+            and outside autocast. It returns JSON values, of which rank 0's are kept; `score`, where
             there is one, is better when higher.
-        resume: Go on from the last state in `output_dir`; without one, start.
-        on_progress: Called on rank 0 after each step.
+        resume: Continue from the last state in `output_dir`; without one, start.
+        listener: Hears of each step, on rank 0.
+        title: Stands before what the listener is to say.
         args: More of Megatron's args for the files that are written.
         tokenizer_files: Copied into the folder `tokenizer` of each checkpoint.
 
     Raises:
         InputError: The folder holds another run, the data or settings do not fit the model or the
-            run to go on with, the loss is not finite, or the disk is full.
+            run to resume, the loss is not finite, or the disk is full.
     """
-    run = _Run(engine, data, objective, settings, Path(output_dir), evaluate, on_progress)
+    settings = settings.on(engine.device.type)
+    listener = listener or Listener()
+    run = _Run(engine, data, objective, settings, Path(output_dir), evaluate, listener, title)
     run.args = dict(args or {})
     run.tokenizer_files = list(tokenizer_files)
     finished = run.prepare(resume=resume)
-    if finished is not None:
-        return finished
-    return run.run()
+    return finished or run.run()
 
 
 class _Run:
@@ -108,14 +113,15 @@ class _Run:
         objective: Objective,
         settings: TrainSettings,
         output: Path,
-        evaluate: Callable[[], dict[str, Any]] | None,
-        on_progress: Callable[[TrainingProgress], None] | None,
+        evaluate: Evaluate | None,
+        listener: Listener,
+        title: str,
     ) -> None:
         assert engine.dtype == torch.float32, "float32 master weights"
         self.engine, self.mesh, self.config = engine, engine.mesh, engine.config
         self.data, self.objective, self.settings = data, objective, settings
         self.output, self.evaluate = output, evaluate
-        self.on_progress = on_progress if engine.is_main else None
+        self.listener, self.title = listener, title
         self.args: dict[str, Any] = {}
         self.tokenizer_files: list[Path] = []
         self.counters = Counters()
@@ -126,7 +132,7 @@ class _Run:
             vocab_size=self.config.vocab_size,
             tokentypes=self.config.num_tokentypes,
         )
-        choose_names(self.config, None)  # can be written at the end?
+        choose_names(self.config, None)  # fail now if the result cannot be saved
         self.plan = Plan.make(
             len(data),
             global_batch=settings.global_batch,
@@ -143,7 +149,7 @@ class _Run:
     # ---- start -----------------------------------------------------------------------------------
 
     def prepare(self, *, resume: bool) -> TrainReport | None:
-        """Load the state to go on with, wrap the model; return the report of a run that is over."""
+        """Load the state to resume from, wrap the model; return the report of a finished run."""
         self.identity: dict[str, Any] = {
             "settings": self.settings.deciding(),
             "objective": self.objective.head,
@@ -154,7 +160,7 @@ class _Run:
         folder, progress = on_main(lambda: self._find(resume))
         if progress is not None:
             self.counters = Counters(**progress["counters"])
-            if folder is None:  # the run is over
+            if folder is None:  # the run has finished
                 source = open_checkpoint(self.output / CHECKPOINT).tensors
                 fill(self.engine.model.named_parameters(), source, self.config, self.mesh)
                 return self._report()
@@ -177,7 +183,7 @@ class _Run:
         return None
 
     def _find(self, resume: bool) -> tuple[Path | None, dict[str, Any] | None]:
-        """Return the state to go on with and what it says; rank 0."""
+        """Return the state to resume from and its progress.json; rank 0."""
         latest, finished = self.state.latest(), self.state.finished()
         if not resume:
             if latest or finished or (self.output / CHECKPOINT).exists():
@@ -189,12 +195,12 @@ class _Run:
         self._tidy()
         if finished is None and latest is None:
             return None, None
-        progress = finished or read_json(latest / PROGRESS)  # type: ignore[operator]
+        progress = finished or read_progress(latest / PROGRESS)  # type: ignore[operator]
         self._check_same(progress["identity"])
         return (None if finished else latest), progress
 
     def _tidy(self) -> None:
-        """Remove what a killed run had begun to write; rank 0."""
+        """Remove what a killed run left half-written; rank 0."""
         for name in (CHECKPOINT, BEST_CHECKPOINT):
             for part in ("partial", "old"):
                 for leftover in self.output.glob(f".{name}.{part}-*"):
@@ -202,10 +208,11 @@ class _Run:
         self.state.tidy()
 
     def _check_same(self, before: Mapping[str, Any]) -> None:
+        """Refuse to resume a run of another identity."""
         now = self.identity
         for part, what in (("settings", "setting"), ("model", "model setting")):
             for name, value in now[part].items():
-                # What JSON makes of a value is what it was saved as.
+                # It was saved as JSON, which makes lists of tuples, for example.
                 if name in before[part] and before[part][name] != _as_json(value):
                     raise InputError(
                         f"{self.output} holds a run with the {what} {name}={before[part][name]}, "
@@ -224,6 +231,9 @@ class _Run:
     def run(self) -> TrainReport:
         """Train to the end, write the checkpoint, and return the report."""
         counters, epoch_known = self.counters, -1
+        if self.engine.is_main and 0 < counters.step < self.plan.total_steps:
+            prefix = f"{self.title}: " if self.title else ""
+            self.listener.say(f"{prefix}resumed after step {counters.step:,}")
         if self.mesh.dp > 1 and counters.step < self.plan.total_steps:
             set_epoch(self.data, self.plan.epoch_of(counters.step))
             self.stepper.rehearse()
@@ -235,7 +245,7 @@ class _Run:
                 counters.new_epoch()
             save = self._step(step, epoch, numbers)
             if self._evaluates_after(step):
-                self._evaluate(step, epoch)
+                self._evaluate(epoch)
                 save = True
             if save or step + 1 == self.plan.total_steps:
                 self._save()
@@ -253,8 +263,8 @@ class _Run:
         """Take one step; return whether it is time to save the state, on every rank the same."""
         started = time.perf_counter()
         counters = self.counters
-        late = time.monotonic() - self.saved_at > 60 * self.settings.save_minutes
-        done = self.stepper.take(step, numbers, updates=counters.updates, wish=late)
+        due = time.monotonic() - self.saved_at > 60 * self.settings.save_minutes
+        done = self.stepper.take(step, numbers, updates=counters.updates, save_due=due)
         if done.broken:
             raise InputError(
                 f"the loss ({done.loss}) or its gradient is not finite in step {step + 1}; lower "
@@ -270,47 +280,48 @@ class _Run:
         counters.epoch_hits += done.hits
         counters.epoch_predictions += done.predictions
         counters.seconds += time.perf_counter() - started
-        self._tell(epoch, done)
-        return done.wish
+        self._report_step(epoch, done)
+        return done.save_due
 
-    def _tell(self, epoch: int, done: StepResult) -> None:
+    def _report_step(self, epoch: int, done: StepResult) -> None:
+        """Log a step and tell the listener; rank 0."""
+        counters, plan = self.counters, self.plan
+        progress = self.progress = TrainingProgress(
+            step=counters.step,
+            total_steps=plan.total_steps,
+            epoch=epoch + 1,
+            epochs=plan.epochs,
+            loss=counters.epoch_loss / counters.epoch_samples,
+            accuracy=counters.epoch_hits / max(counters.epoch_predictions, 1.0),
+            lr=done.lr,
+            samples_per_second=counters.samples / max(counters.seconds, 1e-9),
+            seconds_left=(plan.total_steps - counters.step) * counters.seconds / counters.step,
+        )
         if self.log is None:
             return
-        counters, plan = self.counters, self.plan
-        accuracy = counters.epoch_hits / max(counters.epoch_predictions, 1.0)
         line = {"step": counters.step, "epoch": epoch + 1, "loss": done.loss, "lr": done.lr}
-        line |= {"accuracy": accuracy, "grad_norm": done.norm}
+        line |= {"accuracy": progress.accuracy, "grad_norm": done.norm}
         if self.stepper.scale.active:
             line["loss_scale"] = self.stepper.scale.value
         self.log.step(line)
-        if self.on_progress is None:
-            return
-        self.on_progress(
-            TrainingProgress(
-                step=counters.step,
-                total_steps=plan.total_steps,
-                epoch=epoch + 1,
-                epochs=plan.epochs,
-                loss=counters.epoch_loss / counters.epoch_samples,
-                accuracy=accuracy,
-                lr=done.lr,
-                samples_per_second=counters.samples / max(counters.seconds, 1e-9),
-                seconds_left=(plan.total_steps - counters.step) * counters.seconds / counters.step,
-            )
-        )
+        self.listener.on_step(progress)
 
     # ---- evaluation, saving, the end -------------------------------------------------------------
 
-    def _evaluate(self, step: int, epoch: int) -> None:
+    def _evaluate(self, epoch: int) -> None:
         assert self.evaluate is not None
+        if self.engine.is_main:
+            place = f"{self.title}, {self.progress.place}" if self.title else self.progress.place
+            self.listener.say(f" > |{place}| training: {self.progress.figures}")
         self.stepper.replicas.publish()
         with torch.no_grad():
-            mine = self.evaluate()
+            mine = self.evaluate(self.progress)
         result = on_main(lambda: mine)
         self.stepper.replicas.release()
-        self.counters.evaluations.append({"step": step + 1, "epoch": epoch + 1, **result})
+        when = {"step": self.counters.step, "epoch": epoch + 1}
+        self.counters.evaluations.append({**when, **result})
         if self.log is not None:
-            self.log.evaluation({"step": step + 1, "epoch": epoch + 1, "evaluation": result})
+            self.log.evaluation({**when, "evaluation": result})
             self.log.plot()
 
     def _save(self) -> None:
@@ -393,6 +404,22 @@ class _Run:
             checkpoint=self.output / CHECKPOINT,
             best_checkpoint=None if best is None else self.output / BEST_CHECKPOINT,
         )
+
+
+def training_args(settings: TrainSettings, plan: Plan, counters: Counters) -> dict[str, Any]:
+    """Return how the model was trained, under Megatron's names."""
+    same = ("adam_beta1", "adam_beta2", "adam_eps", "lr", "min_lr", "weight_decay", "clip_grad")
+    return {
+        "optimizer": "adam",
+        **{name: getattr(settings, name) for name in (*same, "seed")},
+        "lr_decay_style": settings.lr_decay,
+        "lr_warmup_fraction": settings.warmup,
+        "epochs": plan.epochs,
+        "micro_batch_size": settings.micro_batch,
+        "global_batch_size": settings.global_batch,
+        "train_iters": plan.total_steps,
+        "consumed_train_samples": counters.samples,
+    }
 
 
 def _as_json(value: Any) -> Any:

@@ -21,8 +21,7 @@ from mlm_eval.ranks.mesh import Mesh
 from mlm_eval.training.data import Batch
 from mlm_eval.training.objectives import Objective
 from mlm_eval.training.optimization import Trained
-
-DP_MODES = ("ddp", "fsdp2")
+from mlm_eval.training.settings import DP_MODES
 
 
 class LossModule(nn.Module):

@@ -1,70 +1,93 @@
-"""What a training run is told, what it tells on the way, and what it reports at the end."""
+"""How to train, where a run is, and what it reports.
+
+Nothing here imports torch, because `--help` reads the settings.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlm_eval.checkpoints.dtypes import DTYPE_NAMES
+from mlm_eval.checkpoints.dtypes import DTYPE_CHOICES, DTYPE_NAMES, training_dtype
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.training.data import Plan
-from mlm_eval.training.replicas import DP_MODES
+from mlm_eval.options import KEY, OPTIMIZER, RUN, Option, option, option_name
+
+DP_MODES = ("ddp", "fsdp2")
+LR_DECAYS = ("linear", "cosine")
 
 
-@dataclass(frozen=True)
-class TrainSettings:
-    """How to train.
+def check_options(kind: type[Any], values: Mapping[str, Any]) -> None:
+    """Check values against the bounds and the choices of their options.
 
-    Attributes:
-        lr: The highest learning rate.
-        epochs: Passes over the data.
-        global_batch: Samples of a step, over all ranks.
-        micro_batch: Samples of one forward pass on one rank; changes no result.
-        warmup: Share of the steps in which the learning rate rises.
-        weight_decay: Of AdamW, for matrices only.
-        adam_beta1: Of AdamW.
-        adam_beta2: Of AdamW.
-        adam_eps: Of AdamW.
-        clip_grad: Largest norm of the gradient; 0: any.
-        hidden_dropout: Probability of dropping a unit.
-        attention_dropout: Probability of dropping an attention weight; 0 is much faster.
-        dtype: Of the matrix products (autocast); weights and optimizer are float32.
-        seed: Of the order, of dropout and of what is drawn anew.
-        keep_last: Make a step of an epoch's last samples where they do not fill a global batch.
-        recompute: Run each layer again in the backward pass instead of keeping its activations.
-        dp_mode: `ddp`, or `fsdp2`: weights, gradients and moments cut over the data-parallel ranks.
-        min_lr: The learning rate at the end.
-        lr_decay: `linear` or `cosine`.
-        max_steps: Steps of the run, in as many epochs as they need.
-        evaluate_every: Steps between evaluations; None: at the end of each epoch.
-        save_minutes: Time between training states; one is saved at each evaluation too.
+    Args:
+        kind: The dataclass with the options.
+        values: By the names of its fields; None is not checked.
+
+    Raises:
+        InputError: A value is impossible.
     """
+    for known in dataclasses.fields(kind):
+        entry, value = known.metadata.get(KEY), values.get(known.name)
+        if not isinstance(entry, Option) or value is None:
+            continue
+        name = option_name(known.name)
+        if entry.least is not None and value < entry.least:
+            raise InputError(f"{name} is {value}; it must be at least {entry.least}")
+        if entry.below is not None and not 0 <= value < entry.below:
+            bounds = "be 0 or more" if entry.below == math.inf else f"lie in [0, {entry.below:g})"
+            raise InputError(f"{name} is {value}; it must {bounds}")
+        if entry.choices and value not in entry.choices:
+            raise InputError(f"{name} {value!r} is unknown; use {', '.join(entry.choices)}")
 
-    lr: float
-    epochs: int = 3
-    global_batch: int = 32
-    micro_batch: int = 8
-    warmup: float = 0.06
-    weight_decay: float = 0.01
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
-    hidden_dropout: float = 0.1
-    attention_dropout: float = 0.1
-    dtype: str = "float32"
-    seed: int = 1234
-    keep_last: bool = False
-    recompute: bool = False
-    dp_mode: str = "ddp"
-    min_lr: float = 0.0
-    lr_decay: str = "linear"
-    max_steps: int | None = None
-    evaluate_every: int | None = None
-    save_minutes: float = 10.0
+
+@dataclass(frozen=True, kw_only=True)
+class Hyperparameters:
+    """What decides the result of training, beside the model, the data and the seed."""
+
+    epochs: int = option("Passes over the training data.", 3, least=1)
+    lr: float = option("Highest learning rate.", 1e-4, below=math.inf)
+    """The default is the paper's for BERT (section 4.3)."""
+    global_batch: int = option("Samples of a step, over all ranks.", 32, least=1)
+    warmup: float = option(
+        "Share of the steps in which the learning rate rises from 0.",
+        0.06,
+        below=1.0,
+        group=OPTIMIZER,
+    )
+    lr_decay: str = option(
+        "How the learning rate falls then: linear or cosine.",
+        "linear",
+        choices=LR_DECAYS,
+        group=OPTIMIZER,
+    )
+    min_lr: float = option("Learning rate at the end.", 0.0, below=math.inf, group=OPTIMIZER)
+    weight_decay: float = option(
+        "AdamW's weight decay; none on biases and norms.", 0.01, below=math.inf, group=OPTIMIZER
+    )
+    adam_beta1: float = option("AdamW's beta1.", 0.9, below=1.0, group=OPTIMIZER)
+    adam_beta2: float = option("AdamW's beta2.", 0.999, below=1.0, group=OPTIMIZER)
+    adam_eps: float = option("AdamW's epsilon.", 1e-8, below=math.inf, group=OPTIMIZER)
+    clip_grad: float = option(
+        "Clip the gradient to this norm; 0: do not clip.", 1.0, below=math.inf, group=OPTIMIZER
+    )
+    hidden_dropout: float = option(
+        "Probability of dropping a unit.", 0.1, below=1.0, group=OPTIMIZER
+    )
+    attention_dropout: float = option(
+        "Probability of dropping an attention weight; 0 is faster.",
+        0.1,
+        below=1.0,
+        group=OPTIMIZER,
+    )
+    keep_last: bool = option(
+        "Train on an epoch's last samples too where they do not fill a global batch.",
+        False,
+        group=OPTIMIZER,
+    )
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -72,100 +95,151 @@ class TrainSettings:
         Raises:
             InputError: One of them is impossible.
         """
-        for name in ("epochs", "global_batch", "micro_batch", "max_steps", "evaluate_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{option_name(name)} is {value}; it must be at least 1")
-        for name in ("hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2", "warmup"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise InputError(
-                    f"{option_name(name)} is {getattr(self, name)}; it must lie in [0, 1)"
-                )
-        for name in ("lr", "min_lr", "weight_decay", "adam_eps", "clip_grad", "save_minutes"):
-            value = getattr(self, name)
-            if not (0.0 <= value < math.inf):
-                raise InputError(f"{option_name(name)} is {value}; it must be 0 or more")
+        check_options(type(self), vars(self))
         if self.min_lr > self.lr:
             raise InputError(
-                f"--min-lr {self.min_lr} is more than --lr {self.lr}; the rate falls from the one "
-                "to the other"
+                f"--min-lr {self.min_lr} is more than --lr {self.lr}; the learning rate falls from "
+                "the one to the other"
             )
-        for name, known in (
-            ("dtype", DTYPE_NAMES),
-            ("dp_mode", DP_MODES),
-            ("lr_decay", ("linear", "cosine")),
-        ):
-            if getattr(self, name) not in known:
-                raise InputError(
-                    f"{option_name(name)} {getattr(self, name)!r} is unknown; use "
-                    f"{', '.join(known)}"
-                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """How a run trains, and how often it evaluates and saves."""
+
+    dtype: str = option(
+        "Dtype of the matrix products: auto (bfloat16 on CUDA, float32 on the CPU), "
+        f"{DTYPE_CHOICES}.",
+        "auto",
+        choices=("auto", *DTYPE_NAMES),
+        group=RUN,
+    )
+    """By autocast; weights and the optimizer's state are float32."""
+    max_steps: int | None = option(
+        "Steps of the run.", None, least=1, shown="as --epochs says", group=RUN
+    )
+    """In as many epochs as they need."""
+    evaluate_every: int | None = option(
+        "Steps between evaluations.", None, least=1, shown="at the end of each epoch", group=RUN
+    )
+    save_minutes: float = option(
+        "Minutes between training states; one is saved at each evaluation too.",
+        10.0,
+        below=math.inf,
+        group=RUN,
+    )
+    micro_batch: int = option(
+        "Samples of a forward pass on one rank; changes no result.", 8, least=1, group=RUN
+    )
+    recompute: bool = option(
+        "Recompute activations in the backward pass: needs less memory.",
+        False,
+        flag="--recompute",
+        group=RUN,
+    )
+    dp_mode: str = option(
+        "ddp, or fsdp2: shard weights, gradients and moments over the --dp ranks.",
+        "ddp",
+        choices=DP_MODES,
+        group=RUN,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(RunSettings, Hyperparameters):
+    """How to train."""
+
+    seed: int = option("Seed of the order, dropout, masks and new weights.", 1234, least=0)
+
+    def on(self, device: str) -> TrainSettings:
+        """Return the settings with the dtype that `auto` means on a device, `cuda` or `cpu`."""
+        return dataclasses.replace(self, dtype=training_dtype(self.dtype, device))
 
     def deciding(self) -> dict[str, Any]:
-        """Return the settings that decide the result: a run that goes on must have the same."""
+        """Return the settings that decide the result: a resumed run must have the same."""
         free = ("micro_batch", "recompute", "dp_mode", "save_minutes")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
 
 
-def option_name(name: str) -> str:
-    """Return the command line's option for a setting."""
-    return "--" + name.replace("_", "-")
+def values_of(kind: type[Any], source: object) -> dict[str, Any]:
+    """Return the fields of a dataclass, taken from an object that has them among others."""
+    return {entry.name: getattr(source, entry.name) for entry in dataclasses.fields(kind)}
 
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Where a run is, for a progress bar.
-
-    Attributes:
-        step: Steps done.
-        total_steps: Steps of the run.
-        epoch: The epoch of the last step, from 1.
-        epochs: Epochs of the run.
-        loss: Mean loss of the epoch so far.
-        accuracy: Share of correct predictions of the epoch so far.
-        lr: Learning rate of the last step.
-        samples_per_second: Since this process started training, evaluations left out.
-        seconds_left: At that speed, evaluations left out.
-    """
+    """Where a run is, after a step."""
 
     step: int
+    """Steps done."""
     total_steps: int
     epoch: int
+    """The epoch of the last step, from 1."""
     epochs: int
     loss: float
+    """Mean loss of the epoch so far."""
     accuracy: float
+    """Share of correct predictions of the epoch so far."""
     lr: float
+    """Learning rate of the last step."""
     samples_per_second: float
+    """Since the run started, evaluations left out."""
     seconds_left: float
+    """At that speed, evaluations left out."""
+
+    @property
+    def place(self) -> str:
+        """Where the run is, for a log line."""
+        return f"epoch {self.epoch}, step {self.step:,} of {self.total_steps:,}"
+
+    @property
+    def figures(self) -> str:
+        """What training has come to in this epoch, for a log line."""
+        return (
+            f"loss {self.loss:.4f}, accuracy {100 * self.accuracy:.2f} %, "
+            f"{self.samples_per_second:,.1f} samples/s"
+        )
+
+
+class Listener:
+    """What hears of a run while it goes on; called on rank 0. This one ignores it all."""
+
+    def say(self, text: str) -> None:
+        """Take a line for people who watch."""
+
+    def warn(self, *warnings: str) -> None:
+        """Take warnings that a reader of the figures must know."""
+
+    def on_step(self, progress: TrainingProgress) -> None:
+        """Take the progress, after each step."""
+
+    def on_evaluation(self, name: str, done: int, total: int) -> None:
+        """Take how many rows, or samples, of a set have been evaluated."""
 
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What a run did, over all its parts if it was resumed.
-
-    Attributes:
-        steps: Steps of the run.
-        epochs: Epochs, a begun one included.
-        samples: Samples taken, repeated ones counted again.
-        losses: Loss of each step.
-        evaluations: What each evaluation returned, with its `step` and `epoch` (from 1).
-        best: The evaluation with the highest `score`, the first of equal ones; None without scores.
-        seconds: Time spent in steps.
-        samples_per_second: Over those seconds.
-        checkpoint: The last weights, in Megatron torch format.
-        best_checkpoint: Those of `best`.
-    """
+    """What a run did, over all its parts if it was resumed."""
 
     steps: int
     epochs: int
+    """A begun one included."""
     samples: int
+    """Samples taken, repeated ones counted again."""
     losses: list[float]
+    """Loss of each step."""
     evaluations: list[dict[str, Any]]
+    """What each evaluation returned, with its `step` and `epoch` (from 1)."""
     best: dict[str, Any] | None
+    """The evaluation with the highest `score`, the first of equal ones; None without scores."""
     seconds: float
+    """Time spent in steps."""
     samples_per_second: float
+    """Over those seconds."""
     checkpoint: Path
+    """The last weights, in Megatron torch format."""
     best_checkpoint: Path | None
+    """Those of `best`."""
 
 
 @dataclass
@@ -195,25 +269,3 @@ class Counters:
         """The evaluation with the highest score, the first of equal ones."""
         scored = [entry for entry in self.evaluations if "score" in entry]
         return max(scored, key=lambda entry: entry["score"]) if scored else None
-
-
-def training_args(settings: TrainSettings, plan: Plan, counters: Counters) -> dict[str, Any]:
-    """Return how the model was trained, under Megatron's names."""
-    return {
-        "optimizer": "adam",
-        "adam_beta1": settings.adam_beta1,
-        "adam_beta2": settings.adam_beta2,
-        "adam_eps": settings.adam_eps,
-        "lr": settings.lr,
-        "min_lr": settings.min_lr,
-        "lr_decay_style": settings.lr_decay,
-        "lr_warmup_fraction": settings.warmup,
-        "weight_decay": settings.weight_decay,
-        "clip_grad": settings.clip_grad,
-        "seed": settings.seed,
-        "epochs": plan.epochs,
-        "micro_batch_size": settings.micro_batch,
-        "global_batch_size": settings.global_batch,
-        "train_iters": plan.total_steps,
-        "consumed_train_samples": counters.samples,
-    }

@@ -67,7 +67,7 @@ class StateFolder:
     def finished(self) -> dict[str, Any] | None:
         """Return what a run that is over has left, None where there is no such run."""
         path = self.folder / FINISHED
-        return read_json(path) if path.is_file() else None
+        return read_progress(path) if path.is_file() else None
 
     def save(
         self,
@@ -108,7 +108,7 @@ class StateFolder:
             ) from failure
 
         def switch() -> None:
-            write_json(partial / PROGRESS, dict(progress))
+            _write_json(partial / PROGRESS, dict(progress))
             if before_switch is not None:
                 before_switch(partial)
             _sync(partial)
@@ -146,7 +146,7 @@ class StateFolder:
 
     def finish(self, progress: Mapping[str, Any]) -> None:
         """Note that the run is over, and remove its states: the weights are elsewhere. Rank 0."""
-        write_json(self.folder / FINISHED, dict(progress))
+        _write_json(self.folder / FINISHED, dict(progress))
         self._remove(but=None)
 
 
@@ -284,8 +284,8 @@ def _like(value: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object of a state.
+def read_progress(path: Path) -> dict[str, Any]:
+    """Return what a state says of its run, beside the tensors.
 
     Raises:
         InputError: The file is damaged.
@@ -298,7 +298,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file that is there whole or not at all."""
     write_text(path, json.dumps(value, indent=1), sync=True, option=None)
 

@@ -38,7 +38,7 @@ class StepResult:
         lr: Learning rate.
         moved: Whether the weights moved: float16 skips a step whose gradient overflows.
         broken: Loss or gradient is not finite, and no smaller loss scale can help.
-        wish: Rank 0's `wish`.
+        save_due: Whether it is time to save a state, by rank 0's clock.
     """
 
     loss: float
@@ -48,7 +48,7 @@ class StepResult:
     lr: float
     moved: bool
     broken: bool
-    wish: bool
+    save_due: bool
 
 
 class Stepper:
@@ -73,6 +73,7 @@ class Stepper:
             schedule: The learning rate.
             counters: Where the run stands.
         """
+        settings = settings.on(engine.device.type)
         self.engine, self.mesh, self.data = engine, engine.mesh, data
         self.objective, self.settings, self.schedule = objective, settings, schedule
         self.replicas = Replicas(
@@ -104,7 +105,7 @@ class Stepper:
         self._forward_and_backward([self.data[0]], 0, 1.0, factor=0.0, last=True)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def take(self, step: int, numbers: list[int], *, updates: int, wish: bool) -> StepResult:
+    def take(self, step: int, numbers: list[int], *, updates: int, save_due: bool) -> StepResult:
         """Take one step.
 
         Args:
@@ -112,11 +113,11 @@ class Stepper:
             numbers: The samples of its global batch.
             updates: Steps before it that moved the weights; the learning rate goes by them, as in
                 Megatron.
-            wish: Something that rank 0 wants all ranks to do after the step.
+            save_due: Whether rank 0 wants all ranks to save a state after the step.
         """
         settings, trained = self.settings, self.replicas.trained
         sums = self._gradients(step, numbers)
-        loss, hits, predictions, wished = self._over_ranks(sums, wish)
+        loss, hits, predictions, save_due = self._over_ranks(sums, save_due)
         norm = gradient_norm(trained, self.mesh, over_dp=self.replicas.sharded)
         norm /= self.scale.value
         lr = self.schedule(updates)
@@ -134,7 +135,7 @@ class Stepper:
         self.scale.update(finite=finite)
         broken = not finite and (not self.scale.active or self.scale.exhausted)
         loss /= len(numbers)
-        return StepResult(loss, hits, predictions, norm, lr, finite, broken, wished)
+        return StepResult(loss, hits, predictions, norm, lr, finite, broken, save_due)
 
     def _gradients(self, step: int, numbers: list[int]) -> Tensor:
         """Run this rank's share of a step; return (sum of losses, hits, predictions) float64."""
@@ -195,10 +196,11 @@ class Stepper:
             loss.backward()
         return sums  # type: ignore[no-any-return]
 
-    def _over_ranks(self, sums: Tensor, wish: bool) -> tuple[float, float, float, bool]:
-        """Return sum of losses, hits and predictions over all ranks, and rank 0's wish."""
+    def _over_ranks(self, sums: Tensor, save_due: bool) -> tuple[float, float, float, bool]:
+        """Return sums of losses, hits and predictions over all ranks, and rank 0's `save_due`."""
         if self.mesh.tp_rank > 0:  # its numbers are those of its group's first rank
             sums = torch.zeros_like(sums)
-        everything = torch.cat([sums, sums.new_full((1,), float(wish and self.engine.is_main))])
-        loss, hits, predictions, wished = sum_over_ranks(everything).tolist()
-        return loss, hits, predictions, wished > 0
+        due = float(save_due and self.engine.is_main)
+        everything = torch.cat([sums, sums.new_full((1,), due)])
+        loss, hits, predictions, due = sum_over_ranks(everything).tolist()
+        return loss, hits, predictions, due > 0

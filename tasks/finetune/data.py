@@ -75,9 +75,9 @@ def prepare(
     sets = read_sets(task, options)
     name = options.recipe or task.default_recipe(sets)
     recipe, warnings = _fit(
-        load_recipe(name, task=task.name, overrides=options.overrides()),
+        load_recipe(name, task=task.name, overrides=options.overrides),
         positions,
-        stated=options.seq_length is not None,
+        stated="seq_length" in options.overrides,
     )
     training = [part for part in sets if part.role == "train"]
     whole = merge(training, "train").limited(options.train_limit) if training else None

@@ -7,80 +7,54 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.options import TASK, again, option
+from mlm_eval.training.settings import Hyperparameters
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """The hyper-parameters of one task for one model.
-
-    Attributes:
-        task: `race`, `mnli`, `qqp` or `squad`.
-        lr: The highest learning rate.
-        epochs: Passes over the training data.
-        global_batch: Samples of a step, over all ranks; one of RACE has four rows.
-        warmup: Share of the steps in which the learning rate rises from 0.
-        weight_decay: Of AdamW; none on biases and norms.
-        adam_beta1: Of AdamW.
-        adam_beta2: Of AdamW.
-        adam_eps: Of AdamW.
-        clip_grad: Largest norm of the gradient; 0: any.
-        hidden_dropout: Probability of dropping a unit, the head's input included.
-        attention_dropout: Probability of dropping an attention weight.
-        min_lr: The learning rate at the end.
-        lr_decay: `linear` or `cosine`.
-        keep_last: Make a step of an epoch's last samples where they do not fill a global batch.
-        seq_length: Longest row, in tokens.
-        max_qa_length: RACE: longest question with its answer, in tokens.
-        doc_stride: SQuAD: tokens from the start of one window of a long text to the next one's.
-        max_query_length: SQuAD: longest question, in tokens.
-        max_answer_length: SQuAD: longest answer, in tokens.
-        n_best: SQuAD: answers kept for each question.
-        null_threshold: SQuAD 2.0: a question whose null score is ahead of the best answer's by more
-            has no answer. None: the value with the best F1 on the dev set, as the official script
-            finds it.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Hyperparameters):
+    """The hyperparameters of one task for one model."""
 
     task: str
-    lr: float
-    epochs: int
-    global_batch: int
-    warmup: float = 0.06
-    weight_decay: float = 0.1
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
-    hidden_dropout: float = 0.1
-    attention_dropout: float = 0.1
-    min_lr: float = 0.0
-    lr_decay: str = "linear"
-    keep_last: bool = False
-    seq_length: int = 512
-    max_qa_length: int = 128
-    doc_stride: int = 128
-    max_query_length: int = 64
-    max_answer_length: int = 30
-    n_best: int = 20
-    null_threshold: float | None = None
-
-    def __post_init__(self) -> None:
-        """Check what the trainer does not check.
-
-        Raises:
-            InputError: A length is impossible.
-        """
-        names = ("max_qa_length", "doc_stride", "max_query_length", "max_answer_length", "n_best")
-        for name in names:
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.seq_length < 8:
-            raise InputError(f"seq_length is {self.seq_length}; it must be at least 8 tokens")
+    lr: float = again(Hyperparameters, "lr", default=MISSING)
+    epochs: int = again(Hyperparameters, "epochs", default=MISSING)
+    global_batch: int = again(Hyperparameters, "global_batch", default=MISSING)
+    """One sample of RACE has four rows."""
+    weight_decay: float = again(Hyperparameters, "weight_decay", default=0.1)
+    seq_length: int = option("Longest row, in tokens.", 512, least=8)
+    max_qa_length: int = option(
+        "Longest question with its answer, in tokens.", 128, least=1, group=TASK, only=("race",)
+    )
+    doc_stride: int = option(
+        "Tokens from the start of one window of a long passage to the start of the next.",
+        128,
+        least=1,
+        group=TASK,
+        only=("squad",),
+    )
+    max_query_length: int = option(
+        "Longest question, in tokens.", 64, least=1, group=TASK, only=("squad",)
+    )
+    max_answer_length: int = option(
+        "Longest answer, in tokens.", 30, least=1, group=TASK, only=("squad",)
+    )
+    n_best: int = option(
+        "Answers kept for each question.", 20, least=1, group=TASK, only=("squad",)
+    )
+    null_threshold: float | None = option(
+        "SQuAD 2.0: a question has no answer if the null score is ahead of the best answer's by "
+        "more than this. If the recipe has none, it is found on the dev sets.",
+        None,
+        group=TASK,
+        only=("squad",),
+    )
+    """None: the value with the best F1 on the dev set, as the official script finds it."""
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
@@ -117,7 +91,7 @@ def load_recipe(
     missing = [
         field.name
         for field in FIELDS.values()
-        if field.default is dataclasses.MISSING and field.name not in checked
+        if field.default is MISSING and field.name not in checked
     ]
     if missing:
         raise InputError(f"{source} does not set {', '.join(missing)}; every recipe has to")

@@ -28,15 +28,15 @@ from mlm_eval.model.initial import with_head
 from mlm_eval.ranks.collectives import on_main
 from mlm_eval.ranks.mesh import is_main
 from mlm_eval.reporting.results import Result, checkpoint_record, write_json
-from mlm_eval.reporting.text import progress_figures, progress_place
 from mlm_eval.tasks.data.text import parse_json, read_text, sha256
 from mlm_eval.tasks.finetune import result as records
 from mlm_eval.tasks.finetune.data import Prepared, prepare
 from mlm_eval.tasks.finetune.features import Outputs, special_ids
-from mlm_eval.tasks.finetune.options import FinetuneOptions, Observer
+from mlm_eval.tasks.finetune.options import FinetuneOptions
 from mlm_eval.tasks.finetune.predictions import SUFFIX, write_predictions
 from mlm_eval.tasks.finetune.task import Answered, ExampleSet, Judgement, Task, make_task
 from mlm_eval.training.loop import BEST_CHECKPOINT, CHECKPOINT, STATE, train
+from mlm_eval.training.settings import Listener
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.checkpoint import Checkpoint
@@ -56,7 +56,7 @@ def finetune(
     *,
     tokenizer: Tokenizer,
     load: Load,
-    observer: Observer | None = None,
+    listener: Listener | None = None,
 ) -> Result:
     """Return the result of fine-tuning and evaluating a model, on every rank the same; all call it.
 
@@ -69,12 +69,12 @@ def finetune(
         tokenizer: The model's own.
         load: Called with a checkpoint and a dtype (`float32` for training), once for each seed: for
             example `lambda c, d: Engine.load(c, tp=2, dp=1, dtype=d, device="cpu")`.
-        observer: Told what happens, on rank 0.
+        listener: Hears what happens, on rank 0.
 
     Raises:
         InputError: The data, the options or the model cannot be used.
     """
-    job = _Job(make_task(task), checkpoint, options, tokenizer, load, observer or Observer())
+    job = _Job(make_task(task), checkpoint, options, tokenizer, load, listener or Listener())
     job.prepare()
     return job.evaluate_only() if options.eval_only else job.train_all()
 
@@ -89,11 +89,11 @@ class _Job:
         options: FinetuneOptions,
         tokenizer: Tokenizer,
         load: Load,
-        observer: Observer,
+        listener: Listener,
     ) -> None:
         self.task, self.checkpoint, self.options = task, checkpoint, options
         self.tokenizer, self.load = tokenizer, load
-        self.observer = observer if is_main() else Observer()
+        self.listener = listener if is_main() else Listener()
         self.output = Path(options.output_dir).expanduser()
         self.sets: dict[str, ExampleSet] = {}  # on rank 0 only
 
@@ -111,7 +111,7 @@ class _Job:
         self.recipe = self.prepared.recipe
         self.warnings = [*([misfit] if misfit else []), *self.prepared.warnings]
         for warning in (*self.prepared.data["warnings"], *self.warnings):
-            _tell(self.observer.warn, warning)
+            self.listener.warn(warning)
 
     def _prepare(self) -> Prepared:
         self._check_output()
@@ -120,7 +120,7 @@ class _Job:
             self.options,
             tokenizer=self.tokenizer,
             positions=self.checkpoint.config.max_position_embeddings,
-            say=partial(_tell, self.observer.say),
+            say=self.listener.say,
         )
         return prepared
 
@@ -164,32 +164,28 @@ class _Job:
         return self.output if len(self.options.seeds) == 1 else self.output / f"seed-{seed}"
 
     def _train(self, seed: int, folder: Path) -> dict[str, Any]:
-        """Return the figures of one seed's run, from an earlier call where it had ended."""
+        """Return the figures of one seed's run; those of an earlier call where it had ended."""
         ended = on_main(lambda: self._ended(folder, seed))
         if ended is not None:
-            _tell(self.observer.say, f"seed {seed}: done before, {folder}")
+            self.listener.say(f"seed {seed}: done before, {folder}")
             return ended
         if len(self.options.seeds) > 1:
-            _tell(self.observer.say, f"seed {seed}: training, {folder}")
+            self.listener.say(f"seed {seed}: training, {folder}")
         head = self._with_head(seed)
         engine = self.load(head, "float32")
         dtype, autocast = self._dtypes(engine)
         features = self.prepared.train
         assert features is not None
-        last: dict[str, Any] = {}
+        outputs: dict[str, Outputs] = {}
+        seconds = 0.0
 
-        def note(progress: TrainingProgress) -> None:
-            if "progress" not in last and progress.step > 1:
-                _tell(self.observer.say, f"seed {seed}: resumed after step {progress.step - 1:,}")
-            last["progress"] = progress
-            if self.observer.on_step is not None:
-                self.observer.on_step(progress)
-
-        def evaluate() -> dict[str, Any]:
+        def evaluate(progress: TrainingProgress) -> dict[str, Any]:
+            nonlocal outputs, seconds
             started = time.perf_counter()
-            last["outputs"] = self._outputs(engine, "dev", autocast)
-            last["seconds"] = time.perf_counter() - started
-            return on_main(lambda: self._judged(seed, **last))
+            outputs = self._outputs(engine, "dev", autocast)
+            seconds = time.perf_counter() - started
+            place = f"seed {seed}, {progress.place}"
+            return on_main(lambda: self._judged(outputs, place, seconds))
 
         report = train(
             engine,
@@ -199,11 +195,14 @@ class _Job:
             output_dir=folder,
             evaluate=evaluate,
             resume=self.options.resume,
-            on_progress=note,
+            listener=self.listener,
+            title=f"seed {seed}",
         )
-        if "outputs" not in last or report.evaluations[-1]["step"] != report.steps:
-            evaluate()  # of a run that had ended but for what follows
-        outputs = last["outputs"] | self._outputs(engine, "test", autocast)
+        if not outputs:  # the training had ended in an earlier call
+            started = time.perf_counter()
+            outputs = self._outputs(engine, "dev", autocast)
+            seconds = time.perf_counter() - started
+        outputs |= self._outputs(engine, "test", autocast)
         described = {**engine.describe(), "dtype": dtype, "eval_dtype": _name(autocast)}
         run_record = {
             "seed": seed,
@@ -211,7 +210,7 @@ class _Job:
             "engine": described,
             "checkpoint_warnings": list(head.provenance.warnings),
             "load_seconds": engine.load_seconds,
-            "eval_seconds": last["seconds"],
+            "eval_seconds": seconds,
             **records.report_record(report),
         }
         return on_main(lambda: self._finish_run(folder, outputs, run_record))
@@ -295,32 +294,20 @@ class _Job:
         found = {}
         for part in self.prepared.parts:
             if part.role == role:
-                tell = self.observer.on_evaluation
                 found[part.name] = Outputs.of(
                     engine,
                     part.features,
                     head=self.task.head,
                     autocast=autocast,
-                    on_progress=None if tell is None else partial(tell, part.name),
+                    on_progress=partial(self.listener.on_evaluation, part.name),
                 )
         return found
 
-    def _judged(
-        self,
-        seed: int,
-        *,
-        outputs: Mapping[str, Outputs],
-        seconds: float,
-        progress: TrainingProgress | None = None,
-    ) -> dict[str, Any]:
+    def _judged(self, outputs: Mapping[str, Outputs], place: str, seconds: float) -> dict[str, Any]:
         """Return what the trainer keeps of an evaluation; rank 0."""
         metrics = self._judge(outputs)[1].metrics
-        place = f"seed {seed}"
-        if progress is not None:  # else the run had ended before
-            place += f", {progress_place(progress)}"
-            _tell(self.observer.say, f" > |{place}| training: {progress_figures(progress)}")
         for line in records.figure_lines(metrics, place):
-            _tell(self.observer.say, f"{line}, elapsed time (sec): {seconds:.1f}")
+            self.listener.say(f"{line}, elapsed time (sec): {seconds:.1f}")
         return {**self.task.summary(metrics), "metrics": records.without_lists(metrics)}
 
     def _judge(self, outputs: Mapping[str, Outputs]) -> tuple[list[Answered], Judgement]:
@@ -381,11 +368,6 @@ def _link_tree(source: Path, target: Path) -> None:
 
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target, copy_function=link)
-
-
-def _tell(listener: Callable[[str], None] | None, text: str) -> None:
-    if listener is not None:
-        listener(text)
 
 
 def _name(dtype: torch.dtype | None) -> str:

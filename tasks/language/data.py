@@ -1,8 +1,8 @@
 """From text files to the samples of masked-LM and causal-LM training.
 
 Masked LM: a document's sentences are packed into sequences; in each epoch a sequence is cut in two,
-its halves are exchanged or not, and 15% of its tokens are hidden, all as numbers drawn from (seed,
-epoch, sample) say. Source: Megatron's bert_dataset.py and dataset_utils.py (v2.5), its rules for
+its halves are exchanged or not, and 15% of its tokens are masked; the random numbers follow from
+(seed, epoch, sample). Source: Megatron's bert_dataset.py and dataset_utils.py (v2.5), its rules for
 segments, and BERT's for masks. Causal LM: the documents in a row, cut into windows.
 """
 
@@ -34,8 +34,8 @@ def read_documents(paths: Sequence[Path], *, whole_files: bool) -> Iterator[str]
     """Yield the documents of text files.
 
     A .jsonl file (also .json with one object a line) has a document in each line's `text`, as
-    Megatron's tools/preprocess_data.py takes them. Any other file is text: documents stand between
-    blank lines, as in BERT's data, or the whole file is one.
+    Megatron's tools/preprocess_data.py takes them. Any other file is text: blank lines separate
+    documents, as in BERT's data, or the whole file is one.
 
     Args:
         paths: The files.
@@ -74,20 +74,17 @@ def _documents(path: Path, text: str, whole_files: bool) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """Token ids of all documents in a row.
-
-    Attributes:
-        tokens: `[n]` int32.
-        sentences: Where each sentence begins, and n: ascending int64.
-        documents: Where each document begins, and n.
-    """
+    """Token ids of all documents, one after the other."""
 
     tokens: Tensor
+    """`[n]` int32."""
     sentences: Tensor
+    """Where each sentence begins, and n: ascending int64."""
     documents: Tensor
+    """Where each document begins, and n."""
 
 
-def tokenize(
+def tokenize_documents(
     documents: Iterable[str], tokenizer: Tokenizer, *, end: int | None, sentences: bool
 ) -> TokenizedText:
     """Return the tokens of documents.
@@ -117,21 +114,15 @@ def tokenize(
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The ids that masked-LM samples need, and what the vocabulary says of each id.
-
-    Attributes:
-        cls: `[CLS]`.
-        sep: `[SEP]`.
-        mask: `[MASK]`.
-        continues: Bool `[vocab]`: the piece goes on with the word before it (`##`).
-        words: Ids that a hidden token may be replaced with: all but the bracketed ones.
-    """
+    """The ids that masked-LM samples need."""
 
     cls: int
     sep: int
     mask: int
     continues: np.ndarray
+    """Bool `[vocab]`: the piece continues the word before it (`##`)."""
     words: np.ndarray
+    """Ids that may replace a masked token: all but the bracketed ones."""
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> SpecialTokens:
@@ -164,7 +155,7 @@ class MaskedText(Sequence[Sample]):
     """The samples of masked-LM training, drawn anew in each epoch.
 
     A sample is a run of sentences of one document, `[CLS] A [SEP] B [SEP]`, or `[CLS] A [SEP]`
-    without pairs. Its label is the hidden tokens and, at position 0, whether A and B were
+    without pairs. Its label is the masked tokens and, at position 0, whether A and B were
     exchanged.
     """
 
@@ -187,8 +178,8 @@ class MaskedText(Sequence[Sample]):
             length: Most tokens of a sample, special ones included.
             seed: Of all that is drawn.
             pairs: Cut each sample into two segments.
-            probability: Share of the tokens to hide.
-            whole_words: Hide all pieces of a word or none.
+            probability: Share of the tokens to mask.
+            whole_words: Mask all pieces of a word or none.
 
         Raises:
             InputError: The text holds no sample.
@@ -234,10 +225,10 @@ class MaskedText(Sequence[Sample]):
         row += [second, [special.sep]] if self.pairs else []
         tokens = np.concatenate([np.asarray(part, dtype=np.int64) for part in row])
         tokentypes = (np.arange(len(tokens)) >= len(first) + 2).astype(np.int64)
-        hidden, labels = self._hide(tokens, chance)
+        masked, labels = self._mask(tokens, chance)
         labels[0] = int(exchanged) if self.pairs else NO_LABEL
         types = torch.from_numpy(tokentypes if self.pairs else np.zeros_like(tokens))
-        return Sample([torch.from_numpy(hidden)], [types], torch.from_numpy(labels), index)
+        return Sample([torch.from_numpy(masked)], [types], torch.from_numpy(labels), index)
 
     def _cut(self, start: int, stop: int, chance: np.random.Generator) -> int:
         """Return where segment B begins: at a sentence, or in the middle of a single one."""
@@ -246,19 +237,19 @@ class MaskedText(Sequence[Sample]):
             return (stop - start) // 2
         return int(self.sentences[chance.integers(low, high)]) - start
 
-    def _hide(
+    def _mask(
         self, tokens: np.ndarray, chance: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the tokens with some hidden, and the labels.
+        """Return the tokens with some masked, and the labels.
 
-        Of the hidden tokens 80% become [MASK], 10% any word, and 10% stay.
+        Of the masked tokens 80% become [MASK], 10% any word, and 10% stay.
         """
         special = self.special
         places = np.flatnonzero((tokens != special.cls) & (tokens != special.sep))
         labels = np.full(len(tokens), NO_LABEL, dtype=np.int64)
         starts = np.ones(len(places), dtype=bool)
         if self.whole_words:
-            # A piece goes on with a word where the piece before it is its neighbour.
+            # A piece continues a word only where the piece before it is its neighbour.
             starts[1:] = ~special.continues[tokens[places[1:]]] | (np.diff(places) > 1)
         words = np.split(places, np.flatnonzero(starts)[1:])
         wanted = max(1, round(len(places) * self.probability))
@@ -268,7 +259,7 @@ class MaskedText(Sequence[Sample]):
                 chosen.extend(words[word].tolist())
             if len(chosen) == wanted:
                 break
-        if not chosen:  # a single word, longer than the share: one piece of it
+        if not chosen:  # every word is longer than the share: mask one piece
             chosen = [int(places[chance.integers(len(places))])]
         at = np.array(sorted(chosen))
         labels[at] = tokens[at]
@@ -303,14 +294,14 @@ def _runs(
             yield start, last
 
 
-class Part(Sequence[Sample]):
+class SampleRange(Sequence[Sample]):
     """The samples from `start` to before `stop` of a data set, numbered anew."""
 
     def __init__(self, whole: MaskedText | TextWindows, start: int, stop: int) -> None:
         self.whole, self.start, self.stop = whole, start, stop
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the data set which epoch comes."""
+        """Draw the samples of another epoch from now on."""
         if isinstance(self.whole, MaskedText):
             self.whole.set_epoch(epoch)
 

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,83 +25,45 @@ from mlm_eval.model.bert import BERT
 from mlm_eval.model.initial import initial_config, new_checkpoint
 from mlm_eval.ranks.collectives import on_main
 from mlm_eval.reporting.results import Result, checkpoint_record, exponential, versions
-from mlm_eval.reporting.text import large, progress_figures, progress_place, training_plan
+from mlm_eval.reporting.text import large, training_plan
 from mlm_eval.tasks.language.data import (
     MaskedText,
-    Part,
+    SampleRange,
     SpecialTokens,
     TextWindows,
     TokenizedText,
     read_documents,
-    tokenize,
+    tokenize_documents,
 )
+from mlm_eval.tasks.language.settings import MaskedTextSettings, TextSettings
 from mlm_eval.training.data import Sample, collate, sample_length
 from mlm_eval.training.loop import train
 from mlm_eval.training.objectives import CausalLM, MaskedLM
-from mlm_eval.training.settings import TrainingProgress, TrainReport, TrainSettings
-
-KINDS = {"mlm": "bert", "lm": "gpt"}
-"""Command -> the family of models it trains."""
+from mlm_eval.training.settings import Listener, TrainingProgress, TrainReport, TrainSettings
 
 RESULT = "result.json"
 
 
-@dataclass(frozen=True)
-class TextSettings:
-    """Which text to train on, and how it becomes samples.
-
-    Attributes:
-        data: Text or JSON-lines files; see `pretraining_data.read_documents`.
-        dev: Files to evaluate on; none: the last `dev_share` of the samples is held out.
-        dev_share: See there.
-        seq_length: Most tokens of a sample; None: what the model takes.
-        mask_probability: Share of the tokens that are hidden (masked LM).
-        whole_words: Hide all pieces of a word or none (masked LM).
-    """
-
-    data: Sequence[Path]
-    dev: Sequence[Path] = ()
-    dev_share: float = 0.05
-    seq_length: int | None = None
-    mask_probability: float = 0.15
-    whole_words: bool = True
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            InputError: One of them is impossible.
-        """
-        if not self.data:
-            raise InputError("no training text was given; name text files with --data")
-        for option, value in (
-            ("--mask-probability", self.mask_probability),
-            ("--dev-share", self.dev_share),
-        ):
-            if not 0.0 < value < 1.0:
-                raise InputError(f"{option} is {value}; it must lie between 0 and 1")
-
-
 def start_from(
-    kind: str,
+    text: TextSettings,
     *,
     init: str | Path,
     tokenizer: Tokenizer,
     seed: int,
     overrides: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """Return a new model for `mlm` or `lm`: what `--init` stands for.
+    """Return a new model to train on `text`: what `--init` stands for.
 
     Raises:
-        InputError: There is no such size or file; see `initial_models.initial_config`.
+        InputError: There is no such size or file; see `initial.initial_config`.
     """
     config = initial_config(
-        init, family=KINDS[kind], vocab_entries=tokenizer.vocab_size, overrides=overrides
+        init, family=text.family, vocab_entries=tokenizer.vocab_size, overrides=overrides
     )
     return new_checkpoint(config, seed=seed)
 
 
-def check_kind(kind: str, checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[str]:
+def check_start(text: TextSettings, checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[str]:
     """Return warnings about a checkpoint as the start of language-model training.
 
     Raises:
@@ -110,8 +71,8 @@ def check_kind(kind: str, checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[
             not fit it.
     """
     config, where = checkpoint.config, checkpoint.provenance.path
-    if config.family != KINDS[kind]:
-        other = {"bert": "lm", "gpt": "mlm"}[KINDS[kind]]
+    if config.family != text.family:
+        other = {"bert": "lm", "gpt": "mlm"}[text.family]
         raise InputError(
             f"{where} is a {config.family.upper()} model; train it with mlm-eval {other}"
         )
@@ -125,7 +86,6 @@ def check_kind(kind: str, checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[
 
 
 def pretrain(
-    kind: str,
     engine: Engine,
     tokenizer: Tokenizer,
     text: TextSettings,
@@ -133,72 +93,52 @@ def pretrain(
     *,
     output_dir: str | Path,
     resume: bool = False,
-    say: Callable[[str], None] | None = None,
-    on_progress: Callable[[TrainingProgress], None] | None = None,
-    on_evaluation: Callable[[str, int, int], None] | None = None,
+    listener: Listener | None = None,
 ) -> Result:
-    """Train a masked (`mlm`) or causal (`lm`) language model; every rank calls it.
+    """Train a causal or, with `MaskedTextSettings`, a masked language model; every rank calls it.
 
-    Writes what `training.train` writes into `output_dir`, and result.json. An evaluation is the
-    mean loss on held-out text: nats per hidden or per predicted token.
+    Writes what `training.loop.train` writes into `output_dir`, and result.json. An evaluation is
+    the mean loss on held-out text: nats per masked or per predicted token.
 
     Args:
-        kind: `mlm` or `lm`.
         engine: Loaded in float32, from a checkpoint or from `start_from`.
         tokenizer: Its vocabulary.
         text: The data.
         settings: How to train.
         output_dir: Where everything goes.
-        resume: Go on from the last state in `output_dir`.
-        say: Takes a line for people who watch, on rank 0.
-        on_progress: Called on rank 0 after each step.
-        on_evaluation: Takes (name of the set, samples done, samples in all), on rank 0.
+        resume: Continue from the last state in `output_dir`.
+        listener: Hears what happens, on rank 0.
 
     Raises:
-        InputError: As `training.train`; or the text or the tokenizer do not fit.
+        InputError: As `training.loop.train`; or the text or the tokenizer do not fit.
     """
-    output = Path(output_dir)
-    warnings = check_kind(kind, engine.checkpoint, tokenizer)
+    output, settings = Path(output_dir), settings.on(engine.device.type)
+    listener = listener if listener is not None and engine.is_main else Listener()
+    warnings = check_start(text, engine.checkpoint, tokenizer)
     positions = engine.config.max_position_embeddings
     length = text.seq_length or positions
-    least = 8 if kind == "mlm" else 2
+    least = 8 if isinstance(text, MaskedTextSettings) else 2
     if not least <= length <= positions:
         raise InputError(
             f"--seq-length is {length}; this model takes {least} to {positions} tokens"
         )
-    samples = _Samples(kind, engine, tokenizer, text, length, settings.seed, output / "text")
-    objective = MaskedLM() if kind == "mlm" else CausalLM()
-    tell = say if say is not None and engine.is_main else lambda text: None
+    samples = _Samples(engine, tokenizer, text, length, settings.seed, output / "text")
+    objective = CausalLM() if samples.special is None else MaskedLM()
     plan = training_plan({**dataclasses.asdict(settings), "seq_length": length})
-    tell(
+    listener.say(
         f"work ahead: to train on {len(samples.train):,} samples ({plan}), to evaluate "
         f"{len(samples.dev):,}"
     )
-    last: list[TrainingProgress] = []
 
-    def note(progress: TrainingProgress) -> None:
-        if not last and progress.step > 1:
-            tell(f"resumed after step {progress.step - 1:,}")
-        last[:] = [progress]
-        if on_progress is not None:
-            on_progress(progress)
-
-    def evaluate() -> dict[str, Any]:
+    def evaluate(progress: TrainingProgress) -> dict[str, Any]:
         started = time.perf_counter()
-        found = measure(
-            engine,
-            samples.dev,
-            dtype=settings.dtype,
-            on_progress=None if on_evaluation is None else partial(on_evaluation, "dev"),
+        on_progress = partial(listener.on_evaluation, "dev")
+        found = text_metrics(engine, samples.dev, dtype=settings.dtype, on_progress=on_progress)
+        listener.say(
+            f" > |{progress.place}| metrics for dev: loss = {found['loss']:.4f}, perplexity = "
+            f"{large(found['perplexity'])}, accuracy = {100 * found['accuracy']:.4f} %, "
+            f"elapsed time (sec): {time.perf_counter() - started:.1f}"
         )
-        for progress in last:
-            place = progress_place(progress)
-            tell(f" > |{place}| training: {progress_figures(progress)}")
-            tell(
-                f" > |{place}| metrics for dev: loss = {found['loss']:.4f}, perplexity = "
-                f"{large(found['perplexity'])}, accuracy = {100 * found['accuracy']:.4f} %, "
-                f"elapsed time (sec): {time.perf_counter() - started:.1f}"
-            )
         return found
 
     report = train(
@@ -209,11 +149,11 @@ def pretrain(
         output_dir=output,
         evaluate=evaluate,
         resume=resume,
-        on_progress=note,
+        listener=listener,
         args={"seq_length": length},
         tokenizer_files=tokenizer.files,
     )
-    result = _result(kind, engine, tokenizer, text, settings, samples, report, warnings)
+    result = _result(engine, tokenizer, text, settings, samples, report, warnings)
     on_main(lambda: result.write(output / RESULT))
     return result
 
@@ -223,7 +163,6 @@ class _Samples:
 
     def __init__(
         self,
-        kind: str,
         engine: Engine,
         tokenizer: Tokenizer,
         text: TextSettings,
@@ -231,15 +170,17 @@ class _Samples:
         seed: int,
         folder: Path,
     ) -> None:
-        self.kind, self.tokenizer, self.settings, self.length = kind, tokenizer, text, length
+        self.tokenizer, self.settings, self.length = tokenizer, text, length
         self.pairs = engine.config.binary_head
-        self.special = SpecialTokens.of(tokenizer) if kind == "mlm" else None
+        masked = isinstance(text, MaskedTextSettings)
+        self.special = SpecialTokens.of(tokenizer) if masked else None
         self.sha256: dict[str, str] = {}
         tokens = self._tokens(text.data, folder)
         whole = self._cut(tokens, seed)
         self.train: Sequence[Sample] = whole
         self.num_tokens = tokens.tokens.numel()
-        # Masks of their own, the same at every evaluation: nobody calls set_epoch on these.
+        # Another seed: masks of their own, which are the same at every evaluation because nobody
+        # calls set_epoch on these samples.
         if text.dev:
             self.dev: Sequence[Sample] = self._cut(self._tokens(text.dev, folder), seed + 1)
             return
@@ -253,12 +194,13 @@ class _Samples:
                 f"--dev-share {text.dev_share} of {count} samples leaves none to train on; lower "
                 "it, or give --dev"
             )
-        self.train = Part(whole, 0, len(whole) - count)
-        self.dev = Part(self._cut(tokens, seed + 1), len(whole) - count, len(whole))
+        self.train = SampleRange(whole, 0, len(whole) - count)
+        self.dev = SampleRange(self._cut(tokens, seed + 1), len(whole) - count, len(whole))
 
     def _cut(self, tokens: TokenizedText, seed: int) -> MaskedText | TextWindows:
         if self.special is None:
             return TextWindows(tokens, length=self.length)
+        assert isinstance(self.settings, MaskedTextSettings)
         return MaskedText(
             tokens,
             self.special,
@@ -278,29 +220,29 @@ class _Samples:
         return TokenizedText(**load_file(path))
 
     def _tokenized(self, paths: Sequence[Path], folder: Path) -> tuple[Path, dict[str, str]]:
-        """Tokenize files unless that was done before; rank 0."""
+        """Return the file with the tokens, made unless it is there, and what it is of; rank 0."""
         from safetensors.torch import save_file
 
         # Read first, so that a missing file fails before we hash it.
-        mlm = self.kind == "mlm"
+        mlm = self.special is not None
         documents = list(read_documents(paths, whole_files=not mlm))
         sha256 = {
             str(path): hashlib.sha256(path.expanduser().read_bytes()).hexdigest() for path in paths
         }
-        parts = [self.kind, self.tokenizer.sha256, *sha256.values()]
+        parts = [self.settings.kind, self.tokenizer.sha256, *sha256.values()]
         key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
         target = folder / f"tokens-{key}.safetensors"
         if target.is_file():
             return target, sha256
         end = None if mlm else self.tokenizer.eot_id
-        tokens = tokenize(documents, self.tokenizer, end=end, sentences=mlm)
+        tokens = tokenize_documents(documents, self.tokenizer, end=end, sentences=mlm)
         with atomic_file(target) as partial:
             save_file({name: value.clone() for name, value in vars(tokens).items()}, partial)
         return target, sha256
 
 
 @torch.no_grad()
-def measure(
+def text_metrics(
     engine: Engine,
     data: Sequence[Sample],
     *,
@@ -309,15 +251,15 @@ def measure(
 ) -> dict[str, Any]:
     """Return loss, perplexity and accuracy of a language model on samples, on every rank the same.
 
-    `loss` is what training lowers: the mean over hidden (BERT) or predicted tokens, in nats. A BERT
+    `loss` is what training lowers: the mean over masked (BERT) or predicted tokens, in nats. A BERT
     with a binary head adds the mean loss of the segments' order; then `lm_loss` and `order_loss`
     are its two parts. `score` is the negative loss.
 
     Args:
         engine: With the model.
         data: Samples of the kind that it was trained on.
-        dtype: Of the matrix products.
-        on_progress: Told about (samples done, samples in all), on rank 0.
+        dtype: Dtype of the matrix products.
+        on_progress: Takes (samples done, samples in all), on rank 0.
     """
 
     def run(indices: list[int]) -> Tensor:
@@ -355,7 +297,6 @@ def measure(
 
 
 def _result(
-    kind: str,
     engine: Engine,
     tokenizer: Tokenizer,
     text: TextSettings,
@@ -364,6 +305,7 @@ def _result(
     report: TrainReport,
     warnings: list[str],
 ) -> Result:
+    masked = text if isinstance(text, MaskedTextSettings) else None
     last = {k: v for k, v in report.evaluations[-1].items() if k not in ("step", "epoch", "score")}
     best = (
         None
@@ -371,8 +313,8 @@ def _result(
         else {"step": report.best["step"], "loss": -report.best["score"]}
     )
     return Result(
-        task=kind,
-        protocol="masked-lm" if kind == "mlm" else "causal-lm",
+        task=text.kind,
+        protocol="causal-lm" if masked is None else "masked-lm",
         metrics={**last, "best": best, "final_training_loss": report.losses[-1]},
         counts={
             "training_tokens": samples.num_tokens,
@@ -384,8 +326,8 @@ def _result(
         settings={
             **dataclasses.asdict(settings),
             "seq_length": samples.length,
-            "mask_probability": text.mask_probability if kind == "mlm" else None,
-            "whole_words": text.whole_words if kind == "mlm" else None,
+            "mask_probability": masked and masked.mask_probability,
+            "whole_words": masked and masked.whole_words,
             "vocab_size": engine.vocab_size,
             "tp": engine.tp,
             "dp": engine.dp,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -22,7 +23,8 @@ from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import load_tokenizer
 from mlm_eval.cli.training import training_bars
 from mlm_eval.tasks.finetune.options import FinetuneOptions
-from mlm_eval.tasks.language.pretraining import TextSettings
+from mlm_eval.tasks.finetune.recipe import Recipe
+from mlm_eval.tasks.language.settings import MaskedTextSettings, TextSettings
 from mlm_eval.training.settings import TrainingProgress, TrainSettings
 
 pytest_plugins = ["support.command_line_fixtures"]
@@ -235,7 +237,20 @@ def taken(command: str) -> dict[str, Any]:
 
 def fields(*kinds: type[Any]) -> dict[str, Any]:
     """Return the fields of dataclasses with their types."""
-    return {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+    found = {}
+    for kind in kinds:
+        hints = get_type_hints(kind)
+        found |= {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    return found
+
+
+def finetuning_fields() -> dict[str, Any]:
+    """Return what a fine-tuning can be told: its own options, and the recipe's."""
+    found = fields(FinetuneOptions, Recipe)
+    return {name: hint for name, hint in found.items() if name not in ("overrides", "task")}
+
+
+TEXTS: dict[str, type[TextSettings]] = {"mlm": MaskedTextSettings, "lm": TextSettings}
 
 
 def example(name: str, hint: Any, number: int) -> tuple[list[str], Any]:
@@ -258,13 +273,13 @@ def example(name: str, hint: Any, number: int) -> tuple[list[str], Any]:
 
 @pytest.mark.parametrize("command", FINETUNING)
 def test_every_field_of_a_fine_tuning_is_an_option(command):
-    for name in fields(FinetuneOptions):
+    for name in finetuning_fields():
         assert (name in taken(command)) == (command in HERE.get(name, {command})), name
 
 
 @pytest.mark.parametrize("command", PRETRAINING)
 def test_every_field_of_a_pre_training_is_an_option(command):
-    for name in fields(TrainSettings, TextSettings):
+    for name in fields(TrainSettings, MaskedTextSettings):
         assert (name in taken(command)) == (command in HERE.get(name, {command})), name
 
 
@@ -284,40 +299,40 @@ def told(monkeypatch: pytest.MonkeyPatch, where: str, run: Run, *arguments: obje
 @pytest.mark.parametrize("command", FINETUNING)
 def test_what_a_fine_tuning_is_told_arrives(run, bert, monkeypatch, command):
     line, expected = [], {}
-    for number, (name, hint) in enumerate(fields(FinetuneOptions).items(), start=1):
+    for number, (name, hint) in enumerate(finetuning_fields().items(), start=1):
         if command in HERE.get(name, {command}):
             words, expected[name] = example(name, hint, number)
             line += words
     where = "mlm_eval.tasks.finetune.run.finetune"
     given, _ = told(monkeypatch, where, run, command, "--ckpt", bert, *line)
     assert given[0] == command
-    assert {name: getattr(given[2], name) for name in expected} == expected
+    assert {**vars(given[2]), **given[2].overrides}.items() >= expected.items()
     # Each of them differs from what is taken where nothing is said: that is the recipe's.
     given, _ = told(monkeypatch, where, run, command, "--ckpt", bert, "--output-dir", "out")
-    plain = TrainSettings(lr=1.0)
-    trainers = {"micro_batch": plain.micro_batch, "save_minutes": plain.save_minutes}
-    assert given[2] == FinetuneOptions(output_dir=Path("out"), **trainers)
-    assert all(getattr(given[2], name) != value for name, value in expected.items())
+    assert given[2] == FinetuneOptions(output_dir=Path("out")) and not given[2].overrides
+    plain = vars(given[2])
+    assert all(plain.get(name) != value for name, value in expected.items())
 
 
 @pytest.mark.parametrize("command", PRETRAINING)
 def test_what_a_pre_training_is_told_arrives(run, bert, folder, monkeypatch, command):
     model = {"mlm": bert, "lm": folder / "gpt"}[command]
     line, expected = [], {}
-    for number, (name, hint) in enumerate(fields(TrainSettings, TextSettings).items(), start=1):
+    for number, (name, hint) in enumerate(fields(TrainSettings, TEXTS[command]).items(), start=1):
         if command in HERE.get(name, {command}):
             words, expected[name] = example(name, hint, number)
             line += words
     start = (command, "--ckpt", model, "--output-dir", "o")
     where = "mlm_eval.tasks.language.pretraining.pretrain"
     given, named = told(monkeypatch, where, run, *start, *line, "--resume")
-    assert given[0] == command and named["resume"] is True and named["output_dir"] == Path("o")
-    text, settings = given[3:]
+    assert named["resume"] is True and named["output_dir"] == Path("o")
+    text, settings = given[2:]
+    assert text.kind == command
     assert {**vars(text), **vars(settings)}.items() >= expected.items()
     given, named = told(monkeypatch, where, run, *start, "--data", "text.txt")
-    assert given[3] == TextSettings((Path("text.txt"),)) and named["resume"] is False
-    assert given[4] == TrainSettings(lr=1e-4)
-    plain = {**vars(given[3]), **vars(given[4])}
+    assert given[2] == TEXTS[command](data=(Path("text.txt"),)) and named["resume"] is False
+    assert given[3] == TrainSettings(lr=1e-4)
+    plain = {**vars(given[2]), **vars(given[3])}
     assert all(plain[name] != value for name, value in expected.items())
 
 
@@ -342,7 +357,7 @@ WRONG_TRAINING: dict[str, tuple[str, list[str], list[str]]] = {
     "dtype of evaluations": ("race", ["--eval-dtype", "foo"], ["--eval-dtype 'foo'", "bfloat16"]),
     "stride": ("squad", ["--doc-stride", "0"], ["--doc-stride"]),
     "of another task": ("race", ["--doc-stride", "64"], ["No such option", "--doc-stride"]),
-    "seeds": ("race", ["--seeds", "1,x"], ["--seeds '1,x'", "divided by commas"]),
+    "seeds": ("race", ["--seeds", "1,x"], ["--seeds '1,x'", "comma-separated"]),
     "rate of mlm": ("mlm", ["--lr", "-1"], ["--lr is -1.0", "0 or more"]),
     "clipping": ("lm", ["--clip-grad", "-1"], ["--clip-grad is -1.0", "0 or more"]),
     "masks": ("mlm", ["--mask-probability", "2"], ["--mask-probability is 2.0"]),
@@ -394,7 +409,6 @@ def progress(step: int) -> TrainingProgress:
 def test_lines_stand_above_the_bars(monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     with training_bars(OneRank()) as bars:  # type: ignore[arg-type]
-        assert bars.on_step is not None and bars.on_evaluation is not None
         bars.say("seed 1")
         for step in (1, 2, 3):
             bars.on_step(progress(step))
@@ -417,8 +431,9 @@ def test_lines_stand_above_the_bars(monkeypatch):
 
 def test_there_are_no_bars_off_a_terminal(capsys):
     with training_bars(OneRank()) as bars:  # type: ignore[arg-type]
-        assert bars.on_step is None and bars.on_evaluation is None
         bars.say("seed 1")
+        bars.on_step(progress(1))
+        bars.on_evaluation("dev-high", 1, 2)
     assert capsys.readouterr().err == "seed 1\n"
 
 

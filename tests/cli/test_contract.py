@@ -93,9 +93,9 @@ def test_commands_come_in_the_same_order():
 
 
 def keys(value: Any, place: str = "") -> set[str]:
-    """Return the paths of all keys of a JSON value; the entries of a list share one path."""
+    """Return the paths of all keys of a JSON value; a list is one key, a file's path is none."""
     if isinstance(value, dict):
-        return {f"{place}{name}" for name in value}.union(
+        return {f"{place}{name}" for name in value if "/" not in name}.union(
             *(keys(entry, f"{place}{name}.") for name, entry in value.items())
         )
     if isinstance(value, list):

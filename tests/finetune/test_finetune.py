@@ -25,12 +25,13 @@ from mlm_eval.reporting.results import Result
 from mlm_eval.reporting.text import sets_to_show
 from mlm_eval.tasks.finetune import result as finetune_result
 from mlm_eval.tasks.finetune.data import read_sets
-from mlm_eval.tasks.finetune.options import FinetuneOptions, Observer
+from mlm_eval.tasks.finetune.options import FinetuneOptions
 from mlm_eval.tasks.finetune.predictions import ensemble, read_predictions
-from mlm_eval.tasks.finetune.recipe import load_recipe, recipe_names
+from mlm_eval.tasks.finetune.recipe import FIELDS, load_recipe, recipe_names
 from mlm_eval.tasks.finetune.run import copy_tokenizer, finetune
 from mlm_eval.tasks.finetune.task import make_task
 from mlm_eval.tasks.paper import load_paper
+from mlm_eval.training.settings import Listener, TrainingProgress
 
 SAMPLES = PROJECT / "checkpoints" / "samples" / "race"
 
@@ -51,10 +52,45 @@ def bert(tmp_path_factory) -> Checkpoint:
     return tiny_bert.checkpoint(tmp_path_factory.mktemp("bert") / "bert", tp=2)
 
 
+Rows = list[tuple[str, int, int]]
+
+
 def options(output: Path, **given: Any) -> FinetuneOptions:
     """Return options for a run of a few steps on the samples."""
     small = {"data": str(SAMPLES), "epochs": 1, "global_batch": 8, "lr": 1e-3, "train_limit": 24}
-    return FinetuneOptions(output_dir=output, **{**small, **given})
+    return of_command(output, **{**small, **given})
+
+
+def of_command(output: Path, **given: Any) -> FinetuneOptions:
+    """Return the options of a command: what a recipe has among them replaces the recipe's."""
+    overrides = {name: given.pop(name) for name in FIELDS if name in given}
+    return FinetuneOptions(output_dir=output, overrides=overrides, **given)
+
+
+def changed(given: FinetuneOptions, **overrides: Any) -> FinetuneOptions:
+    """Return the options with other fields of the recipe."""
+    return dataclasses.replace(given, overrides={**given.overrides, **overrides})
+
+
+class Heard(Listener):
+    """Keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.steps: list[int] = []
+        self.rows: Rows = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def warn(self, *warnings: str) -> None:
+        self.lines += [f"warning: {text}" for text in warnings]
+
+    def on_step(self, progress: TrainingProgress) -> None:
+        self.steps.append(progress.step)
+
+    def on_evaluation(self, name: str, done: int, total: int) -> None:
+        self.rows.append((name, done, total))
 
 
 def run(task: str, checkpoint: Checkpoint, given: FinetuneOptions, words: Tokenizer) -> Result:
@@ -116,8 +152,11 @@ def test_a_recipe_of_ones_own(tmp_path):
         ('task = "mnli"\nepochs = 1.5\n', "sets epochs to 1.5; expected int"),
         ('task = "mnli"\nepochs = true\n', "sets epochs to True; expected int"),
         ('task = "mnli"\nkeep_last = 1\n', "sets keep_last to 1; expected bool"),
-        ('task = "mnli"\nlr=1\nepochs=1\nglobal_batch=1\nn_best=0\n', "n_best is 0; it must be"),
-        ('task = "mnli"\nlr=1\nepochs=1\nglobal_batch=1\nseq_length=4\n', "seq_length is 4; it mu"),
+        ('task = "mnli"\nlr=1\nepochs=1\nglobal_batch=1\nn_best=0\n', "--n-best is 0; it must be"),
+        (
+            'task = "mnli"\nlr=1\nepochs=1\nglobal_batch=1\nseq_length=4\n',
+            "--seq-length is 4; ",
+        ),
     ],
 )
 def test_a_faulty_recipe_is_refused(tmp_path, text, message):
@@ -138,10 +177,10 @@ def test_an_unknown_recipe_is_refused():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"seeds": ()}, "--seeds : give different numbers"),
-        ({"seeds": (1, 1)}, "--seeds 1,1: give different numbers"),
-        ({"seeds": (-1,)}, "--seeds -1: give different numbers from 0 on"),
-        ({"train_limit": 0}, "--train-limit 0: choose 1 or more"),
+        ({"seeds": ()}, "--seeds : give different, comma-separated numbers"),
+        ({"seeds": (1, 1)}, "--seeds 1,1: give different, comma-separated numbers"),
+        ({"seeds": (-1,)}, "--seeds -1: give different, comma-separated numbers from 0 on"),
+        ({"train_limit": 0}, "--train-limit is 0; it must be at least 1"),
         ({"eval_dtype": "int8"}, "--eval-dtype 'int8' is unknown; use auto, float32"),
         # The trainer's own checks, before any data is read.
         ({"lr": -1.0}, "--lr is -1.0; it must be 0 or more"),
@@ -153,19 +192,17 @@ def test_an_unknown_recipe_is_refused():
 )
 def test_impossible_options_are_refused(tmp_path, given, message):
     with pytest.raises(InputError, match=message):
-        FinetuneOptions(output_dir=tmp_path, **given)
+        of_command(tmp_path, **given)
 
 
 @pytest.mark.parametrize("given", [{"min_lr": 1e-6}, {"min_lr": 1e-6, "lr": 1e-5}, {"lr": 0.0}])
 def test_options_that_need_the_recipe_are_no_fault(tmp_path, given):
-    assert FinetuneOptions(output_dir=tmp_path, **given).overrides() == given
+    assert of_command(tmp_path, **given).overrides == given
 
 
 def test_options_win_over_the_recipe(tmp_path):
-    given = FinetuneOptions(
-        output_dir=tmp_path, lr=3e-4, micro_batch=2, attention_dropout=0.0, save_minutes=1.0
-    )
-    recipe = load_recipe("race-megatron-1.3b", task="race", overrides=given.overrides())
+    given = of_command(tmp_path, lr=3e-4, micro_batch=2, attention_dropout=0.0, save_minutes=1.0)
+    recipe = load_recipe("race-megatron-1.3b", task="race", overrides=given.overrides)
     settings = given.train_settings(recipe, seed=7, dtype="bfloat16")
     assert (settings.lr, settings.micro_batch, settings.attention_dropout) == (3e-4, 2, 0.0)
     assert (settings.global_batch, settings.epochs, settings.weight_decay) == (16, 3, 0.1)
@@ -200,22 +237,11 @@ def test_an_unknown_task_is_refused(tmp_path, bert, words):
 # --- a whole run ---
 
 
-Rows = list[tuple[str, int, int]]
-
-
 @pytest.fixture(scope="module")
 def race_run(tmp_path_factory, bert, words) -> tuple[Path, Result, list[str], list[int], Rows]:
     """RACE on the samples for two epochs; where nothing can be cached."""
     output = tmp_path_factory.mktemp("race") / "out"
-    lines: list[str] = []
-    steps: list[int] = []
-    rows: Rows = []
-    observer = Observer(
-        say=lines.append,
-        warn=lambda text: lines.append(f"warning: {text}"),
-        on_step=lambda progress: steps.append(progress.step),
-        on_evaluation=lambda name, done, total: rows.append((name, done, total)),
-    )
+    heard = Heard()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", "/dev/null/nowhere")
         result = finetune(
@@ -224,9 +250,9 @@ def race_run(tmp_path_factory, bert, words) -> tuple[Path, Result, list[str], li
             options(output, epochs=2, dev_limit=10),
             tokenizer=words,
             load=tiny_bert.load,
-            observer=observer,
+            listener=heard,
         )
-    return output, result, lines, steps, rows
+    return output, result, heard.lines, heard.steps, heard.rows
 
 
 def test_the_record_of_a_run(race_run):
@@ -429,19 +455,18 @@ def test_a_killed_run_goes_on_to_the_same_figures(unbroken, bert, words, tmp_pat
     """Killed in the second seed's run: the first is not run again, the third is run anew."""
     output = tmp_path / "broken"
     given = options(output, seeds=SEEDS, lr=3e-3)
-    lines: list[str] = []
-    steps = 0
+    heard = Heard()
 
-    def count(progress: Any) -> None:
-        nonlocal steps
-        steps += 1
-        if steps == 5:  # of 3 in each run
-            raise Stopped
+    class Stopping(Heard):
+        def on_step(self, progress: TrainingProgress) -> None:
+            super().on_step(progress)
+            if len(self.steps) == 5:  # of 3 in each run
+                raise Stopped
 
     with pytest.raises(Stopped):
         finetune(
             "race", bert, given, tokenizer=words, load=tiny_bert.load,
-            observer=Observer(on_step=count),
+            listener=Stopping(),
         )  # fmt: skip
     assert not (output / "result.json").exists()
     result = finetune(
@@ -450,14 +475,14 @@ def test_a_killed_run_goes_on_to_the_same_figures(unbroken, bert, words, tmp_pat
         dataclasses.replace(given, resume=True),
         tokenizer=words,
         load=tiny_bert.load,
-        observer=Observer(say=lines.append),
+        listener=heard,
     )
     assert result.metrics == unbroken[1].metrics
-    assert [line for line in lines if "done before" in line or "resumed" in line] == [
+    assert [line for line in heard.lines if "done before" in line or "resumed" in line] == [
         f"seed 1: done before, {output / 'seed-1'}"
     ]
     with pytest.raises(InputError, match="holds a run with other data, another model or other se"):
-        run("race", bert, dataclasses.replace(given, resume=True, lr=1e-4), words)
+        run("race", bert, changed(dataclasses.replace(given, resume=True), lr=1e-4), words)
     # More seeds can be added to those that are done.
     more = dataclasses.replace(given, resume=True, seeds=(*SEEDS, 4))
     assert list(run("race", bert, more, words).metrics["seeds"]) == ["1", "2", "3", "4"]

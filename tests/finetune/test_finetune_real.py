@@ -30,13 +30,18 @@ def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+SHORT = {"seq_length": 128}
+
+
 def run(task: str, output: Path, **given: Any) -> Result:
     """Train a few steps, evaluate."""
     words = find_tokenizer(BERT)
     assert words is not None
-    given = {"train_limit": TRAINED, "dev_limit": EVALUATED, "seq_length": 128, **given}
+    given = {"train_limit": TRAINED, "dev_limit": EVALUATED, **given}
     options = FinetuneOptions(
-        output_dir=output, epochs=1, global_batch=8, lr=1e-3, attention_dropout=0.0, **given
+        output_dir=output,
+        overrides={**SHORT, "epochs": 1, "global_batch": 8, "lr": 1e-3, "attention_dropout": 0.0},
+        **given,
     )
     return finetune(
         task,
@@ -66,7 +71,7 @@ def check(task: str, output: Path, result: Result) -> None:
             ],
             eval_only=True,
             dev_limit=EVALUATED,
-            seq_length=128,
+            overrides=SHORT,
         ),
         tokenizer=find_tokenizer(output / "checkpoint"),  # type: ignore[arg-type]
         load=lambda checkpoint, dtype: Engine.load(checkpoint, dtype=dtype),

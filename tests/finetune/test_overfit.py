@@ -40,14 +40,16 @@ def train_on_a_rank(checkpoint: Path, words: Path, passages: Path, output: Path)
         dev=(str(passages),),
         train_limit=QUESTIONS,
         dev_limit=QUESTIONS,
-        epochs=EPOCHS,
-        lr=1.5e-4,
-        global_batch=8,
+        overrides={
+            "epochs": EPOCHS,
+            "lr": 1.5e-4,
+            "global_batch": 8,
+            "warmup": 0.1,
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+            "seq_length": 128,
+        },
         micro_batch=8,
-        warmup=0.1,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        seq_length=128,
         dtype="bfloat16",
     )
     result = finetune(

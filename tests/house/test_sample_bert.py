@@ -16,8 +16,13 @@ from support.paths import SAMPLES
 import mlm_eval
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.tokenizer import Tokenizer, find_tokenizer
-from mlm_eval.tasks.language.data import MaskedText, SpecialTokens, read_documents, tokenize
-from mlm_eval.tasks.language.pretraining import measure
+from mlm_eval.tasks.language.data import (
+    MaskedText,
+    SpecialTokens,
+    read_documents,
+    tokenize_documents,
+)
+from mlm_eval.tasks.language.pretraining import text_metrics
 from mlm_eval.tasks.zero_shot.wikitext103 import detokenize
 from mlm_eval.training.data import NO_LABEL
 
@@ -69,7 +74,7 @@ def test_it_has_learned(checkpoint: Checkpoint, tokenizer: Tokenizer, tmp_path: 
     """On text that training never saw, hidden tokens are told better than by their frequency."""
     held_out = tmp_path / "text.txt"
     held_out.write_text(detokenize((SAMPLES / "text" / "wiki.sample.tokens").read_text()))
-    words = tokenize(
+    words = tokenize_documents(
         read_documents([held_out], whole_files=False), tokenizer, end=None, sentences=True
     )
     samples = MaskedText(
@@ -81,7 +86,7 @@ def test_it_has_learned(checkpoint: Checkpoint, tokenizer: Tokenizer, tmp_path: 
         probability=0.15,
         whole_words=True,
     )
-    found = measure(mlm_eval.Engine.load(checkpoint), samples)
+    found = text_metrics(mlm_eval.Engine.load(checkpoint), samples)
     hidden = Counter(
         token
         for sample in samples

@@ -21,20 +21,15 @@ from mlm_eval.engine.engine import Engine
 from mlm_eval.model.initial import SIZES, initial_config, new_checkpoint, with_head
 from mlm_eval.tasks.language.data import (
     MaskedText,
-    Part,
+    SampleRange,
     SpecialTokens,
     TextWindows,
     TokenizedText,
     read_documents,
-    tokenize,
+    tokenize_documents,
 )
-from mlm_eval.tasks.language.pretraining import (
-    TextSettings,
-    check_kind,
-    measure,
-    pretrain,
-    start_from,
-)
+from mlm_eval.tasks.language.pretraining import check_start, pretrain, start_from, text_metrics
+from mlm_eval.tasks.language.settings import MaskedTextSettings, TextSettings
 from mlm_eval.training.data import NO_LABEL, Sample, collate
 from mlm_eval.training.objectives import CausalLM, MaskedLM
 from mlm_eval.training.settings import TrainSettings
@@ -82,7 +77,7 @@ def test_files_that_are_no_text_are_refused(name, content, message, tmp_path):
 
 
 def test_sentences_and_documents_are_where_they_were(words):
-    text = tokenize(['ab c. "d!" e\nf', "g."], words, end=None, sentences=True)
+    text = tokenize_documents(['ab c. "d!" e\nf', "g."], words, end=None, sentences=True)
     pieces = [PIECES[i] for i in text.tokens.tolist()]
     assert pieces == ["a", "##b", "c", ".", '"', "d", "!", '"', "e", "f", "g", "."]
     assert text.sentences.tolist() == [0, 4, 8, 9, 10, 12]
@@ -90,7 +85,7 @@ def test_sentences_and_documents_are_where_they_were(words):
 
 
 def test_documents_end_with_the_end_of_text(words):
-    text = tokenize(["a b", "c"], words, end=1, sentences=False)
+    text = tokenize_documents(["a b", "c"], words, end=1, sentences=False)
     assert [PIECES[i] for i in text.tokens.tolist()] == ["a", "b", "[UNK]", "c", "[UNK]"]
     assert text.documents.tolist() == [0, 3, 5]
 
@@ -112,7 +107,7 @@ def corpus(words) -> TokenizedText:
         for _ in range(60)
     ]
     documents += ["a", sentence(40)]
-    return tokenize(documents, words, end=None, sentences=True)
+    return tokenize_documents(documents, words, end=None, sentences=True)
 
 
 def masked(corpus: TokenizedText, words: Tokenizer, **changes: Any) -> MaskedText:
@@ -245,7 +240,7 @@ def test_windows_predict_every_token_once(tokens, length):
 
 def test_a_part_of_a_data_set_is_numbered_anew(corpus, words):
     whole = masked(corpus, words)
-    part = Part(whole, 5, 9)
+    part = SampleRange(whole, 5, 9)
     assert len(part) == 4 and len(list(part)) == 4
     for index, sample in enumerate(part):
         assert sample.index == index and part.length(index) == sample.length
@@ -366,13 +361,15 @@ SMALL = {
 
 
 STEPS = {"mlm": 40, "lm": 30}
+TEXTS: dict[str, type[TextSettings]] = {"mlm": MaskedTextSettings, "lm": TextSettings}
 
 
 def trained(tp: int, dp: int, kind: str, folder: Path) -> dict[str, Any]:
     """Train a small model on text that is easy to learn."""
     words = load_tokenizer(directory=folder)
     init = {"mlm": "bert-tiny", "lm": "gpt2-tiny"}[kind]
-    model = start_from(kind, init=init, tokenizer=words, seed=1, overrides=SMALL)
+    given = TEXTS[kind](data=[folder / "text.txt"], dev_share=0.2)
+    model = start_from(given, init=init, tokenizer=words, seed=1, overrides=SMALL)
     settings = TrainSettings(
         lr=1e-2,
         max_steps=STEPS[kind],
@@ -382,10 +379,9 @@ def trained(tp: int, dp: int, kind: str, folder: Path) -> dict[str, Any]:
         evaluate_every=1000,
     )
     result = pretrain(
-        kind,
         Engine.load(model, tp=tp, dp=dp, dtype="float32"),
         words,
-        TextSettings([folder / "text.txt"], dev_share=0.2),
+        given,
         settings,
         output_dir=folder / f"out-{tp}-{dp}",
     )
@@ -418,15 +414,15 @@ def test_a_small_model_learns_and_the_layout_changes_nothing(kind, text):
     assert load_tokenizer(directory=folder / "checkpoint" / "tokenizer").vocab_size == len(PIECES)
     assert checkpoint.config.vocab_size == 128
     engine = Engine.load(checkpoint)
-    again = TextSettings([text / "text.txt"], dev_share=0.2)
-    assert check_kind(kind, checkpoint, load_tokenizer(directory=text)) == []
-    assert again.whole_words and engine.config.family == {"mlm": "bert", "lm": "gpt"}[kind]
+    again = TEXTS[kind](data=[text / "text.txt"], dev_share=0.2)
+    assert check_start(again, checkpoint, load_tokenizer(directory=text)) == []
+    assert engine.config.family == again.family == {"mlm": "bert", "lm": "gpt"}[kind]
 
 
 def test_a_measure_is_the_mean_over_tokens_of_any_batches(corpus, words):
     engine = Engine.load(random_models.checkpoint(random_models.BERT), batch_tokens=70)
     data = masked(corpus, words, length=16)
-    found = measure(engine, data)
+    found = text_metrics(engine, data)
     losses, orders, right, hits, count = 0.0, 0.0, 0.0, 0.0, 0
     for sample in data:
         batch = collate([sample])
@@ -465,11 +461,11 @@ def test_the_weight_of_a_sample_is_its_predicted_tokens(corpus, words):
 )
 def test_a_checkpoint_of_another_kind_is_refused(kind, model, message, words):
     with pytest.raises(InputError, match=message):
-        check_kind(kind, random_models.checkpoint(model), words)
+        check_start(TEXTS[kind](data=[Path("a")]), random_models.checkpoint(model), words)
 
 
 def test_impossible_text_settings_are_refused():
     with pytest.raises(InputError, match="--mask-probability is 1.5"):
-        TextSettings([Path("a")], mask_probability=1.5)
+        MaskedTextSettings(data=[Path("a")], mask_probability=1.5)
     with pytest.raises(InputError, match="no training text was given"):
-        TextSettings([])
+        TextSettings(data=[])

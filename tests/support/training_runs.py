@@ -28,7 +28,13 @@ from mlm_eval.training.objectives import (
     SpanExtraction,
 )
 from mlm_eval.training.optimization import Schedule
-from mlm_eval.training.settings import Counters, TrainReport, TrainSettings
+from mlm_eval.training.settings import (
+    Counters,
+    Listener,
+    TrainingProgress,
+    TrainReport,
+    TrainSettings,
+)
 from mlm_eval.training.state import _whole
 from mlm_eval.training.step import Stepper
 from support import random_models
@@ -91,6 +97,16 @@ def settings(**changes: Any) -> TrainSettings:
     return TrainSettings(**{**values, **changes})
 
 
+class Slow(Listener):
+    """Waits some seconds after each step."""
+
+    def __init__(self, delay: float) -> None:
+        self.delay = delay
+
+    def on_step(self, progress: TrainingProgress) -> None:
+        time.sleep(self.delay)
+
+
 def run(
     tp: int,
     dp: int,
@@ -122,7 +138,7 @@ def run(
     engine = Engine.load(checkpoint, tp=tp, dp=dp, dtype="float32")
     left = list(scores or [])
 
-    def evaluate() -> dict[str, Any]:
+    def evaluate(progress: TrainingProgress) -> dict[str, Any]:
         # Of weights that every rank holds whole, so that a wrong model in the engine shows.
         table = parameters(engine.config)
         whole = [p for n, p in engine.model.named_parameters() if table[n].rule.dim is None]
@@ -140,7 +156,7 @@ def run(
         output_dir=folder,
         evaluate=evaluate if scores is not None else None,
         resume=resume,
-        on_progress=lambda _: time.sleep(delay),
+        listener=Slow(delay),
     )
     return report, {name: p.detach().clone() for name, p in engine.model.named_parameters()}
 

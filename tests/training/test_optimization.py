@@ -102,7 +102,7 @@ def test_gradients_are_clipped_as_torch_clips_them(clip, factor):
     model = step.engine.model
     found = {n: (p.detach().clone(), p.grad.clone()) for n, p in model.named_parameters()}
     step.optimizer.zero_grad()
-    done = step.take(0, list(range(8)), updates=0, wish=False)
+    done = step.take(0, list(range(8)), updates=0, save_due=False)
     parts = [g for _, g in found.values()]
     assert done.norm == pytest.approx(torch.cat([g.flatten() for g in parts]).norm().item())
     assert factor == 1.0 or done.norm > clip

@@ -22,7 +22,7 @@ from mlm_eval.training.data import Batch
 from mlm_eval.training.log import smoothed
 from mlm_eval.training.loop import train
 from mlm_eval.training.objectives import Classification
-from mlm_eval.training.settings import TrainingProgress, TrainSettings
+from mlm_eval.training.settings import Listener, TrainingProgress, TrainSettings
 
 LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "tp 2, recomputed": (2, 1, {"micro_batch": 1, "recompute": True}),
@@ -206,6 +206,8 @@ def test_a_run_is_not_overwritten(finished):
 
 def test_progress_counts_up_to_the_end(tmp_path):
     told: list[TrainingProgress] = []
+    listener = Listener()
+    listener.on_step = told.append  # type: ignore[method-assign]
     engine = Engine.load(training_runs.model_for("lm"))
     train(
         engine,
@@ -213,7 +215,7 @@ def test_progress_counts_up_to_the_end(tmp_path):
         training_runs.OBJECTIVES["lm"](),
         training_runs.settings(max_steps=None, epochs=2, global_batch=4, keep_last=True),
         output_dir=tmp_path,
-        on_progress=told.append,
+        listener=listener,
     )
     lines = training_runs.metrics(tmp_path)
     assert [p.step for p in told] == [1, 2, 3, 4, 5, 6] and {p.total_steps for p in told} == {6}
@@ -284,7 +286,7 @@ def test_too_few_samples_for_a_step_are_refused(tmp_path):
         ({"epochs": 0}, "--epochs is 0; it must be at least 1"),
         ({"hidden_dropout": 1.0}, r"--hidden-dropout is 1.0; it must lie in \[0, 1\)"),
         ({"lr": float("nan")}, "--lr is nan"),
-        ({"dtype": "int8"}, "--dtype 'int8' is unknown; use float32, bfloat16, float16"),
+        ({"dtype": "int8"}, "--dtype 'int8' is unknown; use auto, float32, bfloat16"),
         ({"dp_mode": "zero"}, "--dp-mode 'zero' is unknown; use ddp, fsdp2"),
     ],
 )

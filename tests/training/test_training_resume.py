@@ -56,7 +56,7 @@ def on_a_rank(
         if step == stop:
             raise Stop
         saves = stop is not None and step == stop - 1
-        return take(self, step, numbers, **{**options, "wish": saves})
+        return take(self, step, numbers, **{**options, "save_due": saves})
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Stepper, "take", taken)
