@@ -9,7 +9,6 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +103,8 @@ def exponential(exponent: float) -> float:
 
 def versions() -> dict[str, str]:
     """Return the versions of what computed a result, without importing any of it."""
+    from importlib import metadata  # here: the command line imports this module for its help
+
     from mlm_eval import __version__
 
     found = {"mlm_eval": __version__, "python": platform.python_version()}
