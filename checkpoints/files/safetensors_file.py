@@ -1,10 +1,9 @@
 """The safetensors file format, read late and written piece by piece.
 
 A file is: the header's length (8 bytes, little-endian), a JSON header (name -> dtype, shape, byte
-range), the tensors' bytes back to back. Reading needs only the header: every tensor becomes a
-`StoredTensor`, so that a slice touches its own pages only. Writing needs only shapes and dtypes
-for the header; then the place of each value is known, and a few threads write tensors, and runs of
-rows of large ones, where they belong (the safetensors library writes whole state dicts only).
+range), the tensors' bytes back to back. The safetensors library checks the header and reads slices
+of the mapped file. It writes whole state dicts only: here shapes and dtypes make the header, and
+then a few threads write tensors, and runs of rows of large ones, where they belong.
 Source: https://github.com/huggingface/safetensors, "Format".
 """
 
@@ -17,14 +16,15 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Lock
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from mlm_eval.checkpoints.dtypes import cast
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.lazy import LazyTensor, MappedFile, StoredTensor
+from mlm_eval.checkpoints.lazy import Index, LazyTensor, span, take
 
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -33,6 +33,10 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -40,9 +44,6 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-LARGEST_HEADER = 100_000_000
-"""The library's own limit, against files that are something else."""
-
 PIECE_BYTES = 32 << 20
 """Larger tensors are converted and written in runs of rows of about this size."""
 
@@ -50,12 +51,28 @@ MOST_WRITERS = 4
 """Threads that read, convert and write; each holds a piece as stored and as written."""
 
 
+class SafetensorsTensor(LazyTensor):
+    """A tensor of a safetensors file, which the library maps; a slice touches its pages only."""
+
+    def __init__(self, file: Any, name: str, dtype: torch.dtype) -> None:
+        self.file, self.name, self.dtype = file, name, dtype
+        self.shape = tuple(file.get_slice(name).get_shape())
+
+    def read(self, dim: int = 0, index: Index = None) -> Tensor:
+        """See `LazyTensor.read`."""
+        if isinstance(index, slice) and self.shape:
+            cut = slice(*span(index, self.shape[dim]))
+            values: Tensor = self.file.get_slice(self.name)[(slice(None),) * dim + (cut,)]
+            return values
+        return take(self.file.get_tensor(self.name), dim, index)
+
+
 @dataclass(frozen=True)
 class SafetensorsFile:
     """One file: its tensors, unread, and the bytes of its header."""
 
     path: Path
-    tensors: dict[str, StoredTensor]
+    tensors: dict[str, SafetensorsTensor]
     header: bytes
 
 
@@ -63,85 +80,33 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     """Return the tensors of a file, unread; its header must describe the whole file.
 
     Raises:
-        InputError: The file is missing, cut off, damaged, or no safetensors file.
+        InputError: The file is missing, cut off, damaged, or no safetensors file, or a tensor is of
+            a type that has no counterpart in torch.
     """
     try:
-        mapped = MappedFile(path)
+        file = safe_open(path, framework="pt")
         with path.open("rb") as stream:
-            start = stream.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if length > LARGEST_HEADER or not 2 <= length <= mapped.size - 8:
-                cut_off = mapped.size < 8 or length <= LARGEST_HEADER
-                raise _damaged(path, "cut off" if cut_off else "no safetensors file")
-            header = stream.read(length)
+            header = stream.read(struct.unpack("<Q", stream.read(8))[0])
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; copy all files of the model") from None
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    return SafetensorsFile(path, _tensors(path, mapped, header), header)
-
-
-def _damaged(path: Path, what: str) -> InputError:
-    return InputError(f"{path} is {what}; download or copy the file again")
-
-
-def _tensors(path: Path, file: MappedFile, header: bytes) -> dict[str, StoredTensor]:
-    try:
-        entries = json.loads(header)
-    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError too
-        raise _damaged(path, "damaged: its header is not JSON") from None
-    if not isinstance(entries, dict):
-        raise _damaged(path, "damaged: its header is not a JSON object")
-    entries.pop("__metadata__", None)
-    base = 8 + len(header)
-    tensors: dict[str, StoredTensor] = {}
-    ranges = []
-    for name, entry in entries.items():
-        dtype, shape, first, last = _entry(path, name, entry)
-        if last - first != _numel(shape) * dtype.itemsize:
-            raise _damaged(path, f"damaged: {name} {shape} does not fill its byte range")
-        if base + last > file.size:
-            raise _damaged(
-                path, f"cut off: {name} ends at byte {base + last}, the file has {file.size}"
+        raise InputError(f"{path} cannot be read: {error}") from None
+    except SafetensorError as error:
+        what = str(error).removeprefix("Error while deserializing header: ")
+        raise InputError(
+            f"{path} is cut off, damaged or no safetensors file ({what:.200}); download or copy "
+            "the file again"
+        ) from None
+    tensors = {}
+    for name in file.keys():
+        code = file.get_slice(name).get_dtype()
+        if code not in SAFETENSORS_DTYPES:
+            raise InputError(
+                f"{path} holds {name} as {code}, a form of quantized weights that mlm-eval does "
+                "not read; use the model in float32, bfloat16 or float16"
             )
-        ranges.append((first, last))
-        tensors[name] = StoredTensor(file, base + first, dtype, shape, _strides(shape))
-    # Back to back from the first byte to the last one: a gap or an overlap means another file's
-    # header.
-    at = 0
-    for first, last in sorted(ranges):
-        if first != at:
-            raise _damaged(path, "damaged: its tensors overlap or leave gaps")
-        at = last
-    if base + at != file.size:
-        raise _damaged(path, f"damaged: {file.size - base - at} bytes follow its last tensor")
-    return tensors
-
-
-def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, list[int], int, int]:
-    try:
-        dtype = SAFETENSORS_DTYPES[entry["dtype"]]
-        shape, (first, last) = entry["shape"], entry["data_offsets"]
-        numbers = [*shape, first, last]
-    except (KeyError, TypeError, ValueError):
-        raise _damaged(path, f"damaged: its header does not describe {name}") from None
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise _damaged(path, f"damaged: its header does not describe {name}")
-    return dtype, list(shape), first, last
-
-
-def _numel(shape: list[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
-def _strides(shape: list[int]) -> list[int]:
-    strides = [1] * len(shape)
-    for dim in range(len(shape) - 2, -1, -1):
-        strides[dim] = strides[dim + 1] * shape[dim + 1]
-    return strides
+        tensors[name] = SafetensorsTensor(file, name, SAFETENSORS_DTYPES[code])
+    return SafetensorsFile(path, tensors, header)
 
 
 @dataclass(frozen=True)
@@ -167,7 +132,7 @@ def write_safetensors(
         path: A file to create.
         tensors: What to write, in this order. Several threads read them, each a tensor at a time.
         dtype: Convert to this dtype; None keeps each tensor's own.
-        on_bytes: Told how many bytes of values each write added; never by two threads at once.
+        on_bytes: Told how many bytes of values each write added; in the order of `tensors`.
 
     Raises:
         InputError: A finite value becomes infinite in `dtype`.
@@ -205,33 +170,20 @@ def _write_pieces(
     on_bytes: Callable[[int], None] | None,
 ) -> None:
     """Read, convert and write pieces, each by one of a few threads."""
-    taking, telling, failed = Lock(), Lock(), Event()
 
-    def work() -> None:
-        torch.set_num_threads(1)  # of this one: its neighbours keep the other cores busy
-        while not failed.is_set():
-            with taking:
-                piece = next(pieces, None)
-            if piece is None:
-                return
-            try:
-                stored = piece.tensor.read(0, piece.rows)
-                values = cast(stored, dtype, piece.name).contiguous()
-                # numpy has no bfloat16: write the bytes as they are.
-                _write_at(file, values.view(-1).view(torch.uint8).numpy().data, piece.offset)
-            except BaseException:
-                failed.set()
-                raise
-            if on_bytes is not None:
-                with telling:
-                    on_bytes(values.nbytes)
+    def write(piece: _Piece) -> int:
+        torch.set_num_threads(1)  # one intra-op thread per writer; the pool uses the other cores
+        values = cast(piece.tensor.read(0, piece.rows), dtype, piece.name).contiguous()
+        # numpy has no bfloat16: write the bytes as they are.
+        _write_at(file, values.view(-1).view(torch.uint8).numpy().data, piece.offset)
+        return values.nbytes
 
-    count = min(MOST_WRITERS, len(os.sched_getaffinity(0)))
     threads = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(count) as writers:
-            for done in [writers.submit(work) for _ in range(count)]:
-                done.result()
+        with ThreadPoolExecutor(min(MOST_WRITERS, len(os.sched_getaffinity(0)))) as writers:
+            for written in writers.map(write, pieces):
+                if on_bytes is not None:
+                    on_bytes(written)
     finally:
         torch.set_num_threads(threads)  # torch starts later threads with the last number set
 

@@ -23,7 +23,7 @@ from mlm_eval.checkpoints.files.torch_file import read_torch_file
 from mlm_eval.checkpoints.huggingface.config import Found, read_config
 from mlm_eval.checkpoints.huggingface.families import FAMILIES, IGNORED_TENSORS, Family, entries
 from mlm_eval.checkpoints.huggingface.layout import Zeros
-from mlm_eval.checkpoints.lazy import LazyTensor, StoredTensor
+from mlm_eval.checkpoints.lazy import LazyTensor
 from mlm_eval.checkpoints.parameters import parameters
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -38,14 +38,14 @@ class Weights:
 
     folder: Path
     prefix: str = ""
-    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    tensors: dict[str, LazyTensor] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
     files: list[Path] = field(default_factory=list)
     marks: dict[str, tuple[int, list[int] | bytes]] = field(default_factory=dict)
     classes: set[str] = field(default_factory=set)
     hostile: set[str] = field(default_factory=set)
 
-    def find(self, name: str) -> StoredTensor | None:
+    def find(self, name: str) -> LazyTensor | None:
         """Return a tensor by its name in a model with a head; base models leave the prefix out."""
         for key in (name, name.removeprefix(self.prefix)):
             if key in self.tensors:
@@ -58,7 +58,7 @@ class Weights:
         self.files.append(path)
         self.marks[path.name] = (path.stat().st_size, mark)
         for key, tensor in tensors.items():
-            if not isinstance(tensor, StoredTensor) or IGNORED_TENSORS.search(key):
+            if not isinstance(tensor, LazyTensor) or IGNORED_TENSORS.search(key):
                 continue
             for old, new in (
                 (".gamma", ".weight"),
@@ -328,7 +328,7 @@ def _pack(
     return tensors, notes
 
 
-def _part(weights: Weights, key: str, shape: tuple[int, ...], family: Family) -> StoredTensor:
+def _part(weights: Weights, key: str, shape: tuple[int, ...], family: Family) -> LazyTensor:
     tensor = None
     for name in _alternatives(key):
         tensor = weights.find(name) or tensor

@@ -251,24 +251,24 @@ def test_damaged_folders_end_in_one_sentence(saved: Path, tmp_path: Path) -> Non
     folder, shards = fresh()
     data = shards[0].read_bytes()
     for cut, message in (
-        (len(data) - 4, "cut off: .* ends at byte"),
-        (40, "cut off"),
-        (3, "cut off"),
+        (len(data) - 4, "cut off, .*file not fully covered"),
+        (40, "cut off, .*invalid header length"),
+        (3, "cut off, .*header too small"),
     ):
         shards[0].write_bytes(data[:cut])
         with pytest.raises(InputError, match=message):
             read_folder(folder)
     shards[0].write_bytes(data + b"1234")
-    with pytest.raises(InputError, match="4 bytes follow"):
+    with pytest.raises(InputError, match="cut off, damaged .*file not fully covered"):
         read_folder(folder)
     shards[0].write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1234\n")
-    with pytest.raises(InputError, match="no safetensors file"):
+    with pytest.raises(InputError, match="no safetensors file .header too large"):
         read_folder(folder)
     shards[0].write_bytes(data.replace(b'"F32"', b'"F3X"'))
-    with pytest.raises(InputError, match="does not describe"):
+    with pytest.raises(InputError, match="damaged .*unknown variant `F3X`"):
         read_folder(folder)
     shards[0].write_bytes(data.replace(b'"data_offsets":[0,', b'"data_offsets":[4,'))
-    with pytest.raises(InputError, match="byte range"):
+    with pytest.raises(InputError, match="damaged .*invalid offset"):
         read_folder(folder)
     shutil.copy(shards[1], shards[0])
     with pytest.raises(InputError, match="lists .* that its files do not hold"):
