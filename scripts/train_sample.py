@@ -148,7 +148,7 @@ def train(model: GPT, tokens: Tensor, *, steps: int, seed: int) -> list[float]:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
         window = next(batches)  # [B, T + 1]
-        logits = F.linear(model(window[:, :-1]), model.output_table)  # [B, T, V]
+        logits = F.linear(model(window[:, :-1]), model.output_layer.table)  # [B, T, V]
         loss = F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()

@@ -237,9 +237,9 @@ def choose(model: GPT, states: Tensor, texts: Sequence[_Text]) -> Tensor:
     for sampling in dict.fromkeys(text.prompt.sampling for text in texts):
         rows = [row for row, text in enumerate(texts) if text.prompt.sampling == sampling]
         if sampling.temperature == 0.0:
-            best, chosen[rows] = model.argmax(states[rows])
+            best, chosen[rows] = model.output_layer.argmax(states[rows])
         else:
-            logits = model.logits(states[rows])
+            logits = model.output_layer.logits(states[rows])
             numbers = [
                 torch.rand((), generator=texts[row].random, dtype=torch.float64) for row in rows
             ]

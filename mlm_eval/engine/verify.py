@@ -62,14 +62,14 @@ def outputs(checkpoint: Checkpoint, inputs: Mapping[str, Tensor]) -> dict[str, T
     """
     model = Engine.load(checkpoint, dtype=torch.float32).model
     if isinstance(model, GPT):
-        return {"logits": F.linear(model(inputs["tokens"]), model.output_table)}
+        return {"logits": F.linear(model(inputs["tokens"]), model.output_layer.table)}
     assert isinstance(model, BERT)
     states = model(inputs["tokens"], inputs["padding_mask"], inputs["tokentypes"])
     found = model.head_logits(states)
     if model.config.qa_head:
         found["qa_head"] = model.qa_head(states)
     if model.config.lm_head:
-        table, bias = model.output_table, model.output_layer.bias
+        table, bias = model.output_layer.table, model.output_layer.bias
         found["logits"] = F.linear(model.lm_head(states), table, bias)
     return found or {"states": states}
 

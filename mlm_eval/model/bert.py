@@ -10,19 +10,14 @@ from torch import Tensor, nn
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.model.dropout import Dropout
-from mlm_eval.model.tensor_parallel import (
-    SINGLE,
-    TensorParallel,
-    vocab_parallel_cross_entropy,
-    vocab_parallel_log_probs,
-)
+from mlm_eval.model.tensor_parallel import SINGLE, TensorParallel
 from mlm_eval.model.transformer import (
     Context,
     Embedding,
-    OutputLayer,
     TransformerBlock,
     activate,
     norm,
+    output_layer,
     rotary_tables,
 )
 
@@ -65,7 +60,7 @@ class BERT(nn.Module):
         self.tp = tp
         self.embedding = Embedding(config, tp)
         self.encoder = TransformerBlock(config, tp)
-        self.output_layer = OutputLayer(config, tp)
+        self.output_layer = output_layer(config, self.embedding)
         if config.lm_head:
             self.lm_head = LMHead(config)
         if config.pooler:
@@ -78,13 +73,6 @@ class BERT(nn.Module):
             self.multichoice_head = _linear(config.hidden_size, 1)
         if config.qa_head:
             self.qa_head = _linear(config.hidden_size, 2)
-
-    @property
-    def output_table(self) -> Tensor:
-        """This rank's rows of the output table, `[vocab / tp, hidden]`; tied: the embeddings."""
-        if self.output_layer.weight is not None:
-            return self.output_layer.weight
-        return self.embedding.word_embeddings.weight
 
     def forward(
         self,
@@ -109,29 +97,13 @@ class BERT(nn.Module):
         context = Context(causal=False, key_mask=key_mask, cos=cos, sin=sin, dropout=dropout)
         return self.encoder(self.embedding(tokens, tokentypes), context)  # type: ignore[no-any-return]
 
-    def log_probs(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return masked-LM log-probabilities (float32, nats) and greedy flags of targets."""
-        return vocab_parallel_log_probs(
-            self.lm_head(rows),
-            targets,
-            weight=self.output_table,
-            bias=self.output_layer.bias,
-            first_row=self.output_layer.first_row,
-            vocab_size=self.config.vocab_size,
-            tp=self.tp,
-        )
+    def log_probs(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return masked-LM log-probabilities (float32, nats) and greedy flags of `targets`."""
+        return self.output_layer.log_probs(self.lm_head(states), targets)
 
-    def losses(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return differentiable masked-LM losses (float32, nats) and greedy flags of `targets`."""
-        return vocab_parallel_cross_entropy(
-            self.lm_head(rows),
-            targets,
-            weight=self.output_table,
-            bias=self.output_layer.bias,
-            first_row=self.output_layer.first_row,
-            vocab_size=self.config.vocab_size,
-            tp=self.tp,
-        )
+        return self.output_layer.losses(self.lm_head(states), targets)
 
     def head_logits(self, x: Tensor, dropout: Dropout | None = None) -> dict[str, Tensor]:
         """Return the logits of each sentence-level head there is, `[batch, outputs]` float32."""

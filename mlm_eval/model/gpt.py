@@ -8,20 +8,13 @@ from torch import Tensor, nn
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.model.dropout import Dropout
 from mlm_eval.model.kv_cache import KeyValueCache
-from mlm_eval.model.tensor_parallel import (
-    SINGLE,
-    TensorParallel,
-    vocab_parallel_argmax,
-    vocab_parallel_cross_entropy,
-    vocab_parallel_log_probs,
-    vocab_parallel_logits,
-)
+from mlm_eval.model.tensor_parallel import SINGLE, TensorParallel
 from mlm_eval.model.transformer import (
     Context,
     Embedding,
-    OutputLayer,
     SelfAttention,
     TransformerBlock,
+    output_layer,
     rotary_tables,
 )
 
@@ -38,14 +31,7 @@ class GPT(nn.Module):
         self.tp = tp
         self.embedding = Embedding(config, tp)
         self.decoder = TransformerBlock(config, tp)
-        self.output_layer = OutputLayer(config, tp)
-
-    @property
-    def output_table(self) -> Tensor:
-        """This rank's rows of the output table, `[vocab / tp, hidden]`; tied: the embeddings."""
-        if self.output_layer.weight is not None:
-            return self.output_layer.weight
-        return self.embedding.word_embeddings.weight
+        self.output_layer = output_layer(config, self.embedding)
 
     def forward(
         self, tokens: Tensor, query_from: int = 0, dropout: Dropout | None = None
@@ -99,46 +85,10 @@ class GPT(nn.Module):
             return None, None
         return rotary_tables(self.config, length, device)
 
-    def argmax(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the largest logit (float32) and its token (lowest id on a tie) given states."""
-        return vocab_parallel_argmax(
-            rows,
-            weight=self.output_table,
-            bias=self.output_layer.bias,
-            first_row=self.output_layer.first_row,
-            tp=self.tp,
-        )
+    def log_probs(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities (float32, nats) and greedy flags; see `VocabHead.log_probs`."""
+        return self.output_layer.log_probs(states, targets)
 
-    def logits(self, rows: Tensor) -> Tensor:
-        """Return all logits `[rows, vocab]`, float32, given states `[rows, hidden]`."""
-        return vocab_parallel_logits(
-            rows,
-            weight=self.output_table,
-            bias=self.output_layer.bias,
-            vocab_size=self.config.vocab_size,
-            tp=self.tp,
-        )
-
-    def log_probs(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities (float32, nats) and greedy flags of `targets` given states."""
-        return vocab_parallel_log_probs(
-            rows,
-            targets,
-            weight=self.output_table,
-            bias=self.output_layer.bias,
-            first_row=self.output_layer.first_row,
-            vocab_size=self.config.vocab_size,
-            tp=self.tp,
-        )
-
-    def losses(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return differentiable losses (float32, nats) and greedy flags given states."""
-        return vocab_parallel_cross_entropy(
-            rows,
-            targets,
-            weight=self.output_table,
-            bias=self.output_layer.bias,
-            first_row=self.output_layer.first_row,
-            vocab_size=self.config.vocab_size,
-            tp=self.tp,
-        )
+    def losses(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return differentiable losses (float32, nats) and greedy flags; see `VocabHead.losses`."""
+        return self.output_layer.losses(states, targets)

@@ -22,6 +22,10 @@ LOGIT_CHUNK_ELEMENTS = 1 << 24
 """Logits computed at a time (64 MB in float32), however many rows are scored."""
 
 
+NO_TOKEN = torch.iinfo(torch.int64).max
+"""Above every token id."""
+
+
 @dataclass(frozen=True)
 class TensorParallel:
     """This process's place in its tensor-parallel group; size 1 needs no group."""
@@ -128,164 +132,182 @@ class VocabParallelEmbedding(nn.Module):
         """Return embeddings `[batch, seq, hidden]`; one all-reduce, of zeros but on one rank."""
         if self.tp.size == 1:
             return F.embedding(tokens, self.weight)
-        local = tokens - self.first_row
-        mine = (local >= 0) & (local < self.weight.shape[0])
+        local, mine = _local_ids(tokens, self.first_row, self.weight.shape[0])
         if self.weight.shape[0] == 0:  # more ranks than rows: this rank only takes part in the sum
             x = self.weight.new_zeros(*tokens.shape, self.weight.shape[1])
         else:
-            x = F.embedding(local.where(mine, 0), self.weight) * mine.unsqueeze(-1)
+            x = F.embedding(local, self.weight) * mine.unsqueeze(-1)
         return reduce_from_region(x, self.tp)
 
 
-@torch.no_grad()
-def vocab_parallel_log_probs(
-    rows: Tensor,
-    targets: Tensor,
-    *,
-    weight: Tensor,
-    bias: Tensor | None,
-    first_row: int,
-    vocab_size: int,
-    tp: TensorParallel,
-) -> tuple[Tensor, Tensor]:
-    """Return the log-probability of each target and whether it is the argmax.
+class VocabHead(nn.Module):
+    """The output table over a vocabulary that is cut by rows, and the four things asked of it.
 
-    Three small all-reduces per chunk of rows: the pair (maximum, target's logit), the sum of
-    exponentials, and the lowest index among the maxima. Logits are never gathered.
-
-    Args:
-        rows: Hidden states of the scored positions, `[rows, hidden]`, the same on every rank.
-        targets: Token ids, `[rows]`.
-        weight: This rank's rows of the output table, `[vocab / tp, hidden]`.
-        bias: This rank's part of the output bias, `[vocab / tp]`, or None.
-        first_row: Token id of `weight`'s row 0.
-        vocab_size: Rows of the whole table.
-        tp: The tensor-parallel group.
-
-    Returns:
-        Log-probabilities in nats, float32 `[rows]`, normalised over all rows of the table; and
-        bool `[rows]`, true where the target is the argmax (the lowest id on a tie, as torch.argmax
-        has it).
+    Holds a table of its own where it is not tied to the embeddings, and BERT's output bias. All
+    products come out in float32.
     """
-    # Of the whole table: ranks that hold different numbers of rows must still meet at every chunk.
-    chunk = max(1, LOGIT_CHUNK_ELEMENTS // -(-vocab_size // tp.size))
-    pieces = [
-        _log_probs_chunk(rows[i : i + chunk], targets[i : i + chunk], weight, bias, first_row, tp)
-        for i in range(0, rows.shape[0], chunk)
-    ]
-    if not pieces:
-        empty = rows.new_empty(0, dtype=torch.float32)
-        return empty, empty.bool()
-    return torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
+
+    def __init__(
+        self, vocab_size: int, embedding: VocabParallelEmbedding, *, tied: bool, biased: bool
+    ) -> None:
+        """Cut the table as the embeddings are.
+
+        Args:
+            vocab_size: Rows of the whole table.
+            embedding: The word embeddings.
+            tied: Their rows are the output table.
+            biased: There is a bias for each token.
+        """
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.tp, self.first_row = embedding.tp, embedding.first_row
+        rows, width = embedding.weight.shape
+        self.weight = None if tied else nn.Parameter(torch.empty(rows, width))
+        self.bias = nn.Parameter(torch.empty(rows)) if biased else None
+        self._embedding = (embedding,)  # in a tuple: its parameter is not one of this module's
+
+    @property
+    def table(self) -> Tensor:
+        """This rank's rows of the output table, `[vocab / tp, hidden]`."""
+        return self._embedding[0].weight if self.weight is None else self.weight
+
+    @property
+    def _most_rows(self) -> int:
+        """Rows of the table on the first rank; the last ranks may hold fewer."""
+        return -(-self.vocab_size // self.tp.size)
+
+    @property
+    def _chunk(self) -> int:
+        """States whose logits are computed at a time, the same on ranks that hold fewer rows."""
+        return max(1, LOGIT_CHUNK_ELEMENTS // self._most_rows)
+
+    def _own_logits(self, states: Tensor) -> Tensor:
+        return F.linear(states, self.table, self.bias).float()  # [N, V/p]
+
+    @torch.no_grad()
+    def log_probs(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log-probability of each target and whether it is the argmax.
+
+        Three small all-reduces per chunk of states: the pair (maximum, target's logit), the sum of
+        exponentials, and the lowest index among the maxima. Logits are never gathered.
+
+        Args:
+            states: Hidden states of the scored positions, `[rows, hidden]`, the same on every rank.
+            targets: Token ids, `[rows]`.
+
+        Returns:
+            Log-probabilities in nats, float32 `[rows]`, normalised over all rows of the table; and
+            bool `[rows]`, true where the target is the argmax (the lowest id on a tie, as
+            torch.argmax has it).
+        """
+        if not len(states):
+            empty = states.new_empty(0, dtype=torch.float32)
+            return empty, empty.bool()
+        chunks = zip(states.split(self._chunk), targets.split(self._chunk), strict=True)
+        logprobs, greedy = zip(*(self._log_probs_chunk(*chunk) for chunk in chunks), strict=True)
+        return torch.cat(logprobs), torch.cat(greedy)
+
+    def _log_probs_chunk(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self._own_logits(states)
+        local, mine = _local_ids(targets, self.first_row, logits.shape[1])
+        peaks = logits.new_full((2, len(states)), -torch.inf)  # the maximum, and target's logit
+        if logits.shape[1]:
+            peaks[0] = logits.amax(dim=-1)
+            peaks[1] = logits.gather(1, local.unsqueeze(1)).squeeze(1).where(mine, -torch.inf)
+        own_best = peaks[0].clone()
+        best, target = _all_reduce(peaks, self.tp, dist.ReduceOp.MAX)
+        # Where the target's logit is not the largest nothing more is asked. On a GPU all rows are
+        # looked at: choosing some would make the host wait for the device.
+        is_best = target == best
+        asked = slice(None) if logits.is_cuda else is_best.nonzero().squeeze(1)
+        _, index = _own_argmax(logits[asked], self.first_row)
+        lowest = _lowest_argmax(index, own_best[asked], best[asked], self.tp)
+        greedy = is_best.clone()
+        greedy[asked] &= lowest == targets[asked]
+        sums = logits.sub_(best.unsqueeze(1)).exp_().sum(dim=-1)
+        return target - best - _all_reduce(sums, self.tp).log(), greedy
+
+    @torch.no_grad()
+    def argmax(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each state's largest logit, float32, and its token id, the lowest on a tie.
+
+        Two small all-reduces, after which every rank has the same ids. A NaN among the logits comes
+        out as the largest.
+        """
+        own_best, index = _own_argmax(self._own_logits(states), self.first_row)
+        best = _all_reduce(own_best.clone(), self.tp, dist.ReduceOp.MAX)
+        return best, _lowest_argmax(index, own_best, best, self.tp)
+
+    @torch.no_grad()
+    def logits(self, states: Tensor) -> Tensor:
+        """Return all logits of some states, float32 `[rows, vocab]`, the same on every rank.
+
+        One all-gather. For sampling, which needs them at one position of each text; scores and
+        greedy choices never gather logits.
+        """
+        logits = self._own_logits(states)
+        if self.tp.size == 1:
+            return logits
+        logits = F.pad(logits, (0, self._most_rows - logits.shape[1]), value=-torch.inf)
+        parts = [torch.empty_like(logits) for _ in range(self.tp.size)]
+        dist.all_gather(parts, logits, group=self.tp.group)
+        return torch.cat(parts, dim=1)[:, : self.vocab_size]  # ranks with fewer rows are the last
+
+    def losses(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each target's loss, differentiable, and whether it is the argmax; both `[rows]`.
+
+        The loss is float32, in nats. Three small all-reduces forward, one of the size of `states`
+        backward. Where all logits together would exceed `LOGIT_CHUNK_ELEMENTS`, they are computed
+        in chunks, and again for the gradient.
+        """
+        states = copy_to_region(states, self.tp)
+        if len(states) <= self._chunk:
+            return self._losses_chunk(states, targets)
+        chunks = zip(states.split(self._chunk), targets.split(self._chunk), strict=True)
+        pieces = [
+            checkpoint(self._losses_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
+            for chunk in chunks
+        ]
+        losses, greedy = zip(*pieces, strict=True)
+        return torch.cat(losses), torch.cat(greedy)
+
+    def _losses_chunk(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self._own_logits(states)
+        return _CrossEntropy.apply(logits, targets, self.first_row, self.tp)  # type: ignore[no-any-return]
 
 
-def _log_probs_chunk(
-    rows: Tensor,
-    targets: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    first_row: int,
-    tp: TensorParallel,
-) -> tuple[Tensor, Tensor]:
-    logits = F.linear(rows, weight, bias).float()  # [N, V/p]
+def _all_reduce(values: Tensor, tp: TensorParallel, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """Reduce a tensor over the tensor-parallel ranks, in place; return it."""
+    if tp.size > 1:
+        dist.all_reduce(values, op=op, group=tp.group)
+    return values
+
+
+def _local_ids(targets: Tensor, first_row: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Return each target's row on this rank (0 where it has none), and whether it has one."""
     local = targets - first_row
-    mine = (local >= 0) & (local < weight.shape[0])
-    peaks = logits.new_full((2, rows.shape[0]), -torch.inf)  # the maximum, and the target's logit
-    if weight.shape[0]:
-        peaks[0] = logits.amax(dim=-1)
-        target_logits = logits.gather(1, local.where(mine, 0).unsqueeze(1)).squeeze(1)
-        peaks[1] = target_logits.where(mine, -torch.inf)
-    own_best = peaks[0].clone()
-    if tp.size > 1:
-        dist.all_reduce(peaks, op=dist.ReduceOp.MAX, group=tp.group)
-    best, target = peaks
-    greedy = _is_argmax(logits, targets, target == best, own_best == best, first_row, tp)
-    sums = logits.sub_(best.unsqueeze(1)).exp_().sum(dim=-1)
-    if tp.size > 1:
-        dist.all_reduce(sums, group=tp.group)
-    return target - best - sums.log(), greedy
+    mine = (local >= 0) & (local < rows)
+    return local.where(mine, 0), mine
 
 
-def _is_argmax(
-    logits: Tensor,
-    targets: Tensor,
-    tied: Tensor,
-    has_best: Tensor,
-    first_row: int,
-    tp: TensorParallel,
-) -> Tensor:
-    """Return whether each target is the lowest id with the largest logit, bool `[rows]`.
+def _own_argmax(logits: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
+    """Return the largest of this rank's logits `[rows, vocab / tp]`, and the lowest id that has it.
 
-    Args:
-        logits: `[rows, vocab / tp]`.
-        targets: Token ids, `[rows]`.
-        tied: Where the target's logit is the largest, the same on every rank: only there is it
-            asked whether a lower id has the same logit.
-        has_best: Where this rank's rows of the table hold the largest logit.
-        first_row: Token id of the first column.
-        tp: The tensor-parallel group.
+    Where there are more ranks than rows of the table, one without rows only takes part in the
+    reductions.
     """
-    # On a GPU all rows are looked at: choosing some would make the host wait for the device.
-    chosen = slice(None) if logits.is_cuda else tied.nonzero().squeeze(1)
-    some = logits[chosen]
-    lowest = targets.new_full((some.shape[0],), torch.iinfo(torch.int64).max)
-    if logits.shape[1] and some.shape[0]:
-        lowest = torch.where(has_best[chosen], some.argmax(dim=-1) + first_row, lowest)
-    if tp.size > 1:
-        dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=tp.group)
-    greedy = torch.zeros_like(tied)
-    greedy[chosen] = lowest == targets[chosen]
-    return greedy & tied
-
-
-@torch.no_grad()
-def vocab_parallel_argmax(
-    rows: Tensor,
-    *,
-    weight: Tensor,
-    bias: Tensor | None,
-    first_row: int,
-    tp: TensorParallel,
-) -> tuple[Tensor, Tensor]:
-    """Return each row's largest logit, float32, and its token id, the lowest on a tie.
-
-    Arguments as in `vocab_parallel_log_probs`. Two small all-reduces, after which every rank has
-    the same ids. A NaN among the logits comes out as the largest.
-    """
-    logits = F.linear(rows, weight, bias).float()  # [N, V/p]
-    none = torch.iinfo(torch.int64).max
-    if weight.shape[0]:
+    if logits.shape[1]:
         best, index = logits.max(dim=-1)
-        index = index + first_row
-    else:  # more ranks than rows of the table: this rank only takes part in the reductions
-        best = logits.new_full((rows.shape[0],), -torch.inf)
-        index = torch.full_like(best, none, dtype=torch.int64)
-    if tp.size > 1:
-        own = best.clone()
-        dist.all_reduce(best, op=dist.ReduceOp.MAX, group=tp.group)
-        index = index.where(own == best, none)
-        dist.all_reduce(index, op=dist.ReduceOp.MIN, group=tp.group)
-    return best, index
+        return best, index + first_row
+    best = logits.new_full(logits.shape[:1], -torch.inf)
+    return best, torch.full_like(best, NO_TOKEN, dtype=torch.int64)
 
 
-@torch.no_grad()
-def vocab_parallel_logits(
-    rows: Tensor, *, weight: Tensor, bias: Tensor | None, vocab_size: int, tp: TensorParallel
-) -> Tensor:
-    """Return all logits of some rows, float32 `[rows, vocab]`, the same on every rank.
-
-    One all-gather. For sampling, which needs them at one position of each text; scores and greedy
-    choices never gather logits. Arguments as in `vocab_parallel_log_probs`.
-    """
-    logits = F.linear(rows, weight, bias).float()  # [N, V/p]
+def _lowest_argmax(index: Tensor, own_best: Tensor, best: Tensor, tp: TensorParallel) -> Tensor:
+    """Return the lowest id with the largest logit of all ranks, given each rank's own."""
     if tp.size == 1:
-        return logits
-    # Ranks hold ceil(V / p) rows but for the last ones: filled up, these end beyond the table.
-    missing = -(-vocab_size // tp.size) - weight.shape[0]
-    logits = F.pad(logits, (0, missing), value=-torch.inf)
-    parts = [torch.empty_like(logits) for _ in range(tp.size)]
-    dist.all_gather(parts, logits, group=tp.group)
-    return torch.cat(parts, dim=1)[:, :vocab_size]
+        return index
+    return _all_reduce(index.where(own_best == best, NO_TOKEN), tp, dist.ReduceOp.MIN)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -298,29 +320,17 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, first_row: int, tp: TensorParallel
     ) -> tuple[Tensor, Tensor]:
-        local = targets - first_row
-        mine = (local >= 0) & (local < logits.shape[1])
-        local = local.where(mine, 0)
-        if logits.shape[1]:
-            top, top_index = logits.max(dim=-1)
-        else:  # more ranks than rows: this rank only takes part in the sums
-            top = logits.new_full(targets.shape, -torch.inf)
-            top_index = torch.zeros_like(targets)
-        best = top.clone()
-        if tp.size > 1:
-            dist.all_reduce(best, op=dist.ReduceOp.MAX, group=tp.group)
+        local, mine = _local_ids(targets, first_row, logits.shape[1])
+        own_best, index = _own_argmax(logits, first_row)
+        best = _all_reduce(own_best.clone(), tp, dist.ReduceOp.MAX)
         shifted = logits - best.unsqueeze(1)
         target = shifted.new_zeros(targets.shape)
         if logits.shape[1]:
             target = shifted.gather(1, local.unsqueeze(1)).squeeze(1).where(mine, 0.0)
         exponentials = shifted.exp_()
-        totals = torch.stack([exponentials.sum(dim=-1), target])
-        winner = torch.where(top == best, top_index + first_row, torch.iinfo(torch.int64).max)
-        if tp.size > 1:
-            dist.all_reduce(totals, group=tp.group)
-            dist.all_reduce(winner, op=dist.ReduceOp.MIN, group=tp.group)
+        totals = _all_reduce(torch.stack([exponentials.sum(dim=-1), target]), tp)
+        greedy = _lowest_argmax(index, own_best, best, tp) == targets
         ctx.save_for_backward(exponentials.div_(totals[0].unsqueeze(1)), local, mine)
-        greedy = winner == targets
         ctx.mark_non_differentiable(greedy)
         return totals[0].log() - totals[1], greedy
 
@@ -331,52 +341,3 @@ class _CrossEntropy(torch.autograd.Function):
         if softmax.shape[1]:
             grad.scatter_add_(1, local.unsqueeze(1), -mine.to(grad.dtype).unsqueeze(1))
         return grad.mul_(grads[0].unsqueeze(1)), None, None, None
-
-
-def vocab_parallel_cross_entropy(
-    rows: Tensor,
-    targets: Tensor,
-    *,
-    weight: Tensor,
-    bias: Tensor | None,
-    first_row: int,
-    vocab_size: int,
-    tp: TensorParallel,
-) -> tuple[Tensor, Tensor]:
-    """Return each row's loss, differentiable, and whether its target is the argmax; both `[rows]`.
-
-    Arguments as in `vocab_parallel_log_probs`; the loss is float32, in nats. Three small
-    all-reduces forward, one of the size of `rows` backward. Where all logits together would exceed
-    `LOGIT_CHUNK_ELEMENTS`, they are computed in chunks, and again for the gradient.
-    """
-    rows = copy_to_region(rows, tp)
-    chunk = max(1, LOGIT_CHUNK_ELEMENTS // -(-vocab_size // tp.size))
-    if rows.shape[0] <= chunk:
-        return _loss_chunk(rows, targets, weight, bias, first_row, tp)
-    pieces = [
-        checkpoint(
-            _loss_chunk,
-            rows[i : i + chunk],
-            targets[i : i + chunk],
-            weight,
-            bias,
-            first_row,
-            tp,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        for i in range(0, rows.shape[0], chunk)
-    ]
-    return torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
-
-
-def _loss_chunk(
-    rows: Tensor,
-    targets: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    first_row: int,
-    tp: TensorParallel,
-) -> tuple[Tensor, Tensor]:
-    logits = F.linear(rows, weight, bias).float()  # [N, V/p]
-    return _CrossEntropy.apply(logits, targets, first_row, tp)  # type: ignore[no-any-return]

@@ -25,6 +25,7 @@ from mlm_eval.model.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     TensorParallel,
+    VocabHead,
     VocabParallelEmbedding,
     copy_to_region,
 )
@@ -352,14 +353,11 @@ def _table(rows: int, width: int) -> Tensor:
     return torch.empty(rows, width)
 
 
-class OutputLayer(nn.Module):
-    """The output table where it is not tied, and BERT's output bias; both cut by vocabulary."""
-
-    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
-        super().__init__()
-        self.first_row, stop = vocab_range(config.vocab_size, tp.rank, tp.size)
-        rows = stop - self.first_row
-        untied = config.untie_embeddings_and_output_weights and config.lm_head
-        self.weight = nn.Parameter(torch.empty(rows, config.hidden_size)) if untied else None
-        has_bias = config.family == "bert" and config.lm_head
-        self.bias = nn.Parameter(torch.empty(rows)) if has_bias else None
+def output_layer(config: ModelConfig, embedding: Embedding) -> VocabHead:
+    """Return the output table, tied or not, with BERT's output bias."""
+    return VocabHead(
+        config.vocab_size,
+        embedding.word_embeddings,
+        tied=not (config.untie_embeddings_and_output_weights and config.lm_head),
+        biased=config.family == "bert" and config.lm_head,
+    )

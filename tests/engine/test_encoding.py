@@ -43,7 +43,9 @@ def alone(config: ModelConfig, item: BertInput) -> dict[str, Tensor]:
         states = model(item.tokens.unsqueeze(0), mask.unsqueeze(0), types)
         expected = {"states": states[0], "pooled": model.pooler(states)[0]}
         if config.lm_head:
-            logits = model.lm_head(states[0]) @ model.output_table.t() + model.output_layer.bias
+            logits = (
+                model.lm_head(states[0]) @ model.output_layer.table.t() + model.output_layer.bias
+            )
             whole = logits.log_softmax(-1)
             expected["logprobs"] = whole.gather(1, item.tokens.unsqueeze(1)).squeeze(1)
             expected["greedy"] = whole.argmax(-1) == item.tokens

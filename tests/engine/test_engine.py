@@ -63,7 +63,7 @@ def one_by_one(config: ModelConfig, requests: list[Request], vocab: int) -> list
     with torch.no_grad():
         for request in requests:
             states = model(request.tokens[:-1].unsqueeze(0))[0]
-            whole = (states @ model.output_table.t())[:, :vocab].log_softmax(-1)
+            whole = (states @ model.output_layer.table.t())[:, :vocab].log_softmax(-1)
             scored = whole.gather(1, request.tokens[1:].unsqueeze(1)).squeeze(1)
             expected.append(scored[-request.num_scored :])
     return expected
@@ -131,7 +131,7 @@ def test_greedy_is_the_argmax(tp, dp):
     requests = []
     for request in some_requests(20):
         with torch.no_grad():
-            logits = model(request.tokens[:-1].unsqueeze(0))[0, -1] @ model.output_table.t()
+            logits = model(request.tokens[:-1].unsqueeze(0))[0, -1] @ model.output_layer.table.t()
         best = request.tokens.clone()
         best[-1] = logits.argmax()
         requests += [Request(best, 1), Request(request.tokens, 1)]

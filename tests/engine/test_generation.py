@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from support import random_models
 from support.huggingface_models import POSITIONS, VOCAB, gpt_model, tokens
 from support.paths import PROJECT
@@ -22,11 +21,6 @@ from mlm_eval.checkpoints.tokenizer import Tokenizer, find_tokenizer, load_token
 from mlm_eval.engine.engine import Engine
 from mlm_eval.engine.generate import Continuation, Prompt, Sampling, draw, generate
 from mlm_eval.model.gpt import GPT
-from mlm_eval.model.tensor_parallel import (
-    TensorParallel,
-    vocab_parallel_argmax,
-    vocab_parallel_logits,
-)
 
 SAMPLE = PROJECT / "checkpoints" / "samples" / "gpt"
 WARM = Sampling(temperature=1.3)
@@ -107,14 +101,16 @@ def test_cached_logits_are_those_of_the_whole_text(shape: str) -> None:
     rows = torch.randint(config.vocab_size, (3, 16), generator=generator)
     lengths, order = [4, 9, 1], [0, 1, 2]
     with torch.inference_mode():
-        whole = model.logits(model(rows).flatten(0, 1)).view(3, 16, -1)
+        whole = model.output_layer.logits(model(rows).flatten(0, 1)).view(3, 16, -1)
         padded = rows[:, :9].clone()
         padded[0, 4:], padded[2, 1:] = 0, 0
         states, cache = model.start(padded, lengths, 15)
         for step in range(6):
             ends = torch.tensor([lengths[text] - 1 + step for text in order])
             expected = whole[torch.tensor(order), ends]
-            torch.testing.assert_close(model.logits(states), expected, rtol=0, atol=2e-5)
+            torch.testing.assert_close(
+                model.output_layer.logits(states), expected, rtol=0, atol=2e-5
+            )
             if step == 2:
                 cache.keep([2, 0])
                 order, ends = [2, 0], ends[[2, 0]]
@@ -189,14 +185,9 @@ def test_positions_end_a_text(alone: Any) -> None:
 
 
 def over_the_vocabulary(rows: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    size = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if size > 1 else 0
-    tp = TensorParallel(rank, size, dist.group.WORLD if size > 1 else None)
-    chunk = -(-table.shape[0] // size)
-    mine = table[rank * chunk : (rank + 1) * chunk]
-    first = min(rank * chunk, table.shape[0])
-    best, ids = vocab_parallel_argmax(rows, weight=mine, bias=None, first_row=first, tp=tp)
-    logits = vocab_parallel_logits(rows, weight=mine, bias=None, vocab_size=table.shape[0], tp=tp)
+    head = random_models.vocab_head(table)
+    best, ids = head.argmax(rows)
+    logits = head.logits(rows)
     return best, ids, logits
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from support import random_models
 from support.ranks import run_ranks
 from support.rounding import assert_same_but_for_rounding
 from torch import Tensor, nn
@@ -19,8 +20,6 @@ from mlm_eval.model.tensor_parallel import (
     VocabParallelEmbedding,
     copy_to_region,
     reduce_from_region,
-    vocab_parallel_cross_entropy,
-    vocab_parallel_log_probs,
 )
 
 SIZES = [1, 2, 4]
@@ -186,20 +185,10 @@ def test_a_split_embedding_is_the_whole_one(vocab, size):
 def log_probs_on_a_rank(
     rows: Tensor, targets: Tensor, table: Tensor, bias: Tensor | None, chunk: int | None
 ) -> tuple[Tensor, Tensor]:
-    tp = here()
-    start, stop = vocab_range(len(table), tp.rank, tp.size)
     before = tensor_parallel.LOGIT_CHUNK_ELEMENTS
     tensor_parallel.LOGIT_CHUNK_ELEMENTS = chunk or before
     try:
-        return vocab_parallel_log_probs(
-            rows,
-            targets,
-            weight=table[start:stop],
-            bias=None if bias is None else bias[start:stop],
-            first_row=start,
-            vocab_size=len(table),
-            tp=tp,
-        )
+        return random_models.vocab_head(table, bias).log_probs(rows, targets)
     finally:
         tensor_parallel.LOGIT_CHUNK_ELEMENTS = before
 
@@ -302,27 +291,18 @@ def test_half_precision_scores_are_summed_in_float32():
 def cross_entropy_on_a_rank(
     rows: Tensor, targets: Tensor, table: Tensor, bias: Tensor, chunk: int | None
 ) -> list[Tensor]:
-    tp = here()
-    start, stop = vocab_range(len(table), tp.rank, tp.size)
     rows = rows.clone().requires_grad_()
-    weight, bias = (whole[start:stop].clone().requires_grad_() for whole in (table, bias))
+    head = random_models.vocab_head(table, bias)
     before = tensor_parallel.LOGIT_CHUNK_ELEMENTS
     tensor_parallel.LOGIT_CHUNK_ELEMENTS = chunk or before
     try:
-        losses, greedy = vocab_parallel_cross_entropy(
-            rows,
-            targets,
-            weight=weight,
-            bias=bias,
-            first_row=start,
-            vocab_size=len(table),
-            tp=tp,
-        )
+        losses, greedy = head.losses(rows, targets)
         (losses * torch.arange(1.0, len(rows) + 1)).sum().backward()
     finally:
         tensor_parallel.LOGIT_CHUNK_ELEMENTS = before
-    assert rows.grad is not None and weight.grad is not None and bias.grad is not None
-    return [losses.detach(), greedy, rows.grad, weight.grad, bias.grad]
+    assert head.bias is not None and head.bias.grad is not None
+    assert rows.grad is not None and head.table.grad is not None
+    return [losses.detach(), greedy, rows.grad, head.table.grad, head.bias.grad]
 
 
 @pytest.mark.parametrize("chunk", [None, 7])

@@ -13,14 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.lazy import InMemory
-from mlm_eval.checkpoints.parameters import parameters
+from mlm_eval.checkpoints.parameters import parameters, vocab_range
 from mlm_eval.engine.engine import load_model
-from mlm_eval.model.tensor_parallel import SINGLE
+from mlm_eval.model.tensor_parallel import (
+    SINGLE,
+    TensorParallel,
+    VocabHead,
+    VocabParallelEmbedding,
+)
+from mlm_eval.ranks.mesh import num_ranks, this_rank
 from support import configs
 
 GPT, LLAMA, BERT, config = configs.GPT, configs.LLAMA, configs.BERT, configs.config
@@ -107,3 +114,16 @@ def checkpoint_from_state_dict(
         config = dataclasses.replace(config, params_dtype=dtype)
     provenance = Provenance(Path("the state dict"), "memory", args=dict(args or {}))
     return Checkpoint(config, tensors, provenance).check()
+
+
+def vocab_head(table: Tensor, bias: Tensor | None = None) -> VocabHead:
+    """Return this rank's part of an output table that is cut over all running ranks."""
+    group = dist.group.WORLD if num_ranks() > 1 else None
+    tp = TensorParallel(this_rank(), num_ranks(), group)
+    start, stop = vocab_range(len(table), tp.rank, tp.size)
+    embedding = VocabParallelEmbedding(stop - start, table.shape[1], first_row=start, tp=tp)
+    embedding.weight = nn.Parameter(table[start:stop].clone())
+    head = VocabHead(len(table), embedding, tied=True, biased=bias is not None)
+    if bias is not None:
+        head.bias = nn.Parameter(bias[start:stop].clone())
+    return head

@@ -57,7 +57,7 @@ def given(context: list[int], token: int) -> float:
     engine = load(GPT)
     with torch.no_grad():
         states = engine.model(torch.tensor([context]))
-        logits = states[0, -1] @ engine.model.output_table.t()
+        logits = states[0, -1] @ engine.model.output_layer.table.t()
     return float(logits.log_softmax(-1)[token])
 
 
@@ -84,7 +84,7 @@ def test_greedy_continuations_are_greedy(tmp_path):
     tokens = noise(3)
     for _ in range(6):
         states = engine.model(torch.tensor([tokens]))
-        tokens.append(int((states[0, -1] @ engine.model.output_table.t()).argmax()))
+        tokens.append(int((states[0, -1] @ engine.model.output_layer.table.t()).argmax()))
     [record] = score(tmp_path, GPT, {"tokens": tokens})
     assert record["greedy"][3:] == [True] * 6
 
@@ -170,7 +170,7 @@ def bert_logits(
         heads = {name: x[0].tolist() for name, x in model.head_logits(states).items()}
         if not config.lm_head:
             return states, heads
-        logits = model.lm_head(states[0]) @ model.output_table.t() + model.output_layer.bias
+        logits = model.lm_head(states[0]) @ model.output_layer.table.t() + model.output_layer.bias
         return logits.log_softmax(-1), heads
 
 

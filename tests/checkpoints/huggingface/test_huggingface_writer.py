@@ -56,7 +56,7 @@ def load_theirs(report: Conversion) -> Any:
 def our_logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     model: Any = Engine.load(checkpoint, dtype="float32").model
     with torch.inference_mode():
-        return F.linear(model(ids), model.output_table)
+        return F.linear(model(ids), model.output_layer.table)
 
 
 def bit_equal(one: Checkpoint, other: Checkpoint) -> bool:
