@@ -16,15 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.random_models import byte_vocabulary
+from support.scripted_engine import NothingDone, ScriptedEngine, log_prob
 
-from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance
-from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from mlm_eval.engine.engine import Engine
-from mlm_eval.engine.score import Request, Scores
-from mlm_eval.ranks.mesh import Mesh
 from mlm_eval.reporting.results import Result
 from mlm_eval.tasks.zero_shot import lambada
 from mlm_eval.tasks.zero_shot.benchmark import Work
@@ -36,14 +34,7 @@ PASSAGES = ["the cat saw a dog", "one\ntwo  three two", "a b", 'he said "no"', "
 @pytest.fixture
 def tokenizer(tmp_path) -> Tokenizer:
     """A byte-level vocabulary without merges: one id a byte."""
-    from tokenizers import pre_tokenizers
-
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    folder = tmp_path / "vocabulary"
-    folder.mkdir()
-    (folder / "vocab.json").write_text(json.dumps({s: i for i, s in enumerate(symbols)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return load_tokenizer(directory=folder)
+    return load_tokenizer(directory=byte_vocabulary(tmp_path / "vocabulary"))
 
 
 def write_lines(path: Path, passages: list[str] = PASSAGES) -> Path:
@@ -63,63 +54,6 @@ def prepare(
     sizes: Any = SimpleNamespace(vocab_size=tokenizer.vocab_size, max_position_embeddings=positions)
     own = ClozeOptions(data=None if data is None else str(data), **options)
     return LAMBADA.work_for(sizes, own, tokenizer=tokenizer, limit=limit)
-
-
-def log_prob(context: tuple[int, ...], target: int) -> float:
-    """Return a value that depends on every token of the context and sums exactly in float64."""
-    return -(1 + hash((context, target)) % 4093) / 1024
-
-
-class CountingEngine(Engine):
-    """An engine of which the greedy choice misses the passages' tokens named in `misses`.
-
-    `misses` holds (passage, place from the end): (1, 1) is the last token of the second passage.
-    """
-
-    def __init__(self, misses: set[tuple[int, int]] = frozenset(), *, positions: int = 64) -> None:
-        config = ModelConfig(
-            family="gpt",
-            num_layers=1,
-            hidden_size=8,
-            num_attention_heads=1,
-            num_query_groups=1,
-            kv_channels=8,
-            ffn_hidden_size=32,
-            vocab_size=256,
-            max_position_embeddings=positions,
-        )
-        model: Any = SimpleNamespace(config=config)
-        super().__init__(
-            Checkpoint(config, {}, Provenance(Path("model"), "megatron-torch")),
-            model,
-            mesh=Mesh(),
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-            vocab="padded",
-            batch_tokens=64,
-            load_seconds=0.25,
-        )
-        self.misses = misses
-        self.scored: list[Request] = []
-        self.passed: dict[str, Any] = {}
-
-    def score(self, requests: Any, **passed: Any) -> Scores:
-        self.scored, self.passed = list(requests), passed
-        values, greedy, ends = [], [], [0]
-        for number, request in enumerate(requests):
-            tokens = request.tokens.tolist()
-            for place in range(len(tokens) - request.num_scored, len(tokens)):
-                values.append(log_prob(tuple(tokens[:place]), tokens[place]))
-                greedy.append((number, len(tokens) - place) not in self.misses)
-            ends.append(len(values))
-        return Scores(torch.tensor(values), torch.tensor(greedy), torch.tensor(ends), seconds=0.5)
-
-
-class NothingDone:
-    """Stands for the scores kept by an interrupted run that had finished no request."""
-
-    def finished(self) -> dict[int, Any]:
-        return {}
 
 
 @pytest.mark.parametrize(
@@ -156,7 +90,7 @@ def test_megatrons_default_target_is_the_last_token_of_the_text_as_it_is(tokeniz
     ],
 )
 def test_a_word_counts_only_if_all_its_tokens_are_greedy(tmp_path, tokenizer, misses, correct):
-    engine = CountingEngine(misses)
+    engine = ScriptedEngine(misses)
     result = LAMBADA.evaluate(engine, write_lines(tmp_path / "f.jsonl"), tokenizer=tokenizer)
     assert result.metrics["num_correct"] == correct
     assert result.metrics["accuracy"] == correct / 5
@@ -168,7 +102,7 @@ def test_a_word_counts_only_if_all_its_tokens_are_greedy(tmp_path, tokenizer, mi
 
 @pytest.mark.parametrize("target", ["word", "last-token"])
 def test_every_passage_is_scored_once_in_order(tmp_path, tokenizer, target):
-    engine = CountingEngine()
+    engine = ScriptedEngine()
     path = write_lines(tmp_path / "f.jsonl")
     result = LAMBADA.evaluate(engine, path, tokenizer=tokenizer, target=target)
 
@@ -192,7 +126,7 @@ def test_every_passage_is_scored_once_in_order(tmp_path, tokenizer, target):
 
 def test_a_single_passage_has_no_standard_error(tmp_path, tokenizer):
     result = LAMBADA.evaluate(
-        CountingEngine(), write_lines(tmp_path / "f.jsonl"), tokenizer=tokenizer, limit=1
+        ScriptedEngine(), write_lines(tmp_path / "f.jsonl"), tokenizer=tokenizer, limit=1
     )
     assert math.isnan(result.metrics["accuracy_stderr"])
     metrics = json.loads(result.to_json())["metrics"]
@@ -203,7 +137,7 @@ def test_a_single_passage_has_no_standard_error(tmp_path, tokenizer):
 
 def test_limit_keeps_the_first_passages_and_says_so(tmp_path, tokenizer):
     path = write_lines(tmp_path / "f.jsonl")
-    engine = CountingEngine({(1, 1)})
+    engine = ScriptedEngine({(1, 1)})
     result = LAMBADA.evaluate(engine, path, tokenizer=tokenizer, limit=2)
     assert result.counts["examples"] == len(engine.scored) == 2
     assert result.metrics["accuracy"] == 0.5
@@ -215,7 +149,7 @@ def test_limit_keeps_the_first_passages_and_says_so(tmp_path, tokenizer):
 def test_a_passage_too_long_keeps_its_end(tmp_path, tokenizer):
     words = "one two three four five six"
     path = write_lines(tmp_path / "f.jsonl", [words, "a b", f"{words} e"])
-    engine = CountingEngine(positions=12)
+    engine = ScriptedEngine(positions=12)
     result = LAMBADA.evaluate(engine, path, tokenizer=tokenizer)
     assert engine.scored[0].tokens.tolist() == tokenizer.encode(words)[-13:]
     assert engine.scored[0].num_scored == 4
@@ -293,7 +227,7 @@ def test_settings_out_of_range(tmp_path, tokenizer, settings, message):
 
 def test_record_and_what_is_passed_to_the_engine(tmp_path, tokenizer):
     path = write_lines(tmp_path / "f.jsonl")
-    engine = CountingEngine()
+    engine = ScriptedEngine()
     progress, partial = object(), NothingDone()
     result = LAMBADA.evaluate(
         engine, path, tokenizer=tokenizer, on_progress=progress, partial=partial
