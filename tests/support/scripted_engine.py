@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance
-from mlm_eval.engine.batching import Request, Scores
 from mlm_eval.engine.engine import Engine
+from mlm_eval.engine.score import Request, Scores
 from mlm_eval.ranks.mesh import Mesh
 from support import configs
 
