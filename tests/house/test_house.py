@@ -25,8 +25,6 @@ LARGE_LEFT = ["mlm_eval.tasks.finetune"]
 # Distributions that no line of ours imports, and why they are needed.
 NEEDED_BY_OTHERS = {
     "tensorboard": "torch.utils.tensorboard imports it",
-    "huggingface-hub": "TODO",
-    "rich": "TODO",
 }
 # Imported where they are there; the command that wants them says how to install them.
 OPTIONAL = {"lm-eval", "sentencepiece"}
@@ -37,15 +35,12 @@ SHARED = {
     "T": "a type variable",
     "HUB": "of each data set, the set on the Hub that it is read from",
     "read_hub": "of each data set, the reader of that",
-    "Option": "",
+    "ensemble": "the command, and what it calls",
+    "Line": "",
     "Load": "",
-    "ensemble": "",
+    "METRICS": "",
     "outputs": "",
     "score": "",
-    "Line": "",
-    "write_json": "",
-    "METRICS": "",
-    "Part": "",
 }
 
 
