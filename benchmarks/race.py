@@ -257,13 +257,13 @@ def trainer(run: Run) -> dict[str, Any]:
     from transformers import BertForMultipleChoice, Trainer, TrainerCallback, TrainingArguments
 
     from mlm_eval.checkpoints.tokenizer import load_tokenizer
-    from mlm_eval.tasks.finetune.data import prepare
+    from mlm_eval.tasks.finetune.data import prepare_sets
     from mlm_eval.tasks.finetune.task import make_task
     from mlm_eval.training.data import epoch_order
 
     s = run.settings
     assert s["epochs"] == 1, "the order below is that of one pass"
-    prepared, _ = prepare(
+    prepared, _ = prepare_sets(
         make_task("race"),
         run.options(),
         tokenizer=load_tokenizer(directory=published_model()),

@@ -213,9 +213,9 @@ def ensemble(
     Example: mlm-eval ensemble --predictions seed-1/predictions --predictions seed-2/predictions
     """
     from mlm_eval.reporting.text import training_text
-    from mlm_eval.tasks.finetune.predictions import ensemble as join
+    from mlm_eval.tasks.finetune.predictions import ensemble_result
 
-    result = join(predictions, output=output_dir)
+    result = ensemble_result(predictions, output=output_dir)
     print(training_text(result, folder=output_dir))
     if output is not None:
         result.write(output)

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlm_eval.checkpoints.files.output import atomic_file, write_text
 
-METRICS = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 PLOT = "training.png"
 TENSORBOARD = "tensorboard"
 
@@ -36,8 +36,8 @@ class TrainingLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.lines = [line for line in read_metrics(folder) if line["step"] <= start]
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
-        write_text(folder / METRICS, text, option=None)
-        self.stream = (folder / METRICS).open("a", encoding="utf-8")
+        write_text(folder / METRICS_FILE, text, option=None)
+        self.stream = (folder / METRICS_FILE).open("a", encoding="utf-8")
         self.board: Any = SummaryWriter(str(folder / TENSORBOARD), purge_step=start + 1)
 
     def step(self, line: Mapping[str, Any]) -> None:
@@ -82,7 +82,7 @@ def is_number(value: Any) -> bool:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl; the last one of a killed run may be cut off."""
-    path = folder / METRICS
+    path = folder / METRICS_FILE
     if not path.is_file():
         return []
     lines = []

@@ -5,11 +5,11 @@
     features.py      pairs of texts as rows of BERT
     windows.py       long passages as rows          spans.py   scores of tokens -> best answers
     metrics.py       figures: plain functions, and one module for `evaluate`
-    recipe.py        hyper-parameters, one TOML file for each task and size in recipes/
-    options.py       what a command gives and hears
+    recipe.py        hyperparameters, one TOML file for each task and size in recipes/
+    options.py       the options of a run
     data.py          features made on rank 0, for all ranks
     run.py           a fine-tuning, from data to record
-    result.py        the record: every seed and the median
+    figures.py       figures of runs, and their medians over seeds
     predictions.py   saved predictions, and ensembles of them
 
 To add one: a subclass of `Task` in a file of its own, its line in the list of `task.py`, recipes.

@@ -52,7 +52,7 @@ class Prepared:
     warnings: list[str]
 
 
-def prepare(
+def prepare_sets(
     task: Task,
     options: FinetuneOptions,
     *,

@@ -105,7 +105,7 @@ def read_predictions(path: Path) -> Predictions:
     return Predictions(path, header, records)
 
 
-def ensemble(paths: Sequence[str | Path], *, output: str | Path | None = None) -> Result:
+def ensemble_result(paths: Sequence[str | Path], *, output: str | Path | None = None) -> Result:
     """Return the result of several models together: the paper's ensemble.
 
     The models' probabilities are averaged for each example of a set; sets of one role are pooled as

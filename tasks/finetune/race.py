@@ -34,7 +34,7 @@ from mlm_eval.tasks.finetune.recipe import Recipe
 from mlm_eval.tasks.finetune.task import ROLES, ChoiceTask, Example, ExampleSet
 from mlm_eval.training.objectives import MultipleChoice, Objective
 
-HUB = DatasetName("ehovy/race", "all", None)
+RACE_HUB = DatasetName("ehovy/race", "all", None)
 LETTERS = "ABCD"
 NUM_CHOICES = len(LETTERS)
 ARCHIVES = (".tar.gz", ".tgz", ".tar")
@@ -76,7 +76,7 @@ class Race(ChoiceTask):
     def read(self, data: str, roles: Sequence[str]) -> list[ExampleSet]:
         """See `Task.read`: RACE/{train,dev,test}/{middle,high}, in folders or in archives."""
         if is_dataset(data):
-            return [part for role in roles for part in read_hub(data, role)]
+            return [part for role in roles for part in read_race(data, role)]
         path = Path(data).expanduser()
         files = (file for file in passage_files(path) if file.split in roles)
         sets = make_sets(((file.split, file) for file in files), str(path))
@@ -90,7 +90,7 @@ class Race(ChoiceTask):
     def read_part(self, source: str, role: str) -> list[ExampleSet]:
         """See `Task.read_part`: a .txt file, a folder of them or of such folders, or an archive."""
         if is_dataset(source):
-            return list(read_hub(source, role))
+            return list(read_race(source, role))
         path = Path(source).expanduser()
         if _archives(path):
             return self.read(source, [role])
@@ -208,14 +208,16 @@ def make_set(passages: Sequence[Passage], name: str, *, role: str, path: str) ->
     )
 
 
-def read_hub(source: str, role: str) -> Iterator[ExampleSet]:
+def read_race(source: str, role: str) -> Iterator[ExampleSet]:
     """Yield the sets of a `datasets` name: a row a question, put back to passages and to levels.
 
     Raises:
         InputError: There is no such set, or it has not the form of ehovy/race.
     """
     split = HUB_SPLITS[role]
-    for short, where, rows in dataset_splits(source, default=HUB, splits={split: role}, role=role):
+    for short, where, rows in dataset_splits(
+        source, default=RACE_HUB, splits={split: role}, role=role
+    ):
         check_columns(rows, ("example_id", "article", "question", "options", "answer"), where)
         by_level: dict[str, dict[tuple[str, str], list[tuple[Any, Any, Any]]]] = {}
         for number, row in enumerate(rows, start=1):

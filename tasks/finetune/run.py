@@ -14,7 +14,7 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,11 +27,18 @@ from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits
 from mlm_eval.model.initial import with_head
 from mlm_eval.ranks.collectives import on_main
 from mlm_eval.ranks.mesh import is_main
-from mlm_eval.reporting.results import Result, checkpoint_record, write_json
+from mlm_eval.reporting.results import Result, checkpoint_record, versions, write_json
 from mlm_eval.tasks.data.text import parse_json, read_text, sha256
-from mlm_eval.tasks.finetune import result as records
-from mlm_eval.tasks.finetune.data import Prepared, prepare
+from mlm_eval.tasks.finetune.data import Prepared, prepare_sets
 from mlm_eval.tasks.finetune.features import Outputs, special_ids
+from mlm_eval.tasks.finetune.figures import (
+    RunRecord,
+    figure_lines,
+    median_run,
+    medians,
+    report_record,
+    without_lists,
+)
 from mlm_eval.tasks.finetune.options import FinetuneOptions
 from mlm_eval.tasks.finetune.predictions import SUFFIX, write_predictions
 from mlm_eval.tasks.finetune.task import Answered, ExampleSet, Judgement, Task, make_task
@@ -45,7 +52,7 @@ if TYPE_CHECKING:
 
 RESULT, RUN, PREDICTIONS = "result.json", "run.json", "predictions"
 
-Load = Callable[["Checkpoint", str], "Engine"]
+LoadEngine = Callable[["Checkpoint", str], "Engine"]
 """Returns an engine for a checkpoint and a dtype, in the command's layout and on its device."""
 
 
@@ -55,7 +62,7 @@ def finetune(
     options: FinetuneOptions,
     *,
     tokenizer: Tokenizer,
-    load: Load,
+    load: LoadEngine,
     listener: Listener | None = None,
 ) -> Result:
     """Return the result of fine-tuning and evaluating a model, on every rank the same; all call it.
@@ -74,12 +81,12 @@ def finetune(
     Raises:
         InputError: The data, the options or the model cannot be used.
     """
-    job = _Job(make_task(task), checkpoint, options, tokenizer, load, listener or Listener())
-    job.prepare()
-    return job.evaluate_only() if options.eval_only else job.train_all()
+    run = _Finetuning(make_task(task), checkpoint, options, tokenizer, load, listener or Listener())
+    run.prepare()
+    return run.evaluate_only() if options.eval_only else run.train_all()
 
 
-class _Job:
+class _Finetuning:
     """One call of `finetune`."""
 
     def __init__(
@@ -88,7 +95,7 @@ class _Job:
         checkpoint: Checkpoint,
         options: FinetuneOptions,
         tokenizer: Tokenizer,
-        load: Load,
+        load: LoadEngine,
         listener: Listener,
     ) -> None:
         self.task, self.checkpoint, self.options = task, checkpoint, options
@@ -115,7 +122,7 @@ class _Job:
 
     def _prepare(self) -> Prepared:
         self._check_output()
-        prepared, self.sets = prepare(
+        prepared, self.sets = prepare_sets(
             self.task,
             self.options,
             tokenizer=self.tokenizer,
@@ -149,8 +156,8 @@ class _Job:
         """Train and evaluate with every seed; return the record."""
         seeds = self.options.seeds
         runs = [self._train(seed, self._folder(seed)) for seed in seeds]
-        median = records.median_run(runs)
-        result = records.training_result(self, runs, median)
+        median = median_run(runs)
+        result = self._training_result(runs, median)
 
         def finish() -> None:
             if len(seeds) > 1:
@@ -181,9 +188,7 @@ class _Job:
 
         def evaluate(progress: TrainingProgress) -> dict[str, Any]:
             nonlocal outputs, seconds
-            started = time.perf_counter()
-            outputs = self._outputs(engine, "dev", autocast)
-            seconds = time.perf_counter() - started
+            outputs, seconds = self._outputs(engine, ("dev",), autocast)
             place = f"seed {seed}, {progress.place}"
             return on_main(lambda: self._judged(outputs, place, seconds))
 
@@ -199,10 +204,8 @@ class _Job:
             title=f"seed {seed}",
         )
         if not outputs:  # the training had ended in an earlier call
-            started = time.perf_counter()
-            outputs = self._outputs(engine, "dev", autocast)
-            seconds = time.perf_counter() - started
-        outputs |= self._outputs(engine, "test", autocast)
+            outputs, seconds = self._outputs(engine, ("dev",), autocast)
+        outputs |= self._outputs(engine, ("test",), autocast)[0]
         described = {**engine.describe(), "dtype": dtype, "eval_dtype": _name(autocast)}
         run_record = {
             "seed": seed,
@@ -211,7 +214,7 @@ class _Job:
             "checkpoint_warnings": list(head.provenance.warnings),
             "load_seconds": engine.load_seconds,
             "eval_seconds": seconds,
-            **records.report_record(report),
+            **report_record(report),
         }
         return on_main(lambda: self._finish_run(folder, outputs, run_record))
 
@@ -275,40 +278,43 @@ class _Job:
                 f"--eval-only takes a checkpoint that `mlm-eval {task.name}` has written"
             )
         engine = self.load(self._with_head(self.options.seeds[0]), self.options.dtype)
-        started = time.perf_counter()
-        outputs = self._outputs(engine, "dev", None) | self._outputs(engine, "test", None)
-        seconds = time.perf_counter() - started
-        result = on_main(lambda: self._evaluated(engine, outputs, seconds))
-        return result
+        outputs, seconds = self._outputs(engine, ("dev", "test"), None)
+        return on_main(lambda: self._evaluated(engine, outputs, seconds))
 
     def _evaluated(self, engine: Engine, outputs: Mapping[str, Outputs], seconds: float) -> Result:
         judgement = self._write_predictions(self.output, outputs, seed=None)
-        result = records.evaluation_result(self, engine, judgement.metrics, seconds)
+        result = self._evaluation_result(engine, judgement.metrics, seconds)
         result.write(self.output / RESULT)
         return result
 
     def _outputs(
-        self, engine: Engine, role: str, autocast: torch.dtype | None
-    ) -> dict[str, Outputs]:
-        """Return the model's outputs for the sets of a role, on every rank the same."""
-        found = {}
-        for part in self.prepared.parts:
-            if part.role == role:
-                found[part.name] = Outputs.of(
-                    engine,
-                    part.features,
-                    head=self.task.head,
-                    autocast=autocast,
-                    on_progress=partial(self.listener.on_evaluation, part.name),
-                )
-        return found
+        self, engine: Engine, roles: Sequence[str], autocast: torch.dtype | None
+    ) -> tuple[dict[str, Outputs], float]:
+        """Return the model's outputs for the sets of some roles, and the seconds that took.
+
+        The outputs are the same on every rank.
+        """
+        started = time.perf_counter()
+        found = {
+            part.name: Outputs.of(
+                engine,
+                part.features,
+                head=self.task.head,
+                autocast=autocast,
+                on_progress=partial(self.listener.on_evaluation, part.name),
+            )
+            for role in roles
+            for part in self.prepared.parts
+            if part.role == role
+        }
+        return found, time.perf_counter() - started
 
     def _judged(self, outputs: Mapping[str, Outputs], place: str, seconds: float) -> dict[str, Any]:
         """Return what the trainer keeps of an evaluation; rank 0."""
         metrics = self._judge(outputs)[1].metrics
-        for line in records.figure_lines(metrics, place):
+        for line in figure_lines(metrics, place):
             self.listener.say(f"{line}, elapsed time (sec): {seconds:.1f}")
-        return {**self.task.summary(metrics), "metrics": records.without_lists(metrics)}
+        return {**self.task.summary(metrics), "metrics": without_lists(metrics)}
 
     def _judge(self, outputs: Mapping[str, Outputs]) -> tuple[list[Answered], Judgement]:
         answered = []
@@ -342,6 +348,80 @@ class _Job:
                 checkpoint=checkpoint_record(self.checkpoint),
             )
         return judgement
+
+    # ---- the record ------------------------------------------------------------------------------
+
+    def _training_result(self, runs: Sequence[RunRecord], chosen: RunRecord) -> Result:
+        """Return the record of a fine-tuning with one or more seeds."""
+        of_seeds = {
+            str(run["seed"]): {**without_lists(run["metrics"]), "best": run["best"]} for run in runs
+        }
+        totals = {
+            name: sum(run[name] for run in runs)
+            for name in ("load_seconds", "train_seconds", "eval_seconds")
+        }
+        samples = sum(run["samples"] for run in runs)
+        warnings = [
+            *self.warnings,
+            *dict.fromkeys(text for run in runs for text in run["checkpoint_warnings"]),
+        ]
+        evaluations = {str(run["seed"]): run["evaluations"] for run in runs}
+        return Result(
+            task=self.task.name,
+            protocol="megatron-paper",
+            metrics={**chosen["metrics"], "median": medians(runs, chosen), "seeds": of_seeds},
+            counts={**self.prepared.counts, "steps": chosen["steps"], "epochs": chosen["epochs"]},
+            settings={
+                **chosen["engine"],
+                **self._settings(),
+                "folders": {str(run["seed"]): str(self._folder(run["seed"])) for run in runs},
+                "evaluations": evaluations,
+                "warnings": warnings,
+            },
+            checkpoint=checkpoint_record(self.checkpoint),
+            timing={
+                **totals,
+                "samples_per_second": samples / max(totals["train_seconds"], 1e-9),
+            },
+            versions=versions(),
+        )
+
+    def _evaluation_result(
+        self, engine: Engine, metrics: Mapping[str, Any], seconds: float
+    ) -> Result:
+        """Return the record of an evaluation without training."""
+        rows = sum(len(part.features) * part.features.rows for part in self.prepared.parts)
+        return Result(
+            task=self.task.name,
+            protocol="megatron-paper",
+            metrics=dict(metrics),
+            counts=self.prepared.counts,
+            settings={**engine.describe(), **self._settings(), "warnings": self.warnings},
+            checkpoint=checkpoint_record(self.checkpoint),
+            timing={
+                "load_seconds": engine.load_seconds,
+                "eval_seconds": seconds,
+                "rows_per_second": rows / max(seconds, 1e-9),
+            },
+            versions=versions(),
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        options, recipe = self.options, dataclasses.asdict(self.recipe)
+        recipe.pop("task")
+        own = ("micro_batch", "recompute", "dp_mode", "max_steps", "evaluate_every")
+        limits = ("train_limit", "dev_limit", "test_limit")
+        version = next((part.version for part in self.prepared.parts if part.version), "")
+        return {
+            "tokenizer": self.tokenizer.record(),
+            "recipe": self.prepared.recipe_name,
+            **recipe,
+            **{name: getattr(options, name) for name in (*own, *limits)},
+            "version": version,
+            "seeds": [] if options.eval_only else list(options.seeds),
+            "eval_only": options.eval_only,
+            "data": self.prepared.data,
+        }
 
 
 def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

@@ -36,7 +36,7 @@ from mlm_eval.tasks.finetune.task import Answered, ExampleSet, Judgement, Task
 from mlm_eval.tasks.finetune.windows import SpanExample, SpanFeatures, window_features
 from mlm_eval.training.objectives import Objective, SpanExtraction
 
-HUB = DatasetName("rajpurkar/squad", None, None)
+SQUAD_HUB = DatasetName("rajpurkar/squad", None, None)
 
 
 class Squad(Task):
@@ -56,7 +56,7 @@ class Squad(Task):
     def read(self, data: str, roles: Sequence[str]) -> list[ExampleSet]:
         """See `Task.read`: a folder with train-*.json and dev-*.json."""
         if is_dataset(data):
-            return [part for role in roles for part in read_hub(data, role)]
+            return [part for role in roles for part in read_squad(data, role)]
         folder = Path(data).expanduser()
         if not folder.is_dir():
             raise InputError(
@@ -80,7 +80,7 @@ class Squad(Task):
     def read_part(self, source: str, role: str) -> list[ExampleSet]:
         """See `Task.read_part`: a .json file."""
         if is_dataset(source):
-            return list(read_hub(source, role))
+            return list(read_squad(source, role))
         path = Path(source).expanduser()
         return self.read(source, [role]) if path.is_dir() else [read_file(path, role)]
 
@@ -235,7 +235,7 @@ def read_file(path: Path, role: str) -> ExampleSet:
     )
 
 
-def read_hub(source: str, role: str) -> Iterator[ExampleSet]:
+def read_squad(source: str, role: str) -> Iterator[ExampleSet]:
     """Yield the set of a `datasets` name.
 
     Raises:
@@ -245,7 +245,7 @@ def read_hub(source: str, role: str) -> Iterator[ExampleSet]:
     if path in ("squad", "squad_v2") and not Path(path).is_dir():  # the Hub's old names
         source = f"rajpurkar/{source}"
     splits = {HUB_SPLITS[role]: role}
-    for name, where, rows in dataset_splits(source, default=HUB, splits=splits, role=role):
+    for name, where, rows in dataset_splits(source, default=SQUAD_HUB, splits=splits, role=role):
         check_columns(rows, ("id", "context", "question", "answers"), where)
         places: dict[str, int] = {}
         examples, records = [], []

@@ -23,10 +23,10 @@ from mlm_eval.checkpoints.tokenizer import Tokenizer, find_tokenizer, load_token
 from mlm_eval.engine.engine import Engine
 from mlm_eval.reporting.results import Result
 from mlm_eval.reporting.text import sets_to_show
-from mlm_eval.tasks.finetune import result as finetune_result
+from mlm_eval.tasks.finetune import figures as run_figures
 from mlm_eval.tasks.finetune.data import read_sets
 from mlm_eval.tasks.finetune.options import FinetuneOptions
-from mlm_eval.tasks.finetune.predictions import ensemble, read_predictions
+from mlm_eval.tasks.finetune.predictions import ensemble_result, read_predictions
 from mlm_eval.tasks.finetune.recipe import FIELDS, load_recipe, recipe_names
 from mlm_eval.tasks.finetune.run import copy_tokenizer, finetune
 from mlm_eval.tasks.finetune.task import make_task
@@ -99,7 +99,7 @@ def run(task: str, checkpoint: Checkpoint, given: FinetuneOptions, words: Tokeni
 
 def counts(result: Result) -> dict[str, Any]:
     """Return what must not depend on where and how a checkpoint is evaluated."""
-    figures = finetune_result.without_lists(result.metrics)
+    figures = run_figures.without_lists(result.metrics)
     return {k: v for k, v in figures.items() if k not in ("median", "seeds")}
 
 
@@ -373,7 +373,7 @@ def test_an_evaluation_gives_the_stored_figures_at_any_layout(race_run, tmp_path
     assert json.loads((target / "result.json").read_text())["metrics"] == found[0]["metrics"]
     assert (found[0]["settings"]["eval_only"], found[0]["settings"]["seeds"]) == (True, [])
     expected = counts(result)
-    metrics = finetune_result.without_lists(found[0]["metrics"])
+    metrics = run_figures.without_lists(found[0]["metrics"])
     for name, entry in expected.items():
         # All but those whose two best choices are as good as equal.
         close = sum(
@@ -431,7 +431,7 @@ def test_seeds_are_reported_one_by_one_with_their_median(unbroken):
     # The test figures, and the model, are those of the seed that the dev sets choose.
     chosen = of_seeds[str(median["seed"])]
     assert median["test"] == chosen["test"]
-    assert finetune_result.without_lists(result.metrics)["test"] == chosen["test"]
+    assert run_figures.without_lists(result.metrics)["test"] == chosen["test"]
     folder = output / f"seed-{median['seed']}" / "checkpoint"
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     assert files
@@ -446,7 +446,7 @@ def test_seeds_are_reported_one_by_one_with_their_median(unbroken):
 
 def test_the_ensemble_of_the_seeds(unbroken):
     output, _ = unbroken
-    result = ensemble([output / f"seed-{seed}" / "predictions" for seed in SEEDS])
+    result = ensemble_result([output / f"seed-{seed}" / "predictions" for seed in SEEDS])
     assert result.settings["ensemble"] == 3
     assert (result.metrics["dev"]["total"], result.metrics["test-high"]["total"]) == (24, 12)
 
@@ -502,9 +502,9 @@ def hand_made(seed: int, dev: float, test: float) -> dict[str, Any]:
 
 def test_the_median_by_hand():
     runs = [hand_made(1, 0.7, 0.1), hand_made(2, 0.5, 0.9), hand_made(3, 0.6, 0.3)]
-    chosen = finetune_result.median_run(runs)
+    chosen = run_figures.median_run(runs)
     assert chosen["seed"] == 3
-    assert finetune_result.medians(runs, chosen) == {
+    assert run_figures.medians(runs, chosen) == {
         "seed": 3,
         "dev-middle": {"accuracy": 0.4, "total": 100},
         "dev": {"accuracy": 0.6, "total": 100},
@@ -512,9 +512,9 @@ def test_the_median_by_hand():
     }
     # Of an even number the lower one of the middle is chosen; the median is between them.
     runs.append(hand_made(4, 0.65, 0.2))
-    chosen = finetune_result.median_run(runs)
+    chosen = run_figures.median_run(runs)
     assert chosen["seed"] == 3
-    assert finetune_result.medians(runs, chosen)["dev"]["accuracy"] == 0.625
+    assert run_figures.medians(runs, chosen)["dev"]["accuracy"] == 0.625
 
 
 def test_lines_in_the_manner_of_megatron():
@@ -526,7 +526,7 @@ def test_lines_in_the_manner_of_megatron():
         "exact": 50.0,
         "median": {"seed": 1},
     }
-    assert finetune_result.figure_lines(metrics, "seed 7") == [
+    assert run_figures.figure_lines(metrics, "seed 7") == [
         " > |seed 7| metrics for dev-middle: correct / total = 1 / 2 = 50.0000 %",
         " > |seed 7| metrics for dev-high: correct / total = 0 / 2 = 0.0000 %",
         " > |seed 7| metrics for dev: correct / total = 1 / 4 = 25.0000 %, F1 = 12.5000 %",

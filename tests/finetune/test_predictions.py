@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.tasks.finetune.predictions import ensemble, read_predictions, write_predictions
+from mlm_eval.tasks.finetune.predictions import ensemble_result, read_predictions, write_predictions
 from mlm_eval.tasks.finetune.task import Answered, close_calls, digits, make_task, softmax
 
 CHECKPOINT = {"path": "bert", "digest": "d", "num_parameters": 336_000_000, "config": {}}
@@ -93,7 +93,7 @@ def test_an_ensemble_averages_probabilities(tmp_path):
         for records in (ONE, TWO, THREE)
     ]
     assert alone == [1, 2, 1]
-    result = ensemble(paths, output=tmp_path / "together")
+    result = ensemble_result(paths, output=tmp_path / "together")
     assert result.task == "race"
     assert result.metrics["dev-middle"] == {
         "accuracy": 1.0,
@@ -117,7 +117,7 @@ def test_sets_of_one_role_are_pooled_and_folders_taken(tmp_path):
         save(folder / "dev-middle.jsonl", ONE)
         save(folder / "dev-high.jsonl", high, name="dev-high")
         save(folder / "test.jsonl", choices((None, [0.4, 0.6])), name="test")
-    result = ensemble([tmp_path / f"seed-{seed}" / "predictions" for seed in (1, 2)])
+    result = ensemble_result([tmp_path / f"seed-{seed}" / "predictions" for seed in (1, 2)])
     assert result.metrics["dev-middle"]["correct"] == 1
     assert result.metrics["dev-high"]["correct"] == 1
     assert result.metrics["dev"] == {"accuracy": 0.4, "correct": 2, "total": 5}
@@ -139,7 +139,7 @@ def test_what_the_server_of_glue_takes(tmp_path, task, names):
 def test_qqp_has_f1(tmp_path):
     records = choices((1, [0.2, 0.8]), (0, [0.1, 0.9]), (1, [0.3, 0.7]))
     paths = [save(tmp_path / f"{n}.jsonl", records, name="dev", task="qqp") for n in range(2)]
-    figures = ensemble(paths).metrics["dev"]
+    figures = ensemble_result(paths).metrics["dev"]
     assert (figures["correct"], figures["f1"]) == (2, 0.8)
 
 
@@ -147,23 +147,23 @@ def test_faulty_ensembles_are_refused(tmp_path):
     one = save(tmp_path / "1.jsonl", ONE)
     two = save(tmp_path / "2.jsonl", TWO)
     with pytest.raises(InputError, match="there is one model for dev-middle"):
-        ensemble([one])
+        ensemble_result([one])
     with pytest.raises(InputError, match="given twice"):
-        ensemble([one, tmp_path / "." / "1.jsonl"])
+        ensemble_result([one, tmp_path / "." / "1.jsonl"])
     with pytest.raises(InputError, match="needs files of predictions"):
-        ensemble([])
+        ensemble_result([])
     with pytest.raises(InputError, match="are not about the same examples of dev-middle"):
-        ensemble([one, save(tmp_path / "3.jsonl", TWO[:2])])
+        ensemble_result([one, save(tmp_path / "3.jsonl", TWO[:2])])
     other_label = [{**TWO[0], "label": 1}, *TWO[1:]]
     with pytest.raises(InputError, match="are not about the same examples"):
-        ensemble([one, save(tmp_path / "4.jsonl", other_label)])
+        ensemble_result([one, save(tmp_path / "4.jsonl", other_label)])
     with pytest.raises(InputError, match="dev-high has predictions of 1 model.s., another set th"):
-        ensemble([one, two, save(tmp_path / "5.jsonl", ONE, name="dev-high")])
+        ensemble_result([one, two, save(tmp_path / "5.jsonl", ONE, name="dev-high")])
     with pytest.raises(InputError, match="holds predictions of mnli, another file those of race"):
-        ensemble([one, save(tmp_path / "6.jsonl", TWO, task="mnli")])
+        ensemble_result([one, save(tmp_path / "6.jsonl", TWO, task="mnli")])
     with pytest.raises(InputError, match="nothing holds no predictions"):
         (tmp_path / "nothing").mkdir()
-        ensemble([tmp_path / "nothing"])
+        ensemble_result([tmp_path / "nothing"])
 
 
 # --- SQuAD ---
@@ -191,7 +191,7 @@ def test_an_ensemble_of_squad_finds_its_own_threshold(tmp_path):
     )
     saved = {"name": "dev", "task": "squad", "version": "2.0", "null_threshold": -9.0}
     paths = [save(tmp_path / f"{n}.jsonl", rows, **saved) for n, rows in enumerate((one, two))]
-    result = ensemble(paths, output=tmp_path / "out")
+    result = ensemble_result(paths, output=tmp_path / "out")
     assert result.metrics["exact"] == result.metrics["f1"] == 100.0
     assert result.metrics["dev"]["null_threshold"] == 1.0
     assert result.settings["version"] == "2.0"
@@ -208,8 +208,8 @@ def test_a_fixed_threshold_stays(tmp_path):
     rows = answers((["x"], 1.0, {"x": 1.0}), ([], 3.0, {"z": 1.0}))
     saved = {"name": "dev", "task": "squad", "version": "2.0", "threshold_is_fixed": True}
     paths = [save(tmp_path / f"{n}.jsonl", rows, null_threshold=0.5, **saved) for n in range(2)]
-    assert ensemble(paths).metrics["dev"]["null_threshold"] == 0.5
-    assert ensemble(paths).metrics["exact"] == 50.0
+    assert ensemble_result(paths).metrics["dev"]["null_threshold"] == 0.5
+    assert ensemble_result(paths).metrics["exact"] == 50.0
 
 
 def test_a_test_set_alone_takes_the_mean_of_the_models_thresholds(tmp_path):
@@ -223,7 +223,7 @@ def test_a_test_set_alone_takes_the_mean_of_the_models_thresholds(tmp_path):
             version="2.0",
             null_threshold=threshold,
         )
-    result = ensemble([tmp_path], output=tmp_path / "out")
+    result = ensemble_result([tmp_path], output=tmp_path / "out")
     assert result.metrics == {}
     texts = [r["text"] for r in read_predictions(tmp_path / "out" / "test.jsonl").records]
     assert texts == ["x", ""]  # the mean is 2

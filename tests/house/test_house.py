@@ -16,10 +16,8 @@ from support.paths import PROJECT
 
 PRODUCT = house_rules.sources(PROJECT)
 
-CIRCLES_LEFT: list[list[str]] = [
-    ["mlm_eval.tasks.finetune.result", "mlm_eval.tasks.finetune.run"],
-]
-PRIVATE_LEFT = ("mlm_eval.tasks.finetune.result, ",)
+CIRCLES_LEFT: list[list[str]] = []
+PRIVATE_LEFT: tuple[str, ...] = ()
 LARGE_LEFT = ["mlm_eval.tasks.finetune"]
 
 # Distributions that no line of ours imports, and why they are needed.
@@ -33,14 +31,8 @@ OPTIONAL = {"lm-eval", "sentencepiece"}
 SHARED = {
     "main": "what `python -m` runs, as everywhere",
     "T": "a type variable",
-    "HUB": "of each data set, the set on the Hub that it is read from",
-    "read_hub": "of each data set, the reader of that",
-    "ensemble": "the command, and what it calls",
     "Line": "",
-    "Load": "",
-    "METRICS": "",
     "outputs": "",
-    "score": "",
 }
 
 
