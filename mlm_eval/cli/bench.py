@@ -2,149 +2,75 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.cli.app import app
-from mlm_eval.cli.options import Config, Device, Output, Sets
+from mlm_eval.cli.command import command
 from mlm_eval.cli.report import REPORTS
+from mlm_eval.planning.bench_options import BenchOptions, cores
 from mlm_eval.ranks.launch import LaunchResult, init_process_group, launch, shutdown
 from mlm_eval.ranks.world import World, detect_world
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.config import ModelConfig
-    from mlm_eval.planning.bench_options import BenchOptions
     from mlm_eval.planning.bench_run import Measured
     from mlm_eval.planning.bench_study import BenchPoint, BenchSeries
 
 
-@app.command(rich_help_panel=REPORTS)
-def bench(
-    study: Annotated[
-        str | None,
-        typer.Option(help="The paper's scaling: weak (Table 1, Figure 5) or strong (Table 8)."),
-    ] = None,
-    ckpt: Annotated[str | None, typer.Option(help="Or a checkpoint, at each --tp.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Or a new model of a named size, such as gpt2-355m.")
-    ] = None,
-    tp: Annotated[
-        str,
-        typer.Option(
-            help="Tensor-parallel sizes, such as 1,2,4,8; auto: those of 1,2,4,8 that the machine "
-            "has GPUs (on the CPU: cores) for."
-        ),
-    ] = "auto",
-    mode: Annotated[
-        str, typer.Option(help="infer (forward passes) or train (whole training steps).")
-    ] = "infer",
-    scale: Annotated[
-        str,
-        typer.Option(
-            help="Shrinks new models: layers and hidden size by about this factor, above 0 and up "
-            "to 1; auto: the largest that fits the free memory."
-        ),
-    ] = "1",
-    batch: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 8,
-    micro_batch: Annotated[
-        int | None, typer.Option(min=1, help="Training: rows of a forward pass; default: --batch.")
-    ] = None,
-    seq_length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a row; default: positions, at most 1024.")
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 10,
-    warmup_steps: Annotated[int, typer.Option(min=1, help="Steps before them.")] = 3,
-    device: Device = "auto",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="Of the matrix products: auto (bfloat16 on CUDA, float32 on CPU), float32, "
-            "bfloat16 or float16."
-        ),
-    ] = "auto",
-    recompute: Annotated[
-        bool, typer.Option("--recompute", help="Training with activation checkpointing.")
-    ] = False,
-    hidden_dropout: Annotated[float, typer.Option(help="Of training.")] = 0.1,
-    attention_dropout: Annotated[float, typer.Option(help="Of training; 0 is faster.")] = 0.1,
-    output: Output = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the figures into this PNG file.")] = None,
-    seed: Annotated[int, typer.Option(help="Of weights and tokens.")] = 1234,
-    set_: Sets = None,
-    config: Config = None,
-    job: Annotated[Path | None, typer.Option(hidden=True)] = None,
-) -> None:
+@command("bench", BenchOptions, panel=REPORTS)
+def bench(options: BenchOptions) -> None:
     """Measure tokens/s, the share of the device's matrix-product peak, and how that scales.
 
-    Each layout runs in ranks of its own. The peak is measured on the same ranks in the same dtype.
+    Each tensor-parallel size runs in ranks of its own. The peak is measured on the same ranks in
+    the same dtype.
 
     Example: mlm-eval bench --study weak --tp 1,2 --scale 0.1 --output bench.json --plot bench.png
     """
-    if job is not None:
-        _rank(job)
+    if options.job is not None:
+        _measure_job(options.job)
         return
     from mlm_eval.checkpoints.dtypes import training_dtype
-    from mlm_eval.planning.bench_options import BenchOptions, cores, parse_scale, parse_sizes
     from mlm_eval.planning.bench_plot import plot_bench
     from mlm_eval.planning.bench_report import bench_record, bench_text
     from mlm_eval.planning.bench_study import fit
     from mlm_eval.ranks.mesh import pick_device
     from mlm_eval.reporting.results import check_writable, write_json
 
-    for path in filter(None, (output, plot)):
+    for path in filter(None, (options.output, options.plot)):
         check_writable(path)
-    factor = parse_scale(scale)
-    if ckpt is not None and factor != 1.0:
+    if options.ckpt is not None and options.scale != 1.0:
         raise InputError("--scale shrinks new models, a checkpoint has its size; leave it out")
     world = detect_world()
-    kind = pick_device(device)
-    options = BenchOptions(
-        device=kind,
-        dtype=training_dtype(dtype, kind),
-        mode=mode,
-        batch=batch,
-        micro_batch=micro_batch,
-        seq_length=seq_length,
-        steps=steps,
-        warmup_steps=warmup_steps,
-        recompute=recompute,
-        hidden_dropout=hidden_dropout,
-        attention_dropout=attention_dropout,
-        seed=seed,
-        ckpt=ckpt,
-        overrides=tuple(set_ or ()) if ckpt is not None else (),
-    )
-    sizes = _of_world(parse_sizes(tp), world)
-    make = _source(study, ckpt, model, set_ or [], sizes, kind)
-    local_ranks = None if world is None else world.local_size
-    series = fit(make, options, scale=factor, local_ranks=local_ranks)
+    device = pick_device(options.device)
+    dtype = training_dtype(options.dtype, device)
+    options = dataclasses.replace(options, device=device, dtype=dtype)
+    make = _source(options, _of_world(options.tp, world))
+    series = fit(make, options, local_ranks=None if world is None else world.local_size)
     is_main = world is None or world.is_main
     if is_main:
         _announce(series, options)
-    failure = None
+    failure = failed = None
     if world is not None:
         measured = [_measure_here(series.points[0], options, world)]
     else:
         measured, failure = _on_fresh_ranks(series.points, options)
+    if failure is not None and measured:
+        size = series.points[len(measured)].tp
+        failed = f"tp {size} and what follows it was not measured: it failed"
     if is_main and measured:
-        failed = None
-        if failure is not None:
-            size = series.points[len(measured)].tp
-            failed = f"tp {size} and what follows it was not measured: it failed"
         record = bench_record(series, options, measured, cores=cores(), failed=failed)
         print(bench_text(record))
-        if output is not None:
-            write_json(output, record)
-        if plot is not None:
-            plot_bench(record, plot)
+        if options.output is not None:
+            write_json(options.output, record)
+        if options.plot is not None:
+            plot_bench(record, options.plot)
     if failure is not None:
         if failure.message is not None:
             print(f"mlm-eval: {failure.message}", file=sys.stderr)
@@ -167,24 +93,18 @@ def _of_world(sizes: list[int] | None, world: World | None) -> list[int] | None:
     )
 
 
-def _source(
-    study: str | None,
-    ckpt: str | None,
-    model: str | None,
-    sets: list[str],
-    sizes: list[int] | None,
-    device: str,
-) -> Callable[[float], BenchSeries]:
+def _source(options: BenchOptions, sizes: list[int] | None) -> Callable[[float], BenchSeries]:
     """Return a function that makes the series at a scale.
 
     Raises:
-        InputError: Not exactly one of them is given, or it does not exist.
+        InputError: Not exactly one of study, checkpoint and model is given, or it does not exist.
     """
     from mlm_eval.checkpoints.config import apply_overrides, parse_overrides
     from mlm_eval.checkpoints.open import open_checkpoint
     from mlm_eval.model.sizes import named_config
     from mlm_eval.planning.bench_study import model_series, paper_series, usual_sizes
 
+    study, ckpt, model = options.study, options.ckpt, options.model
     if sum(given is not None for given in (study, ckpt, model)) != 1:
         raise InputError(
             "give one of --ckpt C, --model NAME (a new model of a named size), and --study weak "
@@ -193,19 +113,18 @@ def _source(
     if study is not None:
         from mlm_eval.tasks.paper import load_paper
 
-        if sets:
+        if options.overrides:
             raise InputError("--set changes a model, --study takes the paper's; leave it out")
-        chosen = sizes or usual_sizes(device)
+        chosen = sizes or usual_sizes(options.device)
         return lambda scale: paper_series(study, load_paper(), chosen, scale=scale)
-    overrides = parse_overrides(sets)
+    overrides = parse_overrides(options.overrides)
     if model is not None:
         # One vocabulary for all sizes: padded as Megatron pads it for the largest.
         found: ModelConfig = apply_overrides(named_config(model, tp=max(sizes or [8])), overrides)
     else:
-        assert ckpt is not None
-        found = open_checkpoint(ckpt, overrides).config
+        found = open_checkpoint(str(ckpt), overrides).config
     name = model or Path(str(ckpt)).name
-    chosen = sizes or usual_sizes(device, found)
+    chosen = sizes or usual_sizes(options.device, found)
     return lambda scale: model_series(name, found, chosen, scale=scale)
 
 
@@ -226,12 +145,9 @@ def _announce(series: BenchSeries, options: BenchOptions) -> None:
 # --- ranks ---------------------------------------------------------------------------------------
 
 
-def _rank(path: Path) -> None:
+def _measure_job(path: Path) -> None:
     """Measure the point of a job file, as one of its ranks; rank 0 writes the answer next to it."""
-    import dataclasses
-
     from mlm_eval.checkpoints.config import ModelConfig
-    from mlm_eval.planning.bench_options import BenchOptions
     from mlm_eval.planning.bench_study import BenchPoint
     from mlm_eval.reporting.results import write_json
 
@@ -263,9 +179,6 @@ def _on_fresh_ranks(
     points: Sequence[BenchPoint], options: BenchOptions
 ) -> tuple[list[Measured], LaunchResult | None]:
     """Measure each point in processes of its own; return also how the first to fail has failed."""
-    import dataclasses
-
-    from mlm_eval.planning.bench_options import cores
     from mlm_eval.planning.bench_run import Measured
 
     # A rank has as many threads at every size: else more ranks would be slower ranks.
@@ -282,7 +195,7 @@ def _on_fresh_ranks(
                 "config": point.config.to_dict(),
                 "options": dataclasses.asdict(options),
             }
-            path.write_text(json.dumps(job), encoding="utf-8")
+            path.write_text(json.dumps(job, default=str), encoding="utf-8")
             argv = ["bench", "--job", str(path)]
             result = launch(argv, ranks=point.tp, device=options.device, threads=threads)
             if result.exit_code == 128 + signal.SIGINT:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.cli.app import app
-from mlm_eval.cli.options import Config, Sets
+from mlm_eval.cli.checkpoints import InspectOptions
+from mlm_eval.cli.command import command
+from mlm_eval.options import RunOptions, again, option
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.catalog import CatalogEntry
@@ -20,28 +20,25 @@ REPORTS = "Tables and planning"
 """Title of the group that `mlm-eval --help` shows."""
 
 
-@app.command(rich_help_panel=REPORTS)
-def report(
-    results: Annotated[
-        list[Path],
-        typer.Argument(help="Result records: what --output wrote, or a fine-tuning's result.json."),
-    ],
-    table: Annotated[
-        int | None,
-        typer.Option(help="3 (zero-shot) or 5 (fine-tuning); default: those of the records."),
-    ] = None,
-    format_: Annotated[
-        str, typer.Option("--format", help="md, latex, csv or html (one page, with plots).")
-    ] = "md",
-    output: Annotated[
-        Path | None, typer.Option(help="Write to this file instead of the terminal.")
-    ] = None,
-    include_limited: Annotated[
-        bool,
-        typer.Option("--include-limited", help="Take records of --limit runs, too, and mark them."),
-    ] = False,
-    config: Config = None,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """The options of `report`."""
+
+    results: tuple[Path, ...] = option(
+        "Result records: what --output wrote, or a fine-tuning's result.json.", positional=True
+    )
+    table: int | None = option(
+        "3 (zero-shot) or 5 (fine-tuning); default: those of the records.", None
+    )
+    format: str = option("md, latex, csv or html (one page, with plots).", "md")
+    output: Path | None = option("Write to this file instead of the terminal.", None)
+    include_limited: bool = option(
+        "Also take records of --limit runs, and mark them.", False, flag="--include-limited"
+    )
+
+
+@command("report", ReportOptions, panel=REPORTS)
+def report(options: ReportOptions) -> None:
     """Show measured figures among the paper's, with their differences and what is not comparable.
 
     Example: mlm-eval report wikitext103.json lambada.json --format html --output table3.html
@@ -52,67 +49,55 @@ def report(
     from mlm_eval.tasks.paper import build_tables
     from mlm_eval.tasks.records import read_record
 
-    if format_ not in FORMATS:
-        raise InputError(f"--format {format_} is unknown; choose {', '.join(FORMATS)}")
-    if output is not None:
-        check_writable(output)
-    records = [read_record(path) for path in results]
-    tables = build_tables(records, number=table, include_limited=include_limited)
-    text = render(tables, format_)
-    if output is None:
+    if options.format not in FORMATS:
+        raise InputError(f"--format {options.format} is unknown; choose {', '.join(FORMATS)}")
+    if options.output is not None:
+        check_writable(options.output)
+    records = [read_record(path) for path in options.results]
+    tables = build_tables(records, number=options.table, include_limited=options.include_limited)
+    text = render(tables, options.format)
+    if options.output is None:
         print(text, end="")
         return
-    write_text(output, text)
+    write_text(options.output, text)
     numbers = " and ".join(f"Table {table.number}" for table in tables)
-    print(f"{numbers} with {len(records)} record(s): {output}")
+    print(f"{numbers} with {len(records)} record(s): {options.output}")
 
 
-@app.command(rich_help_panel=REPORTS)
-def plan(
-    ckpt: Annotated[str | None, typer.Option(help="A checkpoint; its settings are read.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Or a size by name, such as gpt2-8.3b or bert-336m.")
-    ] = None,
-    tp: Annotated[int | None, typer.Option(min=1, help="Only this tensor-parallel size.")] = None,
-    device_memory: Annotated[
-        str | None, typer.Option(help="Memory of a device, such as 80GB: tells what fits.")
-    ] = None,
-    throughput: Annotated[
-        str | None,
-        typer.Option(help="What a device sustains, such as 400TFLOPS: tells how long it takes."),
-    ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(help="Only this task: wikitext103, lambada, lm; race, mnli, qqp, squad, mlm."),
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="auto (the checkpoint's; bfloat16 for a named size), float32, bfloat16, float16."
-        ),
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="What to plan for: cuda or cpu.")] = "cuda",
-    batch_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Tokens of an evaluation's forward pass on a rank; default: the engine's."
-        ),
-    ] = None,
-    micro_batch: Annotated[
-        int, typer.Option(min=1, help="Samples of a training step's forward pass on a rank.")
-    ] = 8,
-    hidden_dropout: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of training.")] = 0.1,
-    attention_dropout: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Of training; 0 needs much less memory.")
-    ] = 0.1,
-    recompute: Annotated[
-        bool, typer.Option("--recompute", help="Training with activation checkpointing.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON record.")] = False,
-    set_: Sets = None,
-    config: Config = None,
-) -> None:
-    """Tell what runs will need: memory of each rank, floating-point operations, time.
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """The options of `plan`."""
+
+    ckpt: str | None = option("A checkpoint; its settings are read.", None)
+    model: str | None = option("Or a size by name, such as gpt2-8.3b or bert-336m.", None)
+    tp: int | None = option("Only this tensor-parallel size.", None, least=1)
+    device_memory: str | None = option("Memory of a device, such as 80GB: shows what fits.", None)
+    throughput: str | None = option(
+        "What a device sustains, such as 400TFLOPS: shows how long it takes.", None
+    )
+    task: str | None = option(
+        "Only this task: wikitext103, lambada, lm; race, mnli, qqp, squad, mlm.", None
+    )
+    dtype: str = option(
+        "auto (the checkpoint's; bfloat16 for a named size), float32, bfloat16, float16.", "auto"
+    )
+    device: str = option("What to plan for: cuda or cpu.", "cuda")
+    batch_tokens: int | None = option(
+        "Tokens of an evaluation's forward pass on a rank; default: the engine's.", None, least=1
+    )
+    micro_batch: int = option("Samples of a training step's forward pass on a rank.", 8, least=1)
+    hidden_dropout: float = option("Dropout of hidden states in training.", 0.1, least=0.0, max=1.0)
+    attention_dropout: float = option(
+        "Dropout of attention in training; 0 needs much less memory.", 0.1, least=0.0, max=1.0
+    )
+    recompute: bool = option("Train with activation checkpointing.", False, flag="--recompute")
+    as_json: bool = again(InspectOptions, "as_json")
+    overrides: tuple[str, ...] = again(RunOptions, "overrides")
+
+
+@command("plan", PlanOptions, panel=REPORTS)
+def plan(options: PlanOptions) -> None:
+    """Show what runs will need: memory of each rank, floating-point operations, time.
 
     Reads no weights.
 
@@ -128,72 +113,76 @@ def plan(
     from mlm_eval.planning.plan_text import plan_text
     from mlm_eval.tasks.workloads import workloads
 
-    if (ckpt is None) == (model is None):
+    if (options.ckpt is None) == (options.model is None):
         raise InputError("give --ckpt C, or --model NAME for a size without a checkpoint")
-    if device not in DEFAULT_BATCH_TOKENS:
-        raise InputError(f"--device {device!r} is unknown; plan for cuda or cpu")
-    memory = None if device_memory is None else parse_bytes(device_memory, "--device-memory")
-    rate = None if throughput is None else parse_throughput(throughput)
-    name, config_of, paper_count = (
-        _checkpoint(ckpt, set_ or []) if ckpt is not None else _named(model or "", set_ or [])
+    if options.device not in DEFAULT_BATCH_TOKENS:
+        raise InputError(f"--device {options.device!r} is unknown; plan for cuda or cpu")
+    memory = (
+        None
+        if options.device_memory is None
+        else parse_bytes(options.device_memory, "--device-memory")
     )
+    rate = None if options.throughput is None else parse_throughput(options.throughput)
+    config_of, paper_count = _checkpoint(options) if options.ckpt else _named(options)
     first = config_of(1)
-    stored = "bfloat16" if ckpt is None else first.params_dtype
-    precision = dtype_name(evaluation_dtype(dtype, stored, "cuda"))
-    batch = TrainingBatch(
-        rows=1,
-        length=1,
-        hidden_dropout=hidden_dropout,
-        attention_dropout=attention_dropout,
-        half=precision != "float32",
-        recompute=recompute,
-    )
-    size = model if model is not None else _size_of(first)
+    stored = first.params_dtype if options.ckpt else "bfloat16"
+    precision = dtype_name(evaluation_dtype(options.dtype, stored, "cuda"))
+    training: dict[str, Any] = {
+        "hidden_dropout": options.hidden_dropout,
+        "attention_dropout": options.attention_dropout,
+        "recompute": options.recompute,
+    }
+    batch = TrainingBatch(rows=1, length=1, half=precision != "float32", **training)
     made = make_plan(
-        name,
+        str(options.model or options.ckpt),
         config_of,
-        workloads(first, task=task, size=size, micro_batch=micro_batch, batch=batch),
+        workloads(
+            first,
+            task=options.task,
+            size=options.model or _size_of(first),
+            micro_batch=options.micro_batch,
+            batch=batch,
+        ),
         itemsize=4 if precision == "float32" else 2,
-        batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS[device],
-        device=device,
-        tp=tp,
+        batch_tokens=options.batch_tokens or DEFAULT_BATCH_TOKENS[options.device],
+        device=options.device,
+        tp=options.tp,
         device_memory=memory,
         throughput=rate,
         paper_parameters=paper_count,
         settings={
             "dtype": precision,
-            "micro_batch": micro_batch,
-            "hidden_dropout": hidden_dropout,
-            "attention_dropout": attention_dropout,
-            "recompute": recompute,
+            "micro_batch": options.micro_batch,
+            **training,
             "throughput": rate,
         },
     )
-    print(json.dumps(made.to_dict(), indent=2) if as_json else plan_text(made))
+    print(json.dumps(made.to_dict(), indent=2) if options.as_json else plan_text(made))
 
 
-_Source = tuple[str, "Callable[[int], ModelConfig]", "int | None"]
+_Source = tuple["Callable[[int], ModelConfig]", "int | None"]
+"""Returns the settings for a tensor-parallel size; the paper's number of parameters."""
 
 
-def _checkpoint(ckpt: str, sets: list[str]) -> _Source:
+def _checkpoint(options: PlanOptions) -> _Source:
     from mlm_eval.checkpoints.config import parse_overrides
     from mlm_eval.checkpoints.open import open_checkpoint
 
-    checkpoint = open_checkpoint(ckpt, parse_overrides(sets))
-    return ckpt, lambda tp: checkpoint.config, None
+    checkpoint = open_checkpoint(str(options.ckpt), parse_overrides(options.overrides))
+    return lambda tp: checkpoint.config, None
 
 
-def _named(model: str, sets: list[str]) -> _Source:
+def _named(options: PlanOptions) -> _Source:
     from mlm_eval.checkpoints.config import apply_overrides, parse_overrides
     from mlm_eval.model.sizes import named_config, paper_parameters
 
-    overrides = parse_overrides(sets)
+    model, overrides = str(options.model), parse_overrides(options.overrides)
     count = paper_parameters(model)
 
     def config_of(tp: int) -> ModelConfig:
         return apply_overrides(named_config(model, tp=tp), overrides)
 
-    return model, config_of, None if overrides else count
+    return config_of, None if overrides else count
 
 
 def _size_of(config: ModelConfig) -> str | None:
@@ -206,11 +195,16 @@ def _size_of(config: ModelConfig) -> str | None:
     return names[0] if names else None
 
 
-@app.command(rich_help_panel=REPORTS)
-def catalog(
-    name: Annotated[str | None, typer.Argument(help="Tell all about this one.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON record.")] = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class CatalogOptions:
+    """The options of `catalog`."""
+
+    name: str | None = option("Show everything about this one.", None, positional=True)
+    as_json: bool = again(InspectOptions, "as_json")
+
+
+@command("catalog", CatalogOptions, panel=REPORTS, config=False)
+def catalog(options: CatalogOptions) -> None:
     """List the public checkpoints we know, how to get them, and what to expect of them.
 
     Their files are looked for in $MLM_EVAL_CATALOG; --ckpt catalog:NAME then opens them with the
@@ -223,9 +217,10 @@ def catalog(
 
     from mlm_eval.checkpoints.catalog import catalog_entries, find_entry, locate
 
+    name = options.name
     chosen = list(catalog_entries().values()) if name is None else [find_entry(name)]
     places = {entry.name: locate(entry) for entry in chosen}
-    if as_json:
+    if options.as_json:
         records = [
             {**dataclasses.asdict(entry), "path": str(p) if (p := places[entry.name]) else None}
             for entry in chosen
@@ -245,7 +240,7 @@ def _print_list(entries: list[CatalogEntry], places: dict[str, Path | None]) -> 
         print(f"{entry.name}\n  {entry.title}\n  {'here: ' + str(found) if found else 'not here'}")
     folder = local_folder()
     print(f"\nlooked for in {folder} (${FOLDER_VARIABLE} names another folder)")
-    print("`mlm-eval catalog NAME` tells more; `--ckpt catalog:NAME` opens what is here")
+    print("`mlm-eval catalog NAME` shows more; `--ckpt catalog:NAME` opens what is here")
 
 
 def _print_entry(entry: CatalogEntry, found: Path | None) -> None:

@@ -1,46 +1,101 @@
-"""The options of `mlm-eval bench` that say how a speed is measured. Imports no torch."""
+"""The options of `mlm-eval bench`. Imports no torch."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.options import RunOptions, again, option
 
 INFER, TRAIN = "infer", "train"
 MODES = (INFER, TRAIN)
 
 
-@dataclass(frozen=True)
-class BenchOptions:
-    """How each point of a series is measured; plain values, which reach the ranks in a file."""
+def parse_sizes(flag: str, text: str) -> list[int] | None:
+    """Return the sizes of `--tp 1,2,4,8`, ascending; None for `auto`.
 
-    device: str
-    """`cpu` or `cuda`."""
-    dtype: str
-    """Of the matrix products; training keeps its weights in float32."""
-    mode: str = INFER
-    batch: int = 8
-    """Rows of a step."""
-    micro_batch: int | None = None
-    """Rows of a forward pass in training; None: the whole batch."""
-    seq_length: int | None = None
-    """Tokens of a row; None: the model's positions, at most 1,024."""
-    steps: int = 10
-    """Steps that are timed."""
-    warmup_steps: int = 3
-    """Steps before them, at least 1."""
-    recompute: bool = False
-    """Training with activation checkpointing."""
-    hidden_dropout: float = 0.1
-    attention_dropout: float = 0.1
-    seed: int = 1234
-    """Of weights and tokens."""
-    ckpt: str | None = None
-    """A checkpoint; None: new models."""
-    overrides: tuple[str, ...] = ()
-    """The checkpoint's `--set`."""
+    Raises:
+        InputError: One of them is no positive number.
+    """
+    if text == "auto":
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(f"{flag} {text!r}: give comma-separated sizes such as 1,2,4,8, or auto")
+    return sorted({int(part) for part in parts})
+
+
+def parse_scale(flag: str, text: str) -> float | None:
+    """Return the factor of `--scale`; None for `auto`.
+
+    Raises:
+        InputError: It is no number in (0, 1].
+    """
+    if text == "auto":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value <= 1.0:
+        raise InputError(
+            f"{flag} {text!r}: give a number above 0 and up to 1, such as 0.1, or auto"
+        )
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """What is measured, and how; it reaches the ranks in a file."""
+
+    study: str | None = option(
+        "The paper's scaling: weak (Table 1, Figure 5) or strong (Table 8).", None
+    )
+    ckpt: str | None = option("Or a checkpoint, at each --tp.", None)
+    model: str | None = option("Or a new model of a named size, such as gpt2-355m.", None)
+    tp: list[int] | None = option(
+        "Tensor-parallel sizes, such as 1,2,4,8; auto: those of 1,2,4,8 that the machine has GPUs "
+        "(on the CPU: cores) for.",
+        None,
+        parse=parse_sizes,
+        written="auto",
+    )
+    mode: str = option("infer (forward passes) or train (whole training steps).", INFER)
+    scale: float | None = option(
+        "Shrinks new models: layers and hidden size by about this factor, above 0 and up to 1; "
+        "auto: the largest that fits the free memory.",
+        1.0,
+        parse=parse_scale,
+        written="1",
+    )
+    batch: int = option("Rows of a step.", 8, least=1)
+    micro_batch: int | None = option(
+        "Training: rows of a forward pass; default: --batch.", None, least=1
+    )
+    seq_length: int | None = option(
+        "Tokens of a row; default: positions, at most 1024.", None, least=2
+    )
+    steps: int = option("Steps that are timed.", 10, least=1)
+    warmup_steps: int = option("Steps before them.", 3, least=1)
+    device: str = again(RunOptions, "device")
+    dtype: str = option(
+        "Dtype of the matrix products: auto (bfloat16 on CUDA, float32 on CPU), float32, bfloat16 "
+        "or float16. Training keeps its weights in float32.",
+        "auto",
+    )
+    recompute: bool = option("Train with activation checkpointing.", False, flag="--recompute")
+    hidden_dropout: float = option("Dropout of hidden states in training.", 0.1)
+    attention_dropout: float = option("Dropout of attention in training; 0 is faster.", 0.1)
+    output: Path | None = again(RunOptions, "output")
+    plot: Path | None = option("Draw the figures into this PNG file.", None)
+    seed: int = option("Seed of weights and tokens.", 1234)
+    overrides: tuple[str, ...] = again(RunOptions, "overrides")
+    job: Path | None = option(
+        "For the ranks that bench starts: the file of the point to measure.", None, hidden=True
+    )
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -70,39 +125,6 @@ class BenchOptions:
     def row_length(self, config: ModelConfig) -> int:
         """Return the tokens of a row of this model."""
         return self.seq_length or min(1024, config.max_position_embeddings)
-
-
-def parse_sizes(text: str) -> list[int] | None:
-    """Return the sizes of `--tp 1,2,4,8`, ascending; None for `auto`.
-
-    Raises:
-        InputError: One of them is no positive number.
-    """
-    if text == "auto":
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise InputError(f"--tp {text!r}: give comma-separated sizes such as 1,2,4,8, or auto")
-    return sorted({int(part) for part in parts})
-
-
-def parse_scale(text: str) -> float | None:
-    """Return the factor of `--scale`; None for `auto`.
-
-    Raises:
-        InputError: It is no number in (0, 1].
-    """
-    if text == "auto":
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.0 < value <= 1.0:
-        raise InputError(
-            f"--scale {text!r}: give a number above 0 and up to 1, such as 0.1, or auto"
-        )
-    return value
 
 
 def cores() -> int:

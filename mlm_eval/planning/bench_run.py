@@ -149,7 +149,7 @@ def drawn_checkpoint(config: ModelConfig, *, seed: int) -> Checkpoint:
 
 def _load(point: BenchPoint, options: BenchOptions) -> Engine:
     if options.ckpt is not None:
-        checkpoint = open_checkpoint(options.ckpt, parse_overrides(list(options.overrides)))
+        checkpoint = open_checkpoint(options.ckpt, parse_overrides(options.overrides))
     else:
         checkpoint = drawn_checkpoint(point.config, seed=options.seed)
     return Engine.load(

@@ -299,22 +299,20 @@ def fit(
     make: Callable[[float], BenchSeries],
     options: BenchOptions,
     *,
-    scale: float | None,
     local_ranks: int | None = None,
 ) -> BenchSeries:
     """Return a series that can be measured here: all of its points fit the free memory.
 
     Args:
         make: Returns the series at a scale.
-        options: How to measure.
-        scale: Its factor; None: the largest one that fits.
+        options: How to measure, and the scale; None: the largest one that fits.
         local_ranks: Ranks that share this machine; None: all of a point.
 
     Raises:
         InputError: It does not fit, or cannot be run so.
     """
     misfit = None
-    for factor in SCALES if scale is None else (scale,):
+    for factor in SCALES if options.scale is None else (options.scale,):
         series = make(factor)
         for point in series.points:
             check_point(point, options)
@@ -324,7 +322,7 @@ def fit(
     less = "leave it out of --tp, or give a smaller --batch or --seq-length"
     if options.trains:
         less += ", a --micro-batch, or --recompute"
-    if scale is not None and options.ckpt is None:
+    if options.scale is not None and options.ckpt is None:
         less = f"shrink the models with --scale (auto finds out how much), or {less}"
     raise InputError(f"{misfit}; {less}")
 

@@ -26,7 +26,7 @@ from mlm_eval.cli import bench as command
 from mlm_eval.model.initial import initial_tensor
 from mlm_eval.model.memory import evaluation_memory
 from mlm_eval.model.sizes import named_config
-from mlm_eval.planning import bench_options, bench_run, bench_study
+from mlm_eval.planning import bench_run, bench_study
 from mlm_eval.planning.bench_options import BenchOptions, parse_scale, parse_sizes
 from mlm_eval.planning.bench_plot import plot_bench
 from mlm_eval.planning.bench_report import bench_record, bench_text
@@ -56,6 +56,7 @@ pytest_plugins = ["support.command_line_fixtures"]
 GPT = dataclasses.replace(random_models.GPT, params_dtype="float32")
 POINT = BenchPoint(1, "tiny", GPT)
 OPTIONS = BenchOptions(device="cpu", dtype="float32")
+AUTO = dataclasses.replace(OPTIONS, scale=None)
 FEW = BenchOptions(device="cpu", dtype="float32", batch=3, seq_length=8, steps=2, warmup_steps=1)
 QUICK = ["--batch", 2, "--steps", 2, "--warmup-steps", 1, "--device", "cpu"]
 
@@ -327,20 +328,24 @@ def test_the_output_layer_keeps_its_share_of_a_scaled_model():
     ("text", "sizes"), [("auto", None), ("4,1,2,2", [1, 2, 4]), (" 8 ", [8]), ("1, 2", [1, 2])]
 )
 def test_sizes_are_read_in_order(text: str, sizes: list[int] | None):
-    assert parse_sizes(text) == sizes
+    assert parse_sizes("--tp", text) == sizes
 
 
 @pytest.mark.parametrize("text", ["", "1,", "0", "-1", "two", "1;2", "1.5"])
 def test_what_is_no_size_is_refused(text: str):
     with pytest.raises(InputError, match="give comma-separated sizes"):
-        parse_sizes(text)
+        parse_sizes("--tp", text)
 
 
 @pytest.mark.parametrize("text", ["0", "1.1", "-0.5", "half", "nan", ""])
 def test_what_is_no_scale_is_refused(text: str):
     with pytest.raises(InputError, match="above 0 and up to 1"):
-        parse_scale(text)
-    assert (parse_scale("auto"), parse_scale("0.25"), parse_scale("1")) == (None, 0.25, 1.0)
+        parse_scale("--scale", text)
+    assert tuple(parse_scale("--scale", text) for text in ("auto", "0.25", "1")) == (
+        None,
+        0.25,
+        1.0,
+    )
 
 
 def test_the_usual_sizes_are_those_with_a_core(monkeypatch: pytest.MonkeyPatch):
@@ -423,26 +428,26 @@ def test_what_does_not_fit_is_refused_before_it_starts(monkeypatch: pytest.Monke
     monkeypatch.setattr(bench_study, "free_bytes", lambda device, ranks: 10**10 // ranks)
     told = r"tp 2 \(gpt2-2.5b\) needs [0-9.]+ GB on each of 2 ranks, 5.0 GB are free for each"
     with pytest.raises(InputError, match=rf"{told}; shrink the models with --scale") as caught:
-        fit(weak, OPTIONS, scale=1.0)
+        fit(weak, OPTIONS)
     assert "--recompute" not in str(caught.value)
     # Under a launcher the ranks of this machine count: a node for each has more.
     monkeypatch.setattr(bench_study, "free_bytes", lambda device, ranks: 10**11 // ranks**5)
     with pytest.raises(InputError, match="tp 2"):
-        fit(weak, OPTIONS, scale=1.0)
-    assert fit(weak, OPTIONS, scale=1.0, local_ranks=1).scale == 1.0
+        fit(weak, OPTIONS)
+    assert fit(weak, OPTIONS, local_ranks=1).scale == 1.0
     train = dataclasses.replace(OPTIONS, mode="train")
     with pytest.raises(InputError, match="a --micro-batch, or --recompute"):
-        fit(weak, train, scale=1.0)
+        fit(weak, train)
 
 
 def test_auto_takes_the_largest_scale_that_fits(monkeypatch: pytest.MonkeyPatch):
     wanted = weak(0.45)
     needs = [rank_bytes(point, OPTIONS) for point in wanted.points]
     monkeypatch.setattr(bench_study, "free_bytes", lambda device, ranks: max(needs))
-    assert fit(weak, OPTIONS, scale=None) == wanted
+    assert fit(weak, AUTO) == wanted
     monkeypatch.setattr(bench_study, "free_bytes", lambda device, ranks: PROCESS)
     with pytest.raises(InputError, match=r"tp 1 \(gpt2-1.2b\) needs [^;]+; leave it out"):
-        fit(weak, OPTIONS, scale=None)
+        fit(weak, AUTO)
 
 
 # --- efficiencies, limits, the record ---
@@ -532,7 +537,7 @@ def test_what_is_not_as_in_the_paper_is_told():
         "a processor; the paper's devices are V100 GPUs",
     ]
     series = paper_series("weak", load_paper(), [1])
-    options = BenchOptions("cuda", "float16", mode="train", batch=4, seq_length=512)
+    options = BenchOptions(device="cuda", dtype="float16", mode="train", batch=4, seq_length=512)
     figures = measured([1.0], device_name="Tesla V100-SXM3-32GB")
     record = bench_record(series, options, [figures], cores=2)
     assert record["not_as_in_the_paper"] == [
@@ -714,7 +719,7 @@ def failing_at_two(result: LaunchResult, seen: list[int | None]) -> Any:
 def test_what_was_measured_before_a_failure_is_kept(run, tmp_path, monkeypatch):
     """Also: a rank has as many threads at every size, else more ranks would be slower ranks."""
     output, threads = tmp_path / "bench.json", []
-    monkeypatch.setattr(bench_options, "cores", lambda: 8)
+    monkeypatch.setattr(command, "cores", lambda: 8)
     died = LaunchResult(1, "rank 1 has died")
     monkeypatch.setattr(command, "launch", failing_at_two(died, threads))
     ended = run("bench", "--model", "gpt2-tiny", "--tp", "1,2", *QUICK, "--output", output)
