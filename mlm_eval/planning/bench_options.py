@@ -14,25 +14,25 @@ INFER, TRAIN = "infer", "train"
 MODES = (INFER, TRAIN)
 
 
-def parse_sizes(flag: str, text: str) -> list[int] | None:
+def parse_sizes(text: str) -> list[int] | None:
     """Return the sizes of `--tp 1,2,4,8`, ascending; None for `auto`.
 
     Raises:
-        InputError: One of them is no positive number.
+        ValueError: One of them is no positive number.
     """
     if text == "auto":
         return None
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise InputError(f"{flag} {text!r}: give comma-separated sizes such as 1,2,4,8, or auto")
+        raise ValueError("must be comma-separated sizes such as 1,2,4,8, or auto")
     return sorted({int(part) for part in parts})
 
 
-def parse_scale(flag: str, text: str) -> float | None:
+def parse_scale(text: str) -> float | None:
     """Return the factor of `--scale`; None for `auto`.
 
     Raises:
-        InputError: It is no number in (0, 1].
+        ValueError: It is no number in (0, 1].
     """
     if text == "auto":
         return None
@@ -41,9 +41,7 @@ def parse_scale(flag: str, text: str) -> float | None:
     except ValueError:
         value = 0.0
     if not 0.0 < value <= 1.0:
-        raise InputError(
-            f"{flag} {text!r}: give a number above 0 and up to 1, such as 0.1, or auto"
-        )
+        raise ValueError("must be a number above 0 and up to 1, such as 0.1, or auto")
     return value
 
 
