@@ -22,7 +22,7 @@ HEADS = {
 }
 
 
-def outputs(folder: Path, probe: dict[str, Tensor]) -> dict[str, Tensor]:
+def transformers_outputs(folder: Path, probe: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a folder's logits on a probe, float32, named as `mlm_eval.engine.verify` does."""
     import transformers
 
@@ -60,7 +60,7 @@ def _named(architecture: str, result: Any) -> list[tuple[str, Tensor]]:
 def main() -> None:
     """Write the outputs of one folder."""
     folder, probe, output = (Path(argument) for argument in sys.argv[1:4])
-    save_file(outputs(folder, load_file(probe)), output)
+    save_file(transformers_outputs(folder, load_file(probe)), output)
 
 
 if __name__ == "__main__":

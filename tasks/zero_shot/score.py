@@ -25,7 +25,7 @@ FORM = '{"tokens": [...]} or {"text": "..."}, one JSON object a line'
 
 
 @dataclass(frozen=True)
-class Line:
+class InputLine:
     """One line of the input: one sequence, or the choices of one question."""
 
     where: str
@@ -36,7 +36,9 @@ class Line:
     padding_mask: list[list[int]] | None = field(default=None)
 
 
-def read_lines(path: Path, tokenizer: Tokenizer | None, *, limit: int | None = None) -> list[Line]:
+def read_lines(
+    path: Path, tokenizer: Tokenizer | None, *, limit: int | None = None
+) -> list[InputLine]:
     """Return the lines of a JSON-lines file.
 
     Raises:
@@ -51,7 +53,7 @@ def read_lines(path: Path, tokenizer: Tokenizer | None, *, limit: int | None = N
         raise InputError(
             f"{path} cannot be read as UTF-8 text ({error}); give --input a file of JSON lines"
         ) from None
-    lines: list[Line] = []
+    lines: list[InputLine] = []
     for number, content in enumerate(text.split("\n"), 1):
         if content.strip() and (limit is None or len(lines) < limit):
             lines.append(_parse(content, number, path, tokenizer))
@@ -60,7 +62,7 @@ def read_lines(path: Path, tokenizer: Tokenizer | None, *, limit: int | None = N
     return lines
 
 
-def _parse(content: str, number: int, path: Path, tokenizer: Tokenizer | None) -> Line:
+def _parse(content: str, number: int, path: Path, tokenizer: Tokenizer | None) -> InputLine:
     where = f"{path}, line {number}"
     try:
         record = json.loads(content)
@@ -88,7 +90,7 @@ def _parse(content: str, number: int, path: Path, tokenizer: Tokenizer | None) -
                 raise InputError(f"{where}: {name} and tokens differ in length; give one each")
     if any(not row for row in rows):
         raise InputError(f"{where} holds an empty sequence; give at least one token")
-    return Line(where, rows, choices, extras.get("tokentypes"), extras.get("padding_mask"))
+    return InputLine(where, rows, choices, extras.get("tokentypes"), extras.get("padding_mask"))
 
 
 def _encode(text: str, tokenizer: Tokenizer, where: str) -> list[int]:
@@ -110,7 +112,7 @@ def _lists(value: Any, name: str, where: str) -> list[list[int]]:
 
 def score_lines(
     engine: Engine,
-    lines: Sequence[Line],
+    lines: Sequence[InputLine],
     *,
     stride: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -135,7 +137,7 @@ def score_lines(
         yield from _score_gpt(engine, lines, stride, on_progress)
 
 
-def _check_line(line: Line, config: ModelConfig) -> None:
+def _check_line(line: InputLine, config: ModelConfig) -> None:
     """Refuse a line that the model cannot score, by its place in the file."""
     if config.family == "bert":
         for item in _bert_inputs(line):
@@ -159,7 +161,7 @@ def _check_line(line: Line, config: ModelConfig) -> None:
 
 def _score_gpt(
     engine: Engine,
-    lines: Sequence[Line],
+    lines: Sequence[InputLine],
     stride: int | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> Iterator[dict[str, Any]]:
@@ -188,7 +190,7 @@ def _score_gpt(
         }
 
 
-def _score_bert(engine: Engine, lines: Sequence[Line]) -> Iterator[dict[str, Any]]:
+def _score_bert(engine: Engine, lines: Sequence[InputLine]) -> Iterator[dict[str, Any]]:
     inputs = [item for line in lines for item in _bert_inputs(line)]
     outputs = iter(engine.encode(inputs, states=False, score=True))
     for line in lines:
@@ -211,7 +213,7 @@ def _score_bert(engine: Engine, lines: Sequence[Line]) -> Iterator[dict[str, Any
         yield record
 
 
-def _bert_inputs(line: Line) -> list[BertInput]:
+def _bert_inputs(line: InputLine) -> list[BertInput]:
     return [
         BertInput(torch.tensor(row), _row(line.tokentypes, i), _row(line.padding_mask, i))
         for i, row in enumerate(line.rows)

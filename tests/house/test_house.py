@@ -31,8 +31,6 @@ OPTIONAL = {"lm-eval", "sentencepiece"}
 SHARED = {
     "main": "what `python -m` runs, as everywhere",
     "T": "a type variable",
-    "Line": "",
-    "outputs": "",
 }
 
 
