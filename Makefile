@@ -101,7 +101,7 @@ test: $(DEV_STAMP) ## run the tests, but for those marked slow
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-fast: $(DEV_STAMP) ## run the tests that start no process: about a minute
-	$(BIN)/python -m pytest -m 'not process and not slow' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'not (process or slow or realdata)' $(PYTEST_ARGS)
 
 test-portable: $(DEV_STAMP) ## run them as other processors and numbers of threads would (hours)
 	$(BIN)/python tests/support/portable.py $(PYTEST_ARGS)
