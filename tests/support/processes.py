@@ -1,19 +1,16 @@
-"""Which tests start processes: found by reading them, and checked while they run.
+"""Which tests start processes: found by reading them.
 
 A test gets the marker `process` when it uses `subprocess` or `multiprocessing`, itself or through
 functions and fixtures of its file and of tests/support (ranks, the command line as a user runs it).
 What starts processes deep inside the product cannot be read off: such a test carries the marker
-itself, and fails without it.
+itself.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
-import multiprocessing.process
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,8 +19,6 @@ from support.paths import SUPPORT
 STARTERS = ("subprocess", "multiprocessing")
 OURS = ("verify_conversion",)
 """What starts a process in the product when it is called."""
-started: list[str] = []
-"""What the running test has started."""
 
 
 @functools.cache
@@ -84,27 +79,3 @@ def mark(items: list[pytest.Item]) -> None:
         name = getattr(item, "originalname", item.name)
         if name in tainted or tainted & set(getattr(item, "fixturenames", ())):
             item.add_marker("process")
-
-
-def watch() -> None:
-    """Note from now on what is started from here; small programs of the system do not count."""
-    begin, start = subprocess.Popen.__init__, multiprocessing.process.BaseProcess.start
-
-    def noted(self: Any, args: Any, *more: Any, **options: Any) -> None:
-        program = str(args if isinstance(args, str | Path) else args[0])
-        if Path(program).name.startswith(("python", "mlm-eval", "make")):
-            started.append(program)
-        begin(self, args, *more, **options)
-
-    def noted_start(self: Any) -> None:
-        started.append("a process of multiprocessing")
-        start(self)
-
-    subprocess.Popen.__init__ = noted  # type: ignore[method-assign]
-    multiprocessing.process.BaseProcess.start = noted_start  # type: ignore[method-assign]
-
-
-def check(item: pytest.Item) -> None:
-    """Fail the test that has started a process and does not carry the marker."""
-    if started and not item.get_closest_marker("process"):
-        pytest.fail(f"starts a process ({started[0]}): mark it with @pytest.mark.process")
