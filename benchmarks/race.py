@@ -159,7 +159,7 @@ class Run:
 
     def options(self) -> Any:
         """Return what both are trained and evaluated on, and how."""
-        from mlm_eval.tasks.finetune.options import FinetuneOptions
+        from mlm_eval.tasks.finetune.settings import FinetuneOptions
 
         s = self.settings
         names = (

@@ -18,7 +18,7 @@ from mlm_eval.cli.options import Output
 from mlm_eval.cli.run import ModelRun
 from mlm_eval.options import RUN, RunOptions, again, nested, option
 from mlm_eval.ranks.launch import shutdown
-from mlm_eval.tasks.finetune.options import FinetuneOptions
+from mlm_eval.tasks.finetune.settings import FinetuneOptions
 from mlm_eval.tasks.language.settings import MaskedTextSettings, TextSettings
 from mlm_eval.training.settings import Listener, TrainSettings
 

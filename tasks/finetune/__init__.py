@@ -3,10 +3,9 @@
     task.py          `Task`: what the benchmarks have in common, and the list of them
     race.py          RACE            glue.py   MNLI and QQP            squad.py   SQuAD 1.1 and 2.0
     features.py      pairs of texts as rows of BERT
-    windows.py       long passages as rows          spans.py   scores of tokens -> best answers
+    spans.py         windows of long passages as rows, scores of their tokens -> best answers
     metrics.py       figures: plain functions, and one module for `evaluate`
-    recipe.py        hyperparameters, one TOML file for each task and size in recipes/
-    options.py       the options of a run
+    settings.py      recipes: hyperparameters, a TOML file a task and size in recipes/; options
     data.py          features made on rank 0, for all ranks
     run.py           a fine-tuning, from data to record
     figures.py       figures of runs, and their medians over seeds

@@ -13,8 +13,7 @@ from mlm_eval.reporting.text import training_plan
 from mlm_eval.tasks.data.text import sha256
 from mlm_eval.tasks.data.tokens import token_cache
 from mlm_eval.tasks.finetune.features import PairFeatures
-from mlm_eval.tasks.finetune.options import FinetuneOptions
-from mlm_eval.tasks.finetune.recipe import Recipe, load_recipe
+from mlm_eval.tasks.finetune.settings import FinetuneOptions, Recipe, load_recipe
 from mlm_eval.tasks.finetune.task import ROLES, ExampleSet, Task, check_names, merge
 
 

@@ -30,7 +30,7 @@ from mlm_eval.tasks.data.sources import (
 )
 from mlm_eval.tasks.data.text import check_text, decode, digest, json_field, parse_json, read_text
 from mlm_eval.tasks.finetune.features import clean_text
-from mlm_eval.tasks.finetune.recipe import Recipe
+from mlm_eval.tasks.finetune.settings import Recipe
 from mlm_eval.tasks.finetune.task import ROLES, ChoiceTask, Example, ExampleSet
 from mlm_eval.training.objectives import MultipleChoice, Objective
 

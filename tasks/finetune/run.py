@@ -39,8 +39,8 @@ from mlm_eval.tasks.finetune.figures import (
     report_record,
     without_lists,
 )
-from mlm_eval.tasks.finetune.options import FinetuneOptions
 from mlm_eval.tasks.finetune.predictions import SUFFIX, write_predictions
+from mlm_eval.tasks.finetune.settings import FinetuneOptions
 from mlm_eval.tasks.finetune.task import Answered, ExampleSet, Judgement, Task, make_task
 from mlm_eval.training.loop import BEST_CHECKPOINT, CHECKPOINT, STATE, train
 from mlm_eval.training.settings import Listener

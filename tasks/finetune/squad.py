@@ -30,10 +30,9 @@ from mlm_eval.tasks.data.sources import (
 from mlm_eval.tasks.data.text import check_text, digest, json_field, parse_json, read_text, sha256
 from mlm_eval.tasks.data.tokens import tokens_of
 from mlm_eval.tasks.finetune.features import SPECIAL_TOKENS, Outputs, PairFeatures
-from mlm_eval.tasks.finetune.recipe import Recipe
-from mlm_eval.tasks.finetune.spans import best_answers
+from mlm_eval.tasks.finetune.settings import Recipe
+from mlm_eval.tasks.finetune.spans import SpanExample, SpanFeatures, best_answers, window_features
 from mlm_eval.tasks.finetune.task import Answered, ExampleSet, Judgement, Task
-from mlm_eval.tasks.finetune.windows import SpanExample, SpanFeatures, window_features
 from mlm_eval.training.objectives import Objective, SpanExtraction
 
 SQUAD_HUB = DatasetName("rajpurkar/squad", None, None)

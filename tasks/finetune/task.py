@@ -19,7 +19,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.tasks.data.tokens import tokens_of
 from mlm_eval.tasks.finetune.features import Outputs, PairFeatures
-from mlm_eval.tasks.finetune.recipe import Recipe
+from mlm_eval.tasks.finetune.settings import Recipe
 from mlm_eval.training.objectives import Objective
 
 ROLES = ("train", "dev", "test")

@@ -22,8 +22,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import load_tokenizer
 from mlm_eval.cli.training import training_bars
-from mlm_eval.tasks.finetune.options import FinetuneOptions
-from mlm_eval.tasks.finetune.recipe import Recipe
+from mlm_eval.tasks.finetune.settings import FinetuneOptions, Recipe
 from mlm_eval.tasks.language.settings import MaskedTextSettings, TextSettings
 from mlm_eval.training.settings import TrainingProgress, TrainSettings
 

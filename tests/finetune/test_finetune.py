@@ -25,10 +25,9 @@ from mlm_eval.reporting.results import Result
 from mlm_eval.reporting.text import sets_to_show
 from mlm_eval.tasks.finetune import figures as run_figures
 from mlm_eval.tasks.finetune.data import read_sets
-from mlm_eval.tasks.finetune.options import FinetuneOptions
 from mlm_eval.tasks.finetune.predictions import ensemble_result, read_predictions
-from mlm_eval.tasks.finetune.recipe import FIELDS, load_recipe, recipe_names
 from mlm_eval.tasks.finetune.run import copy_tokenizer, finetune
+from mlm_eval.tasks.finetune.settings import FIELDS, FinetuneOptions, load_recipe, recipe_names
 from mlm_eval.tasks.finetune.task import make_task
 from mlm_eval.tasks.paper import load_paper
 from mlm_eval.training.settings import Listener, TrainingProgress

@@ -15,8 +15,8 @@ from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import find_tokenizer
 from mlm_eval.engine.engine import Engine
 from mlm_eval.reporting.results import Result
-from mlm_eval.tasks.finetune.options import FinetuneOptions
 from mlm_eval.tasks.finetune.run import finetune
+from mlm_eval.tasks.finetune.settings import FinetuneOptions
 
 pytestmark = pytest.mark.realdata
 

@@ -14,7 +14,7 @@ from support.tiny_bert import CLS, SEP, ids
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.tasks.finetune.glue import Glue, Mnli, Qqp, set_name
-from mlm_eval.tasks.finetune.recipe import load_recipe
+from mlm_eval.tasks.finetune.settings import load_recipe
 from mlm_eval.tasks.finetune.task import Example, ExampleSet, check_names, make_task
 
 MNLI_TRAIN = [

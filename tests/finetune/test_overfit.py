@@ -17,8 +17,8 @@ from support.real_race import first_passages
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import load_tokenizer
 from mlm_eval.engine.engine import Engine
-from mlm_eval.tasks.finetune.options import FinetuneOptions
 from mlm_eval.tasks.finetune.run import finetune
+from mlm_eval.tasks.finetune.settings import FinetuneOptions
 
 pytest_plugins = ["support.minilm_fixtures"]
 

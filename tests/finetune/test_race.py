@@ -17,7 +17,7 @@ from support.tiny_bert import CLS, SEP, ids
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.tasks.finetune.race import Race, parse_passages, passage_files, question_with_option
-from mlm_eval.tasks.finetune.recipe import load_recipe
+from mlm_eval.tasks.finetune.settings import load_recipe
 from mlm_eval.tasks.finetune.task import ExampleSet, check_names
 
 SAMPLES = PROJECT / "checkpoints" / "samples" / "race"

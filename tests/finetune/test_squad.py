@@ -18,11 +18,10 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from mlm_eval.tasks.finetune import metrics
 from mlm_eval.tasks.finetune.features import Outputs
-from mlm_eval.tasks.finetune.recipe import Recipe, load_recipe
-from mlm_eval.tasks.finetune.spans import best_spans, shows_most
+from mlm_eval.tasks.finetune.settings import Recipe, load_recipe
+from mlm_eval.tasks.finetune.spans import SpanFeatures, best_spans, shows_most, token_span, windows
 from mlm_eval.tasks.finetune.squad import Squad
 from mlm_eval.tasks.finetune.task import Answered, ExampleSet, check_names
-from mlm_eval.tasks.finetune.windows import SpanFeatures, token_span, windows
 
 CONTEXT = "The Red Cat sat on the mat, a Dog in the caf\u00e9."
 
