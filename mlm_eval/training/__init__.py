@@ -1,6 +1,6 @@
 """The trainer that fine-tuning and language modelling share. It knows no benchmark.
 
-    settings.py       hyper-parameters and settings of a run, once each
+    settings.py       hyperparameters and settings of a run, once each
     loop.py           the run: steps, evaluations, saving, stopping
     step.py           one step: micro-batches, gradient norm, update
     data.py           which samples a step takes, and their batches
