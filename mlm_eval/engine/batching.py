@@ -138,7 +138,8 @@ class _Meter:
         self.total = already_done + pending
         # Rank 0 sees its own batches; the other copies of the model go at about the same pace.
         self.scale = pending / own if own else 1.0
-        self.report = on_progress if mesh.rank == 0 else None
+        self.on_progress = on_progress if mesh.rank == 0 else None
+        self.reported: int | None = None
         self.waiting: deque[tuple[torch.cuda.Event, int]] = deque()
 
     def _work_of(self, batch: list[int]) -> int:
@@ -159,10 +160,13 @@ class _Meter:
 
     def finish(self) -> None:
         """Report that all is done: the other copies of the model are, too."""
-        if self.report is not None:
-            self.report(self.total, self.total)
+        self._report(self.total)
 
     def _advance(self, work: int) -> None:
         self.done += round(work * self.scale)
-        if self.report is not None:
-            self.report(min(self.done, self.total), self.total)
+        self._report(min(self.done, self.total))
+
+    def _report(self, done: int) -> None:
+        if self.on_progress is not None and done != self.reported:
+            self.reported = done
+            self.on_progress(done, self.total)
