@@ -109,7 +109,7 @@ def plan(options: PlanOptions) -> None:
     from mlm_eval.checkpoints.files.byte_size import parse_bytes
     from mlm_eval.engine.batching import DEFAULT_BATCH_TOKENS
     from mlm_eval.model.memory import TrainingBatch
-    from mlm_eval.planning.plan import make_plan, parse_throughput
+    from mlm_eval.planning.plan import parse_throughput, plan_record
     from mlm_eval.planning.plan_text import plan_text
     from mlm_eval.tasks.workloads import workloads
 
@@ -133,7 +133,7 @@ def plan(options: PlanOptions) -> None:
         "recompute": options.recompute,
     }
     batch = TrainingBatch(rows=1, length=1, half=precision != "float32", **training)
-    made = make_plan(
+    record = plan_record(
         str(options.model or options.ckpt),
         config_of,
         workloads(
@@ -157,7 +157,7 @@ def plan(options: PlanOptions) -> None:
             "throughput": rate,
         },
     )
-    print(json.dumps(made.to_dict(), indent=2) if options.as_json else plan_text(made))
+    print(json.dumps(record, indent=2) if options.as_json else plan_text(record))
 
 
 _Source = tuple["Callable[[int], ModelConfig]", "int | None"]

@@ -1,7 +1,7 @@
 """What a run will need, and how fast a machine is.
 
-    plan.py            memory, FLOPs and time, computed from a model's settings
-    plan_text.py       a plan as tables
+    plan.py            memory, FLOPs and time, computed from a model's settings: a record
+    plan_text.py       that record as tables
     bench_options.py   how a speed is measured; imports no torch
     bench_study.py     what is measured: models at tensor-parallel sizes, and whether they fit
     bench_run.py       one of them measured on its ranks

@@ -86,92 +86,7 @@ class Workload:
         return others + max(p.head_rows for p in self.passes)
 
 
-@dataclass(frozen=True)
-class SizeNeeds:
-    """What one tensor-parallel size needs on the fullest rank."""
-
-    tp: int
-    vocab_size: int
-    """Rows of the vocabulary in all ranks together."""
-    parameters: int
-    """On the rank."""
-    evaluation: Memory
-    """Scoring."""
-    training: Mapping[str, Memory]
-    """By task."""
-
-
-@dataclass(frozen=True)
-class TaskCost:
-    """What a task costs, over all ranks."""
-
-    task: str
-    title: str
-    """What is run."""
-    evaluation_flops: float
-    """Of one evaluation; 0 where there is none."""
-    training_flops: float
-    """Of the whole fine-tuning, evaluations after each epoch included; 0 without."""
-    tp: int
-    """Ranks that the times are for."""
-    evaluation_seconds: float | None
-    """At the throughput that was given; None without one."""
-    training_seconds: float | None
-
-
-@dataclass(frozen=True)
-class ResourcePlan:
-    """The plan of one model; see `make_plan`."""
-
-    name: str
-    config: ModelConfig
-    parameters: int
-    paper_parameters: int | None
-    allowed_tp: Sequence[int]
-    settings: Mapping[str, Any]
-    layouts: Sequence[SizeNeeds]
-    work: Sequence[TaskCost]
-    device_memory: float | None
-    smallest_tp: Mapping[str, int | None]
-    """The smallest size that fits, for `evaluation` and each training task; {} without a device."""
-
-    def fits(self, memory: Memory) -> bool | None:
-        """Return whether it fits the device; None if none was given."""
-        if self.device_memory is None:
-            return None
-        return memory.total + OUTSIDE <= self.device_memory
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the record of `mlm-eval plan --json`."""
-
-        def memory(need: Memory) -> dict[str, Any]:
-            return {**dataclasses.asdict(need), "total": need.total, "fits": self.fits(need)}
-
-        return {
-            "model": self.name,
-            "num_parameters": self.parameters,
-            "paper_parameters": self.paper_parameters,
-            "allowed_tp": list(self.allowed_tp),
-            "config": self.config.to_dict(),
-            "settings": dict(self.settings),
-            "device_memory": self.device_memory,
-            "left_free": OUTSIDE,
-            "layouts": [
-                {
-                    "tp": layout.tp,
-                    "vocab_size": layout.vocab_size,
-                    "parameters_per_rank": layout.parameters,
-                    "evaluation": memory(layout.evaluation),
-                    "training": {task: memory(m) for task, m in layout.training.items()},
-                }
-                for layout in self.layouts
-            ],
-            "smallest_tp": dict(self.smallest_tp),
-            "tasks": [dataclasses.asdict(work) for work in self.work],
-        }
-
-
-def make_plan(
+def plan_record(
     name: str,
     config_of: Callable[[int], ModelConfig],
     workloads: Sequence[Workload],
@@ -184,8 +99,14 @@ def make_plan(
     throughput: float | None = None,
     paper_parameters: int | None = None,
     settings: Mapping[str, Any] | None = None,
-) -> ResourcePlan:
+) -> dict[str, Any]:
     """Return what a model's runs need at each tensor-parallel size that divides the model.
+
+    `layouts` holds for each size the weights of the fullest rank, and the bytes that evaluation and
+    each training task need there; `fits` is None if no device was given. `smallest_tp` is the
+    smallest size that fits, for `evaluation` and each training task; {} without a device. `tasks`
+    holds floating-point operations over all ranks: of one evaluation, and of a whole fine-tuning
+    with the evaluations after each epoch. Seconds are for `tp` ranks; None without a throughput.
 
     Args:
         name: Of the model, for people.
@@ -207,95 +128,96 @@ def make_plan(
     config = config_of(1)
     if tp is not None:
         check_tp(config, tp)
-    sizes = [tp] if tp is not None else allowed_tp(config)
-    layouts = [
-        _needs(size, config_of(size), workloads, itemsize, batch_tokens, device=device)
-        for size in sizes
-    ]
-    plan = ResourcePlan(
-        name=name,
-        config=config,
-        parameters=num_parameters(config),
-        paper_parameters=paper_parameters,
-        allowed_tp=allowed_tp(config),
-        settings={
+    scored = max((w.scored_rows(batch_tokens) for w in workloads), default=0)
+
+    def need(memory: Memory) -> dict[str, Any]:
+        if device == "cpu":
+            memory = memory.on_cpu()
+        fits = None if device_memory is None else memory.total + OUTSIDE <= device_memory
+        return {**dataclasses.asdict(memory), "total": memory.total, "fits": fits}
+
+    def layout(size: int) -> dict[str, Any]:
+        config = config_of(size)
+        evaluation = evaluation_memory(
+            config, tp=size, itemsize=itemsize, batch_tokens=batch_tokens, scored_rows=scored
+        )
+        training = {
+            w.task: training_memory(
+                dataclasses.replace(config, **w.training.heads), w.training.batch, tp=size
+            )
+            for w in workloads
+            if w.training is not None
+        }
+        return {
+            "tp": size,
+            "vocab_size": config.vocab_size,
+            "parameters_per_rank": local_parameters(config, size),
+            "evaluation": need(evaluation),
+            "training": {task: need(memory) for task, memory in training.items()},
+        }
+
+    layouts = [layout(size) for size in (allowed_tp(config) if tp is None else [tp])]
+    smallest = {} if device_memory is None else _smallest(layouts)
+    # Without a device the times are for the smallest size; where nothing fits, for the largest.
+    default_tp = layouts[0 if device_memory is None else -1]["tp"]
+    return {
+        "model": name,
+        "num_parameters": num_parameters(config),
+        "paper_parameters": paper_parameters,
+        "allowed_tp": allowed_tp(config),
+        "config": config.to_dict(),
+        "settings": {
             **(settings or {}),
             "device": device,
             "itemsize": itemsize,
             "batch_tokens": batch_tokens,
         },
-        layouts=layouts,
-        work=[],
-        device_memory=device_memory,
-        smallest_tp={},
-    )
-    smallest = _smallest(plan) if device_memory is not None else {}
-    work = [_work(plan, smallest, workload, throughput) for workload in workloads]
-    return dataclasses.replace(plan, work=work, smallest_tp=smallest)
-
-
-def _needs(
-    tp: int,
-    config: ModelConfig,
-    workloads: Sequence[Workload],
-    itemsize: int,
-    batch_tokens: int,
-    *,
-    device: str,
-) -> SizeNeeds:
-    scored = max((w.scored_rows(batch_tokens) for w in workloads), default=0)
-    evaluation = evaluation_memory(
-        config, tp=tp, itemsize=itemsize, batch_tokens=batch_tokens, scored_rows=scored
-    )
-    training = {
-        w.task: training_memory(
-            dataclasses.replace(config, **w.training.heads), w.training.batch, tp=tp
-        )
-        for w in workloads
-        if w.training is not None
+        "device_memory": device_memory,
+        "left_free": OUTSIDE,
+        "layouts": layouts,
+        "smallest_tp": smallest,
+        "tasks": [_cost(config, work, smallest, default_tp, throughput) for work in workloads],
     }
-    if device == "cpu":
-        evaluation = evaluation.on_cpu()
-        training = {task: need.on_cpu() for task, need in training.items()}
-    return SizeNeeds(tp, config.vocab_size, local_parameters(config, tp), evaluation, training)
 
 
-def _smallest(plan: ResourcePlan) -> dict[str, int | None]:
-    needs: dict[str, int | None] = {"evaluation": None}
-    needs |= dict.fromkeys(plan.layouts[0].training, None)
-    for layout in reversed(plan.layouts):
-        for need, memory in (("evaluation", layout.evaluation), *layout.training.items()):
-            if plan.fits(memory):
-                needs[need] = layout.tp
-    return needs
+def layout_needs(layout: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return what evaluation and each training task need at one size."""
+    return {"evaluation": layout["evaluation"], **layout["training"]}
 
 
-def _work(
-    plan: ResourcePlan,
-    smallest: Mapping[str, int | None],
+def _smallest(layouts: Sequence[Mapping[str, Any]]) -> dict[str, int | None]:
+    smallest: dict[str, int | None] = dict.fromkeys(layout_needs(layouts[0]))
+    for layout in reversed(layouts):
+        fitting = [name for name, need in layout_needs(layout).items() if need["fits"]]
+        smallest |= dict.fromkeys(fitting, layout["tp"])
+    return smallest
+
+
+def _cost(
+    config: ModelConfig,
     workload: Workload,
+    smallest: Mapping[str, int | None],
+    default_tp: int,
     throughput: float | None,
-) -> TaskCost:
+) -> dict[str, Any]:
     training = workload.training
-    evaluation = _forward(plan.config, workload.passes)
+    evaluation = _forward(config, workload.passes)
     trained = 0.0
     if training is not None:
-        recompute = 1 if training.batch.recompute else 0
-        epoch = _forward(plan.config, training.passes) * (1 + BACKWARD + recompute)
+        epoch = _forward(config, training.passes) * (1 + BACKWARD + training.batch.recompute)
         trained = training.epochs * (epoch + evaluation)
     # Times are for the size that fits the larger need.
-    need = workload.task if training is not None else "evaluation"
-    tp = smallest.get(need) or plan.layouts[-1 if smallest else 0].tp
+    tp = smallest.get("evaluation" if training is None else workload.task) or default_tp
     rate = None if throughput is None else throughput * tp
-    return TaskCost(
-        workload.task,
-        workload.title,
-        evaluation,
-        trained,
-        tp,
-        None if rate is None else evaluation / rate,
-        None if rate is None else trained / rate,
-    )
+    return {
+        "task": workload.task,
+        "title": workload.title,
+        "evaluation_flops": evaluation,
+        "training_flops": trained,
+        "tp": tp,
+        "evaluation_seconds": None if rate is None else evaluation / rate,
+        "training_seconds": None if rate is None else trained / rate,
+    }
 
 
 def _forward(config: ModelConfig, passes: Sequence[Passes]) -> float:

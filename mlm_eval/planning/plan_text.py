@@ -2,75 +2,74 @@
 
 from __future__ import annotations
 
-from mlm_eval.planning.plan import OUTSIDE, ResourcePlan
+from collections.abc import Mapping
+from typing import Any
+
+from mlm_eval.planning.plan import layout_needs
 from mlm_eval.reporting.text import aligned
 
 
-def plan_text(plan: ResourcePlan) -> str:
-    """Return the tables of `mlm-eval plan`."""
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """Return the tables of `mlm-eval plan`, from its record."""
     return "\n\n".join([_model_text(plan), _memory_text(plan), _work_text(plan)])
 
 
-def _model_text(plan: ResourcePlan) -> str:
-    c = plan.config
+def _model_text(plan: Mapping[str, Any]) -> str:
+    c = plan["config"]
     lines = [
-        f"{plan.name}: {plan.parameters:,} parameters with {c.vocab_size:,} rows of vocabulary",
-        f"  {c.num_layers} layers, hidden size {c.hidden_size:,}, {c.num_attention_heads} heads, "
-        f"MLP {c.ffn_hidden_size:,}, {c.max_position_embeddings:,} positions",
-        f"  divides by tp {', '.join(map(str, plan.allowed_tp))}",
+        f"{plan['model']}: {plan['num_parameters']:,} parameters with {c['vocab_size']:,} rows of "
+        "vocabulary",
+        f"  {c['num_layers']} layers, hidden size {c['hidden_size']:,}, "
+        f"{c['num_attention_heads']} heads, MLP {c['ffn_hidden_size']:,}, "
+        f"{c['max_position_embeddings']:,} positions",
+        f"  divides by tp {', '.join(map(str, plan['allowed_tp']))}",
     ]
-    if plan.paper_parameters is not None:
-        lines.insert(1, f"  {plan.paper_parameters:,} as the paper counts them (without padding)")
+    if plan["paper_parameters"] is not None:
+        count = f"{plan['paper_parameters']:,}"
+        lines.insert(1, f"  {count} as the paper counts them (without padding)")
     return "\n".join(lines)
 
 
-def _memory_text(plan: ResourcePlan) -> str:
-    tasks = list(plan.layouts[0].training)
-    rows = [["tp", "parameters", "weights", "evaluation", *(f"train {task}" for task in tasks)]]
-    for layout in plan.layouts:
-        needs = [layout.evaluation, *layout.training.values()]
-        rows.append(
-            [
-                str(layout.tp),
-                f"{layout.parameters:,}",
-                _gigabytes(layout.evaluation.weights),
-                *(_gigabytes(need.total) + _mark(plan.fits(need)) for need in needs),
-            ]
-        )
-    s = plan.settings
+def _memory_text(plan: Mapping[str, Any]) -> str:
+    trained = [f"train {task}" for task in plan["layouts"][0]["training"]]
+    rows = [["tp", "parameters", "weights", "evaluation", *trained]]
+    marks = {None: "", True: "  ", False: " *"}
+    for layout in plan["layouts"]:
+        row = [
+            str(layout["tp"]),
+            f"{layout['parameters_per_rank']:,}",
+            _gigabytes(layout["evaluation"]["weights"]),
+        ]
+        needs = layout_needs(layout).values()
+        rows.append(row + [_gigabytes(need["total"]) + marks[need["fits"]] for need in needs])
+    s = plan["settings"]
     lines = [
         f"memory of each rank on {s['device']}, on top of the bare process ({s.get('dtype')}, "
         f"{s['batch_tokens']:,} tokens a batch; training: AdamW on float32 weights, "
         f"micro-batch {s.get('micro_batch')})",
         *aligned(rows),
     ]
-    if plan.device_memory is not None:
-        lines.append(
-            f"  * does not fit {_gigabytes(plan.device_memory)}, {_gigabytes(OUTSIDE)} left free"
-        )
-        told = ", ".join(f"{need}: {tp or 'none'}" for need, tp in plan.smallest_tp.items())
-        lines.append(f"  smallest tp that fits: {told}")
+    if plan["device_memory"] is not None:
+        memory, free = _gigabytes(plan["device_memory"]), _gigabytes(plan["left_free"])
+        found = ", ".join(f"{need}: {tp or 'none'}" for need, tp in plan["smallest_tp"].items())
+        lines.append(f"  * does not fit {memory}, {free} left free")
+        lines.append(f"  smallest tp that fits: {found}")
     return "\n".join(lines)
 
 
-def _mark(fits: bool | None) -> str:
-    return "" if fits is None else "  " if fits else " *"
-
-
-def _work_text(plan: ResourcePlan) -> str:
-    timed = any(work.evaluation_seconds is not None for work in plan.work)
-    rows = [["task", "evaluation", "training", *(["time", "at tp"] if timed else [])]]
-    for work in plan.work:
-        row = [work.title, _flops(work.evaluation_flops), _flops(work.training_flops)]
-        if timed:
-            seconds = (work.evaluation_seconds or 0.0) + (work.training_seconds or 0.0)
-            if work.training_flops:
-                seconds = work.training_seconds or 0.0
-            row += [_duration(seconds), str(work.tp)]
-        rows.append(row)
+def _work_text(plan: Mapping[str, Any]) -> str:
+    throughput = plan["settings"].get("throughput")
     title = "floating-point operations, all ranks together"
-    if timed:
-        title += f"; time at {plan.settings['throughput'] / 1e12:,.6g} TFLOP/s on each of tp ranks"
+    rows = [["task", "evaluation", "training"]]
+    for work in plan["tasks"]:
+        flops = [work["evaluation_flops"], work["training_flops"]]
+        rows.append([work["title"], *map(_flops, flops)])
+    if throughput is not None:
+        title += f"; time at {throughput / 1e12:,.6g} TFLOP/s on each of tp ranks"
+        rows[0] += ["time", "at tp"]
+        for row, work in zip(rows[1:], plan["tasks"], strict=True):
+            seconds = work["training_seconds"] or work["evaluation_seconds"]
+            row += [_duration(seconds), str(work["tp"])]
     return "\n".join([title, *aligned(rows, left=1)])
 
 

@@ -32,7 +32,7 @@ from mlm_eval.model.memory import (
     training_memory,
 )
 from mlm_eval.model.sizes import named_config
-from mlm_eval.planning.plan import OUTSIDE, ResourcePlan, make_plan, parse_throughput
+from mlm_eval.planning.plan import OUTSIDE, parse_throughput, plan_record
 from mlm_eval.tasks.workloads import workloads
 from mlm_eval.training.data import NO_LABEL, Sample, collate
 from mlm_eval.training.objectives import CausalLM, MultipleChoice, Objective
@@ -226,9 +226,9 @@ def test_training_keeps_sixteen_bytes_for_each_weight_beside_the_activations():
 # --- floating-point operations ---
 
 
-def planned(config: ModelConfig, **options: Any) -> ResourcePlan:
+def planned(config: ModelConfig, **options: Any) -> dict[str, Any]:
     """Return the plan of a model for all of its tasks."""
-    return make_plan(
+    return plan_record(
         "it",
         lambda tp: config,
         workloads(config, **options),
@@ -240,16 +240,16 @@ def planned(config: ModelConfig, **options: Any) -> ResourcePlan:
 
 def test_wikitext_costs_what_its_windows_cost():
     config = dataclasses.replace(WIDE, max_position_embeddings=1024)
-    first = planned(config, task="wikitext103").work[0]
+    first = planned(config, task="wikitext103")["tasks"][0]
     engine = Engine.load(new_checkpoint(config, seed=1))
     tokens = torch.zeros(270_330, dtype=torch.int64)
     from mlm_eval.tasks.zero_shot.wikitext103 import strided_windows
 
     found = strided_windows(270_330, 1024, 32)
-    assert len(found) == 8_417 and "8,417 windows" in first.title
+    assert len(found) == 8_417 and "8,417 windows" in first["title"]
     requests = [Request(tokens[start:stop], scored) for start, stop, scored in found]
-    assert first.evaluation_flops == pytest.approx(engine.flops(requests), rel=1e-12)
-    assert first.evaluation_seconds == pytest.approx(first.evaluation_flops / 1e12)
+    assert first["evaluation_flops"] == pytest.approx(engine.flops(requests), rel=1e-12)
+    assert first["evaluation_seconds"] == pytest.approx(first["evaluation_flops"] / 1e12)
 
 
 def test_the_345m_models_windows_cost_the_known_operations():
@@ -261,7 +261,7 @@ def test_the_345m_models_windows_cost_the_known_operations():
     (workload,) = workloads(named_config("gpt2-355m"), task="wikitext103")
     plan = planned(named_config("gpt2-355m"), task="wikitext103")
     assert sum(p.count for p in workload.passes) == 8_417
-    assert plan.work[0].evaluation_flops / 8_417 == pytest.approx(0.70e12, rel=0.01)
+    assert plan["tasks"][0]["evaluation_flops"] / 8_417 == pytest.approx(0.70e12, rel=0.01)
 
 
 def test_lambada_reads_and_scores_as_many_tokens_as_its_file():
@@ -288,16 +288,16 @@ def test_the_counts_are_those_of_the_papers_files(shared_data: Path):
 
 
 def test_training_costs_three_forward_passes_and_recomputation_a_fourth():
-    plain = planned(BERT, task="race").work[0]
+    plain = planned(BERT, task="race")["tasks"][0]
     batch = TrainingBatch(rows=1, length=1, recompute=True)
-    again = planned(BERT, task="race", batch=batch).work[0]
+    again = planned(BERT, task="race", batch=batch)["tasks"][0]
     (workload,) = workloads(BERT, task="race")
     assert workload.training is not None and workload.training.epochs == 3
     rows = sum(p.count for p in workload.training.passes)
     assert rows == 4 * 87_866
-    epochs = 3 * plain.evaluation_flops
-    forward = (plain.training_flops - epochs) / 9
-    assert again.training_flops - epochs == pytest.approx(12 * forward)
+    epochs = 3 * plain["evaluation_flops"]
+    forward = (plain["training_flops"] - epochs) / 9
+    assert again["training_flops"] - epochs == pytest.approx(12 * forward)
 
 
 @pytest.mark.parametrize(
@@ -326,25 +326,24 @@ def test_what_fits_is_told_with_the_smallest_size():
     needs = workloads(config)
     limit = 6e9
 
-    def plan(**options: Any) -> ResourcePlan:
-        return make_plan(
+    def plan(**options: Any) -> dict[str, Any]:
+        return plan_record(
             "it", lambda tp: named_config("gpt2-2.5b", tp=tp), needs, itemsize=2,
             batch_tokens=32768, device_memory=limit, throughput=1e12, **options,
         )  # fmt: skip
 
     made = plan()
-    totals = {layout.tp: layout.evaluation.total for layout in made.layouts}
+    totals = {entry["tp"]: entry["evaluation"]["total"] for entry in made["layouts"]}
     assert list(totals) == [1, 2, 4, 5, 10, 20]
     fitting = [tp for tp, total in totals.items() if total + OUTSIDE <= limit]
-    assert made.smallest_tp["evaluation"] == min(fitting) == 2
-    record = made.to_dict()
-    fits = {entry["tp"]: entry["evaluation"]["fits"] for entry in record["layouts"]}
+    assert made["smallest_tp"]["evaluation"] == min(fitting) == 2
+    fits = {entry["tp"]: entry["evaluation"]["fits"] for entry in made["layouts"]}
     assert fits == {tp: tp in fitting for tp in totals}
     # Times are those of the size that fits.
-    assert [w.tp for w in made.work if w.task == "wikitext103"] == [2]
-    one = made.work[0]
-    assert one.evaluation_seconds == pytest.approx(one.evaluation_flops / 2e12)
-    assert [layout.tp for layout in plan(tp=4).layouts] == [4]
+    assert [w["tp"] for w in made["tasks"] if w["task"] == "wikitext103"] == [2]
+    one = made["tasks"][0]
+    assert one["evaluation_seconds"] == pytest.approx(one["evaluation_flops"] / 2e12)
+    assert [entry["tp"] for entry in plan(tp=4)["layouts"]] == [4]
     with pytest.raises(InputError, match="cannot split this model over tp=3.*1, 2, 4, 5, 10, 20"):
         plan(tp=3)
 
