@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 import torch
 
@@ -36,30 +37,45 @@ class SaveLayout:
     """Megatron's `make_vocab_size_divisible_by`: with `tp` it gives `vocab_size` again."""
     iteration: int | None
     """None: a release."""
-    dtype: torch.dtype
+    dtype: torch.dtype | None
+    """Of the weights; None keeps each as it is."""
+    params_dtype: torch.dtype
     """Of the word embeddings, for the args."""
 
 
+class LayoutOptions(TypedDict, total=False):
+    """The options of both writers that decide about the layout."""
+
+    tp: int
+    """Tensor-parallel size, 1 by default; must divide the heads and the MLP's width."""
+    pp: int
+    """Pipeline stages, 1 by default; must divide the layers."""
+    dtype: torch.dtype | None
+    """Of the weights; None keeps each as it is."""
+    iteration: int | str | None
+    """A number or `release`; None: the source's, `release` where it has none."""
+    true_vocab_size: int | None
+    """Size of the tokenizer's vocabulary, where it is known."""
+    make_vocab_size_divisible_by: int | None
+    """Megatron's divisor; see `padded_vocabulary`."""
+
+
 def save_layout(
-    checkpoint: Checkpoint,
-    *,
-    names: str | None,
-    tp: int,
-    pp: int,
-    dtype: torch.dtype | None,
-    iteration: int | str | None,
-    true_vocab_size: int | None,
-    make_vocab_size_divisible_by: int | None,
+    checkpoint: Checkpoint, names: str | None, **options: Unpack[LayoutOptions]
 ) -> SaveLayout:
-    """Return the layout that a writer was asked for; `write_megatron_torch` describes the options.
+    """Return the layout that a writer was asked for.
 
     Raises:
         InputError: Megatron has no such model, or could not load it at these sizes.
     """
     names = choose_names(checkpoint.config, names)
+    tp, pp, dtype = options.get("tp", 1), options.get("pp", 1), options.get("dtype")
     check_sizes(checkpoint.config, tp, pp, names)
+    iteration = options.get("iteration")
     iteration = checkpoint.provenance.iteration if iteration is None else iteration
-    rows, divisor = padded_vocabulary(checkpoint, tp, true_vocab_size, make_vocab_size_divisible_by)
+    rows, divisor = padded_vocabulary(
+        checkpoint, tp, options.get("true_vocab_size"), options.get("make_vocab_size_divisible_by")
+    )
     return SaveLayout(
         names=names,
         tp=tp,
@@ -67,7 +83,8 @@ def save_layout(
         vocab_size=rows,
         divisible_by=divisor,
         iteration=None if iteration in (None, "release") else int(iteration),
-        dtype=dtype or checkpoint.tensors[WORD_EMBEDDINGS].dtype,
+        dtype=dtype,
+        params_dtype=dtype or checkpoint.tensors[WORD_EMBEDDINGS].dtype,
     )
 
 
@@ -78,7 +95,7 @@ def choose_names(config: ModelConfig, names: str | None) -> str:
         InputError: Megatron has no such model under the names asked for.
     """
     assert names in (None, "core", "legacy"), names
-    not_core, not_legacy = _lacking_in_core(config), _lacking_in_legacy(config)
+    not_core, not_legacy = lacking_in_core(config), _lacking_in_legacy(config)
     chosen = names or ("legacy" if not_core else "core")
     lacking = not_core if chosen == "core" else not_legacy
     if lacking:
@@ -89,7 +106,7 @@ def choose_names(config: ModelConfig, names: str | None) -> str:
     return chosen
 
 
-def _lacking_in_core(c: ModelConfig) -> str | None:
+def lacking_in_core(c: ModelConfig) -> str | None:
     """Return what megatron-core does not have, or None."""
     if c.apply_residual_connection_post_layernorm:
         return "residual connection after the norm (BERT's original order)"
@@ -147,13 +164,17 @@ def check_sizes(config: ModelConfig, tp: int, pp: int, names: str) -> None:
     if tp < 1 or pp < 1:
         raise InputError(f"cannot write tp={tp} x pp={pp} files; both must be at least 1")
     check_tp(config, tp)
-    fitting = [n for n in allowed_tp(config) if _groups_fit(config.num_query_groups, n, names)]
+    groups = config.num_query_groups
+    # With fewer groups than ranks megatron-core keeps even cuts of the packed rows and gathers them
+    # when it runs.
+    fitting = [
+        n for n in allowed_tp(config) if groups % n == 0 or (names == "core" and n % groups == 0)
+    ]
     if tp not in fitting:
         rule = "tp must divide them" if names == "legacy" else "one must divide the other"
         raise InputError(
             f"cannot write tp={tp} files with {names} names: the model has "
-            f"{config.num_query_groups} query groups, and {rule}; "
-            f"it allows tp in {', '.join(map(str, fitting))}"
+            f"{groups} query groups, and {rule}; it allows tp in {', '.join(map(str, fitting))}"
         )
     if config.num_layers % pp:
         allowed = [n for n in range(1, config.num_layers + 1) if config.num_layers % n == 0]
@@ -161,15 +182,6 @@ def check_sizes(config: ModelConfig, tp: int, pp: int, names: str) -> None:
             f"cannot split {config.num_layers} layers over pp={pp} pipeline stages; "
             f"this model allows pp in {', '.join(map(str, allowed))}"
         )
-
-
-def _groups_fit(groups: int, tp: int, names: str) -> bool:
-    """Whether Megatron can load tp files of a model with so many query groups.
-
-    With fewer groups than ranks megatron-core keeps even cuts of the packed rows and gathers them
-    when it runs.
-    """
-    return groups % tp == 0 or (names == "core" and tp % groups == 0)
 
 
 def padded_vocabulary(

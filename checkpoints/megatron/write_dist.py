@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Unpack
 
 import torch
 from torch import Tensor
@@ -40,8 +40,8 @@ from mlm_eval.checkpoints.files.torch_save import write_torch_file
 from mlm_eval.checkpoints.lazy import LazyTensor
 from mlm_eval.checkpoints.megatron.args import rank_args
 from mlm_eval.checkpoints.megatron.iteration import iteration_folder, write_tracker
-from mlm_eval.checkpoints.megatron.layout import choose_names, save_layout
-from mlm_eval.checkpoints.megatron.write_torch import rank_tensors
+from mlm_eval.checkpoints.megatron.layout import LayoutOptions, lacking_in_core, save_layout
+from mlm_eval.checkpoints.megatron.write_torch import CORE_LINEARS, rank_tensors
 from mlm_eval.checkpoints.vocabulary import with_rows
 
 DATA_FILE = "__0_0.distcp"
@@ -66,13 +66,7 @@ _NORMS = {
 # Modules of a layer that have an `_extra_state`: Megatron asks for the entry and refuses to load
 # without it, whatever is in it. The local spec asks for the first four, TransformerEngine's for
 # more, depending on its version; what a run does not ask for is not read.
-_STATELESS = (
-    "self_attention.linear_proj",
-    "self_attention.linear_qkv",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-    "self_attention.core_attention",
-)
+_STATELESS = (*CORE_LINEARS, "self_attention.core_attention")
 _STATELESS_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 
 
@@ -91,48 +85,34 @@ def write_torch_dist(
     checkpoint: Checkpoint,
     target: str | Path,
     *,
-    tp: int = 1,
-    pp: int = 1,
-    dtype: torch.dtype | None = None,
-    iteration: int | str | None = None,
-    true_vocab_size: int | None = None,
-    make_vocab_size_divisible_by: int | None = None,
     overwrite: bool = False,
     finish: Callable[[Path], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    **options: Unpack[LayoutOptions],
 ) -> Path:
     """Write `checkpoint` as a Megatron checkpoint folder in torch_dist format; return the folder.
 
     Args:
         checkpoint: What to write.
         target: Folder to make, with the tracker file and `iter_XXXXXXX` or `release` in it.
-        tp: Tensor-parallel size that the saved args name; the vocabulary is padded for it.
-        pp: Pipeline size that the saved args name.
-        dtype: Of the weights; None keeps each as it is.
-        iteration: A number or `release`; None: the source's, `release` where it has none.
-        true_vocab_size: Size of the tokenizer's vocabulary, where it is known.
-        make_vocab_size_divisible_by: Megatron's divisor; see `padded_vocabulary`.
         overwrite: Replace a checkpoint that is at `target`.
         finish: Called with the complete folder before it becomes `target`.
         on_progress: Called with (bytes written, bytes in all).
+        **options: See `LayoutOptions`. The saved args name `tp` and `pp`, and the vocabulary is
+            padded for `tp`.
 
     Raises:
         InputError: megatron-core has no such model, a size does not divide it, or `target` exists.
     """
     config, target = checkpoint.config, Path(target)
-    _check_core(config)
-    layout = save_layout(
-        checkpoint,
-        names="core",
-        tp=tp,
-        pp=pp,
-        dtype=dtype,
-        iteration=iteration,
-        true_vocab_size=true_vocab_size,
-        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
-    )
+    if lacking := lacking_in_core(config):
+        raise InputError(
+            f"torch_dist holds megatron-core models only, and megatron-core has no {lacking}; "
+            "use --to megatron, which can write the names of Megatron's legacy code"
+        )
+    layout = save_layout(checkpoint, "core", **options)
     padded = with_rows(checkpoint, layout.vocab_size)
-    whole = rank_tensors(padded, dataclasses.replace(layout, tp=1, pp=1), 0, 0, dtype)
+    whole = rank_tensors(padded, dataclasses.replace(layout, tp=1, pp=1), 0, 0)
     entries = list(_entries(config, whole))
     _check_dtypes(entries, checkpoint)
     args = rank_args(checkpoint, layout, 0, 0)
@@ -158,18 +138,6 @@ def write_torch_dist(
         (folder / "metadata.json").write_text(json.dumps(_FORMAT))
         write_tracker(partial, layout.iteration)
     return target
-
-
-def _check_core(config: ModelConfig) -> None:
-    """Refuse models that megatron-core does not have: only it reads torch_dist."""
-    try:
-        choose_names(config, "core")
-    except InputError as error:
-        reason = str(error).partition(", so its names")[0]
-        raise InputError(
-            f"torch_dist holds megatron-core models only, and {reason}; "
-            "use --to megatron, which can write the names of Megatron's legacy code"
-        ) from None
 
 
 def _check_dtypes(entries: list[StoredChunk], checkpoint: Checkpoint) -> None:

@@ -12,9 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, Unpack
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.dtypes import cast
@@ -23,7 +21,12 @@ from mlm_eval.checkpoints.files.torch_save import write_torch_file
 from mlm_eval.checkpoints.lazy import Computed, LazyTensor
 from mlm_eval.checkpoints.megatron.args import rank_args
 from mlm_eval.checkpoints.megatron.iteration import iteration_folder, write_tracker
-from mlm_eval.checkpoints.megatron.layout import WORD_EMBEDDINGS, SaveLayout, save_layout
+from mlm_eval.checkpoints.megatron.layout import (
+    WORD_EMBEDDINGS,
+    LayoutOptions,
+    SaveLayout,
+    save_layout,
+)
 from mlm_eval.checkpoints.megatron.names import HEAD_COPY
 from mlm_eval.checkpoints.parameters import Parameter, parameters
 from mlm_eval.checkpoints.vocabulary import with_rows
@@ -39,7 +42,7 @@ _LEGACY_LAYER = {
 }
 
 # Parallel linears of a megatron-core layer, which have an `_extra_state` (None in the local spec).
-_CORE_LINEARS = (
+CORE_LINEARS = (
     "self_attention.linear_proj",
     "self_attention.linear_qkv",
     "mlp.linear_fc1",
@@ -51,16 +54,11 @@ def write_megatron_torch(
     checkpoint: Checkpoint,
     target: str | Path,
     *,
-    tp: int = 1,
-    pp: int = 1,
-    dtype: torch.dtype | None = None,
     names: str | None = None,
-    iteration: int | str | None = None,
-    true_vocab_size: int | None = None,
-    make_vocab_size_divisible_by: int | None = None,
     overwrite: bool = False,
     finish: Callable[[Path], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    **options: Unpack[LayoutOptions],
 ) -> Path:
     """Write `checkpoint` as a Megatron checkpoint folder and return the folder.
 
@@ -73,37 +71,23 @@ def write_megatron_torch(
     Args:
         checkpoint: What to write.
         target: Folder to make, with the tracker file and `iter_XXXXXXX` or `release` in it.
-        tp: Tensor-parallel files; must divide the heads and the MLP's width.
-        pp: Pipeline stages; must divide the layers.
-        dtype: Of the weights; None keeps each as it is.
         names: `core` or `legacy`; None: megatron-core's, legacy where megatron-core has no such
             model.
-        iteration: A number or `release`; None: the source's, `release` where it has none.
-        true_vocab_size: Size of the tokenizer's vocabulary, where it is known.
-        make_vocab_size_divisible_by: Megatron's divisor; None: see above.
         overwrite: Replace a checkpoint that is at `target`.
         finish: Called with the complete folder before it becomes `target`.
         on_progress: Called with (bytes written, bytes in all).
+        **options: See `LayoutOptions`.
 
     Raises:
         InputError: A size does not divide the model, Megatron has no such model, or `target`
             exists.
     """
     target = Path(target)
-    layout = save_layout(
-        checkpoint,
-        names=names,
-        tp=tp,
-        pp=pp,
-        dtype=dtype,
-        iteration=iteration,
-        true_vocab_size=true_vocab_size,
-        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
-    )
+    layout = save_layout(checkpoint, names, **options)
     folder = iteration_folder(layout.iteration)
-    ranks = [(t, p) for p in range(pp) for t in range(tp)]
+    ranks = [(t, p) for p in range(layout.pp) for t in range(layout.tp)]
     padded = with_rows(checkpoint, layout.vocab_size)
-    models = {rank: rank_tensors(padded, layout, *rank, dtype) for rank in ranks}
+    models = {rank: rank_tensors(padded, layout, *rank) for rank in ranks}
     total = sum(lazy.nbytes for model in models.values() for lazy in model.values())
     progress = ByteMeter(total, on_progress)
     sources = checkpoint.provenance.files
@@ -117,7 +101,7 @@ def write_megatron_torch(
                 "args": rank_args(checkpoint, layout, t, p),
                 "checkpoint_version": 3.0,
                 "iteration": layout.iteration or 0,
-                "model": _core_model(model, last=p == pp - 1)
+                "model": _core_model(model, last=p == layout.pp - 1)
                 if layout.names == "core"
                 else _legacy_model(model),
             }
@@ -131,11 +115,7 @@ def _rank_folder(layout: SaveLayout, tp_rank: int, pp_rank: int) -> str:
 
 
 def rank_tensors(
-    checkpoint: Checkpoint,
-    layout: SaveLayout,
-    tp_rank: int,
-    pp_rank: int,
-    dtype: torch.dtype | None,
+    checkpoint: Checkpoint, layout: SaveLayout, tp_rank: int, pp_rank: int
 ) -> dict[str, LazyTensor]:
     """Return one file's tensors under canonical names, its layers numbered from 0.
 
@@ -146,7 +126,7 @@ def rank_tensors(
     last = layout.pp - 1
     tensors: dict[str, LazyTensor] = {}
     for name, parameter in parameters(config).items():
-        shard = _shard(checkpoint.tensors[name], parameter, tp_rank, layout.tp, dtype)
+        shard = _shard(checkpoint.tensors[name], parameter, tp_rank, layout)
         layer = re.fullmatch(r"(\w+\.layers\.)(\d+)(\..+)", name)
         if layer:
             stage, local = divmod(int(layer[2]), per_stage)
@@ -162,15 +142,15 @@ def rank_tensors(
 
 
 def _shard(
-    source: LazyTensor, parameter: Parameter, tp_rank: int, tp: int, dtype: torch.dtype | None
+    source: LazyTensor, parameter: Parameter, tp_rank: int, layout: SaveLayout
 ) -> LazyTensor:
     """Return what one tensor-parallel rank's file holds of a parameter."""
-    index, shape = parameter.part(tp_rank, tp), list(parameter.shape)
-    to = dtype or source.dtype
+    index, shape = parameter.part(tp_rank, layout.tp), list(parameter.shape)
+    to = layout.dtype or source.dtype
     if index is None and to == source.dtype:
         return source
     if index is not None:
-        shape[parameter.dim] //= tp
+        shape[parameter.dim] //= layout.tp
     return Computed(shape, to, lambda: cast(source.read(parameter.dim, index), to, parameter.name))
 
 
@@ -180,7 +160,7 @@ def _core_model(tensors: dict[str, LazyTensor], *, last: bool) -> dict[str, Lazy
     for name, tensor in tensors.items():
         model["output_layer.weight" if name == HEAD_COPY else name] = tensor
         module, _, leaf = name.rpartition(".")
-        if leaf == "weight" and module.endswith(_CORE_LINEARS):
+        if leaf == "weight" and module.endswith(CORE_LINEARS):
             model[f"{module}._extra_state"] = None
     if last:
         model["output_layer._extra_state"] = None
