@@ -3,7 +3,8 @@
 The names below are the public Python API. They are looked up when first used, so that
 `import mlm_eval` and `mlm-eval --help` cost no torch.
 
-The rooms; each imports only from those listed before it:
+The rooms; each imports only from those listed before it (checkpoints/ and tasks/ stand at the top
+of the project, and here are links to them):
 
     options.py     settings that stand once: a dataclass field with its default, help and bounds
     checkpoints/   what a checkpoint is

@@ -414,15 +414,18 @@ def test_an_existing_target_stays_unless_it_may_be_replaced(tmp_path: Path) -> N
         write_megatron_torch(memory(CONFIGS["bert"]), target)
     assert_same(open_checkpoint(target), first)
 
-    # Onto itself: the source is read to the end before it is replaced.
-    write_megatron_torch(first, target, tp=4, overwrite=True)
+    # Never onto itself, whatever may be replaced.
+    with pytest.raises(InputError, match="holds the checkpoint that is being converted"):
+        write_megatron_torch(first, target, tp=4, overwrite=True)
     assert_same(open_checkpoint(target), memory())
+    write_megatron_torch(memory(CONFIGS["bert"]), target, tp=2, overwrite=True)
+    assert_same(open_checkpoint(target), memory(CONFIGS["bert"]))
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "to my mother.txt").write_text("dear")
     with pytest.raises(InputError, match="holds no checkpoint .found to my mother.txt."):
-        write_megatron_torch(first, tmp_path / "letters", overwrite=True)
+        write_megatron_torch(memory(), tmp_path / "letters", overwrite=True)
 
 
 def test_an_interrupted_write_leaves_everything_as_it_was(tmp_path: Path) -> None:
