@@ -108,7 +108,7 @@ def _other_training(record: ResultRecord, rules: Mapping[str, Any], size: str | 
     settings, notes = record.settings, []
     other = []
     for name, total in rules["totals"].items():
-        entry = find_set(record.metrics, [name])
+        entry = find_set(record.metrics, name)
         if entry is not None and entry.get("total", total) != total:
             other.append(f"{name} {_thousands(entry['total'])} ({total:,})")
     if other:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,7 @@ def paper_figures(record: ResultRecord) -> Iterator[tuple[str, float | None, lis
         value = _number(record, metrics, zero_shot.paper.metric)
         yield record.benchmark, _percent(value) if zero_shot.paper.percent else value, []
     elif record.benchmark.startswith("squad"):
-        entry = find_set(metrics, ["dev"]) or metrics
+        entry = find_set(metrics, "dev") or metrics
         for key, name in (("f1", "f1"), ("em", "exact")):
             yield f"{record.benchmark}_{key}", _number(record, entry, name), []
     else:
@@ -160,9 +160,9 @@ def _accuracies(
     found = 0
     for key, name in SETS[record.benchmark].items():
         notes = []
-        entry = find_set(metrics, [name])
+        entry = find_set(metrics, name)
         if entry is None and name.startswith("test"):
-            entry = find_set(metrics, [name.replace("test", "dev")])
+            entry = find_set(metrics, name.replace("test", "dev"))
             notes = ["development set; the paper's RACE figures are of the test set"]
         if entry is None:
             continue
@@ -173,12 +173,10 @@ def _accuracies(
         raise InputError(f"{record.path}: its metrics hold none of {names}; is it a finished run?")
 
 
-def find_set(metrics: Mapping[str, Any], names: Sequence[str]) -> Mapping[str, Any] | None:
-    """Return the figures of the first of these sets that the metrics hold; None without any."""
-    for name in names:
-        if isinstance(entry := metrics.get(name), dict):
-            return entry
-    return None
+def find_set(metrics: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """Return the figures of a set; None if the metrics do not hold it."""
+    entry = metrics.get(name)
+    return entry if isinstance(entry, dict) else None
 
 
 def _number(record: ResultRecord, metrics: Mapping[str, Any], name: str) -> float | None:

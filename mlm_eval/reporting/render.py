@@ -10,11 +10,10 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.reporting.tables import PUBLISHED, Cell, Column, Table, TableRow, short_count
+from mlm_eval.reporting.tables import PUBLISHED, Cell, Column, Table, short_count
 
 FORMATS = ("md", "latex", "csv", "html")
 
@@ -45,21 +44,8 @@ LATEX_DELIMITERS = {
 """Braces and percent signs are LaTeX's own."""
 
 
-@dataclass(frozen=True)
-class Marked:
-    """The text of a cell and the letters of its footnotes."""
-
-    text: str
-    marks: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of a table: a row, or the differences below a measured row."""
-
-    kind: str
-    """`PUBLISHED`, `MEASURED` or `DIFFERENCE`."""
-    cells: Sequence[Marked]
+_Marked = tuple[str, list[str]]
+"""The text of a cell and the letters of its footnotes."""
 
 
 def render(tables: Sequence[Table], fmt: str) -> str:
@@ -122,35 +108,35 @@ def _view(table: Table, *, plot: bool) -> dict[str, Any]:
     return view
 
 
-def _lines(table: Table, notes: list[str]) -> Iterator[Line]:
-    """Yield the lines of a table, and collect its footnotes in the order of their first use.
+def _lines(table: Table, notes: list[str]) -> Iterator[tuple[str, list[_Marked]]]:
+    """Yield (kind, cells) of a table's lines; collect its footnotes in the order of first use.
 
-    A measured row is followed by its differences from the published row of its size.
+    A measured row is followed by its differences from the published row of its size, a line of the
+    kind `DIFFERENCE`.
     """
 
-    def marked(text: str, reasons: Sequence[str]) -> Marked:
-        for reason in reasons:
-            if reason not in notes:
-                notes.append(reason)
-        return Marked(text, [_letters(notes.index(reason)) for reason in reasons])
+    def marked(text: str, reasons: Sequence[str] = ()) -> _Marked:
+        notes.extend(reason for reason in dict.fromkeys(reasons) if reason not in notes)
+        return text, [_letters(notes.index(reason)) for reason in reasons]
 
     for row in table.rows:
         cells = [(row.cells.get(column.key), column) for column in table.columns]
         name = f"{row.model} ({LIMITED})" if row.limited else row.model
-        yield Line(
+        verdict = "yes" if row.as_in_paper else "no"
+        yield (
             row.kind,
             [
                 marked(name, row.notes),
-                Marked(row.kind),
-                Marked("" if row.parameters is None else short_count(row.parameters)),
+                marked(row.kind),
+                marked("" if row.parameters is None else short_count(row.parameters)),
                 *(marked(_figure(cell, c), cell.notes if cell else ()) for cell, c in cells),
-                Marked(_verdict(row)),
+                marked("" if row.kind == PUBLISHED else verdict),
             ],
         )
         if any(cell.difference is not None for cell in row.cells.values()):
             title = f"{DIFFERENCE} from {row.compared_with}"
             texts = ["", title, "", *(_gap(cell, column) for cell, column in cells), ""]
-            yield Line(DIFFERENCE, [Marked(text) for text in texts])
+            yield DIFFERENCE, [marked(text) for text in texts]
 
 
 def _letters(number: int) -> str:
@@ -171,12 +157,6 @@ def _gap(cell: Cell | None, column: Column) -> str:
     text = f"{abs(cell.difference):.{column.decimals}f}"
     sign = "+" if cell.difference > 0 else MINUS
     return text if float(text) == 0.0 else sign + text
-
-
-def _verdict(row: TableRow) -> str:
-    if row.kind == PUBLISHED:
-        return ""
-    return "yes" if row.as_in_paper else "no"
 
 
 def _csv(tables: Sequence[Table]) -> str:

@@ -55,7 +55,7 @@ class Result:
 
     def to_json(self) -> str:
         """Return the record as one JSON object, indented, with a newline at its end."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return _as_json(dataclasses.asdict(self))
 
     def write(self, path: str | Path) -> Path:
         """Write the record and return its path: the whole of it, or nothing.
@@ -68,8 +68,11 @@ class Result:
 
 def write_json(path: str | Path, record: dict[str, Any]) -> Path:
     """Write a record as JSON, infinities and NaN as null; see `write_text`."""
-    content = json.dumps(_finite(record), indent=2, ensure_ascii=False, allow_nan=False)
-    return write_text(path, content + "\n")
+    return write_text(path, _as_json(record))
+
+
+def _as_json(record: dict[str, Any]) -> str:
+    return json.dumps(_finite(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def check_writable(path: str | Path) -> None:
