@@ -128,7 +128,7 @@ def _other_training(record: ResultRecord, rules: Mapping[str, Any], size: str | 
         notes.append(f"trained on {_thousands(trained)} examples, in the paper {wanted:,}")
     if settings.get("max_steps") is not None:
         notes.append(f"stopped after {settings['max_steps']} steps (--max-steps)")
-    recipe = _paper_recipe(record.benchmark, size)
+    recipe = paper_recipe(record.benchmark, size)
     if recipe is not None:
         for name in rules["settings"]:
             if settings.get(name) != recipe[name]:
@@ -142,12 +142,10 @@ def _thousands(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _paper_recipe(benchmark: str, size: str | None) -> Mapping[str, Any] | None:
-    for row in load_paper()["table6"]["rows"]:
-        if (row["task"], row["size"]) == (benchmark, size):
-            found: Mapping[str, Any] = row
-            return found
-    return None
+def paper_recipe(benchmark: str, size: str | None) -> Mapping[str, Any] | None:
+    """Return the row of Table 6 for a benchmark and a size; None if there is none."""
+    rows: Sequence[Mapping[str, Any]] = load_paper()["table6"]["rows"]
+    return next((row for row in rows if (row["task"], row["size"]) == (benchmark, size)), None)
 
 
 @functools.cache
@@ -259,12 +257,8 @@ def _group(records: Sequence[ResultRecord]) -> list[list[ResultRecord]]:
     groups: list[list[ResultRecord]] = []
     for record in records:
         for group in groups:
-            other = group[0]
-            same = (record.model, record.settings.get("ensemble")) == (
-                other.model,
-                other.settings.get("ensemble"),
-            )
-            if same and record.benchmark not in {r.benchmark for r in group}:
+            known = {other.benchmark for other in group}
+            if record.model == group[0].model and record.benchmark not in known:
                 group.append(record)
                 break
         else:

@@ -57,12 +57,12 @@ class ResultRecord:
         return [f"--{name.replace('_', '-')} {self.settings[name]}" for name in given]
 
     @property
-    def model(self) -> tuple[str, str]:
-        """Digest and settings of the checkpoint, equal in records of the same model."""
+    def model(self) -> tuple[str, str, Any]:
+        """Checkpoint's digest and settings, ensemble: equal in records of the same model."""
         checkpoint = self.values["checkpoint"]
         config = json.dumps(checkpoint.get("config"), sort_keys=True)
         # Records without a digest cannot be known to be of one model.
-        return checkpoint.get("digest") or self.path, config
+        return checkpoint.get("digest") or self.path, config, self.settings.get("ensemble")
 
 
 def tables_of_benchmarks() -> dict[str, int]:

@@ -14,7 +14,7 @@ from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.model.memory import TrainingBatch
 from mlm_eval.planning.plan import Passes, Training, Workload, spread
-from mlm_eval.tasks.paper import load_paper
+from mlm_eval.tasks.paper import paper_recipe
 from mlm_eval.tasks.zero_shot import benchmarks
 
 TEXT_TOKENS = 1_000_000
@@ -72,7 +72,6 @@ def workloads(
     *,
     task: str | None = None,
     size: str | None = None,
-    micro_batch: int = 8,
     batch: TrainingBatch | None = None,
 ) -> list[Workload]:
     """Return what the benchmarks ask of a model.
@@ -81,8 +80,8 @@ def workloads(
         config: The model.
         task: Only this one; `squad` is both versions.
         size: The paper's size whose recipes apply; None or an unknown one: those of the smallest.
-        micro_batch: Samples of a training step's forward pass on one rank.
-        batch: Dropout, precision, recomputation of training; rows and lengths are the tasks'.
+        batch: Dropout, precision, recomputation of training; `rows` are the samples of a forward
+            pass on one rank; the lengths are the tasks'.
 
     Raises:
         InputError: There is no such task for this kind of model.
@@ -96,13 +95,11 @@ def workloads(
             raise InputError(
                 f"--task {task} is not a task of a {kind} model; choose {', '.join(known)}"
             )
-    batch = batch or TrainingBatch(rows=1, length=1)
-    return [_workload(name, config, size, micro_batch, batch) for name in names]
+    batch = batch or TrainingBatch(rows=8, length=1)
+    return [_workload(name, config, size, batch) for name in names]
 
 
-def _workload(
-    name: str, config: ModelConfig, size: str | None, micro_batch: int, batch: TrainingBatch
-) -> Workload:
+def _workload(name: str, config: ModelConfig, size: str | None, batch: TrainingBatch) -> Workload:
     positions = config.max_position_embeddings
     zero_shot = benchmarks().get(name)
     if zero_shot is not None:
@@ -110,49 +107,39 @@ def _workload(
         assert work is not None
         return work
     if name in ("lm", "mlm"):
-        return _language_modelling(name, positions, micro_batch, batch)
-    return _fine_tuning(name, config, size, micro_batch, batch)
+        return _language_modelling(name, positions, batch)
+    return _fine_tuning(name, positions, size, batch)
 
 
-def _language_modelling(
-    name: str, positions: int, micro_batch: int, batch: TrainingBatch
-) -> Workload:
+def _language_modelling(name: str, positions: int, batch: TrainingBatch) -> Workload:
     count = -(-TEXT_TOKENS // positions)
     predicted = positions if name == "lm" else round(MLM_SHARE * positions)
     title = f"{name}, each million tokens of text, rows of {positions:,}"
-    batch = dataclasses.replace(
-        batch, rows=micro_batch, length=positions, predicted=micro_batch * predicted
-    )
+    batch = dataclasses.replace(batch, length=positions, predicted=batch.rows * predicted)
     passes = [Passes(count, positions, positions, predicted)]
     return Workload(name, title, [], training=Training(passes, 1, batch, {}))
 
 
-def _fine_tuning(
-    name: str, config: ModelConfig, size: str | None, micro_batch: int, batch: TrainingBatch
-) -> Workload:
+def _fine_tuning(name: str, positions: int, size: str | None, batch: TrainingBatch) -> Workload:
     task = FINE_TUNING[name]
-    longest = min(task.longest, config.max_position_embeddings)
+    longest = min(task.longest, positions)
     mean = min(task.length, longest)
-    recipes = {row["size"]: row for row in load_paper()["table6"]["rows"] if row["task"] == name}
-    recipe = recipes.get(size or "") or recipes["bert-336m"]
+    recipe = paper_recipe(name, size) or paper_recipe(name, "bert-336m")
+    assert recipe is not None
     batch = dataclasses.replace(
         batch,
-        rows=micro_batch * task.rows,
+        rows=batch.rows * task.rows,
         length=longest,
-        accumulates=micro_batch < recipe["global_batch"],
+        accumulates=batch.rows < recipe["global_batch"],
     )
     heads = {"lm_head": False, "binary_head": False, "pooler": "qa_head" not in task.head}
+    epoch = list(_rows(task.train * task.rows, mean))
     title = f"{task.title}, {task.train:,} samples x {recipe['epochs']} epochs"
     return Workload(
         name,
         title,
         list(_rows(task.evaluated * task.rows, mean)),
-        training=Training(
-            list(_rows(task.train * task.rows, mean)),
-            recipe["epochs"],
-            batch,
-            {**heads, **task.head},
-        ),
+        training=Training(epoch, recipe["epochs"], batch, heads | task.head),
     )
 
 

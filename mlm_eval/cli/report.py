@@ -132,7 +132,9 @@ def plan(options: PlanOptions) -> None:
         "attention_dropout": options.attention_dropout,
         "recompute": options.recompute,
     }
-    batch = TrainingBatch(rows=1, length=1, half=precision != "float32", **training)
+    batch = TrainingBatch(
+        rows=options.micro_batch, length=1, half=precision != "float32", **training
+    )
     record = plan_record(
         str(options.model or options.ckpt),
         config_of,
@@ -140,7 +142,6 @@ def plan(options: PlanOptions) -> None:
             first,
             task=options.task,
             size=options.model or _size_of(first),
-            micro_batch=options.micro_batch,
             batch=batch,
         ),
         itemsize=4 if precision == "float32" else 2,
@@ -150,12 +151,7 @@ def plan(options: PlanOptions) -> None:
         device_memory=memory,
         throughput=rate,
         paper_parameters=paper_count,
-        settings={
-            "dtype": precision,
-            "micro_batch": options.micro_batch,
-            **training,
-            "throughput": rate,
-        },
+        settings={"dtype": precision, "micro_batch": options.micro_batch, **training},
     )
     print(json.dumps(record, indent=2) if options.as_json else plan_text(record))
 

@@ -31,6 +31,19 @@ UNSTEADY = 0.2
 PAPER_LENGTH = 1024
 """Tokens of a row in the training of the paper's GPT-2 models."""
 
+SETTINGS = ("mode", "dtype", "device", "batch", "steps", "warmup_steps", "seed", "ckpt")
+TRAINING_SETTINGS = ("recompute", "hidden_dropout", "attention_dropout")
+"""Options that the record repeats; those of training are None in inference."""
+
+SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
+"""What the record says of a point's model."""
+
+COPIED = (
+    *("peak_tflops", "busy_over_alone", "load_seconds"),
+    *("all_reduces", "all_reduce_bytes", "all_reduce_seconds"),
+)
+"""Measured figures that the record holds as they are."""
+
 CONVENTION = {
     INFER: "a forward pass over whole rows; multiply and add count as two, the output layer "
     "included, norms, activations and softmax left out",
@@ -75,12 +88,8 @@ def bench_record(
 def _settings(
     series: BenchSeries, options: BenchOptions, first: Measured, cores: int
 ) -> dict[str, Any]:
-    of_training = {
-        "micro_batch": options.forward_rows,
-        "recompute": options.recompute,
-        "hidden_dropout": options.hidden_dropout,
-        "attention_dropout": options.attention_dropout,
-    }
+    given = {name: getattr(options, name) for name in (*SETTINGS, *TRAINING_SETTINGS)}
+    of_training = dict.fromkeys(("micro_batch", *TRAINING_SETTINGS))
     scaling = (
         f"layers and hidden size x {series.scale:g} with as many heads, vocabulary x "
         f"{series.scale**2:g}, so that the output layer keeps its share of the work"
@@ -89,21 +98,14 @@ def _settings(
         "study": series.kind,
         "title": series.title,
         "paper_study": series.paper,
-        "mode": options.mode,
         "scale": series.scale,
         "scaling": None if series.scale == 1.0 else scaling,
-        "dtype": options.dtype,
-        "device": options.device,
         "device_name": first.device_name,
         "cores": cores,
         "threads_per_rank": first.threads,
-        "batch": options.batch,
+        **given,
         "seq_length": options.row_length(series.points[0].config),
-        **(of_training if options.trains else dict.fromkeys(of_training)),
-        "steps": options.steps,
-        "warmup_steps": options.warmup_steps,
-        "seed": options.seed,
-        "ckpt": options.ckpt,
+        **({"micro_batch": options.forward_rows} if options.trains else of_training),
         "flops": CONVENTION[options.mode],
         "peak": "square matrix products in the same dtype with the same threads, the fastest of "
         "several sizes, on rank 0 while the others wait",
@@ -127,25 +129,17 @@ def _figures(
         "tp": point.tp,
         "model": point.model,
         "parameters": num_parameters(config),
-        "num_layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "num_attention_heads": config.num_attention_heads,
-        "vocab_size": config.vocab_size,
+        **{name: getattr(config, name) for name in SHAPE},
         "seconds_per_step": seconds,
         "fastest_step": min(measured.step_seconds),
         "slowest_step": max(measured.step_seconds),
         "tokens_per_second": options.batch * options.row_length(config) / seconds,
         "tflop_per_step": flops / 1e12,
         "tflops_per_rank": rate,
-        "peak_tflops": measured.peak_tflops,
         "share_of_peak": rate / measured.peak_tflops,
-        "busy_over_alone": measured.busy_over_alone,
         "cores_per_thread": min(1.0, cores / threads) if options.device == "cpu" else None,
-        "all_reduces": measured.all_reduces,
-        "all_reduce_bytes": measured.all_reduce_bytes,
-        "all_reduce_seconds": measured.all_reduce_seconds,
+        **{name: getattr(measured, name) for name in COPIED},
         "all_reduce_share": measured.all_reduce_seconds / seconds,
-        "load_seconds": measured.load_seconds,
         "published": point.published,
     }
 

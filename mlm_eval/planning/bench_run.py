@@ -11,6 +11,7 @@ Weights of a new model are drawn without a file, by each rank for its shard only
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Callable
@@ -244,8 +245,16 @@ def _wait(device: torch.device) -> None:
 def _slowest(seconds: list[float], device: torch.device) -> list[float]:
     """Return each of the times on its slowest rank."""
     times = torch.tensor(seconds, dtype=torch.float64, device=device)
-    slowest: list[float] = max_over_ranks(times).tolist()
-    return slowest
+    return list(max_over_ranks(times).tolist())
+
+
+def _clock(run: Callable[[], object], device: torch.device, *, times: int = 1) -> float:
+    """Return the seconds of a call, the mean over `times` of them in a row."""
+    started = time.perf_counter()
+    for _ in range(times):
+        run()
+    _wait(device)
+    return (time.perf_counter() - started) / times
 
 
 def time_steps(step: Callable[[], object], count: int, device: torch.device) -> list[float]:
@@ -254,10 +263,7 @@ def time_steps(step: Callable[[], object], count: int, device: torch.device) -> 
     for _ in range(count):
         _wait(device)
         barrier()
-        started = time.perf_counter()
-        step()
-        _wait(device)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(_clock(step, device))
     return _slowest(seconds, device)
 
 
@@ -291,15 +297,12 @@ def product_seconds(device: torch.device, dtype: torch.dtype, side: int) -> list
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     burst = 10 if device.type == "cuda" else 1  # so that starting them does not count
     seconds: list[float] = []
-    F.linear(left, right)
+    product = functools.partial(F.linear, left, right)
+    product()
     _wait(device)
     end = time.perf_counter() + PRODUCT_SECONDS
     while len(seconds) < 2 or time.perf_counter() < end:
-        started = time.perf_counter()
-        for _ in range(burst):
-            F.linear(left, right)
-        _wait(device)
-        seconds.append((time.perf_counter() - started) / burst)
+        seconds.append(_clock(product, device, times=burst))
     return seconds
 
 
@@ -308,14 +311,11 @@ def time_all_reduces(calls: AllReduceCounts, device: torch.device, repeats: int 
     total = 0.0
     for (size, dtype), count in calls.items():
         tensor = torch.zeros(size, dtype=dtype, device=device)
-        sum_over_ranks(tensor)  # the first one of a size may set up buffers
+        add = functools.partial(sum_over_ranks, tensor)
+        add()  # the first one of a size may set up buffers
         _wait(device)
         barrier()
-        started = time.perf_counter()
-        for _ in range(repeats):
-            sum_over_ranks(tensor)
-        _wait(device)
-        total += count * (time.perf_counter() - started) / repeats
+        total += count * _clock(add, device, times=repeats)
     return _slowest([total], device)[0]
 
 

@@ -168,6 +168,7 @@ def plan_record(
         "config": config.to_dict(),
         "settings": {
             **(settings or {}),
+            "throughput": throughput,
             "device": device,
             "itemsize": itemsize,
             "batch_tokens": batch_tokens,

@@ -58,7 +58,7 @@ def _memory_text(plan: Mapping[str, Any]) -> str:
 
 
 def _work_text(plan: Mapping[str, Any]) -> str:
-    throughput = plan["settings"].get("throughput")
+    throughput = plan["settings"]["throughput"]
     title = "floating-point operations, all ranks together"
     rows = [["task", "evaluation", "training"]]
     for work in plan["tasks"]:

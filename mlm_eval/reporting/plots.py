@@ -48,9 +48,8 @@ def draw_against_size(figure: Any, table: Table) -> None:
         published = _points(table.rows, column.key)
         panel.plot(*zip(*published, strict=True), "o-", color="#555", label="paper")
         for row in table.rows:  # models of others, whose size the paper does not give
-            if row.kind == PUBLISHED and row.parameters is None and column.key in row.cells:
-                level = row.cells[column.key].value
-                assert level is not None
+            level = row.value(column.key)
+            if row.kind == PUBLISHED and row.parameters is None and level is not None:
                 panel.axhline(level, linestyle=":", color="#999", label=row.model)
         measured = [row for row in table.rows if row.kind == MEASURED and row.parameters]
         for index, row in enumerate(measured):
@@ -76,18 +75,14 @@ def _plain_tick(value: float, _: int) -> str:
 def _points(rows: Sequence[TableRow], key: str) -> list[tuple[float, float]]:
     """Return (parameters, value) of the published models."""
     return [
-        (float(row.parameters), cell.value)
+        (float(row.parameters), value)
         for row in rows
-        if row.kind == PUBLISHED
-        and row.parameters
-        and (cell := row.cells.get(key)) is not None
-        and cell.value is not None
+        if row.kind == PUBLISHED and row.parameters and (value := row.value(key)) is not None
     ]
 
 
 def _mark(panel: Axes, row: TableRow, key: str, x: float, index: int) -> None:
-    cell = row.cells.get(key)
-    y = [] if cell is None or cell.value is None else [cell.value]
+    y = [value for value in [row.value(key)] if value is not None]
     hollow = row.limited or not row.as_in_paper
     panel.plot(
         [x] * len(y),
@@ -111,10 +106,7 @@ def draw_against_task(panel: Axes, table: Table) -> None:
     for row in table.rows:
         if row.kind != PUBLISHED:
             continue
-        values = [
-            cell.value if (cell := row.cells.get(c.key)) is not None else None
-            for c in table.columns
-        ]
+        values = [row.value(column.key) for column in table.columns]
         known = [(x, y) for x, y in zip(places, values, strict=True) if y is not None]
         ours = row.model.startswith("Megatron")
         panel.plot(

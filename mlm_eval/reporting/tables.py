@@ -67,6 +67,11 @@ class TableRow:
     digest: str = ""
     """Of the checkpoint."""
 
+    def value(self, key: str) -> float | None:
+        """Return the figure of a column; None where there is none to show."""
+        cell = self.cells.get(key)
+        return None if cell is None else cell.value
+
     @property
     def as_in_paper(self) -> bool:
         """Whether protocol, data and size are those of the published row."""

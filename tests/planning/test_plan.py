@@ -289,7 +289,7 @@ def test_the_counts_are_those_of_the_papers_files(shared_data: Path):
 
 def test_training_costs_three_forward_passes_and_recomputation_a_fourth():
     plain = planned(BERT, task="race")["tasks"][0]
-    batch = TrainingBatch(rows=1, length=1, recompute=True)
+    batch = TrainingBatch(rows=8, length=1, recompute=True)
     again = planned(BERT, task="race", batch=batch)["tasks"][0]
     (workload,) = workloads(BERT, task="race")
     assert workload.training is not None and workload.training.epochs == 3
@@ -308,7 +308,7 @@ def test_the_recipe_is_that_of_the_papers_size(size: str | None, epochs: int, ac
     assert workload.training is not None
     assert workload.training.epochs == epochs
     assert workload.training.batch.accumulates is accumulates
-    (whole,) = workloads(BERT, task="qqp", size=size, micro_batch=128)
+    (whole,) = workloads(BERT, task="qqp", size=size, batch=TrainingBatch(rows=128, length=1))
     assert whole.training is not None and not whole.training.batch.accumulates
 
 
