@@ -175,8 +175,11 @@ class ModelConfig:
         return dataclasses.asdict(self)
 
 
+SETTING_KINDS = {f.name: str(f.type).split(" | ")[0] for f in dataclasses.fields(ModelConfig)}
+"""The type of each setting: a key of `_KINDS`, but for `rope_scaling`."""
+
 # Also accepted by --set; the readers use them before there is a config.
-READER_SETTINGS: dict[str, type] = {"checkpoint_version": float}
+READER_SETTINGS = {"checkpoint_version": "float"}
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
@@ -202,8 +205,7 @@ def check_overrides(overrides: Mapping[str, Any]) -> None:
     """
     for name, value in overrides.items():
         kind = _kind_of(name)
-        types = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}[kind]
-        if not isinstance(value, types) or isinstance(value, bool) != (kind == "bool"):
+        if not is_of_kind(value, kind):
             raise InputError(f"{name} is set to {value!r}; expected {_KINDS[kind]}")
 
 
@@ -215,15 +217,19 @@ _KINDS = {
 }
 
 
+def is_of_kind(value: Any, kind: str) -> bool:
+    """Return whether a value is an `int`, `float` (a whole number also), `bool` or `str`."""
+    types = {"int": int, "float": int | float, "bool": bool, "str": str}
+    return isinstance(value, types[kind]) and isinstance(value, bool) == (kind == "bool")
+
+
 def _kind_of(name: str) -> str:
     """Return the type of a setting: a key of `_KINDS`."""
-    if name in READER_SETTINGS:
-        return READER_SETTINGS[name].__name__
-    fields = {f.name: f for f in dataclasses.fields(ModelConfig) if f.name != "rope_scaling"}
-    if name not in fields:
-        known = ", ".join(sorted([*fields, *READER_SETTINGS]))
+    kinds = {**SETTING_KINDS, **READER_SETTINGS}
+    if kinds.get(name) not in _KINDS:
+        known = ", ".join(sorted(name for name in kinds if kinds[name] in _KINDS))
         raise InputError(f"--set {name} is not a model setting; known are {known}")
-    return str(fields[name].type).split(" | ")[0]
+    return kinds[name]
 
 
 def _parse_value(name: str, kind: str, text: str) -> Any:
@@ -241,8 +247,8 @@ def _parse_value(name: str, kind: str, text: str) -> Any:
 
 def apply_overrides(config: ModelConfig, overrides: Mapping[str, Any]) -> ModelConfig:
     """Return `config` with the overridden fields replaced."""
-    known = {f.name for f in dataclasses.fields(ModelConfig)}
-    return dataclasses.replace(config, **{k: v for k, v in overrides.items() if k in known})
+    known = {k: v for k, v in overrides.items() if k in SETTING_KINDS}
+    return dataclasses.replace(config, **known)
 
 
 @dataclass

@@ -7,10 +7,12 @@ eighth of a checkpoint, and a conversion holds a few tensors at a time.
 
 from __future__ import annotations
 
+import math
 import mmap
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -38,10 +40,7 @@ class LazyTensor(ABC):
     @property
     def numel(self) -> int:
         """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -239,12 +238,20 @@ class Transposed(LazyTensor):
 
 
 class Mapped(LazyTensor):
-    """A tensor with an elementwise function applied when read, such as adding 1 to a gain."""
+    """A tensor with an elementwise function applied when read, such as adding 1 to a gain.
 
-    def __init__(self, source: LazyTensor, function: Callable[[Tensor], Tensor]) -> None:
+    `dtype` is that of the function's result; None: the source's.
+    """
+
+    def __init__(
+        self,
+        source: LazyTensor,
+        function: Callable[[Tensor], Tensor],
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.source = source
         self.function = function
-        self.dtype = source.dtype
+        self.dtype = dtype or source.dtype
         self.shape = source.shape
 
     def read(self, dim: int = 0, index: Index = None) -> Tensor:
@@ -252,15 +259,13 @@ class Mapped(LazyTensor):
         return self.function(self.source.read(dim, index))
 
 
+@dataclass(eq=False, repr=False)
 class Computed(LazyTensor):
     """A tensor that a function makes when it is read."""
 
-    def __init__(
-        self, shape: Sequence[int], dtype: torch.dtype, function: Callable[[], Tensor]
-    ) -> None:
-        self.shape = tuple(shape)
-        self.dtype = dtype
-        self.function = function
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    function: Callable[[], Tensor]
 
     def read(self, dim: int = 0, index: Index = None) -> Tensor:
         """See `LazyTensor.read`."""

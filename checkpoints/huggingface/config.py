@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlm_eval.checkpoints.config import ConfigBuilder, ModelConfig, RopeScaling
+from mlm_eval.checkpoints.config import (
+    SETTING_KINDS,
+    ConfigBuilder,
+    ModelConfig,
+    RopeScaling,
+    is_of_kind,
+)
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.huggingface.families import QUANTIZED, Family, Row
+from mlm_eval.checkpoints.huggingface.families import QUANTIZED, Family
 
 DEFAULT = "transformers' default"
 ROTARY_KEYS = (
@@ -22,7 +27,6 @@ ROTARY_KEYS = (
     "high_freq_factor",
     "original_max_position_embeddings",
 )
-TYPES = {f.name: str(f.type).split(" | ")[0] for f in dataclasses.fields(ModelConfig)}
 
 
 @dataclass(frozen=True)
@@ -50,14 +54,7 @@ class HubConfigReader(ConfigBuilder):
         value = part.get(key)
         if value is None:
             return default, DEFAULT
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        fits = {
-            "int": whole,
-            "float": whole or isinstance(value, float),
-            "bool": isinstance(value, bool),
-            "str": isinstance(value, str),
-        }[kind]
-        if not fits:
+        if not is_of_kind(value, kind):
             raise InputError(
                 f"{self.where}: {key} is {value!r}, expected a value of type {kind}; correct the "
                 "file"
@@ -100,7 +97,7 @@ def read_config(
     for name, value in family.constants.items():
         r.set(name, value, f"every {family.model_type} model")
     _sizes(r, family)
-    r.warnings += _window(r, family)
+    _window(r, family)
     r.switches = {
         key: bool(r.get(key, "bool", default)[0]) for key, default in family.switches.items()
     }
@@ -130,23 +127,17 @@ def bias_settings(family: Family, switches: Mapping[str, bool]) -> dict[str, boo
 
     Where only some linear layers have one, the others get zeros: the same function.
     """
-
-    def has_bias(row: Row) -> bool:
-        return switches[row.bias] if isinstance(row.bias, str) else row.bias
-
-    rows = {
-        row.canonical.rpartition(".")[2]: row for row in family.rows if ".layers." in row.canonical
-    }
+    has_bias = {row.canonical.rpartition(".")[2]: row.has_bias(switches) for row in family.rows}
     linear = ("linear_proj", "linear_fc1", "linear_fc2")
     return {
-        "add_qkv_bias": has_bias(rows["linear_qkv"]),
-        "add_bias_linear": any(has_bias(rows[name]) for name in linear),
+        "add_qkv_bias": has_bias["linear_qkv"],
+        "add_bias_linear": any(has_bias[name] for name in linear),
     }
 
 
 def _sizes(r: HubConfigReader, family: Family) -> None:
     for entry in family.fields:
-        r.set(entry.setting, *r.get(entry.key, TYPES[entry.setting], entry.default))
+        r.set(entry.setting, *r.get(entry.key, SETTING_KINDS[entry.setting], entry.default))
     hidden, heads = r.values["hidden_size"], r.values["num_attention_heads"]
     if r.values.get("num_query_groups") is None:
         r.set("num_query_groups", heads, "one per attention head")
@@ -163,27 +154,25 @@ def _sizes(r: HubConfigReader, family: Family) -> None:
         raise InputError(f"{r.where}: max_position_embeddings must be at least 1; correct the file")
 
 
-def _window(r: HubConfigReader, family: Family) -> list[str]:
+def _window(r: HubConfigReader, family: Family) -> None:
     """Limit the positions to the sliding window: up to there a window changes nothing."""
     window = r.hf.get("sliding_window", family.sliding_window)
     if family.model_type in ("qwen2", "qwen3") or window is None:
-        return []  # these have a switch of their own, refused where it is on
+        return  # these have a switch of their own, refused where it is on
     window, _ = r.get("sliding_window", "int", family.sliding_window)
     positions = r.values["max_position_embeddings"]
     if positions <= window:
-        return []
+        return
     if "max_position_embeddings" in r.overrides:
         raise InputError(
             f"{r.where}: attention is limited to a window of {window} positions, which mlm-eval "
-            "computes only up to "
-            f"that length; use --set max_position_embeddings={window} or less"
+            f"computes only up to that length; use --set max_position_embeddings={window} or less"
         )
     r.set("max_position_embeddings", window, "config.json sliding_window")
-    return [
+    r.warnings.append(
         f"the model attends within a sliding window of {window} positions; it is used up to that "
-        "length, where the "
-        f"window changes nothing, and not up to {positions}"
-    ]
+        f"length, where the window changes nothing, and not up to {positions}"
+    )
 
 
 def _activation(r: HubConfigReader, family: Family) -> None:
@@ -211,8 +200,7 @@ def _rotary(r: HubConfigReader, family: Family) -> None:
             f"{r.where}: the rotary setting {unknown[0]} (in {within}) is not supported; known are "
             f"{', '.join(ROTARY_KEYS)}"
         )
-    old_base = "rotary_emb_base" if family.model_type == "gpt_neox" else "rope_theta"
-    old_share = "rotary_pct" if family.model_type == "gpt_neox" else "partial_rotary_factor"
+    old_base, old_share = family.old_rotary_keys
 
     def lookup(key: str, old_key: str, default: float) -> tuple[float, str]:
         value, source = r.get(key, "float", None, within)
@@ -261,7 +249,7 @@ def write_config(
     }
     for entry in family.fields:
         value = getattr(config, entry.setting)
-        hf[entry.key] = float(value) if TYPES[entry.setting] == "float" else value
+        hf[entry.key] = float(value) if SETTING_KINDS[entry.setting] == "float" else value
     names = {ours: theirs for theirs, ours in reversed(list(family.activations.items()))}
     hf[family.activation_key] = names[config.activation]
     hf.update(switches)
@@ -295,16 +283,12 @@ def _write_rotary(config: ModelConfig, family: Family) -> dict[str, Any]:
     elif config.rotary_seq_len_interpolation_factor is not None:
         factor = float(config.rotary_seq_len_interpolation_factor)
         scaling = {"rope_type": "linear", "factor": factor}
-    base = {"rope_theta": float(config.rotary_base)}
-    share = {"partial_rotary_factor": float(config.rotary_percent)}
-    parameters = {"rope_type": "default", **base, **scaling}
+    base, share = float(config.rotary_base), float(config.rotary_percent)
+    parameters = {"rope_type": "default", "rope_theta": base, **scaling}
+    old_base, old_share = family.old_rotary_keys
+    hf: dict[str, Any] = {"rope_parameters": parameters, old_base: base}
     if family.partial_rotary is not None:
-        parameters |= share
-    hf: dict[str, Any] = {"rope_parameters": parameters}
-    if family.model_type == "gpt_neox":
-        hf |= {"rotary_emb_base": base["rope_theta"], "rotary_pct": share["partial_rotary_factor"]}
-    else:
-        hf |= base | (share if family.partial_rotary is not None else {})
+        parameters["partial_rotary_factor"] = hf[old_share] = share
     if scaling:
         hf["rope_scaling"] = scaling
     return hf

@@ -10,6 +10,8 @@ Source: the modeling and configuration files of transformers 5.23.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -49,6 +51,10 @@ class Row:
     optional: bool = False
     """Present only in models that have it: heads, an untied output table, QK norms."""
     weight: bool = True
+
+    def has_bias(self, switches: Mapping[str, bool]) -> bool:
+        """Return whether the module has a bias, where config.json says `switches`."""
+        return switches[self.bias] if isinstance(self.bias, str) else self.bias
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,8 @@ class Family:
     """Besides quantized weights, which no family has here."""
     partial_rotary: float | None = None
     """transformers' default share of rotated channels; None where all are."""
+    old_rotary_keys: tuple[str, str] = ("rope_theta", "partial_rotary_factor")
+    """Base and share of rotated channels before transformers 5."""
     sliding_window: int | None = None
     """transformers' default of sliding_window."""
 
@@ -111,6 +119,7 @@ NO_WINDOW = Refusal("use_sliding_window", (False,), "sliding windows", False)
 PARALLEL = "attention and MLP side by side (a parallel residual)"
 
 _LAYER = "decoder.layers.{i}"
+_ATTENTION = f"{_LAYER}.self_attention"
 
 GPT2 = Family(
     model_type="gpt2",
@@ -141,16 +150,8 @@ GPT2 = Family(
         Row("embedding.word_embeddings", ("transformer.wte",), False),
         Row("embedding.position_embeddings", ("transformer.wpe",), False),
         Row(f"{_LAYER}.input_layernorm", ("transformer.h.{i}.ln_1",)),
-        Row(
-            f"{_LAYER}.self_attention.linear_qkv",
-            ("transformer.h.{i}.attn.c_attn",),
-            layout=CONV1D_QKV,
-        ),
-        Row(
-            f"{_LAYER}.self_attention.linear_proj",
-            ("transformer.h.{i}.attn.c_proj",),
-            layout=CONV1D,
-        ),
+        Row(f"{_ATTENTION}.linear_qkv", ("transformer.h.{i}.attn.c_attn",), layout=CONV1D_QKV),
+        Row(f"{_ATTENTION}.linear_proj", ("transformer.h.{i}.attn.c_proj",), layout=CONV1D),
         Row(f"{_LAYER}.pre_mlp_layernorm", ("transformer.h.{i}.ln_2",)),
         Row(f"{_LAYER}.mlp.linear_fc1", ("transformer.h.{i}.mlp.c_fc",), layout=CONV1D),
         Row(f"{_LAYER}.mlp.linear_fc2", ("transformer.h.{i}.mlp.c_proj",), layout=CONV1D),
@@ -178,7 +179,8 @@ def _llama_rows(
     *,
     norm_bias: bool = False,
     qk_norm: bool = False,
-    mlp: tuple[str, str] | None = None,
+    fc1: tuple[str, ...] = ("gate_proj", "up_proj"),
+    fc2: str = "down_proj",
 ) -> tuple[Row, ...]:
     """Return the names that Llama introduced and many families share.
 
@@ -188,40 +190,26 @@ def _llama_rows(
         mlp_bias: The same for the MLP.
         norm_bias: LayerNorm rather than RMSNorm.
         qk_norm: Whether queries and keys are normed.
-        mlp: The two matrices of an ungated MLP; None for a gated one.
+        fc1: The MLP's first matrix; two where it is gated.
+        fc2: The MLP's second matrix.
     """
-    own = f"{_LAYER}."
     theirs = "model.layers.{i}."
-    attention, theirs_attention = f"{own}self_attention.", f"{theirs}self_attn."
-    qkv = tuple(f"{theirs_attention}{which}_proj" for which in "qkv")
+    attention = f"{theirs}self_attn."
+    qkv = tuple(f"{attention}{which}_proj" for which in "qkv")
     norms = tuple(
-        Row(
-            f"{attention}{which}_layernorm",
-            (f"{theirs_attention}{which}_norm",),
-            False,
-            optional=True,
-        )
+        Row(f"{_ATTENTION}.{which}_layernorm", (f"{attention}{which}_norm",), False)
         for which in "qk"
     )
-    if mlp is None:
-        gate_up = (f"{theirs}mlp.gate_proj", f"{theirs}mlp.up_proj")
-        mlp_rows = (
-            Row(f"{own}mlp.linear_fc1", gate_up, mlp_bias, GATE_UP),
-            Row(f"{own}mlp.linear_fc2", (f"{theirs}mlp.down_proj",), mlp_bias),
-        )
-    else:
-        mlp_rows = (
-            Row(f"{own}mlp.linear_fc1", (f"{theirs}mlp.{mlp[0]}",), mlp_bias),
-            Row(f"{own}mlp.linear_fc2", (f"{theirs}mlp.{mlp[1]}",), mlp_bias),
-        )
+    mlp_in = tuple(f"{theirs}mlp.{name}" for name in fc1)
     return (
         Row("embedding.word_embeddings", ("model.embed_tokens",), False),
-        Row(f"{own}input_layernorm", (f"{theirs}input_layernorm",), norm_bias),
-        Row(f"{attention}linear_qkv", qkv, qkv_bias, SPLIT_QKV),
+        Row(f"{_LAYER}.input_layernorm", (f"{theirs}input_layernorm",), norm_bias),
+        Row(f"{_ATTENTION}.linear_qkv", qkv, qkv_bias, SPLIT_QKV),
         *(norms if qk_norm else ()),
-        Row(f"{attention}linear_proj", (f"{theirs_attention}o_proj",), output_bias),
-        Row(f"{own}pre_mlp_layernorm", (f"{theirs}post_attention_layernorm",), norm_bias),
-        *mlp_rows,
+        Row(f"{_ATTENTION}.linear_proj", (f"{attention}o_proj",), output_bias),
+        Row(f"{_LAYER}.pre_mlp_layernorm", (f"{theirs}post_attention_layernorm",), norm_bias),
+        Row(f"{_LAYER}.mlp.linear_fc1", mlp_in, mlp_bias, GATE_UP if len(fc1) == 2 else SAME),
+        Row(f"{_LAYER}.mlp.linear_fc2", (f"{theirs}mlp.{fc2}",), mlp_bias),
         Row("decoder.final_layernorm", ("model.norm",), norm_bias),
         Row("output_layer", ("lm_head",), False, optional=True),
     )
@@ -295,7 +283,9 @@ STARCODER2 = Family(
         Field("hidden_dropout", "residual_dropout", 0.0),
     ),
     switches={"use_bias": True},
-    rows=_llama_rows("use_bias", "use_bias", "use_bias", norm_bias=True, mlp=("c_fc", "c_proj")),
+    rows=_llama_rows(
+        "use_bias", "use_bias", "use_bias", norm_bias=True, fc1=("c_fc",), fc2="c_proj"
+    ),
 )
 GPT_NEOX = Family(
     model_type="gpt_neox",
@@ -318,23 +308,19 @@ GPT_NEOX = Family(
     switches={"attention_bias": True},
     refusals=(Refusal("use_parallel_residual", (False,), PARALLEL, True),),
     partial_rotary=0.25,
+    old_rotary_keys=("rotary_emb_base", "rotary_pct"),
     rows=(
         Row("embedding.word_embeddings", ("gpt_neox.embed_in",), False),
         Row(f"{_LAYER}.input_layernorm", ("gpt_neox.layers.{i}.input_layernorm",)),
         Row(  # rows [heads, 3, head]: group order as it is
-            f"{_LAYER}.self_attention.linear_qkv",
+            f"{_ATTENTION}.linear_qkv",
             ("gpt_neox.layers.{i}.attention.query_key_value",),
             "attention_bias",
         ),
         Row(
-            f"{_LAYER}.self_attention.linear_proj",
-            ("gpt_neox.layers.{i}.attention.dense",),
-            "attention_bias",
+            f"{_ATTENTION}.linear_proj", ("gpt_neox.layers.{i}.attention.dense",), "attention_bias"
         ),
-        Row(
-            f"{_LAYER}.pre_mlp_layernorm",
-            ("gpt_neox.layers.{i}.post_attention_layernorm",),
-        ),
+        Row(f"{_LAYER}.pre_mlp_layernorm", ("gpt_neox.layers.{i}.post_attention_layernorm",)),
         Row(f"{_LAYER}.mlp.linear_fc1", ("gpt_neox.layers.{i}.mlp.dense_h_to_4h",)),
         Row(f"{_LAYER}.mlp.linear_fc2", ("gpt_neox.layers.{i}.mlp.dense_4h_to_h",)),
         Row("decoder.final_layernorm", ("gpt_neox.final_layer_norm",)),
@@ -342,55 +328,32 @@ GPT_NEOX = Family(
     ),
 )
 
-_BERT_FIELDS = (
-    Field("hidden_size", "hidden_size", 768),
-    Field("num_layers", "num_hidden_layers", 12),
-    Field("num_attention_heads", "num_attention_heads", 12),
-    Field("ffn_hidden_size", "intermediate_size", 3072),
-    Field("max_position_embeddings", "max_position_embeddings", 512),
-    Field("num_tokentypes", "type_vocab_size", 2),
-    Field("layernorm_epsilon", "layer_norm_eps", 1e-12),
-    Field("hidden_dropout", "hidden_dropout_prob", 0.1),
-    Field("attention_dropout", "attention_probs_dropout_prob", 0.1),
-    Field("init_method_std", "initializer_range", 0.02),
-)
-_BERT_REFUSALS = (
-    Refusal("is_decoder", (False,), "a causal mask (a decoder)", False),
-    Refusal("add_cross_attention", (False,), "cross-attention", False),
-    Refusal("position_embedding_type", ("absolute",), "relative positions", "absolute"),
-)
-
 
 def _bert_rows(norms: Mapping[str, str]) -> tuple[Row, ...]:
-    """Return BERT's names; the two orders differ in where the norms are."""
+    """Return BERT's names; the two orders differ in where the norms are (the final one last)."""
     own, theirs = "encoder.layers.{i}.", "bert.encoder.layer.{i}."
     attention = f"{theirs}attention."
     qkv = tuple(f"{attention}self.{which}" for which in ("query", "key", "value"))
-    heads = (
-        ("lm_head.dense", "cls.predictions.transform.dense"),
-        ("lm_head.layer_norm", "cls.predictions.transform.LayerNorm"),
-        ("binary_head", "cls.seq_relationship"),
-        ("classification_head", "classifier"),
-        ("multichoice_head", "classifier"),
-        ("qa_head", "qa_outputs"),
-    )
-    in_layers = {name: norms[name] for name in norms if "{i}" in name}
-    around = {name: norms[name] for name in norms if "{i}" not in name}
+    *layer_norms, final_norm = (Row(name, (their,)) for name, their in norms.items())
     return (
         Row("embedding.word_embeddings", ("bert.embeddings.word_embeddings",), False),
         Row("embedding.position_embeddings", ("bert.embeddings.position_embeddings",), False),
         Row("embedding.tokentype_embeddings", ("bert.embeddings.token_type_embeddings",), False),
-        *(Row(name, (their,)) for name, their in around.items() if "layers" in name),
-        *(Row(name, (their,)) for name, their in in_layers.items()),
+        *layer_norms,
         Row(f"{own}self_attention.linear_qkv", qkv, layout=SPLIT_QKV),
         Row(f"{own}self_attention.linear_proj", (f"{attention}output.dense",)),
         Row(f"{own}mlp.linear_fc1", (f"{theirs}intermediate.dense",)),
         Row(f"{own}mlp.linear_fc2", (f"{theirs}output.dense",)),
-        *(Row(name, (their,)) for name, their in around.items() if "layers" not in name),
+        final_norm,
         Row("pooler.dense", ("bert.pooler.dense",), optional=True),
         Row("output_layer", ("cls.predictions",), optional=True, weight=False),
         Row("output_layer", ("cls.predictions.decoder",), False, optional=True),
-        *(Row(name, (their,), optional=True) for name, their in heads),
+        Row("lm_head.dense", ("cls.predictions.transform.dense",), optional=True),
+        Row("lm_head.layer_norm", ("cls.predictions.transform.LayerNorm",), optional=True),
+        Row("binary_head", ("cls.seq_relationship",), optional=True),
+        Row("classification_head", ("classifier",), optional=True),
+        Row("multichoice_head", ("classifier",), optional=True),
+        Row("qa_head", ("qa_outputs",), optional=True),
     )
 
 
@@ -402,8 +365,23 @@ MEGATRON_BERT = Family(
     tied=True,
     activations=GELU,
     activation="gelu",
-    fields=_BERT_FIELDS,
-    refusals=_BERT_REFUSALS,
+    fields=(
+        Field("hidden_size", "hidden_size", 768),
+        Field("num_layers", "num_hidden_layers", 12),
+        Field("num_attention_heads", "num_attention_heads", 12),
+        Field("ffn_hidden_size", "intermediate_size", 3072),
+        Field("max_position_embeddings", "max_position_embeddings", 512),
+        Field("num_tokentypes", "type_vocab_size", 2),
+        Field("layernorm_epsilon", "layer_norm_eps", 1e-12),
+        Field("hidden_dropout", "hidden_dropout_prob", 0.1),
+        Field("attention_dropout", "attention_probs_dropout_prob", 0.1),
+        Field("init_method_std", "initializer_range", 0.02),
+    ),
+    refusals=(
+        Refusal("is_decoder", (False,), "a causal mask (a decoder)", False),
+        Refusal("add_cross_attention", (False,), "cross-attention", False),
+        Refusal("position_embedding_type", ("absolute",), "relative positions", "absolute"),
+    ),
     rows=_bert_rows(
         {
             "encoder.layers.{i}.input_layernorm": "bert.encoder.layer.{i}.attention.ln",
@@ -412,16 +390,10 @@ MEGATRON_BERT = Family(
         }
     ),
 )
-ORIGINAL_BERT = Family(
+ORIGINAL_BERT = dataclasses.replace(
+    MEGATRON_BERT,
     model_type="bert",
-    kind="bert",
     model_class="Bert",
-    prefix="bert.",
-    tied=True,
-    activations=GELU,
-    activation="gelu",
-    fields=_BERT_FIELDS,
-    refusals=_BERT_REFUSALS,
     constants={"apply_residual_connection_post_layernorm": True},
     rows=_bert_rows(
         {
@@ -464,28 +436,23 @@ class Entry:
 
 def entries(family: Family, num_layers: int, switches: Mapping[str, bool]) -> Iterator[Entry]:
     """Yield the parameters of a model, in the order of transformers' own files."""
-    per_layer = [row for row in family.rows if "{i}" in row.canonical]
-    first, last = family.rows.index(per_layer[0]), family.rows.index(per_layer[-1])
-    for row in family.rows[:first]:
-        yield from _row_entries(row, 0, num_layers, switches)
-    for layer in range(num_layers):
-        for row in family.rows[first : last + 1]:
-            if not ("{i-1}" in "".join(row.names) and layer == 0):
-                yield from _row_entries(row, layer, num_layers, switches)
-    for row in family.rows[last + 1 :]:
-        yield from _row_entries(row, 0, num_layers, switches)
+    for in_layers, group in itertools.groupby(family.rows, lambda row: "{i}" in row.canonical):
+        rows = list(group)
+        for layer in range(num_layers if in_layers else 1):
+            places = {"{i}": str(layer), "{i-1}": str(layer - 1), "{last}": str(num_layers - 1)}
+            for row in rows:
+                if layer > 0 or "{i-1}" not in "".join(row.names):
+                    yield from _row_entries(row, places, switches)
 
 
 def _row_entries(
-    row: Row, layer: int, num_layers: int, switches: Mapping[str, bool]
+    row: Row, places: Mapping[str, str], switches: Mapping[str, bool]
 ) -> Iterator[Entry]:
-    places = {"{i}": str(layer), "{i-1}": str(layer - 1), "{last}": str(num_layers - 1)}
-    has_bias = switches[row.bias] if isinstance(row.bias, str) else row.bias
-    for leaf, present in (("weight", row.weight), ("bias", has_bias)):
+    canonical, *names = (
+        re.sub(r"\{.*?\}", lambda place: places[place[0]], name)
+        for name in (row.canonical, *row.names)
+    )
+    for leaf, present in (("weight", row.weight), ("bias", row.has_bias(switches))):
         if present:
-            filled = []
-            for name in (row.canonical, *row.names):
-                for place, value in places.items():
-                    name = name.replace(place, value)
-                filled.append(f"{name}.{leaf}")
-            yield Entry(filled[0], tuple(filled[1:]), row.layout, row.optional)
+            filled = tuple(f"{name}.{leaf}" for name in names)
+            yield Entry(f"{canonical}.{leaf}", filled, row.layout, row.optional)

@@ -6,48 +6,20 @@ undoes the other exactly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from mlm_eval.checkpoints.config import ModelConfig
-from mlm_eval.checkpoints.lazy import (
-    Concat,
-    Index,
-    LazyTensor,
-    Selected,
-    Transposed,
-    take,
-)
+from mlm_eval.checkpoints.lazy import Computed, Concat, LazyTensor, Selected, Transposed
 
 Shape = tuple[int, ...]
 
 
-class Zeros(LazyTensor):
-    """A tensor of zeros: a bias that one side of a conversion has and the other lacks."""
-
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
-        self.shape = tuple(shape)
-        self.dtype = dtype
-
-    def read(self, dim: int = 0, index: Index = None) -> Tensor:
-        """See `LazyTensor.read`."""
-        return take(torch.zeros(self.shape, dtype=self.dtype), dim, index)
-
-
-class Cast(LazyTensor):
-    """A tensor in another dtype."""
-
-    def __init__(self, source: LazyTensor, dtype: torch.dtype) -> None:
-        self.source = source
-        self.shape = source.shape
-        self.dtype = dtype
-
-    def read(self, dim: int = 0, index: Index = None) -> Tensor:
-        """See `LazyTensor.read`."""
-        return self.source.read(dim, index).to(self.dtype)
+def zeros(shape: Shape, dtype: torch.dtype) -> LazyTensor:
+    """Return a tensor of zeros: a bias that one side of a conversion has and the other lacks."""
+    return Computed(shape, dtype, lambda: torch.zeros(shape, dtype=dtype))
 
 
 class Layout:
@@ -87,11 +59,11 @@ class Conv1DQKV(Conv1D):
 
     def pack(self, parts: list[LazyTensor], config: ModelConfig) -> LazyTensor:
         """See `Layout`."""
-        return Selected(_transpose(parts[0]), group_order(config))
+        return Selected(_transpose(parts[0]), _group_order(config))
 
     def unpack(self, tensor: LazyTensor, config: ModelConfig) -> list[LazyTensor]:
         """See `Layout`."""
-        return [_transpose(Selected(tensor, torch.argsort(group_order(config))))]
+        return [_transpose(Selected(tensor, torch.argsort(_group_order(config))))]
 
 
 class SplitQKV(Layout):
@@ -103,11 +75,11 @@ class SplitQKV(Layout):
 
     def pack(self, parts: list[LazyTensor], config: ModelConfig) -> LazyTensor:
         """See `Layout`."""
-        return Selected(Concat(parts, 0), group_order(config))
+        return Selected(Concat(parts, 0), _group_order(config))
 
     def unpack(self, tensor: LazyTensor, config: ModelConfig) -> list[LazyTensor]:
         """See `Layout`."""
-        places = torch.argsort(group_order(config)).split(_qkv_rows(config))
+        places = torch.argsort(_group_order(config)).split(_qkv_rows(config))
         return [Selected(tensor, rows) for rows in places]
 
 
@@ -142,13 +114,14 @@ def _qkv_rows(config: ModelConfig) -> list[int]:
     return [config.num_attention_heads * config.kv_channels, groups, groups]
 
 
-def group_order(config: ModelConfig) -> Tensor:
-    """Return where each canonical QKV row stands in `[all queries; all keys; all values]`."""
-    return _group_order(config.num_attention_heads, config.num_query_groups, config.kv_channels)
-
-
 @lru_cache(maxsize=8)
-def _group_order(heads: int, groups: int, channels: int) -> Tensor:
+def _group_order(config: ModelConfig) -> Tensor:
+    """Return where each canonical QKV row stands in `[all queries; all keys; all values]`."""
+    heads, groups, channels = (
+        config.num_attention_heads,
+        config.num_query_groups,
+        config.kv_channels,
+    )
     query = torch.arange(heads * channels).view(groups, heads // groups, channels)
     key = torch.arange(groups * channels).view(groups, 1, channels) + heads * channels
     return torch.cat([query, key, key + groups * channels], dim=1).reshape(-1)

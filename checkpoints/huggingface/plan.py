@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
@@ -38,7 +37,7 @@ from mlm_eval.checkpoints.huggingface.families import (
     Family,
     entries,
 )
-from mlm_eval.checkpoints.huggingface.layout import Cast, Zeros
+from mlm_eval.checkpoints.huggingface.layout import zeros
 from mlm_eval.checkpoints.huggingface.tokenizer import TokenizerFiles, tokenizer_files
 from mlm_eval.checkpoints.lazy import LazyTensor, Mapped, Selected
 from mlm_eval.checkpoints.parameters import parameters
@@ -119,7 +118,10 @@ def plan_huggingface(
     tensors = _tensors(source, family, written, switches, notes)
     if head == "Model":  # a base model's names have no prefix
         tensors = {name.removeprefix(family.prefix): tensor for name, tensor in tensors.items()}
-    hf.update(_special_tokens(hf["vocab_size"], files))
+    known = {} if files is None else files.token_ids
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        index = known.get(key)  # null where unknown, since defaults would be wrong
+        hf[key] = index if index is not None and index < hf["vocab_size"] else None
     return HuggingFacePlan(
         source=checkpoint,
         dtype=dtype,
@@ -168,13 +170,6 @@ def _cut_padding(
     return with_rows(checkpoint, true_size)
 
 
-def _special_tokens(rows: int, files: TokenizerFiles | None) -> dict[str, int | None]:
-    """Return the ids of special tokens; null where unknown, since defaults would be wrong."""
-    known = {} if files is None else files.token_ids
-    ids = {key: known.get(key, rows) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return {key: index if index < rows else None for key, index in ids.items()}
-
-
 def _refused(what: str, why: str) -> InputError:
     return InputError(f"{what} cannot be converted to Hugging Face: {why}; {WAY_OUT}")
 
@@ -195,8 +190,8 @@ def choose_family(c: ModelConfig) -> Family:
             f"a model that rotates {c.rotary_percent:.0%} of the channels",
             f"{family.model_type} models rotate all of them",
         )
-    has_head_dim = any(entry.setting == "kv_channels" for entry in family.fields)
-    if not has_head_dim and c.kv_channels * c.num_attention_heads != c.hidden_size:
+    settings = {entry.setting for entry in family.fields}
+    if "kv_channels" not in settings and c.kv_channels * c.num_attention_heads != c.hidden_size:
         raise _refused(
             f"a model with {c.num_attention_heads} heads of {c.kv_channels} and hidden size "
             f"{c.hidden_size}",
@@ -207,8 +202,7 @@ def choose_family(c: ModelConfig) -> Family:
             f"a model with {c.num_attention_heads} heads and hidden size {c.hidden_size}",
             "transformers wants heads that divide the hidden size",
         )
-    grouped = any(entry.setting == "num_query_groups" for entry in family.fields)
-    if not grouped and c.num_query_groups != c.num_attention_heads:
+    if "num_query_groups" not in settings and c.num_query_groups != c.num_attention_heads:
         raise _refused("grouped-query attention here", f"{family.model_type} models have none")
     return family
 
@@ -317,8 +311,8 @@ def _approximate_gelu(c: ModelConfig, allow: bool) -> list[str]:
     if not allow:
         raise InputError(
             f"this BERT model cannot be converted to Hugging Face exactly: {what}; "
-            "--allow-approximate uses the MLPs' "
-            "in the LM head too (logits differ by about 1e-3) and records the measured difference"
+            "--allow-approximate uses the MLPs' in the LM head too (logits differ by about 1e-3) "
+            "and records the measured difference"
         )
     return [f"{what}: the LM head gets {kinds[c.activation]} too"]
 
@@ -331,19 +325,17 @@ def _fold_gains(checkpoint: Checkpoint, dtype: torch.dtype | None, notes: list[s
     worst = 0.0
     for name, stored in checkpoint.tensors.items():
         if name.endswith(("layernorm.weight", "layer_norm.weight")):
-            to = dtype or stored.dtype
-            exact = Mapped(stored, _add_one)
-            exact.dtype = torch.float32
-            tensors[name] = folded = Cast(exact, to)
-            worst = max(worst, (folded.read().float() - exact.read()).abs().max().item())
+            tensors[name] = folded = _add_one(stored, dtype or stored.dtype)
+            exact = stored.read().float() + 1
+            worst = max(worst, (folded.read().float() - exact).abs().max().item())
     rounding = f" (rounded by up to {worst:.1g})" if worst else ""
     notes.append(f"the norms' gains were stored minus 1 (layernorm_1p): 1 is added{rounding}")
     config = dataclasses.replace(checkpoint.config, layernorm_zero_centered_gamma=False)
     return dataclasses.replace(checkpoint, config=config, tensors=tensors)
 
 
-def _add_one(gain: Tensor) -> Tensor:
-    return gain.float() + 1
+def _add_one(gain: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    return Mapped(gain, lambda values: (values.float() + 1).to(dtype), dtype)
 
 
 def _fold_rotary(checkpoint: Checkpoint, notes: list[str]) -> Checkpoint:
@@ -438,7 +430,7 @@ def _tensors(
     table = parameters(written)
     kept = source.tensors["embedding.word_embeddings.weight"].dtype
     tensors: dict[str, LazyTensor] = {}
-    zeros, done = [], set()
+    filled, done = [], set()
     for entry in entries(family, written.num_layers, switches):
         if entry.canonical not in table:
             assert entry.optional, entry.canonical
@@ -448,16 +440,15 @@ def _tensors(
             parts = entry.layout.unpack(source.tensors[entry.canonical], written)
         else:
             shapes = entry.layout.shapes(table[entry.canonical].shape, written)
-            parts = [Zeros(shape, kept) for shape in shapes]
-            zeros.append(entry.canonical)
+            parts = [zeros(shape, kept) for shape in shapes]
+            filled.append(entry.canonical)
         tensors.update(zip(entry.names, parts, strict=True))
     lost = [name for name in source.tensors if name not in done and not name.startswith("pooler.")]
     assert not lost, lost
-    if zeros:
-        kinds = sorted({name.split(".")[-2] + "." + name.split(".")[-1] for name in zeros})
+    if filled:
+        kinds = sorted({".".join(name.split(".")[-2:]) for name in filled})
         notes.append(
-            f"{len(zeros)} parameter(s) that {family.model_type} has and this model lacks are "
-            "zeros "
-            f"({', '.join(kinds[:4])})"
+            f"{len(filled)} parameter(s) that {family.model_type} has and this model lacks are "
+            f"zeros ({', '.join(kinds[:4])})"
         )
     return tensors

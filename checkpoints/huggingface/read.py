@@ -7,7 +7,8 @@ Weights are mapped, packed into canonical form by views, and read when somebody 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,18 @@ import torch
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance, cheap_digest
 from mlm_eval.checkpoints.config import ModelConfig
-from mlm_eval.checkpoints.dtypes import dtype_name
+from mlm_eval.checkpoints.dtypes import WEIGHT_DTYPES, dtype_name
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safetensors_file import read_safetensors
 from mlm_eval.checkpoints.files.torch_file import read_torch_file
 from mlm_eval.checkpoints.huggingface.config import Found, read_config
 from mlm_eval.checkpoints.huggingface.families import FAMILIES, IGNORED_TENSORS, Family, entries
-from mlm_eval.checkpoints.huggingface.layout import Zeros
+from mlm_eval.checkpoints.huggingface.layout import zeros
 from mlm_eval.checkpoints.lazy import LazyTensor
 from mlm_eval.checkpoints.parameters import parameters
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """In transformers' order of preference; each may also be split, with an index beside it."""
-
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -60,12 +59,12 @@ class Weights:
         for key, tensor in tensors.items():
             if not isinstance(tensor, LazyTensor) or IGNORED_TENSORS.search(key):
                 continue
-            for old, new in (
-                (".gamma", ".weight"),
-                (".beta", ".bias"),
-            ):  # BERT as converted in 2018
-                key = key.removesuffix(old) + new if key.endswith(old) else key
-            self.tensors[key] = tensor
+            self.tensors[_current_name(key)] = tensor
+
+
+def _current_name(key: str) -> str:
+    """Return today's name of a tensor; BERT as converted in 2018 has others for its norms."""
+    return re.sub(r"\.beta$", ".bias", re.sub(r"\.gamma$", ".weight", key))
 
 
 def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> Checkpoint:
@@ -173,8 +172,8 @@ def _open_weights(folder: Path, prefix: str) -> Weights:
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6])
     raise InputError(
         f"{folder} has a config.json but no weights: expected model.safetensors or "
-        "pytorch_model.bin, or its shards "
-        f"with their index (found {found}); copy all files of the model"
+        f"pytorch_model.bin, or its shards with their index (found {found}); "
+        "copy all files of the model"
     )
 
 
@@ -218,11 +217,10 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _check_index(weights: Weights, index: Path) -> None:
-    lost = [key for key in _weight_map(index) if key not in weights.tensors]
     lost = [
         key
-        for key in lost
-        if not key.endswith((".gamma", ".beta")) and not IGNORED_TENSORS.search(key)
+        for key in _weight_map(index)
+        if _current_name(key) not in weights.tensors and not IGNORED_TENSORS.search(key)
     ]
     if lost:
         raise InputError(
@@ -233,28 +231,22 @@ def _check_index(weights: Weights, index: Path) -> None:
 
 def _inspect(weights: Weights, family: Family, hf: Mapping[str, Any]) -> Found:
     """Return what the weights tell about the model, and mark copies of tied tables as used."""
-    table_name = next(
-        row.names[0] for row in family.rows if row.canonical == "embedding.word_embeddings"
-    )
-    table = weights.find(f"{table_name}.weight")
+    names = {row.canonical: row.names[0] for row in family.rows if row.weight}
+    table_name = f"{names['embedding.word_embeddings']}.weight"
+    table = weights.find(table_name)
     if table is None or len(table.shape) != 2:
         raise InputError(
-            f"{weights.files[0]} holds no word embeddings {table_name}.weight, which a "
-            f"{family.model_type} model has; "
-            "copy all files of the model"
+            f"{weights.files[0]} holds no word embeddings {table_name}, which a "
+            f"{family.model_type} model has; copy all files of the model"
         )
     stated = hf.get("vocab_size")
     if isinstance(stated, int) and stated != table.shape[0]:
         raise InputError(
             f"{weights.folder / 'config.json'} says vocab_size {stated}, the embeddings have "
-            f"{table.shape[0]} rows; "
-            "files of two models may be mixed"
+            f"{table.shape[0]} rows; files of two models may be mixed"
         )
-    output_name = next(
-        row.names[0] for row in family.rows if row.canonical == "output_layer" and row.weight
-    )
     tied = hf.get("tie_word_embeddings", family.tied)
-    copy = weights.find(f"{output_name}.weight") if tied else None
+    copy = weights.find(f"{names['output_layer']}.weight") if tied else None
     return Found(
         vocab_size=table.shape[0],
         params_dtype=dtype_name(table.dtype),
@@ -307,11 +299,11 @@ def _pack(
         entry = by_name.get(name)
         if entry is None:  # a bias where only some linear layers have one
             assert name.endswith(".bias"), name
-            tensors[name] = Zeros(parameter.shape, _dtype(config))
+            tensors[name] = zeros(parameter.shape, getattr(torch, config.params_dtype))
             filled.append(name)
             continue
         shapes = entry.layout.shapes(parameter.shape, config)
-        parts: list[LazyTensor] = [
+        parts = [
             _part(weights, key, shape, family)
             for key, shape in zip(entry.names, shapes, strict=True)
         ]
@@ -320,18 +312,18 @@ def _pack(
     if extra:
         raise InputError(
             f"{weights.folder} holds {len(extra)} tensor(s) that a {family.model_type} model of "
-            f"{config.num_layers} "
-            f"layers with the settings of its config.json does not have, such as {extra[0]}; "
-            "mlm-eval would compute something else than the model does, so it stops here"
+            f"{config.num_layers} layers with the settings of its config.json does not have, such "
+            f"as {extra[0]}; mlm-eval would compute something else than the model does, "
+            "so it stops here"
         )
     notes = [f"{len(filled)} biases that the model lacks are read as zeros"] if filled else []
     return tensors, notes
 
 
 def _part(weights: Weights, key: str, shape: tuple[int, ...], family: Family) -> LazyTensor:
-    tensor = None
-    for name in _alternatives(key):
-        tensor = weights.find(name) or tensor
+    tensor = weights.find(key)
+    if key == "cls.predictions.bias":  # where a file holds both, transformers takes the second
+        tensor = weights.find("cls.predictions.decoder.bias") or tensor
     where = weights.files[0] if len(weights.files) == 1 else weights.folder
     if tensor is None:
         raise InputError(
@@ -343,21 +335,9 @@ def _part(weights: Weights, key: str, shape: tuple[int, ...], family: Family) ->
             f"{where}: {key} has shape {list(tensor.shape)}, config.json calls for {list(shape)}; "
             "files of two models may be mixed, or a --set value is wrong"
         )
-    if tensor.dtype not in FLOATS:
+    if dtype_name(tensor.dtype) not in WEIGHT_DTYPES:
         raise InputError(
-            f"{where}: {key} is stored as {str(tensor.dtype).removeprefix('torch.')}; mlm-eval "
+            f"{where}: {key} is stored as {dtype_name(tensor.dtype)}; mlm-eval "
             "reads float64, float32, float16 and bfloat16 weights, not quantized ones"
         )
     return tensor
-
-
-def _alternatives(key: str) -> Iterable[str]:
-    # The LM head's bias has two names; where a file holds both, transformers computes with the
-    # second.
-    return (key, "cls.predictions.decoder.bias") if key == "cls.predictions.bias" else (key,)
-
-
-def _dtype(config: ModelConfig) -> torch.dtype:
-    dtype = getattr(torch, config.params_dtype)
-    assert isinstance(dtype, torch.dtype)
-    return dtype

@@ -151,7 +151,9 @@ def _shard(
         return source
     if index is not None:
         shape[parameter.dim] //= layout.tp
-    return Computed(shape, to, lambda: cast(source.read(parameter.dim, index), to, parameter.name))
+    return Computed(
+        tuple(shape), to, lambda: cast(source.read(parameter.dim, index), to, parameter.name)
+    )
 
 
 def _core_model(tensors: dict[str, LazyTensor], *, last: bool) -> dict[str, LazyTensor | None]:
