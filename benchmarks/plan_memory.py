@@ -161,14 +161,13 @@ def train(engine: object, case: Case) -> None:
     from mlm_eval.training.objectives import MultipleChoice
     from mlm_eval.training.optimization import make_optimizer
     from mlm_eval.training.replicas import Replicas
+    from mlm_eval.training.settings import Hyperparameters
 
     assert isinstance(engine, Engine)
     replicas = Replicas(
         engine.model, MultipleChoice(), engine.mesh, mode="ddp", recompute=case.recompute
     )
-    optimizer = make_optimizer(
-        replicas.trained, lr=1e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1
-    )
+    optimizer = make_optimizer(replicas.trained, Hyperparameters(lr=1e-5, weight_decay=0.1))
     samples = []
     for index in range(case.rows // 4):
         rows = [torch.randint(0, 30_522, (case.length,)) for _ in range(4)]

@@ -183,7 +183,7 @@ def _named(options: PlanOptions) -> _Source:
 
 def _size_of(config: ModelConfig) -> str | None:
     """Return the named size that a model has, if any."""
-    from mlm_eval.model.initial import SIZES
+    from mlm_eval.model.sizes import SIZES
 
     shape = (config.num_layers, config.hidden_size, config.num_attention_heads)
     prefix = "gpt" if config.family == "gpt" else "bert"

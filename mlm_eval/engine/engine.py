@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,30 +31,21 @@ from mlm_eval.model.tensor_parallel import TensorParallel
 from mlm_eval.ranks.mesh import Mesh, make_mesh
 
 
+@dataclass(eq=False, repr=False)
 class Engine:
     """One rank's part of a loaded model."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        model: GPT | BERT,
-        *,
-        mesh: Mesh,
-        device: torch.device,
-        dtype: torch.dtype,
-        vocab: str,
-        batch_tokens: int,
-        load_seconds: float,
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.config: ModelConfig = model.config
-        self.model = model
-        self.mesh = mesh
-        self.device = device
-        self.dtype = dtype
-        self.vocab = vocab
-        self.batch_tokens = batch_tokens
-        self.load_seconds = load_seconds
+    checkpoint: Checkpoint
+    model: GPT | BERT
+    mesh: Mesh
+    device: torch.device
+    dtype: torch.dtype
+    vocab: str
+    batch_tokens: int
+    load_seconds: float
+
+    def __post_init__(self) -> None:
+        self.config: ModelConfig = self.model.config
 
     @classmethod
     def load(

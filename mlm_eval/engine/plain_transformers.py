@@ -57,11 +57,6 @@ def _named(architecture: str, result: Any) -> list[tuple[str, Tensor]]:
     return [("states", result.last_hidden_state)]
 
 
-def main() -> None:
-    """Write the outputs of one folder."""
+if __name__ == "__main__":
     folder, probe, output = (Path(argument) for argument in sys.argv[1:4])
     save_file(transformers_outputs(folder, load_file(probe)), output)
-
-
-if __name__ == "__main__":
-    main()

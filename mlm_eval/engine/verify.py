@@ -192,12 +192,7 @@ def _in_fresh_process(
         return load_file(answer)
 
 
-def main() -> None:
-    """Write the outputs of one checkpoint: the fresh process of `verify_conversion`."""
+if __name__ == "__main__":  # the fresh process of `verify_conversion`
     folder, question, answer = (Path(argument) for argument in sys.argv[1:4])
     found = outputs(open_checkpoint(folder), load_file(question))
     save_file({name: values.contiguous() for name, values in found.items()}, answer)
-
-
-if __name__ == "__main__":
-    main()

@@ -90,9 +90,7 @@ class BERT(nn.Module):
             tokentypes: Segment ids `[batch, seq]`; None for all zero.
             dropout: The masks of a training step; None for evaluation.
         """
-        cos = sin = None
-        if self.config.rotary:
-            cos, sin = rotary_tables(self.config, tokens.shape[1], tokens.device)
+        cos, sin = rotary_tables(self.config, tokens.shape[1], tokens.device)
         key_mask = padding_mask.bool()[:, None, None, :]
         context = Context(causal=False, key_mask=key_mask, cos=cos, sin=sin, dropout=dropout)
         return self.encoder(self.embedding(tokens, tokentypes), context)  # type: ignore[no-any-return]
@@ -113,9 +111,8 @@ class BERT(nn.Module):
         dropped = pooled if dropout is None else dropout.pooled(pooled)
         for name in ("binary_head", "classification_head", "multichoice_head"):
             if hasattr(self, name):
-                heads[name] = getattr(self, name)(
-                    pooled if name == "binary_head" else dropped
-                ).float()
+                head_input = pooled if name == "binary_head" else dropped
+                heads[name] = getattr(self, name)(head_input).float()
         return heads
 
     def qa_logits(self, x: Tensor) -> Tensor:

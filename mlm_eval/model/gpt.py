@@ -40,7 +40,7 @@ class GPT(nn.Module):
 
         Sequences are padded on the right: no position sees a later one, so padding needs no mask.
         """
-        cos, sin = self._rotary(tokens.shape[1], tokens.device)
+        cos, sin = rotary_tables(self.config, tokens.shape[1], tokens.device)
         context = Context(causal=True, cos=cos, sin=sin, dropout=dropout)
         return self.decoder(self.embedding(tokens), context, query_from)  # type: ignore[no-any-return]
 
@@ -63,7 +63,7 @@ class GPT(nn.Module):
             width=(attention.groups, attention.channels),
             like=attention.linear_qkv.weight,
         )
-        cos, sin = self._rotary(tokens.shape[1], tokens.device)
+        cos, sin = rotary_tables(self.config, tokens.shape[1], tokens.device)
         context = Context(causal=True, cos=cos, sin=sin, cache=cache)
         first = min(lengths) - 1
         states = self.decoder(self.embedding(tokens), context, first)
@@ -73,17 +73,12 @@ class GPT(nn.Module):
     def step(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
         """Return the states `[batch, hidden]` of the texts' next tokens `[batch]`."""
         positions, seen = cache.advance()
-        cos, sin = self._rotary(seen.shape[-1], tokens.device)
+        cos, sin = rotary_tables(self.config, seen.shape[-1], tokens.device)
         if cos is not None and sin is not None:
             cos, sin = cos[positions, None, None], sin[positions, None, None]  # [B, 1, 1, d]
         context = Context(causal=False, key_mask=seen, cos=cos, sin=sin, cache=cache)
         x = self.embedding(tokens[:, None], positions=positions[:, None])
         return self.decoder(x, context)[:, 0]  # type: ignore[no-any-return]
-
-    def _rotary(self, length: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        if not self.config.rotary:
-            return None, None
-        return rotary_tables(self.config, length, device)
 
     def log_probs(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-probabilities (float32, nats) and greedy flags; see `VocabHead.log_probs`."""

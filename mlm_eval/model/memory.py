@@ -5,9 +5,7 @@ moment when most do. The code that allocates them is `transformer.py`, `engine.p
 `training.py`; a test runs it under a tracker of live tensors and compares. What a process occupies
 without a model (Python, torch, a CUDA context) is not in here.
 
-Activations are counted in bytes for each token of a batch. Letters: h hidden size, w width of the
-attention's output (h / tp), f width of the MLP (/ tp), g rows of the packed QKV (/ tp), a heads
-(/ tp), s length of the padded rows, e bytes of a value.
+Activations are counted in bytes for each token of a batch.
 """
 
 from __future__ import annotations
@@ -61,13 +59,18 @@ class Memory:
 
 @dataclass(frozen=True)
 class _Local:
-    """Sizes on one rank; the letters of the module's docstring."""
+    """Sizes on one rank."""
 
-    h: int
-    w: int
-    f: int
-    g: int
-    a: int
+    hidden: int
+    """Hidden size, whole."""
+    attention: int
+    """Width of the attention's output."""
+    mlp: int
+    """Width of the MLP."""
+    qkv: int
+    """Rows of the packed QKV."""
+    heads: int
+    """Query heads."""
     copies: int
     """Widths of keys and values that are repeated for grouped queries."""
     rotary: bool
@@ -81,11 +84,11 @@ class _Local:
         heads = sum(len(queries) for queries, _ in groups)
         grouped = heads > len(groups)
         return cls(
-            h=config.hidden_size,
-            w=heads * config.kv_channels,
-            f=config.ffn_hidden_size // tp,
-            g=(heads + 2 * len(groups)) * config.kv_channels,
-            a=heads,
+            hidden=config.hidden_size,
+            attention=heads * config.kv_channels,
+            mlp=config.ffn_hidden_size // tp,
+            qkv=(heads + 2 * len(groups)) * config.kv_channels,
+            heads=heads,
             copies=2 * heads * config.kv_channels if grouped else 0,
             rotary=config.rotary,
             activation=config.activation,
@@ -126,27 +129,27 @@ def evaluation_memory(
     )
 
 
-def _attention_widths(x: _Local, itemsize: int) -> float:
+def _attention_widths(local: _Local, itemsize: int) -> float:
     """Return the values for each token that live in an attention, at the most."""
-    held = 2 * x.h + x.g  # the layer's input, its norm, queries with keys and values
-    if x.copies:  # the queries of a group do not lie beside those of the next one
-        held += x.w
-    rotated = 0.0
-    if x.rotary:
+    # The layer's input, its norm, queries with keys and values.
+    held = 2 * local.hidden + local.qkv
+    if local.copies:  # the queries of a group do not lie beside those of the next one
+        held += local.attention
+    rotated, held_turning = 0.0, float(held)
+    if local.rotary:
         # Turned queries are made in float32 (two products and their sum), keys come after them.
-        rotated = x.w + (x.g - x.w) / 2
-        held_turning = held + x.w + 3 * x.w * FLOAT32 / itemsize
-    else:
-        held_turning = held
-    return max(held_turning, held + rotated + x.copies + x.w + x.sums * x.h)
+        rotated = local.attention + (local.qkv - local.attention) / 2
+        held_turning = held + local.attention + 3 * local.attention * FLOAT32 / itemsize
+    output = local.attention + local.sums * local.hidden
+    return max(held_turning, held + rotated + local.copies + output)
 
 
-def _mlp_widths(x: _Local) -> float:
+def _mlp_widths(local: _Local) -> float:
     """Return the values for each token that live in an MLP, at the most."""
     # The layer's input, the attention's output, their sum, and the norm of that.
-    held = 4 * x.h
+    held = 4 * local.hidden
     widths = {"gelu": 2, "gelu_tanh": 2, "squared_relu": 3, "swiglu": 4}
-    return held + max(widths[x.activation] * x.f, x.f + x.sums * x.h)
+    return held + max(widths[local.activation] * local.mlp, local.mlp + local.sums * local.hidden)
 
 
 def _logit_bytes(config: ModelConfig, tp: int, rows: int, itemsize: int) -> int:
@@ -187,6 +190,11 @@ class TrainingBatch:
         """Padded tokens."""
         return self.rows * self.length
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a value that a matrix product takes or gives."""
+        return 2 if self.half else FLOAT32
+
 
 def training_memory(config: ModelConfig, batch: TrainingBatch, *, tp: int) -> Memory:
     """Return what a step of training needs: float32 weights, gradients and AdamW's moments.
@@ -195,13 +203,13 @@ def training_memory(config: ModelConfig, batch: TrainingBatch, *, tp: int) -> Me
     there; or its end, where the gradients come only as the activations go.
     """
     count = local_parameters(config, tp)
-    x = _Local.of(config, tp)
-    saved = _saved(config, x, batch, tp)
-    ends = batch.tokens * (2 * FLOAT32 * x.h + 1)  # the final norm's input and output
+    local = _Local.of(config, tp)
+    saved = _saved(config, local, batch, tp)
+    ends = batch.tokens * (2 * FLOAT32 * local.hidden + 1)  # the final norm's input and output
     # The logits and their exponentials, or those and their gradient.
     logits = (2 * FLOAT32 + (2 if batch.half else 0)) * _logit_chunk(config, tp, batch.predicted)
     largest = FLOAT32 * max(p.numel(tp) for p in parameters(config).values())
-    start = saved + ends + max(_passing(x, batch), logits)
+    start = saved + ends + max(_passing(local, batch), logits)
     gradients = FLOAT32 * count
     activations = start if batch.accumulates else max(start - gradients, ends)
     return Memory(
@@ -212,18 +220,18 @@ def training_memory(config: ModelConfig, batch: TrainingBatch, *, tp: int) -> Me
     )
 
 
-def _saved(config: ModelConfig, x: _Local, batch: TrainingBatch, tp: int) -> float:
+def _saved(config: ModelConfig, local: _Local, batch: TrainingBatch, tp: int) -> float:
     """Return the bytes that all layers keep for the backward pass, autocast's copies included."""
     layers = config.num_layers
     matrices = (p for p in layer_parameters(config, 0) if len(p.shape) == 2)
     copies = 2 * sum(p.numel(tp) for p in matrices) if batch.half else 0
-    kept = batch.tokens * _kept_widths(x, batch)
+    kept = batch.tokens * _kept_widths(local, batch)
     if not batch.recompute:
         return layers * (kept + copies)
     # A layer keeps its input only. In the backward pass one at a time has all the rest; autocast
     # has the copies of all matrices at the end of the forward pass.
-    inputs = batch.tokens * FLOAT32 * x.h * layers
-    forward = batch.tokens * (2 if batch.half else FLOAT32) * _mlp_widths(x)
+    inputs = batch.tokens * FLOAT32 * local.hidden * layers
+    forward = batch.tokens * batch.itemsize * _mlp_widths(local)
     return inputs + max(kept + copies, forward + layers * copies)
 
 
@@ -232,36 +240,39 @@ def _logit_chunk(config: ModelConfig, tp: int, rows: int) -> int:
     return min(rows, max(1, LOGIT_CHUNK_ELEMENTS // columns)) * columns
 
 
-def _kept_widths(x: _Local, batch: TrainingBatch) -> float:
+def _kept_widths(local: _Local, batch: TrainingBatch) -> float:
     """Return the bytes for each token that a layer keeps for its backward pass."""
-    e = 2 if batch.half else FLOAT32
+    itemsize = batch.itemsize
     # Inputs of the two norms; their outputs, as the linear layers take them.
-    kept = 2 * FLOAT32 * x.h + 2 * e * x.h
-    kept += e * (x.g + x.w)  # queries, keys and values; the attention's output
-    if x.rotary:
-        kept += e * x.w + 2 * FLOAT32 * x.w
-    kept += e * x.copies
+    kept = 2 * (FLOAT32 + itemsize) * local.hidden
+    kept += itemsize * (
+        local.qkv + local.attention
+    )  # queries, keys and values; the attention's output
+    if local.rotary:
+        kept += (itemsize + 2 * FLOAT32) * local.attention
+    kept += itemsize * local.copies
     widths = {"gelu": 2, "gelu_tanh": 2, "squared_relu": 2, "swiglu": 4}
-    kept += e * widths[x.activation] * x.f
+    kept += itemsize * widths[local.activation] * local.mlp
     if batch.hidden_dropout > 0:
-        kept += 2 * x.h  # two masks, a byte a value
+        kept += 2 * local.hidden  # two masks, a byte a value
     if batch.attention_dropout > 0:
         # For each pair of positions: the softmax in float32, the mask, and what it left.
-        kept += x.a * batch.length * (FLOAT32 + 1 + e)
+        kept += local.heads * batch.length * (FLOAT32 + 1 + itemsize)
     else:
-        kept += 2 * FLOAT32 * x.a
+        kept += 2 * FLOAT32 * local.heads
     return kept
 
 
-def _passing(x: _Local, batch: TrainingBatch) -> float:
+def _passing(local: _Local, batch: TrainingBatch) -> float:
     """Return the bytes of what lives for a moment beside all that is kept."""
-    e = 2 if batch.half else FLOAT32
-    gated = {"swiglu": 2, "squared_relu": 2}.get(x.activation, 1)
-    mlp = 4 * FLOAT32 * x.h if batch.hidden_dropout > 0 else 0.0  # the hash of a residual mask
-    mlp = max(mlp, e * gated * x.f + FLOAT32 * x.h)
+    itemsize = batch.itemsize
+    gated = {"swiglu": 2, "squared_relu": 2}.get(local.activation, 1)
+    mlp = itemsize * gated * local.mlp + FLOAT32 * local.hidden
+    if batch.hidden_dropout > 0:
+        mlp = max(mlp, 4 * FLOAT32 * local.hidden)  # the hash of a residual mask
     attention = 0.0
     if batch.attention_dropout > 0:
         # Scores, the hash, and the masked weights; the MLP's activations are not there yet.
-        later = e * (2 * gated * x.f + x.h) + FLOAT32 * x.h
-        attention = x.a * batch.length * (FLOAT32 + 2 * (e + 1)) - later
+        later = itemsize * (2 * gated * local.mlp + local.hidden) + FLOAT32 * local.hidden
+        attention = local.heads * batch.length * (FLOAT32 + 2 * (itemsize + 1)) - later
     return batch.tokens * max(mlp, attention)

@@ -1,17 +1,36 @@
-"""Models known by name: the paper's sizes (its Tables 1, 2 and 4) and a few small ones.
-
-A name stands for layers, hidden size and heads (`initial_models.SIZES`); what the families have in
-common and how a vocabulary is padded is added here.
-"""
+"""The sizes of new models: those known by name, and how a vocabulary is padded."""
 
 from __future__ import annotations
 
 import dataclasses
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.config import ModelConfig, apply_overrides
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.parameters import num_parameters
-from mlm_eval.model.initial import DIVISIBLE_BY, SIZES, initial_config
+
+DIVISIBLE_BY = 128
+"""A new model's vocabulary is padded to a multiple of this, whatever the layout of its training."""
+
+# Layers, hidden size, heads: the paper's models (its Tables 1, 2 and 4), then small ones.
+SIZES = {
+    "gpt2-355m": (24, 1024, 16),
+    "gpt2-1.2b": (40, 1536, 16),
+    "gpt2-2.5b": (54, 1920, 20),
+    "gpt2-4.2b": (64, 2304, 24),
+    "gpt2-8.3b": (72, 3072, 24),
+    "gpt2-small": (12, 768, 12),
+    "gpt2-tiny": (4, 128, 4),
+    "bert-336m": (24, 1024, 16),
+    "bert-1.3b": (24, 2048, 32),
+    "bert-3.9b": (48, 2560, 40),
+    "bert-base": (12, 768, 12),
+    "bert-mini": (4, 256, 4),
+    "bert-tiny": (2, 128, 2),
+}
 
 VOCABULARY = {"gpt": 50_257, "bert": 30_522}
 """Entries of GPT-2's byte-level BPE, and of BERT's uncased WordPiece vocabulary."""
@@ -26,6 +45,79 @@ def family_of(name: str) -> str:
     if name not in SIZES:
         raise InputError(f"no model is called {name!r}; known are {', '.join(SIZES)}")
     return "gpt" if name.startswith("gpt") else "bert"
+
+
+def initial_config(
+    name: str | Path,
+    *,
+    family: str,
+    vocab_entries: int,
+    overrides: Mapping[str, Any] | None = None,
+) -> ModelConfig:
+    """Return the settings of a new model.
+
+    BERT: 512 positions, exact GELU, pooler and sentence-order head. GPT: 1,024 positions and tanh
+        GELU.
+
+    Args:
+        name: A size (`SIZES`), or a TOML file of `ModelConfig` fields of which `num_layers`,
+            `hidden_size` and `num_attention_heads` must be there.
+        family: `bert` or `gpt`.
+        vocab_entries: Entries of the tokenizer; rows are added up to a multiple of 128.
+        overrides: Settings that win (`--set`); `apply_residual_connection_post_layernorm` for
+            BERT's original order.
+
+    Raises:
+        InputError: There is no such size, file or setting.
+    """
+    values: dict[str, Any] = {
+        "family": family,
+        "vocab_size": -(-vocab_entries // DIVISIBLE_BY) * DIVISIBLE_BY,
+        "max_position_embeddings": 1024 if family == "gpt" else 512,
+        "activation": "gelu_tanh" if family == "gpt" else "gelu",
+    }
+    if family == "bert":
+        values |= {"num_tokentypes": 2, "pooler": True, "binary_head": True}
+    values |= _named(name) | dict(overrides or {})
+    if values["family"] != family:
+        raise InputError(
+            f"--init {name} is a {values['family']} model, this command trains {family}"
+        )
+    if values["vocab_size"] < vocab_entries:
+        raise InputError(
+            f"--init {name} sets vocab_size {values['vocab_size']}, the tokenizer has "
+            f"{vocab_entries} entries; leave vocab_size out"
+        )
+    try:
+        hidden, heads = int(values["hidden_size"]), int(values["num_attention_heads"])
+        values.setdefault("num_query_groups", heads)
+        values.setdefault("kv_channels", hidden // max(heads, 1))
+        values.setdefault("ffn_hidden_size", 4 * hidden)
+        config = ModelConfig(**{k: v for k, v in values.items() if k != "checkpoint_version"})
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"--init {name} does not describe a model ({error}); it must set num_layers, "
+            "hidden_size and num_attention_heads, and only settings that --set knows"
+        ) from None
+    return apply_overrides(config, overrides or {})
+
+
+def _named(name: str | Path) -> dict[str, Any]:
+    if str(name) in SIZES:
+        layers, hidden, heads = SIZES[str(name)]
+        sizes = {"num_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
+        return {"family": family_of(str(name)), **sizes}
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise InputError(
+            f"--init {name} is neither a size nor a TOML file; sizes are {', '.join(SIZES)}"
+        )
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no TOML file of model settings: {error}") from None
 
 
 def named_config(name: str, *, tp: int = 1) -> ModelConfig:

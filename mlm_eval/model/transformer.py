@@ -101,12 +101,16 @@ def activate(x: Tensor, kind: str) -> Tensor:
     return F.silu(gate) * up
 
 
-def rotary_tables(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines `[length, rotated channels]`, float32.
+def rotary_tables(
+    config: ModelConfig, length: int, device: torch.device
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Return cosines and sines `[length, rotated channels]`, float32; None where not rotary.
 
     Channel pairs are (i, i + d/2), or (2i, 2i + 1) with `rotary_interleaved`.
     Source: docs/megatron.md, "Norms and rotary positions".
     """
+    if not config.rotary:
+        return None, None
     rotated = int(config.kv_channels * config.rotary_percent)
     steps = torch.arange(0, rotated, 2, dtype=torch.float32, device=device)
     frequencies = 1.0 / (config.rotary_base ** (steps / rotated))
@@ -183,10 +187,8 @@ class SelfAttention(nn.Module):
         qkv = self.linear_qkv(x).view(batch, length, self.groups, self.queries + 2, self.channels)
         query, key, value = qkv.split([self.queries, 1, 1], dim=3)  # [B, T, G, q|1|1, d]
         query = query[:, query_from:].flatten(2, 3).transpose(1, 2)  # [B, G*q, T - from, d]
-        key, value = (
-            key.squeeze(3).transpose(1, 2),
-            value.squeeze(3).transpose(1, 2),
-        )  # [B, G, T, d]
+        key = key.squeeze(3).transpose(1, 2)  # [B, G, T, d]
+        value = value.squeeze(3).transpose(1, 2)  # [B, G, T, d]
         if self.qk_layernorm:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         if context.cos is not None and context.sin is not None:
@@ -321,15 +323,11 @@ class Embedding(nn.Module):
         width = config.hidden_size
         self.word_embeddings = VocabParallelEmbedding(stop - start, width, first_row=start, tp=tp)
         if config.learned_positions:
-            self.position_embeddings = nn.Embedding(
-                config.max_position_embeddings,
-                width,
-                _weight=_table(config.max_position_embeddings, width),
-            )
+            rows = config.max_position_embeddings
+            self.position_embeddings = nn.Embedding(rows, width, _weight=torch.empty(rows, width))
         if config.num_tokentypes:
-            self.tokentype_embeddings = nn.Embedding(
-                config.num_tokentypes, width, _weight=_table(config.num_tokentypes, width)
-            )
+            rows = config.num_tokentypes
+            self.tokentype_embeddings = nn.Embedding(rows, width, _weight=torch.empty(rows, width))
         self.config = config
 
     def forward(
@@ -347,10 +345,6 @@ class Embedding(nn.Module):
             types = torch.zeros_like(tokens) if tokentypes is None else tokentypes
             x = x + self.tokentype_embeddings(types)
         return x  # type: ignore[no-any-return]
-
-
-def _table(rows: int, width: int) -> Tensor:
-    return torch.empty(rows, width)
 
 
 def output_layer(config: ModelConfig, embedding: Embedding) -> VocabHead:

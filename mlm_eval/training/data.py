@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.engine.batching import pad_rows
+from mlm_eval.training.settings import TrainSettings
 
 NO_LABEL = -100
 """Marks a token without a label, as in torch's cross entropy."""
@@ -146,36 +147,22 @@ class Plan:
     seed: int
 
     @classmethod
-    def make(
-        cls,
-        samples: int,
-        *,
-        global_batch: int,
-        epochs: int,
-        max_steps: int | None,
-        keep_last: bool,
-        seed: int,
-    ) -> Plan:
-        """Return the plan of a run.
-
-        Args:
-            samples: Size of the data set.
-            global_batch: Samples of a step.
-            epochs: Passes over the data, where `max_steps` is None.
-            max_steps: Steps of the run, in as many passes as they need.
-            keep_last: Make a step of an epoch's last samples where they do not fill a global batch.
-            seed: Of the order.
+    def make(cls, samples: int, settings: TrainSettings) -> Plan:
+        """Return the plan of a run over a data set of `samples`.
 
         Raises:
             InputError: The data do not fill one step.
         """
-        steps = math.ceil(samples / global_batch) if keep_last else samples // global_batch
+        global_batch = settings.global_batch
+        rounded = math.ceil if settings.keep_last else math.floor
+        steps = rounded(samples / global_batch)
         if steps == 0:
             raise InputError(
                 f"{samples} training samples do not fill one global batch of {global_batch}; lower "
                 "--global-batch, give more data, or use --keep-last"
             )
-        return cls(samples, global_batch, steps, max_steps or epochs * steps, seed)
+        total = settings.max_steps or settings.epochs * steps
+        return cls(samples, global_batch, steps, total, settings.seed)
 
     @property
     def epochs(self) -> int:

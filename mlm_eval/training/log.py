@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -139,11 +140,6 @@ def _by_name(lines: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
 def smoothed(values: list[float]) -> list[float]:
     """Return the running mean of the last 5% of the values, but at least of 10 where there are."""
     width = max(10, len(values) // 20)
-    result = []
-    total = 0.0
-    for index, value in enumerate(values):
-        total += value
-        if index >= width:
-            total -= values[index - width]
-        result.append(total / min(index + 1, width))
-    return result
+    sums = [0.0, *itertools.accumulate(values)]
+    ends = range(1, len(sums))
+    return [(sums[end] - sums[max(0, end - width)]) / min(end, width) for end in ends]

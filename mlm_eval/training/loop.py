@@ -13,6 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def train(
     where evaluations have a `score`, `checkpoint-best`.
 
     Args:
-        engine: Loaded in float32, with the head of the objective (`initial_models.with_head`).
+        engine: Loaded in float32, with the head of the objective (`model.initial.with_head`).
         data: The samples, numbered from 0; `set_epoch(epoch)` is called where it exists.
         objective: The loss.
         settings: How to train.
@@ -95,52 +96,51 @@ def train(
             run to resume, the loss is not finite, or the disk is full.
     """
     settings = settings.on(engine.device.type)
-    listener = listener or Listener()
-    run = _Run(engine, data, objective, settings, Path(output_dir), evaluate, listener, title)
-    run.args = dict(args or {})
-    run.tokenizer_files = list(tokenizer_files)
+    run = _Run(
+        engine,
+        data,
+        objective,
+        settings,
+        output=Path(output_dir),
+        evaluate=evaluate,
+        listener=listener or Listener(),
+        title=title,
+        args=args or {},
+        tokenizer_files=tokenizer_files,
+    )
     finished = run.prepare(resume=resume)
     return finished or run.run()
 
 
+@dataclass
 class _Run:
     """One call of `train`."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        data: Sequence[Sample],
-        objective: Objective,
-        settings: TrainSettings,
-        output: Path,
-        evaluate: Evaluate | None,
-        listener: Listener,
-        title: str,
-    ) -> None:
-        assert engine.dtype == torch.float32, "float32 master weights"
-        self.engine, self.mesh, self.config = engine, engine.mesh, engine.config
-        self.data, self.objective, self.settings = data, objective, settings
-        self.output, self.evaluate = output, evaluate
-        self.listener, self.title = listener, title
-        self.args: dict[str, Any] = {}
-        self.tokenizer_files: list[Path] = []
+    engine: Engine
+    data: Sequence[Sample]
+    objective: Objective
+    settings: TrainSettings
+    output: Path
+    evaluate: Evaluate | None
+    listener: Listener
+    title: str
+    args: Mapping[str, Any]
+    tokenizer_files: Sequence[Path]
+
+    def __post_init__(self) -> None:
+        assert self.engine.dtype == torch.float32, "float32 master weights"
+        self.mesh, self.config = self.engine.mesh, self.engine.config
         self.counters = Counters()
-        self.state = StateFolder(output / STATE)
+        self.state = StateFolder(self.output / STATE)
         check_data(
-            data,
+            self.data,
             positions=self.config.max_position_embeddings,
             vocab_size=self.config.vocab_size,
             tokentypes=self.config.num_tokentypes,
         )
         choose_names(self.config, None)  # fail now if the result cannot be saved
-        self.plan = Plan.make(
-            len(data),
-            global_batch=settings.global_batch,
-            epochs=settings.epochs,
-            max_steps=settings.max_steps,
-            keep_last=settings.keep_last,
-            seed=settings.seed,
-        )
+        settings = self.settings
+        self.plan = Plan.make(len(self.data), settings)
         self.schedule = Schedule(
             settings.lr, settings.min_lr, self.plan.total_steps, settings.warmup, settings.lr_decay
         )
@@ -357,7 +357,8 @@ class _Run:
             hidden_dropout=settings.hidden_dropout,
             attention_dropout=settings.attention_dropout,
         )
-        args = dict(source.args) | training_args(settings, self.plan, self.counters) | self.args
+        args = dict(source.args) | training_args(settings, self.plan, self.counters)
+        args |= self.args
         provenance = Provenance(state, "memory", args=args)
         checkpoint = Checkpoint(config, read_state(state, config, WEIGHTS), provenance).check()
         write_megatron_torch(

@@ -71,30 +71,19 @@ class Classification(Objective):
         self, model: BERT, batch: Batch, dropout: Dropout | None
     ) -> tuple[Tensor, Tensor, int]:
         """See `Objective.loss_and_hits`."""
-        states = _states(model, batch, dropout)
-        return _choose(model.head_logits(states, dropout)[self.head], batch)
+        logits = model.head_logits(_states(model, batch, dropout), dropout)[self.head]
+        logits = logits.view(batch.samples, -1)  # the outputs of all rows of a sample
+        losses = F.cross_entropy(logits, batch.labels, reduction="none")
+        return losses, logits.argmax(dim=-1) == batch.labels, batch.samples
 
 
-class MultipleChoice(Objective):
+class MultipleChoice(Classification):
     """Cross entropy over the choices of a question, one score for each row.
 
     Source: docs/megatron.md, "RACE".
     """
 
     head = "multichoice_head"
-
-    def loss_and_hits(
-        self, model: BERT, batch: Batch, dropout: Dropout | None
-    ) -> tuple[Tensor, Tensor, int]:
-        """See `Objective.loss_and_hits`."""
-        states = _states(model, batch, dropout)
-        scores = model.head_logits(states, dropout)[self.head]  # [samples * rows, 1]
-        return _choose(scores.view(batch.samples, batch.rows), batch)
-
-
-def _choose(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor, int]:
-    losses = F.cross_entropy(logits.float(), batch.labels, reduction="none")
-    return losses, logits.argmax(dim=-1) == batch.labels, batch.samples
 
 
 class SpanExtraction(Objective):

@@ -13,6 +13,7 @@ from torch.nn.utils import get_total_norm
 
 from mlm_eval.ranks.collectives import sum_over_dp, sum_over_tp
 from mlm_eval.ranks.mesh import Mesh
+from mlm_eval.training.settings import Hyperparameters
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,7 @@ class Trained:
     over_tp: bool
 
 
-def make_optimizer(
-    trained: Iterable[Trained],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> torch.optim.AdamW:
+def make_optimizer(trained: Iterable[Trained], settings: Hyperparameters) -> torch.optim.AdamW:
     """Return AdamW whose decay leaves out biases and norms: what has one dim.
 
     Source: docs/megatron.md, "Training loop".
@@ -47,12 +41,12 @@ def make_optimizer(
         groups[item.parameter.dim() > 1].append(item.parameter)
     return torch.optim.AdamW(
         [
-            {"params": groups[True], "weight_decay": weight_decay},
+            {"params": groups[True], "weight_decay": settings.weight_decay},
             {"params": groups[False], "weight_decay": 0.0},
         ],
-        lr=lr,
-        betas=betas,
-        eps=eps,
+        lr=settings.lr,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_eps,
         fused=True,
     )
 

@@ -51,7 +51,6 @@ class Replicas:
         worker: The model under training; another one than `home` under FSDP2 only.
         module: To be called with (batch, dropout, factor); see `LossModule`.
         trained: The parameters that the optimizer moves.
-        frozen: Names of parameters that the loss does not reach.
         sharded: Whether parameters and gradients are cut over the data-parallel ranks (FSDP2).
     """
 
@@ -69,7 +68,6 @@ class Replicas:
             # A rank may own no row of a small vocabulary: nothing to train there.
             if name.startswith(unused) or parameter.numel() == 0:
                 parameter.requires_grad_(False)
-        self.frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
         worker = _sharded_twin(model, mesh) if self.sharded else model
         block: Any = worker.get_submodule(model.config.block)
         block.recompute = recompute

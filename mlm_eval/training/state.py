@@ -8,11 +8,9 @@
 A state is written into a folder of another name, which is renamed when all of it is on the disk: a
 process killed at any moment leaves the last whole state, and at most a folder that the next start
 removes. Tensors are saved as those of the whole model. torch.distributed.checkpoint takes tensors
-of one name on several ranks for copies unless they are DTensors, and a DTensor assumes
-torch.chunk's
-sizes: a vocabulary is cut into those (`parameters.vocab_range`), and a gated fc1 is viewed as `[2,
-    ffn,
-hidden]`, cut along dim 1.
+of one name on several ranks for copies unless they are DTensors, and a DTensor assumes the sizes
+that torch.chunk gives: a vocabulary is cut into those (`parameters.vocab_range`), and a gated fc1
+is viewed as `[2, ffn, hidden]`, cut along dim 1.
 """
 
 from __future__ import annotations

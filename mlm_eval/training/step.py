@@ -83,13 +83,7 @@ class Stepper:
             mode=settings.dp_mode,
             recompute=settings.recompute,
         )
-        self.optimizer = make_optimizer(
-            self.replicas.trained,
-            lr=settings.lr,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            eps=settings.adam_eps,
-            weight_decay=settings.weight_decay,
-        )
+        self.optimizer = make_optimizer(self.replicas.trained, settings)
         self.scale = LossScale(
             active=settings.dtype == "float16",
             value=counters.loss_scale,

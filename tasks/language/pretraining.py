@@ -17,15 +17,16 @@ from torch import Tensor
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.files.output import atomic_file
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits
 from mlm_eval.engine.batching import map_batches, pack
 from mlm_eval.engine.engine import Engine
 from mlm_eval.model.bert import BERT
-from mlm_eval.model.initial import initial_config, new_checkpoint
+from mlm_eval.model.initial import new_checkpoint
+from mlm_eval.model.sizes import initial_config
 from mlm_eval.ranks.collectives import on_main
 from mlm_eval.reporting.results import Result, checkpoint_record, exponential, versions
 from mlm_eval.reporting.text import large, training_plan
+from mlm_eval.tasks.data.tokens import kept_arrays
 from mlm_eval.tasks.language.data import (
     MaskedText,
     SampleRange,
@@ -55,7 +56,7 @@ def start_from(
     """Return a new model to train on `text`: what `--init` stands for.
 
     Raises:
-        InputError: There is no such size or file; see `initial.initial_config`.
+        InputError: There is no such size or file; see `sizes.initial_config`.
     """
     config = initial_config(
         init, family=text.family, vocab_entries=tokenizer.vocab_size, overrides=overrides
@@ -221,8 +222,6 @@ class _Samples:
 
     def _tokenized(self, paths: Sequence[Path], folder: Path) -> tuple[Path, dict[str, str]]:
         """Return the file with the tokens, made unless it is there, and what it is of; rank 0."""
-        from safetensors.torch import save_file
-
         # Read first, so that a missing file fails before we hash it.
         mlm = self.special is not None
         documents = list(read_documents(paths, whole_files=not mlm))
@@ -232,12 +231,15 @@ class _Samples:
         parts = [self.settings.kind, self.tokenizer.sha256, *sha256.values()]
         key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
         target = folder / f"tokens-{key}.safetensors"
-        if target.is_file():
-            return target, sha256
         end = None if mlm else self.tokenizer.eot_id
-        tokens = tokenize_documents(documents, self.tokenizer, end=end, sentences=mlm)
-        with atomic_file(target) as partial:
-            save_file({name: value.clone() for name, value in vars(tokens).items()}, partial)
+
+        def make() -> dict[str, Any]:
+            tokens = tokenize_documents(documents, self.tokenizer, end=end, sentences=mlm)
+            return {name: value.numpy() for name, value in vars(tokens).items()}
+
+        kept_arrays(
+            target, make, whole=lambda found: set(found) == set(TokenizedText.__annotations__)
+        )
         return target, sha256
 
 

@@ -18,7 +18,8 @@ from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import num_parameters
 from mlm_eval.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from mlm_eval.engine.engine import Engine
-from mlm_eval.model.initial import SIZES, initial_config, new_checkpoint, with_head
+from mlm_eval.model.initial import new_checkpoint, with_head
+from mlm_eval.model.sizes import SIZES, initial_config
 from mlm_eval.tasks.language.data import (
     MaskedText,
     SampleRange,

@@ -19,8 +19,7 @@ from support.result_records import RECIPES, fine_tuned, write, zero_shot
 
 from mlm_eval import cli
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.model.initial import SIZES
-from mlm_eval.model.sizes import paper_parameters
+from mlm_eval.model.sizes import SIZES, paper_parameters
 from mlm_eval.reporting import plots
 from mlm_eval.reporting.render import render
 from mlm_eval.reporting.tables import MEASURED, Table, short_count

@@ -18,7 +18,7 @@ from mlm_eval.training.optimization import (
     make_optimizer,
     scale_gradients,
 )
-from mlm_eval.training.settings import Counters
+from mlm_eval.training.settings import Counters, Hyperparameters
 from mlm_eval.training.step import Stepper
 
 
@@ -62,7 +62,7 @@ def stepper(tp: int, dp: int, kind: str = "mlm", **changes: object) -> Stepper:
 
 def test_biases_and_norms_do_not_decay():
     trained = stepper(1, 1).replicas.trained
-    optimizer = make_optimizer(trained, lr=1.0, betas=(0.9, 0.9), eps=1.0, weight_decay=0.1)
+    optimizer = make_optimizer(trained, Hyperparameters(weight_decay=0.1))
     names = {id(item.parameter): item.name for item in trained}
     decaying, still = ([names[id(p)] for p in g["params"]] for g in optimizer.param_groups)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]

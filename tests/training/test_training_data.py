@@ -24,6 +24,7 @@ from mlm_eval.training.data import (
     epoch_order,
     fingerprint,
 )
+from mlm_eval.training.settings import TrainSettings
 
 
 def sample(*lengths: int, label: object = 0, index: int = 0) -> Sample:
@@ -52,7 +53,8 @@ ORDER = [7, 9, 4, 0, 3, 2, 1, 5, 6, 8]
 
 def plan(samples: int, **changes: object) -> Plan:
     values = {"global_batch": 4, "epochs": 2, "max_steps": None, "keep_last": False, "seed": 5}
-    return Plan.make(samples, **{**values, **changes})  # type: ignore[arg-type]
+    settings = TrainSettings(**{**values, **changes})  # type: ignore[arg-type]
+    return Plan.make(samples, settings)
 
 
 def test_the_last_incomplete_batch_is_dropped_or_kept():
