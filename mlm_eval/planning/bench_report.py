@@ -38,7 +38,7 @@ TRAINING_SETTINGS = ("recompute", "hidden_dropout", "attention_dropout")
 SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
 """What the record says of a point's model."""
 
-COPIED = (
+AS_MEASURED = (
     *("peak_tflops", "busy_over_alone", "load_seconds"),
     *("all_reduces", "all_reduce_bytes", "all_reduce_seconds"),
 )
@@ -138,7 +138,7 @@ def _figures(
         "tflops_per_rank": rate,
         "share_of_peak": rate / measured.peak_tflops,
         "cores_per_thread": min(1.0, cores / threads) if options.device == "cpu" else None,
-        **{name: getattr(measured, name) for name in COPIED},
+        **{name: getattr(measured, name) for name in AS_MEASURED},
         "all_reduce_share": measured.all_reduce_seconds / seconds,
         "published": point.published,
     }
