@@ -11,8 +11,11 @@ a chunk's archive is opened when the first value of it is asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,7 @@ Tile = tuple[tuple[int, ...], LazyTensor]
 """A box of a tensor: its offsets and its values."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Record:
     """Where the archive of one entry stands: `length` bytes from `offset` of a file."""
 
@@ -86,7 +89,7 @@ class DistributedFolder:
     def tensor(self, key: str) -> LazyTensor:
         """Return a tensor, merged from its chunks."""
         entry = self.tensors[key]
-        tiles = [(chunk.offsets, Archived(self, key, chunk, entry.dtype)) for chunk in entry.chunks]
+        tiles = [(chunk.offsets, Archived(self, entry, chunk)) for chunk in entry.chunks]
         return _assemble(tiles, entry.shape)
 
     def layers(self, key: str) -> Iterator[LazyTensor]:
@@ -95,7 +98,7 @@ class DistributedFolder:
         of_layer: list[list[Tile]] = [[] for _ in range(entry.shape[0])]
         for chunk in entry.chunks:
             for at in range(chunk.sizes[0]):
-                tile = Archived(self, key, chunk, entry.dtype, at)
+                tile = Archived(self, entry, chunk, at)
                 of_layer[chunk.offsets[0] + at].append((chunk.offsets[1:], tile))
         for tiles in of_layer:
             yield _assemble(tiles, entry.shape[1:])
@@ -124,14 +127,11 @@ class DistributedFolder:
 
     def tails(self, records: Iterable[Record]) -> dict[str, bytes]:
         """Return, by file, the ends of some archives: they hold the CRCs of what is in them."""
-        by_file: dict[str, list[Record]] = {}
-        for record in records:
-            by_file.setdefault(record.file, []).append(record)
         tails = {}
-        for name, group in by_file.items():
+        for name, group in groupby(sorted(records), attrgetter("file")):
             with (self.path / name).open("rb") as stream:
                 marks = bytearray()
-                for record in sorted(group, key=lambda record: record.offset):
+                for record in group:
                     size = min(record.length, _TAIL)
                     stream.seek(record.offset + record.length - size)
                     marks += stream.read(size)
@@ -233,34 +233,22 @@ def check_coverage(entry: TensorEntry, where: Path) -> None:
                 f"{where / METADATA}: a chunk {list(chunk.sizes)} at {list(chunk.offsets)} does "
                 f"not fit {entry.key} {list(entry.shape)}; copy the checkpoint again"
             )
-        total += _count(chunk.sizes)
-    if total != _count(entry.shape):
+        total += math.prod(chunk.sizes)
+    if total != math.prod(entry.shape):
         raise InputError(
-            f"{where}: the stored chunks of {entry.key} hold {total} of its {_count(entry.shape)} "
-            "values; the checkpoint was not saved by all of its ranks"
+            f"{where}: the stored chunks of {entry.key} hold {total} of its "
+            f"{math.prod(entry.shape)} values; the checkpoint was not saved by all of its ranks"
         )
-
-
-def _count(sizes: Sequence[int]) -> int:
-    count = 1
-    for size in sizes:
-        count *= size
-    return count
 
 
 class Archived(LazyTensor):
     """One chunk (or one layer of a stacked chunk), its archive opened at the first read."""
 
     def __init__(
-        self,
-        folder: DistributedFolder,
-        key: str,
-        chunk: Chunk,
-        dtype: torch.dtype,
-        layer: int | None = None,
+        self, folder: DistributedFolder, entry: TensorEntry, chunk: Chunk, layer: int | None = None
     ) -> None:
-        self.folder, self.key, self.chunk, self.layer = folder, key, chunk, layer
-        self.dtype = dtype
+        self.folder, self.key, self.chunk, self.layer = folder, entry.key, chunk, layer
+        self.dtype = entry.dtype
         self.shape = chunk.sizes if layer is None else chunk.sizes[1:]
         self._stored: StoredTensor | None = None
 

@@ -11,11 +11,13 @@ whose storages stand at the end of the file, each behind its element count.
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -79,10 +81,8 @@ def _tensor(
     if len(size) > _MAX_DIMS or not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
         raise pickle.UnpicklingError("a tensor of an impossible shape")
     available = storage.numel * storage.dtype.itemsize
-    last, numel = offset, 1
-    for entries, step in zip(size, stride, strict=True):
-        last += (entries - 1) * step
-        numel *= entries
+    last = offset + sum((entries - 1) * step for entries, step in zip(size, stride, strict=True))
+    numel = math.prod(size)
     # An expanded tensor has more elements than its storage; one of gigabytes is made to do harm.
     if numel and (last + 1) * dtype.itemsize > available or numel > max(available, 1 << 20):
         raise InputError(
@@ -117,7 +117,8 @@ _REBUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
 }
 
-_STORAGES = {
+UNTYPED = "UntypedStorage"
+STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -130,8 +131,9 @@ _STORAGES = {
     "BoolStorage": torch.bool,
     "ComplexFloatStorage": torch.complex64,
     "ComplexDoubleStorage": torch.complex128,
-    "UntypedStorage": torch.uint8,
+    UNTYPED: torch.uint8,
 }
+"""torch's storage classes in pickles -> the dtype of their elements."""
 
 
 class _TorchUnpickler(SafeUnpickler):
@@ -150,8 +152,8 @@ class _TorchUnpickler(SafeUnpickler):
         """See `SafeUnpickler.find_class`; torch's rebuilders are replaced by ours."""
         if (module, name) in _REBUILDERS:
             return _REBUILDERS[module, name]
-        if module in ("torch", "torch.storage") and name in _STORAGES:
-            return _StorageType(_STORAGES[name])
+        if module in ("torch", "torch.storage") and name in STORAGE_DTYPES:
+            return _StorageType(STORAGE_DTYPES[name])
         return super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> Any:
@@ -200,17 +202,8 @@ def read_pickle(path: Path) -> TorchFile:
         InputError: The file is missing, cut off, or no pickle.
     """
     met: set[tuple[str, str]] = set()
-    try:
-        with path.open("rb") as stream:
-            return TorchFile(path, SafeUnpickler(stream, met).load(), met, "pickle")
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; copy the whole checkpoint folder") from None
-    except PermissionError:
-        raise InputError(f"{path} cannot be read: permission denied") from None
-    except _DAMAGE as error:
-        raise InputError(
-            f"{path} is cut off or damaged ({_first_line(error)}); copy the file again"
-        ) from None
+    with _explained(path, "copy the whole checkpoint folder"), path.open("rb") as stream:
+        return TorchFile(path, SafeUnpickler(stream, met).load(), met, "pickle")
 
 
 def read_torch_file(
@@ -228,7 +221,7 @@ def read_torch_file(
     Raises:
         InputError: The file is missing, cut off, or not written by torch.save.
     """
-    try:
+    with _explained(path, "give the path of a checkpoint"):
         mapped = mapped or MappedFile(path)
         with path.open("rb") as stream:
             window = _Window(stream, offset, mapped.size - offset if length is None else length)
@@ -238,18 +231,6 @@ def read_torch_file(
                 return _read_zip(path, mapped, window, offset)
             if head[:1] == b"\x80":
                 return _read_stream(path, mapped, window, offset)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; give the path of a checkpoint") from None
-    except PermissionError:
-        raise InputError(f"{path} cannot be read: permission denied") from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder where a file was expected") from None
-    except InputError:
-        raise
-    except _DAMAGE as error:
-        raise InputError(
-            f"{path} is cut off or damaged ({_first_line(error)}); copy the file again"
-        ) from None
     what = "is empty" if mapped.size == 0 else "was not written by torch.save"
     raise InputError(f"{path} {what}; expected a Megatron model file such as model_optim_rng.pt")
 
@@ -273,6 +254,33 @@ _DAMAGE = (
 )
 
 
+@contextmanager
+def _explained(path: Path, way_out: str) -> Iterator[None]:
+    """Raise what reading a file can raise as an `InputError`.
+
+    Args:
+        path: The file.
+        way_out: What to do where it does not exist.
+
+    Raises:
+        InputError: Instead of the error raised in the block.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; {way_out}") from None
+    except PermissionError:
+        raise InputError(f"{path} cannot be read: permission denied") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder where a file was expected") from None
+    except _DAMAGE as error:
+        raise InputError(
+            f"{path} is cut off or damaged ({_first_line(error)}); copy the file again"
+        ) from None
+
+
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return printable(lines[0][:120]) if lines else type(error).__name__
@@ -289,9 +297,6 @@ class _Window(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
-
-    def tell(self) -> int:
-        return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]

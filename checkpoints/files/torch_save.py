@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._utils import _rebuild_tensor_v2
 
 from mlm_eval.checkpoints.files.output import atomic_file
+from mlm_eval.checkpoints.files.torch_file import STORAGE_DTYPES, UNTYPED
 from mlm_eval.checkpoints.lazy import InMemory, LazyTensor
 
 ALIGNMENT = 64
@@ -37,16 +38,7 @@ _BLOCK = 1 << 24
 _ZIP64_FROM = 1 << 30  # zipfile itself decides near 2 GiB; deciding earlier keeps the padding right
 
 _STORAGE_TYPES: dict[torch.dtype, type] = {
-    torch.float64: torch.DoubleStorage,
-    torch.float32: torch.FloatStorage,
-    torch.float16: torch.HalfStorage,
-    torch.bfloat16: torch.BFloat16Storage,
-    torch.int64: torch.LongStorage,
-    torch.int32: torch.IntStorage,
-    torch.int16: torch.ShortStorage,
-    torch.int8: torch.CharStorage,
-    torch.uint8: torch.ByteStorage,
-    torch.bool: torch.BoolStorage,
+    dtype: getattr(torch, name) for name, dtype in STORAGE_DTYPES.items() if name != UNTYPED
 }
 
 
@@ -94,12 +86,9 @@ class _Pickler(pickle.Pickler):
         assert obj.dtype in _STORAGE_TYPES, f"torch.save has no storage type for {obj.dtype}"
         storage = _Storage(str(len(self.tensors)), obj.dtype, obj.numel)
         self.tensors.append(obj)
-        stride, step = [], 1
-        for size in reversed(obj.shape):
-            stride.append(step)
-            step *= max(size, 1)
+        stride = torch.empty(obj.shape, device="meta").stride()
         hooks: OrderedDict[Any, Any] = OrderedDict()
-        return _rebuild_tensor_v2, (storage, 0, obj.shape, tuple(stride[::-1]), False, hooks)
+        return _rebuild_tensor_v2, (storage, 0, obj.shape, stride, False, hooks)
 
     def persistent_id(self, obj: Any) -> Any:
         """Describe a storage the way torch does: `('storage', type, key, location, elements)`."""
@@ -122,13 +111,13 @@ def _write_archive(
             assert tensor.shape == lazy.shape and tensor.dtype == lazy.dtype, (
                 f"{lazy} read {tensor.shape}"
             )
-            data = _bytes_of(tensor)
+            data = row_major_bytes(tensor)
             _write_record(archive, stream, f"{prefix}/data/{key}", data, on_bytes)
             del tensor, data
         _write_record(archive, stream, f"{prefix}/version", FORMAT_VERSION, None)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def row_major_bytes(tensor: Tensor) -> memoryview:
     """Return the values in row-major order as bytes, without a copy where they already are."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data

@@ -36,7 +36,7 @@ from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import ByteMeter, output_folder
-from mlm_eval.checkpoints.files.torch_save import write_torch_file
+from mlm_eval.checkpoints.files.torch_save import row_major_bytes, write_torch_file
 from mlm_eval.checkpoints.lazy import LazyTensor
 from mlm_eval.checkpoints.megatron.args import rank_args
 from mlm_eval.checkpoints.megatron.iteration import iteration_folder, write_tracker
@@ -235,5 +235,4 @@ def _own_storage(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().cpu().contiguous()
     if tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
-    values = tensor.view(-1).view(torch.uint8).numpy()
-    return torch.frombuffer(values, dtype=tensor.dtype).view(tensor.shape)
+    return torch.frombuffer(row_major_bytes(tensor), dtype=tensor.dtype).view(tensor.shape)
