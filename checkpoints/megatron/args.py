@@ -24,25 +24,25 @@ from mlm_eval.checkpoints.megatron.layout import SaveLayout, needs_openai_gelu
 Shapes = Mapping[str, tuple[int, ...]]
 """Canonical name -> full shape."""
 
-# Setting -> its names in args, newer first, and Megatron's default. All of its names are written:
-# Megatron renamed some in 2023 and again in 2026.
-_SETTINGS: dict[str, tuple[tuple[str, ...], Any]] = {
-    "layernorm_epsilon": (("norm_epsilon", "layernorm_epsilon"), 1e-5),
-    "layernorm_zero_centered_gamma": (
-        ("layernorm_zero_centered_gamma", "apply_layernorm_1p"),
-        False,
-    ),
-    "rotary_percent": (("rotary_percent",), 1.0),
-    "rotary_base": (("rotary_base",), 10000.0),
-    "rotary_interleaved": (("rotary_interleaved",), False),
-    "rotary_seq_len_interpolation_factor": (("rotary_seq_len_interpolation_factor",), None),
-    "apply_residual_connection_post_layernorm": (
-        ("apply_residual_connection_post_layernorm",),
-        False,
-    ),
-    "hidden_dropout": (("hidden_dropout",), 0.1),
-    "attention_dropout": (("attention_dropout",), 0.1),
-    "init_method_std": (("init_method_std",), 0.02),
+# Setting -> Megatron's default.
+_SETTINGS: dict[str, Any] = {
+    "layernorm_epsilon": 1e-5,
+    "layernorm_zero_centered_gamma": False,
+    "rotary_percent": 1.0,
+    "rotary_base": 10000.0,
+    "rotary_interleaved": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "apply_residual_connection_post_layernorm": False,
+    "hidden_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "init_method_std": 0.02,
+}
+
+# Settings that Megatron renamed (in 2023 and again in 2026) -> their names in args, newer first.
+# All of them are written.
+_RENAMED = {
+    "layernorm_epsilon": ("norm_epsilon", "layernorm_epsilon"),
+    "layernorm_zero_centered_gamma": ("layernorm_zero_centered_gamma", "apply_layernorm_1p"),
 }
 
 # Settings that are read from shapes and written under the same name.
@@ -148,12 +148,11 @@ class _ArgsReader(ConfigBuilder):
 
     def from_args(self, name: str) -> None:
         """Take a setting of `_SETTINGS` from the first of its names that is in args."""
-        names, default = _SETTINGS[name]
-        for key in names:
+        for key in _RENAMED.get(name, (name,)):
             if self.args.get(key) is not None:
                 self.set(name, self.args[key], f"args.{key}")
                 return
-        self.set(name, default, "assumed" if not self.args else "Megatron's default")
+        self.set(name, _SETTINGS[name], "assumed" if not self.args else "Megatron's default")
 
 
 def build_config(
@@ -276,17 +275,14 @@ def _heads(b: _ArgsReader, shapes: Shapes, hidden: int) -> None:
     proj = _layer_shape(shapes, "self_attention.linear_proj.weight")
     if qkv is None or proj is None:
         raise InputError(f"{where} holds layers without attention weights; it is not a whole model")
-    if args.get("num_attention_heads"):
-        heads = b.set(
-            "num_attention_heads", args["num_attention_heads"], "args.num_attention_heads"
+    saved_heads = args.get("num_attention_heads")
+    source = "args.num_attention_heads" if saved_heads else "assumed: heads of 64"
+    heads = b.set("num_attention_heads", saved_heads or max(proj[1] // 64, 1), source)
+    if b.sources["num_attention_heads"] == "assumed: heads of 64":
+        b.warnings.append(
+            f"the file holds no args: {heads} heads of 64 assumed; correct it with --set "
+            "num_attention_heads=N"
         )
-    else:
-        heads = b.set("num_attention_heads", max(proj[1] // 64, 1), "assumed: heads of 64")
-        if b.sources["num_attention_heads"] != "--set":
-            b.warnings.append(
-                f"the file holds no args: {heads} heads of 64 assumed; correct it with --set "
-                "num_attention_heads=N"
-            )
     if heads < 1 or proj[1] < heads or proj[1] % heads:
         raise InputError(
             f"{where}: {heads} attention heads do not divide the attention width {proj[1]}; "
@@ -316,7 +312,7 @@ def _heads(b: _ArgsReader, shapes: Shapes, hidden: int) -> None:
             "correct it with --set num_attention_heads=N"
         )
     by_hand = {"num_attention_heads", "num_query_groups", "kv_channels"} & set(b.overrides)
-    if args.get("num_attention_heads") and groups not in expected and not by_hand:
+    if saved_heads and groups not in expected and not by_hand:
         raise InputError(
             f"{where}: the QKV weight has {groups} query groups where its args say "
             f"{max(expected)}; ranks of two checkpoints may be mixed: copy all ranks of one save, "
@@ -422,10 +418,9 @@ def _activation_from_args(
             return "gelu_tanh", "args.openai_gelu"
         if args.get("onnx_safe"):
             return "gelu", "args.onnx_safe"
-    if args.get("swiglu"):
-        return "swiglu", "args.swiglu"
-    if args.get("squared_relu"):
-        return "squared_relu", "args.squared_relu"
+    for name in ("swiglu", "squared_relu"):
+        if args.get(name):
+            return name, f"args.{name}"
     for name in ("bias_gelu_fusion", "bias_activation_fusion"):
         if args.get(name) is not None:
             # The fused kernel is the tanh form; it needs a bias to fuse.
@@ -440,14 +435,15 @@ def _tying_and_heads(b: _ArgsReader, shapes: Shapes) -> None:
     untied = "output_layer.weight" in shapes if untied is None else untied
     b.set("untie_embeddings_and_output_weights", untied, source)
     bert = b.values["family"] == "bert"
-    tokentypes = shapes.get("embedding.tokentype_embeddings.weight")
-    b.set("num_tokentypes", tokentypes[0] if tokentypes else 0, "shapes")
+    for name, table in (
+        ("num_tokentypes", "embedding.tokentype_embeddings.weight"),
+        ("num_classes", "classification_head.weight"),
+    ):
+        b.set(name, shapes[table][0] if table in shapes else 0, "shapes")
     b.set("lm_head", not bert or "lm_head.dense.weight" in shapes, "shapes")
     b.set("pooler", "pooler.dense.weight" in shapes, "shapes")
     for name in ("binary_head", "multichoice_head", "qa_head"):
         b.set(name, f"{name}.weight" in shapes, "shapes")
-    classes = shapes.get("classification_head.weight")
-    b.set("num_classes", classes[0] if classes else 0, "shapes")
 
 
 def rank_args(checkpoint: Checkpoint, layout: SaveLayout, tp_rank: int, pp_rank: int) -> Namespace:
@@ -455,8 +451,7 @@ def rank_args(checkpoint: Checkpoint, layout: SaveLayout, tp_rank: int, pp_rank:
     c = checkpoint.config
     saved = checkpoint.provenance.args
     values = {name: value for name, value in saved.items() if _is_carried(name, value)}
-    values |= _args_of_settings(c, layout.names == "core")
-    values |= _args_of_sizes(c, values.get("seq_length"))
+    values |= _args_of_settings(c, layout.names == "core", values.get("seq_length"))
     values |= _args_of_layout(layout, tp_rank, pp_rank)
     return Namespace(**dict(sorted(values.items())))  # sorted: equal args are equal bytes
 
@@ -470,13 +465,23 @@ def _is_carried(name: str, value: Any) -> bool:
     return value is None or type(value) in (bool, int, float)
 
 
-def _args_of_settings(c: ModelConfig, core: bool) -> dict[str, Any]:
+def _args_of_settings(c: ModelConfig, core: bool, run_length: int | None) -> dict[str, Any]:
     values: dict[str, Any] = {name: getattr(c, name) for name in _FROM_SHAPES}
-    for setting, (names, _) in _SETTINGS.items():
-        values |= dict.fromkeys(names, getattr(c, setting))
+    for setting in _SETTINGS:
+        values |= dict.fromkeys(_RENAMED.get(setting, (setting,)), getattr(c, setting))
     both_positions = c.position_embedding_type == "learned_absolute+rope"
     openai = not core and needs_openai_gelu(c)
+    length = run_length or c.max_position_embeddings
+    grouped = c.num_query_groups != c.num_attention_heads
     values |= {
+        "encoder_num_layers": c.num_layers,
+        "decoder_num_layers": None,
+        "group_query_attention": grouped,
+        # Megatron's default, which then says nothing.
+        "num_query_groups": c.num_query_groups if grouped else 1,
+        "seq_length": length,
+        "encoder_seq_length": length,
+        "decoder_seq_length": None,
         "rotary_base": int(c.rotary_base) if float(c.rotary_base).is_integer() else c.rotary_base,
         # Spring 2023: two switches and no type.
         "position_embedding_type": None if both_positions else c.position_embedding_type,
@@ -499,21 +504,6 @@ def _args_of_settings(c: ModelConfig, core: bool) -> dict[str, Any]:
     if c.family == "bert":
         values["bert_binary_head"] = c.binary_head
     return values
-
-
-def _args_of_sizes(c: ModelConfig, run_length: int | None) -> dict[str, Any]:
-    length = run_length or c.max_position_embeddings
-    grouped = c.num_query_groups != c.num_attention_heads
-    return {
-        "encoder_num_layers": c.num_layers,
-        "decoder_num_layers": None,
-        "group_query_attention": grouped,
-        # Megatron's default, which then says nothing.
-        "num_query_groups": c.num_query_groups if grouped else 1,
-        "seq_length": length,
-        "encoder_seq_length": length,
-        "decoder_seq_length": None,
-    }
 
 
 def _args_of_layout(layout: SaveLayout, tp_rank: int, pp_rank: int) -> dict[str, Any]:

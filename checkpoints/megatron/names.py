@@ -16,7 +16,6 @@ from mlm_eval.checkpoints.parameters import TASK_HEADS
 # Old name of a layer's part (a prefix of the key below `layers.N.`) -> canonical name.
 LAYER_ALIASES: dict[str, str] = {
     # legacy, all eras
-    "input_layernorm.": "input_layernorm.",
     "input_norm.": "input_layernorm.",
     "attention.query_key_value.": "self_attention.linear_qkv.",
     "self_attention.query_key_value.": "self_attention.linear_qkv.",
@@ -35,16 +34,13 @@ LAYER_ALIASES: dict[str, str] = {
     "layernorm_mlp.fc2_": "mlp.linear_fc2.",
     # megatron-core; the TransformerEngine spec keeps each norm inside the linear that follows it
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-    "self_attention.linear_qkv.": "self_attention.linear_qkv.",
-    "self_attention.linear_proj.": "self_attention.linear_proj.",
     "self_attention.q_layernorm.": "self_attention.q_layernorm.",
     "self_attention.k_layernorm.": "self_attention.k_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
-    "pre_mlp_layernorm.": "pre_mlp_layernorm.",
     "post_self_attn_layernorm.": "pre_mlp_layernorm.",  # spring 2023
-    "mlp.linear_fc1.": "mlp.linear_fc1.",
-    "mlp.linear_fc2.": "mlp.linear_fc2.",
 }
+# Canonical names stand for themselves.
+LAYER_ALIASES.update({part: part for part in LAYER_ALIASES.values()})
 
 # Whole keys outside the layers, after `language_model.` has been taken off.
 TOP_ALIASES: dict[str, str] = {
@@ -128,6 +124,12 @@ def strip_prefixes(key: str) -> str:
     return key
 
 
+def _top_name(key: str) -> str:
+    """Return the canonical name of what stands outside the layers, other keys without prefixes."""
+    name = strip_prefixes(key)
+    return TOP_ALIASES.get(name, name)
+
+
 def canonical_name(key: str, block: str, layer_offset: int, where: str) -> str:
     """Return the canonical name of a flat Megatron key.
 
@@ -140,8 +142,7 @@ def canonical_name(key: str, block: str, layer_offset: int, where: str) -> str:
     Raises:
         InputError: No GPT or BERT model has such a key.
     """
-    name = strip_prefixes(key)
-    name = TOP_ALIASES.get(name, name)
+    name = _top_name(key)
     if name in TOP_NAMES:
         return name
     if match := FINAL_NORM.fullmatch(name):
@@ -159,11 +160,10 @@ def canonical_name(key: str, block: str, layer_offset: int, where: str) -> str:
     )
 
 
-def is_bert(names: list[str]) -> bool:
-    """Whether the parameters are BERT's: some only BERT has."""
-    for key in names:
-        name = strip_prefixes(key)
-        name = TOP_ALIASES.get(name, name)
-        if name.startswith(BERT_ONLY + TASK_HEADS) or key.startswith("encoder.layers"):
-            return True
-    return False
+def family_of(keys: list[str]) -> str:
+    """Return `bert` or `gpt`: some parameters only BERT has."""
+    bert = any(
+        _top_name(key).startswith(BERT_ONLY + TASK_HEADS) or key.startswith("encoder.layers")
+        for key in keys
+    )
+    return "bert" if bert else "gpt"

@@ -74,10 +74,16 @@ def read_distributed(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     warnings = _check_finished(files, keys, nested=nested)
     common = _read_common(files)
     args = saved_args(common.values.get("args"), str(folder))
-    tensors, shapes, family = _canonical(files, keys)
-    _check_rotary(folder, args, shapes, overrides)
+    tensors, family = _canonical(files, keys)
+    learned = "embedding.position_embeddings.weight" in tensors
+    if not args and not learned and "position_embedding_type" not in overrides:
+        raise InputError(
+            f"{folder} holds neither Megatron's args nor a table of position embeddings; give "
+            "--set position_embedding_type=rope (and rotary_base, layernorm_epsilon, "
+            "max_position_embeddings where they differ), or none"
+        )
     build = build_config(
-        shapes,
+        {name: tensor.shape for name, tensor in tensors.items()},
         args,
         family=family,
         megatron_core=True,
@@ -91,8 +97,8 @@ def read_distributed(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
         path=folder,
         format="megatron-torch-dist",
         checkpoint_version=_version(folder, common.values, overrides),
-        tensor_parallel=_size(args, "tensor_model_parallel_size"),
-        pipeline_parallel=_size(args, "pipeline_model_parallel_size"),
+        tensor_parallel=args.get("tensor_model_parallel_size") or 1,
+        pipeline_parallel=args.get("pipeline_model_parallel_size") or 1,
         iteration=saved_iteration(folder, common.values.get("iteration")),
         config_sources=build.sources,
         pickle_classes=sorted({name for pickle in pickles for name in pickle.classes}),
@@ -167,10 +173,8 @@ def _read_common(files: DistributedFolder) -> Common:
     return common
 
 
-def _canonical(
-    files: DistributedFolder, keys: list[str]
-) -> tuple[dict[str, LazyTensor], dict[str, tuple[int, ...]], str]:
-    """Return tensors and shapes under canonical names, and the family."""
+def _canonical(files: DistributedFolder, keys: list[str]) -> tuple[dict[str, LazyTensor], str]:
+    """Return the tensors under canonical names, and the family."""
     flat: dict[str, LazyTensor] = {}
     for key in keys:
         name = names.strip_prefixes(key)
@@ -183,7 +187,7 @@ def _canonical(
     flat = _join_halves(flat, files.path)
     where = str(files.path)
     names.refuse_unsupported(sorted(flat), where)
-    family = "bert" if names.is_bert(sorted(flat)) else "gpt"
+    family = names.family_of(sorted(flat))
     block = "encoder" if family == "bert" else "decoder"
     tensors: dict[str, LazyTensor] = {}
     for name, tensor in flat.items():
@@ -194,7 +198,7 @@ def _canonical(
                 "be mixed, copy the folder again"
             )
         tensors[canonical] = tensor
-    return tensors, {name: tensor.shape for name, tensor in tensors.items()}, family
+    return tensors, family
 
 
 def _join_halves(flat: Mapping[str, LazyTensor], where: Path) -> dict[str, LazyTensor]:
@@ -215,22 +219,6 @@ def _join_halves(flat: Mapping[str, LazyTensor], where: Path) -> dict[str, LazyT
     return joined
 
 
-def _check_rotary(
-    where: Path,
-    args: Mapping[str, Any],
-    shapes: Mapping[str, tuple[int, ...]],
-    overrides: Mapping[str, Any],
-) -> None:
-    """Refuse to guess the kind of positions of a model without a position table and args."""
-    learned = "embedding.position_embeddings.weight" in shapes
-    if not args and not learned and "position_embedding_type" not in overrides:
-        raise InputError(
-            f"{where} holds neither Megatron's args nor a table of position embeddings; give "
-            "--set position_embedding_type=rope (and rotary_base, layernorm_epsilon, "
-            "max_position_embeddings where they differ), or none"
-        )
-
-
 def _version(where: Path, common: Mapping[str, Any], overrides: Mapping[str, Any]) -> float:
     version = overrides.get("checkpoint_version", common.get("checkpoint_version"))
     version = 3.0 if version is None else version
@@ -240,11 +228,6 @@ def _version(where: Path, common: Mapping[str, Any], overrides: Mapping[str, Any
             "formats, whose QKV order is that of version 3.0; leave it out"
         )
     return float(version)
-
-
-def _size(args: Mapping[str, Any], name: str) -> int:
-    size = args.get(name)
-    return size if isinstance(size, int) and size > 0 else 1
 
 
 def _notes(files: DistributedFolder, keys: list[str], *, nested: bool) -> list[str]:
@@ -266,12 +249,11 @@ def _paths(files: DistributedFolder, records: Iterable[Record]) -> list[Path]:
 
 def _digest(files: DistributedFolder, records: list[Record], common: Common) -> str:
     """Return the cheap digest: `.metadata`, and the CRCs that end every archive of the model."""
-    marks: dict[str, tuple[int, list[int] | bytes]] = {}
-    for name, tail in files.tails(records).items():
-        marks[name] = ((files.path / name).stat().st_size, tail)
-    metadata = files.path / METADATA
-    marks[METADATA] = (metadata.stat().st_size, metadata.read_bytes())
+    marks: dict[str, list[int] | bytes] = {**files.tails(records)}
+    marks[METADATA] = (files.path / METADATA).read_bytes()
     for pickle in common.pickles:
         if pickle.path.name == COMMON:
-            marks[COMMON] = (pickle.path.stat().st_size, pickle.crcs)
-    return cheap_digest(marks)
+            marks[COMMON] = pickle.crcs
+    return cheap_digest(
+        {name: ((files.path / name).stat().st_size, mark) for name, mark in marks.items()}
+    )

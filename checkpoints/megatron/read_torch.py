@@ -33,9 +33,8 @@ from mlm_eval.checkpoints.megatron.files import (
     scan_ranks,
 )
 from mlm_eval.checkpoints.megatron.iteration import saved_iteration
+from mlm_eval.checkpoints.megatron.layout import WORD_EMBEDDINGS
 from mlm_eval.checkpoints.parameters import Parameter, cut_dim, parameters
-
-EMBEDDING = "embedding.word_embeddings.weight"
 
 DRIFT = 0.1
 """Largest difference between copies on different ranks, relative to their largest value."""
@@ -119,10 +118,10 @@ def _merge(
     overrides: dict[str, Any],
 ) -> Checkpoint:
     first = files[0, 0]
-    everything = [key for file in files.values() for chunk in file.chunks for key in chunk]
+    everything = sorted({key for file in files.values() for chunk in file.chunks for key in chunk})
     check_same_run(files, tp, where)
-    names.refuse_unsupported(sorted(set(everything)), str(where))
-    family = "bert" if names.is_bert(sorted(set(everything))) else "gpt"
+    names.refuse_unsupported(everything, str(where))
+    family = names.family_of(everything)
     megatron_core = any(".linear_qkv." in key for key in everything)
     version = _version(first, megatron_core, overrides)
     warnings: list[str] = []
@@ -140,7 +139,7 @@ def _merge(
         megatron_core=megatron_core,
         overrides=overrides,
         where=str(where),
-        params_dtype=dtype_name(shards[0][EMBEDDING].dtype),
+        params_dtype=dtype_name(shards[0][WORD_EMBEDDINGS].dtype),
     )
     config = build.config
     tied = not config.untie_embeddings_and_output_weights
@@ -225,7 +224,7 @@ def _stage_tensors(
                 found = {name: tensor for name, tensor in found.items() if name not in tensors}
             tensors.update(found)
             offset = len(layer_indices({name: () for name in tensors}))
-            if EMBEDDING not in tensors:
+            if WORD_EMBEDDINGS not in tensors:
                 swapped = pp > 1 and "; the mp_rank folders may have been renamed or swapped"
                 raise InputError(
                     f"{file.path} holds no word embeddings"
@@ -246,7 +245,7 @@ def _drop_head_copies(shards: list[dict[str, LazyTensor]], where: Path, *, tied:
         for name in copies:
             if name not in shard:
                 continue
-            copy, table = shard.pop(name), shard[EMBEDDING]
+            copy, table = shard.pop(name), shard[WORD_EMBEDDINGS]
             rows = slice(0, 64)
             gap, scale = _gap(copy.read(0, rows), table.read(0, rows))
             if not gap <= DRIFT * scale:
