@@ -232,7 +232,7 @@ class Run:
 class Printer(Listener):
     """Prints what a run says, and every 25th step."""
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a line."""
         print(text)
 

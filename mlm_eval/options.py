@@ -26,6 +26,8 @@ class Option:
     help: str
     least: float | None = None
     """Smallest value of a number."""
+    most: float | None = None
+    """Largest value of a number."""
     flag: str | None = None
     """The spelling, where it does not follow from the field's name; for a switch that nobody would
     switch off, the only one."""
@@ -45,8 +47,10 @@ class Option:
     """For an option with `parse`: how its default is written."""
     positional: bool = False
     """An argument without a flag."""
-    more: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What else typer takes: max, hidden, metavar."""
+    hidden: bool = False
+    """The help does not show it."""
+    metavar: str | None = None
+    """What the help says for its value, instead of its type."""
 
 
 @dataclass(frozen=True)
@@ -59,43 +63,15 @@ class Nested:
     that were given to their values."""
 
 
-def option(
-    help: str,
-    default: Any = dataclasses.MISSING,
-    *,
-    least: float | None = None,
-    flag: str | None = None,
-    shown: str | None = None,
-    group: str | None = None,
-    below: float | None = None,
-    choices: tuple[str, ...] = (),
-    only: tuple[str, ...] = (),
-    parse: Callable[[str], Any] | None = None,
-    written: str | None = None,
-    positional: bool = False,
-    **more: Any,
-) -> Any:
+def option(help: str, default: Any = dataclasses.MISSING, **settings: Any) -> Any:
     """Return a dataclass field that is an option of every command that takes its class.
 
     Args:
         help: One sentence: what the setting is.
         default: Its value where it is not given; without one it has to be given.
-        least: Smallest value of a number.
-        flag: See `Option.flag`.
-        shown: What the help says for a default of None.
-        group: Title of its group in the help.
-        below: See `Option.below`.
-        choices: See `Option.choices`.
-        only: See `Option.only`.
-        parse: See `Option.parse`.
-        written: How the default is written, with `parse`.
-        positional: Whether it is an argument without a flag.
-        more: What else typer takes: max, hidden, metavar.
+        settings: Other fields of `Option`.
     """
-    entry = Option(
-        help, least, flag, shown, group, below, choices, only, parse, written, positional, more
-    )
-    return dataclasses.field(default=default, metadata={KEY: entry})
+    return dataclasses.field(default=default, metadata={KEY: Option(help, **settings)})
 
 
 def again(kind: type[Any], name: str, **changes: Any) -> Any:

@@ -2,7 +2,6 @@
 
     app.py           the typer application, `--config`
     command.py       a dataclass becomes a command: its fields are the options
-    options.py       the options that commands share
     run.py           checkpoint, ranks and engine for a command
     checkpoints.py   inspect, convert, verify        zero_shot.py   wikitext103, lambada, score
     training.py      race, mnli, qqp, squad, mlm, lm, ensemble
@@ -22,25 +21,16 @@ import sys
 import traceback
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.cli import checkpoints, harness, report, training, zero_shot
+from mlm_eval.cli import checkpoints, harness, report, training, zero_shot  # noqa: F401
 from mlm_eval.cli.app import app
 from mlm_eval.ranks.launch import prepare_worker, reporting_errors
 from mlm_eval.ranks.world import detect_world
 
 # isort: split
-from mlm_eval.cli import bench  # after report: groups of the help come in the order of imports
+# After report: an import registers commands, and the help has their groups in this order.
+from mlm_eval.cli import bench  # noqa: F401
 
-__all__ = [
-    "app",
-    "bench",
-    "checkpoints",
-    "entry",
-    "harness",
-    "main",
-    "report",
-    "training",
-    "zero_shot",
-]
+__all__ = ["app", "entry", "main"]
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 and the signal's number, as shells have it."""

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from mlm_eval import __version__
 from mlm_eval.checkpoints.errors import InputError
 
+COMMANDS: dict[str, Callable[[], Any]] = {}
+"""What makes a command with its options, by the command's name."""
+
+
+class _Commands(TyperGroup):
+    """The commands; one gets its options when it is chosen, so that `--help` makes none of them."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, listed, rest = super().resolve_command(ctx, args)
+        return name, listed if name is None else COMMANDS[name](), rest
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Evaluate, reshard and convert Megatron-LM checkpoints, without Megatron.",
     no_args_is_help=True,
     add_completion=False,

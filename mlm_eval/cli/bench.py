@@ -154,8 +154,9 @@ def _measure_job(path: Path) -> None:
     world = detect_world()
     assert world is not None, "a job is for ranks"
     job = json.loads(path.read_text(encoding="utf-8"))
-    point = BenchPoint(job["tp"], job["model"], ModelConfig(**job["config"]))
-    measured = _measure_here(point, BenchOptions(**job["options"]), world)
+    options = BenchOptions(**job.pop("options"))
+    point = BenchPoint(**{**job, "config": ModelConfig(**job["config"])})
+    measured = _measure_here(point, options, world)
     if world.is_main:
         write_json(_answer(path), dataclasses.asdict(measured))
 
@@ -189,12 +190,7 @@ def _on_fresh_ranks(
         for point in points:
             print(f"measuring tp {point.tp} ...", file=sys.stderr)
             path = Path(folder, f"tp{point.tp}.json")
-            job = {
-                "tp": point.tp,
-                "model": point.model,
-                "config": point.config.to_dict(),
-                "options": dataclasses.asdict(options),
-            }
+            job = {**dataclasses.asdict(point), "options": dataclasses.asdict(options)}
             path.write_text(json.dumps(job, default=str), encoding="utf-8")
             argv = ["bench", "--job", str(path)]
             result = launch(argv, ranks=point.tp, device=options.device, threads=threads)

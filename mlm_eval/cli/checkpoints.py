@@ -11,7 +11,7 @@ import typer
 
 from mlm_eval.cli.app import CHECKPOINTS
 from mlm_eval.cli.command import command
-from mlm_eval.cli.run import chosen_tokenizer, progress
+from mlm_eval.cli.run import chosen_checkpoint, chosen_tokenizer, progress
 from mlm_eval.options import CheckpointOption, RunOptions, TokenizerOptions, again, option
 
 if TYPE_CHECKING:
@@ -38,13 +38,9 @@ def inspect(options: InspectOptions) -> None:
     import json
 
     from mlm_eval.checkpoints.checkpoint import full_digest as hash_everything
-    from mlm_eval.checkpoints.config import parse_overrides
-    from mlm_eval.checkpoints.open import open_checkpoint
     from mlm_eval.reporting.text import inspect_record, inspect_text
 
-    checkpoint = open_checkpoint(
-        options.ckpt, parse_overrides(options.overrides), allow_hostile=True
-    )
+    checkpoint = chosen_checkpoint(options.ckpt, options.overrides, allow_hostile=True)
     digest = hash_everything(checkpoint) if options.full_digest else checkpoint.provenance.digest
     record = inspect_record(checkpoint, digest)
     print(json.dumps(record, indent=2, default=str) if options.as_json else inspect_text(record))
@@ -93,9 +89,7 @@ def convert_checkpoint(options: ConvertOptions) -> None:
 
     Example: mlm-eval convert --ckpt gpt2_tp8 --to megatron --tp 2 --output gpt2_tp2
     """
-    from mlm_eval.checkpoints.config import parse_overrides
     from mlm_eval.checkpoints.convert import convert
-    from mlm_eval.checkpoints.open import open_checkpoint
     from mlm_eval.reporting.text import comparison_text
 
     def compare(*given: Any, **settings: Any) -> Comparison:
@@ -103,7 +97,7 @@ def convert_checkpoint(options: ConvertOptions) -> None:
 
         return verify_conversion(*given, **settings)
 
-    checkpoint = open_checkpoint(options.ckpt, parse_overrides(options.overrides))
+    checkpoint = chosen_checkpoint(options.ckpt, options.overrides)
     tokenizer = chosen_tokenizer(options.ckpt, options)
     for warning in checkpoint.provenance.warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -149,14 +143,12 @@ def verify(options: VerifyOptions) -> None:
 
     Example: mlm-eval verify --ckpt gpt2_tp8 --against gpt2_hf
     """
-    from mlm_eval.checkpoints.config import parse_overrides
-    from mlm_eval.checkpoints.open import open_checkpoint
     from mlm_eval.engine.verify import compare_checkpoints
     from mlm_eval.reporting.results import write_json
     from mlm_eval.reporting.text import comparison_text
 
-    overrides = parse_overrides(options.overrides)
-    first, second = open_checkpoint(options.ckpt, overrides), open_checkpoint(options.against)
+    first = chosen_checkpoint(options.ckpt, options.overrides)
+    second = chosen_checkpoint(options.against, ())
     comparison = compare_checkpoints(first, second, tolerance=options.tolerance)
     print(comparison_text(comparison))
     if options.output is not None:

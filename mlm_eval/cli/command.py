@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import typer
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.cli.app import app, load_config
+from mlm_eval.cli.app import COMMANDS, app, load_config
 from mlm_eval.options import DATA, KEY, OPTIMIZER, RUN, TASK, Nested, Option, option_name
 
 T = TypeVar("T")
@@ -66,10 +66,17 @@ def command(
             first = parameter.name in order
             return GROUPS.index(group), order.index(parameter.name) if first else len(order)
 
-        found = sorted(option_parameters(kind, name, shown=shown or {}), key=place)
-        listed = [parameter for _, parameter in found] + [CONFIG_OPTION] * config
-        run.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
-        app.command(name, rich_help_panel=panel, help=help or inspect.getdoc(body))(run)
+        def with_options() -> Any:
+            found = sorted(option_parameters(kind, name, shown=shown or {}), key=place)
+            listed = [parameter for _, parameter in found] + [CONFIG_OPTION] * config
+            run.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
+            alone = typer.Typer(add_completion=False)
+            alone.command(name, rich_help_panel=panel, help=text)(run)
+            return typer.main.get_command(alone)
+
+        text = help or inspect.getdoc(body)
+        app.command(name, rich_help_panel=panel, help=text)(lambda: None)
+        COMMANDS[name] = with_options
         return body
 
     return register
@@ -115,9 +122,11 @@ def _parameter(
         *flags,
         help=entry.help,
         min=entry.least,
+        max=entry.most,
         rich_help_panel=entry.group,
         show_default=show,
-        **entry.more,
+        hidden=entry.hidden,
+        metavar=entry.metavar,
     )
     return inspect.Parameter(
         field.name,

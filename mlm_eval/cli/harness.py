@@ -66,6 +66,6 @@ def harness(options: HarnessOptions) -> None:
     def body(engine: Engine) -> None:
         lm = MegatronLM(engine, tokenizer, bar=lambda: progress(engine.is_main), **given)
         lm.lead(lambda: run_command_line(lm, arguments))
-        run.tell(f"scored by mlm-eval: {lm.summary()}")
+        run.print_result(f"scored by mlm-eval: {lm.summary()}")
 
     run.on_ranks(body)

@@ -86,9 +86,11 @@ class PlanOptions:
         "Tokens of an evaluation's forward pass on a rank; default: the engine's.", None, least=1
     )
     micro_batch: int = option("Samples of a training step's forward pass on a rank.", 8, least=1)
-    hidden_dropout: float = option("Dropout of hidden states in training.", 0.1, least=0.0, max=1.0)
+    hidden_dropout: float = option(
+        "Dropout of hidden states in training.", 0.1, least=0.0, most=1.0
+    )
     attention_dropout: float = option(
-        "Dropout of attention in training; 0 needs much less memory.", 0.1, least=0.0, max=1.0
+        "Dropout of attention in training; 0 needs much less memory.", 0.1, least=0.0, most=1.0
     )
     recompute: bool = option("Train with activation checkpointing.", False, flag="--recompute")
     as_json: bool = again(InspectOptions, "as_json")
@@ -123,7 +125,7 @@ def plan(options: PlanOptions) -> None:
         else parse_bytes(options.device_memory, "--device-memory")
     )
     rate = None if options.throughput is None else parse_throughput(options.throughput)
-    config_of, paper_count = _checkpoint(options) if options.ckpt else _named(options)
+    config_of, paper_count = _source(options)
     first = config_of(1)
     stored = first.params_dtype if options.ckpt else "bfloat16"
     precision = dtype_name(evaluation_dtype(options.dtype, stored, "cuda"))
@@ -156,29 +158,21 @@ def plan(options: PlanOptions) -> None:
     print(json.dumps(record, indent=2) if options.as_json else plan_text(record))
 
 
-_Source = tuple["Callable[[int], ModelConfig]", "int | None"]
-"""Returns the settings for a tensor-parallel size; the paper's number of parameters."""
-
-
-def _checkpoint(options: PlanOptions) -> _Source:
-    from mlm_eval.checkpoints.config import parse_overrides
-    from mlm_eval.checkpoints.open import open_checkpoint
-
-    checkpoint = open_checkpoint(str(options.ckpt), parse_overrides(options.overrides))
-    return lambda tp: checkpoint.config, None
-
-
-def _named(options: PlanOptions) -> _Source:
+def _source(options: PlanOptions) -> tuple[Callable[[int], ModelConfig], int | None]:
+    """Return the settings for a tensor-parallel size, and the paper's number of parameters."""
     from mlm_eval.checkpoints.config import apply_overrides, parse_overrides
+    from mlm_eval.checkpoints.open import open_checkpoint
     from mlm_eval.model.sizes import named_config, paper_parameters
 
-    model, overrides = str(options.model), parse_overrides(options.overrides)
+    overrides, model = parse_overrides(options.overrides), options.model
+    if model is None:
+        config = open_checkpoint(str(options.ckpt), overrides).config
+        return lambda tp: config, None
     count = paper_parameters(model)
-
-    def config_of(tp: int) -> ModelConfig:
-        return apply_overrides(named_config(model, tp=tp), overrides)
-
-    return config_of, None if overrides else count
+    return (
+        lambda tp: apply_overrides(named_config(model, tp=tp), overrides),
+        None if overrides else count,
+    )
 
 
 def _size_of(config: ModelConfig) -> str | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.options import RunOptions, TokenizerOptions
 from mlm_eval.ranks.launch import init_process_group, launch, shutdown
-from mlm_eval.ranks.world import World, detect_world
+from mlm_eval.ranks.world import detect_world
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,25 +41,21 @@ class ModelRun:
     """A command that runs a model: opens the checkpoint, gets its ranks, loads the engine."""
 
     def __init__(self, options: RunOptions, *, checkpoint: Checkpoint | None = None) -> None:
-        from mlm_eval.checkpoints.config import parse_overrides
-        from mlm_eval.checkpoints.open import open_checkpoint
         from mlm_eval.reporting.results import check_writable
 
         self.options = options
         if options.output is not None:
             check_writable(options.output)
-        self.checkpoint: Checkpoint = checkpoint or open_checkpoint(
-            options.ckpt, parse_overrides(options.overrides)
-        )
-        self.world: World | None = detect_world()
+        self.checkpoint = checkpoint or chosen_checkpoint(options.ckpt, options.overrides)
+        self.world = detect_world()
         self.is_main = self.world is None or self.world.is_main
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print for people who watch: on stderr, from rank 0."""
         if self.is_main:
             print(text, file=sys.stderr)
 
-    def tell(self, text: str) -> None:
+    def print_result(self, text: str) -> None:
         """Print a result: on stdout, from rank 0."""
         if self.is_main:
             print(text)
@@ -67,7 +63,7 @@ class ModelRun:
     def warn(self, warnings: Sequence[str]) -> None:
         """Print warnings on stderr, from rank 0."""
         for warning in warnings:
-            self.say(f"warning: {warning}")
+            self.log(f"warning: {warning}")
 
     def start(self) -> Placement:
         """Return where this rank computes; without ranks start them, and leave with their end.
@@ -90,7 +86,7 @@ class ModelRun:
         )
         if self.world is None and tp * dp > 1:
             if None in (options.tp, options.dp) and device == "cuda":
-                self.say(f"layout: tp {tp} x dp {dp} on {tp * dp} CUDA device(s)")
+                self.log(f"layout: tp {tp} x dp {dp} on {tp * dp} CUDA device(s)")
             start_ranks(tp, dp, device)
         return Placement(tp, dp, device, dtype)
 
@@ -145,6 +141,16 @@ class ModelRun:
                 "--vocab-file F and --merge-file F (GPT-2: vocab.json and merges.txt)"
             )
         return found
+
+
+def chosen_checkpoint(
+    ckpt: str, overrides: Sequence[str], *, allow_hostile: bool = False
+) -> Checkpoint:
+    """Return the checkpoint that `--ckpt` and `--set` name; see `open_checkpoint`."""
+    from mlm_eval.checkpoints.config import parse_overrides
+    from mlm_eval.checkpoints.open import open_checkpoint
+
+    return open_checkpoint(ckpt, parse_overrides(overrides), allow_hostile=allow_hostile)
 
 
 def chosen_tokenizer(ckpt: str, options: TokenizerOptions) -> Tokenizer | None:

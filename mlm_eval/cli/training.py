@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.cli.app import TRAINING, app
+from mlm_eval.cli.app import TRAINING
 from mlm_eval.cli.command import command
-from mlm_eval.cli.options import Output
-from mlm_eval.cli.run import ModelRun
+from mlm_eval.cli.run import ModelRun, chosen_tokenizer
 from mlm_eval.options import RUN, RunOptions, again, nested, option
 from mlm_eval.ranks.launch import shutdown
 from mlm_eval.tasks.finetune.settings import FinetuneOptions
@@ -23,11 +20,13 @@ from mlm_eval.tasks.language.settings import MaskedTextSettings, TextSettings
 from mlm_eval.training.settings import Listener, TrainSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
 
     from tqdm import tqdm
 
     from mlm_eval.checkpoints.checkpoint import Checkpoint
+    from mlm_eval.checkpoints.tokenizer import Tokenizer
+    from mlm_eval.cli.run import Load
     from mlm_eval.reporting.results import Result
     from mlm_eval.training.settings import TrainingProgress
 
@@ -86,21 +85,35 @@ class FinetuneCommand:
 
 
 def _finetune(task: str, given: FinetuneCommand) -> None:
-    from mlm_eval.reporting.text import training_text
     from mlm_eval.tasks.finetune.run import finetune
 
     run = ModelRun(given.run)
+
+    def train(tokenizer: Tokenizer, load: Load, bars: TrainingBars) -> Result:
+        return finetune(
+            task, run.checkpoint, given.options, tokenizer=tokenizer, load=load, listener=bars
+        )
+
+    _train(run, train, folder=given.options.output_dir)
+
+
+def _train(
+    run: ModelRun, train: Callable[[Tokenizer, Load, TrainingBars], Result], *, folder: Path
+) -> None:
+    """Train on every rank, with bars; print the figures, and write the record."""
+    from mlm_eval.reporting.text import training_text
+
     place = run.start()
     tokenizer = run.tokenizer()
     load = run.join(place)
-    with training_bars(run) as bars:
+    with closing(TrainingBars(run)) as bars:
         bars.warn(*run.checkpoint.provenance.warnings)
-        result = finetune(
-            task, run.checkpoint, given.options, tokenizer=tokenizer, load=load, listener=bars
-        )
+        result = train(tokenizer, load, bars)
     bars.warn(*result.warnings)
-    text = training_text(result, folder=given.options.output_dir)
-    _finish(run, result, text)
+    run.print_result(training_text(result, folder=folder))
+    if run.options.output is not None and run.is_main:
+        result.write(run.options.output)
+    shutdown()
 
 
 # ---- language models ---------------------------------------------------------------------------
@@ -135,19 +148,15 @@ class MaskedCommand(PretrainCommand):
 
 
 def _pretrain(given: PretrainCommand) -> None:
-    from mlm_eval.reporting.text import training_text
     from mlm_eval.tasks.language.pretraining import pretrain
 
     if (given.run.ckpt is None) == (given.init is None):
         raise InputError("give either --ckpt, to start from a checkpoint, or --init, for a new one")
     run = ModelRun(given.run, checkpoint=None if given.init is None else _new_model(given))
-    place = run.start()
-    tokenizer = run.tokenizer()
-    engine = run.join(place)(run.checkpoint, "float32")
-    with training_bars(run) as bars:
-        bars.warn(*run.checkpoint.provenance.warnings)
-        result = pretrain(
-            engine,
+
+    def train(tokenizer: Tokenizer, load: Load, bars: TrainingBars) -> Result:
+        return pretrain(
+            load(run.checkpoint, "float32"),
             tokenizer,
             given.text,
             given.settings,
@@ -155,14 +164,13 @@ def _pretrain(given: PretrainCommand) -> None:
             resume=given.resume,
             listener=bars,
         )
-    bars.warn(*result.warnings)
-    _finish(run, result, training_text(result, folder=given.output_dir))
+
+    _train(run, train, folder=given.output_dir)
 
 
 def _new_model(given: PretrainCommand) -> Checkpoint:
     """Return the model that `--init` names."""
     from mlm_eval.checkpoints.config import parse_overrides
-    from mlm_eval.cli.run import chosen_tokenizer
     from mlm_eval.tasks.language.pretraining import start_from
 
     tokenizer = chosen_tokenizer("", given.run)
@@ -198,16 +206,17 @@ for _kind, _options in (("mlm", MaskedCommand), ("lm", PretrainCommand)):
 # ---- ensembles ---------------------------------------------------------------------------------
 
 
-@app.command(rich_help_panel=TRAINING)
-def ensemble(
-    predictions: Annotated[
-        list[Path], typer.Option(help="File or folder of saved predictions (repeatable).")
-    ],
-    output: Output = None,
-    output_dir: Annotated[
-        Path | None, typer.Option(help="Write the ensemble's own predictions here.")
-    ] = None,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class EnsembleOptions:
+    """The options of `ensemble`."""
+
+    predictions: tuple[Path, ...] = option("File or folder of saved predictions (repeatable).")
+    output: Path | None = again(RunOptions, "output")
+    output_dir: Path | None = option("Write the ensemble's own predictions here.", None)
+
+
+@command("ensemble", EnsembleOptions, panel=TRAINING, config=False)
+def ensemble(options: EnsembleOptions) -> None:
     """Average the probabilities of several fine-tuned models, as the paper's ensemble rows do.
 
     Example: mlm-eval ensemble --predictions seed-1/predictions --predictions seed-2/predictions
@@ -215,17 +224,10 @@ def ensemble(
     from mlm_eval.reporting.text import training_text
     from mlm_eval.tasks.finetune.predictions import ensemble_result
 
-    result = ensemble_result(predictions, output=output_dir)
-    print(training_text(result, folder=output_dir))
-    if output is not None:
-        result.write(output)
-
-
-def _finish(run: ModelRun, result: Result, text: str) -> None:
-    run.tell(text)
-    if run.options.output is not None and run.is_main:
-        result.write(run.options.output)
-    shutdown()
+    result = ensemble_result(options.predictions, output=options.output_dir)
+    print(training_text(result, folder=options.output_dir))
+    if options.output is not None:
+        result.write(options.output)
 
 
 # ---- what people see meanwhile -----------------------------------------------------------------
@@ -241,15 +243,15 @@ class TrainingBars(Listener):
         self.steps: tqdm[Any] | None = None
         self.rows: tqdm[Any] | None = None
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a line for people who watch, above the bars."""
         if not self.drawn:
-            self.run.say(text)
+            self.run.log(text)
             return
         from tqdm import tqdm
 
         with tqdm.external_write_mode(file=sys.stderr):
-            self.run.say(text)
+            self.run.log(text)
 
     def warn(self, *warnings: str) -> None:
         """Print those that have not been printed yet: a record repeats the early ones."""
@@ -308,13 +310,3 @@ class TrainingBars(Listener):
         if done >= total:
             self.rows.close()
             self.rows = None
-
-
-@contextmanager
-def training_bars(run: ModelRun) -> Iterator[TrainingBars]:
-    """Give the bars of a run, and close them."""
-    bars = TrainingBars(run)
-    try:
-        yield bars
-    finally:
-        bars.close()

@@ -19,7 +19,6 @@ from mlm_eval.tasks import zero_shot
 from mlm_eval.tasks.zero_shot.benchmark import DataOption
 
 if TYPE_CHECKING:
-    from mlm_eval.checkpoints.tokenizer import Tokenizer
     from mlm_eval.engine.engine import Engine
     from mlm_eval.engine.resume import PartialScores
     from mlm_eval.tasks.zero_shot.benchmark import Work, ZeroShot
@@ -65,55 +64,43 @@ def run_benchmark(run: ModelRun, benchmark: ZeroShot[Any], own: Any, *, resume: 
     Raises:
         InputError: The model is no GPT, or an option is wrong.
     """
-    config = run.checkpoint.config
+    from mlm_eval.checkpoints.checkpoint import full_digest
+    from mlm_eval.reporting.text import result_text, work_text
+
+    options, config = run.options, run.checkpoint.config
     if config.family != "gpt":
         raise InputError(
             f"{run.checkpoint.provenance.path} is a BERT checkpoint; {benchmark.name} needs a GPT "
             "model (left to right)"
         )
-    if resume and run.options.output is None:
+    if resume and options.output is None:
         raise InputError("--resume needs the --output of the interrupted run")
     place = run.start()
     tokenizer = run.tokenizer()
-    work = benchmark.work_for(config, own, tokenizer=tokenizer, limit=run.options.limit)
-    run.on_ranks(
-        lambda engine: _score(run, benchmark, engine, work, tokenizer, resume), placement=place
-    )
+    work = benchmark.work_for(config, own, tokenizer=tokenizer, limit=options.limit)
 
+    def body(engine: Engine) -> None:
+        tokens = sum(request.length for request in work.requests)
+        run.log(work_text(benchmark.unit, len(work.requests), tokens, engine.flops(work.requests)))
+        partial = _partial(run, benchmark.resume_key(engine, work, tokenizer), work, resume)
+        with progress(run.is_main) as on_progress, _kept(partial):
+            result = benchmark.score(
+                engine, work, tokenizer=tokenizer, on_progress=on_progress, partial=partial
+            )
+        result.settings.update(engine.describe(), seed=options.seed)
+        if options.full_digest and run.is_main:
+            result.checkpoint["full_digest"] = full_digest(engine.checkpoint)
+        run.warn(result.warnings)
+        run.print_result(result_text(result, benchmark.title, benchmark.rows(result)))
+        line = benchmark.megatron_line(result)
+        if line is not None:
+            run.print_result(line)
+        if options.output is not None and run.is_main:
+            result.write(options.output)
+        if partial is not None and run.is_main:
+            partial.remove()
 
-def _score(
-    run: ModelRun,
-    benchmark: ZeroShot[Any],
-    engine: Engine,
-    work: Work,
-    tokenizer: Tokenizer,
-    resume: bool,
-) -> None:
-    from mlm_eval.reporting.text import result_text, work_text
-
-    options = run.options
-    tokens = sum(request.length for request in work.requests)
-    flops = engine.flops(work.requests)
-    run.say(work_text(benchmark.unit, len(work.requests), tokens, flops))
-    partial = _partial(run, benchmark.resume_key(engine, work, tokenizer), work, resume)
-    with progress(run.is_main) as on_progress, _kept(partial):
-        result = benchmark.score(
-            engine, work, tokenizer=tokenizer, on_progress=on_progress, partial=partial
-        )
-    result.settings.update(engine.describe(), seed=options.seed)
-    if options.full_digest and run.is_main:
-        from mlm_eval.checkpoints.checkpoint import full_digest
-
-        result.checkpoint["full_digest"] = full_digest(engine.checkpoint)
-    run.warn(result.warnings)
-    run.tell(result_text(result, benchmark.title, benchmark.rows(result)))
-    line = benchmark.megatron_line(result)
-    if line is not None:
-        run.tell(line)
-    if options.output is not None and run.is_main:
-        result.write(options.output)
-    if partial is not None and run.is_main:
-        partial.remove()
+    run.on_ranks(body, placement=place)
 
 
 def _partial(run: ModelRun, key: str, work: Work, resume: bool) -> PartialScores | None:
@@ -126,7 +113,7 @@ def _partial(run: ModelRun, key: str, work: Work, resume: bool) -> PartialScores
     partial = PartialScores(output.with_name(output.name + ".partial"), key, resume=resume)
     if resume:
         known = sum(index < len(work.requests) for index in partial.finished())
-        run.say(f"resuming: {known:,} of {len(work.requests):,} are done")
+        run.log(f"resuming: {known:,} of {len(work.requests):,} are done")
     return partial
 
 
@@ -185,6 +172,6 @@ def score_command(options: ScoreOptions) -> None:
         if run.is_main:
             write_lines(options.output, records)
             limited = f" (LIMITED to the first {options.limit})" if options.limit else ""
-            run.tell(f"{len(records):,} line(s) scored{limited}: {options.output}")
+            run.print_result(f"{len(records):,} line(s) scored{limited}: {options.output}")
 
     run.on_ranks(body)

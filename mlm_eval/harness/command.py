@@ -95,12 +95,8 @@ def read_arguments(arguments: Sequence[str]) -> dict[str, Any]:
             raise
         sentence = complaint.getvalue().strip().rpartition("error: ")[2]
         raise InputError(f"lm-evaluation-harness: {sentence} (see `lm-eval run --help`)") from None
-    for name, value in (
-        ("model", asked.model),
-        ("device", asked.device),
-        ("batch_size", getattr(asked, "batch_size", None)),
-        ("max_batch_size", asked.max_batch_size),
-    ):
+    for name in ("model", "device", "batch_size", "max_batch_size"):
+        value = getattr(asked, name, None)
         if value is not None:
             raise InputError(
                 f"--{name} {value} is not for the harness here; before the `--`, --ckpt names the "
@@ -127,10 +123,8 @@ def read_arguments(arguments: Sequence[str]) -> dict[str, Any]:
 def _passed_through_us(error: BaseException) -> bool:
     """Return whether code of ours was running, called by the harness, when it came to an error."""
     frames = traceback.walk_tb(error.__traceback__)
-    names = [frame.f_globals.get("__name__", "") for frame, _ in frames]
-    return any(
-        name.startswith("mlm_eval.") for name in names[1:]
-    )  # the first one called the harness
+    next(frames)  # it called the harness
+    return any(frame.f_globals.get("__name__", "").startswith("mlm_eval.") for frame, _ in frames)
 
 
 @contextmanager

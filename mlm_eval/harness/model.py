@@ -124,7 +124,8 @@ class MegatronLM(TemplateLM):
         if misfit is not None:
             log.warning("%s", misfit)
         self.engine = engine
-        self.words = tokenizer
+        # Not `tokenizer`: the harness takes that attribute for a tokenizer of transformers.
+        self._tokenizer = tokenizer
         self.encoding = HubEncoding(tokenizer, add_bos=add_bos_token)
         self.max_length = max_length or positions
         self.max_gen_toks = max_gen_toks
@@ -148,8 +149,9 @@ class MegatronLM(TemplateLM):
         if self._orders is None:
             return body()
         if not self.engine.is_main:
-            while self._take_part():
-                pass
+            none_of_mine: Any = None
+            while (asked := from_main(none_of_mine, self._orders)) is not None:
+                self._answer(asked)
             return None
         try:
             return body()
@@ -157,34 +159,33 @@ class MegatronLM(TemplateLM):
             if not self._in_call:  # else the others have failed as this rank has
                 from_main(None, self._orders)
 
-    def _call(self, work: str, items: Sequence[Any]) -> list[Any]:
-        """Do some work on all ranks; what rank 0 asks for counts."""
-        self._in_call = True
-        if self._orders is not None:
-            work, items = from_main((work, items), self._orders)
-        answers: list[Any] = getattr(self, work)(items)
-        self._in_call = False
-        return answers
+    def _in_chunks(self, items: Sequence[T]) -> Iterator[tuple[Sequence[T], list[Any]]]:
+        """Yield windows or prompts with their answers, a chunk at a time, from all ranks."""
+        for start in range(0, len(items), CHUNK):
+            chunk = items[start : start + CHUNK]
+            self._in_call = True  # of every rank; what rank 0 asks for counts
+            asked = chunk if self._orders is None else from_main(chunk, self._orders)
+            answers = self._answer(asked)
+            self._in_call = False
+            yield chunk, answers
 
-    def _take_part(self) -> bool:
-        order: Any = from_main(None, self._orders)
-        if order is not None:
-            getattr(self, order[0])(order[1])
-        return order is not None
+    def _answer(self, items: Sequence[Any]) -> list[Any]:
+        """Score windows or continue prompts; runs on every rank."""
+        return self._write(items) if isinstance(items[0], Prompt) else self._score(items)
 
     # ---- text and tokens -----------------------------------------------------------------------
 
     @property
     def eot_token_id(self) -> int | None:
         """The end-of-text token."""
-        return self.words.eot_id
+        return self._tokenizer.eot_id
 
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text without context."""
         if self._prefix is None:
             raise InputError(
-                f"{self.words.source} has no BOS or end-of-text token to stand before a text "
+                f"{self._tokenizer.source} has no BOS or end-of-text token to stand before a text "
                 "without context; give one with --model_args prefix_token_id=N"
             )
         return self._prefix
@@ -194,14 +195,14 @@ class MegatronLM(TemplateLM):
     ) -> list[int]:
         """Return the ids of a text; `add_special_tokens` False: without BOS."""
         if add_special_tokens is None:
-            written = "" if self._prefix is None else self.words.decode([self._prefix])
+            written = "" if self._prefix is None else self._tokenizer.decode([self._prefix])
             add_special_tokens = not (written and string.startswith(written))
         return self.encoding.encode(string, special=add_special_tokens)
 
     @property
     def tokenizer_name(self) -> str:
         """What the harness keeps prepared prompts under."""
-        return self.words.sha256
+        return self._tokenizer.sha256
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Return no template: a Megatron checkpoint has none."""
@@ -249,7 +250,7 @@ class MegatronLM(TemplateLM):
                 self.max_length + 1,
             )
         answers: dict[Window, tuple[float, bool]] = {}
-        for chunk, found in self._in_chunks("_score", _in_order(windows)):
+        for chunk, found in self._in_chunks(_in_order(windows)):
             answers.update(zip(chunk, found, strict=True))
             for window in chunk:
                 for texts in askers.get(window, ()):
@@ -301,7 +302,7 @@ class MegatronLM(TemplateLM):
         for prompt, request in zip(prompts, requests, strict=True):
             askers.setdefault(prompt, []).append(request)
         answers: dict[Prompt, str] = {}
-        for chunk, found in self._in_chunks("_write", list(askers)):
+        for chunk, found in self._in_chunks(list(askers)):
             for prompt, tokens in zip(chunk, found, strict=True):
                 text = self.encoding.decode(tokens)
                 answers[prompt] = postprocess_generated_text(text, list(prompt.stop), None)
@@ -332,7 +333,8 @@ class MegatronLM(TemplateLM):
         tokens = self.tok_encode(context)[-(self.max_length - length) :] or [self.prefix_token_id]
         end = self.eot_token_id
         stop = handle_stop_sequences(
-            list(options["until"]), eos=None if end is None else self.words.decode([end])
+            list(options["until"]),
+            eos=None if end is None else self._tokenizer.decode([end]),
         )
         sampling = _sampling(options, request.task_name)
         greedy = sampling == GREEDY
@@ -354,13 +356,10 @@ class MegatronLM(TemplateLM):
     def _write(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Generate; runs on every rank."""
         with self._bar() as on_progress:
-            texts = generate(self.engine, prompts, tokenizer=self.words, on_progress=on_progress)
+            texts = generate(
+                self.engine, prompts, tokenizer=self._tokenizer, on_progress=on_progress
+            )
         return [text.tokens for text in texts]
-
-    def _in_chunks(self, work: str, items: list[T]) -> Iterator[tuple[list[T], list[Any]]]:
-        for start in range(0, len(items), CHUNK):
-            chunk = items[start : start + CHUNK]
-            yield chunk, self._call(work, chunk)
 
     # ---- the record ----------------------------------------------------------------------------
 
@@ -376,7 +375,7 @@ class MegatronLM(TemplateLM):
                 "format": provenance.format,
                 "digest": provenance.digest,
                 **self.engine.describe(),
-                "tokenizer": self.words.record(),
+                "tokenizer": self._tokenizer.record(),
                 "max_length": self.max_length,
                 "warnings": list(provenance.warnings),
             },
@@ -389,7 +388,7 @@ class MegatronLM(TemplateLM):
             f"{found.path} (digest {found.digest.rpartition(':')[2][:12]}), "
             f"{str(engine.dtype).removeprefix('torch.')}, tp {engine.tp} x dp {engine.dp}, "
             f"vocab {engine.vocab} ({engine.vocab_size:,} rows), windows of {self.max_length:,} "
-            f"tokens, tokenizer {self.words.source}, version {__version__}"
+            f"tokens, tokenizer {self._tokenizer.source}, version {__version__}"
         )
 
 

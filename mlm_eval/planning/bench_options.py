@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.options import RunOptions, again, option
+
+if TYPE_CHECKING:
+    from mlm_eval.checkpoints.config import ModelConfig
 
 INFER, TRAIN = "infer", "train"
 MODES = (INFER, TRAIN)

@@ -233,7 +233,7 @@ class _Run:
         counters, epoch_known = self.counters, -1
         if self.engine.is_main and 0 < counters.step < self.plan.total_steps:
             prefix = f"{self.title}: " if self.title else ""
-            self.listener.say(f"{prefix}resumed after step {counters.step:,}")
+            self.listener.log(f"{prefix}resumed after step {counters.step:,}")
         if self.mesh.dp > 1 and counters.step < self.plan.total_steps:
             set_epoch(self.data, self.plan.epoch_of(counters.step))
             self.stepper.rehearse()
@@ -312,7 +312,7 @@ class _Run:
         assert self.evaluate is not None
         if self.engine.is_main:
             place = f"{self.title}, {self.progress.place}" if self.title else self.progress.place
-            self.listener.say(f" > |{place}| training: {self.progress.figures}")
+            self.listener.log(f" > |{place}| training: {self.progress.figures}")
         self.stepper.replicas.publish()
         with torch.no_grad():
             mine = self.evaluate(self.progress)

@@ -204,7 +204,7 @@ class TrainingProgress:
 class Listener:
     """What hears of a run while it goes on; called on rank 0. This one ignores it all."""
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Take a line for people who watch."""
 
     def warn(self, *warnings: str) -> None:

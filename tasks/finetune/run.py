@@ -127,7 +127,7 @@ class _Finetuning:
             self.options,
             tokenizer=self.tokenizer,
             positions=self.checkpoint.config.max_position_embeddings,
-            say=self.listener.say,
+            say=self.listener.log,
         )
         return prepared
 
@@ -174,10 +174,10 @@ class _Finetuning:
         """Return the figures of one seed's run; those of an earlier call where it had ended."""
         ended = on_main(lambda: self._ended(folder, seed))
         if ended is not None:
-            self.listener.say(f"seed {seed}: done before, {folder}")
+            self.listener.log(f"seed {seed}: done before, {folder}")
             return ended
         if len(self.options.seeds) > 1:
-            self.listener.say(f"seed {seed}: training, {folder}")
+            self.listener.log(f"seed {seed}: training, {folder}")
         head = self._with_head(seed)
         engine = self.load(head, "float32")
         dtype, autocast = self._dtypes(engine)
@@ -313,7 +313,7 @@ class _Finetuning:
         """Return what the trainer keeps of an evaluation; rank 0."""
         metrics = self._judge(outputs)[1].metrics
         for line in figure_lines(metrics, place):
-            self.listener.say(f"{line}, elapsed time (sec): {seconds:.1f}")
+            self.listener.log(f"{line}, elapsed time (sec): {seconds:.1f}")
         return {**self.task.summary(metrics), "metrics": without_lists(metrics)}
 
     def _judge(self, outputs: Mapping[str, Outputs]) -> tuple[list[Answered], Judgement]:

@@ -6,12 +6,10 @@ A recipe says how a model is fine-tuned for a task; the paper's recipes ship wit
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +67,13 @@ class Recipe(Hyperparameters):
     """None: the value with the best F1 on the dev set, as the official script finds it."""
 
 
+RECIPES = Path(__file__).parent / "recipes"
 FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
 
 
 def recipe_names() -> list[str]:
     """Return the names of the recipes that ship."""
-    folder = resources.files("mlm_eval.tasks.finetune") / "recipes"
-    return sorted(file.name.removesuffix(".toml") for file in folder.iterdir())
+    return sorted(file.name.removesuffix(".toml") for file in RECIPES.iterdir())
 
 
 def load_recipe(
@@ -111,8 +109,9 @@ def load_recipe(
 
 
 def _read(name: str) -> tuple[str, dict[str, Any]]:
-    folder = resources.files("mlm_eval.tasks.finetune") / "recipes"
-    shipped = folder / f"{name}.toml"
+    import tomllib  # here to keep `--help` quick
+
+    shipped = RECIPES / f"{name}.toml"
     if "/" not in name and shipped.is_file():
         return f"recipe {name}", tomllib.loads(shipped.read_text(encoding="utf-8"))
     path = Path(name).expanduser()

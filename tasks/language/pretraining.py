@@ -126,7 +126,7 @@ def pretrain(
     samples = _Samples(engine, tokenizer, text, length, settings.seed, output / "text")
     objective = CausalLM() if samples.special is None else MaskedLM()
     plan = training_plan({**dataclasses.asdict(settings), "seq_length": length})
-    listener.say(
+    listener.log(
         f"work ahead: to train on {len(samples.train):,} samples ({plan}), to evaluate "
         f"{len(samples.dev):,}"
     )
@@ -135,7 +135,7 @@ def pretrain(
         started = time.perf_counter()
         on_progress = partial(listener.on_evaluation, "dev")
         found = text_metrics(engine, samples.dev, dtype=settings.dtype, on_progress=on_progress)
-        listener.say(
+        listener.log(
             f" > |{progress.place}| metrics for dev: loss = {found['loss']:.4f}, perplexity = "
             f"{large(found['perplexity'])}, accuracy = {100 * found['accuracy']:.4f} %, "
             f"elapsed time (sec): {time.perf_counter() - started:.1f}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,13 @@ from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.engine.encode import BertInput, find_fault
 from mlm_eval.engine.engine import Engine
 from mlm_eval.engine.score import Request
+from mlm_eval.tasks.data.text import check_text
 from mlm_eval.tasks.zero_shot.wikitext103 import strided_windows
 
 FORM = '{"tokens": [...]} or {"text": "..."}, one JSON object a line'
+
+LOGITS = {"binary_head": "binary_logits", "classification_head": "head_logits"}
+"""Heads of a BERT, and what their logits are called in a record."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class InputLine:
     rows: list[list[int]]
     choices: bool = False
     tokentypes: list[list[int]] | None = None
-    padding_mask: list[list[int]] | None = field(default=None)
+    padding_mask: list[list[int]] | None = None
 
 
 def read_lines(
@@ -78,7 +82,7 @@ def _parse(content: str, number: int, path: Path, tokenizer: Tokenizer | None) -
     elif isinstance(record.get("text"), str):
         if tokenizer is None:
             raise InputError(f"{where} holds text, which needs --tokenizer DIR or --vocab-file F")
-        rows = [_encode(record["text"], tokenizer, where)]
+        rows = [tokenizer.encode(check_text(record["text"], where))]
     else:
         raise InputError(f'{where} has neither "tokens", "text" nor "choices"; expected {FORM}')
     extras: dict[str, list[list[int]] | None] = {}
@@ -91,12 +95,6 @@ def _parse(content: str, number: int, path: Path, tokenizer: Tokenizer | None) -
     if any(not row for row in rows):
         raise InputError(f"{where} holds an empty sequence; give at least one token")
     return InputLine(where, rows, choices, extras.get("tokentypes"), extras.get("padding_mask"))
-
-
-def _encode(text: str, tokenizer: Tokenizer, where: str) -> list[int]:
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise InputError(f"{where} holds half of a surrogate pair, which is no text; correct it")
-    return tokenizer.encode(text)
 
 
 def _lists(value: Any, name: str, where: str) -> list[list[int]]:
@@ -195,20 +193,16 @@ def _score_bert(engine: Engine, lines: Sequence[InputLine]) -> Iterator[dict[str
     outputs = iter(engine.encode(inputs, states=False, score=True))
     for line in lines:
         mine = [next(outputs) for _ in line.rows]
-        record: dict[str, Any] = {
-            "choices" if line.choices else "tokens": line.rows if line.choices else line.rows[0]
+        figures: dict[str, list[Any]] = {
+            "choices" if line.choices else "tokens": line.rows,
+            "logprobs": [_values(output.logprobs) for output in mine],
+            "greedy": [_values(output.greedy) for output in mine],
         }
-        for name in ("logprobs", "greedy"):
-            rows = [_values(getattr(output, name)) for output in mine]
-            record[name] = rows if line.choices else rows[0]
-        heads = mine[0].heads
-        if "binary_head" in heads:
-            rows = [_values(output.heads["binary_head"]) for output in mine]
-            record["binary_logits"] = rows if line.choices else rows[0]
-        if "classification_head" in heads:
-            rows = [_values(output.heads["classification_head"]) for output in mine]
-            record["head_logits"] = rows if line.choices else rows[0]
-        if "multichoice_head" in heads:  # one logit a choice
+        for head, name in LOGITS.items():
+            if head in mine[0].heads:
+                figures[name] = [_values(output.heads[head]) for output in mine]
+        record = figures if line.choices else {name: rows[0] for name, rows in figures.items()}
+        if "multichoice_head" in mine[0].heads:  # one logit a choice
             record["head_logits"] = [_number(float(o.heads["multichoice_head"])) for o in mine]
         yield record
 

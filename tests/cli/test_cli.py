@@ -9,26 +9,25 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
-import typer
 from support.command_line import TEXT, Run, assert_one_sentence, read
 from support.paths import ORACLES
 
-from mlm_eval import cli
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import load_tokenizer
-from mlm_eval.cli.training import training_bars
+from mlm_eval.cli.app import COMMANDS
+from mlm_eval.cli.training import TrainingBars
 from mlm_eval.tasks.finetune.settings import FinetuneOptions, Recipe
 from mlm_eval.tasks.language.settings import MaskedTextSettings, TextSettings
 from mlm_eval.training.settings import TrainingProgress, TrainSettings
 
 pytest_plugins = ["support.command_line_fixtures"]
 
-COMMANDS = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
 BERT_ORACLE = ORACLES / "v25_bert_tp2_fusedgelu"
 
 
@@ -40,7 +39,7 @@ def test_help_costs_no_torch():
     assert subprocess.run([sys.executable, "-P", "-c", code]).returncode == 0
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_help_has_an_example(run, command):
     ended = run(command, "--help")
     assert ended.code == 0 and ended.err == ""
@@ -230,8 +229,7 @@ EXAMPLES = {  # where the type alone does not say what can be written
 
 def taken(command: str) -> dict[str, Any]:
     """Return the options of a command by the names of their parameters."""
-    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    return {parameter.name: parameter for parameter in commands[command].params}
+    return {parameter.name: parameter for parameter in COMMANDS[command]().params}
 
 
 def fields(*kinds: type[Any]) -> dict[str, Any]:
@@ -397,7 +395,7 @@ class OneRank:
 
     is_main = True
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         print(text, file=sys.stderr)
 
 
@@ -407,14 +405,14 @@ def progress(step: int) -> TrainingProgress:
 
 def test_lines_stand_above_the_bars(monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    with training_bars(OneRank()) as bars:  # type: ignore[arg-type]
-        bars.say("seed 1")
+    with closing(TrainingBars(OneRank())) as bars:  # type: ignore[arg-type]
+        bars.log("seed 1")
         for step in (1, 2, 3):
             bars.on_step(progress(step))
-            bars.say(f"after step {step}")
+            bars.log(f"after step {step}")
         for done in (1, 2):
             bars.on_evaluation("dev-high", done, 2)
-        bars.say("metrics of seed 1")
+        bars.log("metrics of seed 1")
         bars.on_step(progress(1))  # the next seed's
         bars.on_evaluation("dev-high", 1, 2)
     shown = [piece.strip() for piece in re.split(r"[\r\n]|\x1b\[A", terminal.getvalue())]
@@ -429,8 +427,8 @@ def test_lines_stand_above_the_bars(monkeypatch):
 
 
 def test_there_are_no_bars_off_a_terminal(capsys):
-    with training_bars(OneRank()) as bars:  # type: ignore[arg-type]
-        bars.say("seed 1")
+    with closing(TrainingBars(OneRank())) as bars:  # type: ignore[arg-type]
+        bars.log("seed 1")
         bars.on_step(progress(1))
         bars.on_evaluation("dev-high", 1, 2)
     assert capsys.readouterr().err == "seed 1\n"

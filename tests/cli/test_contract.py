@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from support.command_line import Ended, Run, read
 from support.paths import GOLDEN, SAMPLES
 
-from mlm_eval import cli
+from mlm_eval.cli.app import COMMANDS
 
 pytest_plugins = ["support.command_line_fixtures"]
 
@@ -59,7 +58,7 @@ def described(parameter: Any) -> dict[str, Any]:
 
 def options() -> dict[str, Any]:
     """Return the options of each command, in the order of its help."""
-    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    commands = {name: with_options() for name, with_options in COMMANDS.items()}
     return {
         name: {"group": command.rich_help_panel}
         | {"options": {p.opts[0]: described(p) for p in command.params}}
@@ -71,6 +70,8 @@ def shown_order(listed: dict[str, Any]) -> list[tuple[str | None, list[str]]]:
     """Return the groups of a help, and the options of each, in their order."""
     groups: dict[str | None, list[str]] = {}
     for name, entry in listed.items():
+        if entry.get("hidden"):  # no help shows it
+            continue
         groups.setdefault(entry.get("group"), []).append(name)
     return list(groups.items())
 

@@ -79,7 +79,7 @@ class Heard(Listener):
         self.steps: list[int] = []
         self.rows: Rows = []
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         self.lines.append(text)
 
     def warn(self, *warnings: str) -> None:

@@ -474,7 +474,10 @@ def test_ids_are_those_of_the_hf_backend(
     """Its rule: what the tokenizer adds is added, but where the text begins with BOS already."""
     from transformers import AutoTokenizer
 
-    for folder, words in ((with_bos, load_tokenizer(directory=with_bos)), (study / "hf", lm.words)):
+    for folder, words in (
+        (with_bos, load_tokenizer(directory=with_bos)),
+        (study / "hf", lm.encoding.tokenizer),
+    ):
         theirs = AutoTokenizer.from_pretrained(folder)
         encoding = HubEncoding(words)
         assert encoding.encode(text) == theirs.encode(text)

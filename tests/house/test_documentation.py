@@ -22,20 +22,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import typer
 from support import random_models, tiny_bert
 from support.command_line import TEXT, Ended, Run, as_user
 from support.paths import PROJECT, SAMPLES
 
 import mlm_eval
-from mlm_eval import cli
 from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
+from mlm_eval.cli.app import COMMANDS
 
 pytest_plugins = ["support.command_line_fixtures"]
 
 FRONT = [PROJECT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY", "CHANGELOG")]
 DOCUMENTS = [*FRONT, *sorted((PROJECT / "docs").glob("*.md"))]
-COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
 
 # ---- what the words of the commands stand for ----------------------------------------------------
 
@@ -653,7 +651,7 @@ def test_the_map_names_every_module():
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_and_options_that_are_named_exist(document: Path):
-    known = {option for command in COMMANDS.values() for p in command.params for option in p.opts}
+    known = {option for make in COMMANDS.values() for p in make().params for option in p.opts}
     known |= FOREIGN_OPTIONS | {"--help", "--version"}
     for line, text in spans(document):
         first, *rest = text.split(" ")
