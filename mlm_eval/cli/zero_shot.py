@@ -14,9 +14,8 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.app import ZERO_SHOT
 from mlm_eval.cli.command import command
 from mlm_eval.cli.run import ModelRun, chosen_tokenizer, progress
-from mlm_eval.options import CheckpointOption, RunOptions, again, option
+from mlm_eval.options import CheckpointOption, RunOptions, again, nested, option
 from mlm_eval.tasks import zero_shot
-from mlm_eval.tasks.zero_shot.benchmark import DataOption
 
 if TYPE_CHECKING:
     from mlm_eval.engine.engine import Engine
@@ -24,28 +23,22 @@ if TYPE_CHECKING:
     from mlm_eval.tasks.zero_shot.benchmark import Work, ZeroShot
 
 
-@dataclass(frozen=True, kw_only=True)
-class ResumeOption:
-    """What a benchmark takes beside its own options and those of every run."""
-
-    resume: bool = option("Resume an interrupted run of the same --output.", False, flag="--resume")
-
-
 def register(benchmark: ZeroShot[Any]) -> None:
     """Add the command of a benchmark."""
+    resume = option("Resume an interrupted run of the same --output.", False, flag="--resume")
     kind = dataclasses.make_dataclass(
         benchmark.name,
-        (),
-        bases=(RunOptions, ResumeOption, benchmark.options, DataOption, CheckpointOption),
-        frozen=True,
+        [
+            ("own", Any, nested(benchmark.options)),
+            ("resume", bool, resume),
+            ("run", RunOptions, nested(RunOptions)),
+        ],
         kw_only=True,
     )
 
-    @command(benchmark.name, kind, panel=ZERO_SHOT, help=inspect.getdoc(benchmark))
+    @command(benchmark.name, kind, panel=ZERO_SHOT, help=inspect.getdoc(benchmark), order=("ckpt",))
     def run(options: Any) -> None:
-        names = [field.name for field in dataclasses.fields(benchmark.options)]
-        own = benchmark.options(**{name: getattr(options, name) for name in names})
-        run_benchmark(ModelRun(options), benchmark, own, resume=options.resume)
+        run_benchmark(ModelRun(options.run), benchmark, options.own, resume=options.resume)
 
 
 for _benchmark in zero_shot.BENCHMARKS:
