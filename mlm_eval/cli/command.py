@@ -115,16 +115,14 @@ def _parameter(
         default = None
     elif default is dataclasses.MISSING:
         default = inspect.Parameter.empty
-    flags = [entry.flag] if entry.flag else []
-    show: Any = shown or True
-    make = typer.Argument if entry.positional else typer.Option
+    make: Any = typer.Argument if entry.positional else typer.Option
     info = make(
-        *flags,
+        *filter(None, [entry.flag]),
         help=entry.help,
         min=entry.least,
         max=entry.most,
         rich_help_panel=entry.group,
-        show_default=show,
+        show_default=shown or True,
         hidden=entry.hidden,
         metavar=entry.metavar,
     )

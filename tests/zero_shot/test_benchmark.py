@@ -13,6 +13,7 @@ from support.toy_benchmark import LAST_BYTES
 import mlm_eval
 from mlm_eval.checkpoints.tokenizer import load_tokenizer
 from mlm_eval.cli import app
+from mlm_eval.cli.app import COMMANDS
 from mlm_eval.cli.zero_shot import register
 from mlm_eval.tasks import zero_shot
 
@@ -24,6 +25,7 @@ def toy(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[o
     """The toy benchmark in the list, and a command line that runs it."""
     monkeypatch.setattr(zero_shot, "BENCHMARKS", (*zero_shot.BENCHMARKS, LAST_BYTES))
     monkeypatch.setattr(app, "registered_commands", list(app.registered_commands))
+    monkeypatch.setitem(COMMANDS, "last-bytes", None)  # and no longer after the test
     register(LAST_BYTES)
     (tmp_path / "lines.txt").write_text("the cat\nsaw a\ndog\n")
     return ["last-bytes", "--ckpt", folder / "gpt", "--data", tmp_path / "lines.txt"]
