@@ -360,7 +360,7 @@ def trainer(run: Run) -> dict[str, Any]:
     seconds = clock.seconds()
 
     model.eval()
-    dev = prepared.parts[0].features
+    dev = next(iter(prepared.evaluated["dev"].values()))
     by_length = sorted(range(len(dev)), key=dev.length)
     choices = [0] * len(dev)
     started = time.perf_counter()

@@ -11,7 +11,8 @@ from typing import Any
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.tasks.data.text import decode, read_bytes
 
-HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
+HUB_SPLITS = {"train": {"train": "train"}, "dev": {"validation": "dev"}, "test": {"test": "test"}}
+"""The usual splits of each role, by the name that their sets get."""
 
 DATASET_FILES = ("dataset_dict.json", "state.json")
 """What marks a folder that `datasets` saved."""
@@ -155,12 +156,11 @@ def load_dataset(name: DatasetName) -> Any:
             datasets.enable_progress_bars()
 
 
-def is_dataset(source: str, names: Iterable[str] = ()) -> bool:
+def is_dataset(source: str) -> bool:
     """Return whether `source` is for the `datasets` library: one of its folders, or no path at all.
 
     Args:
         source: A value of `--data` and such.
-        names: What counts as a name even where a file is called so.
 
     Raises:
         InputError: It looks like a path, but nothing is there.
@@ -181,7 +181,12 @@ def is_dataset(source: str, names: Iterable[str] = ()) -> bool:
 
 
 def dataset_splits(
-    source: str, *, default: DatasetName, splits: Mapping[str, str], role: str
+    source: str,
+    *,
+    default: DatasetName,
+    splits: Mapping[str, str],
+    columns: Iterable[str],
+    role: str,
 ) -> Iterator[tuple[str, str, Any]]:
     """Yield (split, name for people, rows) of a `datasets` name for one role.
 
@@ -189,47 +194,31 @@ def dataset_splits(
         source: `NAME[:CONFIG[:SPLIT]]`, or a folder that `datasets` saved.
         default: Gives the configuration where the name says none.
         splits: Of the role, by the name that their sets get.
+        columns: What a split must have.
         role: `train`, `dev` or `test`.
 
     Raises:
-        InputError: There is no such set or split.
+        InputError: There is no such set, split or column.
     """
-    path, _, rest = source.partition(":")
-    config, _, split = rest.partition(":")
-    local = Path(path).expanduser().is_dir()
-    if path == default.path.partition("/")[2] and not local:  # the Hub's old names
-        path = default.path
-    chosen = config or (None if local else default.config)
-    wanted = {split: _short(split)} if split else dict(splits)
-    where = str(Path(path).expanduser()) if local else path
-    loaded = load_dataset(DatasetName(where, chosen, None))
+    name = parse_dataset_name(source, default)
+    config = name.config or (None if Path(name.path).is_dir() else default.config)
+    wanted = splits
+    if name.split:  # by Megatron's name: validation_matched -> dev-matched
+        wanted = {name.split: name.split.replace("validation", "dev").replace("_", "-")}
+    loaded = load_dataset(DatasetName(name.path, config, None))
     if not isinstance(loaded, dict):  # a folder that holds one split
         loaded = {next(iter(wanted)): loaded}
-    found = False
-    for name, short in wanted.items():
-        if name in loaded:
-            found = True
-            yield short, ":".join(part for part in (path, chosen, name) if part), loaded[name]
-    if not found and (split or role != "test"):
+    found = [split for split in wanted if split in loaded]
+    if not found and (name.split or role != "test"):
         raise InputError(
             f"{source} has no split {' or '.join(wanted)}; it has {', '.join(loaded)}; write "
-            f"{path}:{chosen or ''}:SPLIT to choose one"
+            f"{name.path}:{config or ''}:SPLIT to choose one"
         )
-
-
-def _short(split: str) -> str:
-    """Return Megatron's name of a split: validation_matched -> dev-matched."""
-    return split.replace("validation", "dev").replace("_", "-")
-
-
-def check_columns(rows: Any, columns: Iterable[str], where: str) -> None:
-    """Refuse a `datasets` set that lacks a column.
-
-    Raises:
-        InputError: It does.
-    """
-    for column in columns:
-        if column not in rows.column_names:
-            raise InputError(
-                f"{where} has no column {column!r}; it has {', '.join(rows.column_names)}"
-            )
+    for split in found:
+        rows, where = loaded[split], str(DatasetName(name.path, config, split))
+        for column in columns:
+            if column not in rows.column_names:
+                raise InputError(
+                    f"{where} has no column {column!r}; it has {', '.join(rows.column_names)}"
+                )
+        yield wanted[split], where, rows

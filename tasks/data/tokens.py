@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -45,7 +45,7 @@ class Ragged:
         arrays = [np.asarray(row, dtype=np.int32) for row in rows]
         return cls(
             np.concatenate([*arrays, np.empty(0, np.int32)]),
-            _offsets(np.array([len(array) for array in arrays], dtype=np.int64)),
+            np.cumsum([0, *map(len, arrays)], dtype=np.int64),
         )
 
     def __len__(self) -> int:
@@ -63,10 +63,6 @@ class Ragged:
     def lengths(self) -> Integers:
         """Length of each row, `[rows]`."""
         return np.diff(self.offsets)
-
-
-def _offsets(lengths: Integers) -> Integers:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
 @dataclass(frozen=True)
@@ -96,30 +92,6 @@ def token_cache() -> Iterator[Path]:
         yield folder
 
 
-def kept_arrays(
-    path: Path, make: Callable[[], Mapping[str, Integers]], *, whole: Callable[[Any], bool]
-) -> dict[str, Integers]:
-    """Return the arrays of a file; make and write it first where it is missing or damaged.
-
-    Args:
-        path: The file.
-        make: Returns the arrays by name.
-        whole: Returns whether the arrays of a file are what `make` would return.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file, save_file
-
-    for attempt in range(2):
-        with contextlib.suppress(SafetensorError, OSError):
-            found = load_file(path)
-            if whole(found):
-                return found
-        if attempt == 0:
-            with atomic_file(path) as partial:
-                save_file({name: np.ascontiguousarray(a) for name, a in make().items()}, partial)
-    raise AssertionError(f"{path} was written and cannot be read")
-
-
 def cache_key(texts: Sequence[str], tokenizer: Tokenizer, *, offsets: bool) -> str:
     """Return a digest of all that decides the tokens."""
     state = hashlib.sha256()
@@ -147,6 +119,9 @@ def tokens_of(
     Raises:
         InputError: Offsets are asked of a sentencepiece model.
     """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file, save_file
+
     if offsets and tokenizer.kind == "sentencepiece":
         raise InputError(
             f"{tokenizer.source} does not say where a token stands in the text, so no answer can "
@@ -154,18 +129,17 @@ def tokens_of(
         )
     path = cache / f"{cache_key(texts, tokenizer, offsets=offsets)}.safetensors"
     columns = ("tokens", "starts", "stops")[: 3 if offsets else 1]
-
-    def make() -> dict[str, Integers]:
+    kept: dict[str, Integers] = {}
+    with contextlib.suppress(SafetensorError, OSError):  # missing or damaged: made anew
+        kept = load_file(path)
+    if set(kept) != {*columns, "offsets"} or len(kept["offsets"]) != len(texts) + 1:
         rows = list(_encoded(texts, tokenizer, offsets))
         packed = [Ragged.of(column) for column in zip(*rows, strict=True)]
         packed = packed or [Ragged.of([]) for _ in columns]
-        values = {name: part.values for name, part in zip(columns, packed, strict=True)}
-        return {**values, "offsets": packed[0].offsets}
-
-    def whole(found: Mapping[str, Any]) -> bool:
-        return set(found) == {*columns, "offsets"} and len(found["offsets"]) == len(texts) + 1
-
-    kept = kept_arrays(path, make, whole=whole)
+        kept = {name: part.values for name, part in zip(columns, packed, strict=True)}
+        kept["offsets"] = packed[0].offsets
+        with atomic_file(path) as partial:
+            save_file(kept, partial)
     return TextTokens(*(Ragged(kept[name], kept["offsets"]) for name in columns))
 
 

@@ -18,17 +18,6 @@ from mlm_eval.tasks.finetune.task import ROLES, ExampleSet, Task, check_names, m
 
 
 @dataclass(frozen=True)
-class Part:
-    """A set to evaluate, as every rank knows it: without its texts."""
-
-    name: str
-    role: str
-    labelled: bool
-    version: str
-    features: PairFeatures
-
-
-@dataclass(frozen=True)
 class Prepared:
     """What rank 0 makes of the data.
 
@@ -36,7 +25,8 @@ class Prepared:
         recipe_name: Name or path of the recipe.
         recipe: With the options that override it.
         train: Training samples; None where nothing is trained.
-        parts: The sets to evaluate.
+        evaluated: The sets to evaluate, by role and name.
+        version: Of their data; see `ExampleSet`.
         counts: How much there is of everything, for the record.
         data: What was read, for the record.
         warnings: What a reader of the figures must know.
@@ -45,7 +35,8 @@ class Prepared:
     recipe_name: str
     recipe: Recipe
     train: PairFeatures | None
-    parts: Sequence[Part]
+    evaluated: dict[str, dict[str, PairFeatures]]
+    version: str
     counts: dict[str, int]
     data: dict[str, Any]
     warnings: list[str]
@@ -85,25 +76,23 @@ def prepare_sets(
     settings = {**dataclasses.asdict(recipe), "max_steps": options.max_steps}
     say(_announcement(whole, evaluated, f"{name}, {training_plan(settings)}"))
     with token_cache() as cache:
-        train_features = None
+        train = None
         if whole is not None:
-            train_features = task.features(whole, tokenizer, recipe, cache=cache)
-        parts = [
-            Part(
-                part.name,
-                part.role,
-                part.labelled,
-                part.version,
-                task.features(part, tokenizer, recipe, cache=cache),
-            )
-            for part in evaluated
-        ]
+            train = task.features(whole, tokenizer, recipe, cache=cache)
+        features: dict[str, dict[str, PairFeatures]] = {role: {} for role in limits}
+        for part in evaluated:
+            features[part.role][part.name] = task.features(part, tokenizer, recipe, cache=cache)
+    counts = {name: len(rows) for of_role in features.values() for name, rows in of_role.items()}
+    if whole is not None and train is not None:
+        counts |= {"train_examples": len(whole.examples), "train_samples": len(train)}
+        counts["train_rows_cut"] = train.cut_rows()
     prepared = Prepared(
         recipe_name=name,
         recipe=recipe,
-        train=train_features,
-        parts=parts,
-        counts=_counts(whole, train_features, parts),
+        train=train,
+        evaluated=features,
+        version=next((part.version for part in evaluated if part.version), ""),
+        counts=counts,
         data=_record(options, sets, whole, evaluated),
         warnings=[*warnings, *(text for part in sets for text in part.warnings)],
     )
@@ -161,16 +150,6 @@ def _announcement(whole: ExampleSet | None, evaluated: Sequence[ExampleSet], pla
     if whole is None:
         return f"work ahead: to evaluate {sets}"
     return f"work ahead: to train on {len(whole.examples):,} examples ({plan}), to evaluate {sets}"
-
-
-def _counts(
-    whole: ExampleSet | None, features: PairFeatures | None, parts: Sequence[Part]
-) -> dict[str, int]:
-    found = {part.name: len(part.features) for part in parts}
-    if whole is not None and features is not None:
-        found |= {"train_examples": len(whole.examples), "train_samples": len(features)}
-        found["train_rows_cut"] = features.cut_rows()
-    return found
 
 
 def _record(

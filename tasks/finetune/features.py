@@ -14,11 +14,13 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer
@@ -133,23 +135,17 @@ class PairFeatures(Sequence[Sample]):
         """Return sample `index`; there are no slices."""
         if not 0 <= index < len(self):
             raise IndexError(index)  # also what ends an iteration
-        rows, types = [], []
-        for choice in range(self.rows):
-            tokens, num_first = self.row(index, choice)
-            kinds = np.ones(len(tokens), np.int64)
-            kinds[:num_first] = 0
-            rows.append(torch.from_numpy(tokens))
-            types.append(torch.from_numpy(kinds))
+        rows = [self.row(index, choice) for choice in range(self.rows)]
         label = self.labels[index]
         return Sample(
-            rows=rows,
-            tokentypes=types,
+            rows=[tokens for tokens, _ in rows],
+            tokentypes=[types for _, types in rows],
             label=int(label) if self.labels.ndim == 1 else (int(label[0]), int(label[1])),
             index=index,
         )
 
-    def row(self, index: int, choice: int = 0) -> tuple[Integers, int]:
-        """Return the tokens of a row, int64, and how many of them are of type 0."""
+    def row(self, index: int, choice: int = 0) -> tuple[Tensor, Tensor]:
+        """Return the tokens of a row and their types, `[length]` int64."""
         a = self.firsts[int(self.first[index]) + choice][: self.max_first]
         b = self.seconds[int(self.second[index])][int(self.start[index]) : int(self.stop[index])]
         length = min(len(a) + len(b) + SPECIAL_TOKENS, self.max_length)
@@ -160,10 +156,13 @@ class PairFeatures(Sequence[Sample]):
         if len(body) > len(a):
             body[len(a)] = self.sep_id
             body[len(a) + 1 :] = b[: len(body) - len(a) - 1]
-        return tokens, min(len(a) + 2, length - 1)
+        types = np.ones(length, np.int64)
+        types[: min(len(a) + 2, length - 1)] = 0
+        return torch.from_numpy(tokens), torch.from_numpy(types)
 
+    @cached_property
     def row_lengths(self) -> Integers:
-        """Return the length of every row, `[samples * rows]`, a sample's rows together."""
+        """Length of every row, `[samples * rows]`, a sample's rows together."""
         which = (self.first[:, None] + np.arange(self.rows)).ravel()
         first = self.firsts.lengths[which]
         if self.max_first is not None:
@@ -174,17 +173,13 @@ class PairFeatures(Sequence[Sample]):
 
     def length(self, index: int) -> int:
         """Return the length of a sample's longest row without making it."""
-        first = int(self.first[index])
-        longest = int(np.diff(self.firsts.offsets[first : first + self.rows + 1]).max())
-        if self.max_first is not None:
-            longest = min(longest, self.max_first)
-        second = int(self.stop[index]) - int(self.start[index])
-        return min(longest + second + SPECIAL_TOKENS, self.max_length)
+        first = index * self.rows
+        return int(self.row_lengths[first : first + self.rows].max())
 
     def cut_rows(self) -> int:
         """Return how many rows have lost the end of their B."""
         uncut = dataclasses.replace(self, max_length=int(np.iinfo(np.int64).max))
-        return int((uncut.row_lengths() > self.max_length).sum())
+        return int((uncut.row_lengths > self.max_length).sum())
 
 
 @dataclass(frozen=True)
@@ -197,9 +192,7 @@ class RowInputs(Sequence[BertInput]):
         return len(self.features) * self.features.rows
 
     def __getitem__(self, number: Any) -> Any:
-        tokens, num_first = self.features.row(*divmod(number, self.features.rows))
-        types = (np.arange(len(tokens)) >= num_first).astype(np.int64)
-        return BertInput(torch.from_numpy(tokens), torch.from_numpy(types))
+        return BertInput(*self.features.row(*divmod(number, self.features.rows)))
 
 
 @dataclass(frozen=True)

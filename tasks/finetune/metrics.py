@@ -238,6 +238,15 @@ class LocalMetric(evaluate.Metric):
         return METRICS[self.config_name][0](predictions, references, **options)
 
 
+def compute(
+    name: str, predictions: Sequence[Any], references: Sequence[Any], **options: Any
+) -> dict[str, Any]:
+    """Return what a metric of `METRICS` makes of predictions and references."""
+    found = load(name).compute(predictions=predictions, references=references, **options)
+    assert found is not None
+    return dict(found)
+
+
 def load(name: str, **options: Any) -> LocalMetric:
     """Return a metric by name.
 

@@ -87,11 +87,8 @@ def read_predictions(path: Path) -> Predictions:
         InputError: It is none, or not whole.
     """
     lines = [line for line in read_text(path).split("\n") if line]
-    header, *records = (
-        (parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1))
-        if lines
-        else ({},)
-    )
+    entries = [parse_json(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1)]
+    header, *records = entries or [{}]
     if not isinstance(header, dict) or not {MARK, "set", "role"} <= set(header):
         raise InputError(
             f"{path} holds no predictions of mlm-eval; expected a file that `mlm-eval race`, "
@@ -137,7 +134,7 @@ def ensemble_result(paths: Sequence[str | Path], *, output: str | Path | None = 
                 task=task,
                 ensemble=[str(file.path) for file in groups[part.name]],
                 checkpoint=first["checkpoint"],
-                null_threshold=_used_threshold(judgement, part.role),
+                null_threshold=judgement.null_threshold(part.role),
                 threshold_is_fixed=False,
             )
     return _result(files, groups, judgement)
@@ -206,11 +203,6 @@ def _threshold(files: Sequence[Predictions]) -> float | None:
     if not known or (not fixed and any(file.header["role"] == "dev" for file in files)):
         return None
     return float(sum(known) / len(known))
-
-
-def _used_threshold(judgement: Judgement, role: str) -> float | None:
-    threshold = judgement.metrics.get(role, {}).get("null_threshold")
-    return None if threshold is None else float(threshold)
 
 
 def _result(

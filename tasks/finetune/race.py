@@ -21,20 +21,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.tasks.data.sources import (
-    HUB_SPLITS,
-    DatasetName,
-    check_columns,
-    dataset_splits,
-    is_dataset,
-)
+from mlm_eval.tasks.data.sources import DatasetName
 from mlm_eval.tasks.data.text import check_text, decode, digest, json_field, parse_json, read_text
 from mlm_eval.tasks.finetune.features import clean_text
 from mlm_eval.tasks.finetune.settings import Recipe
 from mlm_eval.tasks.finetune.task import ROLES, ChoiceTask, Example, ExampleSet
-from mlm_eval.training.objectives import MultipleChoice, Objective
+from mlm_eval.training.objectives import MultipleChoice
 
-RACE_HUB = DatasetName("ehovy/race", "all", None)
 LETTERS = "ABCD"
 NUM_CHOICES = len(LETTERS)
 ARCHIVES = (".tar.gz", ".tgz", ".tar")
@@ -64,20 +57,16 @@ class Race(ChoiceTask):
 
     name = "race"
     head = "multichoice_head"
-
-    def objective(self) -> Objective:
-        """See `Task.objective`."""
-        return MultipleChoice()
+    objective = MultipleChoice
+    hub = DatasetName("ehovy/race", "all", None)
+    hub_columns = ("example_id", "article", "question", "options", "answer")
 
     def max_first(self, recipe: Recipe) -> int | None:
         """Return the most tokens of a question with its answer."""
         return recipe.max_qa_length
 
-    def read(self, data: str, roles: Sequence[str]) -> list[ExampleSet]:
+    def read_folder(self, path: Path, roles: Sequence[str]) -> list[ExampleSet]:
         """See `Task.read`: RACE/{train,dev,test}/{middle,high}, in folders or in archives."""
-        if is_dataset(data):
-            return [part for role in roles for part in read_race(data, role)]
-        path = Path(data).expanduser()
         files = (file for file in passage_files(path) if file.split in roles)
         sets = make_sets(((file.split, file) for file in files), str(path))
         if not sets:
@@ -87,17 +76,34 @@ class Race(ChoiceTask):
             )
         return sets
 
-    def read_part(self, source: str, role: str) -> list[ExampleSet]:
+    def read_path(self, path: Path, role: str) -> list[ExampleSet]:
         """See `Task.read_part`: a .txt file, a folder of them or of such folders, or an archive."""
-        if is_dataset(source):
-            return list(read_race(source, role))
-        path = Path(source).expanduser()
         if _archives(path):
-            return self.read(source, [role])
+            return self.read_folder(path, [role])
         sets = make_sets(((role, file) for file in passage_files(path)), str(path))
         if not sets:
             raise InputError(f"{path} holds no *.txt file; expected passages of RACE")
         return sets
+
+    def hub_sets(self, rows: Any, name: str, *, role: str, where: str) -> Iterator[ExampleSet]:
+        """See `Task.hub_sets`: a row a question, put back to passages and to levels."""
+        asked: dict[tuple[str, str], list[tuple[str, tuple[str, ...], int]]] = {}
+        for number, row in enumerate(rows, start=1):
+            place = f"{where}, row {number}"
+            check_question(row["question"], row["options"], row["answer"], place)
+            passage_id = json_field(row, "example_id", str, place)
+            article = json_field(row, "article", str, place)
+            question = (row["question"], tuple(row["options"]), LETTERS.index(row["answer"]))
+            asked.setdefault((passage_id, article), []).append(question)
+        by_level: dict[str, list[Passage]] = {}
+        for passage_id, article in sorted(asked, key=lambda key: _natural(key[0])):
+            columns = zip(*asked[passage_id, article], strict=True)
+            level = re.match("middle|high", passage_id)
+            passages = by_level.setdefault(level[0] if level else "", [])
+            passages.append(Passage(passage_id, article, *columns))
+        for key in sorted(by_level, key=_level_order):
+            full = "-".join(part for part in (name, key) if part)
+            yield make_set(by_level[key], full, role=role, path=where)
 
 
 def question_with_option(question: str, option: str) -> str:
@@ -151,15 +157,12 @@ def check_question(question: Any, options: Any, answer: Any, where: str) -> None
     Raises:
         InputError: It has not.
     """
-    if not isinstance(question, str):
-        raise InputError(f"{where}: the question {question!r:.60} is no string")
     if not isinstance(options, list) or len(options) != NUM_CHOICES:
         raise InputError(f"{where}: the options {options!r:.60} are not {NUM_CHOICES} strings")
-    for option in options:
-        if not isinstance(option, str):
-            raise InputError(f"{where}: the option {option!r:.60} is no string")
-        check_text(option, where)
-    check_text(question, where)
+    for what, text in [("question", question), *(("option", option) for option in options)]:
+        if not isinstance(text, str):
+            raise InputError(f"{where}: the {what} {text!r:.60} is no string")
+        check_text(text, where)
     if not isinstance(answer, str) or len(answer) != 1 or answer not in LETTERS:
         raise InputError(f"{where}: the answer {answer!r:.60} is not one of {', '.join(LETTERS)}")
 
@@ -206,40 +209,6 @@ def make_set(passages: Sequence[Passage], name: str, *, role: str, path: str) ->
         texts=[clean_text(passage.article) for passage in passages],
         examples=examples,
     )
-
-
-def read_race(source: str, role: str) -> Iterator[ExampleSet]:
-    """Yield the sets of a `datasets` name: a row a question, put back to passages and to levels.
-
-    Raises:
-        InputError: There is no such set, or it has not the form of ehovy/race.
-    """
-    split = HUB_SPLITS[role]
-    for short, where, rows in dataset_splits(
-        source, default=RACE_HUB, splits={split: role}, role=role
-    ):
-        check_columns(rows, ("example_id", "article", "question", "options", "answer"), where)
-        by_level: dict[str, dict[tuple[str, str], list[tuple[Any, Any, Any]]]] = {}
-        for number, row in enumerate(rows, start=1):
-            place = f"{where}, row {number}"
-            check_question(row["question"], row["options"], row["answer"], place)
-            name, article = (
-                json_field(row, "example_id", str, place),
-                json_field(row, "article", str, place),
-            )
-            found = re.match("middle|high", name)
-            passages = by_level.setdefault(found[0] if found else "", {})
-            question = (row["question"], tuple(row["options"]), LETTERS.index(row["answer"]))
-            passages.setdefault((name, article), []).append(question)
-        for level in sorted(by_level, key=_level_order):
-            passages_of_level = [
-                Passage(name, article, *(tuple(column) for column in zip(*asked, strict=True)))
-                for (name, article), asked in sorted(
-                    by_level[level].items(), key=lambda item: _natural(item[0][0])
-                )
-            ]
-            full = "-".join(part for part in (short, level) if part)
-            yield make_set(passages_of_level, full, role=role, path=where)
 
 
 # ---- where files are ---------------------------------------------------------------------------

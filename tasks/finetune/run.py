@@ -15,6 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from mlm_eval.ranks.mesh import is_main
 from mlm_eval.reporting.results import Result, checkpoint_record, versions, write_json
 from mlm_eval.tasks.data.text import parse_json, read_text, sha256
 from mlm_eval.tasks.finetune.data import Prepared, prepare_sets
-from mlm_eval.tasks.finetune.features import Outputs, special_ids
+from mlm_eval.tasks.finetune.features import Outputs, RowInputs, special_ids
 from mlm_eval.tasks.finetune.figures import (
     RunRecord,
     figure_lines,
@@ -81,28 +82,26 @@ def finetune(
     Raises:
         InputError: The data, the options or the model cannot be used.
     """
-    run = _Finetuning(make_task(task), checkpoint, options, tokenizer, load, listener or Listener())
+    heard = listener if listener and is_main() else Listener()
+    output = Path(options.output_dir).expanduser()
+    run = _Finetuning(make_task(task), checkpoint, options, tokenizer, load, heard, output)
     run.prepare()
     return run.evaluate_only() if options.eval_only else run.train_all()
 
 
+@dataclass
 class _Finetuning:
     """One call of `finetune`."""
 
-    def __init__(
-        self,
-        task: Task,
-        checkpoint: Checkpoint,
-        options: FinetuneOptions,
-        tokenizer: Tokenizer,
-        load: LoadEngine,
-        listener: Listener,
-    ) -> None:
-        self.task, self.checkpoint, self.options = task, checkpoint, options
-        self.tokenizer, self.load = tokenizer, load
-        self.listener = listener if is_main() else Listener()
-        self.output = Path(options.output_dir).expanduser()
-        self.sets: dict[str, ExampleSet] = {}  # on rank 0 only
+    task: Task
+    checkpoint: Checkpoint
+    options: FinetuneOptions
+    tokenizer: Tokenizer
+    load: LoadEngine
+    listener: Listener
+    output: Path
+    sets: dict[str, ExampleSet] = field(default_factory=dict)
+    """With their texts; on rank 0 only."""
 
     def prepare(self) -> None:
         """Read the data and make the features, on rank 0; share them with all."""
@@ -180,7 +179,10 @@ class _Finetuning:
             self.listener.log(f"seed {seed}: training, {folder}")
         head = self._with_head(seed)
         engine = self.load(head, "float32")
-        dtype, autocast = self._dtypes(engine)
+        device = engine.device.type
+        dtype = training_dtype(self.options.dtype, device)
+        eval_dtype = evaluation_dtype(self.options.eval_dtype, dtype, device)
+        autocast = None if eval_dtype == torch.float32 else eval_dtype
         features = self.prepared.train
         assert features is not None
         outputs: dict[str, Outputs] = {}
@@ -206,7 +208,7 @@ class _Finetuning:
         if not outputs:  # the training had ended in an earlier call
             outputs, seconds = self._outputs(engine, ("dev",), autocast)
         outputs |= self._outputs(engine, ("test",), autocast)[0]
-        described = {**engine.describe(), "dtype": dtype, "eval_dtype": _name(autocast)}
+        described = {**engine.describe(), "dtype": dtype, "eval_dtype": dtype_name(eval_dtype)}
         run_record = {
             "seed": seed,
             "identity": self._identity(seed),
@@ -259,13 +261,6 @@ class _Finetuning:
         task = self.task
         return with_head(self.checkpoint, task.head, num_classes=len(task.classes), seed=seed)
 
-    def _dtypes(self, engine: Engine) -> tuple[str, torch.dtype | None]:
-        """Return the dtype of training, and that of evaluations where it is not float32."""
-        device = engine.device.type
-        dtype = training_dtype(self.options.dtype, device)
-        evaluation = evaluation_dtype(self.options.eval_dtype, dtype, device)
-        return dtype, None if dtype_name(evaluation) == "float32" else evaluation
-
     # ---- evaluation ------------------------------------------------------------------------------
 
     def evaluate_only(self) -> Result:
@@ -283,7 +278,17 @@ class _Finetuning:
 
     def _evaluated(self, engine: Engine, outputs: Mapping[str, Outputs], seconds: float) -> Result:
         judgement = self._write_predictions(self.output, outputs, seed=None)
-        result = self._evaluation_result(engine, judgement.metrics, seconds)
+        rows = sum(
+            len(RowInputs(features))
+            for of_role in self.prepared.evaluated.values()
+            for features in of_role.values()
+        )
+        timing = {
+            "load_seconds": engine.load_seconds,
+            "eval_seconds": seconds,
+            "rows_per_second": rows / max(seconds, 1e-9),
+        }
+        result = self._result(judgement.metrics, engine.describe(), timing=timing)
         result.write(self.output / RESULT)
         return result
 
@@ -296,16 +301,15 @@ class _Finetuning:
         """
         started = time.perf_counter()
         found = {
-            part.name: Outputs.of(
+            name: Outputs.of(
                 engine,
-                part.features,
+                features,
                 head=self.task.head,
                 autocast=autocast,
-                on_progress=partial(self.listener.on_evaluation, part.name),
+                on_progress=partial(self.listener.on_evaluation, name),
             )
             for role in roles
-            for part in self.prepared.parts
-            if part.role == role
+            for name, features in self.prepared.evaluated[role].items()
         }
         return found, time.perf_counter() - started
 
@@ -318,11 +322,11 @@ class _Finetuning:
 
     def _judge(self, outputs: Mapping[str, Outputs]) -> tuple[list[Answered], Judgement]:
         answered = []
-        for part in self.prepared.parts:
-            if part.name in outputs:
-                examples = self.sets[part.name]
-                found = self.task.records(examples, part.features, outputs[part.name], self.recipe)
-                answered.append(Answered(part.name, part.role, part.labelled, part.version, found))
+        for name, found in outputs.items():
+            part = self.sets[name]
+            features = self.prepared.evaluated[part.role][name]
+            records = self.task.records(part, features, found, self.recipe)
+            answered.append(Answered(name, part.role, part.labelled, part.version, records))
         return answered, self.task.judge(answered, null_threshold=self.recipe.null_threshold)
 
     def _write_predictions(
@@ -330,7 +334,6 @@ class _Finetuning:
     ) -> Judgement:
         answered, judgement = self._judge(outputs)
         for part in answered:
-            threshold = judgement.metrics.get(part.role, {}).get("null_threshold")
             write_predictions(
                 folder / PREDICTIONS / (part.name + SUFFIX),
                 part,
@@ -342,7 +345,7 @@ class _Finetuning:
                 train_limit=self.options.train_limit,
                 dev_limit=self.options.dev_limit,
                 test_limit=self.options.test_limit,
-                null_threshold=threshold,
+                null_threshold=judgement.null_threshold(part.role),
                 threshold_is_fixed=self.recipe.null_threshold is not None,
                 data=self.prepared.data["sets"][part.name],
                 checkpoint=checkpoint_record(self.checkpoint),
@@ -365,63 +368,52 @@ class _Finetuning:
             *self.warnings,
             *dict.fromkeys(text for run in runs for text in run["checkpoint_warnings"]),
         ]
-        evaluations = {str(run["seed"]): run["evaluations"] for run in runs}
-        return Result(
-            task=self.task.name,
-            protocol="megatron-paper",
-            metrics={**chosen["metrics"], "median": medians(runs, chosen), "seeds": of_seeds},
-            counts={**self.prepared.counts, "steps": chosen["steps"], "epochs": chosen["epochs"]},
-            settings={
+        return self._result(
+            {**chosen["metrics"], "median": medians(runs, chosen), "seeds": of_seeds},
+            {
                 **chosen["engine"],
-                **self._settings(),
                 "folders": {str(run["seed"]): str(self._folder(run["seed"])) for run in runs},
-                "evaluations": evaluations,
+                "evaluations": {str(run["seed"]): run["evaluations"] for run in runs},
                 "warnings": warnings,
             },
-            checkpoint=checkpoint_record(self.checkpoint),
-            timing={
-                **totals,
-                "samples_per_second": samples / max(totals["train_seconds"], 1e-9),
-            },
-            versions=versions(),
+            timing={**totals, "samples_per_second": samples / max(totals["train_seconds"], 1e-9)},
+            steps=chosen["steps"],
+            epochs=chosen["epochs"],
         )
 
-    def _evaluation_result(
-        self, engine: Engine, metrics: Mapping[str, Any], seconds: float
+    def _result(
+        self,
+        metrics: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        *,
+        timing: dict[str, float],
+        **counts: int,
     ) -> Result:
-        """Return the record of an evaluation without training."""
-        rows = sum(len(part.features) * part.features.rows for part in self.prepared.parts)
-        return Result(
-            task=self.task.name,
-            protocol="megatron-paper",
-            metrics=dict(metrics),
-            counts=self.prepared.counts,
-            settings={**engine.describe(), **self._settings(), "warnings": self.warnings},
-            checkpoint=checkpoint_record(self.checkpoint),
-            timing={
-                "load_seconds": engine.load_seconds,
-                "eval_seconds": seconds,
-                "rows_per_second": rows / max(seconds, 1e-9),
-            },
-            versions=versions(),
-        )
-
-    def _settings(self) -> dict[str, Any]:
+        """Return a record of figures, with what all records of the task hold."""
         options, recipe = self.options, dataclasses.asdict(self.recipe)
         recipe.pop("task")
         own = ("micro_batch", "recompute", "dp_mode", "max_steps", "evaluate_every")
         limits = ("train_limit", "dev_limit", "test_limit")
-        version = next((part.version for part in self.prepared.parts if part.version), "")
-        return {
+        of_options = {
             "tokenizer": self.tokenizer.record(),
             "recipe": self.prepared.recipe_name,
             **recipe,
             **{name: getattr(options, name) for name in (*own, *limits)},
-            "version": version,
+            "version": self.prepared.version,
             "seeds": [] if options.eval_only else list(options.seeds),
             "eval_only": options.eval_only,
             "data": self.prepared.data,
         }
+        return Result(
+            task=self.task.name,
+            protocol="megatron-paper",
+            metrics=dict(metrics),
+            counts={**self.prepared.counts, **counts},
+            settings={"warnings": self.warnings, **settings, **of_options},
+            checkpoint=checkpoint_record(self.checkpoint),
+            timing=timing,
+            versions=versions(),
+        )
 
 
 def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -448,7 +440,3 @@ def _link_tree(source: Path, target: Path) -> None:
 
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target, copy_function=link)
-
-
-def _name(dtype: torch.dtype | None) -> str:
-    return "float32" if dtype is None else dtype_name(dtype)

@@ -6,10 +6,10 @@ A recipe says how a model is fine-tuned for a task; the paper's recipes ship wit
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ from mlm_eval.training.settings import (
 # ---- recipes -----------------------------------------------------------------------------------
 
 
+squad_option = partial(option, group=TASK, only=("squad",))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Hyperparameters):
     """The hyperparameters of one task for one model."""
@@ -41,28 +44,18 @@ class Recipe(Hyperparameters):
     max_qa_length: int = option(
         "Longest question with its answer, in tokens.", 128, least=1, group=TASK, only=("race",)
     )
-    doc_stride: int = option(
+    doc_stride: int = squad_option(
         "Tokens from the start of one window of a long passage to the start of the next.",
         128,
         least=1,
-        group=TASK,
-        only=("squad",),
     )
-    max_query_length: int = option(
-        "Longest question, in tokens.", 64, least=1, group=TASK, only=("squad",)
-    )
-    max_answer_length: int = option(
-        "Longest answer, in tokens.", 30, least=1, group=TASK, only=("squad",)
-    )
-    n_best: int = option(
-        "Answers kept for each question.", 20, least=1, group=TASK, only=("squad",)
-    )
-    null_threshold: float | None = option(
+    max_query_length: int = squad_option("Longest question, in tokens.", 64, least=1)
+    max_answer_length: int = squad_option("Longest answer, in tokens.", 30, least=1)
+    n_best: int = squad_option("Answers kept for each question.", 20, least=1)
+    null_threshold: float | None = squad_option(
         "SQuAD 2.0: a question has no answer if the null score is ahead of the best answer's by "
         "more than this. If the recipe has none, it is found on the dev sets.",
         None,
-        group=TASK,
-        only=("squad",),
     )
     """None: the value with the best F1 on the dev set, as the official script finds it."""
 
@@ -135,7 +128,7 @@ def _checked(values: Mapping[str, Any], source: str) -> dict[str, Any]:
             raise InputError(
                 f"{source} sets {name}, which no recipe has; the fields are {', '.join(FIELDS)}"
             )
-        kinds = _kinds(hints[name])
+        kinds = typing.get_args(hints[name]) or (hints[name],)  # of float | None, of float
         if float in kinds and type(value) is int:
             value = float(value)
         if type(value) not in kinds:  # exactly: True is an int
@@ -145,16 +138,15 @@ def _checked(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     return checked
 
 
-def _kinds(hint: Any) -> tuple[type, ...]:
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-
-
 # ---- options -----------------------------------------------------------------------------------
 
 DEFAULT_SEED = 1234
 """Megatron's."""
 
 _INSTEAD = "(repeatable; file, folder or `datasets` name)"
+
+sources_option = partial(option, default=(), shown="what --data has", group=DATA)
+limit_option = partial(option, default=None, least=1, shown="all", group=DATA)
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -193,25 +185,13 @@ class FinetuneOptions(RunSettings):
     eval_only: bool = option(
         "Train nothing: evaluate a fine-tuned checkpoint.", False, flag="--eval-only"
     )
-    train: Sequence[str] = option(
-        f"Data to train on {_INSTEAD}.", (), shown="what --data has", group=DATA
-    )
-    dev: Sequence[str] = option(
-        f"Data to evaluate on {_INSTEAD}.", (), shown="what --data has", group=DATA
-    )
-    test: Sequence[str] = option(
-        f"Data to test at the end {_INSTEAD}.", (), shown="what --data has", group=DATA
-    )
-    train_limit: int | None = option(
-        "First N examples to train on.", None, least=1, shown="all", group=DATA
-    )
+    train: Sequence[str] = sources_option(f"Data to train on {_INSTEAD}.")
+    dev: Sequence[str] = sources_option(f"Data to evaluate on {_INSTEAD}.")
+    test: Sequence[str] = sources_option(f"Data to test at the end {_INSTEAD}.")
+    train_limit: int | None = limit_option("First N examples to train on.")
     """All training sets together."""
-    dev_limit: int | None = option(
-        "First N examples of each dev set.", None, least=1, shown="all", group=DATA
-    )
-    test_limit: int | None = option(
-        "First N examples of each test set.", None, least=1, shown="all", group=DATA
-    )
+    dev_limit: int | None = limit_option("First N examples of each dev set.")
+    test_limit: int | None = limit_option("First N examples of each test set.")
     dtype: str = again(
         RunSettings,
         "dtype",

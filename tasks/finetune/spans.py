@@ -255,14 +255,11 @@ def best_answers(
         max_length: Most tokens of an answer.
     """
     assert outputs.offsets is not None
-    lengths = features.row_lengths()
-    window_sizes = features.stop - features.start
-    starts, ends = [], []
-    for window, size in enumerate(window_sizes.tolist()):
-        # The passage stands before the last [SEP].
-        stop = int(outputs.offsets[window]) + int(lengths[window]) - 1
-        starts.append(outputs.values[stop - size : stop, 0])
-        ends.append(outputs.values[stop - size : stop, 1])
+    # The passage stands before the last [SEP].
+    stops = outputs.offsets[:-1] + features.row_lengths - 1
+    begins = stops - (features.stop - features.start)
+    passages = [outputs.values[begin:stop] for begin, stop in zip(begins, stops, strict=True)]
+    starts, ends = ([scores[:, column] for scores in passages] for column in (0, 1))
     bounds = np.flatnonzero(np.diff(features.question, prepend=-1, append=-1))
     allowed = [
         mask

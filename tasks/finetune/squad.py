@@ -15,27 +15,29 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer
-from mlm_eval.tasks.data.sources import (
-    HUB_SPLITS,
-    DatasetName,
-    check_columns,
-    dataset_splits,
-    is_dataset,
-)
+from mlm_eval.tasks.data.sources import DatasetName
 from mlm_eval.tasks.data.text import check_text, digest, json_field, parse_json, read_text, sha256
 from mlm_eval.tasks.data.tokens import tokens_of
 from mlm_eval.tasks.finetune.features import SPECIAL_TOKENS, Outputs, PairFeatures
 from mlm_eval.tasks.finetune.settings import Recipe
 from mlm_eval.tasks.finetune.spans import SpanExample, SpanFeatures, best_answers, window_features
-from mlm_eval.tasks.finetune.task import Answered, ExampleSet, Judgement, Task
-from mlm_eval.training.objectives import Objective, SpanExtraction
-
-SQUAD_HUB = DatasetName("rajpurkar/squad", None, None)
+from mlm_eval.tasks.finetune.task import (
+    Answered,
+    ExampleSet,
+    Judgement,
+    Task,
+    digits,
+    softmax,
+)
+from mlm_eval.training.objectives import SpanExtraction
 
 
 class Squad(Task):
@@ -43,45 +45,98 @@ class Squad(Task):
 
     name = "squad"
     head = "qa_head"
+    objective = SpanExtraction
+    hub = DatasetName("rajpurkar/squad", None, None)
+    hub_columns = ("id", "context", "question", "answers")
 
     def default_recipe(self, sets: Sequence[ExampleSet]) -> str:
         """See `Task.default_recipe`."""
         return f"squad-v{2 if can_be_absent(sets) else 1}-megatron-336m"
 
-    def objective(self) -> Objective:
-        """See `Task.objective`."""
-        return SpanExtraction()
-
-    def read(self, data: str, roles: Sequence[str]) -> list[ExampleSet]:
+    def read_folder(self, path: Path, roles: Sequence[str]) -> list[ExampleSet]:
         """See `Task.read`: a folder with train-*.json and dev-*.json."""
-        if is_dataset(data):
-            return [part for role in roles for part in read_squad(data, role)]
-        folder = Path(data).expanduser()
-        if not folder.is_dir():
+        if not path.is_dir():
             raise InputError(
-                f"{folder} is a file; --data takes a folder with train-*.json and dev-*.json, and "
+                f"{path} is a file; --data takes a folder with train-*.json and dev-*.json, and "
                 f"--train, --dev and --test take files"
             )
         found = []
         for role in roles:
-            files = sorted(folder.glob(f"{role}*.json"))
+            files = sorted(path.glob(f"{role}*.json"))
             if len(files) > 1:
                 names = ", ".join(file.name for file in files)
                 raise InputError(
-                    f"{folder} holds several files for {role} ({names}); choose one with --{role}"
+                    f"{path} holds several files for {role} ({names}); choose one with --{role}"
                 )
-            found += [read_file(file, role) for file in files]
+            found += [self.read_file(file, role) for file in files]
         if not found:
             expected = " or ".join(f"{role}*.json" for role in roles)
-            raise InputError(f"{folder} holds no {expected}; expected SQuAD's files")
+            raise InputError(f"{path} holds no {expected}; expected SQuAD's files")
         return found
 
-    def read_part(self, source: str, role: str) -> list[ExampleSet]:
-        """See `Task.read_part`: a .json file."""
-        if is_dataset(source):
-            return list(read_squad(source, role))
-        path = Path(source).expanduser()
-        return self.read(source, [role]) if path.is_dir() else [read_file(path, role)]
+    def read_file(self, path: Path, role: str) -> ExampleSet:
+        """See `Task.read_file`: a .json file of SQuAD 1.1 or 2.0."""
+        text = read_text(path)
+        content = parse_json(text, str(path))
+        texts: list[str] = []
+        examples: list[SpanExample] = []
+        is_2 = False
+        for number, article in enumerate(json_field(content, "data", list, str(path)), start=1):
+            place = f"{path}, article {number}"
+            paragraphs = json_field(article, "paragraphs", list, place)
+            for part, paragraph in enumerate(paragraphs, start=1):
+                where = f"{place}, paragraph {part}"
+                context = json_field(paragraph, "context", str, where)
+                for entry in json_field(paragraph, "qas", list, where):
+                    examples.append(_question(entry, context, len(texts), where))
+                    is_2 = is_2 or "is_impossible" in entry
+                texts.append(context)
+        is_2 = is_2 or str(content.get("version")).startswith("v2")
+        # The published names say nothing beyond the role.
+        name = "" if re.fullmatch(r"(train|dev|test)-v[12]\.[01]", path.stem) else path.stem
+        return ExampleSet(
+            name=name,
+            role=role,
+            path=str(path),
+            sha256=sha256([text]),
+            texts=texts,
+            examples=examples,
+            # Without a single answer they were taken out: a test set.
+            labelled=any(example.answers for example in examples),
+            version="2.0" if is_2 else "1.1",
+        )
+
+    def read_hub(self, source: str, role: str) -> Iterator[ExampleSet]:
+        """See `Task.read_hub`: 2.0 too, by the Hub's old name."""
+        name = source.partition(":")[0]
+        if name == "squad_v2" and not Path(name).is_dir():
+            source = f"rajpurkar/{source}"
+        return super().read_hub(source, role)
+
+    def hub_sets(self, rows: Any, name: str, *, role: str, where: str) -> Iterator[ExampleSet]:
+        """See `Task.hub_sets`: a row a question."""
+        places: dict[str, int] = {}
+        examples, records = [], []
+        for number, row in enumerate(rows, start=1):
+            place = f"{where}, row {number}"
+            context = json_field(row, "context", str, place)
+            starts = zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
+            answers = [{"text": text, "answer_start": start} for text, start in starts]
+            entry = {"id": row["id"], "question": row["question"], "answers": answers}
+            second = places.setdefault(context, len(places))
+            examples.append(_question(entry, context, second, place))
+            records.append((row["id"], row["question"], context, answers))
+        answered = {bool(example.answers) for example in examples}
+        yield ExampleSet(
+            name=name,
+            role=role,
+            path=where,
+            sha256=digest(records),
+            texts=list(places),
+            examples=examples,
+            labelled=True in answered,
+            version="2.0" if len(answered) > 1 else "1.1",
+        )
 
     def features(
         self, examples: ExampleSet, tokenizer: Tokenizer, recipe: Recipe, *, cache: Path
@@ -153,7 +208,7 @@ class Squad(Task):
         taken. Test sets are judged at the same; without a dev set, at 0.
         """
         judgement = Judgement()
-        absent = any(part.version == "2.0" for part in sets)
+        absent = can_be_absent(sets)
         for role in ("dev", "test"):
             parts = [part for part in sets if part.role == role]
             if role == "test" and null_threshold is None:
@@ -187,87 +242,12 @@ class Squad(Task):
         return {"score": metrics["f1"], "exact": metrics["exact"], "f1": metrics["f1"]}
 
 
-def can_be_absent(sets: Sequence[ExampleSet]) -> bool:
+def can_be_absent(sets: Sequence[ExampleSet | Answered]) -> bool:
     """Return whether a question of these sets may have no answer: SQuAD 2.0."""
     return any(part.version == "2.0" for part in sets)
 
 
 # ---- reading -----------------------------------------------------------------------------------
-
-
-def read_file(path: Path, role: str) -> ExampleSet:
-    """Return the questions of a SQuAD file, 1.1 or 2.0.
-
-    Raises:
-        InputError: It is not one.
-    """
-    text = read_text(path)
-    content = parse_json(text, str(path))
-    texts: list[str] = []
-    examples: list[SpanExample] = []
-    for number, article in enumerate(json_field(content, "data", list, str(path)), start=1):
-        place = f"{path}, article {number}"
-        for part, paragraph in enumerate(json_field(article, "paragraphs", list, place), start=1):
-            where = f"{place}, paragraph {part}"
-            context = json_field(paragraph, "context", str, where)
-            for entry in json_field(paragraph, "qas", list, where):
-                examples.append(_question(entry, context, len(texts), where))
-            texts.append(context)
-    is_2 = str(content.get("version")).startswith("v2") or any(
-        "is_impossible" in entry
-        for article in content["data"]
-        for paragraph in article["paragraphs"]
-        for entry in paragraph["qas"]
-    )
-    # The published names say nothing beyond the role.
-    name = "" if re.fullmatch(r"(train|dev|test)-v[12]\.[01]", path.stem) else path.stem
-    return ExampleSet(
-        name=name,
-        role=role,
-        path=str(path),
-        sha256=sha256([text]),
-        texts=texts,
-        examples=examples,
-        # Without a single answer they were taken out: a test set.
-        labelled=any(example.answers for example in examples),
-        version="2.0" if is_2 else "1.1",
-    )
-
-
-def read_squad(source: str, role: str) -> Iterator[ExampleSet]:
-    """Yield the set of a `datasets` name.
-
-    Raises:
-        InputError: There is no such set, or it has not the form of rajpurkar/squad.
-    """
-    path = source.partition(":")[0]
-    if path in ("squad", "squad_v2") and not Path(path).is_dir():  # the Hub's old names
-        source = f"rajpurkar/{source}"
-    splits = {HUB_SPLITS[role]: role}
-    for name, where, rows in dataset_splits(source, default=SQUAD_HUB, splits=splits, role=role):
-        check_columns(rows, ("id", "context", "question", "answers"), where)
-        places: dict[str, int] = {}
-        examples, records = [], []
-        for number, row in enumerate(rows, start=1):
-            place = f"{where}, row {number}"
-            context = json_field(row, "context", str, place)
-            starts = zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
-            answers = [{"text": text, "answer_start": start} for text, start in starts]
-            entry = {"id": row["id"], "question": row["question"], "answers": answers}
-            second = places.setdefault(context, len(places))
-            examples.append(_question(entry, context, second, place))
-            records.append((row["id"], row["question"], context, answers))
-        answered = {bool(example.answers) for example in examples}
-        yield ExampleSet(
-            name=name,
-            role=role,
-            path=where,
-            sha256=digest(records),
-            texts=list(places),
-            examples=examples,
-            labelled=True in answered,
-            version="2.0" if len(answered) > 1 else "1.1",
-        )
 
 
 def _question(entry: Any, context: str, second: int, where: str) -> SpanExample:
@@ -298,13 +278,11 @@ def _question(entry: Any, context: str, second: int, where: str) -> SpanExample:
 
 def with_probabilities(answers: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
     """Return answers, best first, with the probability of each among them."""
-    best = answers[0][1] if answers else 0.0
-    weights = [math.exp(score - best) for _, score in answers]
-    total = sum(weights)
-    return [
-        {"text": text, "probability": float(f"{weight / total:.9g}")}
-        for (text, _), weight in zip(answers, weights, strict=True)
-    ]
+    if not answers:
+        return []
+    texts, scores = zip(*answers, strict=True)
+    (shares,) = digits(softmax(np.array([scores])))
+    return [{"text": t, "probability": share} for t, share in zip(texts, shares, strict=True)]
 
 
 def decide(record: Mapping[str, Any], threshold: float) -> dict[str, Any]:
@@ -339,16 +317,12 @@ def figures(
         for place, texts in enumerate(truths)
     ]
     if not absent:
-        found = metrics.load("squad").compute(predictions=predictions, references=references)
-        assert found is not None
+        found = metrics.compute("squad", predictions, references)
         return {"exact": found["exact_match"], "f1": found["f1"], "total": found["total"]}
     for prediction, record in zip(predictions, records, strict=True):
         prediction["no_answer_probability"] = record["null_odds"]
-    compute = metrics.load("squad_v2").compute
+    judge = partial(metrics.compute, "squad_v2", predictions, references)
     if threshold is None:
-        found = compute(predictions=predictions, references=references)
-        assert found is not None
-        threshold = found["best_f1_thresh"]
-    found = compute(predictions=predictions, references=references, no_answer_threshold=threshold)
-    assert found is not None
+        threshold = judge()["best_f1_thresh"]
+    found = judge(no_answer_threshold=threshold)
     return {**found, "null_threshold": threshold}

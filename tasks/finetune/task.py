@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer
+from mlm_eval.tasks.data.sources import HUB_SPLITS, DatasetName, dataset_splits, is_dataset
 from mlm_eval.tasks.data.tokens import tokens_of
 from mlm_eval.tasks.finetune.features import Outputs, PairFeatures
 from mlm_eval.tasks.finetune.settings import Recipe
@@ -175,6 +176,11 @@ class Judgement:
     metrics: dict[str, Any] = field(default_factory=dict)
     predictions: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
+    def null_threshold(self, role: str) -> float | None:
+        """Return the threshold of "no answer" that a role's sets were judged at; None: none."""
+        threshold: float | None = self.metrics.get(role, {}).get("null_threshold")
+        return threshold
+
 
 class Task(ABC):
     """A benchmark that a model is fine-tuned for.
@@ -182,37 +188,91 @@ class Task(ABC):
     Attributes:
         name: Of the command.
         head: Name of the head that answers.
+        objective: The loss to train for.
         classes: Names of a classification head's outputs, in order; empty for other heads.
+        hub: Its set of the Hub, in the `datasets` library.
+        hub_splits: Splits of each role there, by the name that their sets get.
+        hub_columns: Columns there.
     """
 
     name: ClassVar[str]
     head: ClassVar[str]
+    objective: ClassVar[type[Objective]]
     classes: ClassVar[tuple[str, ...]] = ()
+    hub: ClassVar[DatasetName]
+    hub_splits: ClassVar[Mapping[str, Mapping[str, str]]] = HUB_SPLITS
+    hub_columns: ClassVar[tuple[str, ...]]
 
     def default_recipe(self, sets: Sequence[ExampleSet]) -> str:
         """Return the name of the recipe for these sets: the paper's for its smallest model."""
         return f"{self.name}-megatron-336m"
 
-    @abstractmethod
-    def objective(self) -> Objective:
-        """Return the loss to train for."""
-
-    @abstractmethod
     def read(self, data: str, roles: Sequence[str]) -> list[ExampleSet]:
         """Return the sets of a whole benchmark: its folder as published, or a `datasets` name.
 
         Args:
             data: The value of `--data`.
             roles: Those that are wanted; what is not there is left out.
-        """
 
-    @abstractmethod
+        Raises:
+            InputError: There is nothing, or it has not the benchmark's form.
+        """
+        if is_dataset(data):
+            return [part for role in roles for part in self.read_hub(data, role)]
+        return self.read_folder(Path(data).expanduser(), roles)
+
     def read_part(self, source: str, role: str) -> list[ExampleSet]:
         """Return the sets of one file or folder, or of a `datasets` name, as one role's.
 
         Args:
             source: A value of `--train`, `--dev` or `--test`.
             role: Which of them.
+
+        Raises:
+            InputError: There is nothing, or it has not the benchmark's form.
+        """
+        if is_dataset(source):
+            return list(self.read_hub(source, role))
+        return self.read_path(Path(source).expanduser(), role)
+
+    @abstractmethod
+    def read_folder(self, path: Path, roles: Sequence[str]) -> list[ExampleSet]:
+        """See `read`, of a folder."""
+
+    def read_path(self, path: Path, role: str) -> list[ExampleSet]:
+        """See `read_part`, of a file or folder."""
+        if path.is_dir():
+            return self.read_folder(path, [role])
+        return [self.read_file(path, role)]
+
+    def read_file(self, path: Path, role: str) -> ExampleSet:
+        """Return the set of one file; not called where a task has its own `read_path`."""
+        raise NotImplementedError
+
+    def read_hub(self, source: str, role: str) -> Iterator[ExampleSet]:
+        """Yield the sets of a `datasets` name that are one role's."""
+        splits = dataset_splits(
+            source,
+            default=self.hub,
+            splits=self.hub_splits[role],
+            columns=self.hub_columns,
+            role=role,
+        )
+        for name, where, rows in splits:
+            yield from self.hub_sets(rows, name, role=role, where=where)
+
+    @abstractmethod
+    def hub_sets(self, rows: Any, name: str, *, role: str, where: str) -> Iterator[ExampleSet]:
+        """Yield the sets of one split.
+
+        Args:
+            rows: Of the `datasets` library, with `hub_columns`.
+            name: Of the split's set.
+            role: Of the sets.
+            where: The split, for people.
+
+        Raises:
+            InputError: A row has not the form of the benchmark's.
         """
 
     @abstractmethod
@@ -331,12 +391,8 @@ class ChoiceTask(Task):
         """Return the figures of labelled records, by our `evaluate` module."""
         from mlm_eval.tasks.finetune import metrics
 
-        found = metrics.load(self.metric).compute(
-            predictions=[int(np.argmax(record["probabilities"])) for record in records],
-            references=[record["label"] for record in records],
-        )
-        assert found is not None
-        return dict(found)
+        predictions = [int(np.argmax(record["probabilities"])) for record in records]
+        return metrics.compute(self.metric, predictions, [record["label"] for record in records])
 
     def summary(self, metrics: Mapping[str, Any]) -> dict[str, float]:
         """See `Task.summary`; the score is the accuracy over all dev sets."""

@@ -78,13 +78,13 @@ A, B = [51, 52, 53], [61, 62, 63, 64]
 )
 def test_a_row_is_the_pair_cut_at_its_end(words, a, b, longest, tokens, num_first):
     features = pair(a, b, words, max_length=longest)
-    found, first = features.row(0)
-    assert (found.tolist(), first) == (tokens, num_first)
+    types = [0] * num_first + [1] * (len(tokens) - num_first)
+    assert [column.tolist() for column in features.row(0)] == [tokens, types]
     sample = features[0]
     assert sample.rows[0].tolist() == tokens
-    assert sample.tokentypes[0].tolist() == [0] * num_first + [1] * (len(tokens) - num_first)
+    assert sample.tokentypes[0].tolist() == types
     assert sample.rows[0].dtype == sample.tokentypes[0].dtype == torch.int64
-    assert features.length(0) == features.row_lengths()[0] == len(tokens)
+    assert features.length(0) == features.row_lengths[0] == len(tokens)
 
 
 def as_megatron(a: list[int], b: list[int], longest: int) -> tuple[list[int], list[int]]:
@@ -134,7 +134,7 @@ def test_a_sample_has_a_row_for_each_choice(choices):
         [CLS, SEP, 61, 62, 63, SEP],
     ]
     assert [(sample.label, sample.index) for sample in choices] == [(1, 0), (0, 1)]
-    assert choices.row_lengths().tolist() == [5, 6, 7, 6]
+    assert choices.row_lengths.tolist() == [5, 6, 7, 6]
     assert [choices.length(i) for i in range(2)] == [6, 7]
     assert choices.cut_rows() == 1  # 54 55 [SEP] 61 62 63 has lost its 63
     with pytest.raises(IndexError):

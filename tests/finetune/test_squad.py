@@ -152,7 +152,7 @@ def test_a_long_passage_has_several_windows(dev, words, tmp_path):
         (0, 0),
         (5 + 2, 5 + 5),
     ]
-    assert max(features.row_lengths()) == 14
+    assert max(features.row_lengths) == 14
     assert features.cut_rows() == 0  # windows fit, nothing is lost
 
 
@@ -220,7 +220,7 @@ def test_the_search_finds_what_trying_everything_finds(max_length):
 
 def outputs(features: SpanFeatures, scores: dict[int, dict[int, tuple[float, float]]]) -> Outputs:
     """Return scores of (start, end) by window and place in its row; -9 elsewhere."""
-    offsets = np.concatenate([[0], np.cumsum(features.row_lengths())])
+    offsets = np.concatenate([[0], np.cumsum(features.row_lengths)])
     values = np.full((int(offsets[-1]), 2), -9, np.float32)
     for window, places in scores.items():
         for place, pair in places.items():
@@ -258,7 +258,7 @@ def test_answers_are_cut_out_as_they_are_written(dev, words, tmp_path):
 
 def test_no_span_is_longer_than_allowed_or_outside_the_passage(dev, words, tmp_path):
     features = prepare(dev, words, tmp_path)
-    length = int(features.row_lengths()[0])
+    length = int(features.row_lengths[0])
     found = outputs(
         features,
         {
@@ -518,7 +518,7 @@ def test_a_model_that_knows_the_labels_gives_the_true_answers(
     )
     features = prepare(part, words, tmp_path, **overrides)
     assert len(features) >= len(part.examples)
-    offsets = np.concatenate([[0], np.cumsum(features.row_lengths())])
+    offsets = np.concatenate([[0], np.cumsum(features.row_lengths)])
     noise = np.random.default_rng(1)
     values = noise.normal(size=(int(offsets[-1]), 2)).astype(np.float32)
     for column in range(2):
