@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -92,6 +92,32 @@ def token_cache() -> Iterator[Path]:
         yield folder
 
 
+def kept_arrays(
+    path: Path,
+    make: Callable[[], dict[str, Integers]],
+    *,
+    whole: Callable[[dict[str, Integers]], bool],
+) -> dict[str, Integers]:
+    """Return the arrays of a file; make and write them first where it is missing or damaged.
+
+    Args:
+        path: The file.
+        make: Returns the arrays by name.
+        whole: Returns whether the arrays of a file are what `make` would return.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file, save_file
+
+    with contextlib.suppress(SafetensorError, OSError):
+        found: dict[str, Integers] = load_file(path)
+        if whole(found):
+            return found
+    made = make()
+    with atomic_file(path) as partial:
+        save_file({name: np.ascontiguousarray(values) for name, values in made.items()}, partial)
+    return made
+
+
 def cache_key(texts: Sequence[str], tokenizer: Tokenizer, *, offsets: bool) -> str:
     """Return a digest of all that decides the tokens."""
     state = hashlib.sha256()
@@ -119,9 +145,6 @@ def tokens_of(
     Raises:
         InputError: Offsets are asked of a sentencepiece model.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file, save_file
-
     if offsets and tokenizer.kind == "sentencepiece":
         raise InputError(
             f"{tokenizer.source} does not say where a token stands in the text, so no answer can "
@@ -129,17 +152,18 @@ def tokens_of(
         )
     path = cache / f"{cache_key(texts, tokenizer, offsets=offsets)}.safetensors"
     columns = ("tokens", "starts", "stops")[: 3 if offsets else 1]
-    kept: dict[str, Integers] = {}
-    with contextlib.suppress(SafetensorError, OSError):  # missing or damaged: made anew
-        kept = load_file(path)
-    if set(kept) != {*columns, "offsets"} or len(kept["offsets"]) != len(texts) + 1:
+
+    def make() -> dict[str, Integers]:
         rows = list(_encoded(texts, tokenizer, offsets))
         packed = [Ragged.of(column) for column in zip(*rows, strict=True)]
         packed = packed or [Ragged.of([]) for _ in columns]
-        kept = {name: part.values for name, part in zip(columns, packed, strict=True)}
-        kept["offsets"] = packed[0].offsets
-        with atomic_file(path) as partial:
-            save_file(kept, partial)
+        values = {name: part.values for name, part in zip(columns, packed, strict=True)}
+        return {**values, "offsets": packed[0].offsets}
+
+    def whole(found: dict[str, Integers]) -> bool:
+        return set(found) == {*columns, "offsets"} and len(found["offsets"]) == len(texts) + 1
+
+    kept = kept_arrays(path, make, whole=whole)
     return TextTokens(*(Ragged(kept[name], kept["offsets"]) for name in columns))
 
 
