@@ -36,7 +36,7 @@ VOCABULARY = {"gpt": 50_257, "bert": 30_522}
 """Entries of GPT-2's byte-level BPE, and of BERT's uncased WordPiece vocabulary."""
 
 
-def family_of(name: str) -> str:
+def size_family(name: str) -> str:
     """Return `gpt` or `bert`.
 
     Raises:
@@ -108,7 +108,7 @@ def _named(name: str | Path) -> dict[str, Any]:
     if str(name) in SIZES:
         layers, hidden, heads = SIZES[str(name)]
         sizes = {"num_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
-        return {"family": family_of(str(name)), **sizes}
+        return {"family": size_family(str(name)), **sizes}
     path = Path(name).expanduser()
     if not path.is_file():
         raise InputError(
@@ -126,7 +126,7 @@ def named_config(name: str, *, tp: int = 1) -> ModelConfig:
     That is to a multiple of 128 x tp: 50,304 rows of GPT-2 on one rank, 51,200 on eight.
     Source: docs/megatron.md, "Vocabulary padding".
     """
-    family = family_of(name)
+    family = size_family(name)
     config = initial_config(name, family=family, vocab_entries=VOCABULARY[family])
     multiple = DIVISIBLE_BY * tp
     rows = -(-VOCABULARY[family] // multiple) * multiple
@@ -138,5 +138,5 @@ def paper_parameters(name: str) -> int:
 
     A BERT is counted with its pooler and both of its heads.
     """
-    config = dataclasses.replace(named_config(name), vocab_size=VOCABULARY[family_of(name)])
+    config = dataclasses.replace(named_config(name), vocab_size=VOCABULARY[size_family(name)])
     return num_parameters(config)

@@ -7,8 +7,6 @@ nothing.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -161,6 +159,8 @@ def _gap(cell: Cell | None, column: Column) -> str:
 
 def _csv(tables: Sequence[Table]) -> str:
     """Return all figures, one a line, unrounded, for machines."""
+    import pandas
+
     lines = [
         {
             "table": table.number,
@@ -183,8 +183,5 @@ def _csv(tables: Sequence[Table]) -> str:
         for column in table.columns
         if (cell := row.cells.get(column.key)) is not None
     ]
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, lines[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return stream.getvalue()
+    # As objects: a column of numbers with a gap would become floats.
+    return pandas.DataFrame(lines, dtype=object).to_csv(index=False, lineterminator="\n")

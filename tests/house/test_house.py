@@ -25,7 +25,6 @@ OPTIONAL = {"lm-eval", "sentencepiece"}
 
 # Public names that stand in more than one file, and why.
 SHARED = {
-    "main": "what `python -m` runs, as everywhere",
     "T": "a type variable",
 }
 
