@@ -25,6 +25,7 @@ from mlm_eval.engine.engine import Engine
 from mlm_eval.engine.resume import PartialScores
 from mlm_eval.ranks import launch
 from mlm_eval.tasks import evaluate
+from mlm_eval.tasks.zero_shot import benchmarks
 
 pytest_plugins = ["support.command_line_fixtures"]
 
@@ -318,13 +319,12 @@ def test_the_command_line_prints_what_megatron_printed(run, oracles, shared_data
 
 
 def line_on_a_rank(oracles: Path, shared_data: Path, task: str, tp: int, dp: int) -> str:
-    from importlib import import_module
-
     _, _, ckpt, _, words, _, data = zero_shot(oracles, shared_data, task)
     engine = Engine.load(open_checkpoint(str(ckpt)), tp=tp, dp=dp)
     tokenizer = load_tokenizer(directory=str(words))
     result = evaluate(task, engine, data=str(data), tokenizer=tokenizer)
-    line: str = import_module(f"mlm_eval.tasks.zero_shot.{task}").megatron_line(result)
+    line = benchmarks()[task].megatron_line(result)
+    assert line is not None
     return line
 
 

@@ -336,7 +336,7 @@ def _spelling(
         return torch.zeros(len(rows)), torch.full((len(rows),), token)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "argmax", argmax)
+        patch.setattr(model.output_layer, "argmax", argmax)
         found = []
         for prompt in asked:
             taken["steps"] = 0
