@@ -1,6 +1,7 @@
 """Texts tokenized once and kept: the slow part of preparing features.
 
-What is kept are arrays in a safetensors file, under a digest of all that decides them.
+What is kept are arrays in a safetensors file, under a digest of all that decides them; every reader
+maps the file, so that processes on one machine share its pages.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def kept_arrays(
     *,
     whole: Callable[[dict[str, Integers]], bool],
 ) -> dict[str, Integers]:
-    """Return the arrays of a file; make and write them first where it is missing or damaged.
+    """Return the arrays of a file, mapped; made and written first where it is missing or damaged.
 
     Args:
         path: The file.
@@ -106,10 +107,11 @@ def kept_arrays(
         whole: Returns whether the arrays of a file are what `make` would return.
     """
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file, save_file
+    from safetensors.numpy import save_file
+    from safetensors.torch import load_file
 
     with contextlib.suppress(SafetensorError, OSError):
-        found: dict[str, Integers] = load_file(path)
+        found = {name: values.numpy() for name, values in load_file(path).items()}
         if whole(found):
             return found
     made = make()
