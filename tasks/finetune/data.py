@@ -48,7 +48,7 @@ def prepare_sets(
     *,
     tokenizer: Tokenizer,
     positions: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> tuple[Prepared, dict[str, ExampleSet]]:
     """Return what all ranks need of the data, and the sets to evaluate with their texts.
 
@@ -57,7 +57,7 @@ def prepare_sets(
         options: Name them.
         tokenizer: The model's own.
         positions: Of the model.
-        say: Told what the work ahead is.
+        log: Called with a line about the work ahead.
 
     Raises:
         InputError: The data or the recipe cannot be used.
@@ -74,7 +74,7 @@ def prepare_sets(
     limits = {"dev": options.dev_limit, "test": options.test_limit}
     evaluated = [part.limited(limits[part.role]) for part in sets if part.role in limits]
     settings = {**dataclasses.asdict(recipe), "max_steps": options.max_steps}
-    say(_announcement(whole, evaluated, f"{name}, {training_plan(settings)}"))
+    log(_announcement(whole, evaluated, f"{name}, {training_plan(settings)}"))
     with token_cache() as cache:
         train = None
         if whole is not None:

@@ -126,7 +126,7 @@ class _Finetuning:
             self.options,
             tokenizer=self.tokenizer,
             positions=self.checkpoint.config.max_position_embeddings,
-            say=self.listener.log,
+            log=self.listener.log,
         )
         return prepared
 
