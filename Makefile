@@ -6,6 +6,9 @@ PYTHON ?= python3 python3.13 python3.12 python3.11 python
 # More arguments for pip, for example an index that has the CPU build of torch.
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+# So many tests run at a time, on so many threads each.
+JOBS    ?= 2
+THREADS ?= 1
 # Without race.py, which takes an hour and data that has to be fetched: bench-race.
 BENCHMARKS ?= $(filter-out benchmarks/race.py,$(sort $(wildcard benchmarks/*.py)))
 RACE       ?= RACE
@@ -17,6 +20,8 @@ CLONE     := $(shell pwd -P | cksum | cut -d ' ' -f 1)
 RUN_STAMP := $(VENV)/.mlm-eval-run-$(CLONE)
 DEV_STAMP := $(VENV)/.mlm-eval-dev-$(CLONE)
 NB_STAMP  := $(VENV)/.mlm-eval-notebooks-$(CLONE)
+PYTEST     = OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest \
+	-n $(JOBS) --dist loadfile
 INSTALL    = $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt
 
 SAMPLE      := checkpoints/samples
@@ -35,6 +40,7 @@ help: ## list the targets and the variables
 	@echo '  PIP_ARGS=...   more arguments for pip. On Linux without a GPU, plain pip takes the CUDA build'
 	@echo '                 of torch, several GB; PIP_ARGS="--extra-index-url URL", with the URL of an'
 	@echo '                 index that has the CPU build, takes that one. All work here runs on either.'
+	@echo '  JOBS=N         tests that run at a time (now: $(JOBS)), with THREADS=N (now: $(THREADS)) each'
 	@echo '  PYTEST_ARGS=.. more arguments for pytest, for example "-k wikitext" or "-m slow"'
 	@echo '  RACE=DIR       the RACE data of bench-race, a folder or its archives (now: $(RACE))'
 	@echo '  BENCHMARKS=... the scripts that bench runs (now: $(or $(BENCHMARKS),none))'
@@ -98,10 +104,10 @@ demo: $(RUN_STAMP) ## evaluate the sample checkpoint that ships, on one process 
 	  'name a real checkpoint (--ckpt) and the real data (--data).'
 
 test: $(DEV_STAMP) ## run the tests, but for those marked slow
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
-test-fast: $(DEV_STAMP) ## run the tests that start no process: about a minute
-	$(BIN)/python -m pytest -m 'not (process or slow or realdata)' $(PYTEST_ARGS)
+test-fast: $(DEV_STAMP) ## run those that start no process and take no seconds: about a minute
+	$(PYTEST) -m 'not (process or long or slow or realdata)' $(PYTEST_ARGS)
 
 test-portable: $(DEV_STAMP) ## run them as other processors and numbers of threads would (hours)
 	$(BIN)/python tests/support/portable.py $(PYTEST_ARGS)

@@ -21,14 +21,8 @@ import sys
 import traceback
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.cli import checkpoints, harness, report, training, zero_shot  # noqa: F401
 from mlm_eval.cli.app import app
-from mlm_eval.ranks.launch import prepare_worker, reporting_errors
 from mlm_eval.ranks.world import detect_world
-
-# isort: split
-# After report: an import registers commands, and the help has their groups in this order.
-from mlm_eval.cli import bench  # noqa: F401
 
 __all__ = ["app", "entry", "main"]
 
@@ -57,10 +51,14 @@ def _main() -> int:
     world = None
     try:
         world = detect_world()
-        if world is not None:
-            prepare_worker()
-        with reporting_errors(world):
+        if world is None:
             code = app(standalone_mode=False)
+        else:
+            from mlm_eval.ranks.launch import prepare_worker, reporting_errors
+
+            prepare_worker()
+            with reporting_errors(world):
+                code = app(standalone_mode=False)
         if code == INTERRUPTED:  # what newer typer makes of a KeyboardInterrupt
             return _interrupted()
         return code if isinstance(code, int) else 0

@@ -1,27 +1,97 @@
-"""The typer application, its root options, and `--config`."""
+"""The typer application: its list of commands, its root options, and `--config`.
+
+A command's module is imported when the command is chosen: `mlm-eval --help` shows the list alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from mlm_eval import __version__
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.tasks.zero_shot import BENCHMARKS
 
-COMMANDS: dict[str, Callable[[], Any]] = {}
-"""What makes a command with its options, by the command's name."""
+CHECKPOINTS, ZERO_SHOT = "Checkpoints", "Zero-shot evaluation"
+REPORTS, TRAINING = "Tables and planning", "Training"
+"""Titles of the groups that `mlm-eval --help` shows."""
+
+
+class Listed(NamedTuple):
+    """A command as `mlm-eval --help` shows it, and the module of this room that it is in."""
+
+    module: str
+    panel: str
+    summary: str
+
+
+SUMMARIES = {
+    "inspect": "Show what a checkpoint is: format, sizes, settings and where each came from.",
+    "convert": "Change a checkpoint's format or its parallel sizes, in memory for a few tensors.",
+    "verify": "Compare two checkpoints by their logits on the same tokens.",
+    "harness": "Any task of lm-evaluation-harness, on the checkpoint as it is.",
+    "score": "Log-probabilities of given sequences.",
+    "report": "Show measured figures among the paper's: differences, and what is not comparable.",
+    "plan": "Show what runs will need: memory of each rank, floating-point operations, time.",
+    "catalog": "List the public checkpoints we know, how to get them, and what to expect of them.",
+    "race": "RACE: which of four answers does the article support? Trains on middle and high.",
+    "mnli": "MNLI: does the premise entail the hypothesis? Reports matched and mismatched.",
+    "qqp": "QQP: do two questions ask the same? Reports accuracy and F1.",
+    "squad": "SQuAD 1.1 and 2.0: where in the paragraph does the answer stand? Reports EM and F1.",
+    "mlm": "Train a BERT on text: masked tokens, and sentence order where it has that head.",
+    "lm": "Train a GPT on text: each token from the ones before.",
+    "ensemble": "Average the probabilities of fine-tuned models, as the paper's ensemble rows do.",
+    "bench": "Measure tokens/s, the share of the device's matrix-product peak, how that scales.",
+}
+"""What each command does; the zero-shot benchmarks have their own list."""
+MAKERS: dict[str, Callable[[], Any]] = {}
+"""What makes a command with its options, by the command's name; the modules fill it."""
+
+
+def commands() -> dict[str, Listed]:
+    """Return all commands by name, in the order of the help."""
+    modules = (
+        ("checkpoints", CHECKPOINTS, ("inspect", "convert", "verify")),
+        ("harness", ZERO_SHOT, ("harness",)),
+        ("report", REPORTS, ("report", "plan", "catalog")),
+        ("training", TRAINING, ("race", "mnli", "qqp", "squad", "mlm", "lm", "ensemble")),
+        ("zero_shot", ZERO_SHOT, (*BENCHMARKS, "score")),
+        ("bench", REPORTS, ("bench",)),
+    )
+    texts = SUMMARIES | BENCHMARKS
+    return {
+        name: Listed(module, panel, texts[name])
+        for module, panel, names in modules
+        for name in names
+    }
+
+
+def full_command(name: str) -> Any:
+    """Return a command with its options."""
+    import_module(f"mlm_eval.cli.{commands()[name].module}")
+    return MAKERS[name]()
 
 
 class _Commands(TyperGroup):
     """The commands; one gets its options when it is chosen, so that `--help` makes none of them."""
 
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(commands())
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        listed = commands().get(cmd_name)
+        if listed is None:
+            return None
+        return TyperCommand(cmd_name, help=listed.summary, rich_help_panel=listed.panel)
+
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, listed, rest = super().resolve_command(ctx, args)
-        return name, listed if name is None else COMMANDS[name](), rest
+        return name, listed if name is None else full_command(name), rest
 
 
 app = typer.Typer(
@@ -31,10 +101,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-CHECKPOINTS, ZERO_SHOT = "Checkpoints", "Zero-shot evaluation"
-TRAINING = "Training"
-"""Titles of the groups that `mlm-eval --help` shows."""
 
 
 def _version(show: bool) -> None:

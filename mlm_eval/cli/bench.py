@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.command import command
-from mlm_eval.cli.report import REPORTS
 from mlm_eval.planning.bench_options import BenchOptions, cores
 from mlm_eval.ranks.launch import LaunchResult, init_process_group, launch, shutdown
 from mlm_eval.ranks.world import World, detect_world
@@ -24,12 +23,11 @@ if TYPE_CHECKING:
     from mlm_eval.planning.bench_study import BenchPoint, BenchSeries
 
 
-@command("bench", BenchOptions, panel=REPORTS)
+@command("bench", BenchOptions)
 def bench(options: BenchOptions) -> None:
-    """Measure tokens/s, the share of the device's matrix-product peak, and how that scales.
+    """Each tensor-parallel size runs in ranks of its own.
 
-    Each tensor-parallel size runs in ranks of its own. The peak is measured on the same ranks in
-    the same dtype.
+    The peak is measured on the same ranks in the same dtype.
 
     Example: mlm-eval bench --study weak --tp 1,2 --scale 0.1 --output bench.json --plot bench.png
     """

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mlm_eval.cli.app import CHECKPOINTS
 from mlm_eval.cli.command import command
 from mlm_eval.cli.run import chosen_checkpoint, chosen_tokenizer, progress
 from mlm_eval.options import CheckpointOption, RunOptions, TokenizerOptions, again, option
@@ -27,11 +26,9 @@ class InspectOptions(CheckpointOption):
     full_digest: bool = again(RunOptions, "full_digest")
 
 
-@command("inspect", InspectOptions, panel=CHECKPOINTS)
+@command("inspect", InspectOptions)
 def inspect(options: InspectOptions) -> None:
-    """Show what a checkpoint is: format, sizes, settings and where each came from.
-
-    Loads no weights.
+    """Loads no weights.
 
     Example: mlm-eval inspect --ckpt checkpoints/gpt2_345m
     """
@@ -81,9 +78,9 @@ class ConvertOptions(TokenizerOptions, TargetOptions):
     overrides: tuple[str, ...] = again(RunOptions, "overrides")
 
 
-@command("convert", ConvertOptions, panel=CHECKPOINTS)
+@command("convert", ConvertOptions)
 def convert_checkpoint(options: ConvertOptions) -> None:
-    """Change a checkpoint's format or its parallel sizes. One process; memory for a few tensors.
+    """The new folder appears whole or not at all.
 
     Example: mlm-eval convert --ckpt gpt2_345m --to hf --output gpt2_345m_hf --verify
 
@@ -137,9 +134,9 @@ class VerifyOptions(CheckpointOption):
     overrides: tuple[str, ...] = again(RunOptions, "overrides")
 
 
-@command("verify", VerifyOptions, panel=CHECKPOINTS)
+@command("verify", VerifyOptions)
 def verify(options: VerifyOptions) -> None:
-    """Compare two checkpoints by their logits on the same tokens; exit code 3: they differ.
+    """The exit code is 3 where they differ.
 
     Example: mlm-eval verify --ckpt gpt2_tp8 --against gpt2_hf
     """

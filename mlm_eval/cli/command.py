@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import typer
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.cli.app import COMMANDS, app, load_config
+from mlm_eval.cli.app import MAKERS, commands, load_config
 from mlm_eval.options import DATA, KEY, OPTIMIZER, RUN, TASK, Nested, Option, option_name
 
 T = TypeVar("T")
@@ -37,7 +37,6 @@ def command(
     name: str,
     kind: type[T],
     *,
-    panel: str,
     help: str | None = None,
     config: bool = True,
     order: Sequence[str] = (),
@@ -50,8 +49,8 @@ def command(
         kind: Class of the object: a dataclass whose fields come from `option`, `given` and
             `nested`. Those of its base classes come first, of the last base first of all. Fields
             made otherwise are no options and need a default.
-        panel: Title of the command's group in `mlm-eval --help`.
-        help: The command's; None: the function's docstring.
+        help: What the command's help says below its line in `mlm-eval --help`; None: the
+            function's docstring.
         config: Whether it has `--config`.
         order: Names of options that come first in their groups, in this order.
         shown: What the help says for the defaults of some options, instead of their own `shown`.
@@ -71,12 +70,12 @@ def command(
             listed = [parameter for _, parameter in found] + [CONFIG_OPTION] * config
             run.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
             alone = typer.Typer(add_completion=False)
-            alone.command(name, rich_help_panel=panel, help=text)(run)
+            entry = commands()[name]
+            text = f"{entry.summary}\n\n{help or inspect.getdoc(body)}"
+            alone.command(name, rich_help_panel=entry.panel, help=text)(run)
             return typer.main.get_command(alone)
 
-        text = help or inspect.getdoc(body)
-        app.command(name, rich_help_panel=panel, help=text)(lambda: None)
-        COMMANDS[name] = with_options
+        MAKERS[name] = with_options
         return body
 
     return register

@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.cli.app import ZERO_SHOT
 from mlm_eval.cli.command import command
 from mlm_eval.cli.run import ModelRun, progress
 from mlm_eval.options import CheckpointOption, RunOptions, option
@@ -41,11 +40,9 @@ class HarnessOptions(RunOptions, ArgumentsOption):
     full_digest: bool = False
 
 
-@command("harness", HarnessOptions, panel=ZERO_SHOT)
+@command("harness", HarnessOptions)
 def harness(options: HarnessOptions) -> None:
-    """Any task of lm-evaluation-harness, on the checkpoint as it is.
-
-    Its log-likelihoods are those of the harness' hf backend on the converted model.
+    """Its log-likelihoods are those of the harness' hf backend on the converted model.
 
     Example: mlm-eval harness --ckpt gpt2_345m --tokenizer gpt2 --tp 2 -- --tasks lambada_openai
     """

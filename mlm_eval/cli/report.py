@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from mlm_eval.checkpoints.catalog import CatalogEntry
     from mlm_eval.checkpoints.config import ModelConfig
 
-REPORTS = "Tables and planning"
-"""Title of the group that `mlm-eval --help` shows."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
@@ -37,9 +34,9 @@ class ReportOptions:
     )
 
 
-@command("report", ReportOptions, panel=REPORTS)
+@command("report", ReportOptions)
 def report(options: ReportOptions) -> None:
-    """Show measured figures among the paper's, with their differences and what is not comparable.
+    """A letter beside a figure leads to what keeps it from being the paper's.
 
     Example: mlm-eval report wikitext103.json lambada.json --format html --output table3.html
     """
@@ -97,11 +94,9 @@ class PlanOptions:
     overrides: tuple[str, ...] = again(RunOptions, "overrides")
 
 
-@command("plan", PlanOptions, panel=REPORTS)
+@command("plan", PlanOptions)
 def plan(options: PlanOptions) -> None:
-    """Show what runs will need: memory of each rank, floating-point operations, time.
-
-    Reads no weights.
+    """Reads no weights.
 
     Example: mlm-eval plan --model gpt2-8.3b --device-memory 80GB --throughput 400TFLOPS
     """
@@ -193,12 +188,11 @@ class CatalogOptions:
     as_json: bool = again(InspectOptions, "as_json")
 
 
-@command("catalog", CatalogOptions, panel=REPORTS, config=False)
+@command("catalog", CatalogOptions, config=False)
 def catalog(options: CatalogOptions) -> None:
-    """List the public checkpoints we know, how to get them, and what to expect of them.
+    """Their files are looked for in $MLM_EVAL_CATALOG.
 
-    Their files are looked for in $MLM_EVAL_CATALOG; --ckpt catalog:NAME then opens them with the
-    settings that they do not record.
+    --ckpt catalog:NAME then opens them with the settings that they do not record.
 
     Example: mlm-eval catalog megatron-gpt2-345m
     """

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.cli.app import TRAINING
 from mlm_eval.cli.command import command
 from mlm_eval.cli.run import ModelRun, chosen_tokenizer
 from mlm_eval.options import RUN, RunOptions, again, nested, option
@@ -30,22 +29,10 @@ if TYPE_CHECKING:
     from mlm_eval.reporting.results import Result
     from mlm_eval.training.settings import TrainingProgress
 
-FINETUNING = {
-    "race": "RACE: which of four answers does the article support? Trains on middle and high.",
-    "mnli": "MNLI: does the premise entail the hypothesis? Reports matched and mismatched.",
-    "qqp": "QQP: do two questions ask the same? Reports accuracy and F1.",
-    "squad": "SQuAD 1.1 and 2.0: where in the paragraph does the answer stand? Reports EM and F1.",
+EXAMPLES = {
+    "mlm": "mlm-eval mlm --init bert.toml --data text.txt --tokenizer words --output-dir out",
+    "lm": "mlm-eval lm --ckpt gpt2_345m --data text.txt --output-dir out --tp 2",
 }
-
-PRETRAINING = {
-    "mlm": """Train a BERT on text: masked tokens, and sentence order where it has that head.
-
-    Example: mlm-eval mlm --init bert.toml --data text.txt --tokenizer words --output-dir out""",
-    "lm": """Train a GPT on text: each token from the ones before.
-
-    Example: mlm-eval lm --ckpt gpt2_345m --data text.txt --output-dir out --tp 2""",
-}
-
 
 ORDER = (
     "ckpt", "init", "data", "output_dir", "recipe", "epochs", "lr", "global_batch", "seq_length",
@@ -186,7 +173,7 @@ def _new_model(given: PretrainCommand) -> Checkpoint:
     )
 
 
-for _task, _what in FINETUNING.items():
+for _task in ("race", "mnli", "qqp", "squad"):
     _example = f"mlm-eval {_task} --ckpt bert_345m --data {_task.upper()} --output-dir out --tp 2"
     _recipe = f"{_task}-megatron-336m"
     if _task == "squad":
@@ -194,13 +181,12 @@ for _task, _what in FINETUNING.items():
     command(
         _task,
         FinetuneCommand,
-        panel=TRAINING,
-        help=f"{_what}\n\nExample: {_example}",
+        help=f"Example: {_example}",
         order=ORDER,
         shown={"recipe": _recipe},
     )(partial(_finetune, _task))
 for _kind, _options in (("mlm", MaskedCommand), ("lm", PretrainCommand)):
-    command(_kind, _options, panel=TRAINING, help=PRETRAINING[_kind], order=ORDER)(_pretrain)
+    command(_kind, _options, help=f"Example: {EXAMPLES[_kind]}", order=ORDER)(_pretrain)
 
 
 # ---- ensembles ---------------------------------------------------------------------------------
@@ -215,9 +201,9 @@ class EnsembleOptions:
     output_dir: Path | None = option("Write the ensemble's own predictions here.", None)
 
 
-@command("ensemble", EnsembleOptions, panel=TRAINING, config=False)
+@command("ensemble", EnsembleOptions, config=False)
 def ensemble(options: EnsembleOptions) -> None:
-    """Average the probabilities of several fine-tuned models, as the paper's ensemble rows do.
+    """They must have answered the same examples.
 
     Example: mlm-eval ensemble --predictions seed-1/predictions --predictions seed-2/predictions
     """

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.cli.app import ZERO_SHOT
 from mlm_eval.cli.command import command
 from mlm_eval.cli.run import ModelRun, chosen_tokenizer, progress
 from mlm_eval.options import CheckpointOption, RunOptions, again, nested, option
-from mlm_eval.tasks import zero_shot
+from mlm_eval.tasks.zero_shot import benchmarks
 
 if TYPE_CHECKING:
     from mlm_eval.engine.engine import Engine
@@ -36,12 +35,12 @@ def register(benchmark: ZeroShot[Any]) -> None:
         kw_only=True,
     )
 
-    @command(benchmark.name, kind, panel=ZERO_SHOT, help=inspect.getdoc(benchmark), order=("ckpt",))
+    @command(benchmark.name, kind, help=inspect.getdoc(benchmark), order=("ckpt",))
     def run(options: Any) -> None:
         run_benchmark(ModelRun(options.run), benchmark, options.own, resume=options.resume)
 
 
-for _benchmark in zero_shot.BENCHMARKS:
+for _benchmark in benchmarks().values():
     register(_benchmark)
 
 
@@ -144,11 +143,9 @@ class ScoreOptions(RunOptions, LinesOptions):
     output: Path = again(LinesOptions, "output")
 
 
-@command("score", ScoreOptions, panel=ZERO_SHOT)
+@command("score", ScoreOptions)
 def score_command(options: ScoreOptions) -> None:
-    """Log-probabilities of given sequences.
-
-    GPT: each token given the ones before. BERT: each token given the whole input.
+    """GPT: each token given the ones before. BERT: each token given the whole input.
 
     Example: mlm-eval score --ckpt gpt2_345m --input sequences.jsonl --output scores.jsonl --tp 2
     """

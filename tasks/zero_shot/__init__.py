@@ -5,23 +5,33 @@
     lambada.py       accuracy of the last word of a passage
     score.py         log-probabilities of given lines, for `mlm-eval score`
 
-To add one: a file like `lambada.py`, and its object in `BENCHMARKS` below. Its command, its record,
-its rows on the terminal and in the reports, and its entry in `mlm-eval plan` come from the object.
+To add one: a file like `lambada.py`, and its name in `BENCHMARKS` below. Its command, its record,
+its rows on the terminal and in the reports, and its entry in `mlm-eval plan` come from its object.
 This room imports `tasks.data` and `mlm_eval` without the command line.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from mlm_eval.tasks.zero_shot.benchmark import ZeroShot
-from mlm_eval.tasks.zero_shot.lambada import LAMBADA
-from mlm_eval.tasks.zero_shot.wikitext103 import WIKITEXT103
+if TYPE_CHECKING:
+    from mlm_eval.tasks.zero_shot.benchmark import ZeroShot
 
-BENCHMARKS: tuple[ZeroShot[Any], ...] = (WIKITEXT103, LAMBADA)
-"""In the order of the help and of the paper's columns."""
+BENCHMARKS = {
+    "wikitext103": "The paper's perplexity: per original word, overlapping windows, stride 32.",
+    "lambada": "The paper's cloze accuracy: is the last word of each passage the greedy choice?",
+}
+"""What each measures, in the order of the help and of the paper's columns.
+
+The object of `last-bytes` is `LAST_BYTES` in `last_bytes.py`; it is imported when it is asked for.
+"""
 
 
 def benchmarks() -> dict[str, ZeroShot[Any]]:
     """Return all benchmarks by name."""
-    return {benchmark.name: benchmark for benchmark in BENCHMARKS}
+    files = {name: name.replace("-", "_") for name in BENCHMARKS}
+    return {
+        name: getattr(import_module(f"{__name__}.{file}"), file.upper())
+        for name, file in files.items()
+    }

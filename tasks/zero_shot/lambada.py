@@ -48,7 +48,7 @@ class ClozeOptions(DataOption):
 
 
 class Lambada(ZeroShot[ClozeOptions]):
-    """The paper's cloze accuracy: is the last word of each passage the model's greedy choice?
+    """A passage is right where the greedy choices are the tokens of its last word.
 
     Example: mlm-eval lambada --ckpt gpt2_345m --data lambada_test.jsonl --tokenizer gpt2
     """

@@ -78,7 +78,7 @@ class WikiTextOptions(DataOption):
 
 
 class WikiText103(ZeroShot[WikiTextOptions]):
-    """The paper's zero-shot perplexity: per original word, overlapping windows, stride 32.
+    """The words counted are those of the file as it was published.
 
     Example: mlm-eval wikitext103 --ckpt gpt2_345m --data wiki.test.tokens --tokenizer gpt2 --tp 2
     """

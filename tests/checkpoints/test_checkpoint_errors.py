@@ -495,6 +495,7 @@ def test_impossible_parallel_sizes(sizes: dict, message: str, tmp_path: Path):
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.long
 def test_dictionaries_without_end(tmp_path: Path):
     """A pickle of a few hundred bytes: dicts in themselves, or doubled sixty times over."""
     path = tmp_path / "x.pt"

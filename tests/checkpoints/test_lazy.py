@@ -157,6 +157,7 @@ def shared_source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return Source(tmp_path_factory.mktemp("tensors"))
 
 
+@pytest.mark.long
 @thorough(200)
 @given(data=st.data())
 def test_reads_what_the_eager_tensor_gives(shared_source: Source, data: st.DataObject):

@@ -204,6 +204,7 @@ def test_a_fine_tuning_says_everything_once(run, bert, tmp_path, tp):
     assert shown.get("checkpoint-best") == (expected if best["step"] == 2 else None)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_own_cache")
 def test_seeds_are_shown_one_by_one(run, bert, tmp_path):
     line = ("race", "--ckpt", bert, "--data", SAMPLES, "--output-dir", tmp_path / "out", *SHORT)
@@ -239,6 +240,8 @@ def write_squad(path: Path) -> Path:
     return path
 
 
+@pytest.mark.long
+@pytest.mark.long
 @pytest.mark.usefixtures("_own_cache")
 @pytest.mark.parametrize("name", ["dev-v1.1.json", "odd.json"])
 def test_one_dev_file_of_squad_has_one_line(run, bert, tmp_path, name):
@@ -260,6 +263,7 @@ def test_one_dev_file_of_squad_has_one_line(run, bert, tmp_path, name):
     ]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_own_cache")
 @pytest.mark.parametrize("command", ["mlm", "lm"])
 def test_a_language_model_from_text_to_its_figures(run, bert, folder, tmp_path, command):

@@ -15,7 +15,7 @@ import pytest
 from support.command_line import Ended, Run, read
 from support.paths import GOLDEN, SAMPLES
 
-from mlm_eval.cli.app import COMMANDS
+from mlm_eval.cli.app import commands, full_command
 
 pytest_plugins = ["support.command_line_fixtures"]
 
@@ -58,11 +58,10 @@ def described(parameter: Any) -> dict[str, Any]:
 
 def options() -> dict[str, Any]:
     """Return the options of each command, in the order of its help."""
-    commands = {name: with_options() for name, with_options in COMMANDS.items()}
     return {
-        name: {"group": command.rich_help_panel}
-        | {"options": {p.opts[0]: described(p) for p in command.params}}
-        for name, command in commands.items()
+        name: {"group": listed.panel}
+        | {"options": {p.opts[0]: described(p) for p in full_command(name).params}}
+        for name, listed in commands().items()
     }
 
 
@@ -170,6 +169,7 @@ def training(run: Run, folder: Path) -> dict[str, set[str]]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [zero_shot, training])
 def test_no_key_of_a_record_is_missing(run: Run, tmp_path: Path, monkeypatch, kind):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

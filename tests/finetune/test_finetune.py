@@ -254,6 +254,7 @@ def race_run(tmp_path_factory, bert, words) -> tuple[Path, Result, list[str], li
     return output, result, heard.lines, heard.steps, heard.rows
 
 
+@pytest.mark.long
 def test_the_record_of_a_run(race_run):
     output, result, lines, steps, _ = race_run
     record = json.loads((output / "result.json").read_text())
@@ -418,6 +419,7 @@ def unbroken(tmp_path_factory, bert, words) -> tuple[Path, Result]:
     return output, run("race", bert, options(output, seeds=SEEDS, lr=3e-3), words)
 
 
+@pytest.mark.long
 def test_seeds_are_reported_one_by_one_with_their_median(unbroken):
     output, result = unbroken
     of_seeds = result.metrics["seeds"]
@@ -450,6 +452,7 @@ def test_the_ensemble_of_the_seeds(unbroken):
     assert (result.metrics["dev"]["total"], result.metrics["test-high"]["total"]) == (24, 12)
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_to_the_same_figures(unbroken, bert, words, tmp_path):
     """Killed in the second seed's run: the first is not run again, the third is run anew."""
     output = tmp_path / "broken"
@@ -614,6 +617,7 @@ def write_squad(folder: Path) -> None:
         (folder / f"{role}-v2.0.json").write_text(json.dumps({"version": "v2.0", **content}))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("task", "write", "given", "names"),
     [

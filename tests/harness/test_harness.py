@@ -214,6 +214,7 @@ def lm() -> MegatronLM:
 # --- Against the hf backend ---------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_study_asks_for_something(expected: tuple[dict[str, Any], Answers]) -> None:
     """The texts differ and some are long, flags of both kinds come up, pages span windows."""
     _, answers = expected
@@ -225,6 +226,7 @@ def test_the_study_asks_for_something(expected: tuple[dict[str, Any], Answers]) 
     assert answers["local_pages"][2] == [0]  # the empty page
 
 
+@pytest.mark.long
 def test_answers_and_figures_are_those_of_the_hf_backend(
     lm: MegatronLM, study: Path, expected: tuple[dict[str, Any], Answers]
 ) -> None:
@@ -385,6 +387,7 @@ def test_a_context_leaves_room_for_what_is_to_be_written(
     assert list(asked[0].tokens) == lm.tok_encode(text)[-(256 - 24) :]
 
 
+@pytest.mark.long
 def test_an_interrupted_run_goes_on_from_its_cache(
     study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -633,6 +636,7 @@ def test_without_the_harness_it_says_how_to_get_it(
     assert code == 2 and "pip install 'mlm-eval[lm-eval]'" in err
 
 
+@pytest.mark.long
 def test_settings_reach_the_model(run: Callable[..., Ended], study: Path, tmp_path: Path) -> None:
     arguments = ["--tasks", "local_pages", "--include_path", study / "tasks", "--limit", "1"]
     arguments += ["--model_args", "max_length=64,prefix_token_id=5", "--output_path", tmp_path]

@@ -28,7 +28,8 @@ from support.paths import PROJECT, SAMPLES
 
 import mlm_eval
 from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
-from mlm_eval.cli.app import COMMANDS
+from mlm_eval.cli.app import commands as all_commands
+from mlm_eval.cli.app import full_command
 
 pytest_plugins = ["support.command_line_fixtures"]
 
@@ -651,12 +652,14 @@ def test_the_map_names_every_module():
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_and_options_that_are_named_exist(document: Path):
-    known = {option for make in COMMANDS.values() for p in make().params for option in p.opts}
+    known = {
+        option for name in all_commands() for p in full_command(name).params for option in p.opts
+    }
     known |= FOREIGN_OPTIONS | {"--help", "--version"}
     for line, text in spans(document):
         first, *rest = text.split(" ")
         if first == "mlm-eval" and rest and not rest[0].startswith("-"):
-            assert rest[0] in COMMANDS, f"line {line}: {text}"
+            assert rest[0] in all_commands(), f"line {line}: {text}"
         if first.startswith("--"):
             assert first.partition("=")[0] in known, f"line {line}: {text}"
 

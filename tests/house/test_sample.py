@@ -180,6 +180,7 @@ def test_words_are_split_as_wikitext_splits_them(corpus: ModuleType) -> None:
     ).split(" ")
 
 
+@pytest.mark.long
 def test_nothing_held_out_is_in_the_training_text(corpus: ModuleType) -> None:
     """On this Python, whose topics may be others than those the sample was made from."""
 
@@ -198,6 +199,7 @@ def test_nothing_held_out_is_in_the_training_text(corpus: ModuleType) -> None:
     assert not seen & tested
 
 
+@pytest.mark.long
 def test_perplexity_is_far_below_a_unigram_models(wikitext: Result, tokenizer: Tokenizer) -> None:
     """The baseline knows the counts of the very text that it is tested on; the model does not."""
     tokens = tokenizer.encode(detokenize(WIKITEXT.read_text(encoding="utf-8")))

@@ -99,6 +99,7 @@ def test_it_has_learned(checkpoint: Checkpoint, tokenizer: Tokenizer, tmp_path: 
     assert found["accuracy"] > 2 * hidden.most_common(1)[0][1] / total
 
 
+@pytest.mark.long
 def test_race_runs_on_the_sample_passages(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     given = ["--ckpt", BERT, "--data", SAMPLES / "race", "--device", "cpu", "--tp", 1]

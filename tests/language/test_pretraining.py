@@ -420,6 +420,7 @@ def test_a_small_model_learns_and_the_layout_changes_nothing(kind, text):
     assert engine.config.family == again.family == {"mlm": "bert", "lm": "gpt"}[kind]
 
 
+@pytest.mark.long
 def test_a_measure_is_the_mean_over_tokens_of_any_batches(corpus, words):
     engine = Engine.load(random_models.checkpoint(random_models.BERT), batch_tokens=70)
     data = masked(corpus, words, length=16)

@@ -578,6 +578,7 @@ def test_rates_are_shown_in_a_unit_that_suits_them():
     assert "TFLOP/s a rank" in bench_text(record_of("weak", [1], [[1.0]], peak_tflops=400.0))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["weak", "strong"])
 @pytest.mark.parametrize("sizes", [[1], [2], [1, 2, 4, 8]])
 def test_the_plot_is_a_png(kind: str, sizes: list[int], tmp_path: Path):

@@ -99,6 +99,7 @@ def scoring_peak(checkpoint: Checkpoint, dtype: str, batch_tokens: int, length: 
     return live.peak
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "config",
@@ -158,6 +159,7 @@ def choice_samples(batch: TrainingBatch) -> list[Sample]:
 CHOICE = dataclasses.replace(BERT, lm_head=False, binary_head=False, multichoice_head=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(

@@ -296,6 +296,7 @@ def test_both_tables_come_from_both_kinds(tmp_path: Path):
         build_tables([read_record(path) for path in paths], number=3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("option", ["limit", "train_limit", "dev_limit"])
 def test_limited_runs_are_refused_or_marked(tmp_path: Path, option: str):
     record = zero_shot("lambada", 46.0, **{option: 10})
@@ -374,6 +375,7 @@ def without_plots(page: str) -> str:
     return re.sub(r"<svg.*?</svg>", "<svg/>", page, flags=re.DOTALL)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fmt", ["md", "latex", "csv", "html"])
 def test_golden_files(fmt: str):
     """To accept a change: MLM_EVAL_WRITE_GOLDEN=1 pytest test_report.py; then read the diff."""
@@ -427,6 +429,7 @@ class _Page(HTMLParser):
             self.cell += data
 
 
+@pytest.mark.long
 def test_the_page_stands_alone_and_holds_the_tables_and_plots():
     tables = golden_tables()
     text = render(tables, "html")
@@ -517,6 +520,7 @@ def run_cli(
     return int(ended.value.code or 0), shown.out, shown.err
 
 
+@pytest.mark.long
 def test_the_command_reports_fresh_records_of_the_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -562,6 +566,7 @@ def _spoiled(value: Any, bad: Any) -> list[Any]:
     return copies
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bad", [None, 7, "x", [1], {"a": 1}, True], ids=str)
 @pytest.mark.parametrize("kind", ["wikitext103", "lambada", "race", "squad-2.0"])
 def test_a_record_with_any_entry_spoiled_is_reported_or_refused(

@@ -1,6 +1,6 @@
 """Run the tests that compare numbers as other processors would: `make test-portable` (hours).
 
-usage: python tests/support/portable.py [--only WORD] [ARGUMENT of pytest ...]
+usage: python tests/support/portable.py [--only WORD] [ARGUMENT of pytest, such as -n 2 ...]
 
 Each run takes a set of instructions that the three libraries which multiply are held to, and a
 number of threads; last, the rounding of kernels that no such variable chooses is imitated

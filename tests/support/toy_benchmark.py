@@ -27,7 +27,7 @@ class LastBytesOptions(DataOption):
 
 
 class LastBytes(ZeroShot[LastBytesOptions]):
-    """Share of the lines whose last tokens are greedy choices.
+    """A line counts where its last tokens are greedy choices.
 
     Example: mlm-eval last-bytes --ckpt gpt --data lines.txt
     """

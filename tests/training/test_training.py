@@ -68,6 +68,7 @@ def test_twenty_steps_are_the_same_on_every_layout(name, one_process, tmp_path):
             assert line == {k: pytest.approx(wanted[k], rel=1e-5) for k in line}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_matrix_products_train_float32_weights(dtype, one_process, tmp_path):
     kind, changes, folder = one_process
@@ -138,6 +139,7 @@ def test_the_last_and_the_best_weights_are_megatron_checkpoints(finished):
 ORIGINAL_ORDER = {"apply_residual_connection_post_layernorm": True}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("changes", [{}, ORIGINAL_ORDER], ids=["", "original order"])
 @pytest.mark.parametrize("kind", training_runs.OBJECTIVES)
 def test_what_was_trained_is_what_was_written(kind, changes, tmp_path):

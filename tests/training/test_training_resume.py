@@ -210,6 +210,7 @@ def goes_on(folder: Path, whole: Path) -> None:
         assert names[0] == names[1]
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_wherever_it_was_killed(snapshots, tmp_path):
     whole, copies = snapshots
     assert len(copies) > 50

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
+from support import toy_benchmark
 from support.command_line import Run, assert_one_sentence, read
 from support.toy_benchmark import LAST_BYTES
 
 import mlm_eval
 from mlm_eval.checkpoints.tokenizer import load_tokenizer
-from mlm_eval.cli import app
-from mlm_eval.cli.app import COMMANDS
+from mlm_eval.cli.app import MAKERS
 from mlm_eval.cli.zero_shot import register
 from mlm_eval.tasks import zero_shot
 
@@ -23,9 +24,9 @@ pytest_plugins = ["support.command_line_fixtures"]
 @pytest.fixture
 def toy(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The toy benchmark in the list, and a command line that runs it."""
-    monkeypatch.setattr(zero_shot, "BENCHMARKS", (*zero_shot.BENCHMARKS, LAST_BYTES))
-    monkeypatch.setattr(app, "registered_commands", list(app.registered_commands))
-    monkeypatch.setitem(COMMANDS, "last-bytes", None)  # and no longer after the test
+    monkeypatch.setitem(zero_shot.BENCHMARKS, "last-bytes", "Share of the lines that are greedy.")
+    monkeypatch.setitem(sys.modules, f"{zero_shot.__name__}.last_bytes", toy_benchmark)
+    monkeypatch.setitem(MAKERS, "last-bytes", None)  # and no longer after the test
     register(LAST_BYTES)
     (tmp_path / "lines.txt").write_text("the cat\nsaw a\ndog\n")
     return ["last-bytes", "--ckpt", folder / "gpt", "--data", tmp_path / "lines.txt"]
@@ -33,7 +34,8 @@ def toy(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[o
 
 def test_its_command(run: Run, toy: list[object]) -> None:
     help = re.sub(r"[\s│]+", " ", run("last-bytes", "--help").out)
-    assert "Share of the lines" in help and "Example: mlm-eval last-bytes" in help
+    assert "Share of the lines that are greedy." in help and "A line counts" in help
+    assert "Example: mlm-eval last-bytes" in help
     assert "How many tokens of each line" in help and "--batch-tokens" in help
     assert "last-bytes" in run("--help").out
     ended = run(*toy)

@@ -89,6 +89,7 @@ def test_greedy_continuations_are_greedy(tmp_path):
     assert record["greedy"][3:] == [True] * 6
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("stride", "used"), [(None, POSITIONS // 2), (3, 3), (16, 16), (1, 1)])
 @pytest.mark.parametrize("length", [POSITIONS + 2, 2 * POSITIONS, 41])
 def test_longer_sequences_are_scored_by_windows(tmp_path, stride, used, length):

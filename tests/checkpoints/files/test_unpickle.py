@@ -890,6 +890,7 @@ def small_file(path: Path, form: str) -> Path:
     return save(saved, path, form)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", FORMS)
 def test_flipped_bits_are_damage_or_another_value(form: str, tmp_path: Path):
     """A thousand damaged pickles: each is read, or refused by an InputError; nothing else."""

@@ -144,6 +144,7 @@ def test_a_written_model_computes_the_same_in_transformers(name: str, tmp_path: 
     torch.testing.assert_close(our_logits(back, ids), ours, rtol=0, atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [*GPT_MODELS, *BERT_MODELS])
 def test_transformers_own_files_come_back_as_they_were(name: str, tmp_path: Path) -> None:
     """Hugging Face -> canonical -> Hugging Face: the same names and the same bits."""

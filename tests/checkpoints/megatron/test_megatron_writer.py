@@ -103,6 +103,7 @@ def assert_same(actual: Checkpoint, expected: Checkpoint) -> None:
     assert actual.provenance.warnings == [] and actual.provenance.pickle_classes == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_is_written_reads_back_bit_equal(name: str, tmp_path: Path) -> None:
     source = memory(CONFIGS[name])
@@ -136,6 +137,7 @@ def test_tp_4_to_1_to_2x2_to_4_gives_the_same_bytes(name: str, tmp_path: Path) -
         assert path.read_bytes() == after[rank].read_bytes(), rank
 
 
+@pytest.mark.long
 def test_every_genuine_checkpoint_reads_back_bit_equal(oracles: Path, tmp_path: Path) -> None:
     roots = [path for path in sorted(oracles.iterdir()) if list(path.glob("iter_*/mp_rank_*"))]
     assert roots, f"no checkpoint in torch format in {oracles}"
