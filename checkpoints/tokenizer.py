@@ -109,11 +109,6 @@ class Tokenizer:
         """Id of BERT's `[MASK]`."""
         return self.piece_id("[MASK]")
 
-    @property
-    def pad_id(self) -> int | None:
-        """Id of BERT's `[PAD]`."""
-        return self.piece_id("[PAD]")
-
     def special_id(self, name: str) -> int | None:
         """Return the id of the `bos`, `eos` or `pad` token that tokenizer_config.json names."""
         piece = _special_piece(self.settings, name)

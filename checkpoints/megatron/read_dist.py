@@ -11,7 +11,7 @@ Source: docs/megatron.md, "Distributed formats", "What the pickles ask for", "to
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,8 @@ def read_distributed(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     )
     pickles = [files.metadata, *common.pickles]
     records = [*files.records(keys), *common.records]
+    used = [files.path / name for name in sorted({record.file for record in records})]
+    common_file = [path] if (path := files.path / COMMON).is_file() else []
     provenance = Provenance(
         path=folder,
         format="megatron-torch-dist",
@@ -105,7 +107,7 @@ def read_distributed(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
         hostile=sorted({name for pickle in pickles for name in pickle.hostile}),
         warnings=warnings + build.warnings,
         notes=_notes(files, keys, nested=nested),
-        files=_paths(files, records),
+        files=[files.path / METADATA, *common_file, *used],
         digest=_digest(files, records, common),
         args=args,
     )
@@ -239,12 +241,6 @@ def _notes(files: DistributedFolder, keys: list[str], *, nested: bool) -> list[s
     if any(key.startswith("common_state/") for key in files.objects):
         notes.append("args are in the entry common_state (core 0.19 and later)")
     return notes
-
-
-def _paths(files: DistributedFolder, records: Iterable[Record]) -> list[Path]:
-    used = sorted({record.file for record in records})
-    common = [files.path / COMMON] if (files.path / COMMON).is_file() else []
-    return [files.path / METADATA, *common, *(files.path / name for name in used)]
 
 
 def _digest(files: DistributedFolder, records: list[Record], common: Common) -> str:

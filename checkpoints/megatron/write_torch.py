@@ -95,7 +95,8 @@ def write_megatron_torch(
         target, overwrite=overwrite, needs=total, sources=sources, finish=finish
     ) as partial:
         for (t, p), model in models.items():
-            path = partial / folder / _rank_folder(layout, t, p) / "model_optim_rng.pt"
+            rank = f"mp_rank_{t:02d}" + (f"_{p:03d}" if layout.pp > 1 else "")
+            path = partial / folder / rank / "model_optim_rng.pt"
             path.parent.mkdir(parents=True)
             contents = {
                 "args": rank_args(checkpoint, layout, t, p),
@@ -108,10 +109,6 @@ def write_megatron_torch(
             write_torch_file(contents, path, on_bytes=progress.add)
         write_tracker(partial, layout.iteration)
     return target
-
-
-def _rank_folder(layout: SaveLayout, tp_rank: int, pp_rank: int) -> str:
-    return f"mp_rank_{tp_rank:02d}" + (f"_{pp_rank:03d}" if layout.pp > 1 else "")
 
 
 def rank_tensors(

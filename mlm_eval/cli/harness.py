@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.command import command
 from mlm_eval.cli.run import ModelRun, progress
-from mlm_eval.options import CheckpointOption, RunOptions, option
+from mlm_eval.options import RunOptions, option
 
 if TYPE_CHECKING:
     from mlm_eval.engine.engine import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArgumentsOption(CheckpointOption):
-    """What goes to the harness."""
+class HarnessOptions(RunOptions):
+    """The options of `harness`; the harness has its own for what a field without one says."""
 
     arguments: tuple[str, ...] = option(
         "After `--`: what `lm-eval run` takes (--tasks, --num_fewshot, --limit, --output_path, "
@@ -29,18 +29,13 @@ class ArgumentsOption(CheckpointOption):
         metavar="-- LM_EVAL_ARGUMENTS",
     )
 
-
-@dataclass(frozen=True, kw_only=True)
-class HarnessOptions(RunOptions, ArgumentsOption):
-    """The options of `harness`; the harness has its own for what a field without one says."""
-
     output: None = None
     limit: None = None
     seed: int = 0
     full_digest: bool = False
 
 
-@command("harness", HarnessOptions)
+@command("harness", HarnessOptions, order=("ckpt", "arguments"))
 def harness(options: HarnessOptions) -> None:
     """Its log-likelihoods are those of the harness' hf backend on the converted model.
 

@@ -114,12 +114,7 @@ def plan(options: PlanOptions) -> None:
         raise InputError("give --ckpt C, or --model NAME for a size without a checkpoint")
     if options.device not in DEFAULT_BATCH_TOKENS:
         raise InputError(f"--device {options.device!r} is unknown; plan for cuda or cpu")
-    memory = (
-        None
-        if options.device_memory is None
-        else parse_bytes(options.device_memory, "--device-memory")
-    )
-    rate = None if options.throughput is None else parse_throughput(options.throughput)
+    memory, rate = options.device_memory, options.throughput
     config_of, paper_count = _source(options)
     first = config_of(1)
     stored = first.params_dtype if options.ckpt else "bfloat16"
@@ -135,18 +130,13 @@ def plan(options: PlanOptions) -> None:
     record = plan_record(
         str(options.model or options.ckpt),
         config_of,
-        workloads(
-            first,
-            task=options.task,
-            size=options.model or _size_of(first),
-            batch=batch,
-        ),
+        workloads(first, task=options.task, size=options.model or _size_of(first), batch=batch),
         itemsize=4 if precision == "float32" else 2,
         batch_tokens=options.batch_tokens or DEFAULT_BATCH_TOKENS[options.device],
         device=options.device,
         tp=options.tp,
-        device_memory=memory,
-        throughput=rate,
+        device_memory=None if memory is None else parse_bytes(memory, "--device-memory"),
+        throughput=None if rate is None else parse_throughput(rate),
         paper_parameters=paper_count,
         settings={"dtype": precision, "micro_batch": options.micro_batch, **training},
     )

@@ -261,14 +261,9 @@ class TrainingBars(Listener):
         if self.steps is not None and progress.step <= self.steps.n:  # the next seed's run
             self.close()
         if self.steps is None:
-            self.steps = tqdm(
-                total=progress.total_steps,
-                desc="training",
-                dynamic_ncols=True,
-                file=sys.stderr,
-                # tqdm's own speed would count the evaluations as steps.
-                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
-            )
+            # tqdm's own speed would count the evaluations as steps.
+            shape = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+            self.steps = _bar(progress.total_steps, "training", bar_format=shape)
         self.steps.set_postfix_str(
             f"{tqdm.format_interval(progress.seconds_left)} left, loss {progress.loss:.4f}, "
             f"accuracy {100 * progress.accuracy:.1f} %, "
@@ -281,18 +276,15 @@ class TrainingBars(Listener):
         """Draw the bar of a set that is evaluated."""
         if not self.drawn:
             return
-        from tqdm import tqdm
-
         if self.rows is None:
-            self.rows = tqdm(
-                total=total,
-                desc=f"evaluating {name}",
-                unit="row",
-                dynamic_ncols=True,
-                leave=False,
-                file=sys.stderr,
-            )
+            self.rows = _bar(total, f"evaluating {name}", unit="row", leave=False)
         self.rows.update(done - self.rows.n)
         if done >= total:
             self.rows.close()
             self.rows = None
+
+
+def _bar(total: int, title: str, **settings: Any) -> tqdm[Any]:
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=title, dynamic_ncols=True, file=sys.stderr, **settings)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.command import command
 from mlm_eval.cli.run import ModelRun, chosen_tokenizer, progress
-from mlm_eval.options import CheckpointOption, RunOptions, again, nested, option
+from mlm_eval.options import RunOptions, nested, option
 from mlm_eval.tasks.zero_shot import benchmarks
 
 if TYPE_CHECKING:
@@ -121,8 +121,8 @@ def _kept(partial: PartialScores | None) -> Iterator[None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinesOptions(CheckpointOption):
-    """What `score` reads, and how."""
+class ScoreOptions(RunOptions):
+    """The options of `score`."""
 
     input: Path = option(
         'JSON lines: {"tokens": [...]} or {"text": "..."}; for BERT also with '
@@ -136,14 +136,7 @@ class LinesOptions(CheckpointOption):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoreOptions(RunOptions, LinesOptions):
-    """The options of `score`."""
-
-    output: Path = again(LinesOptions, "output")
-
-
-@command("score", ScoreOptions)
+@command("score", ScoreOptions, order=("ckpt", "input", "output", "stride"))
 def score_command(options: ScoreOptions) -> None:
     """GPT: each token given the ones before. BERT: each token given the whole input.
 

@@ -250,7 +250,9 @@ class MegatronLM(TemplateLM):
                 self.max_length + 1,
             )
         answers: dict[Window, tuple[float, bool]] = {}
-        for chunk, found in self._in_chunks(_in_order(windows)):
+        # Each distinct window once, the longest first, equal inputs side by side.
+        distinct = sorted(dict.fromkeys(windows), key=lambda window: (-len(window[0]), window))
+        for chunk, found in self._in_chunks(distinct):
             answers.update(zip(chunk, found, strict=True))
             for window in chunk:
                 for texts in askers.get(window, ()):
@@ -390,11 +392,6 @@ class MegatronLM(TemplateLM):
             f"vocab {engine.vocab} ({engine.vocab_size:,} rows), windows of {self.max_length:,} "
             f"tokens, tokenizer {self._tokenizer.source}, version {__version__}"
         )
-
-
-def _in_order(windows: Sequence[Window]) -> list[Window]:
-    """Return each distinct window once, the longest first, equal inputs side by side."""
-    return sorted(dict.fromkeys(windows), key=lambda window: (-len(window[0]), window))
 
 
 def _sampling(options: Mapping[str, Any], task: str | None) -> Sampling:

@@ -170,7 +170,7 @@ def test_end_of_text_is_the_one_that_the_config_names(tmp_path, stated):
 def test_wordpiece_cuts_words_and_knows_its_special_pieces(tmp_path):
     tokenizer = load_tokenizer(vocab_file=write_bert(tmp_path / "vocab.txt"))
     assert tokenizer.encode("Hellos NEW caf\u00e9 zzz") == [8, 9, 10, 11, 1]
-    assert (tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id) == (0, 2, 3, 4)
+    assert (tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id) == (2, 3, 4)
     assert tokenizer.encode("[MASK]") == [5, 7, 6]  # written in a text it is three pieces
     assert tokenizer.kind == "bert-wordpiece"
     assert tokenizer.eot_id is None
@@ -179,7 +179,7 @@ def test_wordpiece_cuts_words_and_knows_its_special_pieces(tmp_path):
 
 def test_a_gpt_vocabulary_has_no_bert_pieces(tmp_path):
     tokenizer = load_tokenizer(directory=write_gpt2(tmp_path))
-    assert (tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id) == (None,) * 4
+    assert (tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id) == (None,) * 3
 
 
 def test_words_up_to_200_letters_are_cut(tmp_path):
@@ -411,4 +411,4 @@ def test_the_vocabularies_of_the_genuine_checkpoints_load(oracles):
     assert gpt.decode(gpt.encode(ODD_TEXTS[4])) == ODD_TEXTS[4]
     bert = load_tokenizer(vocab_file=oracles / "tokenizer" / "bert_vocab.txt")
     assert (bert.kind, bert.vocab_size, bert.lower_case) == ("bert-wordpiece", 1000, True)
-    assert None not in (bert.cls_id, bert.sep_id, bert.mask_id, bert.pad_id)
+    assert None not in (bert.cls_id, bert.sep_id, bert.mask_id)

@@ -528,7 +528,7 @@ def test_bert_tokenizer_files_load_in_transformers(lower_case: bool, tmp_path: P
     assert tokenizer.mask_token_id == ours.mask_id
     model = load_theirs(report)
     assert model.config.vocab_size == ours.vocab_size
-    assert model.config.pad_token_id == ours.pad_id
+    assert model.config.pad_token_id == ours.piece_id("[PAD]")
     output = model(**tokenizer("the cat", "sat on", return_tensors="pt"))
     assert output.prediction_logits.shape == (1, 7, ours.vocab_size)
 
