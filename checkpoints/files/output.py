@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -86,7 +87,8 @@ def atomic_file(target: Path, *, sync: bool = False, option: str | None = None) 
     """Yield a path next to `target` to write to, renamed to `target` when the block succeeds.
 
     A block that raises leaves the target as it was. A killed process leaves a hidden file
-    `.NAME.partial-*`, without the target's suffix.
+    `.NAME.partial-*`, without the target's suffix. A symbolic link stays: what it leads to is
+    replaced. A pipe, a device or a descriptor (`is_stream`) gets the contents at the end.
 
     Args:
         target: The file to create or replace; its folders are created.
@@ -96,10 +98,17 @@ def atomic_file(target: Path, *, sync: bool = False, option: str | None = None) 
     Raises:
         InputError: The file cannot be written; without `option` an OSError instead.
     """
-    partial = _beside(target, "partial")
+    stream = is_stream(target)
+    target = target if stream else Path(os.path.realpath(target))
+    partial = _beside(Path(tempfile.gettempdir(), "stream") if stream else target, "partial")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if not stream:
+            target.parent.mkdir(parents=True, exist_ok=True)
         yield partial
+        if stream:
+            with partial.open("rb") as source, target.open("ab") as sink:
+                shutil.copyfileobj(source, sink)
+            return
         if sync:
             with partial.open("rb+") as stream:
                 os.fsync(stream.fileno())
@@ -113,6 +122,22 @@ def atomic_file(target: Path, *, sync: bool = False, option: str | None = None) 
     finally:
         with suppress(OSError):  # renamed by now, unless something above failed
             partial.unlink()
+
+
+def is_stream(target: Path) -> bool:
+    """Return whether a path leads to a pipe, a device or an open descriptor such as /dev/stdout.
+
+    Such a thing can only be written to: a rename would put a file in its place. A descriptor counts
+    even where it is a regular file, which its owner goes on writing.
+    """
+    place = Path(os.path.abspath(target))
+    for _ in range(40):  # as many links as Linux follows
+        if place.is_relative_to("/proc") or place.is_relative_to("/dev/fd"):
+            return True
+        if not place.is_symlink():
+            break
+        place = Path(os.path.abspath(place.parent / os.readlink(place)))
+    return place.exists() and not place.is_file() and not place.is_dir()
 
 
 def write_text(

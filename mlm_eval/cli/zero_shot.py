@@ -96,11 +96,13 @@ def run_benchmark(run: ModelRun, benchmark: ZeroShot[Any], own: Any, *, resume: 
 
 
 def _partial(run: ModelRun, key: str, work: Work, resume: bool) -> PartialScores | None:
-    """Return the scores kept beside the output; None where there is no output."""
-    output = run.options.output
-    if output is None:
-        return None
+    """Return the scores kept beside the output; None where no file is written."""
+    from mlm_eval.checkpoints.files.output import is_stream
     from mlm_eval.engine.resume import PartialScores
+
+    output = run.options.output
+    if output is None or is_stream(output):
+        return None
 
     partial = PartialScores(output.with_name(output.name + ".partial"), key, resume=resume)
     if resume:

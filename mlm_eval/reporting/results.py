@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.files.output import write_text
+from mlm_eval.checkpoints.files.output import is_stream, write_text
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.checkpoint import Checkpoint
@@ -82,11 +82,14 @@ def check_writable(path: str | Path) -> None:
         InputError: `write_text` could not write there.
     """
     target = Path(path)
-    place = target.absolute().parent
+    stream = is_stream(target)
+    place = Path(os.path.realpath(target)).parent
     while not place.exists():  # missing folders will be made
         place = place.parent
     reason = None
-    if target.is_dir():
+    if stream:
+        reason = None if os.access(target, os.W_OK) else "no permission to write to it"
+    elif target.is_dir():
         reason = "it is a folder"
     elif not place.is_dir():
         reason = f"{place} is no folder"
