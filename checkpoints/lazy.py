@@ -7,11 +7,12 @@ eighth of a checkpoint, and a conversion holds a few tensors at a time.
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,19 +160,28 @@ class InMemory(LazyTensor):
 
 
 class Concat(LazyTensor):
-    """Tensors one after the other along `dim`: the merge of a column- or row-parallel parameter."""
+    """Tensors one after the other along `dim`: the merge of a column- or row-parallel parameter.
+
+    Parts of several dtypes are cast to the one that holds them all.
+    """
 
     def __init__(self, parts: Sequence[LazyTensor], dim: int) -> None:
         assert parts, "nothing to concatenate"
-        self.parts = list(parts)
         self.dim = dim
-        self.dtype = parts[0].dtype
+        self.dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+        self.parts = [
+            part if part.dtype == self.dtype else Mapped(part, self._promoted, self.dtype)
+            for part in parts
+        ]
         shape = list(parts[0].shape)
         shape[dim] = sum(part.shape[dim] for part in parts)
         for part in parts:
             rest = [size for d, size in enumerate(part.shape) if d != dim]
             assert rest == [size for d, size in enumerate(shape) if d != dim], "ragged parts"
         self.shape = tuple(shape)
+
+    def _promoted(self, values: Tensor) -> Tensor:
+        return values.to(self.dtype)
 
     def read(self, dim: int = 0, index: Index = None) -> Tensor:
         """See `LazyTensor.read`."""
@@ -297,3 +307,10 @@ def as_index(order: Tensor) -> slice | Tensor:
     if int(order[-1]) - first + 1 == order.numel() and bool((order.diff() == 1).all()):
         return slice(first, first + order.numel())
     return order
+
+
+def runs(tensor: LazyTensor, nbytes: int = 16 << 20) -> Iterator[Tensor]:
+    """Yield a tensor's values as runs of whole rows of about `nbytes` bytes."""
+    count = max(1, nbytes * tensor.shape[0] // max(tensor.nbytes, 1))
+    for start in range(0, tensor.shape[0], count):
+        yield tensor.read(0, slice(start, min(start + count, tensor.shape[0])))

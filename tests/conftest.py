@@ -8,6 +8,7 @@ $MLM_EVAL_ORACLES say. What was left out, and why, closes the output of every ru
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -24,7 +25,13 @@ SHARED = PROJECT.parent / "shared"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the markers."""
+    """Register the markers; let Ctrl-C reach what the tests start.
+
+    A shell without job control starts a background command with SIGINT ignored, and processes
+    inherit that.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for marker in (
         "realdata: needs ../shared/data (or $MLM_EVAL_DATA); skipped where it is absent",
         "slow: takes minutes; never part of the default run, choose it with -m slow",

@@ -110,8 +110,8 @@ def atomic_file(target: Path, *, sync: bool = False, option: str | None = None) 
                 shutil.copyfileobj(source, sink)
             return
         if sync:
-            with partial.open("rb+") as stream:
-                os.fsync(stream.fileno())
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
         os.replace(partial, target)
     except OSError as error:
         if option is None:

@@ -174,6 +174,8 @@ def _write_pieces(
     def write(piece: _Piece) -> int:
         torch.set_num_threads(1)  # one intra-op thread per writer; the pool uses the other cores
         values = cast(piece.tensor.read(0, piece.rows), dtype, piece.name).contiguous()
+        kept = dtype or piece.tensor.dtype
+        assert values.dtype == kept, f"{piece.name} was read as {values.dtype}, declared {kept}"
         # numpy has no bfloat16: write the bytes as they are.
         _write_at(file, values.view(-1).view(torch.uint8).numpy().data, piece.offset)
         return values.nbytes

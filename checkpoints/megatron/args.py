@@ -95,6 +95,11 @@ REFUSED_ARGS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("quick_geglu", (None, False), "the quick-GEGLU activation"),
     ("layernorm_mlp_bias", (None, False), "an unknown MLP norm"),
     ("use_mup", (None, False), "maximal-update scaling"),
+    # No argument of Megatron-LM sets these; where a fork's args have them, its config took them.
+    ("softmax_scale", (None,), "an attention scale of its own"),
+    ("glu_linear_offset", (None, 0, 0.0), "an offset in its gated activation"),
+    ("attn_logit_softcapping", (None,), "capped attention scores"),
+    ("final_logit_softcapping", (None,), "capped logits"),
 )
 
 

@@ -263,6 +263,22 @@ def test_a_tensor_beyond_the_end_of_its_file(
         StoredTensor(MappedFile(path), offset, torch.float32, shape, stride)
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize(
+    "dtypes", itertools.permutations([torch.float32, torch.bfloat16, torch.float16])
+)
+def test_parts_of_several_dtypes_are_one_of_the_widest(dtypes: tuple[torch.dtype, ...], dim: int):
+    parts = [torch.randn(4, 4).to(dtype) for dtype in dtypes]
+    whole = Concat([InMemory(part) for part in parts], dim)
+    expected = torch.cat([part.float() for part in parts], dim)
+    assert whole.dtype == torch.float32
+    scattered = torch.tensor([7, 0, 11, 4])
+    for index in (None, slice(2, 9), slice(1, 3), scattered):
+        values = whole.read(dim, index)
+        chosen = expected if index is None else take(expected, dim, index)
+        assert values.dtype == torch.float32 and torch.equal(values, chosen)
+
+
 def test_concat_refuses_ragged_parts():
     with pytest.raises(AssertionError, match="ragged"):
         Concat([InMemory(torch.zeros(2, 3)), InMemory(torch.zeros(2, 4))], 0)

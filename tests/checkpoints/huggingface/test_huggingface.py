@@ -143,6 +143,25 @@ def test_two_tables_in_a_tied_model_are_both_used(tmp_path: Path) -> None:
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
 
 
+def test_every_row_of_a_tied_table_is_compared(tmp_path: Path) -> None:
+    """A retrained special token may be all that differs."""
+    model = gpt_model("gpt2-untied")
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.transformer.wte.weight)
+    rows = len(model.lm_head.weight)
+    for row in range(0, rows, 7):
+        with torch.no_grad():
+            model.lm_head.weight[row] += 1
+        model.save_pretrained(tmp_path)
+        edit_config(tmp_path, tie_word_embeddings=True)
+        assert read_folder(tmp_path).config.untie_embeddings_and_output_weights, row
+        with torch.no_grad():
+            model.lm_head.weight[row] = model.transformer.wte.weight[row]
+    model.save_pretrained(tmp_path)
+    edit_config(tmp_path, tie_word_embeddings=True)
+    assert not read_folder(tmp_path).config.untie_embeddings_and_output_weights
+
+
 def test_norms_named_gamma_and_beta(tmp_path: Path) -> None:
     """bert-base-uncased still holds the names that it had in TensorFlow."""
     model = theirs("BertForPreTraining", BERT)

@@ -404,6 +404,10 @@ def test_the_vocabulary_is_what_is_stored():
     [
         ("num_experts", 8, "a mixture of experts"),
         ("multi_latent_attention", True, "multi-latent attention"),
+        ("softmax_scale", 0.4, "an attention scale of its own"),
+        ("glu_linear_offset", 1.0, "an offset in its gated activation"),
+        ("attn_logit_softcapping", 50.0, "capped attention scores"),
+        ("final_logit_softcapping", 30.0, "capped logits"),
         ("mtp_num_layers", 1, "multi-token prediction"),
         ("is_hybrid_model", True, "a hybrid .Mamba. model"),
         ("hybrid_override_pattern", "M*M*", "a hybrid .Mamba. model"),

@@ -377,6 +377,16 @@ def test_the_last_stages_copy_of_a_tied_embedding(era: str, tmp_path: Path):
     copies(5.0)
     with pytest.raises(InputError, match="is not the copy of the word embeddings.*copy all ranks"):
         open_checkpoint(root)
+    copies(0.0)
+    for row in (0, len(table[0]) - 1):  # one wrong row is enough
+        wrong = table[0].clone()
+        wrong[row] += 5.0
+        change(
+            rank_file(root, 0, 1), lambda contents, wrong=wrong: HEAD_COPIES[era](contents, wrong)
+        )
+        with pytest.raises(InputError, match="is not the copy of the word embeddings"):
+            open_checkpoint(root)
+    copies(5.0)
     if era == "core":  # its name is that of a table of its own
         untied = open_checkpoint(root, {"untie_embeddings_and_output_weights": True})
         own = model["embedding.word_embeddings.weight"] + 5.0
