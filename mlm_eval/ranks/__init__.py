@@ -2,6 +2,7 @@
 
     world.py         this process's place: torchrun, Slurm, or ranks that we started
     launch.py        starts ranks, waits for them, reports the first cause of a failure
+    faults.py        lack of memory, full disks, lost ranks, named as such
     mesh.py          the layout dp x tp: chosen, checked once, kept as a DeviceMesh
     collectives.py   gather, broadcast, sum, barrier: every collective that is not the model's
 

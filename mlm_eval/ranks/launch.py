@@ -33,7 +33,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.ranks.world import LAUNCHED, SOURCE, World
+from mlm_eval.ranks.faults import named_fault
+from mlm_eval.ranks.world import LAUNCHED, RANKS, SOURCE, World
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing import SubprocessContext
@@ -43,8 +44,8 @@ ERROR_DIR = "MLM_EVAL_ERROR_DIR"  # where such a rank leaves the reason of its f
 
 POLL_SECONDS = 0.05
 STOP_SECONDS = 3  # from SIGTERM to SIGKILL for the ranks that are left when one has failed
-RENDEZVOUS_TIMEOUT = timedelta(minutes=2)  # all ranks must have started
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # the slowest rank may still be reading its shard
+RENDEZVOUS_TIMEOUT = timedelta(minutes=15)  # all ranks must have started
+RENDEZVOUS_SECONDS = "MLM_EVAL_RENDEZVOUS_SECONDS"  # another such time
 
 DONE_CODES = (0, 3)  # 3 is an answer (`verify` found a difference), not a failure
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -103,11 +104,14 @@ def reporting_errors(world: World | None) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except Exception as caught:
+        error = named_fault(caught) or caught
         wrong_input = isinstance(error, InputError)
         kind, text = ("input", str(error)) if wrong_input else ("fault", traceback.format_exc())
         if world is None or not report_error(world.rank, kind, text):
-            raise
+            if error is caught:
+                raise
+            raise error from caught
         with contextlib.suppress(OSError):  # a closed pipe
             sys.stdout.flush()
             sys.stderr.flush()
@@ -144,12 +148,15 @@ def report_error(rank: int, kind: str, message: str) -> bool:
 def init_process_group(world: World, *, device: str) -> None:
     """Join the other ranks, with gloo (`device` "cpu") or NCCL ("cuda").
 
-    Selects this rank's GPU. A rank that does not turn up is an error after two minutes; in a
-    collective the others wait for a slow rank for half an hour.
+    Selects this rank's GPU. A rank that does not turn up is an error after a quarter of an hour
+    (MLM_EVAL_RENDEZVOUS_SECONDS: another time); in a collective the others wait for a slow rank for
+    half an hour.
     """
     import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
+
+    from mlm_eval.ranks.mesh import COLLECTIVE_TIMEOUT
 
     if world.on_one_machine and "lo" in (name for _, name in socket.if_nameindex()):
         # By default gloo binds to what the host's name resolves to: in containers often nothing.
@@ -158,17 +165,19 @@ def init_process_group(world: World, *, device: str) -> None:
     if device == "cuda":
         device_id = torch.device("cuda", _gpu(world, torch.cuda.device_count()))
         torch.cuda.set_device(device_id)
+    patience = _rendezvous_timeout()
     # init_process_group would take its one timeout for both waits.
-    meeting = rendezvous("env://", world.rank, world.size, timeout=RENDEZVOUS_TIMEOUT)
+    meeting = rendezvous("env://", world.rank, world.size, timeout=patience)
     try:
         store, _, _ = next(meeting)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        seconds = RENDEZVOUS_TIMEOUT.total_seconds()
+        seconds = patience.total_seconds()
         raise InputError(
             f"rank {world.rank} of {world.size} did not meet the others at {where} within "
             f"{seconds:.0f} s; start all {world.size} ranks, with a MASTER_ADDR and MASTER_PORT "
-            "that each of them can reach"
+            f"that each of them can reach; if a rank of another job started this command, set "
+            f"{RANKS}=self"
         ) from error
     dist.init_process_group(
         backend="nccl" if device == "cuda" else "gloo",
@@ -178,6 +187,15 @@ def init_process_group(world: World, *, device: str) -> None:
         timeout=COLLECTIVE_TIMEOUT,
         device_id=device_id,
     )
+
+
+def _rendezvous_timeout() -> timedelta:
+    text = os.environ.get(RENDEZVOUS_SECONDS, "")
+    if not text:
+        return RENDEZVOUS_TIMEOUT
+    if not text.isdecimal() or int(text) == 0:
+        raise InputError(f"the environment has {RENDEZVOUS_SECONDS}={text!r}, expected seconds")
+    return timedelta(seconds=int(text))
 
 
 def shutdown() -> None:

@@ -8,15 +8,19 @@ the model are neighbours, hence on one machine where tp divides its ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.parameters import allowed_tp, check_tp
 from mlm_eval.model.tensor_parallel import TensorParallel
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for the others in a collective: the slowest may still read its shard."""
 
 ACTIVATION_BYTES = 3 << 30
 """Left free on each device beside the weights: activations, logits, the CUDA context."""
@@ -94,8 +98,20 @@ def make_mesh(tp: int | None, dp: int | None) -> Mesh:
     if running == 1:
         return Mesh()
     kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    device_mesh = init_device_mesh(kind, (dp, tp), mesh_dim_names=("dp", "tp"))
-    return Mesh(tp, dp, this_rank(), device_mesh)
+    return Mesh(tp, dp, this_rank(), _device_mesh(kind, tp, dp))
+
+
+def _device_mesh(kind: str, tp: int, dp: int) -> DeviceMesh:
+    """Return torch's mesh, whose groups all wait as long as the world does.
+
+    `init_device_mesh` would give its groups the backend's own timeout: 10 minutes under NCCL.
+    """
+    ranks = torch.arange(dp * tp).view(dp, tp)
+    rows, columns = ranks.tolist(), ranks.T.tolist()
+    tp_group, _ = dist.new_subgroups_by_enumeration(rows, timeout=COLLECTIVE_TIMEOUT)
+    dp_group, _ = dist.new_subgroups_by_enumeration(columns, timeout=COLLECTIVE_TIMEOUT)
+    groups = [dp_group, tp_group]
+    return DeviceMesh.from_group(groups, kind, mesh=ranks, mesh_dim_names=("dp", "tp"))
 
 
 def fill_ranks(running: int, *, tp: int | None, dp: int | None) -> tuple[int, int]:

@@ -11,6 +11,18 @@ from mlm_eval.checkpoints.errors import InputError
 
 LAUNCHED = "MLM_EVAL_LAUNCHED"  # "1" in a rank that `launch` started
 SOURCE = "MLM_EVAL_WORLD_SOURCE"  # set beside the variables that `detect_world` takes from Slurm
+RANKS = "MLM_EVAL_RANKS"  # "self": this command starts its own ranks, whoever started it
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+OTHER_LAUNCHERS = {
+    "OMPI_COMM_WORLD_SIZE": "mpirun of Open MPI",
+    "PMI_SIZE": "mpiexec (PMI)",
+    "PMIX_SIZE": "prterun (PMIx)",
+    "MV2_COMM_WORLD_SIZE": "mpirun_rsh of MVAPICH2",
+    "MVP_COMM_WORLD_SIZE": "mpirun_rsh of MVAPICH",
+}
+"""Variables with the number of processes that MPI's launchers have started."""
 
 
 @dataclass(frozen=True)
@@ -39,25 +51,70 @@ def detect_world() -> World | None:
 
     torchrun (and `launch`) set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Under
     `srun` the same variables are derived from Slurm's and set in `os.environ`, for torch and for
-    libraries that look there. Imports nothing heavy.
+    libraries that look there. Kubernetes (PyTorchJob) sets all but LOCAL_RANK, for one process in
+    each pod. With MLM_EVAL_RANKS=self all of them are ignored. Imports nothing heavy.
+
+    Raises:
+        InputError: The variables contradict each other, or only MPI's launcher set any.
     """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    launched = os.environ.get(LAUNCHED) == "1"
+    if not launched and _own_ranks():
+        return None
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     # Slurm comes second: `srun torchrun ...` has the variables of both.
     if not all(os.environ.get(name) for name in names) and not _adopt_slurm():
+        _refuse_other_launchers()
         return None
-    rank, size, local_rank = _integer("RANK"), _integer("WORLD_SIZE"), _integer("LOCAL_RANK")
+    rank, size = _integer("RANK"), _integer("WORLD_SIZE")
+    local_rank = _integer("LOCAL_RANK", 0)
     # Variables set by hand may lack this one: without a local master, assume only what is certain.
     local_master = os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1", "::1")
-    local_size = _integer("LOCAL_WORLD_SIZE", size if local_master else local_rank + 1)
+    alone = not os.environ.get("LOCAL_RANK")
+    default = 1 if alone else size if local_master else local_rank + 1
+    local_size = _integer("LOCAL_WORLD_SIZE", default)
     if rank >= size or local_rank >= local_size or local_size > size:
         raise InputError(
             f"the environment describes no rank: RANK={rank} of WORLD_SIZE={size}, "
             f"LOCAL_RANK={local_rank} of LOCAL_WORLD_SIZE={local_size}; "
             "start the ranks with torchrun or srun, or unset these variables"
         )
-    launched = os.environ.get(LAUNCHED) == "1"
     source = "self" if launched else os.environ.get(SOURCE, "torchrun")
     return World(rank, size, local_rank, local_size, source)
+
+
+def _own_ranks() -> bool:
+    """Return whether MLM_EVAL_RANKS tells us to ignore a launcher; then forget its variables."""
+    asked = os.environ.get(RANKS, "")
+    if asked not in ("", "auto", "self"):
+        raise InputError(
+            f"the environment has {RANKS}={asked!r}; use self (start ranks of our own, whoever "
+            "started this command) or auto"
+        )
+    if asked != "self":
+        return False
+    for name in (*LAUNCHER_VARIABLES, "MASTER_ADDR", "MASTER_PORT", SOURCE):
+        os.environ.pop(name, None)
+    return True
+
+
+def _refuse_other_launchers() -> None:
+    """Refuse to run the whole job in each of many processes that know nothing of each other."""
+    for name, launcher in OTHER_LAUNCHERS.items():
+        size = os.environ.get(name, "")
+        if size.isdecimal() and int(size) > 1:
+            raise InputError(
+                f"{launcher} has started {size} processes ({name}={size}), each of which would run "
+                "the whole job and write the same files; set RANK, WORLD_SIZE, LOCAL_RANK, "
+                "MASTER_ADDR and MASTER_PORT for each, use torchrun or srun, or start one process "
+                f"with {RANKS}=self"
+            )
+    size = os.environ.get("WORLD_SIZE", "")
+    if size.isdecimal() and int(size) > 1 and os.environ.get("RANK"):
+        missing = [n for n in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(n)]
+        raise InputError(
+            f"the environment has WORLD_SIZE={size} and RANK, but no {' and no '.join(missing)}; "
+            f"set them too, use torchrun or srun, or set {RANKS}=self to start ranks of our own"
+        )
 
 
 def _adopt_slurm() -> bool:

@@ -1,23 +1,30 @@
 """The ranks of a run: real processes on this machine, over gloo."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from support.paths import TESTS
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.ranks import launch
-from mlm_eval.ranks.mesh import Mesh, fill_ranks, make_mesh
-from mlm_eval.ranks.world import SOURCE, World, detect_world, expand_nodelist
+from mlm_eval.ranks.faults import DISK_FAULTS, lost_peers, named_fault
+from mlm_eval.ranks.mesh import COLLECTIVE_TIMEOUT, Mesh, fill_ranks, make_mesh
+from mlm_eval.ranks.world import OTHER_LAUNCHERS, SOURCE, World, detect_world, expand_nodelist
 
 TARGETS = TESTS / "support" / "launch_targets.py"
 SECONDS = 15  # within which a job must end once something went wrong
@@ -405,13 +412,42 @@ def test_srun_keeps_a_master_that_the_user_chose(monkeypatch: pytest.MonkeyPatch
         {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "9", "SLURM_JOB_NODELIST": "n[1-2]"},
         # an salloc shell that runs as an interactive step on the first node
         {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"},
-        # a pod that was told its place, in which torchrun was not used
-        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+        # a rank of another job, told to ignore that
+        {
+            **{"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a"},
+            **{"MASTER_PORT": "1", "MLM_EVAL_RANKS": "self"},
+        },
+        {"OMPI_COMM_WORLD_SIZE": "8", "MLM_EVAL_RANKS": "self"},
+        {"OMPI_COMM_WORLD_SIZE": "1"},
     ],
 )
 def test_one_process_is_no_world(variables: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     set_all(monkeypatch, variables)
     assert detect_world() is None
+
+
+@pytest.mark.parametrize("address", ["10.0.0.7", "localhost"])
+def test_a_pod_is_the_only_rank_of_its_machine(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_all(monkeypatch, {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": address})
+    set_all(monkeypatch, {"MASTER_PORT": "23456"})
+    assert detect_world() == World(1, 2, 0, 1, "torchrun")
+
+
+@pytest.mark.parametrize("name", list(OTHER_LAUNCHERS))
+def test_processes_of_mpi_that_know_nothing_of_each_other_are_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "8")
+    with pytest.raises(InputError, match=rf"{name}=8.*set RANK, WORLD_SIZE"):
+        detect_world()
+
+
+def test_half_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "n1"})
+    with pytest.raises(InputError, match="but no MASTER_PORT"):
+        detect_world()
 
 
 def test_torchrun_inside_srun_is_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,3 +521,63 @@ def test_each_rank_takes_its_own_gpu(world: World, gpus: int, expected: int | No
             launch._gpu(world, gpus)
     else:
         assert launch._gpu(world, gpus) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "does not fit .*--batch-tokens"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), "raise --tp"),
+        (MemoryError(), "--micro-batch"),
+        *((OSError(n, os.strerror(n), "/a/b"), f"/a/b.*{text}") for n, text in DISK_FAULTS.items()),
+        (OSError(2, "No such file", "/a/b"), None),
+        (ValueError("shapes"), None),
+    ],
+)
+def test_faults_of_the_surroundings_have_names(error: Exception, message: str | None) -> None:
+    found = named_fault(error)
+    assert (found is None) == (message is None)
+    with launch_error(error) as caught:
+        pass
+    assert message is None or re.search(message, str(caught[0]))
+
+
+@contextlib.contextmanager
+def launch_error(error: Exception) -> Iterator[list[Exception]]:
+    """Yield what `reporting_errors` lets through of an exception, without a parent."""
+    found: list[Exception] = []
+    try:
+        with launch.reporting_errors(None):
+            raise error
+    except Exception as caught:
+        found.append(caught)
+    yield found
+
+
+def test_a_rank_that_lost_the_others_points_at_them() -> None:
+    gone = RuntimeError("[gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
+    assert str(lost_peers(gone, 3)).startswith("rank 3 lost the others; the cause stands in their")
+    assert lost_peers(RuntimeError("shapes differ"), 3) is None
+
+
+def test_every_group_waits_as_long_as_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlm_eval.ranks import mesh
+
+    monkeypatch.setattr(mesh, "COLLECTIVE_TIMEOUT", COLLECTIVE_TIMEOUT - timedelta(minutes=23))
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    asked = []
+    make = dist.new_subgroups_by_enumeration
+
+    def noting(ranks: list[list[int]], timeout: timedelta | None = None) -> Any:
+        asked.append((ranks, timeout))
+        return make(ranks, timeout=timeout)
+
+    monkeypatch.setattr(dist, "new_subgroups_by_enumeration", noting)
+    try:
+        made = make_mesh(2, 2)
+        assert dist.get_process_group_ranks(made.tp_group) == [0, 1]
+        assert dist.get_process_group_ranks(made.dp_group) == [0, 2]
+    finally:
+        dist.destroy_process_group()
+    minutes = timedelta(minutes=7)
+    assert asked == [([[0, 1], [2, 3]], minutes), ([[0, 2], [1, 3]], minutes)]
