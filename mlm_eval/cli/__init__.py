@@ -22,7 +22,7 @@ import traceback
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.app import app
-from mlm_eval.ranks.faults import lost_peers
+from mlm_eval.ranks.faults import lost_peers, named_fault
 from mlm_eval.ranks.world import detect_world
 
 __all__ = ["app", "entry", "main"]
@@ -82,6 +82,10 @@ def _main() -> int:
             return 2
         if type(error).__name__ == "Abort":  # and what older typer does
             return _interrupted()
+        named = named_fault(error)
+        if named is not None:
+            print(f"mlm-eval: {named}", file=sys.stderr)
+            return 2
         lost = None if world is None else lost_peers(error, world.rank)
         if lost is not None:
             print(f"mlm-eval: {lost}", file=sys.stderr)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from support.paths import TESTS
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from mlm_eval import cli
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.ranks import launch
 from mlm_eval.ranks.faults import DISK_FAULTS, lost_peers, named_fault
@@ -581,3 +582,17 @@ def test_every_group_waits_as_long_as_the_world(monkeypatch: pytest.MonkeyPatch)
         dist.destroy_process_group()
     minutes = timedelta(minutes=7)
     assert asked == [([[0, 1], [2, 3]], minutes), ([[0, 2], [1, 3]], minutes)]
+
+
+def test_a_single_process_out_of_memory_is_told_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(**settings: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and "does not fit the memory" in printed
