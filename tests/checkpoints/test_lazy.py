@@ -265,7 +265,7 @@ def test_a_tensor_beyond_the_end_of_its_file(
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize(
-    "dtypes", itertools.permutations([torch.float32, torch.bfloat16, torch.float16])
+    "dtypes", list(itertools.permutations([torch.float32, torch.bfloat16, torch.float16]))
 )
 def test_parts_of_several_dtypes_are_one_of_the_widest(dtypes: tuple[torch.dtype, ...], dim: int):
     parts = [torch.randn(4, 4).to(dtype) for dtype in dtypes]
