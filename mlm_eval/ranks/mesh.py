@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.errors import InputError
@@ -98,20 +98,8 @@ def make_mesh(tp: int | None, dp: int | None) -> Mesh:
     if running == 1:
         return Mesh()
     kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return Mesh(tp, dp, this_rank(), _device_mesh(kind, tp, dp))
-
-
-def _device_mesh(kind: str, tp: int, dp: int) -> DeviceMesh:
-    """Return torch's mesh, whose groups all wait as long as the world does.
-
-    `init_device_mesh` would give its groups the backend's own timeout: 10 minutes under NCCL.
-    """
-    ranks = torch.arange(dp * tp).view(dp, tp)
-    rows, columns = ranks.tolist(), ranks.T.tolist()
-    tp_group, _ = dist.new_subgroups_by_enumeration(rows, timeout=COLLECTIVE_TIMEOUT)
-    dp_group, _ = dist.new_subgroups_by_enumeration(columns, timeout=COLLECTIVE_TIMEOUT)
-    groups = [dp_group, tp_group]
-    return DeviceMesh.from_group(groups, kind, mesh=ranks, mesh_dim_names=("dp", "tp"))
+    device_mesh = init_device_mesh(kind, (dp, tp), mesh_dim_names=("dp", "tp"))
+    return Mesh(tp, dp, this_rank(), device_mesh)
 
 
 def fill_ranks(running: int, *, tp: int | None, dp: int | None) -> tuple[int, int]:

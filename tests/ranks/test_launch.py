@@ -10,21 +10,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from support.paths import TESTS
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mlm_eval import cli
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.ranks import launch
 from mlm_eval.ranks.faults import DISK_FAULTS, lost_peers, named_fault
-from mlm_eval.ranks.mesh import COLLECTIVE_TIMEOUT, Mesh, fill_ranks, make_mesh
+from mlm_eval.ranks.mesh import Mesh, fill_ranks, make_mesh
 from mlm_eval.ranks.world import OTHER_LAUNCHERS, SOURCE, World, detect_world, expand_nodelist
 
 TARGETS = TESTS / "support" / "launch_targets.py"
@@ -559,29 +556,6 @@ def test_a_rank_that_lost_the_others_points_at_them() -> None:
     gone = RuntimeError("[gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
     assert str(lost_peers(gone, 3)).startswith("rank 3 lost the others; the cause stands in their")
     assert lost_peers(RuntimeError("shapes differ"), 3) is None
-
-
-def test_every_group_waits_as_long_as_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlm_eval.ranks import mesh
-
-    monkeypatch.setattr(mesh, "COLLECTIVE_TIMEOUT", COLLECTIVE_TIMEOUT - timedelta(minutes=23))
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
-    asked = []
-    make = dist.new_subgroups_by_enumeration
-
-    def noting(ranks: list[list[int]], timeout: timedelta | None = None) -> Any:
-        asked.append((ranks, timeout))
-        return make(ranks, timeout=timeout)
-
-    monkeypatch.setattr(dist, "new_subgroups_by_enumeration", noting)
-    try:
-        made = make_mesh(2, 2)
-        assert dist.get_process_group_ranks(made.tp_group) == [0, 1]
-        assert dist.get_process_group_ranks(made.dp_group) == [0, 2]
-    finally:
-        dist.destroy_process_group()
-    minutes = timedelta(minutes=7)
-    assert asked == [([[0, 1], [2, 3]], minutes), ([[0, 2], [1, 3]], minutes)]
 
 
 def test_a_single_process_out_of_memory_is_told_so(
