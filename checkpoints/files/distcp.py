@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.file_names import safe_name
 from mlm_eval.checkpoints.files.safe_pickle import state_of
 from mlm_eval.checkpoints.files.torch_file import TorchFile, read_pickle, read_torch_file
 from mlm_eval.checkpoints.lazy import Index, LazyTensor, MappedFile, StoredTensor, as_index
@@ -165,9 +166,7 @@ def _records(storage: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...] | No
         where, at = state_of(info), state_of(index)
         if where.get("transform_descriptors"):
             raise ValueError(f"its entries are transformed by {where['transform_descriptors']}")
-        file = str(where["relative_path"])
-        if Path(file).name != file or file in ("", ".."):
-            raise ValueError(f"an entry is in {file!r}, outside of the folder")
+        file = safe_name(str(where["relative_path"]), "the entry's file")
         record = Record(file, _size(where["offset"]), _size(where["length"]))
         offsets = at.get("offset")
         records[str(at["fqn"]), None if offsets is None else _sizes(offsets)] = record

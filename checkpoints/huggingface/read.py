@@ -19,6 +19,7 @@ from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance, cheap_digest
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.dtypes import WEIGHT_DTYPES, dtype_name
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.file_names import safe_name
 from mlm_eval.checkpoints.files.safetensors_file import read_safetensors
 from mlm_eval.checkpoints.files.torch_file import read_torch_file
 from mlm_eval.checkpoints.huggingface.config import Found, read_config
@@ -203,10 +204,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _shards(index: Path) -> list[Path]:
     names = sorted(set(_weight_map(index).values()))
     for name in names:
-        if Path(name).name != name:
-            raise InputError(
-                f"{index} names the file {name!r} outside its folder; it is not opened"
-            )
+        safe_name(name, f"{index}: the shard")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise InputError(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.file_names import safe_name
 from mlm_eval.checkpoints.files.output import write_text
 from mlm_eval.reporting.results import Result, versions
 from mlm_eval.tasks.data.text import parse_json, read_text, sha256
@@ -64,7 +65,11 @@ def write_predictions(
         records: The decided predictions.
         task: Of which they are.
         header: `seed`, `checkpoint` (its record), `recipe`, `null_threshold`, ...
+
+    Raises:
+        InputError: The name of the set cannot name a file, or the files cannot be written.
     """
+    safe_name(answered.name, "the set")
     for suffix, text in task.submission(records).items():
         write_text(path.with_name(path.name.removesuffix(SUFFIX) + suffix), text)
     first = {
@@ -94,6 +99,7 @@ def read_predictions(path: Path) -> Predictions:
             f"{path} holds no predictions of mlm-eval; expected a file that `mlm-eval race`, "
             f"`mnli`, `qqp` or `squad` wrote to its folder predictions"
         )
+    safe_name(str(header["set"]), f"{path}, line 1: the set")
     if header["examples"] != len(records):
         raise InputError(
             f"{path} holds {len(records)} predictions, its first line says {header['examples']}; "

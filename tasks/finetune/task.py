@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.file_names import safe_name
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.tasks.data.sources import HUB_SPLITS, DatasetName, dataset_splits, is_dataset
 from mlm_eval.tasks.data.tokens import tokens_of
@@ -122,7 +123,7 @@ def check_names(sets: Sequence[ExampleSet]) -> Sequence[ExampleSet]:
     and the set takes its file's name.
 
     Raises:
-        InputError: A set is empty, or two have the same name.
+        InputError: A set is empty, has a name that no file can have, or that of another set.
     """
     named: dict[str, ExampleSet] = {}
     several = [role for role in ROLES if sum(part.role == role for part in sets) > 1]
@@ -133,6 +134,7 @@ def check_names(sets: Sequence[ExampleSet]) -> Sequence[ExampleSet]:
         if name == part.role and part.role in several:
             stem = re.sub(r"[^\w.]+", "-", Path(part.path).stem)
             name = f"{part.role}-{stem.removeprefix(part.role).strip('-_') or stem}"
+        safe_name(name, f"{part.path}: the set")
         if not part.examples:
             raise InputError(f"{part.path} holds no example; expected at least one for {name}")
         if name in named:

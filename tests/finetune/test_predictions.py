@@ -143,6 +143,23 @@ def test_qqp_has_f1(tmp_path):
     assert (figures["correct"], figures["f1"]) == (2, 0.8)
 
 
+@pytest.mark.parametrize("name", ["/{}/outside", "../outside", "../../../outside", "a/b", "..", ""])
+def test_the_name_of_a_set_leads_nowhere_else(tmp_path, name):
+    """A file of predictions may come from somebody else; its set's name becomes that of a file."""
+    inside = tmp_path / "given" / "deep" / "er"
+    paths = [save(inside / f"{n}.jsonl", records) for n, records in enumerate((ONE, TWO))]
+    for path in paths:
+        first, rest = path.read_text().split("\n", 1)
+        header = {**json.loads(first), "set": name.format(tmp_path)}
+        path.write_text(f"{json.dumps(header)}\n{rest}")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=r"0\.jsonl, line 1: the set .* cannot name a file"):
+        ensemble_result(paths, output=tmp_path / "together" / "deep" / "er")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    with pytest.raises(InputError, match="cannot name a file"):
+        save(tmp_path / "new.jsonl", ONE, name=name.format(tmp_path))
+
+
 def test_faulty_ensembles_are_refused(tmp_path):
     one = save(tmp_path / "1.jsonl", ONE)
     two = save(tmp_path / "2.jsonl", TWO)
