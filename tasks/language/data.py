@@ -1,9 +1,10 @@
 """From text files to the samples of masked-LM and causal-LM training.
 
 Masked LM: a document's sentences are packed into sequences; in each epoch a sequence is cut in two,
-its halves are exchanged or not, and 15% of its tokens are masked; the random numbers follow from
-(seed, epoch, sample). Source: Megatron's bert_dataset.py and dataset_utils.py (v2.5), its rules for
-segments, and BERT's for masks. Causal LM: the documents in a row, cut into windows.
+its halves are exchanged or not, and 15% of its tokens are masked, in runs of one to three words;
+the random numbers follow from (seed, epoch, sample). Source: Megatron's bert_dataset.py and
+dataset_utils.py (v2.5), its rules for segments and runs, and BERT's for what stands in a masked
+token's place. Causal LM: the documents in a row, cut into windows.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,10 @@ from mlm_eval.training.data import NO_LABEL, Sample
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"')\]])\s+|\n+")
 BLANK_LINES = re.compile(r"\n[ \t]*(?:\n[ \t]*)+")
+LONGEST_RUN = 3
+"""Words that are masked together, at most."""
+RUN_ENDS = tuple(accumulate(1 / n for n in range(1, LONGEST_RUN + 1)))
+"""1/n added up: a run has n words with a probability proportional to 1/n."""
 
 
 def read_documents(paths: Sequence[Path], *, whole_files: bool) -> Iterator[str]:
@@ -178,7 +184,7 @@ class MaskedText(Sequence[Sample]):
             length: Most tokens of a sample, special ones included.
             seed: Of all that is drawn.
             pairs: Cut each sample into two segments.
-            probability: Share of the tokens to mask.
+            probability: Share of the tokens to mask, of all those of a sample.
             whole_words: Mask all pieces of a word or none.
 
         Raises:
@@ -189,8 +195,9 @@ class MaskedText(Sequence[Sample]):
         self.whole_words = whole_words
         self.epoch = 0
         self.sentences = text.sentences.tolist()
-        room = length - (3 if pairs else 2)
-        self.runs = list(_runs(self.sentences, text.documents.tolist(), room, 2 if pairs else 1))
+        self.room = length - (3 if pairs else 2)
+        documents = text.documents.tolist()
+        self.runs = list(_runs(self.sentences, documents, self.room, 2 if pairs else 1))
         if not self.runs:
             raise InputError("the text is too short for a single training sample; give more text")
 
@@ -251,17 +258,14 @@ class MaskedText(Sequence[Sample]):
         if self.whole_words:
             # A piece continues a word only where the piece before it is its neighbour.
             starts[1:] = ~special.continues[tokens[places[1:]]] | (np.diff(places) > 1)
-        words = np.split(places, np.flatnonzero(starts)[1:])
-        wanted = max(1, round(len(places) * self.probability))
-        chosen: list[int] = []
-        for word in chance.permutation(len(words)):
-            if len(chosen) + len(words[word]) <= wanted:
-                chosen.extend(words[word].tolist())
-            if len(chosen) == wanted:
-                break
+        bounds = [*np.flatnonzero(starts).tolist(), len(places)]
+        # The share is one of all tokens, [CLS] and [SEP] among them, but no more than the share of
+        # a full row without these.
+        wanted = min(round(len(tokens) * self.probability), int(self.room * self.probability))
+        chosen = _hidden_places(bounds, max(1, wanted), chance)
         if not chosen:  # every word is longer than the share: mask one piece
-            chosen = [int(places[chance.integers(len(places))])]
-        at = np.array(sorted(chosen))
+            chosen = [int(chance.integers(len(places)))]
+        at = places[sorted(chosen)]
         labels[at] = tokens[at]
         kind = chance.random(len(at))
         replacement = special.words[chance.integers(len(special.words), size=len(at))]
@@ -269,6 +273,36 @@ class MaskedText(Sequence[Sample]):
         result[at[kind < 0.9]] = replacement[kind < 0.9]
         result[at[kind < 0.8]] = special.mask
         return result, labels
+
+
+def _hidden_places(bounds: list[int], wanted: int, chance: np.random.Generator) -> list[int]:
+    """Return which pieces to mask, at most `wanted`, in runs of one to three words.
+
+    Every word is the start of a run once, in random order. The run has n words with a probability
+    proportional to 1/n, fewer where the text ends or no room is left, and is left out where one of
+    its pieces is masked already. Source: `create_masked_lm_predictions` in Megatron's
+    dataset_utils.py (v2.5).
+
+    Args:
+        bounds: Where each word begins among the pieces, and their number.
+        wanted: How many pieces to mask.
+        chance: Of all that is drawn.
+    """
+    count = len(bounds) - 1
+    draws = chance.random(count)
+    chosen: set[int] = set()
+    for turn, first in enumerate(chance.permutation(count).tolist()):
+        longest = min(LONGEST_RUN, count - first)
+        words = 1 + bisect_right(RUN_ENDS, draws[turn] * RUN_ENDS[longest - 1], 0, longest - 1)
+        room = wanted - len(chosen)
+        while words and bounds[first + words] - bounds[first] > room:
+            words -= 1
+        run = range(bounds[first], bounds[first + words])
+        if chosen.isdisjoint(run):
+            chosen.update(run)
+        if len(chosen) == wanted:
+            break
+    return list(chosen)
 
 
 def _runs(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +166,7 @@ def test_a_share_of_whole_words_is_hidden(corpus, words):
             hidden = label != NO_LABEL
             hidden[0] = False
             count = int(hidden.sum())
-            assert 1 <= count <= max(1, round(0.15 * length))
+            assert 1 <= count <= max(1, round(0.15 * len(row)))
             hidden_tokens, all_tokens = hidden_tokens + count, all_tokens + length
             for place in hidden.nonzero().flatten().tolist():
                 kind = "mask" if row[place] == MASK else "other"
@@ -189,7 +191,8 @@ def test_pieces_are_hidden_one_by_one_on_request(corpus, words):
         label = sample.label
         assert isinstance(label, torch.Tensor)
         count = int((label[1:] != NO_LABEL).sum())
-        assert count == max(1, round(0.15 * (sample.length - 3)))
+        # Of a full row of 40 the share is that of 37, [CLS] and both [SEP] left out.
+        assert count == max(1, min(round(0.15 * sample.length), int(0.15 * 37)))
         original = torch.where(label == NO_LABEL, sample.rows[0], label)
         for place in range(2, sample.length):
             continues = SpecialTokens.of(words).continues[original[place]]
@@ -197,6 +200,70 @@ def test_pieces_are_hidden_one_by_one_on_request(corpus, words):
                 continues and (label[place] != NO_LABEL) != (label[place - 1] != NO_LABEL)
             )
     assert alone > 50
+
+
+def megatron_runs(word_lengths: list[int], wanted: float, chance: random.Random) -> set[int]:
+    """Return which words Megatron hides, step by step as its data set does it.
+
+    Source: `create_masked_lm_predictions` in Megatron-LM v2.5, megatron/data/dataset_utils.py.
+    """
+    hidden: set[int] = set()
+    pieces = 0
+    starts = list(range(len(word_lengths)))
+    chance.shuffle(starts)
+    for start in starts:
+        if pieces >= wanted:
+            break
+        runs = [range(start, start + n) for n in (1, 2, 3) if start + n <= len(word_lengths)]
+        choice = chance.choices(runs, [1 / len(run) for run in runs])[0]
+        fitting = [
+            run
+            for run in runs[: len(choice)]
+            if pieces + sum(word_lengths[word] for word in run) <= wanted
+        ]
+        if fitting and hidden.isdisjoint(fitting[-1]):
+            hidden.update(fitting[-1])
+            pieces += sum(word_lengths[word] for word in fitting[-1])
+    return hidden
+
+
+def run_lengths(hidden: set[int], count: int) -> list[int]:
+    """Return the lengths of the runs of hidden words that stand together."""
+    flags = "".join("x" if word in hidden else " " for word in range(count))
+    return [len(run) for run in flags.split()]
+
+
+@pytest.mark.parametrize("pieces", [(1,), (1, 1, 1, 2, 4)])
+def test_runs_of_words_are_hidden_as_megatron_hides_them(words, pieces):
+    """Lengths of runs and shares, against the rule step by step, over 400 rows of 512 tokens."""
+    chance = random.Random(7)
+    lengths = [chance.choice(pieces) for _ in range(210_000)]  # 411 rows and more
+    tokens = [PIECES.index(name) for n in lengths for name in ("a", *["##b"] * (n - 1))]
+    row = torch.tensor(tokens, dtype=torch.int32)
+    ends = torch.tensor([0, len(tokens)])  # one long sentence, cut into rows
+    data = masked(TokenizedText(row, ends, ends), words, length=512, pairs=False)
+    ours, theirs, shares = Counter[int](), Counter[int](), Counter[str]()
+    special = SpecialTokens.of(words)
+    for sample in (data[index] for index in range(400)):
+        assert isinstance(sample.label, torch.Tensor) and sample.length == 512
+        at = (sample.label[1:-1] != NO_LABEL).tolist()
+        original = torch.where(sample.label == NO_LABEL, sample.rows[0], sample.label)[1:-1]
+        begins = np.flatnonzero(~special.continues[original] | (np.arange(len(original)) == 0))
+        sizes = np.diff([*begins, len(original)]).tolist()
+        hidden = {word for word, place in enumerate(begins) if at[place]}
+        ours.update(run_lengths(hidden, len(sizes)))
+        wanted = min(0.15 * 510, max(1, round(0.15 * 512)))
+        expected = megatron_runs(sizes, wanted, chance)
+        theirs.update(run_lengths(expected, len(sizes)))
+        shares.update(ours=sum(at), theirs=sum(sizes[word] for word in expected))
+    # Four standard errors of a share p of n runs on both sides, 4 sqrt(2 p (1 - p) / n).
+    total, total_theirs = ours.total(), theirs.total()
+    for length in range(1, 6):
+        p = theirs[length] / total_theirs
+        margin = 4 * (2 * p * (1 - p) / min(total, total_theirs)) ** 0.5
+        assert ours[length] / total == pytest.approx(p, abs=margin), (ours, theirs)
+    assert theirs[1] / total_theirs < 0.65  # one word after another would give 0.85
+    assert shares["ours"] == pytest.approx(shares["theirs"], rel=0.005)
 
 
 def test_seed_and_epoch_decide_what_is_hidden(corpus, words):
