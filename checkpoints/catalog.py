@@ -30,7 +30,7 @@ class Expectation:
     metric: str
     """As a result record names it."""
     value: float
-    """In `unit`."""
+    """The number, in `unit`."""
     unit: str
     """`%` or `perplexity`."""
     who: str
@@ -46,7 +46,7 @@ class CatalogEntry:
     """One public checkpoint."""
 
     name: str
-    """To be used as `catalog:NAME`."""
+    """Its name, for `catalog:NAME`."""
     title: str
     family: str
     """`gpt` or `bert`."""

@@ -91,7 +91,7 @@ def convert(
         path: Folder to create; it appears whole or not at all.
         tp: Tensor-parallel size of the result; None: the source's. Not for `hf`.
         pp: Pipeline size of the result; None: the source's. Not for `hf`.
-        dtype: Of the weights; None or `auto` keeps each as it is.
+        dtype: Dtype of the weights; None or `auto` keeps that of each.
         max_shard_size: Largest safetensors file (`hf`).
         vocab: `true` (the tokenizer's entries; Megatron's own padding of them for Megatron
             targets) or `padded` (the stored rows); None: true for `hf` where the tokenizer's size
@@ -100,7 +100,7 @@ def convert(
         tokenizer: The tokenizer to write with the model, or its folder or file, or its vocabulary
             and merges.
         verify: Refuse a result whose logits differ from the source's.
-        compare: Measures that: see `mlm_eval.engine.verify.verify_conversion`. It is passed in,
+        compare: Measures the difference: `mlm_eval.engine.verify.verify_conversion`, passed in
             because it needs the models, which nothing else here does.
         allow_approximate: Convert although the target cannot express the model exactly.
         overwrite: Replace an existing checkpoint.

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
-"""What the options `--dtype` accept, beside `auto`."""
+"""What `--dtype` accepts besides `auto`."""
 
 DTYPE_CHOICES = f"{', '.join(DTYPE_NAMES[:-1])} or {DTYPE_NAMES[-1]}"
-"""The same in a sentence."""
+"""The same names, as a sentence lists them."""
 
 WEIGHT_DTYPES = (*DTYPE_NAMES, "float64")
 """Dtypes of stored weights that we read."""

@@ -49,7 +49,7 @@ class Tokenizer:
     """True size: rows that its ids can name. Not Megatron's padded size, and without the `[BOS]`
     and `[EOS]` that later Megatron versions append to a BERT vocabulary."""
     sha256: str
-    """Of the files' bytes one after the other, vocabulary first."""
+    """Digest of the files' bytes one after the other, vocabulary first."""
     eot_id: int | None
     """The end-of-text id, None where there is none."""
     backend: Any = field(repr=False, compare=False)
@@ -267,7 +267,7 @@ def _load_file(path: Path, merges: Path | None) -> Tokenizer:
     if path.suffix == ".model":
         return _load_sentencepiece(path)
     if path.suffix != ".json":
-        raise InputError(f"{path} is no known form of a tokenizer; expected {ACCEPTED}")
+        raise InputError(f"{path} is not a known form of a tokenizer; expected {ACCEPTED}")
     if "model" in _read_json(path):
         return _load_tokenizer_json(path)
     for vocab, merge_name in VOCAB_AND_MERGES:
@@ -315,7 +315,7 @@ def _load_bert(path: Path) -> Tokenizer:
     vocab = {piece: index for index, piece in enumerate(pieces)}
     if "[UNK]" not in vocab:
         raise InputError(
-            f"{path} is no BERT vocabulary: it has no [UNK] among its {len(pieces)} lines; "
+            f"{path} is not a BERT vocabulary: it has no [UNK] among its {len(pieces)} lines; "
             f"expected one piece a line"
         )
     settings = _settings(path)
@@ -345,7 +345,7 @@ def _load_tokenizer_json(path: Path) -> Tokenizer:
     try:
         backend = Backend.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
-        raise InputError(f"{path} is no tokenizer.json that can be read: {error}") from error
+        raise InputError(f"{path} is not a readable tokenizer.json: {error}") from error
     # The file may ask for these; both would change what is scored without a word.
     backend.no_truncation()
     backend.no_padding()
@@ -380,7 +380,9 @@ def _load_sentencepiece(path: Path) -> Tokenizer:
     try:
         backend = SentencePieceProcessor(model_file=str(path))
     except Exception as error:  # RuntimeError, OSError or a protobuf error, by version
-        raise InputError(f"{path} is no sentencepiece model that can be read: {error}") from error
+        raise InputError(
+            f"{path} is not a sentencepiece model that can be read: {error}"
+        ) from error
     return Tokenizer(
         kind="sentencepiece",
         source=str(path),

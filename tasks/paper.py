@@ -1,8 +1,8 @@
 """The paper's tables beside measured figures: what is compared with what, and whether it may be.
 
 A result record is compared with the published row of its size. It counts "as in the paper" only if
-protocol, data and size are the paper's; every difference is named in a note. That takes the tasks'
-protocols and the names of their metrics, so it belongs to the tasks; how a table looks is up to
+protocol, data and size are the paper's; every difference is named in a note. This needs the tasks'
+protocols and the names of their metrics, so it stands among the tasks; how a table looks is up to
 `mlm_eval.reporting.render`.
 """
 

@@ -75,7 +75,7 @@ def read_record(path: str | Path) -> ResultRecord:
     """Return the result record that `--output` wrote, or a fine-tuning's `result.json`.
 
     Raises:
-        InputError: The file is no result record of a task in the paper's tables.
+        InputError: The file is not a result record of a task in the paper's tables.
     """
     file = Path(path)
     try:
@@ -87,11 +87,11 @@ def read_record(path: str | Path) -> ResultRecord:
     except IsADirectoryError:
         raise InputError(f"{path} is a folder; give the result.json in it") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is no result record: {error}") from None
+        raise InputError(f"{path} is not a result record: {error}") from None
     fault = _fault(values)
     if fault is not None:
         raise InputError(
-            f"{path} is no result record: {fault}; give a file that `mlm-eval wikitext103`, "
+            f"{path} is not a result record: {fault}; give a file that `mlm-eval wikitext103`, "
             "`lambada`, `race`, `mnli`, `qqp` or `squad` wrote"
         )
     benchmark = values["task"]

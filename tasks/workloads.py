@@ -34,7 +34,7 @@ class _FineTuning:
     evaluated: int
     """Samples of the sets that are evaluated."""
     rows: int
-    """Of one sample (RACE: one for each answer)."""
+    """Rows of one sample (RACE: one for each answer)."""
     length: float
     """Mean length of a row, in tokens."""
     longest: int

@@ -42,7 +42,9 @@ def pytest_configure(config: pytest.Config) -> None:
     for variable in ("MLM_EVAL_DATA", "MLM_EVAL_ORACLES"):
         if variable in os.environ and not Path(os.environ[variable]).is_dir():
             # Skipping here would hide a misspelt path behind a green run.
-            raise pytest.UsageError(f"${variable} is {os.environ[variable]!r}, which is no folder")
+            raise pytest.UsageError(
+                f"${variable} is {os.environ[variable]!r}, which is not a folder"
+            )
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

@@ -17,7 +17,7 @@ def parse_bytes(size: int | str, option: str) -> int:
         option: The option that takes it, for the message.
 
     Raises:
-        InputError: It is no size, or less than one byte.
+        InputError: `size` is not a size, or it is less than one byte.
     """
     found = _SIZE.fullmatch(str(size))
     number = 0
@@ -25,5 +25,5 @@ def parse_bytes(size: int | str, option: str) -> int:
         base = 1024 if found[3] else 1000
         number = int(float(found[1]) * base ** " kmgt".index(found[2].lower() or " "))
     if number < 1:
-        raise InputError(f"{option} {size!r} is no size; write 80GB, 24GiB or a number of bytes")
+        raise InputError(f"{option} {size!r} is not a size; write 80GB, 24GiB or a number of bytes")
     return number

@@ -1,7 +1,7 @@
 """Folders that torch.distributed.checkpoint wrote (`.metadata`, `*.distcp`), read without it.
 
-torch's own reader unpickles `.metadata` and every entry that is no tensor without restriction: it
-runs whatever a file asks for (docs/megatron.md, "What the pickles ask for"). Here `.metadata` is
+torch's own reader unpickles `.metadata` and every entry that is not a tensor without restriction:
+it runs whatever a file asks for (docs/megatron.md, "What the pickles ask for"). Here `.metadata` is
 read by our own unpickler, which knows neither torch's nor Megatron's classes: all of them arrive as
 inert stubs, whatever the version that wrote them, and only their plain attributes are looked at.
 
@@ -72,7 +72,7 @@ class DistributedFolder:
     path: Path
     tensors: dict[str, TensorEntry]
     objects: dict[str, Record]
-    """The entries that are no tensors: pickled values, each to be read with `read_object`."""
+    """The entries that are not tensors: pickled values, each to be read with `read_object`."""
     metadata: TorchFile
     _mapped: dict[str, MappedFile] = field(default_factory=dict)
 
@@ -83,7 +83,7 @@ class DistributedFolder:
         return self._mapped[name]
 
     def read_object(self, key: str) -> TorchFile:
-        """Return an entry that is no tensor, read by the own unpickler."""
+        """Return an entry that is not a tensor, read by our own unpickler."""
         record = self.objects[key]
         return read_torch_file(self.path / record.file, offset=record.offset, length=record.length)
 
@@ -203,13 +203,13 @@ def _dtype(properties: Any) -> torch.dtype:
     state = properties.__dict__.get("stub_state")
     dtype = state[0] if isinstance(state, tuple) else state_of(properties)["dtype"]
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{dtype!r} is no dtype")
+        raise ValueError(f"{dtype!r} is not a dtype")
     return dtype
 
 
 def _size(value: Any) -> int:
     if not isinstance(value, int) or value < 0:
-        raise ValueError(f"{value!r} is no size")
+        raise ValueError(f"{value!r} is not a size")
     return value
 
 

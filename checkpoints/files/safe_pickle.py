@@ -119,8 +119,8 @@ def state_of(stub: Any) -> dict[str, Any]:
 def attributes_of(value: Any) -> dict[str, Any]:
     """Return the attributes of a pickled object, or a dict's items, as values safe to show.
 
-    What is no scalar, list of scalars or stub becomes a stub: a value from a file is compared and
-    printed, and a container can be made that takes for ever to compare or to print.
+    Anything but a scalar, a list of scalars or a stub becomes a stub: a value from a file is
+    compared and printed, and a container can be made that takes for ever to compare or to print.
     """
     found = vars(value) if isinstance(value, Namespace) else state_of(value)
     if isinstance(value, dict):
@@ -230,7 +230,7 @@ class SafeUnpickler(pickle._Unpickler):
     """Unpickles containers and scalars; every other object becomes a `Stub`."""
 
     dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
-    # Of Python's own machine, which its type stubs do not tell.
+    # Attributes of Python's own machine, which its type stubs leave out.
     stack: list[Any]
     read: Callable[[int], bytes]
     pop_mark: Callable[[], list[Any]]

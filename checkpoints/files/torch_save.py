@@ -26,10 +26,10 @@ from mlm_eval.checkpoints.files.torch_file import STORAGE_DTYPES, UNTYPED
 from mlm_eval.checkpoints.lazy import InMemory, LazyTensor
 
 ALIGNMENT = 64
-"""Of a storage's first byte in the file; torch's own value."""
+"""A storage's first byte stands at a multiple of this; torch's own value."""
 
 PROTOCOL = 2
-"""Of the pickle: what torch.save uses, and all that `weights_only=True` reads."""
+"""The pickle protocol that torch.save uses, and the only one that `weights_only=True` reads."""
 
 FORMAT_VERSION = b"3\n"
 """Contents of the record `version`, as every torch since 1.6 writes it."""

@@ -55,7 +55,7 @@ class HuggingFacePlan:
 
     source: Checkpoint
     dtype: torch.dtype | None
-    """Of the weights to write; None keeps each tensor's."""
+    """Dtype of the weights to write; None keeps each tensor's."""
     model_class: str
     """transformers' class."""
     hf: dict[str, Any]

@@ -40,7 +40,7 @@ def write_huggingface(
         on_progress: Called with (bytes of weights written, bytes in all).
 
     Raises:
-        InputError: The target exists or cannot be written, or the size is no size.
+        InputError: The target exists or cannot be written, or `max_shard_size` is not a size.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
 

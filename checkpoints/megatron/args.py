@@ -127,7 +127,7 @@ def saved_args(value: Any, where: str) -> dict[str, Any]:
     """Return Megatron's saved `args` as a dict of plain values; empty where there are none.
 
     Raises:
-        InputError: A size is no number.
+        InputError: A size is not a number.
     """
     args = attributes_of(value)
     _check_numbers(args, where)
@@ -215,7 +215,7 @@ def build_config(
 
 
 def check_dims(shapes: Shapes, where: str) -> None:
-    """Refuse tensors that are no matrix where one belongs, or no vector.
+    """Refuse a tensor that is not a matrix, or not a vector, where one belongs.
 
     Raises:
         InputError: A tensor has the wrong number of dims.

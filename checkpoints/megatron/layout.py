@@ -38,9 +38,9 @@ class SaveLayout:
     iteration: int | None
     """None: a release."""
     dtype: torch.dtype | None
-    """Of the weights; None keeps each as it is."""
+    """Dtype of the weights; None keeps that of each."""
     params_dtype: torch.dtype
-    """Of the word embeddings, for the args."""
+    """Dtype of the word embeddings, for the args."""
 
 
 class LayoutOptions(TypedDict, total=False):
@@ -51,7 +51,7 @@ class LayoutOptions(TypedDict, total=False):
     pp: int
     """Pipeline stages, 1 by default; must divide the layers."""
     dtype: torch.dtype | None
-    """Of the weights; None keeps each as it is."""
+    """Dtype of the weights; None keeps that of each."""
     iteration: int | str | None
     """A number or `release`; None: the source's, `release` where it has none."""
     true_vocab_size: int | None

@@ -237,7 +237,7 @@ def _drop_head_copies(shards: list[dict[str, LazyTensor]], where: Path, *, tied:
     """Remove the last stage's copy of a tied embedding; warn where rounding has changed it.
 
     Raises:
-        InputError: It is no copy.
+        InputError: It is not a copy.
     """
     worst = 0.0
     copies = (names.HEAD_COPY, "output_layer.weight") if tied else (names.HEAD_COPY,)

@@ -48,7 +48,8 @@ DATA_FILE = "__0_0.distcp"
 """rank 0, writer 0: torch.distributed.checkpoint's name for what a single process writes."""
 
 ARCHIVE_ALIGNMENT = 64
-"""Of an archive's first byte. Inside of it torch.save aligns the values, so they can be mapped."""
+"""An archive's first byte stands at a multiple of this. Inside it torch.save aligns the values, so
+that they can be mapped."""
 
 _FORMAT = {
     "sharded_backend": "torch_dist",

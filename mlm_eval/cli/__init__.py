@@ -101,7 +101,7 @@ def _main() -> int:
 def _interrupted() -> int:
     print(
         "mlm-eval: interrupted; no result was written, but --resume, where the command has it, "
-        "goes on from what was kept",
+        "continues from what was kept",
         file=sys.stderr,
     )
     return INTERRUPTED

@@ -129,12 +129,12 @@ def load_config(context: typer.Context, path: Path | None) -> Path | None:
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give --config a TOML file of options") from None
     except (tomllib.TOMLDecodeError, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no TOML file of options: {error}") from None
+        raise InputError(f"{path} is not a TOML file of options: {error}") from None
     known = {option.lstrip("-"): p.name for p in context.command.params for option in p.opts}
     unknown = sorted(key for key in values if key.replace("_", "-") not in known)
     if unknown:
         raise InputError(
-            f"{path} sets {unknown[0]!r}, which is no option of this command (see --help)"
+            f"{path} sets {unknown[0]!r}, which is not an option of this command (see --help)"
         )
     context.default_map = {known[k.replace("_", "-")]: v for k, v in values.items()}
     return path

@@ -47,8 +47,8 @@ def command(
     Args:
         name: Of the command.
         kind: Class of the object: a dataclass whose fields come from `option`, `given` and
-            `nested`. Those of its base classes come first, of the last base first of all. Fields
-            made otherwise are no options and need a default.
+            `nested`. Fields of its base classes come first, those of the last base before all.
+            Fields made otherwise are not options and need a default.
         help: What the command's help says below its line in `mlm-eval --help`; None: the
             function's docstring.
         config: Whether it has `--config`.

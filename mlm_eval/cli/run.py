@@ -182,7 +182,7 @@ def progress(show: bool, unit: str = "tok") -> Iterator[Callable[[int, int], Non
 
 def start_ranks(tp: int, dp: int, device: str) -> None:
     """Run this command line again as tp x dp ranks, and leave with their exit code."""
-    # Later options win: the ranks must not choose again. What follows a `--` is no option of ours.
+    # Later options win: the ranks must not choose again. What follows a `--` is not for us.
     argv = sys.argv[1:]
     end = argv.index("--") if "--" in argv else len(argv)
     argv[end:end] = ["--tp", str(tp), "--dp", str(dp), "--device", device]

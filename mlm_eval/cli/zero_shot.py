@@ -54,7 +54,7 @@ def run_benchmark(run: ModelRun, benchmark: ZeroShot[Any], own: Any, *, resume: 
         resume: Use the scores that an interrupted run has kept beside its output.
 
     Raises:
-        InputError: The model is no GPT, or an option is wrong.
+        InputError: The model is not a GPT, or an option is wrong.
     """
     from mlm_eval.checkpoints.checkpoint import full_digest
     from mlm_eval.reporting.text import result_text, work_text

@@ -151,7 +151,7 @@ class Engine:
         """Return the log-probabilities of the scored tokens of a GPT model; see `score.score`.
 
         Raises:
-            InputError: The model is no GPT, a request is too long, or a token id is outside the
+            InputError: The model is not a GPT, a request is too long, or a token id is outside the
                 vocabulary.
         """
         if not isinstance(self.model, GPT):
@@ -182,7 +182,7 @@ class Engine:
         """Return a BERT model's states and head logits for whole inputs; see `encode.encode`.
 
         Raises:
-            InputError: The model is no BERT, an input is empty or too long, or an id is outside
+            InputError: The model is not a BERT, an input is empty or too long, or an id is outside
                 a table.
         """
         if not isinstance(self.model, BERT):

@@ -66,7 +66,7 @@ class Prompt:
         tokens: At least one token id, at most the model's positions.
         max_new_tokens: The text ends after so many, or where the positions end: its last token
             may be the one after the last position.
-        stop_tokens: Ids that end the text and are no part of it.
+        stop_tokens: Ids that end the text and are not part of it.
         stop: Strings that end the text; they need the tokenizer.
         sampling: How tokens are chosen.
         seed: Of this text's random numbers.
@@ -114,7 +114,7 @@ def generate(
         on_progress: Told about finished prompts, on rank 0.
 
     Raises:
-        InputError: The model is no GPT, a prompt is empty, too long or of another vocabulary, or
+        InputError: The model is not a GPT, a prompt is empty, too long or of another vocabulary, or
             the logits are not finite.
     """
     check_prompts(engine, prompts, tokenizer)
@@ -174,7 +174,7 @@ class _Text:
         self.looked_at = longest + 8
 
     def add(self, token: int) -> bool:
-        """Take the next token; return whether the text goes on."""
+        """Take the next token; return whether the text continues."""
         if token in self.prompt.stop_tokens:
             self.ended_by = "stop token"
             return False

@@ -1,8 +1,8 @@
-"""Scores of an unfinished run, kept on disk so that `--resume` goes on where it stopped.
+"""Scores of an unfinished run, kept on disk so that `--resume` can continue where it stopped.
 
 A chunk is a safetensors file with the scores of some requests. Chunks carry a key made of
 everything that decides a score (checkpoint, data, protocol, dtype), so results of another model or
-file are never mixed in. They do not depend on the layout: a run may go on at another tp x dp.
+file are never mixed in. They do not depend on the layout: a run may be resumed at another tp x dp.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class Request:
     May be a view of a longer tensor."""
 
     num_scored: int
-    """The last so many tokens are scored, each given all the tokens before it; 1 to n - 1."""
+    """This many tokens at the end are scored, each given all the tokens before it; 1 to n - 1."""
 
     @property
     def length(self) -> int:

@@ -47,7 +47,7 @@ def run_command_line(lm: MegatronLM, arguments: Sequence[str]) -> None:
 
     Args:
         lm: The model.
-        arguments: Those of `lm-eval run`, without the model.
+        arguments: The arguments of `lm-eval run`, without the model.
 
     Raises:
         InputError: The harness does not accept an argument, a task or a data file.

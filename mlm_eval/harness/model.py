@@ -103,7 +103,7 @@ class MegatronLM(TemplateLM):
             bar: Makes a progress bar for each kind of requests.
 
         Raises:
-            InputError: The model is no GPT, the tokenizer does not belong to it, or an option is
+            InputError: The model is not a GPT, the tokenizer does not belong to it, or an option is
                 out of its range.
         """
         super().__init__()

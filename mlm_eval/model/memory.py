@@ -25,9 +25,9 @@ FLOAT32 = 4
 
 
 HEAP_SHARE = 0.5
-"""Of what comes and goes in each step, activations and gradients, as much again on the CPU: glibc
-keeps freed blocks of up to 32 MB, in pieces that the next ones do not fit into. A middle of what
-benchmarks/plan_memory.py measures."""
+"""Share that the heap adds on the CPU to what comes and goes in each step, activations and
+gradients: glibc keeps freed blocks of up to 32 MB, in pieces that later ones do not fit into. The
+middle of what benchmarks/plan_memory.py measures."""
 
 
 @dataclass(frozen=True)

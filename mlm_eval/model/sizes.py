@@ -117,7 +117,7 @@ def _named(name: str | Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no TOML file of model settings: {error}") from None
+        raise InputError(f"{path} is not a TOML file of model settings: {error}") from None
 
 
 def named_config(name: str, *, tp: int = 1) -> ModelConfig:

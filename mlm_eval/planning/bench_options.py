@@ -21,7 +21,7 @@ def parse_sizes(text: str) -> list[int] | None:
     """Return the sizes of `--tp 1,2,4,8`, ascending; None for `auto`.
 
     Raises:
-        ValueError: One of them is no positive number.
+        ValueError: One of them is not a positive number.
     """
     if text == "auto":
         return None
@@ -35,7 +35,7 @@ def parse_scale(text: str) -> float | None:
     """Return the factor of `--scale`; None for `auto`.
 
     Raises:
-        ValueError: It is no number in (0, 1].
+        ValueError: It is not a number above 0 and at most 1.
     """
     if text == "auto":
         return None

@@ -51,7 +51,7 @@ from mlm_eval.training.settings import Counters, TrainSettings
 from mlm_eval.training.step import Stepper
 
 LEARNING_RATE = 1e-5
-"""Of the measured steps: they need finite numbers, not something learnt from noise."""
+"""Learning rate of the measured steps: they need finite numbers, and learn nothing from noise."""
 
 SIDES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
 """Sides of the square matrices whose products are timed; the fastest is the peak."""
@@ -68,7 +68,7 @@ class Measured:
     """What was measured on one point; rates in units of 1e12 operations a second."""
 
     step_seconds: list[float]
-    """Of each timed step, on its slowest rank."""
+    """Time of each timed step, on its slowest rank."""
     peak_tflops: float
     """The fastest matrix product of rank 0 while the other ranks wait."""
     busy_over_alone: float
@@ -81,11 +81,11 @@ class Measured:
     all_reduce_seconds: float
     """How long they take by themselves, one after the other."""
     threads: int
-    """Of a rank."""
+    """Threads of a rank."""
     device_name: str
-    """Of rank 0."""
+    """Name of rank 0's device."""
     load_seconds: float
-    """Making or reading the weights."""
+    """Time to make or read the weights."""
 
 
 def measure_point(point: BenchPoint, options: BenchOptions) -> Measured:

@@ -37,7 +37,7 @@ class Passes:
     """Forward passes of one shape."""
 
     count: int
-    """How many sequences."""
+    """Number of sequences."""
     length: int
     """Input positions of each."""
     last_rows: int
@@ -235,13 +235,14 @@ def parse_throughput(text: str) -> float:
     """Return floating-point operations a second: `400TFLOPS` is 400e12.
 
     Raises:
-        InputError: It is no rate.
+        InputError: It is not a rate.
     """
     found = re.fullmatch(
         r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmgtp]?)(flops?(?:/s)?)?\s*", text.lower()
     )
     if found is None or float(found[1]) == 0:
         raise InputError(
-            f"--throughput {text!r} is no rate; write 400TFLOPS, 1.5PFLOPS or operations a second"
+            f"--throughput {text!r} is not a rate; write 400TFLOPS, 1.5PFLOPS or a number of "
+            "operations a second"
         )
     return float(found[1]) * _FACTORS[found[2]]

@@ -73,7 +73,7 @@ def gather_over_dp(value: T, mesh: Mesh) -> list[T]:
 
 
 def patient_group(patience: timedelta) -> dist.ProcessGroup | None:
-    """Return a group of all ranks whose collectives may wait so long; None in one process."""
+    """Return a group of all ranks that waits at most `patience`; None in one process."""
     return dist.new_group(timeout=patience) if num_ranks() > 1 else None
 
 

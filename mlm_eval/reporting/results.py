@@ -92,7 +92,7 @@ def check_writable(path: str | Path) -> None:
     elif target.is_dir():
         reason = "it is a folder"
     elif not place.is_dir():
-        reason = f"{place} is no folder"
+        reason = f"{place} is not a folder"
     elif not os.access(place, os.W_OK):
         reason = f"no permission to write in {place}"
     if reason is not None:
@@ -169,7 +169,7 @@ def timing_record(
 
 
 def loss_warnings(nll_sum: float) -> list[str]:
-    """Return a sentence if a sum of losses is no number to report, else nothing."""
+    """Return a sentence if a sum of losses is not a number to report, else nothing."""
     if math.isfinite(nll_sum):
         return []
     return [

@@ -31,7 +31,7 @@ class Cell:
     """One figure."""
 
     value: float | None
-    """In the unit of its column; None where there is none to show (not finite)."""
+    """The figure, in the unit of its column; None where there is none to show (not finite)."""
     published: float | None = None
     """The paper's figure that it is compared with."""
     notes: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ class TableRow:
     cells: Mapping[str, Cell]
     """By column; a missing one was not measured."""
     parameters: int | None = None
-    """Of a measured model, with all stored rows of the vocabulary."""
+    """Number of parameters of a measured model, with all stored rows of the vocabulary."""
     compared_with: str | None = None
     """The published model that it is compared with."""
     notes: tuple[str, ...] = ()
@@ -65,7 +65,7 @@ class TableRow:
     limited: bool = False
     """Some of its figures are of a part of the data."""
     digest: str = ""
-    """Of the checkpoint."""
+    """Digest of the checkpoint."""
 
     def value(self, key: str) -> float | None:
         """Return the figure of a column; None where there is none to show."""
@@ -83,7 +83,7 @@ class Table:
     """One table of the paper, with measured rows among the published ones."""
 
     number: int
-    """Of the paper's table."""
+    """Number of the paper's table."""
     title: str
     columns: Sequence[Column]
     rows: Sequence[TableRow]

@@ -166,7 +166,7 @@ class Plan:
 
     @property
     def epochs(self) -> int:
-        """Passes over the data, a begun one included."""
+        """Passes over the data, an unfinished one included."""
         return math.ceil(self.total_steps / self.steps_per_epoch)
 
     def epoch_of(self, step: int) -> int:
@@ -221,7 +221,7 @@ def set_epoch(data: Any, epoch: int) -> None:
 def fingerprint(data: Sequence[Sample]) -> str:
     """Return a digest of the size of a data set and of up to 64 of its samples.
 
-    It tells a resumed run that the data are no longer the same.
+    With it a resumed run notices that the data have changed.
     """
     set_epoch(data, 0)
     state = hashlib.sha256(f"{len(data)}".encode())

@@ -20,8 +20,8 @@ class TrainingLog:
     """The logs of one run, written by rank 0.
 
     metrics.jsonl has a line for each step (`step` counts from 1: the steps done, `loss`, `lr`, ...)
-    and for each evaluation (`step`, `evaluation`). A run that goes on from step n drops what the
-    killed one had written after it.
+    and for each evaluation (`step`, `evaluation`). A run that is resumed after step n drops what
+    the killed one had written after it.
     """
 
     def __init__(self, folder: Path, *, start: int) -> None:

@@ -86,8 +86,8 @@ def train(
             and outside autocast. It returns JSON values, of which rank 0's are kept; `score`, where
             there is one, is better when higher.
         resume: Continue from the last state in `output_dir`; without one, start.
-        listener: Hears of each step, on rank 0.
-        title: Stands before what the listener is to say.
+        listener: Called after each step, on rank 0.
+        title: What the listener's lines begin with.
         args: More of Megatron's args for the files that are written.
         tokenizer_files: Copied into the folder `tokenizer` of each checkpoint.
 

@@ -115,7 +115,7 @@ class Replicas:
     def publish(self) -> None:
         """Bring the current weights into the model that was given, for evaluation.
 
-        Under FSDP2 that model is empty while training goes on; collectives: one all-gather over dp
+        Under FSDP2 that model is empty during training; collectives: one all-gather over dp
         for each parameter. Otherwise it is the one under training, and there is nothing to do.
         """
         if not self.sharded:

@@ -118,7 +118,7 @@ class RunSettings:
     max_steps: int | None = option(
         "Steps of the run.", None, least=1, shown="as --epochs says", group=RUN
     )
-    """In as many epochs as they need."""
+    """The run takes as many epochs as these need."""
     evaluate_every: int | None = option(
         "Steps between evaluations.", None, least=1, shown="at the end of each epoch", group=RUN
     )
@@ -202,7 +202,7 @@ class TrainingProgress:
 
 
 class Listener:
-    """What hears of a run while it goes on; called on rank 0. This one ignores it all."""
+    """Callbacks of a run, called on rank 0. These do nothing."""
 
     def log(self, text: str) -> None:
         """Take a line for people who watch."""
@@ -223,7 +223,7 @@ class TrainReport:
 
     steps: int
     epochs: int
-    """A begun one included."""
+    """Passes over the data, an unfinished one included."""
     samples: int
     """Samples taken, repeated ones counted again."""
     losses: list[float]
@@ -235,11 +235,11 @@ class TrainReport:
     seconds: float
     """Time spent in steps."""
     samples_per_second: float
-    """Over those seconds."""
+    """Mean speed over those seconds."""
     checkpoint: Path
     """The last weights, in Megatron torch format."""
     best_checkpoint: Path | None
-    """Those of `best`."""
+    """The weights of `best`."""
 
 
 @dataclass

@@ -1,8 +1,8 @@
-"""The state of a training run on disk, from which it goes on at any layout.
+"""The state of a training run on disk, from which it can be resumed at any layout.
 
     OUTPUT/state/step-00000120/
         weights/  exp_avg/  exp_avg_sq/   written by torch.distributed.checkpoint
-        progress.json                     step, settings, scores: everything that is no tensor
+        progress.json                     step, settings, scores: everything that is not a tensor
     OUTPUT/state/finished.json            a run that is over; its weights are in OUTPUT/checkpoint
 
 A state is written into a folder of another name, which is renamed when all of it is on the disk: a
@@ -102,7 +102,7 @@ class StateFolder:
         except dcp.CheckpointException as failure:
             raise InputError(
                 f"the training state could not be written to {self.folder} "
-                f"({_first_line(failure)}); make room, and go on with --resume"
+                f"({_first_line(failure)}); make room, and resume with --resume"
             ) from failure
 
         def switch() -> None:
@@ -125,7 +125,7 @@ class StateFolder:
         if free < needs:
             raise InputError(
                 f"a training state in {self.folder} takes {needs / 1e9:.2f} GB, its disk has "
-                f"{free / 1e9:.2f} GB free; make room, and go on with --resume"
+                f"{free / 1e9:.2f} GB free; make room, and resume with --resume"
             )
 
     def _remove(self, *, but: str | None) -> None:

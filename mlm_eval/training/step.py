@@ -66,7 +66,7 @@ class Stepper:
         """Wrap the engine's model for its layout and make the optimizer.
 
         Args:
-            engine: With the weights to go on from.
+            engine: Holds the weights to start from.
             data: The samples.
             objective: The loss.
             settings: How to train.

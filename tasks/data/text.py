@@ -71,7 +71,7 @@ def json_field(entry: Any, name: str, kind: type, where: str) -> Any:
     """Return a field of a JSON object.
 
     Raises:
-        InputError: `entry` is no object, has no such field, or its value is of another kind.
+        InputError: `entry` is not an object, has no such field, or its value is of another kind.
     """
     if not isinstance(entry, Mapping):
         raise InputError(f"{where} holds {entry!r:.60}; expected a JSON object")

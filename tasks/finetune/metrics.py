@@ -214,10 +214,10 @@ class LocalMetric(evaluate.Metric):
 
         Args:
             config_name: One of `METRICS`.
-            args: As those of `evaluate.Metric`.
+            args: See `evaluate.Metric`.
             cache_dir: Where predictions are kept until `compute`; None: in a temporary folder that
                 is removed with this object.
-            options: As those of `evaluate.Metric`.
+            options: See `evaluate.Metric`.
         """
         if cache_dir is None:
             folder = tempfile.TemporaryDirectory(prefix="mlm-eval-metric-")
@@ -252,6 +252,6 @@ def load(name: str, **options: Any) -> LocalMetric:
 
     Args:
         name: One of `METRICS`.
-        options: Those of `evaluate.Metric`, such as `cache_dir` and `keep_in_memory`.
+        options: Options of `evaluate.Metric`, such as `cache_dir` and `keep_in_memory`.
     """
     return LocalMetric(name, **options)

@@ -118,7 +118,7 @@ def parse_passages(text: str, where: str) -> list[Passage]:
     Lines end at "\n" alone: JSON strings may hold U+2028 and others that `splitlines` cuts at.
 
     Raises:
-        InputError: A line is no passage of RACE.
+        InputError: A line is not a passage of RACE.
     """
     passages: list[Passage] = []
     for number, line in enumerate(text.split("\n"), start=1):
@@ -161,7 +161,7 @@ def check_question(question: Any, options: Any, answer: Any, where: str) -> None
         raise InputError(f"{where}: the options {options!r:.60} are not {NUM_CHOICES} strings")
     for what, text in [("question", question), *(("option", option) for option in options)]:
         if not isinstance(text, str):
-            raise InputError(f"{where}: the {what} {text!r:.60} is no string")
+            raise InputError(f"{where}: the {what} {text!r:.60} is not a string")
         check_text(text, where)
     if not isinstance(answer, str) or len(answer) != 1 or answer not in LETTERS:
         raise InputError(f"{where}: the answer {answer!r:.60} is not one of {', '.join(LETTERS)}")
@@ -277,7 +277,7 @@ def _in_archive(archive: Path) -> Iterator[PassageFile]:
                 yield PassageFile(split, level, parts[-1], where, decode(content.read(), where))
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise InputError(
-            f"{archive} is no archive that can be read to its end ({error}); get it again"
+            f"{archive} is not an archive that can be read to its end ({error}); get it again"
         ) from error
 
 

@@ -77,7 +77,7 @@ def finetune(
         tokenizer: The model's own.
         load: Called with a checkpoint and a dtype (`float32` for training), once for each seed: for
             example `lambda c, d: Engine.load(c, tp=2, dp=1, dtype=d, device="cpu")`.
-        listener: Hears what happens, on rank 0.
+        listener: Called with what happens, on rank 0.
 
     Raises:
         InputError: The data, the options or the model cannot be used.

@@ -116,7 +116,7 @@ def _read(name: str) -> tuple[str, dict[str, Any]]:
     try:
         return str(path), tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path} is no TOML file that can be read ({error})") from None
+        raise InputError(f"{path} is not a TOML file that can be read ({error})") from None
 
 
 def _checked(values: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     """Return the seeds of `--seeds 1,2,3`.
 
     Raises:
-        ValueError: One of them is no number.
+        ValueError: One of them is not a number.
     """
     try:
         return tuple(int(part) for part in text.split(","))

@@ -1,6 +1,5 @@
 """Masked and causal language modelling on text files: `mlm` and `lm`.
 
-    settings.py      which text, and how it becomes samples
     data.py          texts -> samples: sentences packed, tokens masked, rows cut
     settings.py      which text, and how it becomes samples
     pretraining.py   a run, from text to record

@@ -108,7 +108,7 @@ def pretrain(
         settings: How to train.
         output_dir: Where everything goes.
         resume: Continue from the last state in `output_dir`.
-        listener: Hears what happens, on rank 0.
+        listener: Called with what happens, on rank 0.
 
     Raises:
         InputError: As `training.loop.train`; or the text or the tokenizer do not fit.

@@ -55,9 +55,9 @@ class Work:
 
     requests: list[Request]
     counts: dict[str, int]
-    """Of the record."""
+    """The record's `counts`."""
     settings: dict[str, Any]
-    """Of the record: what decides the scores, the data, `limit` and `warnings`."""
+    """The record's `settings`: what decides the scores, the data, `limit` and `warnings`."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class ZeroShot(ABC, Generic[Own]):
     """
 
     name: str
-    """Of the command and of the record's `task`."""
+    """Name of the command, and the record's `task`."""
     title: str
     unit: str
     """What a request is: windows, passages."""

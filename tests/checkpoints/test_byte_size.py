@@ -31,5 +31,5 @@ def test_sizes_are_read(text: int | str, size: int) -> None:
     "text", ["", "5XB", "GB", "-3GB", "0", 0, -1, "0GB", "0.1B", "3iB", "80 apples", "nan"]
 )
 def test_what_is_no_size_is_refused(text: int | str) -> None:
-    with pytest.raises(InputError, match="--size .* is no size; write 80GB"):
+    with pytest.raises(InputError, match="--size .* is not a size; write 80GB"):
         parse_bytes(text, "--size")

@@ -319,7 +319,7 @@ def write_bad(folder: Path, files: dict[str, bytes]) -> None:
     [
         ({}, "holds no tokenizer; expected tokenizer.json"),
         ({"vocab.json": b"{}"}, "holds no tokenizer"),  # a vocabulary without merges
-        ({"tokenizer.json": b"{}"}, "no tokenizer.json that can be read"),
+        ({"tokenizer.json": b"{}"}, "is not a readable tokenizer.json"),
         ({"vocab.json": b"{", "merges.txt": b""}, "vocab.json is not JSON"),
         ({"vocab.json": b"[]", "merges.txt": b""}, "holds a list; expected a JSON object"),
         ({"vocab.json": b'{"a": 0}', "merges.txt": b"x y\n"}, "do not make a byte-level BPE"),

@@ -107,7 +107,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "setting out of its values": (["--set", "activation=tanh"], ["tanh", "gelu_tanh"]),
     "no such config": (["--config", "{folder}/none.toml"], ["none.toml does not exist"]),
     "config is a folder": (["--config", "{folder}"], ["no TOML file"]),
-    "config is no TOML": (["--config", "{folder}/wiki.tokens"], ["wiki.tokens is no TOML file"]),
+    "config is no TOML": (["--config", "{folder}/wiki.tokens"], ["wiki.tokens is not a TOML file"]),
     "unknown key in config": (["--config", "{folder}/key.toml"], ["key.toml", "'strid'"]),
     "wrong value in config": (["--config", "{folder}/value.toml"], ["--stride", "integer"]),
     "table in config": (["--config", "{folder}/table.toml"], ["table.toml", "model"]),

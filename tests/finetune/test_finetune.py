@@ -142,7 +142,7 @@ def test_a_recipe_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lr = [", "is no TOML file that can be read"),
+        ("lr = [", "is not a TOML file that can be read"),
         ('task = "race"\n', "is a recipe for race, not for mnli"),
         ("lr = 1e-3\n", "is a recipe for None, not for mnli"),
         ('task = "mnli"\nlr = 1e-3\n', "does not set epochs, global_batch"),

@@ -274,8 +274,11 @@ def test_a_datasets_folder_with_other_columns_is_refused(tmp_path):
         (json.dumps(changed(answers=["A", ""])), "line 2: the answer '' is not one of A"),
         (json.dumps(changed(answers=["A", "AB"])), "line 2: the answer 'AB' is not one of A"),
         (json.dumps(changed(options=[["a"] * 3, ["b"] * 4])), "line 2: the options .* not 4 str"),
-        (json.dumps(changed(options=[["a"] * 4, ["b", "c", "d", 5]])), "the option 5 is no string"),
-        (json.dumps(changed(questions=["a", None])), "the question None is no string"),
+        (
+            json.dumps(changed(options=[["a"] * 4, ["b", "c", "d", 5]])),
+            "the option 5 is not a string",
+        ),
+        (json.dumps(changed(questions=["a", None])), "the question None is not a string"),
         (json.dumps(changed(article="\ud800")), "line 2 holds half of a surrogate pair"),
     ],
 )
@@ -299,10 +302,10 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
 def test_a_cut_archive_is_named(tmp_path):
     packed = archive(SAMPLES, tmp_path / "RACE.tar.gz")
     packed.write_bytes(packed.read_bytes()[:-3000])
-    with pytest.raises(InputError, match="RACE.tar.gz is no archive that can be read to its end"):
+    with pytest.raises(InputError, match="RACE.tar.gz is not an archive that can be read"):
         read(packed)
     packed.write_bytes(b"not an archive")
-    with pytest.raises(InputError, match="RACE.tar.gz is no archive"):
+    with pytest.raises(InputError, match="RACE.tar.gz is not an archive"):
         read(packed)
 
 

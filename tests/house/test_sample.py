@@ -28,7 +28,7 @@ LAMBADA = SAMPLES / "text" / "lambada.sample.jsonl"
 
 @pytest.fixture(scope="module")
 def corpus() -> ModuleType:
-    """scripts/sample_corpus.py, which is no part of the package."""
+    """scripts/sample_corpus.py, which is not part of the package."""
     path = PROJECT / "scripts" / "sample_corpus.py"
     spec = importlib.util.spec_from_file_location("sample_corpus", path)
     assert spec is not None and spec.loader is not None

@@ -360,7 +360,7 @@ def test_throughput_is_parsed(text: str, value: float):
 
 @pytest.mark.parametrize("text", ["", "GB", "0GB", "-1GB", "80 apples", "nan"])
 def test_what_is_no_rate_is_refused(text: str):
-    with pytest.raises(InputError, match="--throughput .* is no rate"):
+    with pytest.raises(InputError, match="--throughput .* is not a rate"):
         parse_throughput(text)
 
 
@@ -417,7 +417,7 @@ def test_the_command_plans_a_checkpoint(
         (("--model", "bert-336m", "--tp", "3"), "cannot split"),
         (("--model", "bert-336m", "--device", "tpu"), "plan for cuda or cpu"),
         (("--model", "bert-336m", "--dtype", "int8"), "--dtype 'int8' is unknown"),
-        (("--model", "bert-336m", "--device-memory", "much"), "is no size"),
+        (("--model", "bert-336m", "--device-memory", "much"), "is not a size"),
     ],
 )
 def test_the_command_refuses_in_one_sentence(

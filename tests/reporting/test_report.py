@@ -316,7 +316,7 @@ def test_limited_runs_are_refused_or_marked(tmp_path: Path, option: str):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no result record"),
+        ("{", "is not a result record"),
         ("[1, 2]", "it holds a list, expected an object"),
         ('{"a": 1}', "it has no 'task'"),
         ('{"task": "lambada", "protocol": "p"}', "its 'metrics' is missing"),

@@ -121,7 +121,7 @@ def save(
         folder: To be made.
         tensors: By their key in the folder.
         cuts: How tensors are cut into chunks; whole if not named.
-        objects: Entries that are no tensors.
+        objects: Entries that are not tensors.
         common: Contents of common.pt; None: there is none.
         finished: Whether to write metadata.json.
         drop: The last so many chunks are not saved.

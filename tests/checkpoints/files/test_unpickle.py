@@ -682,7 +682,7 @@ def test_stubs_accept_what_pickles_do_to_objects(tmp_path: Path):
 def test_senseless_pickles_are_damage(code: bytes, tmp_path: Path):
     for form in (*FORMS, "pickle"):
         if b"_rebuild" in code and form == "pickle":
-            continue  # without storages there are no tensors: a class like others
+            continue  # without storages there are not tensors: a class like others
         path = wrap(b"\x80\x04" + code + b".", tmp_path / f"x.{form}", form)
         with pytest.raises(InputError, match="damaged.*copy the file again") as caught:
             (read_pickle if form == "pickle" else read_torch_file)(path)
