@@ -373,7 +373,7 @@ def test_a_file_describes_a_model_and_set_wins(tmp_path):
             "num_layers = 1\nhidden_size = 8\nnum_attention_heads = 2\nvocab_size = 9\n",
             "10 entries",
         ),
-        ("num_layers = ", "no TOML file"),
+        ("num_layers = ", "is not a TOML file"),
     ],
 )
 def test_what_describes_no_model_is_refused(content, message, tmp_path):
