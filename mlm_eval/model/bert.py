@@ -6,11 +6,12 @@ Source: megatron/model/bert_model.py (v2.5).
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.model.dropout import Dropout
-from mlm_eval.model.tensor_parallel import SINGLE, TensorParallel
+from mlm_eval.model.tensor_parallel import SINGLE, TensorParallel, without_autocast
 from mlm_eval.model.transformer import (
     Context,
     Embedding,
@@ -35,8 +36,8 @@ class LMHead(nn.Module):
         self.activation = config.head_activation
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the transformed states `[rows, hidden]`."""
-        return self.layer_norm(activate(self.dense(x), self.activation))  # type: ignore[no-any-return]
+        """Return the transformed states `[rows, hidden]`, float32."""
+        return self.layer_norm(activate(in_float32(self.dense, x), self.activation))  # type: ignore[no-any-return]
 
 
 class Pooler(nn.Module):
@@ -47,8 +48,8 @@ class Pooler(nn.Module):
         self.dense = _linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `[batch, hidden]` for states `[batch, seq, hidden]`."""
-        return torch.tanh(self.dense(x[:, 0]))
+        """Return `[batch, hidden]` float32 for states `[batch, seq, hidden]`."""
+        return torch.tanh(in_float32(self.dense, x[:, 0]))
 
 
 class BERT(nn.Module):
@@ -112,12 +113,22 @@ class BERT(nn.Module):
         for name in ("binary_head", "classification_head", "multichoice_head"):
             if hasattr(self, name):
                 head_input = pooled if name == "binary_head" else dropped
-                heads[name] = getattr(self, name)(head_input).float()
+                heads[name] = in_float32(getattr(self, name), head_input)
         return heads
 
     def qa_logits(self, x: Tensor) -> Tensor:
         """Return how well each position starts and ends the answer, `[batch, seq, 2]`, float32."""
-        return self.qa_head(x).float()  # type: ignore[no-any-return]
+        return in_float32(self.qa_head, x)
+
+
+def in_float32(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Return a head's outputs, computed in float32 whatever autocast and the weights' dtype say.
+
+    Rounded to bfloat16, one answer in a hundred would tie with another, and the first would win.
+    """
+    with without_autocast(x):
+        bias = None if layer.bias is None else layer.bias.float()
+        return F.linear(x.float(), layer.weight.float(), bias)
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:

@@ -123,7 +123,7 @@ def evaluation_memory(
     """
     local = _Local.of(config, tp)
     layers = batch_tokens * itemsize * max(_attention_widths(local, itemsize), _mlp_widths(local))
-    logits = _logit_bytes(config, tp, scored_rows, itemsize)
+    logits = FLOAT32 * _logit_chunk(config, tp, scored_rows)
     return Memory(
         weights=itemsize * local_parameters(config, tp), activations=round(max(layers, logits))
     )
@@ -150,12 +150,6 @@ def _mlp_widths(local: _Local) -> float:
     held = 4 * local.hidden
     widths = {"gelu": 2, "gelu_tanh": 2, "squared_relu": 3, "swiglu": 4}
     return held + max(widths[local.activation] * local.mlp, local.mlp + local.sums * local.hidden)
-
-
-def _logit_bytes(config: ModelConfig, tp: int, rows: int, itemsize: int) -> int:
-    """Return the bytes of one chunk of logits: as float32, and as computed where that differs."""
-    width = FLOAT32 + (itemsize if itemsize != FLOAT32 else 0)
-    return width * _logit_chunk(config, tp, rows)
 
 
 # --- training ------------------------------------------------------------------------------------

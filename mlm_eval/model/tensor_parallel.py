@@ -9,6 +9,7 @@ gathering logits.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 LOGIT_CHUNK_ELEMENTS = 1 << 24
 """Logits computed at a time (64 MB in float32), however many rows are scored."""
 
+PRODUCT_BLOCK_ELEMENTS = 1 << 20
+"""Values of a half-precision table that are widened at a time on the CPU (4 MB)."""
 
 NO_TOKEN = torch.iinfo(torch.int64).max
 """Above every token id."""
@@ -140,11 +143,57 @@ class VocabParallelEmbedding(nn.Module):
         return reduce_from_region(x, self.tp)
 
 
+class _Float32Product(torch.autograd.Function):
+    """`x @ weight.T` of two matrices of half precision, in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        if x.device.type != "cpu":
+            return torch.mm(x, weight.t(), out_dtype=torch.float32)
+        # No such product on the CPU: some rows at a time, so that no whole wide copy lives.
+        out = x.new_empty(len(x), len(weight), dtype=torch.float32)
+        rows = max(1, PRODUCT_BLOCK_ELEMENTS // weight.shape[1])
+        wide = x.float()
+        for piece, part in zip(out.split(rows, dim=1), weight.split(rows), strict=True):
+            torch.mm(wide, part.float().t(), out=piece)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0].to(x.dtype)
+        return grad @ weight, grad.t() @ x
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which products with `x` are computed in the dtype that they are given."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
+
+
+def float32_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return a linear layer's outputs `[rows, outputs]`, never rounded to less than float32.
+
+    Args:
+        x: `[rows, in]`, of the weight's dtype.
+        weight: `[outputs, in]`.
+        bias: `[outputs]`, or None.
+    """
+    with without_autocast(x):
+        if x.dtype.itemsize > 2:
+            return F.linear(x, weight, bias).float()
+        product = _Float32Product.apply(x, weight)
+        return product if bias is None else product.add_(bias)  # type: ignore[no-any-return]
+
+
 class VocabHead(nn.Module):
     """The output table over a vocabulary that is cut by rows, and the four things asked of it.
 
-    Holds a table of its own where it is not tied to the embeddings, and BERT's output bias. All
-    products come out in float32.
+    Holds a table of its own where it is not tied to the embeddings, and BERT's output bias. Logits
+    are float32: half precision's would lie up to a quarter apart where GPT-2's are (around -100).
     """
 
     def __init__(
@@ -181,8 +230,15 @@ class VocabHead(nn.Module):
         """States whose logits are computed at a time, the same on ranks that hold fewer rows."""
         return max(1, LOGIT_CHUNK_ELEMENTS // self._most_rows)
 
-    def _own_logits(self, states: Tensor) -> Tensor:
-        return F.linear(states, self.table, self.bias).float()  # [N, V/p]
+    def _operands(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return states and table in the dtype of their product: autocast's, or the table's."""
+        kind = states.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else self.table.dtype
+        return states.to(dtype), self.table.to(dtype)
+
+    def _own_logits(self, states: Tensor, table: Tensor) -> Tensor:
+        return float32_product(states, table, self.bias)  # [N, V/p]
 
     @torch.no_grad()
     def log_probs(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,12 +259,16 @@ class VocabHead(nn.Module):
         if not len(states):
             empty = states.new_empty(0, dtype=torch.float32)
             return empty, empty.bool()
+        states, table = self._operands(states)
         chunks = zip(states.split(self._chunk), targets.split(self._chunk), strict=True)
-        logprobs, greedy = zip(*(self._log_probs_chunk(*chunk) for chunk in chunks), strict=True)
+        pieces = [self._log_probs_chunk(*chunk, table) for chunk in chunks]
+        logprobs, greedy = zip(*pieces, strict=True)
         return torch.cat(logprobs), torch.cat(greedy)
 
-    def _log_probs_chunk(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self._own_logits(states)
+    def _log_probs_chunk(
+        self, states: Tensor, targets: Tensor, table: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        logits = self._own_logits(states, table)
         local, mine = _local_ids(targets, self.first_row, logits.shape[1])
         peaks = logits.new_full((2, len(states)), -torch.inf)  # the maximum, and target's logit
         if logits.shape[1]:
@@ -234,7 +294,7 @@ class VocabHead(nn.Module):
         Two small all-reduces, after which every rank has the same ids. A NaN among the logits comes
         out as the largest.
         """
-        own_best, index = _own_argmax(self._own_logits(states), self.first_row)
+        own_best, index = _own_argmax(self._own_logits(*self._operands(states)), self.first_row)
         best = _all_reduce(own_best.clone(), self.tp, dist.ReduceOp.MAX)
         return best, _lowest_argmax(index, own_best, best, self.tp)
 
@@ -245,7 +305,7 @@ class VocabHead(nn.Module):
         One all-gather. For sampling, which needs them at one position of each text; scores and
         greedy choices never gather logits.
         """
-        logits = self._own_logits(states)
+        logits = self._own_logits(*self._operands(states))
         if self.tp.size == 1:
             return logits
         logits = F.pad(logits, (0, self._most_rows - logits.shape[1]), value=-torch.inf)
@@ -260,19 +320,23 @@ class VocabHead(nn.Module):
         backward. Where all logits together would exceed `LOGIT_CHUNK_ELEMENTS`, they are computed
         in chunks, and again for the gradient.
         """
-        states = copy_to_region(states, self.tp)
+        states, table = self._operands(copy_to_region(states, self.tp))
         if len(states) <= self._chunk:
-            return self._losses_chunk(states, targets)
+            return self._losses_chunk(states, targets, table)
         chunks = zip(states.split(self._chunk), targets.split(self._chunk), strict=True)
         pieces = [
-            checkpoint(self._losses_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(
+                self._losses_chunk, *chunk, table, use_reentrant=False, preserve_rng_state=False
+            )
             for chunk in chunks
         ]
         losses, greedy = zip(*pieces, strict=True)
         return torch.cat(losses), torch.cat(greedy)
 
-    def _losses_chunk(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self._own_logits(states)
+    def _losses_chunk(
+        self, states: Tensor, targets: Tensor, table: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        logits = self._own_logits(states, table)
         return _CrossEntropy.apply(logits, targets, self.first_row, self.tp)  # type: ignore[no-any-return]
 
 

@@ -54,7 +54,7 @@ class Context:
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm with float32 statistics; a zero-centred gain is stored as (gain - 1).
+    """LayerNorm or RMSNorm, computed in float32 and rounded once; a centred gain holds (gain - 1).
 
     One that works inside a parallel region, on a rank's own heads, takes the region's `tp`: its
     weights, the same on all ranks, then get the sum of the ranks' gradients.
@@ -72,15 +72,21 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(width)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `x` normalised over its last dim."""
+        """Return `x` normalised over its last dim, in the wider dtype of `x` and the weights."""
         gain = copy_to_region(self.weight, self.tp)
-        gain = gain + 1 if self.centred else gain
-        if not self.rms:
-            bias = None if self.bias is None else copy_to_region(self.bias, self.tp)
+        bias = None if self.bias is None else copy_to_region(self.bias, self.tp)
+        if not self.rms and not self.centred and x.dtype == gain.dtype:
             return F.layer_norm(x, gain.shape, gain, bias, self.epsilon)
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.epsilon)
-        return (wide * scale).to(x.dtype) * gain
+        dtype = torch.promote_types(x.dtype, gain.dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        x, gain = x.to(wide), gain.to(wide)
+        gain = gain + 1 if self.centred else gain
+        if self.rms:
+            x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.epsilon) * gain
+        else:
+            bias = None if bias is None else bias.to(wide)
+            x = F.layer_norm(x, gain.shape, gain, bias, self.epsilon)
+        return x.to(dtype)
 
 
 def norm(config: ModelConfig) -> Norm:
@@ -220,7 +226,8 @@ class SelfAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, context: Context, dropout: Dropout
     ) -> Tensor:
         """Attention step by step: SDPA would draw masks of its own, another set on every layout."""
-        scores = query @ key.transpose(-1, -2) * self.channels**-0.5  # [B, H, T, T]
+        # The query is scaled, not the scores: those of float16 could be beyond its range.
+        scores = (query * self.channels**-0.5) @ key.transpose(-1, -2)  # [B, H, T, T]
         if context.key_mask is not None:
             scores = scores.masked_fill(~context.key_mask, -torch.inf)
         if context.causal:
