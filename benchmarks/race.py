@@ -51,6 +51,7 @@ SETTINGS: Mapping[str, Any] = {
     # At 1e-4 with dropout it was chance whether a run left the plateau of guessing (a loss of ln 4)
     # within the 500 steps: one did, with 37.3 % in the end, another had not after 375 of them.
     "lr": 3e-5,
+    "lr_decay": "linear",  # the Trainer's default too
     "warmup": 0.1,
     "weight_decay": 0.01,
     "clip_grad": 1.0,
@@ -163,8 +164,8 @@ class Run:
 
         s = self.settings
         names = (
-            "epochs global_batch lr warmup weight_decay clip_grad hidden_dropout "
-            "attention_dropout seq_length max_qa_length"
+            "epochs global_batch lr lr_decay warmup weight_decay clip_grad "
+            "hidden_dropout attention_dropout seq_length max_qa_length"
         ).split()
         return FinetuneOptions(
             output_dir=self.ours,

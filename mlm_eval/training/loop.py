@@ -413,7 +413,8 @@ def training_args(settings: TrainSettings, plan: Plan, counters: Counters) -> di
     return {
         "optimizer": "adam",
         **{name: getattr(settings, name) for name in (*same, "seed")},
-        "lr_decay_style": settings.lr_decay,
+        # Megatron calls both of its linear schedules by one name.
+        "lr_decay_style": settings.lr_decay.removesuffix("-v1"),
         "lr_warmup_fraction": settings.warmup,
         "epochs": plan.epochs,
         "micro_batch_size": settings.micro_batch,

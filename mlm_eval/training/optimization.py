@@ -53,17 +53,18 @@ def make_optimizer(trained: Iterable[Trained], settings: Hyperparameters) -> tor
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate of each step, Megatron's since v2.0 (docs/megatron.md, "Training loop").
+    """The learning rate of each step, Megatron's (docs/megatron.md, "Training loop").
 
-    It rises linearly from 0 (the first step has a rate of 0) and falls to `min_lr`, which it would
-    reach one step after the last.
+    It rises linearly from 0 (the first step has a rate of 0). Since v2.0 it then falls to `min_lr`,
+    which it would reach one step after the last. v1.0's falls by `lr / total` a step, and stands
+    still for the last `warmup * total` steps: it ends at `2 * warmup * lr`.
 
     Attributes:
         lr: The highest rate.
-        min_lr: The rate at the end.
+        min_lr: The rate at the end; v1.0's never falls below it.
         total: Steps of the run.
         warmup: Share of the steps in which the rate rises.
-        decay: `linear` or `cosine`.
+        decay: `linear`, `cosine`, or `linear-v1` for v1.0's.
     """
 
     lr: float
@@ -75,6 +76,11 @@ class Schedule:
     def __call__(self, step: int) -> float:
         """Return the rate of a step, counted from 0."""
         rising = self.warmup * self.total
+        if self.decay == "linear-v1":
+            counted = min(step, self.total - rising)
+            if rising > 0 and step <= rising:
+                return self.lr * counted / rising
+            return max(self.lr * (self.total - (counted - rising)) / self.total, self.min_lr)
         if rising > 0 and step <= rising:
             return self.lr * step / rising
         share = min((step - rising) / max(self.total - rising, 1e-9), 1.0)

@@ -17,7 +17,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.options import KEY, OPTIMIZER, RUN, Option, option, option_name
 
 DP_MODES = ("ddp", "fsdp2")
-LR_DECAYS = ("linear", "cosine")
+LR_DECAYS = ("linear", "cosine", "linear-v1")
 
 
 def check_options(kind: type[Any], values: Mapping[str, Any]) -> None:
@@ -59,7 +59,8 @@ class Hyperparameters:
         group=OPTIMIZER,
     )
     lr_decay: str = option(
-        "How the learning rate falls then: linear or cosine.",
+        "How the learning rate falls then: linear, cosine, or linear-v1 (Megatron v1.0's, which "
+        "ends at 2 x warmup x lr).",
         "linear",
         choices=LR_DECAYS,
         group=OPTIMIZER,

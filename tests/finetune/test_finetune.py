@@ -121,6 +121,7 @@ def test_the_recipes_are_the_papers_table_6():
             row["epochs"],
         )
         assert (recipe.seq_length, recipe.weight_decay, recipe.clip_grad) == (512, 0.1, 1.0)
+        assert recipe.lr_decay == "linear-v1"  # of the release nearest to the paper's runs
 
 
 def test_any_field_of_a_recipe_can_be_replaced():
@@ -185,7 +186,7 @@ def test_an_unknown_recipe_is_refused():
         ({"lr": -1.0}, "--lr is -1.0; it must be 0 or more"),
         ({"min_lr": -1.0}, "--min-lr is -1.0; it must be 0 or more"),
         ({"adam_beta1": 2.0}, r"--adam-beta1 is 2.0; it must lie in \[0, 1\)"),
-        ({"lr_decay": "steps"}, "--lr-decay 'steps' is unknown; use linear, cosine"),
+        ({"lr_decay": "steps"}, "--lr-decay 'steps' is unknown; use linear, cosine, linear-v1"),
         ({"dp_mode": "zero"}, "--dp-mode 'zero' is unknown; use ddp, fsdp2"),
     ],
 )

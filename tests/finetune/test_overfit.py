@@ -43,6 +43,7 @@ def train_on_a_rank(checkpoint: Path, words: Path, passages: Path, output: Path)
         overrides={
             "epochs": EPOCHS,
             "lr": 1.5e-4,
+            "lr_decay": "linear",
             "global_batch": 8,
             "warmup": 0.1,
             "hidden_dropout": 0.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -27,6 +28,20 @@ def test_a_linear_schedule_by_hand():
     schedule = Schedule(lr=1.0, min_lr=0.2, total=10, warmup=0.2)
     rates = [0.0, 0.5, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.2]
     assert [schedule(step) for step in range(12)] == pytest.approx(rates)
+
+
+def test_the_linear_schedule_of_v1_by_hand():
+    """It falls by a share of all steps, and ends at 2 x warm-up x lr; `min_lr` is a floor."""
+    schedule = Schedule(lr=1.0, min_lr=0.0, total=10, warmup=0.2, decay="linear-v1")
+    rates = [0.0, 0.5, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.4, 0.4]
+    assert [schedule(step) for step in range(11)] == pytest.approx(rates)
+    floored = dataclasses.replace(schedule, min_lr=0.65)
+    assert [floored(step) for step in (0, 1, 5, 6, 9)] == pytest.approx([0, 0.5, 0.7, 0.65, 0.65])
+    at_once = dataclasses.replace(schedule, warmup=0.0)
+    assert [at_once(step) for step in (0, 5, 10)] == pytest.approx([1.0, 0.5, 0.0])
+    # More warm-up than half of the steps: v1.0 never gets to the highest rate while it rises.
+    long = dataclasses.replace(schedule, warmup=0.8)
+    assert [long(step) for step in (1, 2, 5)] == pytest.approx([0.125, 0.25, 0.25])
 
 
 def test_warm_up_may_end_between_two_steps():
