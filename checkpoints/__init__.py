@@ -5,6 +5,7 @@ laptop: no model, no process group.
 
     open.py         `open_checkpoint`: detects the format and calls its reader
     convert.py      `convert`: writes a checkpoint in another format or for other parallel sizes
+    comparison.py   `Comparison`: what two models differ in, and the verdict
     parameters.py   THE TABLE: each parameter, its shape, and how tensor parallelism cuts it
     config.py       `ModelConfig`: every setting that decides what the model computes
     checkpoint.py   `Checkpoint` and `Provenance`, which readers return

@@ -34,6 +34,8 @@ class Provenance:
     hostile: list[str] = field(default_factory=list)
     """Pickled names that would run commands elsewhere."""
     warnings: list[str] = field(default_factory=list)
+    odd_copies: list[str] = field(default_factory=list)
+    """Copies of one table within the checkpoint that differ, a phrase each; the first is used."""
     notes: list[str] = field(default_factory=list)
     """Neutral remarks, such as the form of the files."""
     files: list[Path] = field(default_factory=list)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,36 +12,12 @@ from typing import Any
 import torch
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
+from mlm_eval.checkpoints.comparison import Comparison
 from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits, load_tokenizer
 
 TARGET_FORMATS = ("hf", "megatron", "torch_dist")
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How far two models are apart on the same tokens."""
-
-    max_difference: float
-    """Largest absolute difference of any log-probability or head logit."""
-    mean_difference: float
-    """Mean absolute difference of the log-probabilities (of the logits of a model without)."""
-    greedy_agreement: float
-    """Share of positions with the same most likely token; 1.0 for models without."""
-    tolerance: float
-    """The largest `max_difference` that passes."""
-    by_output: dict[str, float]
-    """Largest difference of each output."""
-
-    @property
-    def same(self) -> bool:
-        """The verdict; NaN is a difference."""
-        return self.max_difference <= self.tolerance
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the comparison as plain JSON values, with the verdict."""
-        return {**dataclasses.asdict(self), "same": self.same}
 
 
 @dataclass(frozen=True)
@@ -83,7 +58,8 @@ def convert(
     """Write `checkpoint` in another format, tensor by tensor.
 
     The folder is compared with its source before it takes its name: with `verify`, or where the
-    conversion is approximate by nature; then the README.md says what was measured.
+    conversion is approximate by nature; then nothing else may differ, and the README.md says what
+    was measured.
 
     Args:
         checkpoint: What to convert, of any format.
@@ -99,7 +75,7 @@ def convert(
         true_vocab_size: The tokenizer's size; None: that of `tokenizer`.
         tokenizer: The tokenizer to write with the model, or its folder or file, or its vocabulary
             and merges.
-        verify: Refuse a result whose logits differ from the source's.
+        verify: Refuse a result whose settings, weights or outputs differ from the source's.
         compare: Measures the difference: `mlm_eval.engine.verify.verify_conversion`, passed in
             because it needs the models, which nothing else here does.
         allow_approximate: Convert although the target cannot express the model exactly.
@@ -140,6 +116,7 @@ def convert(
         "dtype": dtype,
         "true_vocab_size": true_vocab_size if vocab == "true" else None,
     }
+    expected: dict[str, Any] = {"to": to, "dtype": dtype, "entries": sizes["true_vocab_size"]}
     write: Callable[..., Any]
     if to == "hf":
         from mlm_eval.checkpoints.huggingface.plan import plan_huggingface
@@ -154,6 +131,12 @@ def convert(
             allow_approximate=allow_approximate,
         )
         notes, approximations, warnings = plan.notes, plan.approximations, plan.warnings
+        expected |= {
+            "entries": plan.hf["vocab_size"],
+            "left_out": plan.left_out,
+            "approximate": plan.approximate,
+            "approximations": approximations,
+        }
         write = partial(write_huggingface, plan, max_shard_size=max_shard_size)
     elif to == "megatron":
         from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
@@ -172,16 +155,16 @@ def convert(
             for file in tokenizer.files:
                 shutil.copyfile(file, folder / "tokenizer" / file.name)
         if compare is not None and (verify or approximations):
-            comparison = compare(checkpoint, folder, to=to, dtype=dtype)
-            if approximations:
-                _record(folder, comparison)
-            elif not comparison.same:
+            comparison = compare(checkpoint, folder, **expected)
+            if not comparison.as_allowed:
                 raise InputError(
                     "the converted checkpoint differs from its source by "
-                    f"{comparison.max_difference:.3g} (allowed: {comparison.tolerance:g}), so "
+                    f"{comparison.max_difference:.3g} ({'; '.join(comparison.differences())}), so "
                     f"{path} was not written; check the settings that `mlm-eval inspect` shows as "
                     "assumed, and report this if they are right"
                 )
+            if approximations:
+                _record(folder, comparison)
 
     write(target=Path(path), overwrite=overwrite, finish=finish, on_progress=on_progress)
     return Conversion(Path(path), to, notes, approximations, warnings, comparison)

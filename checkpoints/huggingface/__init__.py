@@ -2,6 +2,7 @@
 
     families.py    THE TABLES: parameter names and config.json keys of each family
     layout.py      how a family's tensors pack a canonical parameter
+    folds.py       gains and rotary pairs from one form to the other
     config.py      config.json <-> `ModelConfig`
     read.py        a folder -> `Checkpoint`
     plan.py        which class a model becomes, what changes form, what is refused

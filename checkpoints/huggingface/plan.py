@@ -37,9 +37,14 @@ from mlm_eval.checkpoints.huggingface.families import (
     Family,
     entries,
 )
+from mlm_eval.checkpoints.huggingface.folds import (
+    is_gain,
+    with_halved_rotary,
+    with_plain_gains,
+)
 from mlm_eval.checkpoints.huggingface.layout import zeros
 from mlm_eval.checkpoints.huggingface.tokenizer import TokenizerFiles, tokenizer_files
-from mlm_eval.checkpoints.lazy import LazyTensor, Mapped, Selected
+from mlm_eval.checkpoints.lazy import LazyTensor
 from mlm_eval.checkpoints.parameters import parameters
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_entries
 from mlm_eval.checkpoints.vocabulary import with_rows
@@ -69,6 +74,10 @@ class HuggingFacePlan:
     """What the target computes differently."""
     warnings: list[str]
     """What the user should know."""
+    approximate: dict[str, Any]
+    """Settings that the approximations change, with the values that they get."""
+    left_out: list[str]
+    """Parts of the model that no output needs and the target lacks: `pooler`."""
 
 
 def plan_huggingface(
@@ -132,6 +141,8 @@ def plan_huggingface(
         notes=notes,
         approximations=approximations,
         warnings=warnings,
+        approximate={"head_activation": written.head_activation} if approximations else {},
+        left_out=["pooler"] if source.config.pooler and not written.pooler else [],
     )
 
 
@@ -318,56 +329,28 @@ def _approximate_gelu(c: ModelConfig, allow: bool) -> list[str]:
 
 
 def _fold_gains(checkpoint: Checkpoint, dtype: torch.dtype | None, notes: list[str]) -> Checkpoint:
-    """Return the checkpoint with plain gains, not zero-centred ones (Megatron's layernorm_1p)."""
-    if not checkpoint.config.layernorm_zero_centered_gamma:
+    """Return the checkpoint with plain gains, and say what adding the 1 has rounded."""
+    folded = with_plain_gains(checkpoint, dtype)
+    if folded is checkpoint:
         return checkpoint
-    tensors = dict(checkpoint.tensors)
     worst = 0.0
     for name, stored in checkpoint.tensors.items():
-        if name.endswith(("layernorm.weight", "layer_norm.weight")):
-            tensors[name] = folded = _add_one(stored, dtype or stored.dtype)
-            exact = stored.read().float() + 1
-            worst = max(worst, (folded.read().float() - exact).abs().max().item())
+        if is_gain(name):
+            gap = folded.tensors[name].read().float() - (stored.read().float() + 1)
+            worst = max(worst, gap.abs().max().item())
     rounding = f" (rounded by up to {worst:.1g})" if worst else ""
     notes.append(f"the norms' gains were stored minus 1 (layernorm_1p): 1 is added{rounding}")
-    config = dataclasses.replace(checkpoint.config, layernorm_zero_centered_gamma=False)
-    return dataclasses.replace(checkpoint, config=config, tensors=tensors)
-
-
-def _add_one(gain: LazyTensor, dtype: torch.dtype) -> LazyTensor:
-    return Mapped(gain, lambda values: (values.float() + 1).to(dtype), dtype)
+    return folded
 
 
 def _fold_rotary(checkpoint: Checkpoint, notes: list[str]) -> Checkpoint:
-    """Return the checkpoint with rotary pairs (i, i + d/2) in place of (2i, 2i + 1).
-
-    Both rotate the same pairs once the channels of queries and keys stand in another order, the
-    same in both, which leaves their products as they are.
-    """
-    c = checkpoint.config
-    if not (c.rotary and c.rotary_interleaved):
-        return checkpoint
-    rotated = int(c.kv_channels * c.rotary_percent)
-    channels = torch.cat(
-        [
-            torch.arange(0, rotated, 2),
-            torch.arange(1, rotated, 2),
-            torch.arange(rotated, c.kv_channels),
-        ]
-    )
-    rows = torch.arange(c.qkv_size).view(c.num_query_groups, -1, c.kv_channels)  # [G, q|k|v, hn]
-    rows = torch.cat([rows[:, :-1, channels], rows[:, -1:]], dim=1).reshape(-1)
-    tensors = dict(checkpoint.tensors)
-    for name, tensor in checkpoint.tensors.items():
-        if ".linear_qkv." in name:
-            tensors[name] = Selected(tensor, rows)
-        elif ".q_layernorm." in name or ".k_layernorm." in name:
-            tensors[name] = Selected(tensor, channels)
-    notes.append(
-        "rotary pairs (2i, 2i + 1) became (i, i + d/2): queries and keys are reordered alike"
-    )
-    config = dataclasses.replace(c, rotary_interleaved=False)
-    return dataclasses.replace(checkpoint, config=config, tensors=tensors)
+    """Return the checkpoint with rotary pairs as transformers has them, and say so."""
+    folded = with_halved_rotary(checkpoint)
+    if folded is not checkpoint:
+        notes.append(
+            "rotary pairs (2i, 2i + 1) became (i, i + d/2): queries and keys are reordered alike"
+        )
+    return folded
 
 
 def _expressed(

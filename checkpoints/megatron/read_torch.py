@@ -143,7 +143,8 @@ def _merge(
     )
     config = build.config
     tied = not config.untie_embeddings_and_output_weights
-    warnings += _drop_head_copies(shards, where, tied=tied)
+    odd_copies = _drop_head_copies(shards, where, tied=tied)
+    warnings += [f"{what}; the first is used" for what in odd_copies]
     table = parameters(config)
     tensors: dict[str, LazyTensor] = {}
     for name in shards[0]:
@@ -164,6 +165,7 @@ def _merge(
         pickle_classes=sorted({c for file in files.values() for c in file.torch_file.classes}),
         hostile=sorted({c for file in files.values() for c in file.torch_file.hostile}),
         warnings=warnings,
+        odd_copies=odd_copies,
         notes=_notes(files),
         files=[file.path for file in files.values()],
         digest=_digest(files),
@@ -234,7 +236,7 @@ def _stage_tensors(
 
 
 def _drop_head_copies(shards: list[dict[str, LazyTensor]], where: Path, *, tied: bool) -> list[str]:
-    """Remove the last stage's copy of a tied embedding; warn where rounding has changed it.
+    """Remove the last stage's copy of a tied embedding; say where rounding has changed it.
 
     Raises:
         InputError: It is not a copy.
@@ -260,7 +262,7 @@ def _drop_head_copies(shards: list[dict[str, LazyTensor]], where: Path, *, tied:
     if worst:
         return [
             "the last pipeline stage's copy of the tied embedding differs from the first stage's "
-            f"by up to {worst:.2g}; the first is used"
+            f"by up to {worst:.2g}"
         ]
     return []
 

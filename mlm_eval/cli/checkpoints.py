@@ -14,7 +14,8 @@ from mlm_eval.cli.run import chosen_checkpoint, chosen_tokenizer, progress
 from mlm_eval.options import CheckpointOption, RunOptions, TokenizerOptions, again, option
 
 if TYPE_CHECKING:
-    from mlm_eval.checkpoints.convert import Comparison
+    from mlm_eval.checkpoints.checkpoint import Checkpoint
+    from mlm_eval.checkpoints.comparison import Comparison
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,9 @@ class TargetOptions(CheckpointOption):
     )
     max_shard_size: str = option("Largest safetensors file (hf).", "5GB")
     verify: bool = option(
-        "Compare the result's logits with the source's first.", False, flag="--verify"
+        "Compare the result's settings, weights and outputs with the source's first.",
+        False,
+        flag="--verify",
     )
     allow_approximate: bool = option(
         "Convert what the target cannot express exactly; measured and recorded.",
@@ -125,11 +128,20 @@ def convert_checkpoint(options: ConvertOptions) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyOptions(CheckpointOption):
+class VerifyOptions(TokenizerOptions, CheckpointOption):
     """The options of `verify`."""
 
     against: str = option("The other checkpoint, of any format.")
-    tolerance: float = option("Largest difference of a log-probability that passes.", 2e-4)
+    vocab: str | None = option(
+        "true: the verdict is about the tokenizer's entries; padded: also about the rows that pad "
+        "the vocabulary. Default: true where the tokenizer is known.",
+        None,
+    )
+    tolerance: float = option(
+        "Largest difference of an output that passes, as a share of the outputs' spread, where the "
+        "two differ in form. Weights have to be the same.",
+        2e-4,
+    )
     output: Path | None = again(RunOptions, "output")
     overrides: tuple[str, ...] = again(RunOptions, "overrides")
 
@@ -141,15 +153,47 @@ def verify(options: VerifyOptions) -> None:
     Example: mlm-eval verify --ckpt gpt2_tp8 --against gpt2_hf
     """
     from mlm_eval.engine.verify import compare_checkpoints
-    from mlm_eval.reporting.results import write_json
+    from mlm_eval.reporting.results import check_writable, write_json
     from mlm_eval.reporting.text import comparison_text
 
+    if options.output is not None:
+        check_writable(options.output)
     first = chosen_checkpoint(options.ckpt, options.overrides)
     second = chosen_checkpoint(options.against, ())
-    comparison = compare_checkpoints(first, second, tolerance=options.tolerance)
+    for side, checkpoint in (("--ckpt", first), ("--against", second)):
+        for warning in checkpoint.provenance.warnings:
+            print(f"warning: {side}: {warning}", file=sys.stderr)
+    with progress(True, unit="B") as on_progress:
+        comparison = compare_checkpoints(
+            first,
+            second,
+            tolerance=options.tolerance,
+            entries=_entries(options, first, second),
+            vocab=options.vocab,
+            on_progress=on_progress,
+        )
     print(comparison_text(comparison))
     if options.output is not None:
         sides = {"ckpt": str(first.provenance.path), "against": str(second.provenance.path)}
         write_json(options.output, {**sides, **comparison.to_dict()})
     if not comparison.same:
         raise typer.Exit(3)
+
+
+def _entries(options: VerifyOptions, first: Checkpoint, second: Checkpoint) -> int | None:
+    """Return the entries of the tokenizer: of the larger one, where each side has its own.
+
+    Raises:
+        InputError: The tokenizer that was named has more entries than both models have rows.
+    """
+    from mlm_eval.checkpoints.tokenizer import check_entries
+
+    rows = max(first.config.vocab_size, second.config.vocab_size)
+    if options.tokenizer or options.vocab_file:
+        tokenizer = chosen_tokenizer(options.ckpt, options)
+        assert tokenizer is not None
+        check_entries(tokenizer.vocab_size, rows, str(tokenizer.source))
+        return tokenizer.vocab_size
+    found = [chosen_tokenizer(path, options) for path in (options.ckpt, options.against)]
+    sizes = [tokenizer.vocab_size for tokenizer in found if tokenizer is not None]
+    return min(max(sizes), rows) if sizes else None

@@ -6,7 +6,8 @@
     encode.py               BERT's states, masked-LM scores and head outputs of whole inputs
     generate.py             text, token by token
     resume.py               scores of an interrupted run
-    verify.py               two checkpoints compared by their logits
+    verify.py               two checkpoints compared: settings, weights and outputs
+    weights.py              every element of two checkpoints' weights, in one form
     plain_transformers.py   a converted folder run by transformers alone, in its own process
 
 This room imports `ranks`, `model` and `mlm_eval.checkpoints`.

@@ -30,7 +30,11 @@ def transformers_outputs(folder: Path, probe: dict[str, Tensor]) -> dict[str, Te
     transformers.logging.set_verbosity_error()
     model: Any = getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32)
     model.eval()
-    inputs = {"input_ids": probe["tokens"]}
+    tokens = probe["tokens"]
+    # A mask is given always: without one, positions with gaps would be taken for packed texts.
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if "positions" in probe:
+        inputs["position_ids"] = probe["positions"].expand_as(tokens)
     if "padding_mask" in probe:
         inputs["attention_mask"] = probe["padding_mask"]
         if getattr(model.config, "type_vocab_size", 0) > 1:
@@ -54,7 +58,10 @@ def _named(architecture: str, result: Any) -> list[tuple[str, Tensor]]:
         return [*pairs, ("binary_head", result.seq_relationship_logits)]
     if hasattr(result, "logits"):
         return [("logits", result.logits)]
-    return [("states", result.last_hidden_state)]
+    states = [("states", result.last_hidden_state)]
+    if getattr(result, "pooler_output", None) is not None:
+        states.append(("pooled", result.pooler_output))
+    return states
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.reporting.results import Result, checkpoint_record
 
 if TYPE_CHECKING:
-    from mlm_eval.checkpoints.convert import Comparison
+    from mlm_eval.checkpoints.comparison import Comparison, WeightComparison
 
 
 def aligned(rows: Sequence[Sequence[str]], *, left: int = 0) -> list[str]:
@@ -286,14 +287,32 @@ def _training_time(timing: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def comparison_text(comparison: Comparison) -> str:
     """Return what `verify` prints."""
-    verdict = "the same" if comparison.same else "DIFFERENT"
-    rows = [
-        (
-            "largest difference",
-            f"{comparison.max_difference:.3g} (allowed: {comparison.tolerance:g})",
-        ),
-        ("mean difference", f"{comparison.mean_difference:.3g}"),
-        ("same greedy token", f"{100 * comparison.greedy_agreement:.2f} % of positions"),
-        *((f"  {name}", f"{gap:.3g}") for name, gap in comparison.by_output.items()),
+    c = comparison
+    rows = [("differs", phrase) for phrase in c.differences()]
+    if c.weights is not None:
+        rows.append(("weights", _weights_text(c.weights)))
+    if c.padding is not None:
+        rows.append(("padding", str(c.padding)))
+    if not c.measured:
+        rows.append(("outputs", "not computed: the same weights and settings give the same ones"))
+    rows += [
+        ("largest difference", f"{c.max_difference:.3g}"),
+        ("mean difference", f"{c.mean_difference:.3g}"),
+        ("same greedy token", f"{100 * c.greedy_agreement:.2f} % of positions"),
     ]
-    return rows_as_text(f"verdict: {verdict}", rows)
+    for name, gap in c.by_output.items():
+        limit = c.allowed.get(name, float("inf"))
+        rows.append((f"  {name}", f"{gap:.3g}" + f" (allowed: {limit:.3g})" * (limit < math.inf)))
+    if c.measured and c.last_position is not None:
+        rows.append(("measured on", f"{c.tokens:,} tokens, up to position {c.last_position:,}"))
+    rows += [("note", note) for note in c.notes]
+    return rows_as_text(f"verdict: {c.verdict}", rows)
+
+
+def _weights_text(weights: WeightComparison) -> str:
+    """Return what became of the weights' comparison, in one line."""
+    counted = f"{weights.elements:,} in {weights.tensors:,} tensors compared"
+    if not weights.same:
+        return f"{counted}, {len(weights.differing):,} tensors differ"
+    after = [f"after rounding to {name}" for name in weights.rounded_to]
+    return ", ".join([counted, " ".join(["all the same", *after]), *weights.forms])

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from support.paths import PROJECT
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
-from mlm_eval.checkpoints.convert import Comparison, convert
+from mlm_eval.checkpoints.comparison import Comparison
+from mlm_eval.checkpoints.convert import convert
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import find_tokenizer

@@ -1,0 +1,67 @@
+"""Two forms of one function: gains stored minus 1, and rotary pairs next to each other.
+
+Megatron has both forms of each, transformers one. A conversion folds the one into the other, and a
+comparison does so where two checkpoints differ in nothing but the form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from mlm_eval.checkpoints.checkpoint import Checkpoint
+from mlm_eval.checkpoints.lazy import LazyTensor, Mapped, Selected
+
+
+def is_gain(name: str) -> bool:
+    """Whether a parameter is a norm's gain, which `layernorm_zero_centered_gamma` is about."""
+    return name.endswith(("layernorm.weight", "layer_norm.weight"))
+
+
+def with_plain_gains(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Checkpoint:
+    """Return the checkpoint with plain gains, not zero-centred ones (Megatron's layernorm_1p).
+
+    The sum is made in float32 and rounded to `dtype`; None: to the dtype of the stored gain.
+    """
+    if not checkpoint.config.layernorm_zero_centered_gamma:
+        return checkpoint
+    tensors = {
+        name: _add_one(stored, dtype or stored.dtype) if is_gain(name) else stored
+        for name, stored in checkpoint.tensors.items()
+    }
+    config = dataclasses.replace(checkpoint.config, layernorm_zero_centered_gamma=False)
+    return dataclasses.replace(checkpoint, config=config, tensors=tensors)
+
+
+def _add_one(gain: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    return Mapped(gain, lambda values: (values.float() + 1).to(dtype), dtype)
+
+
+def with_halved_rotary(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint with rotary pairs (i, i + d/2) in place of (2i, 2i + 1).
+
+    Both rotate the same pairs once the channels of queries and keys stand in another order, the
+    same in both, which leaves their products as they are.
+    """
+    c = checkpoint.config
+    if not (c.rotary and c.rotary_interleaved):
+        return checkpoint
+    rotated = int(c.kv_channels * c.rotary_percent)
+    channels = torch.cat(
+        [
+            torch.arange(0, rotated, 2),
+            torch.arange(1, rotated, 2),
+            torch.arange(rotated, c.kv_channels),
+        ]
+    )
+    rows = torch.arange(c.qkv_size).view(c.num_query_groups, -1, c.kv_channels)  # [G, q|k|v, hn]
+    rows = torch.cat([rows[:, :-1, channels], rows[:, -1:]], dim=1).reshape(-1)
+    tensors = dict(checkpoint.tensors)
+    for name, tensor in checkpoint.tensors.items():
+        if ".linear_qkv." in name:
+            tensors[name] = Selected(tensor, rows)
+        elif ".q_layernorm." in name or ".k_layernorm." in name:
+            tensors[name] = Selected(tensor, channels)
+    config = dataclasses.replace(c, rotary_interleaved=False)
+    return dataclasses.replace(checkpoint, config=config, tensors=tensors)
