@@ -6,7 +6,6 @@ The readers are imported when they are needed, so that opening one format does n
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,8 @@ from mlm_eval.checkpoints.catalog import is_catalog_name, resolve
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import check_overrides
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.stand_in import describe_missing
+from mlm_eval.checkpoints.files.text_file import read_json_object
 from mlm_eval.checkpoints.megatron.iteration import find_iteration
 
 
@@ -72,7 +73,9 @@ def _open(target: Path, overrides: dict[str, Any]) -> Checkpoint:
     from mlm_eval.checkpoints.files.zip_archive import is_archive, unpack
 
     if not target.exists():
-        raise InputError(f"{target} does not exist; give --ckpt the folder or file of a checkpoint")
+        raise InputError(
+            f"{describe_missing(target)}; give --ckpt the folder or file of a checkpoint"
+        )
     if not target.is_file() and not target.is_dir():
         raise InputError(f"{target} is neither a file nor a folder; give --ckpt a checkpoint")
     if is_archive(target):
@@ -113,10 +116,7 @@ def _refuse_unreadable_format(folder: Path, names: set[str]) -> None:
     metadata = folder / "metadata.json"
     backend = None
     if metadata.is_file():
-        try:
-            backend = json.loads(metadata.read_text()).get("sharded_backend")
-        except (ValueError, AttributeError, UnicodeDecodeError):
-            raise InputError(f"{metadata} is not valid JSON; copy the checkpoint again") from None
+        backend = read_json_object(metadata).get("sharded_backend")
     zarr = any((folder / name / ".zarray").is_file() for name in names)
     if backend == "zarr" or zarr:
         raise InputError(

@@ -12,7 +12,6 @@ like any other, as it is for Megatron.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import Any
 
 from mlm_eval.checkpoints.catalog import is_catalog_name, resolve
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.stand_in import refuse_stand_in
+from mlm_eval.checkpoints.files.text_file import read_json_object, read_text
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 VOCAB_AND_MERGES = (
@@ -268,7 +269,7 @@ def _load_file(path: Path, merges: Path | None) -> Tokenizer:
         return _load_sentencepiece(path)
     if path.suffix != ".json":
         raise InputError(f"{path} is not a known form of a tokenizer; expected {ACCEPTED}")
-    if "model" in _read_json(path):
+    if "model" in read_json_object(path):
         return _load_tokenizer_json(path)
     for vocab, merge_name in VOCAB_AND_MERGES:
         if path.name == vocab and (path.parent / merge_name).is_file():
@@ -281,7 +282,8 @@ def _load_gpt2(vocab_file: Path, merge_file: Path, *, source: Path) -> Tokenizer
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
 
-    vocab = _read_json(vocab_file)
+    vocab = read_json_object(vocab_file)
+    refuse_stand_in(merge_file)
     try:
         backend = Backend(models.BPE.from_file(str(vocab_file), str(merge_file)))
     except Exception as error:  # the library raises nothing narrower
@@ -309,7 +311,7 @@ def _load_bert(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-    pieces = [line.strip() for line in _read_text(path).split("\n")]
+    pieces = [line.strip() for line in read_text(path).split("\n")]
     while pieces and not pieces[-1]:
         pieces.pop()
     vocab = {piece: index for index, piece in enumerate(pieces)}
@@ -345,6 +347,7 @@ def _load_tokenizer_json(path: Path) -> Tokenizer:
     try:
         backend = Backend.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
+        refuse_stand_in(path)
         raise InputError(f"{path} is not a readable tokenizer.json: {error}") from error
     # The file may ask for these; both would change what is scored without a word.
     backend.no_truncation()
@@ -380,6 +383,7 @@ def _load_sentencepiece(path: Path) -> Tokenizer:
     try:
         backend = SentencePieceProcessor(model_file=str(path))
     except Exception as error:  # RuntimeError, OSError or a protobuf error, by version
+        refuse_stand_in(path)
         raise InputError(
             f"{path} is not a sentencepiece model that can be read: {error}"
         ) from error
@@ -403,7 +407,7 @@ def _with_config(path: Path) -> tuple[Path, ...]:
 
 def _settings(path: Path) -> dict[str, Any]:
     config = path.with_name(TOKENIZER_CONFIG)
-    return _read_json(config) if config.is_file() else {}
+    return read_json_object(config) if config.is_file() else {}
 
 
 def _special_piece(settings: Mapping[str, Any], name: str) -> str | None:
@@ -433,27 +437,6 @@ def _byte_symbols() -> list[str]:
         symbols.append(chr(byte if byte in printable else spare))
         spare += byte not in printable
     return symbols
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 text (byte {error.start}); is it damaged?"
-        ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not JSON ({error}); is it damaged?") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}; expected a JSON object")
-    return content
 
 
 def _sha256(*paths: Path) -> str:

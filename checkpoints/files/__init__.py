@@ -5,6 +5,8 @@
     torch_save.py         writes what `torch.save` writes, one tensor at a time
     safetensors_file.py   reads and writes safetensors
     distcp.py             reads the folders of torch.distributed.checkpoint
+    text_file.py          text and JSON: byte order marks, line ends, encodings
+    stand_in.py           names what lies in the place of a file: Git LFS pointers, pages
     zip_archive.py        published zip archives
     output.py             files and folders that appear whole; the cache folder
     file_names.py         names of files that come from a file

@@ -25,6 +25,7 @@ from torch import Tensor
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.file_names import safe_name
 from mlm_eval.checkpoints.files.safe_pickle import state_of
+from mlm_eval.checkpoints.files.stand_in import describe_missing, refuse_stand_in
 from mlm_eval.checkpoints.files.torch_file import TorchFile, read_pickle, read_torch_file
 from mlm_eval.checkpoints.lazy import Index, LazyTensor, MappedFile, StoredTensor, as_index
 
@@ -120,9 +121,10 @@ class DistributedFolder:
         for name, size in sorted(needed.items()):
             file = self.path / name
             if not file.is_file():
-                return f"{file} is missing"
+                return describe_missing(file, "is missing")
             found = file.stat().st_size
             if found < size:
+                refuse_stand_in(file)
                 return f"{file} is cut off: it has {found} of at least {size} bytes"
         return None
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.dtypes import cast
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.stand_in import describe_missing, refuse_stand_in
 from mlm_eval.checkpoints.lazy import Index, LazyTensor, span, take
 
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
@@ -88,10 +89,11 @@ def read_safetensors(path: Path) -> SafetensorsFile:
         with path.open("rb") as stream:
             header = stream.read(struct.unpack("<Q", stream.read(8))[0])
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist; copy all files of the model") from None
+        raise InputError(f"{describe_missing(path)}; copy all files of the model") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     except SafetensorError as error:
+        refuse_stand_in(path)
         what = str(error).removeprefix("Error while deserializing header: ")
         raise InputError(
             f"{path} is cut off, damaged or no safetensors file ({what:.200}); download or copy "

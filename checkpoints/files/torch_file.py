@@ -32,6 +32,11 @@ from mlm_eval.checkpoints.files.safe_pickle import (
     is_quiet,
     printable,
 )
+from mlm_eval.checkpoints.files.stand_in import (
+    describe_compression,
+    describe_missing,
+    refuse_stand_in,
+)
 from mlm_eval.checkpoints.lazy import MappedFile, StoredTensor
 
 STREAM_MAGIC = 0x1950A86A20F9469CFC6C
@@ -231,8 +236,13 @@ def read_torch_file(
                 return _read_zip(path, mapped, window, offset)
             if head[:1] == b"\x80":
                 return _read_stream(path, mapped, window, offset)
-    what = "is empty" if mapped.size == 0 else "was not written by torch.save"
-    raise InputError(f"{path} {what}; expected a Megatron model file such as model_optim_rng.pt")
+    refuse_stand_in(path)
+    if what := describe_compression(head):
+        raise InputError(f"{path} {what}")
+    raise InputError(
+        f"{path} was not written by torch.save; expected a Megatron model file such as "
+        "model_optim_rng.pt"
+    )
 
 
 # What reading a damaged or hostile file can raise: the pickle module and zipfile check little.
@@ -270,12 +280,13 @@ def _explained(path: Path, way_out: str) -> Iterator[None]:
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist; {way_out}") from None
+        raise InputError(f"{describe_missing(path)}; {way_out}") from None
     except PermissionError:
         raise InputError(f"{path} cannot be read: permission denied") from None
     except IsADirectoryError:
         raise InputError(f"{path} is a folder where a file was expected") from None
     except _DAMAGE as error:
+        refuse_stand_in(path)
         raise InputError(
             f"{path} is cut off or damaged ({_first_line(error)}); copy the file again"
         ) from None

@@ -6,7 +6,6 @@ Weights are mapped, packed into canonical form by views, and read when somebody 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from mlm_eval.checkpoints.dtypes import WEIGHT_DTYPES, dtype_name
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.file_names import safe_name
 from mlm_eval.checkpoints.files.safetensors_file import read_safetensors
+from mlm_eval.checkpoints.files.text_file import read_json_object
 from mlm_eval.checkpoints.files.torch_file import read_torch_file
 from mlm_eval.checkpoints.huggingface.config import Found, read_config
 from mlm_eval.checkpoints.huggingface.families import FAMILIES, IGNORED_TENSORS, Family, entries
@@ -108,27 +108,6 @@ def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> Check
         digest=cheap_digest(weights.marks),
     )
     return Checkpoint(build.config, tensors, provenance).check()
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Raises:
-        InputError: The file is missing, unreadable, or holds something else.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; copy all files of the model") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise InputError(f"{path} is not valid JSON; download or copy the file again") from None
-    if not isinstance(value, dict):
-        raise InputError(
-            f"{path} holds a {type(value).__name__}, expected a JSON object; copy the file again"
-        )
-    return value
 
 
 def find_family(hf: Mapping[str, Any], where: Path) -> Family:

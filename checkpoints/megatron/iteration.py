@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.text_file import read_text
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -55,9 +56,11 @@ def find_iteration(root: Path) -> Path:
             )
         return root
     try:
-        text = tracker.read_text(encoding="utf-8").strip()
+        text = read_text(tracker).strip()
         folder = root / iteration_folder(None if text == RELEASE else int(text))
-    except (ValueError, UnicodeDecodeError):
+    except InputError as error:
+        raise InputError(f"{error}; or give --ckpt an iter_* folder instead") from None
+    except ValueError:
         raise InputError(
             f"{tracker} holds neither an iteration number nor 'release'; give --ckpt an iter_* "
             "folder instead"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.tasks.data.text import decode, read_bytes
+from mlm_eval.checkpoints.files.text_file import decode, read_bytes
 
 HUB_SPLITS = {"train": {"train": "train"}, "dev": {"validation": "dev"}, "test": {"test": "test"}}
 """The usual splits of each role, by the name that their sets get."""

@@ -1,70 +1,13 @@
-"""Text, JSON and digests of the tasks' files: one reader, which names what is wrong and where."""
+"""Fields of JSON objects, and digests: what the tasks' files hold, by name and place."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError
-
-
-def read_text(path: Path) -> str:
-    """Return a file's text.
-
-    Raises:
-        InputError: It cannot be read, or is not UTF-8.
-    """
-    return decode(read_bytes(path), str(path))
-
-
-def read_bytes(path: Path) -> bytes:
-    """Return a file's content.
-
-    Raises:
-        InputError: It cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def decode(content: bytes, path: str) -> str:
-    """Return bytes as text; a byte order mark goes.
-
-    Raises:
-        InputError: They are not UTF-8.
-    """
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{path}, line {line} is not UTF-8 text (byte 0x{content[error.start]:02x}); expected "
-            f"the file as published"
-        ) from error
-
-
-def parse_json(text: str, where: str) -> Any:
-    """Return the value of a JSON text.
-
-    Args:
-        text: The text.
-        where: Its file, and line if it is one of many, for the message.
-
-    Raises:
-        InputError: It is not JSON.
-    """
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = f", line {error.lineno}" if "\n" in text else ""
-        raise InputError(
-            f"{where}{line} is not JSON ({error.msg} at column {error.colno}); is the file damaged?"
-        ) from None
 
 
 def json_field(entry: Any, name: str, kind: type, where: str) -> Any:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.text_file import read_text
 from mlm_eval.tasks.data.sources import DatasetName
-from mlm_eval.tasks.data.text import digest, json_field, read_text, sha256
+from mlm_eval.tasks.data.text import digest, json_field, sha256
 from mlm_eval.tasks.finetune.features import clean_text
 from mlm_eval.tasks.finetune.task import ChoiceTask, Example, ExampleSet
 from mlm_eval.training.objectives import Classification

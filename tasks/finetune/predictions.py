@@ -21,8 +21,9 @@ from typing import Any
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.file_names import safe_name
 from mlm_eval.checkpoints.files.output import write_text
+from mlm_eval.checkpoints.files.text_file import parse_json, read_text
 from mlm_eval.reporting.results import Result, versions
-from mlm_eval.tasks.data.text import parse_json, read_text, sha256
+from mlm_eval.tasks.data.text import sha256
 from mlm_eval.tasks.finetune.task import Answered, Judgement, Task, make_task
 
 MARK = "predictions_of"

@@ -21,8 +21,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.text_file import decode, parse_json, read_text
 from mlm_eval.tasks.data.sources import DatasetName
-from mlm_eval.tasks.data.text import check_text, decode, digest, json_field, parse_json, read_text
+from mlm_eval.tasks.data.text import check_text, digest, json_field
 from mlm_eval.tasks.finetune.features import clean_text
 from mlm_eval.tasks.finetune.settings import Recipe
 from mlm_eval.tasks.finetune.task import ROLES, ChoiceTask, Example, ExampleSet

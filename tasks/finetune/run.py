@@ -24,12 +24,13 @@ import torch
 
 from mlm_eval.checkpoints.dtypes import dtype_name, evaluation_dtype, training_dtype
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.text_file import parse_json, read_text
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits
 from mlm_eval.model.initial import with_head
 from mlm_eval.ranks.collectives import on_main
 from mlm_eval.ranks.mesh import is_main
 from mlm_eval.reporting.results import Result, checkpoint_record, versions, write_json
-from mlm_eval.tasks.data.text import parse_json, read_text, sha256
+from mlm_eval.tasks.data.text import sha256
 from mlm_eval.tasks.finetune.data import Prepared, prepare_sets
 from mlm_eval.tasks.finetune.features import Outputs, RowInputs, special_ids
 from mlm_eval.tasks.finetune.figures import (

@@ -15,6 +15,7 @@ from typing import Any
 
 from mlm_eval.checkpoints.dtypes import DTYPE_CHOICES, DTYPE_NAMES
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.text_file import read_text
 from mlm_eval.options import DATA, RUN, TASK, again, given, option
 from mlm_eval.training.settings import (
     Hyperparameters,
@@ -114,8 +115,8 @@ def _read(name: str) -> tuple[str, dict[str, Any]]:
             f"path of a TOML file is taken too"
         )
     try:
-        return str(path), tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        return str(path), tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path} is not a TOML file that can be read ({error})") from None
 
 

@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.text_file import parse_json, read_text
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.tasks.data.sources import DatasetName
-from mlm_eval.tasks.data.text import check_text, digest, json_field, parse_json, read_text, sha256
+from mlm_eval.tasks.data.text import check_text, digest, json_field, sha256
 from mlm_eval.tasks.data.tokens import tokens_of
 from mlm_eval.tasks.finetune.features import SPECIAL_TOKENS, Outputs, PairFeatures
 from mlm_eval.tasks.finetune.settings import Recipe

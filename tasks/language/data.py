@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.text_file import read_text
 from mlm_eval.checkpoints.tokenizer import Tokenizer
-from mlm_eval.tasks.data.text import read_text
 from mlm_eval.training.data import NO_LABEL, Sample
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"')\]])\s+|\n+")

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.text_file import parse_json
 from mlm_eval.options import option
 from mlm_eval.reporting.results import Result, exponential
 from mlm_eval.reporting.tables import Column
 from mlm_eval.tasks.data.sources import DatasetName, read_data
-from mlm_eval.tasks.data.text import json_field, parse_json, sha256
+from mlm_eval.tasks.data.text import json_field, sha256
 from mlm_eval.tasks.zero_shot.benchmark import DataOption, PaperFigure, Work, ZeroShot
 
 if TYPE_CHECKING:

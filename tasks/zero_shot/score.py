@@ -15,6 +15,7 @@ from torch import Tensor
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import write_text
+from mlm_eval.checkpoints.files.text_file import read_text
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.engine.encode import BertInput, find_fault
 from mlm_eval.engine.engine import Engine
@@ -49,14 +50,7 @@ def read_lines(
         InputError: The file cannot be read, or a line is not of the form that `mlm-eval
             score --help` shows.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; give --input a file of JSON lines") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path} cannot be read as UTF-8 text ({error}); give --input a file of JSON lines"
-        ) from None
+    text = read_text(path)
     lines: list[InputLine] = []
     for number, content in enumerate(text.split("\n"), 1):
         if content.strip() and (limit is None or len(lines) < limit):

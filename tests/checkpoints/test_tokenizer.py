@@ -321,10 +321,10 @@ def write_bad(folder: Path, files: dict[str, bytes]) -> None:
         ({"vocab.json": b"{}"}, "holds no tokenizer"),  # a vocabulary without merges
         ({"tokenizer.json": b"{}"}, "is not a readable tokenizer.json"),
         ({"vocab.json": b"{", "merges.txt": b""}, "vocab.json is not JSON"),
-        ({"vocab.json": b"[]", "merges.txt": b""}, "holds a list; expected a JSON object"),
+        ({"vocab.json": b"[]", "merges.txt": b""}, "holds a list, expected a JSON object"),
         ({"vocab.json": b'{"a": 0}', "merges.txt": b"x y\n"}, "do not make a byte-level BPE"),
         ({"vocab.txt": b"[PAD]\nhello\n"}, r"no \[UNK\] among its 2 lines"),
-        ({"vocab.txt": b"[UNK]\ncaf\xe9\n"}, "vocab.txt is not UTF-8"),
+        ({"vocab.txt": b"[UNK]\ncaf\xe9\n"}, "vocab.txt, line 2 is not UTF-8"),
         ({"bert-a-vocab.txt": b"", "bert-b-vocab.txt": b""}, "several vocabularies"),
     ],
 )

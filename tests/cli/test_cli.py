@@ -181,8 +181,8 @@ def test_an_unknown_target_is_named(run, cloze):
     [
         ('{"tokens": [1]}\n{"tokens": "1"}\n', "line 2: tokens must be a list of integers"),
         ('{"tokens": [1]}\n\n{"tokens": [1, 256]}\n', "line 3 holds token id 256"),
-        ("", "holds no lines"),
-        (None, "bad.jsonl does not exist; give --input"),
+        ("\n", "holds no lines"),
+        (None, "bad.jsonl does not exist; give"),
     ],
 )
 def test_lines_that_cannot_be_scored_are_named(run, folder, tmp_path, content, message):

@@ -16,13 +16,13 @@ def read(data: str | Path | None) -> RawData:
     return read_data(data, column="text", default=HUB)
 
 
-def test_a_file_comes_back_byte_for_byte(tmp_path):
+def test_a_file_comes_back_byte_for_byte_and_as_lines(tmp_path):
     path = tmp_path / "file.txt"
     path.write_bytes("a \r\n\u2028 caf\u00e9\n".encode())
     raw = read(str(path))
     assert (raw.path, raw.rows) == (str(path), None)
     assert raw.content == path.read_bytes()
-    assert raw.text() == "a \r\n\u2028 caf\u00e9\n"
+    assert raw.text() == "a \n\u2028 caf\u00e9\n"
 
 
 @pytest.mark.parametrize("content", [b"", b" \n \n"])

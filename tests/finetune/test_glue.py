@@ -123,7 +123,7 @@ def test_a_damaged_row_of_mnli_is_named(tmp_path, row, message):
     [
         (Mnli, [["a", "b"], ["c", "d"]], "a header of 2 columns; MNLI's have 10"),
         (Mnli, [MNLI_TRAIN], "holds no rows; expected a header and rows of MNLI"),
-        (Mnli, [], "holds no rows"),
+        (Mnli, [], "holds no rows|is empty"),
         (Qqp, [["a", "b"], ["c", "d"]], "a header of 2 columns; QQP's have 6"),
         (
             Qqp,

@@ -58,7 +58,7 @@ def test_predictions_come_back(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no predictions of mlm-eval"),
+        ("", "is empty"),
         ('{"a": 1}\n', "holds no predictions of mlm-eval"),
         ("[]\n", "holds no predictions of mlm-eval"),
         ("{\n", "p.jsonl, line 1 is not JSON"),

@@ -66,7 +66,7 @@ def test_documents_of_text_and_json_lines(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("none.txt", None, "none.txt cannot be read"),
+        ("none.txt", None, "none.txt does not exist"),
         ("empty.txt", b" \n", "empty.txt holds no text"),
         ("latin.txt", b"caf\xe9", r"latin.txt, line 1 is not UTF-8 text \(byte 0xe9\)"),
         ("bad.jsonl", b'{"text": "a"}\n{"txt": 1}\n', "bad.jsonl, line 2: expected a JSON object"),

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
+from mlm_eval.checkpoints.files.text_file import read_text
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.engine.score import Request, Scores
 from mlm_eval.options import option
 from mlm_eval.planning.plan import Passes, Workload
 from mlm_eval.reporting.results import Result
 from mlm_eval.reporting.tables import Column
-from mlm_eval.tasks.data.text import read_text, sha256
+from mlm_eval.tasks.data.text import sha256
 from mlm_eval.tasks.zero_shot.benchmark import DataOption, PaperFigure, Work, ZeroShot
 
 

@@ -861,7 +861,8 @@ def test_a_file_cut_off_anywhere(form: str, tmp_path: Path):
             read_torch_file(cut)
         message = str(caught.value)
         assert str(cut) in message
-        assert "copy the file again" in message or "expected a Megatron model file" in message
+        again = ("copy the file again", "download the file itself again", "expected a Megatron")
+        assert any(part in message for part in again), message
 
 
 def mutations(data: bytes, count: int, seed: int) -> Iterator[bytes]:
@@ -960,7 +961,7 @@ def test_files_of_other_kinds_are_refused_by_name(tmp_path: Path):
     refused("is a folder where a file was expected")
     path.rmdir()
     path.write_bytes(b"")
-    refused(f"is empty; {expected}")
+    refused("is empty; download the file itself again")
     path.write_bytes(b"some text")
     refused(f"was not written by torch.save; {expected}")
     path.write_bytes(code)

@@ -282,7 +282,7 @@ def test_damaged_folders_end_in_one_sentence(saved: Path, tmp_path: Path) -> Non
     with pytest.raises(InputError, match="cut off, damaged .*file not fully covered"):
         read_folder(folder)
     shards[0].write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1234\n")
-    with pytest.raises(InputError, match="no safetensors file .header too large"):
+    with pytest.raises(InputError, match="is a Git LFS pointer, .*git lfs pull"):
         read_folder(folder)
     shards[0].write_bytes(data.replace(b'"F32"', b'"F3X"'))
     with pytest.raises(InputError, match="damaged .*unknown variant `F3X`"):
@@ -306,7 +306,7 @@ def test_damaged_folders_end_in_one_sentence(saved: Path, tmp_path: Path) -> Non
     with pytest.raises(InputError, match="no weights: expected model.safetensors"):
         read_folder(folder)
     (folder / "config.json").write_text("[1, 2")
-    with pytest.raises(InputError, match="config.json is not valid JSON"):
+    with pytest.raises(InputError, match="config.json is not JSON"):
         read_folder(folder)
 
 
