@@ -42,8 +42,12 @@ from mlm_eval.model.gpt import GPT
 from mlm_eval.model.transformer import Context, rotary_tables
 
 TOLERANCE = 2e-4
-"""Largest difference of an output between right implementations in float32, as a share of the
-output's spread; a wrong GELU gives more than twice that."""
+"""Largest difference of a log-probability between right implementations in float32, as a share of
+the logits' spread; a wrong GELU gives five times that in small random models."""
+
+FEW = 0.25
+"""The same for heads of a few values and for states, as a share of the tolerance: no softmax adds
+up the errors of a whole vocabulary."""
 
 ROUNDING = 2.0**-20
 """The same as a share of the largest logit: what float32 leaves of sums as large as that."""
@@ -182,7 +186,8 @@ def compare(
             continue
         found = _gaps(a, b, log_probs=name == "logits")
         by_output[name], means[name] = found["largest"], found["mean"]
-        allowed[name] = max(tolerance * found["spread"], ROUNDING * found["height"], SMALLEST)
+        share = tolerance if name == "logits" else FEW * tolerance
+        allowed[name] = max(share * found["spread"], ROUNDING * found["height"], SMALLEST)
         if name == "logits":
             agreement = found["agreement"]
     worst = max(

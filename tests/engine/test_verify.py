@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.configs import BERT, GPT, LLAMA
 from support.paths import PROJECT
+from support.random_models import checkpoint
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.comparison import Comparison
+from mlm_eval.checkpoints.config import RopeScaling
 from mlm_eval.checkpoints.convert import convert
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import find_tokenizer
-from mlm_eval.engine.verify import TOLERANCE, compare, compare_checkpoints, verify_conversion
+from mlm_eval.engine import verify
+from mlm_eval.engine.plain_transformers import transformers_outputs
+from mlm_eval.engine.verify import (
+    TOLERANCE,
+    compare,
+    compare_checkpoints,
+    outputs,
+    probe,
+    verify_conversion,
+)
 
 SAMPLE = PROJECT / "checkpoints" / "samples" / "gpt"
 ORACLES = PROJECT / "tests" / "oracles"
@@ -98,7 +113,9 @@ def test_a_bert_with_two_gelus_is_refused_or_measured(tmp_path: Path) -> None:
         convert(bert, "hf", tmp_path / "exact")
     assert not (tmp_path / "exact").exists()
     done = convert(bert, "hf", tmp_path / "near", allow_approximate=True, compare=verify_conversion)
-    assert done.comparison is not None
+    assert done.comparison is not None and not done.comparison.same
+    assert done.comparison.verdict == "approximate, as allowed"
+    assert done.comparison.differences() == done.approximations
     assert 5e-4 < done.comparison.max_difference < 5e-3
     readme = (tmp_path / "near" / "README.md").read_text()
     assert f"{done.comparison.max_difference:.3g}" in readme
@@ -143,6 +160,62 @@ def test_a_conversion_without_verify_imports_no_model(tmp_path: Path) -> None:
         assert done.stdout.splitlines()[-1] == "imported:"
 
 
+def test_a_fault_far_from_the_probe_is_found_in_the_result(tmp_path: Path) -> None:
+    """A row of the input table that no token of the probe reads: the tensors are compared too."""
+    model = dataclasses.replace(
+        LLAMA, vocab_size=9_000, max_position_embeddings=4, num_layers=1, hidden_size=32
+    )
+    source = checkpoint(model)
+    row = next(iter(set(range(9_000)) - set(probe(model, 9_000)["tokens"].flatten().tolist())))
+
+    def compare_broken(source: Checkpoint, folder: Path, **expected: Any) -> Comparison:
+        weights = folder / "model.safetensors"
+        state = load_file(weights)
+        state["model.embed_tokens.weight"][row, 3] += 1.0
+        save_file(state, weights, metadata={"format": "pt"})
+        return verify_conversion(source, folder, **expected)
+
+    name = re.escape(f"embedding.word_embeddings.weight [{row}, 3]")
+    with pytest.raises(InputError, match=f"differs from its source by .*{name}.*not written"):
+        convert(source, "hf", tmp_path / "out", verify=True, compare=compare_broken)
+    assert list(tmp_path.iterdir()) == []
+
+
+SPREAD = {
+    "gpt2": GPT,
+    "llama": dataclasses.replace(LLAMA, rope_scaling=RopeScaling(2.0, 1.0, 4.0, 16)),
+    "neox": dataclasses.replace(GPT, position_embedding_type="rope", rotary_percent=0.5),
+    "bert": dataclasses.replace(BERT, apply_residual_connection_post_layernorm=True),
+    "megatron-bert": BERT,
+    "bert-model": dataclasses.replace(BERT, lm_head=False, binary_head=False),
+    "choices": dataclasses.replace(BERT, lm_head=False, binary_head=False, multichoice_head=True),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", SPREAD)
+@pytest.mark.parametrize("fits", [True, False])
+def test_transformers_computes_the_same_up_to_the_last_position(
+    kind: str, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the positions of the probe have gaps, because not all of them fit."""
+    model = dataclasses.replace(SPREAD[kind], max_position_embeddings=64)
+    if not fits:
+        monkeypatch.setattr(verify, "PROBE_POSITIONS", 9)
+    inputs = probe(model, model.vocab_size)
+    assert ("positions" in inputs) == (not fits)
+    source = checkpoint(model)
+    convert(source, "hf", tmp_path / "hf")
+    theirs = transformers_outputs(tmp_path / "hf", inputs)
+    found = compare(outputs(source, inputs), theirs, inputs)
+    assert found.same and found.last_position == 63
+    assert found.tokens == int(inputs.get("padding_mask", torch.ones_like(inputs["tokens"])).sum())
+    # The last position decides: without it the same tokens give something else.
+    if not fits:
+        ours = outputs(source, {**inputs, "positions": torch.arange(9)})
+        assert not compare(ours, theirs, inputs).same
+
+
 def test_models_of_two_kinds_are_not_compared(sample: Checkpoint) -> None:
     with pytest.raises(InputError, match="GPT model and .* BERT model"):
         compare_checkpoints(sample, open_checkpoint(ORACLES / "v25_bert_tp2_fusedgelu"))
@@ -155,10 +228,54 @@ def test_not_a_number_is_a_difference() -> None:
     assert not compare(ours, theirs, inputs).same
 
 
-def test_padding_rows_of_a_vocabulary_do_not_count() -> None:
+def test_logits_are_compared_over_the_rows_that_the_verdict_is_about() -> None:
     inputs = {"tokens": torch.zeros(1, 2, dtype=torch.int64)}
     logits = torch.randn(1, 2, 6)
-    assert compare({"logits": logits}, {"logits": logits[..., :4]}, inputs).max_difference == 0.0
+    other = torch.cat([logits[..., :4], torch.randn(1, 2, 2)], -1)
+    assert compare({"logits": logits}, {"logits": other}, inputs, entries=4).max_difference == 0.0
+    assert not compare({"logits": logits}, {"logits": other}, inputs).same
+    fewer = compare({"logits": logits}, {"logits": logits[..., :4]}, inputs)
+    assert fewer.max_difference == 0.0
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e3])
+def test_what_passes_is_relative_to_the_spread_of_the_outputs(scale: float) -> None:
+    """Small weights give small logits: an absolute limit would pass everything."""
+    draws = torch.Generator().manual_seed(3)
+    inputs = {"tokens": torch.zeros(2, 8, dtype=torch.int64)}
+    logits = torch.randn(2, 8, 50, generator=draws) * scale
+    noise = torch.randn(2, 8, 50, generator=draws) * scale
+    for name in ("logits", "states"):
+        assert compare({name: logits}, {name: logits + 1e-5 * noise}, inputs).same
+        assert not compare({name: logits}, {name: logits + 1e-3 * noise}, inputs).same
+
+
+def test_outputs_that_one_side_alone_gives_are_a_difference() -> None:
+    inputs = {"tokens": torch.zeros(1, 2, dtype=torch.int64)}
+    states, head = {"states": torch.randn(1, 2, 4)}, {"binary_head": torch.randn(1, 2)}
+    found = compare(states | head, states, inputs)
+    assert found.max_difference == 0.0 and not found.same
+    assert found.differences() == ["only --ckpt gives binary_head"]
+    assert compare(states, head, inputs).differences() == [
+        "only --ckpt gives states",
+        "only --against gives binary_head",
+    ]
+
+
+def test_the_probe_reaches_the_last_position_and_takes_each_id_once() -> None:
+    for model, rows in ((GPT, 2), (BERT, 2)):
+        inputs = probe(model, model.vocab_size)
+        assert inputs["tokens"].shape == (rows, model.max_position_embeddings)
+        assert inputs["tokens"].unique().numel() == min(inputs["tokens"].numel(), model.vocab_size)
+    long = dataclasses.replace(LLAMA, max_position_embeddings=131_072, vocab_size=128_256)
+    inputs = probe(long, long.vocab_size)
+    assert inputs["tokens"].numel() * 4 * long.vocab_size <= verify.PROBE_BYTES
+    assert inputs["tokens"].unique().numel() == inputs["tokens"].numel()
+    positions = inputs["positions"]
+    assert (int(positions[0]), int(positions[-1])) == (0, 131_071)
+    assert bool((positions.diff() > 0).all())
+    gpt2 = dataclasses.replace(GPT, max_position_embeddings=1024, vocab_size=50_257)
+    assert probe(gpt2, gpt2.vocab_size)["tokens"].shape == (1, 1024)
 
 
 def test_unknown_options_of_a_conversion(sample: Checkpoint, tmp_path: Path) -> None:
