@@ -14,9 +14,16 @@ from mlm_eval.checkpoints.config import (
     is_of_kind,
 )
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.huggingface.families import QUANTIZED, Family
+from mlm_eval.checkpoints.huggingface.families import Family
+from mlm_eval.checkpoints.huggingface.fields import Use
 
 DEFAULT = "transformers' default"
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+"""Kinds of rotary positions, and the settings without which transformers does not load them."""
 ROTARY_KEYS = (
     "rope_type",
     "type",
@@ -45,21 +52,35 @@ class HubConfigReader(ConfigBuilder):
     """Collects the settings of config.json."""
 
     hf: Mapping[str, Any] = field(default_factory=dict)
+    family: Family = field(kw_only=True)
     switches: dict[str, bool] = field(default_factory=dict)
     """config.json's keys that say which modules have biases."""
 
-    def get(self, key: str, kind: str, default: Any, within: str | None = None) -> tuple[Any, str]:
-        """Return a value of config.json (of its part `within`), checked, and its source."""
-        part = self.hf if within is None else self.hf.get(within) or {}
-        value = part.get(key)
-        if value is None:
-            return default, DEFAULT
+    def look(self, key: str, kind: str) -> tuple[Any, str]:
+        """Return the value of a key of the family's table, checked, and its source."""
+        row = self.family.table[key]
+        for name in (*row.aliases, row.key):
+            if name in self.hf:
+                value = self.hf[name]
+                if value is None and row.use is Use.TRAINING:
+                    break
+                if value is not None or not row.nullable:
+                    value = self.checked(name, value, kind)
+                return value, f"config.json {name}"
+        return row.default, DEFAULT
+
+    def checked(self, key: str, value: Any, kind: str) -> Any:
+        """Return a value of config.json, if it is of its kind.
+
+        Raises:
+            InputError: It is not.
+        """
         if not is_of_kind(value, kind):
             raise InputError(
                 f"{self.where}: {key} is {value!r}, expected a value of type {kind}; correct the "
                 "file"
             )
-        return (float(value) if kind == "float" else value), f"config.json {key}"
+        return float(value) if kind == "float" else value
 
 
 def read_config(
@@ -83,24 +104,18 @@ def read_config(
         InputError: A setting is missing or of the wrong type, or changes the mathematics in a way
             that is not implemented.
     """
-    for refusal in (QUANTIZED, *family.refusals):
-        value = hf.get(refusal.key, refusal.default)
-        if value not in refusal.harmless:
-            raise InputError(
-                f"{where} describes a model with {refusal.what} ({refusal.key} is {value!r}), "
-                "which mlm-eval does not compute"
-            )
-    r = HubConfigReader(overrides, where, hf=hf)
+    r = HubConfigReader(overrides, where, hf=hf, family=family)
+    _refuse(r)
+    _list_unknown(r)
     r.set("family", family.kind, "config.json model_type")
     r.set("vocab_size", found.vocab_size, "weights")
     r.set("params_dtype", found.params_dtype, "weights")
     for name, value in family.constants.items():
         r.set(name, value, f"every {family.model_type} model")
     _sizes(r, family)
-    _window(r, family)
-    r.switches = {
-        key: bool(r.get(key, "bool", default)[0]) for key, default in family.switches.items()
-    }
+    if family.kind == "gpt":
+        _window(r, family)
+    r.switches = {key: bool(r.look(key, "bool")[0]) for key in family.switches}
     for name, value in bias_settings(family, r.switches).items():
         r.set(name, value, "config.json")
     _activation(r, family)
@@ -108,7 +123,7 @@ def read_config(
         _rotary(r, family)
     for name, value in found.heads.items():
         r.set(name, value, "weights")
-    tied, source = r.get("tie_word_embeddings", "bool", family.tied)
+    tied, source = r.look("tie_word_embeddings", "bool")
     if found.untied:
         tied, source = False, "weights"
     if family.kind == "bert" and not tied:
@@ -135,9 +150,44 @@ def bias_settings(family: Family, switches: Mapping[str, bool]) -> dict[str, boo
     }
 
 
+def _refuse(r: HubConfigReader) -> None:
+    """Refuse what changes the function and is not computed."""
+    for key, row in r.family.table.items():
+        value = r.hf.get(key, row.default)
+        if row.use is Use.REFUSED and value not in row.harmless:
+            raise InputError(
+                f"{r.where} describes a model with {row.reason} ({key} is {value!r}), "
+                "which mlm-eval does not compute"
+            )
+
+
+def _list_unknown(r: HubConfigReader) -> None:
+    """Warn of keys that stand in no table, and of classes that are not the family's."""
+    unknown = sorted(set(r.hf) - set(r.family.table))
+    if unknown:
+        r.warnings.append(
+            f"config.json has {len(unknown)} key(s) that transformers does not read for "
+            f"{r.family.model_type} models, nor mlm-eval: {', '.join(unknown)}; if the model was "
+            "trained with code of its own that reads them, it may be another model"
+        )
+    if r.hf.get("auto_map"):
+        r.warnings.append(
+            "config.json names code of the model's own (auto_map), which is not run: mlm-eval "
+            f"computes transformers' {r.family.model_type} model"
+        )
+    stated = r.hf.get("architectures")
+    classes = [str(name) for name in stated] if isinstance(stated, list) else []
+    if classes and not set(map(str.lower, classes)) & r.family.classes:
+        r.warnings.append(
+            f"config.json names the class {classes[0]}, which is none of transformers' "
+            f"{r.family.model_type} classes; mlm-eval computes what those compute"
+        )
+
+
 def _sizes(r: HubConfigReader, family: Family) -> None:
-    for entry in family.fields:
-        r.set(entry.setting, *r.get(entry.key, SETTING_KINDS[entry.setting], entry.default))
+    for row in family.fields:
+        if row.setting and not row.codes:
+            r.set(row.setting, *r.look(row.key, SETTING_KINDS[row.setting]))
     hidden, heads = r.values["hidden_size"], r.values["num_attention_heads"]
     if r.values.get("num_query_groups") is None:
         r.set("num_query_groups", heads, "one per attention head")
@@ -148,27 +198,54 @@ def _sizes(r: HubConfigReader, family: Family) -> None:
                 "correct the file"
             )
         r.set("kv_channels", hidden // heads, "hidden size / heads")
+        if "head_dim" in family.table:
+            _agrees(r, "head_dim", "int", r.values["kv_channels"], "hidden size / heads")
     if r.values["ffn_hidden_size"] is None:
         r.set("ffn_hidden_size", 4 * hidden, f"{DEFAULT}: 4 x hidden size")
     if r.values["max_position_embeddings"] < 1:
         raise InputError(f"{r.where}: max_position_embeddings must be at least 1; correct the file")
 
 
+def _agrees(r: HubConfigReader, key: str, kind: str, value: Any, source: str) -> None:
+    """Refuse a key that says again what another says, but something else."""
+    stated = r.hf.get(key)
+    if stated is not None and r.checked(key, stated, kind) != value:
+        raise InputError(
+            f"{r.where}: {key} is {stated!r}, but {source} is {value!r}; {r.family.model_type} "
+            "models have one value for both, correct the file"
+        )
+
+
 def _window(r: HubConfigReader, family: Family) -> None:
     """Limit the positions to the sliding window: up to there a window changes nothing."""
-    window = r.hf.get("sliding_window", family.sliding_window)
-    if family.model_type in ("qwen2", "qwen3") or window is None:
-        return  # these have a switch of their own, refused where it is on
-    window, _ = r.get("sliding_window", "int", family.sliding_window)
+    window, source = r.look("sliding_window", "int")
+    layers = r.values["num_layers"]
+    windowed = window is not None
+    if "use_sliding_window" in family.table:
+        used, source = r.look("use_sliding_window", "bool")
+        window = window if used else None
+        windowed = window is not None and r.look("max_window_layers", "int")[0] < layers
+    types = r.hf.get("layer_types")
+    if types is not None:
+        known = {"full_attention", "attention", *(["sliding_attention"] if window else [])}
+        if not isinstance(types, list) or len(types) != layers or not set(types) <= known:
+            raise InputError(
+                f"{r.where}: layer_types is {types!r}, expected {layers} of "
+                f"{', '.join(sorted(known))}; mlm-eval does not compute other layers"
+            )
+        if "use_sliding_window" in family.table:  # elsewhere transformers does not ask
+            windowed = "sliding_attention" in types
     positions = r.values["max_position_embeddings"]
-    if positions <= window:
+    if not windowed or window is None or positions <= window:
         return
+    if window < 1:
+        raise InputError(f"{r.where}: sliding_window is {window}, expected at least 1 position")
     if "max_position_embeddings" in r.overrides:
         raise InputError(
             f"{r.where}: attention is limited to a window of {window} positions, which mlm-eval "
             f"computes only up to that length; use --set max_position_embeddings={window} or less"
         )
-    r.set("max_position_embeddings", window, "config.json sliding_window")
+    r.set("max_position_embeddings", window, source)
     r.warnings.append(
         f"the model attends within a sliding window of {window} positions; it is used up to that "
         f"length, where the window changes nothing, and not up to {positions}"
@@ -176,66 +253,77 @@ def _window(r: HubConfigReader, family: Family) -> None:
 
 
 def _activation(r: HubConfigReader, family: Family) -> None:
-    key = family.activation_key
-    name, source = r.get(key, "str", family.activation)
-    if name not in family.activations and "activation" not in r.overrides:
+    key, codes = family.activation.key, family.activation.codes
+    name, source = r.look(key, "str")
+    if name not in codes and "activation" not in r.overrides:
         raise InputError(
             f"{r.where}: {key} {name!r} is not supported for {family.model_type}; known are "
-            f"{', '.join(family.activations)}"
+            f"{', '.join(codes)}"
         )
-    activation = r.set("activation", family.activations.get(name), f"{source} {name}".strip())
+    activation = r.set("activation", codes.get(name), f"{source} {name}")
     if family.kind == "bert":  # transformers has one activation for the MLP and the LM head
         r.set("head_activation", activation, f"{source} {name}")
 
 
 def _rotary(r: HubConfigReader, family: Family) -> None:
-    # rope_parameters is transformers 5's name; rope_theta and rope_scaling are older, and win.
+    """Read the rotary settings, in the order of transformers' `convert_rope_params_to_dict`."""
+    # rope_parameters is transformers 5's name; the older rope_scaling wins where there is one.
     within = "rope_scaling" if r.hf.get("rope_scaling") else "rope_parameters"
     part = r.hf.get(within) or {}
     if not isinstance(part, dict):
         raise InputError(f"{r.where}: {within} is {part!r}, expected an object; correct the file")
-    unknown = sorted(key for key, value in part.items() if key not in ROTARY_KEYS and value)
+    part = {key: value for key, value in part.items() if value is not None}
+    unknown = sorted(key for key in part if key not in ROTARY_KEYS and part[key])
     if unknown:
         raise InputError(
             f"{r.where}: the rotary setting {unknown[0]} (in {within}) is not supported; known are "
             f"{', '.join(ROTARY_KEYS)}"
         )
-    old_base, old_share = family.old_rotary_keys
 
     def lookup(key: str, old_key: str, default: float) -> tuple[float, str]:
-        value, source = r.get(key, "float", None, within)
-        return (value, source) if value is not None else r.get(old_key, "float", default)
+        value, source = default, DEFAULT
+        if key in part:
+            value, source = r.checked(key, part[key], "float"), f"config.json {within} {key}"
+        elif r.hf.get(old_key) is not None:
+            value = r.checked(old_key, r.hf[old_key], "float")
+            source = f"config.json {old_key}"
+        if key != old_key:  # a copy, which transformers 5 does not read
+            _agrees(r, key, "float", value, old_key)
+        return value, source
 
-    r.set("rotary_base", *lookup("rope_theta", old_base, 10000.0))
-    share, source = lookup("partial_rotary_factor", old_share, family.partial_rotary or 1.0)
+    base_key, share_key = family.rotary_keys
+    r.set("rotary_base", *lookup("rope_theta", base_key, 10000.0))
+    share, source = lookup("partial_rotary_factor", share_key, family.partial_rotary or 1.0)
     if share != 1.0 and family.partial_rotary is None:
         raise InputError(
             f"{r.where}: partial_rotary_factor is {share}, but {family.model_type} models rotate "
             "all channels; correct the file"
         )
     r.set("rotary_percent", share, source)
-    kind, source = r.get("rope_type", "str", None, within)
-    if kind is None:
-        kind, source = r.get("type", "str", "default", within)
-    if kind == "linear":
-        factor, source = r.get("factor", "float", 1.0, within)
-        r.set("rotary_seq_len_interpolation_factor", factor, f"config.json {within}")
-    elif kind == "llama3":
-        positions = r.values["max_position_embeddings"]
-        scaling = RopeScaling(
-            factor=r.get("factor", "float", 8.0, within)[0],
-            low_freq_factor=r.get("low_freq_factor", "float", 1.0, within)[0],
-            high_freq_factor=r.get("high_freq_factor", "float", 4.0, within)[0],
-            original_max_position=r.get(
-                "original_max_position_embeddings", "int", positions, within
-            )[0],
-        )
-        r.set("rope_scaling", scaling, f"config.json {within}")
-    elif kind != "default":
+    kind = part.get("rope_type", part.get("type", "default"))
+    if kind not in ROPE_TYPES:
         raise InputError(
             f"{r.where}: rotary positions of type {kind!r} ({within}) are not supported; "
-            "known are default, linear and llama3"
+            f"known are {', '.join(ROPE_TYPES)}"
         )
+    numbers = {}
+    for key in ROPE_TYPES[kind]:
+        if key not in part:
+            raise InputError(
+                f"{r.where}: {within} is of type {kind} but has no {key}, which transformers needs "
+                "too; correct the file"
+            )
+        numbers[key] = r.checked(key, part[key], "float")
+    if kind == "linear":
+        r.set("rotary_seq_len_interpolation_factor", numbers["factor"], f"config.json {within}")
+    elif kind == "llama3":
+        original = "original_max_position_embeddings"
+        # The top level wins over rope_scaling; and it is the file's own length that stands in,
+        # not one that a window or --set has shortened.
+        positions, _ = r.look("max_position_embeddings", "int")
+        positions = r.checked(original, r.hf.get(original, part.get(original, positions)), "int")
+        scaling = RopeScaling(**numbers, original_max_position=positions)
+        r.set("rope_scaling", scaling, f"config.json {within}")
 
 
 def write_config(
@@ -247,18 +335,23 @@ def write_config(
         "model_type": family.model_type,
         "vocab_size": config.vocab_size,
     }
-    for entry in family.fields:
-        value = getattr(config, entry.setting)
-        hf[entry.key] = float(value) if SETTING_KINDS[entry.setting] == "float" else value
-    names = {ours: theirs for theirs, ours in reversed(list(family.activations.items()))}
-    hf[family.activation_key] = names[config.activation]
+    for row in family.fields:
+        if row.codes:
+            names = {ours: theirs for theirs, ours in reversed(list(row.codes.items()))}
+            hf[row.key] = names[config.activation]
+        elif row.setting:
+            value = getattr(config, row.setting)
+            hf[row.key] = float(value) if SETTING_KINDS[row.setting] == "float" else value
+        elif row.use is Use.REFUSED:
+            hf[row.key] = row.harmless[0]
     hf.update(switches)
     hf["tie_word_embeddings"] = not config.untie_embeddings_and_output_weights
-    for refusal in family.refusals:
-        if refusal.default not in refusal.harmless:
-            hf[refusal.key] = refusal.harmless[0]
-    if family.sliding_window is not None:
+    keys = {row.key for row in family.fields}
+    if "sliding_window" in keys:
         hf["sliding_window"] = None
+    if "use_sliding_window" in keys:
+        hf["use_sliding_window"] = False
+        hf["max_window_layers"] = config.num_layers
     if config.rotary:
         hf.update(_write_rotary(config, family))
     if config.num_classes:
@@ -285,7 +378,7 @@ def _write_rotary(config: ModelConfig, family: Family) -> dict[str, Any]:
         scaling = {"rope_type": "linear", "factor": factor}
     base, share = float(config.rotary_base), float(config.rotary_percent)
     parameters = {"rope_type": "default", "rope_theta": base, **scaling}
-    old_base, old_share = family.old_rotary_keys
+    old_base, old_share = family.rotary_keys
     hf: dict[str, Any] = {"rope_parameters": parameters, old_base: base}
     if family.partial_rotary is not None:
         parameters["partial_rotary_factor"] = hf[old_share] = share

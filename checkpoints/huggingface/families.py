@@ -2,8 +2,8 @@
 
 A `Row` pairs a canonical module with its Hugging Face modules; `{i}` runs over the layers, `{i-1}`
 is the layer before and `{last}` the last one (BERT's original order has a norm after each layer
-where Megatron has it before the next one). A `Field` pairs a setting with its key in config.json
-and the value that transformers takes where the key is absent.
+where Megatron has it before the next one). `fields` says of each key of config.json what it does
+(see `fields.Field`), with the value that transformers takes where the key is absent.
 
 Source: the modeling and configuration files of transformers 5.23.
 """
@@ -15,8 +15,21 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+from mlm_eval.checkpoints.huggingface.fields import (
+    CAUSAL_FIELDS,
+    COMMON_FIELDS,
+    ROTARY_FIELDS,
+    Field,
+    Use,
+    bias_field,
+    other_fields,
+    read_field,
+    refused_field,
+    setting_field,
+)
 from mlm_eval.checkpoints.huggingface.layout import (
     CONV1D,
     CONV1D_QKV,
@@ -57,23 +70,18 @@ class Row:
         return switches[self.bias] if isinstance(self.bias, str) else self.bias
 
 
-@dataclass(frozen=True)
-class Field:
-    """One setting of both sides: ModelConfig's name, config.json's, and transformers' default."""
-
-    setting: str
-    key: str
-    default: Any
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A key of config.json that changes the mathematics, but for its harmless values."""
-
-    key: str
-    harmless: tuple[Any, ...]
-    what: str
-    default: Any = None
+BERT_ENDS = (
+    "Model",
+    "LMHeadModel",
+    "ForCausalLM",
+    "ForPreTraining",
+    "ForMaskedLM",
+    "ForNextSentencePrediction",
+    "ForSequenceClassification",
+    "ForMultipleChoice",
+    "ForQuestionAnswering",
+)
+"""What the names of BERT's classes end with."""
 
 
 @dataclass(frozen=True)
@@ -89,24 +97,37 @@ class Family:
     """ModelConfig.family."""
     prefix: str = "model."
     """What the base model's names begin with, in a model with a head."""
-    activations: Mapping[str, str] = field(default_factory=lambda: dict(GATED))
-    activation: str = "silu"
-    """transformers' default."""
-    activation_key: str = "hidden_act"
-    tied: bool = False
-    """transformers' default of tie_word_embeddings."""
+    shared: tuple[Field, ...] = (*CAUSAL_FIELDS, *ROTARY_FIELDS)
+    """Keys that many families read alike; `fields` wins."""
     constants: Mapping[str, Any] = field(default_factory=dict)
     """ModelConfig settings that every model of the family has."""
-    switches: Mapping[str, bool] = field(default_factory=dict)
-    """Keys of config.json that rows name as their `bias`, with transformers' defaults."""
-    refusals: tuple[Refusal, ...] = ()
-    """Besides quantized weights, which no family has here."""
     partial_rotary: float | None = None
     """transformers' default share of rotated channels; None where all are."""
-    old_rotary_keys: tuple[str, str] = ("rope_theta", "partial_rotary_factor")
+    rotary_keys: tuple[str, str] = ("rope_theta", "partial_rotary_factor")
     """Base and share of rotated channels before transformers 5."""
-    sliding_window: int | None = None
-    """transformers' default of sliding_window."""
+
+    @cached_property
+    def table(self) -> dict[str, Field]:
+        """Every known key of config.json, aliases included."""
+        rows = (*self.shared, *self.fields)
+        return {key: row for row in rows for key in (row.key, *row.aliases)}
+
+    @cached_property
+    def activation(self) -> Field:
+        """The key that names the activation."""
+        return next(row for row in self.fields if row.setting == "activation")
+
+    @cached_property
+    def classes(self) -> set[str]:
+        """Names of the classes whose function is read, in small letters."""
+        stem = self.model_class.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+        ends = ("Model", "ForCausalLM", "LMHeadModel") if self.kind == "gpt" else BERT_ENDS
+        return {f"{stem}{end}".lower() for end in ends}
+
+    @cached_property
+    def switches(self) -> tuple[str, ...]:
+        """Keys of config.json that rows name as their `bias`."""
+        return tuple(row.key for row in self.fields if row.switch)
 
 
 IGNORED_TENSORS = re.compile(
@@ -114,9 +135,14 @@ IGNORED_TENSORS = re.compile(
 )
 """Buffers that older versions of transformers stored: causal masks, rotary tables, positions."""
 
-QUANTIZED = Refusal("quantization_config", (None,), "quantized weights")
-NO_WINDOW = Refusal("use_sliding_window", (False,), "sliding windows", False)
 PARALLEL = "attention and MLP side by side (a parallel residual)"
+
+VOCAB_SIZE = read_field("vocab_size", "must be the embeddings' number of rows")
+
+
+def _tied(default: bool) -> Field:
+    return read_field("tie_word_embeddings", "whether the output table is the input's", default)
+
 
 _LAYER = "decoder.layers.{i}"
 _ATTENTION = f"{_LAYER}.self_attention"
@@ -125,26 +151,52 @@ GPT2 = Family(
     model_type="gpt2",
     model_class="GPT2LMHeadModel",
     prefix="transformer.",
-    tied=True,
-    activations=GELU,
-    activation="gelu_new",
-    activation_key="activation_function",
+    shared=CAUSAL_FIELDS,
     constants={"add_bias_linear": True, "add_qkv_bias": True},
     fields=(
-        Field("hidden_size", "n_embd", 768),
-        Field("num_layers", "n_layer", 12),
-        Field("num_attention_heads", "n_head", 12),
-        Field("ffn_hidden_size", "n_inner", None),
-        Field("max_position_embeddings", "n_positions", 1024),
-        Field("layernorm_epsilon", "layer_norm_epsilon", 1e-5),
-        Field("hidden_dropout", "resid_pdrop", 0.1),
-        Field("attention_dropout", "attn_pdrop", 0.1),
-        Field("init_method_std", "initializer_range", 0.02),
-    ),
-    refusals=(
-        Refusal("scale_attn_weights", (True,), "unscaled attention scores", True),
-        Refusal("scale_attn_by_inverse_layer_idx", (False,), "scores scaled by layer", False),
-        Refusal("add_cross_attention", (False,), "cross-attention", False),
+        VOCAB_SIZE,
+        setting_field("hidden_size", "n_embd", 768, alias="hidden_size"),
+        setting_field("num_layers", "n_layer", 12, alias="num_hidden_layers"),
+        setting_field("num_attention_heads", "n_head", 12, alias="num_attention_heads"),
+        setting_field("ffn_hidden_size", "n_inner", None, nullable=True),
+        setting_field("activation", "activation_function", "gelu_new", codes=GELU),
+        setting_field(
+            "max_position_embeddings", "n_positions", 1024, alias="max_position_embeddings"
+        ),
+        setting_field("layernorm_epsilon", "layer_norm_epsilon", 1e-5),
+        setting_field("hidden_dropout", "resid_pdrop", 0.1),
+        setting_field("attention_dropout", "attn_pdrop", 0.1),
+        setting_field("init_method_std", "initializer_range", 0.02),
+        _tied(True),
+        refused_field("scale_attn_weights", "unscaled attention scores", True, default=True),
+        refused_field(
+            "scale_attn_by_inverse_layer_idx", "scores scaled by layer", False, default=False
+        ),
+        refused_field("add_cross_attention", "cross-attention", False, default=False),
+        *other_fields(Use.NUMERICS, "the order of two products", "reorder_and_upcast_attn"),
+        *other_fields(
+            Use.TRAINING,
+            "dropout",
+            "embd_pdrop",
+            "hidden_dropout",
+            "summary_first_dropout",
+            "summary_last_dropout",
+        ),
+        *other_fields(
+            Use.METADATA,
+            "of GPT2DoubleHeadsModel's second head, whose tensors are refused",
+            "summary_type",
+            "summary_use_proj",
+            "summary_activation",
+            "summary_proj_to_labels",
+        ),
+        *other_fields(
+            Use.METADATA,
+            "of 2019; positions and tokens are told elsewhere",
+            "n_ctx",
+            "n_special",
+            "predict_special_tokens",
+        ),
     ),
     rows=(
         Row("embedding.word_embeddings", ("transformer.wte",), False),
@@ -160,16 +212,36 @@ GPT2 = Family(
     ),
 )
 
-_LLAMA_FIELDS = (
-    Field("hidden_size", "hidden_size", 4096),
-    Field("num_layers", "num_hidden_layers", 32),
-    Field("num_attention_heads", "num_attention_heads", 32),
-    Field("num_query_groups", "num_key_value_heads", None),
-    Field("ffn_hidden_size", "intermediate_size", 11008),
-    Field("max_position_embeddings", "max_position_embeddings", 2048),
-    Field("attention_dropout", "attention_dropout", 0.0),
-    Field("init_method_std", "initializer_range", 0.02),
-)
+
+def _llama_fields(
+    hidden: int,
+    layers: int,
+    heads: int,
+    groups: int | None,
+    ffn: int,
+    positions: int,
+    *,
+    std: float = 0.02,
+    tied: bool = False,
+    activation: str = "silu",
+    codes: Mapping[str, str] = GATED,
+) -> tuple[Field, ...]:
+    """Return the keys that Llama introduced and many families share, with their defaults."""
+    return (
+        VOCAB_SIZE,
+        setting_field("hidden_size", "hidden_size", hidden),
+        setting_field("num_layers", "num_hidden_layers", layers),
+        setting_field("num_attention_heads", "num_attention_heads", heads),
+        setting_field("num_query_groups", "num_key_value_heads", groups, nullable=True),
+        setting_field("ffn_hidden_size", "intermediate_size", ffn),
+        setting_field("activation", "hidden_act", activation, codes=codes),
+        setting_field("max_position_embeddings", "max_position_embeddings", positions),
+        setting_field("attention_dropout", "attention_dropout", 0.0),
+        setting_field("init_method_std", "initializer_range", std),
+        _tied(tied),
+        read_field("rope_theta", "the rotary base, where the rotary settings have none"),
+        read_field("partial_rotary_factor", "the share of rotated channels, alike"),
+    )
 
 
 def _llama_rows(
@@ -216,40 +288,68 @@ def _llama_rows(
 
 
 _RMS = {"normalization": "RMSNorm", "position_embedding_type": "rope", "hidden_dropout": 0.0}
-_HEAD_DIM = Field("kv_channels", "head_dim", None)
-_RMS_EPSILON = Field("layernorm_epsilon", "rms_norm_eps", 1e-6)
+_HEAD_DIM = setting_field("kv_channels", "head_dim", None, nullable=True)
+_RMS_EPSILON = setting_field("layernorm_epsilon", "rms_norm_eps", 1e-6)
+_WINDOW = read_field("sliding_window", "limits the positions, with a warning", 4096, nullable=True)
+_WINDOW_SWITCHES = (
+    _WINDOW,
+    read_field("use_sliding_window", "whether there is a sliding window", False),
+    read_field("max_window_layers", "layers from here on attend within the window", 28),
+)
 
 LLAMA = Family(
     model_type="llama",
     model_class="LlamaForCausalLM",
     constants=_RMS,
-    fields=(*_LLAMA_FIELDS, _HEAD_DIM, _RMS_EPSILON),
-    switches={"attention_bias": False, "mlp_bias": False},
+    fields=(
+        *_llama_fields(4096, 32, 32, None, 11008, 2048),
+        _HEAD_DIM,
+        _RMS_EPSILON,
+        bias_field("attention_bias", False),
+        bias_field("mlp_bias", False),
+        *other_fields(Use.NUMERICS, "the order of sums, in transformers 4", "pretraining_tp"),
+        *other_fields(
+            Use.METADATA, "of early conversions; no code reads it", "max_sequence_length"
+        ),
+    ),
     rows=_llama_rows("attention_bias", "attention_bias", "mlp_bias"),
 )
 MISTRAL = Family(
     model_type="mistral",
     model_class="MistralForCausalLM",
     constants=_RMS,
-    fields=LLAMA.fields,
+    fields=(
+        *_llama_fields(4096, 32, 32, 8, 14336, 131072),
+        _HEAD_DIM,
+        _RMS_EPSILON,
+        _WINDOW,
+    ),
     rows=_llama_rows(False),
-    sliding_window=4096,
 )
 QWEN2 = Family(
     model_type="qwen2",
     model_class="Qwen2ForCausalLM",
     constants=_RMS,
-    fields=LLAMA.fields,
-    refusals=(NO_WINDOW,),
+    fields=(
+        *_llama_fields(4096, 32, 32, 32, 22016, 32768),
+        _HEAD_DIM,
+        _RMS_EPSILON,
+        *_WINDOW_SWITCHES,
+        refused_field("use_mrope", "rotary positions in three parts", False, None, default=False),
+    ),
     rows=_llama_rows(True),
 )
 QWEN3 = Family(
     model_type="qwen3",
     model_class="Qwen3ForCausalLM",
     constants={**_RMS, "qk_layernorm": True},
-    fields=(*_LLAMA_FIELDS, Field("kv_channels", "head_dim", 128), _RMS_EPSILON),
-    switches={"attention_bias": False},
-    refusals=(NO_WINDOW,),
+    fields=(
+        *_llama_fields(4096, 32, 32, 32, 22016, 32768),
+        setting_field("kv_channels", "head_dim", 128),
+        _RMS_EPSILON,
+        bias_field("attention_bias", False),
+        *_WINDOW_SWITCHES,
+    ),
     rows=_llama_rows("attention_bias", "attention_bias", qk_norm=True),
 )
 _LAYER_NORM_ROPE = {"normalization": "LayerNorm", "position_embedding_type": "rope"}
@@ -258,14 +358,12 @@ STABLELM = Family(
     model_class="StableLmForCausalLM",
     constants=_LAYER_NORM_ROPE,
     fields=(
-        *_LLAMA_FIELDS,
-        Field("layernorm_epsilon", "layer_norm_eps", 1e-5),
-        Field("hidden_dropout", "hidden_dropout", 0.0),
-    ),
-    switches={"use_qkv_bias": False},
-    refusals=(
-        Refusal("use_parallel_residual", (False,), PARALLEL, False),
-        Refusal("qk_layernorm", (False,), "a norm of its own for each head", False),
+        *_llama_fields(2560, 32, 32, 32, 6912, 4096),
+        setting_field("layernorm_epsilon", "layer_norm_eps", 1e-5),
+        setting_field("hidden_dropout", "hidden_dropout", 0.0),
+        bias_field("use_qkv_bias", False),
+        refused_field("use_parallel_residual", PARALLEL, False, default=False),
+        refused_field("qk_layernorm", "a norm of its own for each head", False, default=False),
     ),
     rows=_llama_rows("use_qkv_bias", norm_bias=True),
     partial_rotary=0.25,
@@ -273,16 +371,26 @@ STABLELM = Family(
 STARCODER2 = Family(
     model_type="starcoder2",
     model_class="Starcoder2ForCausalLM",
-    tied=True,
-    activations=GELU,
-    activation="gelu_pytorch_tanh",
     constants=_LAYER_NORM_ROPE,
     fields=(
-        *_LLAMA_FIELDS,
-        Field("layernorm_epsilon", "norm_epsilon", 1e-5),
-        Field("hidden_dropout", "residual_dropout", 0.0),
+        *_llama_fields(
+            3072,
+            30,
+            24,
+            2,
+            12288,
+            4096,
+            std=0.018042,
+            tied=True,
+            activation="gelu_pytorch_tanh",
+            codes=GELU,
+        ),
+        _HEAD_DIM,
+        setting_field("layernorm_epsilon", "norm_epsilon", 1e-5),
+        setting_field("hidden_dropout", "residual_dropout", 0.0),
+        bias_field("use_bias", True),
+        *other_fields(Use.TRAINING, "dropout", "embedding_dropout"),
     ),
-    switches={"use_bias": True},
     rows=_llama_rows(
         "use_bias", "use_bias", "use_bias", norm_bias=True, fc1=("c_fc",), fc2="c_proj"
     ),
@@ -291,24 +399,29 @@ GPT_NEOX = Family(
     model_type="gpt_neox",
     model_class="GPTNeoXForCausalLM",
     prefix="gpt_neox.",
-    activations=GELU,
-    activation="gelu",
     constants=_LAYER_NORM_ROPE,
     fields=(
-        Field("hidden_size", "hidden_size", 6144),
-        Field("num_layers", "num_hidden_layers", 44),
-        Field("num_attention_heads", "num_attention_heads", 64),
-        Field("ffn_hidden_size", "intermediate_size", 24576),
-        Field("max_position_embeddings", "max_position_embeddings", 2048),
-        Field("layernorm_epsilon", "layer_norm_eps", 1e-5),
-        Field("hidden_dropout", "hidden_dropout", 0.0),
-        Field("attention_dropout", "attention_dropout", 0.0),
-        Field("init_method_std", "initializer_range", 0.02),
+        VOCAB_SIZE,
+        setting_field("hidden_size", "hidden_size", 6144),
+        setting_field("num_layers", "num_hidden_layers", 44),
+        setting_field("num_attention_heads", "num_attention_heads", 64),
+        setting_field("ffn_hidden_size", "intermediate_size", 24576),
+        setting_field("activation", "hidden_act", "gelu", codes=GELU),
+        setting_field("max_position_embeddings", "max_position_embeddings", 2048),
+        setting_field("layernorm_epsilon", "layer_norm_eps", 1e-5),
+        setting_field("hidden_dropout", "hidden_dropout", 0.0),
+        setting_field("attention_dropout", "attention_dropout", 0.0),
+        setting_field("init_method_std", "initializer_range", 0.02),
+        _tied(False),
+        bias_field("attention_bias", True),
+        refused_field("use_parallel_residual", PARALLEL, False, default=True),
+        read_field("rotary_emb_base", "the rotary base, where the rotary settings have none"),
+        read_field("rotary_pct", "the share of rotated channels, alike"),
+        read_field("rope_theta", "transformers 4's copy of rotary_emb_base; must agree"),
+        read_field("partial_rotary_factor", "transformers 4's copy of rotary_pct; must agree"),
     ),
-    switches={"attention_bias": True},
-    refusals=(Refusal("use_parallel_residual", (False,), PARALLEL, True),),
     partial_rotary=0.25,
-    old_rotary_keys=("rotary_emb_base", "rotary_pct"),
+    rotary_keys=("rotary_emb_base", "rotary_pct"),
     rows=(
         Row("embedding.word_embeddings", ("gpt_neox.embed_in",), False),
         Row(f"{_LAYER}.input_layernorm", ("gpt_neox.layers.{i}.input_layernorm",)),
@@ -357,31 +470,51 @@ def _bert_rows(norms: Mapping[str, str]) -> tuple[Row, ...]:
     )
 
 
+def _bert_fields(hidden: int, layers: int, heads: int, ffn: int) -> tuple[Field, ...]:
+    """Return the keys of both orders, whose classes have defaults of their own."""
+    return (
+        VOCAB_SIZE,
+        setting_field("hidden_size", "hidden_size", hidden),
+        setting_field("num_layers", "num_hidden_layers", layers),
+        setting_field("num_attention_heads", "num_attention_heads", heads),
+        setting_field("ffn_hidden_size", "intermediate_size", ffn),
+        setting_field("activation", "hidden_act", "gelu", codes=GELU),
+        setting_field("max_position_embeddings", "max_position_embeddings", 512),
+        setting_field("num_tokentypes", "type_vocab_size", 2),
+        setting_field("layernorm_epsilon", "layer_norm_eps", 1e-12),
+        setting_field("hidden_dropout", "hidden_dropout_prob", 0.1),
+        setting_field("attention_dropout", "attention_probs_dropout_prob", 0.1),
+        setting_field("init_method_std", "initializer_range", 0.02),
+        _tied(True),
+        refused_field("is_decoder", "a causal mask (a decoder)", False, default=False),
+        refused_field("add_cross_attention", "cross-attention", False, default=False),
+        refused_field(
+            "position_embedding_type", "relative positions", "absolute", default="absolute"
+        ),
+        refused_field("is_causal", "a causal mask", False, None),
+        *other_fields(
+            Use.METADATA, "lets transformers round heads down, which is refused", "embedding_size"
+        ),
+        *other_fields(
+            Use.METADATA,
+            "of Google's multilingual files; no code of transformers reads it",
+            "directionality",
+            "pooler_fc_size",
+            "pooler_num_attention_heads",
+            "pooler_num_fc_layers",
+            "pooler_size_per_head",
+            "pooler_type",
+        ),
+    )
+
+
 MEGATRON_BERT = Family(
     model_type="megatron-bert",
     kind="bert",
     model_class="MegatronBert",
     prefix="bert.",
-    tied=True,
-    activations=GELU,
-    activation="gelu",
-    fields=(
-        Field("hidden_size", "hidden_size", 768),
-        Field("num_layers", "num_hidden_layers", 12),
-        Field("num_attention_heads", "num_attention_heads", 12),
-        Field("ffn_hidden_size", "intermediate_size", 3072),
-        Field("max_position_embeddings", "max_position_embeddings", 512),
-        Field("num_tokentypes", "type_vocab_size", 2),
-        Field("layernorm_epsilon", "layer_norm_eps", 1e-12),
-        Field("hidden_dropout", "hidden_dropout_prob", 0.1),
-        Field("attention_dropout", "attention_probs_dropout_prob", 0.1),
-        Field("init_method_std", "initializer_range", 0.02),
-    ),
-    refusals=(
-        Refusal("is_decoder", (False,), "a causal mask (a decoder)", False),
-        Refusal("add_cross_attention", (False,), "cross-attention", False),
-        Refusal("position_embedding_type", ("absolute",), "relative positions", "absolute"),
-    ),
+    shared=COMMON_FIELDS,
+    fields=_bert_fields(1024, 24, 16, 4096),
     rows=_bert_rows(
         {
             "encoder.layers.{i}.input_layernorm": "bert.encoder.layer.{i}.attention.ln",
@@ -394,6 +527,7 @@ ORIGINAL_BERT = dataclasses.replace(
     MEGATRON_BERT,
     model_type="bert",
     model_class="Bert",
+    fields=_bert_fields(768, 12, 12, 3072),
     constants={"apply_residual_connection_post_layernorm": True},
     rows=_bert_rows(
         {

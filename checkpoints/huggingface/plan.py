@@ -37,6 +37,7 @@ from mlm_eval.checkpoints.huggingface.families import (
     Family,
     entries,
 )
+from mlm_eval.checkpoints.huggingface.fields import DROPOUT_AND_INIT
 from mlm_eval.checkpoints.huggingface.folds import (
     is_gain,
     with_halved_rotary,
@@ -50,8 +51,6 @@ from mlm_eval.checkpoints.tokenizer import Tokenizer, check_entries
 from mlm_eval.checkpoints.vocabulary import with_rows
 
 WAY_OUT = "convert it --to megatron or --to torch_dist, which hold every model that mlm-eval reads"
-TRAINING_ONLY = ("hidden_dropout", "attention_dropout", "init_method_std")
-"""Settings that some families do not record; they change no result."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,7 @@ def choose_family(c: ModelConfig) -> Family:
         InputError: There is none.
     """
     family = _bert_family(c) if c.family == "bert" else _gpt_family(c)
-    if c.activation not in family.activations.values():
+    if c.activation not in family.activation.codes.values():
         raise _refused(
             f"a model with {c.activation} activations", f"{family.model_type} has none such"
         )
@@ -393,7 +392,7 @@ def _check_expressed(hf: Mapping[str, Any], family: Family, written: ModelConfig
     )
     back = read_config(hf, family, found=found, overrides={}, where="config.json").config
     for setting in dataclasses.fields(ModelConfig):
-        if setting.name in TRAINING_ONLY:
+        if setting.name in DROPOUT_AND_INIT:
             continue
         ours, theirs = getattr(written, setting.name), getattr(back, setting.name)
         if ours != theirs:

@@ -222,7 +222,7 @@ def _inspect(weights: Weights, family: Family, hf: Mapping[str, Any]) -> Found:
             f"{weights.folder / 'config.json'} says vocab_size {stated}, the embeddings have "
             f"{table.shape[0]} rows; files of two models may be mixed"
         )
-    tied = hf.get("tie_word_embeddings", family.tied)
+    tied = hf.get("tie_word_embeddings", family.table["tie_word_embeddings"].default)
     copy = weights.find(f"{names['output_layer']}.weight") if tied else None
     return Found(
         vocab_size=table.shape[0],

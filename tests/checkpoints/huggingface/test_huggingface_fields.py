@@ -1,0 +1,322 @@
+"""The tables of config.json's keys hold all that transformers' classes and code know."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import importlib
+import inspect
+from typing import Any
+
+import pytest
+
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.huggingface.config import Found, HubConfigReader, read_config
+from mlm_eval.checkpoints.huggingface.families import FAMILIES, Family
+from mlm_eval.checkpoints.huggingface.fields import Field, Use
+
+FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+MODEL_CODE = ("transformers.utils.output_capturing",)
+"""Generic code that reads the config of every model."""
+CAUSAL_CODE = ("transformers.masking_utils", "transformers.cache_utils")
+ROTARY_CODE = ("transformers.modeling_rope_utils",)
+
+
+def config_class(family: Family) -> Any:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[family.model_type]
+
+
+def small(family: Family, **changes: Any) -> dict[str, Any]:
+    """A config.json of two layers, with the keys that the family's table has."""
+    sizes = {
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "kv_channels": 8,
+        "ffn_hidden_size": 48,
+        "max_position_embeddings": 24,
+    }
+    hf = {row.key: sizes[row.setting] for row in family.fields if row.setting in sizes}
+    if "use_parallel_residual" in family.table:
+        hf["use_parallel_residual"] = False
+    return {"model_type": family.model_type, **hf, **changes}
+
+
+def read(family: Family, hf: dict[str, Any], **overrides: Any) -> HubConfigReader:
+    heads: dict[str, Any] = {"lm_head": True, "num_tokentypes": 2} if family.kind == "bert" else {}
+    return read_config(
+        hf,
+        family,
+        found=Found(40, "float32", heads=heads),
+        overrides=overrides,
+        where="config.json",
+    )
+
+
+def names_read(source: str) -> set[str]:
+    """The attributes that code reads off something named config, also by getattr and hasattr."""
+
+    def is_config(node: ast.expr) -> bool:
+        name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+        return name == "config" or name.endswith("_config")
+
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and is_config(node.value):
+            names.add(node.attr)
+        elif (
+            isinstance(node, ast.Call)
+            and getattr(node.func, "id", "") in ("getattr", "hasattr")
+            and is_config(node.args[0])
+            and isinstance(node.args[1], ast.Constant)
+        ):
+            names.add(str(node.args[1].value))
+    return names
+
+
+@FAMILY
+def test_every_field_of_the_config_class_stands_in_the_table(family: Family) -> None:
+    theirs = {row.name for row in dataclasses.fields(config_class(family))}
+    assert len(theirs) > 20
+    assert sorted(theirs - set(family.table)) == []
+
+
+@FAMILY
+def test_other_names_of_fields_are_read_too(family: Family) -> None:
+    aliases = {alias: row.key for row in family.fields for alias in row.aliases}
+    assert aliases == config_class(family).attribute_map
+
+
+@FAMILY
+def test_every_name_that_modeling_code_reads_stands_in_the_table(family: Family) -> None:
+    theirs = config_class(family)
+    module = theirs.__module__.replace("configuration_", "modeling_")
+    generic = [*MODEL_CODE]
+    if family.kind == "gpt":
+        generic += CAUSAL_CODE
+    if "rope_parameters" in family.table:
+        generic += ROTARY_CODE
+    from transformers.utils.generic import merge_with_config_defaults
+
+    names = names_read(inspect.getsource(merge_with_config_defaults))
+    for name in (module, *generic):
+        names |= names_read(inspect.getsource(importlib.import_module(name)))
+    assert {"hidden_size", "vocab_size", "hidden_dropout"} & names
+    own = {name for name in names if not hasattr(theirs, name)}  # not its methods and constants
+    fields = {row.name for row in dataclasses.fields(theirs)}
+    assert sorted((own | (names & fields)) - set(family.table)) == []
+
+
+@FAMILY
+def test_generation_settings_stand_in_the_table(family: Family) -> None:
+    from transformers import GenerationConfig
+
+    assert sorted(set(GenerationConfig._get_default_generation_params()) - set(family.table)) == []
+
+
+@FAMILY
+def test_absent_keys_have_the_defaults_of_the_config_class(family: Family) -> None:
+    defaults = {
+        row.name: row.default
+        for row in dataclasses.fields(config_class(family))
+        if row.default is not dataclasses.MISSING
+    }
+    decisive = [
+        row
+        for row in family.table.values()
+        if row.use in (Use.READ, Use.REFUSED) and row.key in defaults and row.key != "vocab_size"
+    ]
+    assert len(decisive) > 10
+    assert {row.key: row.default for row in decisive} == {
+        row.key: defaults[row.key] for row in decisive
+    }
+
+
+REFUSED = [
+    (family, row)
+    for family in FAMILIES.values()
+    for row in family.table.values()
+    if row.use is Use.REFUSED
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "row"), REFUSED, ids=[f"{family.model_type}-{row.key}" for family, row in REFUSED]
+)
+def test_what_changes_the_function_is_refused_by_its_name(family: Family, row: Field) -> None:
+    for value in row.harmless:
+        read(family, small(family, **{row.key: value}))
+    other: Any = not row.harmless[0] if isinstance(row.harmless[0], bool) else {"0": [1]}
+    with pytest.raises(InputError, match=rf"\({row.key} is .*, which mlm-eval does not compute"):
+        read(family, small(family, **{row.key: other}))
+
+
+@FAMILY
+def test_each_key_says_why(family: Family) -> None:
+    assert all(row.reason for row in family.table.values())
+    assert all(row.harmless for row in family.table.values() if row.use is Use.REFUSED)
+    settings = [row.setting for row in family.fields if row.setting]
+    assert len(set(settings)) == len(settings)
+
+
+HONEST = {
+    "_name_or_path": "./model",
+    "architectures": None,
+    "torch_dtype": "bfloat16",
+    "dtype": "bfloat16",
+    "transformers_version": "4.41.2",
+    "use_cache": True,
+    "bos_token_id": 1,
+    "eos_token_id": [2, 3],
+    "pad_token_id": None,
+    "id2label": {"0": "LABEL_0"},
+    "label2id": {"LABEL_0": 0},
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+    "pruned_heads": {},
+    "quantization_config": None,
+    "output_past": True,
+    "gradient_checkpointing": False,
+    "max_length": 20,
+}
+"""What honest files carry besides the model's settings."""
+
+
+@FAMILY
+def test_an_honest_file_is_read_without_a_word(family: Family) -> None:
+    hf = small(family, **HONEST)
+    hf["architectures"] = [family.model_class + ("ForMaskedLM" if family.kind == "bert" else "")]
+    if family.model_type == "mistral":
+        hf["sliding_window"] = None
+    assert read(family, hf).warnings == []
+
+
+@FAMILY
+def test_a_key_of_no_table_is_listed(family: Family) -> None:
+    hf = small(family, attn_logit_softcapping=50.0, curated_by="us", sliding_window=None)
+    [warning] = read(family, hf).warnings[-1:]
+    assert "attn_logit_softcapping, curated_by" in warning and family.model_type in warning
+    assert "use_cache" not in warning
+
+
+@FAMILY
+def test_code_of_the_models_own_is_named(family: Family) -> None:
+    hf = small(family, auto_map={"AutoModel": "modeling.Other"}, architectures=["OtherForCausalLM"])
+    warnings = "; ".join(read(family, hf).warnings)
+    assert "auto_map" in warning_about(warnings, "auto_map")
+    assert "the class OtherForCausalLM" in warnings
+
+
+def warning_about(warnings: str, what: str) -> str:
+    return next(part for part in warnings.split("; ") if what in part)
+
+
+def test_names_of_transformers_own_attributes_win(tmp_path: Any) -> None:
+    """GPT-2's n_head is num_attention_heads elsewhere; where a file has both, the latter wins."""
+    family = FAMILIES["gpt2"]
+    config = read(family, small(family, num_attention_heads=2, max_position_embeddings=16)).config
+    theirs = config_class(family)(**small(family, num_attention_heads=2))
+    assert config.num_attention_heads == theirs.num_attention_heads == 2
+    assert config.max_position_embeddings == 16 and config.kv_channels == 16
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ORIGINAL = "original_max_position_embeddings"
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "expected"),
+    [
+        ({ORIGINAL: 8, "rope_scaling": LLAMA3 | {ORIGINAL: 16}}, {}, 8),
+        ({ORIGINAL: 8, "rope_parameters": LLAMA3}, {}, 8),
+        ({"rope_scaling": LLAMA3 | {ORIGINAL: 16}}, {}, 16),
+        ({"rope_scaling": LLAMA3}, {}, 24),
+        ({"rope_scaling": LLAMA3}, {"max_position_embeddings": 6}, 24),
+        ({"rope_scaling": LLAMA3, "sliding_window": 6}, {}, 24),
+    ],
+)
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "starcoder2", "gpt_neox"])
+def test_the_original_length_is_the_files(
+    name: str, changes: dict[str, Any], overrides: dict[str, Any], expected: int
+) -> None:
+    """Neither a window nor a limit of the length makes another function of Llama-3's scaling."""
+    family = FAMILIES[name]
+    hf = small(family, **{"sliding_window": None} | changes)
+    scaling = read(family, hf, **overrides).config.rope_scaling
+    theirs = config_class(family)(**copy.deepcopy(hf))  # it writes into what it gets
+    theirs.standardize_rope_params()  # as the rotary embedding does when the model is made
+    assert scaling is not None
+    assert scaling.original_max_position == theirs.rope_parameters[ORIGINAL] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama", {"rope_scaling": {"rope_type": "linear"}}, "type linear but has no factor"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}},
+            "has no low_freq_factor",
+        ),
+        ("llama", {"hidden_act": None}, "hidden_act is None, expected a value of type str"),
+        ("llama", {"attention_bias": None}, "attention_bias is None"),
+        ("stablelm", {"head_dim": 4}, "head_dim is 4, but hidden size / heads is 8"),
+        ("gpt_neox", {"head_dim": 16}, "head_dim is 16"),
+        ("gpt_neox", {"rope_theta": 500, "rotary_emb_base": 99}, "rotary_emb_base is 99.0"),
+        ("gpt_neox", {"partial_rotary_factor": 1.0}, "rotary_pct is 0.25"),
+        ("llama", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types is"),
+        ("llama", {"layer_types": ["full_attention"]}, "layer_types is"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "layer_types is"),
+        ("mistral", {"sliding_window": 0}, "sliding_window is 0"),
+        ("mistral", {"sliding_window": "all"}, "sliding_window is 'all'"),
+    ],
+)
+def test_contradictions_are_refused_by_name(
+    name: str, changes: dict[str, Any], message: str
+) -> None:
+    family = FAMILIES[name]
+    with pytest.raises(InputError, match=message):
+        read(family, small(family, **changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "positions"),
+    [
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}, 6),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}, 24),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": None}, 24),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 6, "max_window_layers": 0}, 24),
+        (
+            "qwen2",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 6,
+                "layer_types": ["full_attention", "sliding_attention"],
+            },
+            6,
+        ),
+        (
+            "qwen3",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 6,
+                "max_window_layers": 0,
+                "layer_types": ["full_attention"] * 2,
+            },
+            24,
+        ),
+        ("llama", {"sliding_window": 6}, 6),
+        ("mistral", {}, 24),
+        ("mistral", {"sliding_window": 6, "layer_types": ["full_attention"] * 2}, 6),
+    ],
+)
+def test_positions_end_where_a_window_of_any_layer_begins(
+    name: str, changes: dict[str, Any], positions: int
+) -> None:
+    family = FAMILIES[name]
+    built = read(family, small(family, **changes))
+    assert built.config.max_position_embeddings == positions
+    assert any("window" in warning for warning in built.warnings) == (positions < 24)
