@@ -20,7 +20,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -34,7 +33,8 @@ from mlm_eval.engine.generate import GREEDY, Prompt, Sampling, generate
 from mlm_eval.engine.score import Request
 from mlm_eval.harness.hub_encoding import HubEncoding
 from mlm_eval.model.gpt import GPT
-from mlm_eval.ranks.collectives import from_main, patient_group
+from mlm_eval.ranks.collectives import from_main
+from mlm_eval.ranks.mesh import num_ranks
 
 try:
     from lm_eval.api.instance import Instance
@@ -53,9 +53,6 @@ except ModuleNotFoundError as error:
 
 CHUNK = 8192
 """Requests of one call; with --use_cache, an interrupted run keeps what the calls before gave."""
-
-PATIENCE = timedelta(days=30)
-"""How long ranks wait for orders: rank 0 may be fetching data, or computing standard errors."""
 
 Window = tuple[tuple[int, ...], int]
 """Token ids, and how many of the last ones are scored."""
@@ -135,7 +132,6 @@ class MegatronLM(TemplateLM):
         self._bar: Bar = bar or nullcontext
         self._device = engine.device
         self._in_call = False
-        self._orders = patient_group(PATIENCE)
 
     # ---- one harness, many ranks ---------------------------------------------------------------
 
@@ -146,26 +142,25 @@ class MegatronLM(TemplateLM):
 
             results = lm.lead(lambda: lm_eval.simple_evaluate(model=lm, tasks=["lambada_openai"]))
         """
-        if self._orders is None:
+        if num_ranks() == 1:
             return body()
         if not self.engine.is_main:
             none_of_mine: Any = None
-            while (asked := from_main(none_of_mine, self._orders)) is not None:
+            while (asked := from_main(none_of_mine)) is not None:
                 self._answer(asked)
             return None
         try:
             return body()
         finally:
             if not self._in_call:  # else the others have failed as this rank has
-                from_main(None, self._orders)
+                from_main(None)
 
     def _in_chunks(self, items: Sequence[T]) -> Iterator[tuple[Sequence[T], list[Any]]]:
         """Yield windows or prompts with their answers, a chunk at a time, from all ranks."""
         for start in range(0, len(items), CHUNK):
             chunk = items[start : start + CHUNK]
             self._in_call = True  # of every rank; what rank 0 asks for counts
-            asked = chunk if self._orders is None else from_main(chunk, self._orders)
-            answers = self._answer(asked)
+            answers = self._answer(from_main(chunk))
             self._in_call = False
             yield chunk, answers
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 from collections import Counter
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.ranks.mesh import Mesh, is_main, num_ranks
+from mlm_eval.ranks.mesh import Mesh, is_main, num_ranks, object_group
 
 T = TypeVar("T")
 
@@ -64,34 +63,29 @@ def max_over_ranks(values: Tensor) -> Tensor:
 def gather_over_dp(value: T, mesh: Mesh) -> list[T]:
     """Return the values of all copies of the model, in order of dp_rank, on every rank.
 
-    One gather of pickled objects over dp. Tensors must be on the CPU.
+    One gather of pickled objects over dp, on the CPU. Tensors must be there too.
     """
     gathered: list[Any] = [value] * mesh.dp
     if mesh.dp > 1:
-        dist.all_gather_object(gathered, value, group=mesh.dp_group)
+        dist.all_gather_object(gathered, value, group=mesh.dp_objects)
     return gathered
 
 
-def patient_group(patience: timedelta) -> dist.ProcessGroup | None:
-    """Return a group of all ranks that waits at most `patience`; None in one process."""
-    return dist.new_group(timeout=patience) if num_ranks() > 1 else None
+def from_main(value: T) -> T:
+    """Return rank 0's value on every rank, however long rank 0 takes to come here.
 
-
-def from_main(value: T, group: dist.ProcessGroup | None = None) -> T:
-    """Return rank 0's value on every rank. One broadcast of a pickled object.
-
-    Args:
-        value: Ignored on the other ranks.
-        group: Of all ranks (`patient_group`); None: the one that every run has.
+    One broadcast of a pickled object, on the CPU. The value is ignored on the other ranks.
     """
     box = [value]
     if num_ranks() > 1:
-        dist.broadcast_object_list(box, src=0, group=group)
+        dist.broadcast_object_list(box, src=0, group=object_group())
     return box[0]
 
 
 def on_main(function: Callable[[], T]) -> T:
     """Return on every rank what `function` returns on rank 0, where alone it runs. One broadcast.
+
+    The function may take hours (`from_main`), if it holds no collectives.
 
     Raises:
         InputError: On every rank, because all must leave: rank 0's own, or its disk is full or

@@ -7,12 +7,13 @@ the model are neighbours, hence on one machine where tp divides its ranks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.errors import InputError
@@ -21,6 +22,9 @@ from mlm_eval.model.tensor_parallel import TensorParallel
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others in a collective: the slowest may still read its shard."""
+
+PATIENCE = timedelta(days=30)
+"""How long ranks wait for an object: rank 0 may tokenize gigabytes before it has one to send."""
 
 ACTIVATION_BYTES = 3 << 30
 """Left free on each device beside the weights: activations, logits, the CUDA context."""
@@ -50,6 +54,8 @@ class Mesh:
     rank: int = 0
     device_mesh: DeviceMesh | None = None
     """torch's view of it, with the dims ("dp", "tp"); None for one process."""
+    dp_objects: dist.ProcessGroup | None = None
+    """The ranks of `dp_group`, for what is no tensor on the device; None for one process."""
 
     @property
     def tp_rank(self) -> int:
@@ -84,7 +90,7 @@ class Mesh:
 
 
 def make_mesh(tp: int | None, dp: int | None) -> Mesh:
-    """Return the mesh of the running ranks; every rank must call it, for groups are made.
+    """Return the mesh of the running ranks; every rank must call it, for groups are made once.
 
     Args:
         tp: Tensor-parallel size; None: all ranks that `dp` leaves.
@@ -97,9 +103,54 @@ def make_mesh(tp: int | None, dp: int | None) -> Mesh:
     tp, dp = fill_ranks(running, tp=running if tp is None and dp is None else tp, dp=dp)
     if running == 1:
         return Mesh()
+    made = _Made.for_these_ranks()
+    if (tp, dp) not in made.meshes:
+        made.meshes[tp, dp] = _new_mesh(tp, dp)
+    return made.meshes[tp, dp]
+
+
+def _new_mesh(tp: int, dp: int) -> Mesh:
     kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
     device_mesh = init_device_mesh(kind, (dp, tp), mesh_dim_names=("dp", "tp"))
-    return Mesh(tp, dp, this_rank(), device_mesh)
+    for group in device_mesh.get_all_groups():  # they come with their backend's own: NCCL's 10 min
+        _set_pg_timeout(COLLECTIVE_TIMEOUT, group)
+    mine = None
+    for first in range(tp):  # every rank makes all groups
+        group = dist.new_group(range(first, tp * dp, tp), backend="gloo", timeout=PATIENCE)
+        mine = group if first == this_rank() % tp else mine
+    return Mesh(tp, dp, this_rank(), device_mesh, mine)
+
+
+@dataclass
+class _Made:
+    """The groups that the running ranks have made; each would take memory on the devices again."""
+
+    world: dist.ProcessGroup | None = None
+    meshes: dict[tuple[int, int], Mesh] = field(default_factory=dict)
+    objects: dist.ProcessGroup | None = None
+
+    @staticmethod
+    def for_these_ranks() -> _Made:
+        """Return those of the process group that there is; none are left of an earlier one."""
+        global _made
+        if _made.world is not dist.group.WORLD:
+            _made = _Made(dist.group.WORLD)
+        return _made
+
+
+_made = _Made()
+
+
+def object_group() -> dist.ProcessGroup:
+    """Return the group in which all ranks send objects; the first call is for all ranks together.
+
+    It is gloo's, whatever the devices are: NCCL would copy pickles to the GPUs. Its ranks wait for
+    `PATIENCE`, so one of them may do long work; one that ends is noticed at once.
+    """
+    made = _Made.for_these_ranks()
+    if made.objects is None:
+        made.objects = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return made.objects
 
 
 def fill_ranks(running: int, *, tp: int | None, dp: int | None) -> tuple[int, int]:

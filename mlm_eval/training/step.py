@@ -112,12 +112,14 @@ class Stepper:
         settings, trained = self.settings, self.replicas.trained
         sums = self._gradients(step, numbers)
         loss, hits, predictions, save_due = self._over_ranks(sums, save_due)
+        # DDP and FSDP2 have taken the mean over dp. It becomes a sum here, in float32: a factor of
+        # dp in the loss would have float16 overflow at one layout and not at another.
         norm = gradient_norm(trained, self.mesh, over_dp=self.replicas.sharded)
-        norm /= self.scale.value
+        norm *= self.mesh.dp / self.scale.value
         lr = self.schedule(updates)
         finite = math.isfinite(norm)
         if finite:
-            factor = 1.0 / self.scale.value
+            factor = self.mesh.dp / self.scale.value
             if settings.clip_grad > 0:
                 factor *= min(1.0, settings.clip_grad / (norm + 1e-6))
             if factor != 1.0:
@@ -132,7 +134,10 @@ class Stepper:
         return StepResult(loss, hits, predictions, norm, lr, finite, broken, save_due)
 
     def _gradients(self, step: int, numbers: list[int]) -> Tensor:
-        """Run this rank's share of a step; return (sum of losses, hits, predictions) float64."""
+        """Run this rank's share of a step; return (sum of losses, hits, predictions) float64.
+
+        The gradients are then the mean over dp of the ranks' parts: dp times too small.
+        """
         mesh = self.mesh
         lengths = [sample_length(self.data, number) for number in numbers]
         micro_batches = deal(
@@ -144,8 +149,7 @@ class Stepper:
         chosen = [[self.data[numbers[i]] for i in positions] for positions in micro_batches]
         mean_weight = self._mean_weight(chosen, len(numbers))
         sums = torch.zeros(3, dtype=torch.float64, device=self.engine.device)
-        # DDP and FSDP2 take the mean over dp.
-        factor = mesh.dp / len(numbers) * self.scale.value
+        factor = self.scale.value / len(numbers)
         for index, samples in enumerate(chosen):
             last = index + 1 == len(chosen)
             if samples:

@@ -193,6 +193,7 @@ def whole_gradients(stepper: Stepper) -> dict[str, Tensor]:
         gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
         whole: Any = _whole(gradient.clone(), table[name], mesh)
         whole = whole.full_tensor() if mesh.device_mesh is not None else whole
+        whole = whole * mesh.dp  # the mean over dp so far
         found[name] = whole.reshape(table[name].shape)
     return found
 

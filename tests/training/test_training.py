@@ -273,6 +273,39 @@ def test_float16_skips_a_step_that_overflows(tp, tmp_path):
     assert all(torch.tensor(line["loss"]).isfinite() for line in lines if line["step"] != 3)
 
 
+class Steep(Classification):
+    """A loss so steep that float16 overflows until its scale is small."""
+
+    def loss_and_hits(
+        self, model: BERT, batch: Batch, dropout: Dropout | None
+    ) -> tuple[Tensor, Tensor, int]:
+        losses, hits, count = super().loss_and_hits(model, batch, dropout)
+        return losses * 2.0**10, hits, count
+
+
+def steep(dp: int, folder: Path, mode: str) -> list[float]:
+    engine = Engine.load(training_runs.model_for("classification_head"), tp=1, dp=dp)
+    train(
+        engine,
+        training_runs.samples("classification_head", 12),
+        Steep(),
+        training_runs.settings(
+            max_steps=14, micro_batch=1, dtype="float16", dp_mode=mode, global_batch=4, lr=0.0
+        ),
+        output_dir=folder,
+    )
+    return [line["loss_scale"] for line in training_runs.metrics(folder)]
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_float16_skips_the_same_steps_on_every_layout(mode, tmp_path):
+    """With dp in the loss's factor, two ranks would have to halve the scale once more than one."""
+    alone = steep(1, tmp_path / "alone", "ddp")
+    assert 2 <= sum(a > b for a, b in zip([65536.0, *alone], alone, strict=False)) < 12
+    assert alone[-1] == alone[-2]  # it has come to where nothing overflows
+    assert run_ranks(2, steep, 2, tmp_path / "ranks", mode) == [alone] * 2
+
+
 def test_too_few_samples_for_a_step_are_refused(tmp_path):
     with pytest.raises(InputError, match="5 training samples do not fill one global batch of 6"):
         training_runs.run(1, 1, "lm", tmp_path, {}, count=5)
