@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ class Provenance:
     warnings: list[str] = field(default_factory=list)
     odd_copies: list[str] = field(default_factory=list)
     """Copies of one table within the checkpoint that differ, a phrase each; the first is used."""
+    training_state: list[str] = field(default_factory=list)
+    """What the files hold of the training run beside the weights; no writer carries it on."""
     notes: list[str] = field(default_factory=list)
     """Neutral remarks, such as the form of the files."""
     files: list[Path] = field(default_factory=list)
@@ -91,6 +94,23 @@ class Checkpoint:
                 f"{extra[0]}; correct the settings with --set"
             )
         return self
+
+
+_TRAINING_STATE = {
+    "optimizer state": r"(^|\.)optimizer(_state_dict)?($|[./])|optim(izer_.*)?\.pt$",
+    "learning-rate schedule": r"(^|\.)(lr_scheduler|opt_param_scheduler)($|[./])|^scheduler\.pt$",
+    "random-number state": r"(^|[._])rng_(state|tracker_states)($|[_./])",
+}
+
+
+def training_state(names: Iterable[str]) -> list[str]:
+    """Return, in words, what entries and files of these names hold beside the weights."""
+    known = list(names)
+    return [
+        what
+        for what, pattern in _TRAINING_STATE.items()
+        if any(re.search(pattern, name) for name in known)
+    ]
 
 
 def cheap_digest(files: Mapping[str, tuple[int, list[int] | bytes]]) -> str:

@@ -167,6 +167,8 @@ def convert(
                 _record(folder, comparison)
 
     write(target=Path(path), overwrite=overwrite, finish=finish, on_progress=on_progress)
+    if left := checkpoint.provenance.training_state:
+        notes = [*notes, f"weights only: the source's {', '.join(left)} is not carried along"]
     return Conversion(Path(path), to, notes, approximations, warnings, comparison)
 
 

@@ -14,7 +14,12 @@ from typing import Any
 
 import torch
 
-from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance, cheap_digest
+from mlm_eval.checkpoints.checkpoint import (
+    Checkpoint,
+    Provenance,
+    cheap_digest,
+    training_state,
+)
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.dtypes import WEIGHT_DTYPES, dtype_name
 from mlm_eval.checkpoints.errors import InputError
@@ -100,6 +105,7 @@ def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> Check
         pickle_classes=sorted(weights.classes),
         hostile=sorted(weights.hostile),
         warnings=warnings,
+        training_state=training_state(entry.name for entry in path.iterdir()),
         notes=[
             f"{family.model_type} in {len(weights.files)} {weights.files[0].suffix} file(s)",
             *notes,

@@ -16,7 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance, cheap_digest
+from mlm_eval.checkpoints.checkpoint import (
+    Checkpoint,
+    Provenance,
+    cheap_digest,
+    training_state,
+)
 from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.distcp import (
@@ -106,6 +111,7 @@ def read_distributed(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
         pickle_classes=sorted({name for pickle in pickles for name in pickle.classes}),
         hostile=sorted({name for pickle in pickles for name in pickle.hostile}),
         warnings=warnings + build.warnings,
+        training_state=training_state([*files.tensors, *files.objects, *common.values]),
         notes=_notes(files, keys, nested=nested),
         files=[files.path / METADATA, *common_file, *used],
         digest=_digest(files, records, common),

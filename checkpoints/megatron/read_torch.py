@@ -16,7 +16,12 @@ from typing import Any
 
 import torch
 
-from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance, cheap_digest
+from mlm_eval.checkpoints.checkpoint import (
+    Checkpoint,
+    Provenance,
+    cheap_digest,
+    training_state,
+)
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.errors import InputError
@@ -166,6 +171,7 @@ def _merge(
         hostile=sorted({c for file in files.values() for c in file.torch_file.hostile}),
         warnings=warnings,
         odd_copies=odd_copies,
+        training_state=training_state(_everything_else(files, where)),
         notes=_notes(files),
         files=[file.path for file in files.values()],
         digest=_digest(files),
@@ -363,6 +369,19 @@ def _compare_replicas(
             f"{worst:.2g} (rounding drift in training); rank 0's are used"
         ]
     return []
+
+
+def _everything_else(files: dict[tuple[int, int], RankFile], where: Path) -> set[str]:
+    """Return the names of entries, and of files beside the ranks', that may hold no weights."""
+    found = {
+        key
+        for file in files.values()
+        for key, value in file.torch_file.value.items()
+        if isinstance(key, str) and value is not None
+    }
+    if where.is_dir():
+        found |= {path.name for path in where.glob("mp_rank_*/*.pt")} - set(MODEL_FILES)
+    return found
 
 
 def _notes(files: dict[tuple[int, int], RankFile]) -> list[str]:

@@ -333,6 +333,7 @@ class SampleRange(Sequence[Sample]):
 
     def __init__(self, whole: MaskedText | TextWindows, start: int, stop: int) -> None:
         self.whole, self.start, self.stop = whole, start, stop
+        self.tokens = whole.tokens
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the samples of another epoch from now on."""

@@ -14,6 +14,7 @@ from support import training_runs
 from support.properties import thorough
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.tasks.language.data import SampleRange, TextWindows, TokenizedText
 from mlm_eval.training.data import (
     NO_LABEL,
     Plan,
@@ -187,8 +188,27 @@ def test_a_fingerprint_changes_with_what_it_stands_for():
     before = fingerprint(data)
     assert fingerprint(training_runs.samples("mlm", 200)) == before
     assert fingerprint(data[:-1]) != before
-    changed = list(data)
-    changed[0] = dataclasses.replace(data[0], rows=[data[0].rows[0] + 1])
-    assert fingerprint(changed) != before
-    changed[0] = dataclasses.replace(data[0], label=data[0].label + 1)  # type: ignore[operator]
-    assert fingerprint(changed) != before
+    for index in range(len(data)):
+        sample = data[index]
+        for other in (
+            dataclasses.replace(sample, rows=[sample.rows[0] + 1]),
+            dataclasses.replace(sample, tokentypes=[1 - sample.tokentypes[0]]),
+            dataclasses.replace(sample, label=sample.label + 1),  # type: ignore[operator]
+        ):
+            changed = [*data[:index], other, *data[index + 1 :]]
+            assert fingerprint(changed) != before
+
+
+@pytest.mark.parametrize("at", [0, 5_431, 9_999])
+def test_a_fingerprint_changes_with_every_token_of_a_text(at: int):
+    """Training on text has more samples than can be made: the text itself is looked at."""
+
+    def data(tokens: torch.Tensor) -> SampleRange:
+        text = TokenizedText(tokens, torch.tensor([0, 10_000]), torch.tensor([0, 10_000]))
+        return SampleRange(TextWindows(text, length=8), 0, 1_000)
+
+    tokens = torch.arange(10_000, dtype=torch.int32)
+    changed = tokens.clone()
+    changed[at] += 1
+    assert fingerprint(data(tokens)) == fingerprint(data(tokens.clone()))
+    assert fingerprint(data(tokens)) != fingerprint(data(changed))
