@@ -118,18 +118,19 @@ def read_config(
     r.switches = {key: bool(r.look(key, "bool")[0]) for key in family.switches}
     for name, value in bias_settings(family, r.switches).items():
         r.set(name, value, "config.json")
+    for name, value in found.heads.items():
+        r.set(name, value, "weights")
     _activation(r, family)
     if r.values.get("position_embedding_type") == "rope":
         _rotary(r, family)
-    for name, value in found.heads.items():
-        r.set(name, value, "weights")
     tied, source = r.look("tie_word_embeddings", "bool")
     if found.untied:
         tied, source = False, "weights"
     if family.kind == "bert" and not tied:
         if r.values["lm_head"]:
             raise InputError(
-                f"{where}: the LM head has an output table of its own, which no Megatron BERT has; "
+                f"{where}: the LM head has an output table of its own ({source}: "
+                "tie_word_embeddings is off, or two tables differ), which no Megatron BERT has; "
                 "mlm-eval computes tied ones only"
             )
         tied = True  # there is no output table at all
@@ -261,7 +262,12 @@ def _activation(r: HubConfigReader, family: Family) -> None:
             f"{', '.join(codes)}"
         )
     activation = r.set("activation", codes.get(name), f"{source} {name}")
-    if family.kind == "bert":  # transformers has one activation for the MLP and the LM head
+    if r.values.get("lm_head"):  # transformers has one activation for the MLP and the LM head
+        if activation not in ("gelu", "gelu_tanh"):
+            raise InputError(
+                f"{r.where}: {key} {name!r} is not supported for a {family.model_type} model with "
+                "an LM head, which has GELU in Megatron"
+            )
         r.set("head_activation", activation, f"{source} {name}")
 
 
@@ -300,6 +306,12 @@ def _rotary(r: HubConfigReader, family: Family) -> None:
             "all channels; correct the file"
         )
     r.set("rotary_percent", share, source)
+    channels = r.values["kv_channels"]
+    if 0 < share <= 1.0 and int(channels * share) % 2:
+        raise InputError(
+            f"{r.where}: {share_key} is {share}: of heads of {channels} channels that is an odd "
+            f"number, {int(channels * share)}, but they are rotated in pairs; correct the file"
+        )
     kind = part.get("rope_type", part.get("type", "default"))
     if kind not in ROPE_TYPES:
         raise InputError(

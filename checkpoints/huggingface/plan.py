@@ -367,7 +367,7 @@ def _expressed(
         switches[key] = any(f"{module}.bias" in names for module in modules)
     changes: dict[str, Any] = {"params_dtype": dtype_name(dtype)} if dtype else {}
     changes.update(bias_settings(family, switches))
-    changes["head_activation"] = c.activation if family.kind == "bert" else "gelu"
+    changes["head_activation"] = c.activation if c.lm_head and family.kind == "bert" else "gelu"
     if c.position_embedding_type == "none":
         changes["position_embedding_type"] = "learned_absolute"
     if family.kind == "bert":

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 HEADS = {
+    "NextSentencePrediction": "binary_head",
     "MultipleChoice": "multichoice_head",
     "SequenceClassification": "classification_head",
 }

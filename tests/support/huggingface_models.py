@@ -72,9 +72,9 @@ BERT_MODELS = [
 ]
 
 
-def randomize(model: torch.nn.Module) -> None:
+def randomize(model: torch.nn.Module, *, seed: int = 1) -> None:
     """Fill every parameter with noise: zero biases and unit gains would hide a wrong order."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(0.0, 0.2, generator=generator)

@@ -1,0 +1,390 @@
+"""Random config.json files of every family, as transformers and hands write them, and their models.
+
+A case is a number: the same one gives the same file, weights and tokens everywhere. Values that
+change the function in a way that is not computed are rare, so that most cases are read.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlm_eval.checkpoints.checkpoint import Checkpoint
+from mlm_eval.checkpoints.convert import convert
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.huggingface.families import FAMILIES, GELU, Family
+from mlm_eval.checkpoints.huggingface.fields import Use
+from mlm_eval.checkpoints.open import open_checkpoint
+from mlm_eval.engine.plain_transformers import transformers_outputs
+from mlm_eval.engine.verify import outputs
+from support.huggingface_models import BERT_MODELS, randomize
+
+READ, REFUSED, UNLOADABLE = "read", "refused", "transformers does not load it"
+TOLERANCE = 1e-4
+"""Of the outputs' largest value; rounding of these sizes stays below 2e-5."""
+RMS = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one case."""
+
+    seed: int
+    family: str
+    result: str
+    gap: float = 0.0
+    """The largest difference of an output, as a share of the largest value."""
+    why: str = ""
+    """The message of a refusal."""
+    config: str = ""
+    """config.json."""
+
+
+class Draw:
+    """Chances and choices of one case."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+
+    def chance(self, share: float) -> bool:
+        return self.random.random() < share
+
+    def one_of(self, *values: Any) -> Any:
+        return self.random.choice(values)
+
+    def mostly(self, usual: Any, *rare: Any, share: float = 0.03) -> Any:
+        return self.one_of(*rare) if self.chance(share) else usual
+
+
+def model_class(draw: Draw, family: Family) -> str:
+    if family.kind == "gpt":
+        return family.model_class
+    names = [name for name in BERT_MODELS if name.startswith(family.model_class)]
+    return str(draw.one_of(*names))
+
+
+def draw_config(draw: Draw, family: Family) -> dict[str, Any]:
+    """Return a config.json: sizes, then what its family reads, then what any file may carry."""
+    heads = draw.one_of(1, 2, 3, 4, 6, 8)
+    head = draw.one_of(4, 8, 12, 16, 20)
+    hf: dict[str, Any] = {
+        "model_type": family.model_type,
+        "vocab_size": draw.one_of(37, 64, 101),
+    }
+    positions = draw.one_of(17, 32, 40)
+    if family.model_type == "gpt2":
+        hf |= _gpt2(draw, heads, head, positions)
+    elif family.kind == "bert":
+        hf |= _bert(draw, heads, head, positions)
+    else:
+        hf |= _llama_like(draw, family, heads, head, positions)
+        hf |= _rotary(draw, family, hf.get("head_dim") or head)
+    for row in family.table.values():
+        if row.use is Use.REFUSED and row.key not in hf:
+            if draw.chance(0.05):
+                hf[row.key] = draw.one_of(*row.harmless)
+            elif draw.chance(0.005):
+                hf[row.key] = not row.harmless[0] if row.harmless[0] in (True, False) else {"0": {}}
+        elif "drop" in row.key and row.key not in hf and draw.chance(0.1):
+            hf[row.key] = draw.one_of(0.0, 0.3)
+        elif row.use in (Use.NUMERICS, Use.METADATA) and row.key in HARMLESS and draw.chance(0.05):
+            hf[row.key] = draw.one_of(*HARMLESS[row.key])
+    if draw.chance(0.1):
+        hf["a_key_of_our_own"] = draw.one_of(None, 3, "text", {"a": 1})
+    if draw.chance(0.2):
+        hf["tie_word_embeddings"] = draw.one_of(True, False)
+    return hf
+
+
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "torch_dtype": ("float32",),
+    "dtype": ("float32",),
+    "use_cache": (True, False),
+    "bos_token_id": (None, 0, 5),
+    "eos_token_id": (None, 1, [1, 2]),
+    "pad_token_id": (None, 0, 3),
+    "transformers_version": ("4.40.0",),
+    "_name_or_path": ("models/a",),
+    "output_past": (True, False),
+    "n_ctx": (5, 1024),
+    "reorder_and_upcast_attn": (True, False),
+    "pretraining_tp": (1, 2),
+    "chunk_size_feed_forward": (0, 1),
+    "is_decoder": (True, False),
+    "summary_type": ("mean", "cls_index"),
+    "directionality": ("bidi",),
+    "task_specific_params": ({"text-generation": {"do_sample": True}},),
+    "max_length": (20,),
+}
+"""Values of keys that decide nothing."""
+
+
+def _some(draw: Draw, share: float, **values: Any) -> dict[str, Any]:
+    """Each value with a chance; elsewhere transformers' default stands in."""
+    return {key: value for key, value in values.items() if draw.chance(share)}
+
+
+def _gpt2(draw: Draw, heads: int, head: int, positions: int) -> dict[str, Any]:
+    names = {
+        "n_embd": ("hidden_size", heads * head),
+        "n_layer": ("num_hidden_layers", draw.one_of(1, 2, 3)),
+        "n_head": ("num_attention_heads", heads),
+        "n_positions": ("max_position_embeddings", positions),
+    }
+    hf: dict[str, Any] = {}
+    for name, (alias, value) in names.items():
+        kind = draw.mostly("own", "alias", "both", share=0.15)
+        if kind != "alias":
+            hf[name] = draw.one_of(1, 4) * value if kind == "both" else value
+        if kind != "own":
+            hf[alias] = value
+    activations = (*GELU, "gelu_new", "gelu_new", *(["relu", "quick_gelu"] * draw.chance(0.1)))
+    return hf | _some(
+        draw,
+        0.7,
+        n_inner=draw.one_of(None, 24, 56),
+        activation_function=draw.one_of(*activations),
+        layer_norm_epsilon=draw.one_of(1e-5, 1e-3, 1e-6, 1e-1),
+        scale_attn_weights=draw.mostly(True, False),
+        scale_attn_by_inverse_layer_idx=draw.mostly(False, True),
+        tie_word_embeddings=draw.one_of(True, False),
+    )
+
+
+def _bert(draw: Draw, heads: int, head: int, positions: int) -> dict[str, Any]:
+    hf = {
+        "hidden_size": heads * head,
+        "num_hidden_layers": draw.one_of(1, 2, 3),
+        "num_attention_heads": heads,
+        "intermediate_size": draw.one_of(24, 56),
+        "max_position_embeddings": positions,
+    }
+    labels = draw.one_of(2, 3, 5)
+    return hf | _some(
+        draw,
+        0.7,
+        hidden_act=draw.mostly(draw.one_of(*GELU), "relu", "silu"),
+        type_vocab_size=draw.one_of(1, 2, 3),
+        layer_norm_eps=draw.one_of(1e-12, 1e-5, 1e-3, 1e-1),
+        id2label={str(index): f"LABEL_{index}" for index in range(labels)},
+        position_embedding_type="absolute",
+        is_decoder=draw.mostly(False, True),
+        is_causal=draw.mostly(None, False, True),
+        tie_word_embeddings=draw.mostly(True, False),
+    )
+
+
+def _llama_like(
+    draw: Draw, family: Family, heads: int, head: int, positions: int
+) -> dict[str, Any]:
+    layers, name = draw.one_of(1, 2, 3), family.model_type
+    plain = name in (*RMS, "stablelm")
+    hf: dict[str, Any] = {
+        "hidden_size": heads * head,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": draw.one_of(24, 56),
+    }
+    if name != "gpt_neox":
+        groups = [count for count in range(1, heads + 1) if heads % count == 0]
+        hf["num_key_value_heads"] = draw.one_of(*groups)
+        default = family.table["num_key_value_heads"].default
+        if default in (None, heads) and draw.chance(0.5):
+            del hf["num_key_value_heads"]
+        elif name in ("llama", "qwen2", "qwen3") and draw.chance(0.2):
+            hf["num_key_value_heads"] = None
+    if name == "qwen3" or (name in (*RMS, "starcoder2") and draw.chance(0.5)):
+        hf["head_dim"] = draw.one_of(4, 8, 10, 16, head)
+    elif name in ("llama", "mistral", "starcoder2") and draw.chance(0.2):
+        hf["head_dim"] = None
+    elif name in ("stablelm", "gpt_neox") and draw.chance(0.2):
+        hf["head_dim"] = draw.mostly(head, 2 * head, head + 1, share=0.1)
+    usual, rare = (("silu", "swish"), ("gelu", "relu")) if plain else ((*GELU,), ("relu", "silu"))
+    activations = draw.mostly(draw.one_of(*usual), *rare)
+    norm = "rms_norm_eps" if name in RMS else "norm_epsilon"
+    norm = norm if name in (*RMS, "starcoder2") else "layer_norm_eps"
+    switches = {key: draw.one_of(True, False) for key in family.switches}
+    hf |= _some(
+        draw,
+        0.75,
+        max_position_embeddings=positions,
+        hidden_act=activations,
+        tie_word_embeddings=draw.one_of(True, False),
+        **{norm: draw.one_of(1e-6, 1e-5, 1e-2, 1e-1)},
+        **switches,
+    )
+    if name == "stablelm":
+        hf |= _some(draw, 0.5, qk_layernorm=draw.mostly(False, True))
+        hf |= _some(draw, 0.5, use_parallel_residual=draw.mostly(False, True))
+    if name == "gpt_neox":
+        hf |= {"use_parallel_residual": draw.mostly(False, True)}
+    return hf | _windows(draw, family, layers, positions)
+
+
+def _windows(draw: Draw, family: Family, layers: int, positions: int) -> dict[str, Any]:
+    hf: dict[str, Any] = {}
+    name = family.model_type
+    if name in ("mistral", "starcoder2"):
+        hf |= _some(draw, 0.7, sliding_window=draw.one_of(None, 7, positions, 4096))
+    elif name in ("qwen2", "qwen3"):
+        hf |= _some(
+            draw,
+            0.7,
+            use_sliding_window=draw.one_of(False, False, True),
+            sliding_window=draw.one_of(None, 7, 4096),
+            max_window_layers=draw.one_of(0, 1, 28),
+        )
+    elif draw.chance(0.1):
+        hf["sliding_window"] = draw.one_of(None, 7)
+    if draw.chance(0.15):
+        kinds = ["full_attention", "full_attention", "sliding_attention"]
+        wanted = kinds if draw.chance(0.5) else kinds[:1]
+        hf["layer_types"] = [draw.one_of(*wanted) for _ in range(layers)]
+    hf |= _some(draw, 0.03, is_causal=draw.one_of(True, False))
+    if draw.chance(0.02):
+        hf["per_layer_config"] = {"0": {"intermediate_size": 8}}
+    return hf
+
+
+def _rotary(draw: Draw, family: Family, head: int) -> dict[str, Any]:
+    """Rotary settings in all spellings; several at once, as files have them that were upgraded."""
+    base_key, share_key = family.rotary_keys
+    partial = family.partial_rotary is not None
+    shares = [share for share in (1.0, 0.5, 0.25) if int(head * share) % 2 == 0]
+    shares = shares if draw.chance(0.98) else [0.25]
+    kind = draw.mostly(
+        draw.one_of("default", "linear", "llama3"), "dynamic", "yarn", "longrope", share=0.08
+    )
+    part: dict[str, Any] = {draw.mostly("rope_type", "type", share=0.3): kind}
+    if kind != "default":
+        part["factor"] = draw.one_of(2.0, 4.0, 1.5)
+    if kind == "llama3":
+        part |= {"low_freq_factor": draw.one_of(1.0, 2.0), "high_freq_factor": 4.0}
+    if kind in ("llama3", "yarn") and draw.chance(0.6):
+        part["original_max_position_embeddings"] = draw.one_of(8, 16, 40)
+    if kind == "longrope":
+        part |= {"short_factor": [1.0] * (head // 2), "long_factor": [2.0] * (head // 2)}
+        part["original_max_position_embeddings"] = 8
+    base = draw.one_of(10000.0, 500.0, 1000000, 77)
+    part |= _some(draw, 0.5, rope_theta=base)
+    part |= _some(draw, 0.3 if partial else 0.01, partial_rotary_factor=draw.one_of(*shares))
+    hf: dict[str, Any] = {}
+    where = draw.one_of("none", "rope_parameters", "rope_scaling", "both")
+    if where == "both":
+        hf = {"rope_parameters": part, "rope_scaling": draw.one_of(None, {}, dict(LINEAR))}
+    elif where != "none":
+        hf = {where: part}
+    hf |= _some(draw, 0.5, **{base_key: draw.one_of(base, 123.0)})
+    stated = 0.4 if 0.25 in shares else 0.95
+    hf |= _some(draw, stated if partial else 0.01, **{share_key: draw.one_of(*shares)})
+    hf |= _some(draw, 0.15, original_max_position_embeddings=draw.one_of(8, 16))
+    if family.model_type == "gpt_neox":  # as transformers 4 wrote them
+        copies = {"rope_theta": hf.get(base_key), "partial_rotary_factor": hf.get(share_key)}
+        hf |= {key: value for key, value in copies.items() if value and draw.chance(0.1)}
+    return hf
+
+
+LINEAR = {"type": "linear", "factor": 3.0}
+
+
+def make_model(seed: int, folder: Path) -> tuple[Family, dict[str, Any]] | Outcome:
+    """Write a case's folder, by transformers, with config.json as drawn or as it saves it."""
+    import transformers
+
+    draw = Draw(seed)
+    family = tuple(FAMILIES.values())[seed % len(FAMILIES)]
+    name = model_class(draw, family)
+    hf = draw_config(draw, family) | {"architectures": [name]}
+    if name.endswith("QuestionAnswering"):
+        hf.pop("id2label", None)  # it has a start and an end
+    text = json.dumps(hf)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(text)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        model = getattr(transformers, name)(config).eval()
+        randomize(model, seed=seed)
+        model.save_pretrained(folder)
+    except Exception as error:  # whatever it is, there is nothing to compare with
+        return Outcome(seed, family.model_type, UNLOADABLE, why=str(error), config=text)
+    if draw.chance(0.6):
+        (folder / "config.json").write_text(text)
+    return family, json.loads((folder / "config.json").read_text())
+
+
+def probe(checkpoint: Checkpoint, seed: int) -> dict[str, Tensor]:
+    """Return random tokens, up to the whole length; for BERT with padding and token types."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = min(checkpoint.config.max_position_embeddings, 48)
+    length = (1, 2, longest, longest, longest)[seed % 5]
+    tokens = torch.randint(checkpoint.config.vocab_size, (2, length), generator=generator)
+    if checkpoint.config.family == "gpt":
+        return {"tokens": tokens}
+    kinds = max(checkpoint.config.num_tokentypes, 1)
+    mask = torch.ones_like(tokens)
+    mask[1, length - length // 3 :] = 0
+    types = torch.randint(kinds, tokens.shape, generator=generator)
+    return {"tokens": tokens, "padding_mask": mask, "tokentypes": types}
+
+
+def gap(ours: dict[str, Tensor], theirs: dict[str, Tensor], mask: Tensor | None) -> float:
+    """Return the largest difference, as a share of the largest value; infinite if outputs lack."""
+    if set(ours) != set(theirs):
+        return float("inf")
+    worst = 0.0
+    for name, expected in theirs.items():
+        a, b = ours[name], expected
+        if mask is not None and b.dim() == 3:  # states of padding mean nothing
+            a, b = a[mask.bool()], b[mask.bool()]
+        difference = (a - b).abs().max().item() / max(1.0, b.abs().max().item())
+        worst = max(worst, difference if difference == difference else float("inf"))
+    return worst
+
+
+def run_case(seed: int, folder: Path) -> Outcome:
+    """Return what our reader makes of a case, against transformers."""
+    made = make_model(seed, folder)
+    if isinstance(made, Outcome):
+        return made
+    family, hf = made
+    text = json.dumps(hf)
+    try:
+        checkpoint = open_checkpoint(folder)
+    except InputError as error:
+        why = str(error).replace(str(folder), "")
+        return Outcome(seed, family.model_type, REFUSED, why=why, config=text)
+    inputs = probe(checkpoint, seed)
+    try:
+        theirs = transformers_outputs(folder, inputs)
+    except Exception as error:
+        return Outcome(seed, family.model_type, UNLOADABLE, why=str(error), config=text)
+    worst = gap(outputs(checkpoint, inputs), theirs, inputs.get("padding_mask"))
+    return Outcome(seed, family.model_type, READ, gap=worst, config=text)
+
+
+def written_gap(seed: int, folder: Path) -> float | None:
+    """Return how far transformers is from ours on what we write for a case; None if not written."""
+    made = make_model(seed, folder / "theirs")
+    if isinstance(made, Outcome):
+        return None
+    try:
+        checkpoint = open_checkpoint(folder / "theirs")
+        convert(checkpoint, "hf", folder / "ours", vocab="padded", overwrite=True)
+    except InputError:
+        return None
+    inputs = probe(checkpoint, seed)
+    ours = outputs(checkpoint, inputs)
+    theirs = transformers_outputs(folder / "ours", inputs)
+    return gap(
+        {name: ours[name] for name in theirs if name in ours},
+        theirs,
+        inputs.get("padding_mask"),
+    )
