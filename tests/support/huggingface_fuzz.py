@@ -146,6 +146,9 @@ def _gpt2(draw: Draw, heads: int, head: int, positions: int) -> dict[str, Any]:
         if kind != "own":
             hf[alias] = value
     activations = (*GELU, "gelu_new", "gelu_new", *(["relu", "quick_gelu"] * draw.chance(0.1)))
+    layers = names["n_layer"][1]
+    hf |= _windows(draw, FAMILIES["gpt2"], layers, positions)
+    hf |= _some(draw, 0.1, head_dim=draw.mostly(head, None, 2 * head, share=0.1))
     return hf | _some(
         draw,
         0.7,
@@ -347,6 +350,14 @@ def gap(ours: dict[str, Tensor], theirs: dict[str, Tensor], mask: Tensor | None)
         difference = (a - b).abs().max().item() / max(1.0, b.abs().max().item())
         worst = max(worst, difference if difference == difference else float("inf"))
     return worst
+
+
+def names_a_key(outcome: Outcome) -> bool:
+    """Whether a refusal names a key that stands in config.json, or a part of one."""
+    hf = json.loads(outcome.config)
+    parts = [value for value in hf.values() if isinstance(value, dict)]
+    stated = [*hf, *(key for part in parts for key in part)]
+    return outcome.result == REFUSED and any(key in outcome.why for key in stated)
 
 
 def run_case(seed: int, folder: Path) -> Outcome:
