@@ -84,6 +84,20 @@ class Mesh:
         return self.device_mesh["dp"]
 
     @property
+    def tp_first(self) -> DeviceMesh:
+        """The same ranks and groups with the dims ("tp", "dp"): a shard of a shard is cut so.
+
+        Makes no groups and sends nothing.
+        """
+        assert self.device_mesh is not None and self.tp_group and self.dp_group
+        return DeviceMesh.from_group(
+            [self.tp_group, self.dp_group],
+            self.device_mesh.device_type,
+            mesh=self.device_mesh.mesh.t(),
+            mesh_dim_names=("tp", "dp"),
+        )
+
+    @property
     def tensor_parallel(self) -> TensorParallel:
         """What the parallel layers need to know."""
         return TensorParallel(self.tp_rank, self.tp, self.tp_group)

@@ -55,8 +55,25 @@ class Replicas:
     """
 
     def __init__(
-        self, model: BERT | GPT, objective: Objective, mesh: Mesh, *, mode: str, recompute: bool
+        self,
+        model: BERT | GPT,
+        objective: Objective,
+        mesh: Mesh,
+        *,
+        mode: str,
+        recompute: bool,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        """Wrap the model.
+
+        Args:
+            model: With its weights, in float32.
+            objective: The loss.
+            mesh: The layout.
+            mode: `ddp` or `fsdp2`.
+            recompute: Run each layer again in the backward pass.
+            dtype: Of matrix products (autocast): FSDP2 sends the layers' weights in it.
+        """
         assert mode in DP_MODES, mode
         check_trainable(model, mesh.tp)
         self.home = model
@@ -68,7 +85,7 @@ class Replicas:
             # A rank may own no row of a small vocabulary: nothing to train there.
             if name.startswith(unused) or parameter.numel() == 0:
                 parameter.requires_grad_(False)
-        worker = _sharded_twin(model, mesh) if self.sharded else model
+        worker = _sharded_twin(model, mesh, dtype) if self.sharded else model
         block: Any = worker.get_submodule(model.config.block)
         block.recompute = recompute
         self.trained = [
@@ -145,9 +162,15 @@ def check_trainable(model: BERT | GPT, tp: int) -> None:
         )
 
 
-def _sharded_twin(model: BERT | GPT, mesh: Mesh) -> BERT | GPT:
-    """Return a second model on the same weights, each layer cut over the data-parallel ranks."""
-    from torch.distributed.fsdp import fully_shard
+def _sharded_twin(model: BERT | GPT, mesh: Mesh, dtype: torch.dtype) -> BERT | GPT:
+    """Return a second model on the same weights, each layer cut over the data-parallel ranks.
+
+    In half precision a layer's weights are gathered as such, and freed with the layer: autocast
+    would gather float32, and keep its own copies of all layers until the end of the step. What is
+    in no layer (embeddings, heads) stays float32, as do the states between layers and the sums of
+    gradients over ranks.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     with torch.device("meta"):
         twin = type(model)(model.config, model.tp)
@@ -155,9 +178,12 @@ def _sharded_twin(model: BERT | GPT, mesh: Mesh) -> BERT | GPT:
         owner, _, leaf = name.rpartition(".")
         shared = nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
         setattr(twin.get_submodule(owner), leaf, shared)
+    policy = MixedPrecisionPolicy()
+    if dtype != torch.float32:
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     block: Any = twin.get_submodule(model.config.block)
     for layer in block.layers:
-        fully_shard(layer, mesh=mesh.dp_mesh)
+        fully_shard(layer, mesh=mesh.dp_mesh, mp_policy=policy)
     return twin
 
 

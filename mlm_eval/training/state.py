@@ -35,7 +35,7 @@ from mlm_eval.checkpoints.files.output import write_text
 from mlm_eval.checkpoints.lazy import Computed, LazyTensor
 from mlm_eval.checkpoints.parameters import Parameter, parameters
 from mlm_eval.ranks.collectives import on_main
-from mlm_eval.ranks.mesh import Mesh, num_ranks
+from mlm_eval.ranks.mesh import Mesh, num_ranks, object_group
 from mlm_eval.training.replicas import Replicas
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -98,7 +98,12 @@ class StateFolder:
             with warnings.catch_warnings():  # one process is no reason to warn
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 for kind in (WEIGHTS, *MOMENTS):
-                    dcp.save(dict(tensors(kind)), checkpoint_id=partial / kind, no_dist=alone)
+                    dcp.save(
+                        dict(tensors(kind)),
+                        checkpoint_id=partial / kind,
+                        no_dist=alone,
+                        process_group=None if alone else object_group(),
+                    )
         except dcp.CheckpointException as failure:
             raise InputError(
                 f"the training state could not be written to {self.folder} "
@@ -153,8 +158,8 @@ def collect(
 ) -> dict[str, Tensor]:
     """Return the weights, or a moment, as tensors of the whole model under canonical names.
 
-    Under FSDP2 each is gathered over the data-parallel ranks (collectives); otherwise they are
-    views of what is there.
+    No rank holds more than its own part: the tensors are views of what is there. Under FSDP2 a
+    gated fc1 is cut anew, for which one at a time is gathered over the data-parallel ranks.
     """
     table = parameters(replicas.home.config)
     if kind == WEIGHTS:
@@ -166,33 +171,43 @@ def collect(
             else torch.zeros_like(item.parameter)
             for item in replicas.trained
         }
-    tensors = {}
-    for name, value in values.items():
-        sharded: Any = value.detach()
-        shard = sharded.full_tensor() if hasattr(sharded, "full_tensor") else sharded
-        tensors[name] = _whole(shard, table[name], mesh)
-    return tensors
+    return {name: _whole(value.detach(), table[name], mesh) for name, value in values.items()}
 
 
-def _whole(shard: Tensor, parameter: Parameter, mesh: Mesh) -> Tensor:
-    """Return this rank's shard of a parameter as a part of the whole tensor."""
+def _whole(value: Tensor, parameter: Parameter, mesh: Mesh) -> Tensor:
+    """Return this rank's part of a parameter as a part of the whole tensor.
+
+    Args:
+        value: The tensor-parallel shard; under FSDP2 a DTensor of it over the data-parallel ranks.
+        parameter: What the table says of it.
+        mesh: The layout.
+    """
     rule, shape = parameter.rule, list(parameter.shape)
-    dim = rule.dim
+    dim, over_dp = rule.dim, hasattr(value, "placements")
+    sharded: Any = value
+    part = sharded.to_local() if over_dp else value
     if rule.blocks > 1:
         assert dim == 0, parameter
         shape = [rule.blocks, shape[0] // rule.blocks, *shape[1:]]
-        shard = shard.unflatten(0, (rule.blocks, shard.shape[0] // rule.blocks))
+        # FSDP2 has cut the rows of both blocks as one: into parts that are no part of the view.
+        part = sharded.full_tensor() if over_dp else part
+        part = part.unflatten(0, (rule.blocks, part.shape[0] // rule.blocks))
         dim = 1
+        if over_dp:
+            rows = -(-part.shape[1] // mesh.dp)  # of torch.chunk; the last ranks may have none
+            part = part[:, mesh.dp_rank * rows : (mesh.dp_rank + 1) * rows].clone()
     if mesh.device_mesh is None:
-        return shard
+        return part
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    place = Replicate() if dim is None or mesh.tp == 1 else Shard(dim)
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
-        shard.contiguous(),
-        mesh.device_mesh,
-        [Replicate(), place],
+        part.contiguous(),
+        mesh.tp_first,
+        [
+            Replicate() if dim is None or mesh.tp == 1 else Shard(dim),
+            Shard(1 if rule.blocks > 1 else 0) if over_dp else Replicate(),
+        ],
         run_check=False,
         shape=torch.Size(shape),
         stride=stride,

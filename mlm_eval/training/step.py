@@ -82,6 +82,7 @@ class Stepper:
             engine.mesh,
             mode=settings.dp_mode,
             recompute=settings.recompute,
+            dtype=resolve_dtype(settings.dtype),
         )
         self.optimizer = make_optimizer(self.replicas.trained, settings)
         self.scale = LossScale(
