@@ -16,6 +16,7 @@ laptop: no model, no process group.
     catalog.py      public checkpoints, one TOML file each in catalog/
     errors.py       `InputError`: what is wrong with the user's input
     files/          kinds of files, whatever they hold: pickles, safetensors, .distcp, zip
+    folders/        folders that are written to: whose they are, and what may be removed
     megatron/       the layouts of Megatron-LM                samples/   what ships
     huggingface/    the layouts of Hugging Face
 

@@ -179,6 +179,7 @@ class RunOptions(TokenizerOptions, EngineOptions):
     """
 
     output: Path | None = option("Write the result record (JSON) here.", None)
+    overwrite: bool = option("Replace a result that is there already.", False, flag="--overwrite")
     limit: int | None = option("Only the first N; marked in every output.", None, least=1)
     seed: int = option("Recorded; zero-shot evaluation draws nothing at random.", 1234)
     overrides: tuple[str, ...] = option(

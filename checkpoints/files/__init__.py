@@ -9,9 +9,8 @@
     stand_in.py           names what lies in the place of a file: Git LFS pointers, pages
     zip_archive.py        published zip archives
     output.py             files and folders that appear whole; the cache folder
-    file_names.py         names of files that come from a file
     byte_size.py          sizes such as 5GB
 
 `megatron/` and `huggingface/` import from here. This room imports `errors`, `lazy` and `dtypes` of
-`checkpoints`.
+`checkpoints`, and `folders/`.
 """

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.files.file_names import safe_name
 from mlm_eval.checkpoints.files.safe_pickle import state_of
 from mlm_eval.checkpoints.files.stand_in import describe_missing, refuse_stand_in
 from mlm_eval.checkpoints.files.torch_file import TorchFile, read_pickle, read_torch_file
+from mlm_eval.checkpoints.folders.file_names import safe_name
 from mlm_eval.checkpoints.lazy import Index, LazyTensor, MappedFile, StoredTensor, as_index
 
 METADATA = ".metadata"

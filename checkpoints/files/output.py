@@ -16,10 +16,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlm_eval.checkpoints.errors import InputError
-
-_OF_A_CHECKPOINT = re.compile(
-    r"latest_checkpointed_iteration\.txt|iter_\d{7,}|release|mp_rank_\d.*|\.metadata|.+\.safetensors"
+from mlm_eval.checkpoints.folders.checkpoint_files import (
+    foreign_files,
+    remove_checkpoint,
+    saved_steps,
+    weight_files,
 )
+from mlm_eval.checkpoints.folders.locks import Lock
 
 
 @contextmanager
@@ -34,28 +37,32 @@ def output_folder(
     """Yield an empty folder next to `target`, renamed to `target` when the block succeeds.
 
     A block that raises leaves the target as it was. A killed process leaves a hidden folder
-    `.NAME.partial-*` next to it, never a target with half of the files.
+    `.NAME.partial-*` next to it, never a target with half of the files; the next call for this
+    target removes it, and gives back an earlier checkpoint that was on its way out.
 
     Args:
         target: The folder to create, with its parents.
-        overwrite: Replace an existing checkpoint. A folder that holds no checkpoint is never
+        overwrite: Replace an existing checkpoint. A folder that holds anything else is never
             replaced.
         needs: Bytes about to be written.
         sources: Files that are being read: the target must hold none of them.
         finish: Called with the complete folder before it is renamed.
 
     Raises:
-        InputError: The target exists, cannot be written, or there is no room.
+        InputError: The target exists, cannot be written, or there is no room; or another process
+            is writing it.
     """
     target = target.expanduser().resolve()
     if any(file.resolve().is_relative_to(target) for file in sources):
         raise InputError(
             f"{target} holds the checkpoint that is being converted; choose another output folder"
         )
-    _check_target(target, overwrite)
     try:
+        clear_leftovers(target)
+        check_folder(target, overwrite=overwrite)
         partial = _beside(target, "partial")
         partial.mkdir(parents=True)
+        lock = Lock(partial)
     except OSError as error:
         raise InputError(
             f"{target} cannot be written ({error.strerror}); choose another output folder"
@@ -70,6 +77,7 @@ def output_folder(
         yield partial
         if finish is not None:
             finish(partial)
+        check_folder(target, overwrite=overwrite)  # it may have come meanwhile
         _replace(partial, target)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
@@ -80,6 +88,7 @@ def output_folder(
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        lock.release()
 
 
 @contextmanager
@@ -171,24 +180,89 @@ def cache_root() -> Path:
     return base / "mlm-eval"
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
-    if target.is_dir():
-        names = [entry.name for entry in target.iterdir()]
-        if not names:
-            return
-        if overwrite:
-            if any(_OF_A_CHECKPOINT.fullmatch(name) for name in names):
-                return
-            raise InputError(
-                f"{target} holds no checkpoint (found {', '.join(sorted(names)[:3])}), so it is "
-                "not replaced; choose another output folder"
-            )
-    elif not target.exists() and not target.is_symlink():
+def check_folder(target: Path, *, overwrite: bool = False) -> None:
+    """Refuse a folder for a checkpoint that stands and may not be replaced.
+
+    Args:
+        target: The folder.
+        overwrite: Replace a checkpoint: a folder with nothing else in it.
+
+    Raises:
+        InputError: It is there and not empty; or, with `overwrite`, more than one checkpoint.
+    """
+    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
         return
-    raise InputError(
-        f"{target} already exists; choose another output folder"
-        + (", or replace the checkpoint in it with --overwrite" if target.is_dir() else "")
+    if not target.is_dir():
+        raise InputError(f"{target} already exists; choose another output folder")
+    if not overwrite:
+        raise InputError(
+            f"{target} already exists; choose another output folder, or replace the checkpoint in "
+            "it with --overwrite"
+        )
+    if not weight_files(target):
+        names = sorted(entry.name for entry in target.iterdir())
+        raise InputError(
+            f"{target} holds no checkpoint (found {', '.join(names[:3])}), so it is not replaced; "
+            "choose another output folder"
+        )
+    if foreign := foreign_files(target):
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise InputError(
+            f"{target} holds {foreign[0]}{more}, which is no part of a checkpoint, so it is not "
+            "replaced; move that away, or choose another output folder"
+        )
+    if len(steps := saved_steps(target)) > 1:
+        raise InputError(
+            f"{target} holds {len(steps)} checkpoints ({steps[0]} to {steps[-1]}), and --overwrite "
+            "replaces one; remove them yourself, or choose another output folder"
+        )
+
+
+def clear_leftovers(target: Path) -> None:
+    """Remove what killed processes have left beside a target; put back what they had moved away.
+
+    Raises:
+        InputError: Another process writes the target now.
+    """
+    name = re.escape(target.name)
+    number = "[0-9a-f]{12}"
+    unfinished = re.compile(
+        rf"\.{name}\.partial-{number}|\.\.{name}\.partial-{number}\.partial-{number}"
     )
+    replaced = re.compile(rf"\.{name}\.old-{number}")
+    beside = list(target.parent.iterdir()) if target.parent.is_dir() else []
+    for path in beside:
+        if path.is_dir() and not path.is_symlink() and unfinished.fullmatch(path.name):
+            try:
+                lock = Lock(path)
+            except FileNotFoundError:
+                continue
+            except BlockingIOError:
+                raise InputError(
+                    f"{target} is being written by another process ({path.name}); wait for its "
+                    "end, or choose another output folder"
+                ) from None
+            if lock.sure:
+                shutil.rmtree(path, ignore_errors=True)
+            lock.release()
+    old = sorted((path for path in beside if replaced.fullmatch(path.name)), key=_changed)
+    if old and not os.path.lexists(target):
+        os.replace(old.pop(), target)
+    for path in old:
+        remove_checkpoint(path)
+
+
+def set_aside(target: Path) -> Path:
+    """Rename a folder to `NAME.kept-1`, or the next such name that is free; return its path."""
+    number = 1
+    while os.path.lexists(kept := target.with_name(f"{target.name}.kept-{number}")):
+        number += 1
+    os.replace(target, kept)
+    return kept
+
+
+def _changed(path: Path) -> float:
+    return path.stat().st_mtime
 
 
 def _replace(partial: Path, target: Path) -> None:
@@ -199,7 +273,7 @@ def _replace(partial: Path, target: Path) -> None:
     old = _beside(target, "old")
     os.replace(target, old)
     os.replace(partial, target)
-    shutil.rmtree(old, ignore_errors=True)
+    remove_checkpoint(old)
 
 
 def _beside(target: Path, what: str) -> Path:

@@ -23,10 +23,10 @@ from mlm_eval.checkpoints.checkpoint import (
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.dtypes import WEIGHT_DTYPES, dtype_name
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.files.file_names import safe_name
 from mlm_eval.checkpoints.files.safetensors_file import read_safetensors
 from mlm_eval.checkpoints.files.text_file import read_json_object
 from mlm_eval.checkpoints.files.torch_file import read_torch_file
+from mlm_eval.checkpoints.folders.file_names import safe_name
 from mlm_eval.checkpoints.huggingface.config import Found, read_config
 from mlm_eval.checkpoints.huggingface.families import FAMILIES, IGNORED_TENSORS, Family, entries
 from mlm_eval.checkpoints.huggingface.layout import zeros

@@ -100,8 +100,8 @@ def _main() -> int:
 
 def _interrupted() -> int:
     print(
-        "mlm-eval: interrupted; no result was written, but --resume, where the command has it, "
-        "continues from what was kept",
+        "mlm-eval: interrupted; no result was written, but the same command continues from what "
+        "was kept, where it keeps anything",
         file=sys.stderr,
     )
     return INTERRUPTED

@@ -30,6 +30,7 @@ class HarnessOptions(RunOptions):
     )
 
     output: None = None
+    overwrite: bool = False
     limit: None = None
     seed: int = 0
     full_digest: bool = False

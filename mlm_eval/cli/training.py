@@ -36,7 +36,8 @@ EXAMPLES = {
 
 ORDER = (
     "ckpt", "init", "data", "output_dir", "recipe", "epochs", "lr", "global_batch", "seq_length",
-    "seed", "seeds", "resume", "eval_only", "tp", "dp", "device", "tokenizer", "dtype",
+    "seed", "seeds", "resume", "restart", "overwrite", "eval_only", "tp", "dp", "device",
+    "tokenizer", "dtype",
     "eval_dtype", "max_steps", "evaluate_every", "save_minutes", "micro_batch", "recompute",
     "dp_mode", "batch_tokens", "vocab_file", "merge_file", "overrides",
 )  # fmt: skip
@@ -50,6 +51,7 @@ class TrainingRun(RunOptions):
     dtype: str = "float32"
     vocab: str = "padded"
     limit: None = None
+    overwrite: bool = False
     seed: int = 0
     compile_model: bool = False
     full_digest: bool = False
@@ -123,6 +125,8 @@ class PretrainCommand:
     text: TextSettings = nested(TextSettings)
     output_dir: Path = again(FinetuneOptions, "output_dir")
     resume: bool = again(FinetuneOptions, "resume")
+    restart: bool = again(FinetuneOptions, "restart")
+    overwrite: bool = again(FinetuneOptions, "overwrite")
     settings: TrainSettings = nested(TrainSettings)
     run: TextRun = nested(TextRun)
 
@@ -148,7 +152,8 @@ def _pretrain(given: PretrainCommand) -> None:
             given.text,
             given.settings,
             output_dir=given.output_dir,
-            resume=given.resume,
+            restart=given.restart,
+            overwrite=given.overwrite,
             listener=bars,
         )
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,12 +25,18 @@ if TYPE_CHECKING:
 
 def register(benchmark: ZeroShot[Any]) -> None:
     """Add the command of a benchmark."""
-    resume = option("Resume an interrupted run of the same --output.", False, flag="--resume")
+    resume = option(
+        "An interrupted run of the same --output is resumed with and without this.",
+        False,
+        flag="--resume",
+    )
+    restart = option("Discard what an interrupted run has kept.", False, flag="--restart")
     kind = dataclasses.make_dataclass(
         benchmark.name,
         [
             ("own", Any, nested(benchmark.options)),
             ("resume", bool, resume),
+            ("restart", bool, restart),
             ("run", RunOptions, nested(RunOptions)),
         ],
         kw_only=True,
@@ -37,21 +44,21 @@ def register(benchmark: ZeroShot[Any]) -> None:
 
     @command(benchmark.name, kind, help=inspect.getdoc(benchmark), order=("ckpt",))
     def run(options: Any) -> None:
-        run_benchmark(ModelRun(options.run), benchmark, options.own, resume=options.resume)
+        run_benchmark(ModelRun(options.run), benchmark, options.own, restart=options.restart)
 
 
 for _benchmark in benchmarks().values():
     register(_benchmark)
 
 
-def run_benchmark(run: ModelRun, benchmark: ZeroShot[Any], own: Any, *, resume: bool) -> None:
+def run_benchmark(run: ModelRun, benchmark: ZeroShot[Any], own: Any, *, restart: bool) -> None:
     """Run a benchmark on the ranks that it needs.
 
     Args:
         run: The command's.
         benchmark: What is run.
         own: The benchmark's own options.
-        resume: Use the scores that an interrupted run has kept beside its output.
+        restart: Discard the scores that an interrupted run has kept beside its output.
 
     Raises:
         InputError: The model is not a GPT, or an option is wrong.
@@ -65,8 +72,6 @@ def run_benchmark(run: ModelRun, benchmark: ZeroShot[Any], own: Any, *, resume: 
             f"{run.checkpoint.provenance.path} is a BERT checkpoint; {benchmark.name} needs a GPT "
             "model (left to right)"
         )
-    if resume and options.output is None:
-        raise InputError("--resume needs the --output of the interrupted run")
     place = run.start()
     tokenizer = run.tokenizer()
     work = benchmark.work_for(config, own, tokenizer=tokenizer, limit=options.limit)
@@ -74,52 +79,58 @@ def run_benchmark(run: ModelRun, benchmark: ZeroShot[Any], own: Any, *, resume: 
     def body(engine: Engine) -> None:
         tokens = sum(request.length for request in work.requests)
         run.log(work_text(benchmark.unit, len(work.requests), tokens, engine.flops(work.requests)))
-        partial = _partial(run, benchmark.resume_key(engine, work, tokenizer), work, resume)
-        with progress(run.is_main) as on_progress, _kept(partial):
-            result = benchmark.score(
-                engine, work, tokenizer=tokenizer, on_progress=on_progress, partial=partial
-            )
-        result.settings.update(engine.describe(), seed=options.seed)
-        if options.full_digest and run.is_main:
-            result.checkpoint["full_digest"] = full_digest(engine.checkpoint)
-        run.warn(result.warnings)
-        run.print_result(result_text(result, benchmark.title, benchmark.rows(result)))
-        line = benchmark.megatron_line(result)
-        if line is not None:
-            run.print_result(line)
-        if options.output is not None and run.is_main:
-            result.write(options.output)
-        if partial is not None and run.is_main:
-            partial.remove()
+        parts = benchmark.resume_parts(engine, work, tokenizer)
+        with _kept(run, work, parts, restart=restart) as partial:
+            with progress(run.is_main) as on_progress:
+                result = benchmark.score(
+                    engine, work, tokenizer=tokenizer, on_progress=on_progress, partial=partial
+                )
+            result.settings.update(engine.describe(), seed=options.seed)
+            if options.full_digest and run.is_main:
+                result.checkpoint["full_digest"] = full_digest(engine.checkpoint)
+            run.warn(result.warnings)
+            run.print_result(result_text(result, benchmark.title, benchmark.rows(result)))
+            line = benchmark.megatron_line(result)
+            if line is not None:
+                run.print_result(line)
+            if options.output is not None and run.is_main:
+                result.write(options.output)
+            if partial is not None and run.is_main:
+                partial.remove(len(work.requests))
 
     run.on_ranks(body, placement=place)
 
 
-def _partial(run: ModelRun, key: str, work: Work, resume: bool) -> PartialScores | None:
-    """Return the scores kept beside the output; None where no file is written."""
+@contextmanager
+def _kept(
+    run: ModelRun, work: Work, parts: dict[str, Any], *, restart: bool
+) -> Iterator[PartialScores | None]:
+    """Yield the scores kept beside the output; None where no file is written.
+
+    On Ctrl-C in a single process, what is done is written before leaving.
+    """
     from mlm_eval.checkpoints.files.output import is_stream
     from mlm_eval.engine.resume import PartialScores
 
     output = run.options.output
     if output is None or is_stream(output):
-        return None
-
-    partial = PartialScores(output.with_name(output.name + ".partial"), key, resume=resume)
-    if resume:
+        yield None
+        return
+    output = Path(os.path.realpath(output))
+    folder = output.with_name(output.name + ".partial")
+    partial = PartialScores(folder, parts, restart=restart, replace=run.options.overwrite)
+    with closing(partial):
         known = sum(index < len(work.requests) for index in partial.finished())
-        run.log(f"resuming: {known:,} of {len(work.requests):,} are done")
-    return partial
-
-
-@contextmanager
-def _kept(partial: PartialScores | None) -> Iterator[None]:
-    """On Ctrl-C in a single process, write what is done before leaving."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if partial is not None:
+        if known:
+            run.log(
+                f"resumes at {100 * known / len(work.requests):.0f} %: {known:,} of "
+                f"{len(work.requests):,} are done, kept in {folder.name}"
+            )
+        try:
+            yield partial
+        except KeyboardInterrupt:
             partial.flush()
-        raise
+            raise
 
 
 @dataclass(frozen=True, kw_only=True)

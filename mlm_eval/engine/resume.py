@@ -1,16 +1,19 @@
-"""Scores of an unfinished run, kept on disk so that `--resume` can continue where it stopped.
+"""Scores of an unfinished run, kept on disk so that the next one continues where it stopped.
 
-A chunk is a safetensors file with the scores of some requests. Chunks carry a key made of
-everything that decides a score (checkpoint, data, protocol, dtype), so results of another model or
-file are never mixed in. They do not depend on the layout: a run may be resumed at another tp x dp.
+A chunk is a safetensors file with the scores of some requests. It says of what they are scores: all
+that decides them (checkpoint, data, protocol, dtype), so results of another model or file are never
+mixed in, and what differs can be named. They do not depend on the layout: a run may be
+resumed at another tp x dp.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import re
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import atomic_file
+from mlm_eval.checkpoints.folders.locks import Lock, lock_folder, unlock_folder
 from mlm_eval.ranks.collectives import on_main
 from mlm_eval.ranks.mesh import this_rank
 
@@ -30,46 +34,119 @@ Finished = dict[int, tuple[Tensor, Tensor]]
 ScoreChunk = dict[str, Tensor]
 """`indices` and `counts` `[requests]`, `logprobs` and `greedy` `[sum of counts]`."""
 
+_CHUNK = re.compile(r"(\d+-\d+\.safetensors)|\.\d+-\d+\.safetensors\.partial-[0-9a-f]{12}")
+"""Names of chunks, and of those that a killed process was writing."""
 
-def resume_key(**parts: Any) -> str:
+_DTYPES = {
+    "indices": (torch.int64,),
+    "counts": (torch.int64,),
+    "logprobs": (torch.float32, torch.float64),
+    "greedy": (torch.bool,),
+}
+"""The tensors of a chunk, and the dtypes that they may have."""
+
+_IDENTITIES = {
+    "digest": "another checkpoint",
+    "data": "other data",
+    "text": "other text",
+    "tokenizer": "another tokenizer",
+}
+"""How to name what differs where its value says nothing to people."""
+
+
+def resume_key(parts: Mapping[str, Any]) -> str:
     """Return a digest of what decides the scores."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def run_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return in words how an earlier run differs from this one: `stride 32, now 5`.
+
+    Args:
+        before: What decided its result: JSON values, nested as they like.
+        now: The same of this run.
+    """
+    old, new = _flat(before), _flat(now)
+    named = [_named(name, old, new) for name in {**new, **old} if old.get(name) != new.get(name)]
+    named = list(dict.fromkeys(named))
+    return "; ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
 
 
 class PartialScores:
     """Chunks of scores in a folder beside the output file."""
 
-    def __init__(self, folder: Path, key: str, *, resume: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        parts: Mapping[str, Any],
+        *,
+        restart: bool = False,
+        replace: bool = False,
+    ) -> None:
         """Open the folder; every rank must call it.
 
         Args:
-            folder: Where the chunks are; made on the first write.
-            key: See `resume_key`.
-            resume: Use the chunks that are there. Without, they are removed by rank 0.
+            folder: Where the chunks are.
+            parts: All that decides the scores, as JSON values.
+            restart: Remove the chunks that are there.
+            replace: Remove them where they are scores of something else.
 
         Raises:
             InputError: The chunks there are of another checkpoint, file or setting, or damaged, or
-                cannot be removed.
+                cannot be removed; or another run writes them now.
         """
-        self.folder, self.key = folder, key
+        self.folder = folder
+        self.parts = json.loads(json.dumps(parts, default=str))
+        self.key = resume_key(self.parts)
+        self._lock: Lock | None = None
         self._buffer: list[tuple[list[int], list[int], Tensor, Tensor]] = []
         self._last_flush = time.monotonic()
         # Rank 0 reads for all: the ranks must agree on what is left to do.
-        self._finished = _taken_apart(on_main(self._read if resume else self._clear))
-
-    def _read(self) -> list[ScoreChunk]:
-        return [_read_chunk(path, self.key) for path in sorted(self.folder.glob("*.safetensors"))]
-
-    def _clear(self) -> list[ScoreChunk]:
         try:
-            if self.folder.is_dir():
-                shutil.rmtree(self.folder)
+            self._finished = _taken_apart(on_main(lambda: self._open(restart, replace)))
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, restart: bool, replace: bool) -> list[ScoreChunk]:
+        with suppress(OSError):  # a place that cannot be written is named when it is needed
+            self._lock = lock_folder(self.folder, what=str(self.folder))
+        if restart:
+            self._discard()
+        chunks = []
+        for path in sorted(self._chunks()):
+            chunk, key, parts = _read_chunk(path)
+            if key == self.key:
+                chunks.append(chunk)
+                continue
+            if replace:
+                self._discard()
+                return []
+            what = run_difference(parts, self.parts) if parts else "of an older mlm-eval"
+            raise InputError(
+                f"{self.folder} holds scores of an interrupted run that was another one: {what}; "
+                "repeat its command to resume it, discard it with --restart, or give another "
+                "--output"
+            )
+        return chunks
+
+    def _chunks(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        names = [(path, _CHUNK.fullmatch(path.name)) for path in self.folder.iterdir()]
+        return [path for path, match in names if match is not None and match[1]]
+
+    def _discard(self) -> None:
+        """Remove the chunks, and nothing else that may be there."""
+        try:
+            for path in self.folder.iterdir() if self.folder.is_dir() else ():
+                if _CHUNK.fullmatch(path.name):
+                    path.unlink()
         except OSError as error:
             raise InputError(
                 f"{self.folder}, left by an interrupted run, cannot be removed ({error.strerror}); "
                 "remove it, or give another --output"
             ) from None
-        return []
 
     def finished(self) -> Finished:
         """Return the scores of earlier runs."""
@@ -100,43 +177,72 @@ class PartialScores:
             "logprobs": torch.cat([part.cpu() for part in logprobs]),
             "greedy": torch.cat([part.cpu() for part in greedy]),
         }
+        said = {"key": self.key, "parts": json.dumps(self.parts)}
         try:
             with atomic_file(path) as partial:
-                save_file(chunk, partial, metadata={"key": self.key})
+                save_file(chunk, partial, metadata=said)
         except (OSError, SafetensorError) as error:
             raise InputError(
                 f"the scores so far cannot be kept in {self.folder} ({error}); "
                 "give --output a place with room"
             ) from None
 
-    def remove(self) -> None:
-        """Delete the chunks: the run is complete."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def remove(self, count: int) -> None:
+        """Delete the chunks: a run of `count` requests is complete. Rank 0.
+
+        Scores of further requests, of an interrupted run without that run's --limit, stay.
+        """
+        if all(index < count for index in self._finished):
+            self._discard()
+
+    def close(self) -> None:
+        """Let other runs write here."""
+        if self._lock is not None:
+            unlock_folder(self._lock)
+            self._lock = None
 
 
-def _read_chunk(path: Path, key: str) -> ScoreChunk:
-    """Return the scores in one file.
+def _read_chunk(path: Path) -> tuple[ScoreChunk, str | None, dict[str, Any]]:
+    """Return the scores in one file, its key, and of what they are scores, where it says so.
 
     Raises:
-        InputError: It is damaged, or of another run.
+        InputError: It is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            its_key = (file.metadata() or {}).get("key")
+            said = file.metadata() or {}
             chunk = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+        parts = json.loads(said.get("parts", "{}"))
+        if not isinstance(parts, dict):
+            raise ValueError("it does not say of what")
+        _check_chunk(chunk)
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise InputError(
-            f"{path} is damaged ({error}); delete it, so that its part is scored again, or run "
-            "without --resume"
+            f"{path} is damaged ({error}); delete it, so that its part is scored again, or discard "
+            "all of them with --restart"
         ) from None
-    if its_key != key:
-        raise InputError(
-            f"{path.parent} holds scores of another checkpoint, data file or setting; "
-            "run without --resume to start anew, or give another --output"
-        )
-    return chunk
+    return chunk, said.get("key"), parts
+
+
+def _check_chunk(chunk: ScoreChunk) -> None:
+    """Refuse a chunk whose tensors do not belong together.
+
+    Raises:
+        ValueError: They do not.
+    """
+    if set(chunk) != set(_DTYPES):
+        raise ValueError(f"it holds {', '.join(sorted(chunk)) or 'nothing'}")
+    indices, counts = chunk["indices"], chunk["counts"]
+    for name, value in chunk.items():
+        kinds = _DTYPES[name]
+        if value.dim() != 1 or value.dtype not in kinds:
+            raise ValueError(f"its {name} are {value.dtype} {list(value.shape)}")
+    if len(indices) != len(counts) or (counts < 0).any() or (indices < 0).any():
+        raise ValueError("its indices and counts do not add up")
+    if not len(chunk["logprobs"]) == len(chunk["greedy"]) == int(counts.sum()):
+        raise ValueError("its scores and counts do not add up")
 
 
 def _taken_apart(chunks: list[ScoreChunk]) -> Finished:
@@ -147,3 +253,22 @@ def _taken_apart(chunks: list[ScoreChunk]) -> Finished:
         parts = zip(chunk["logprobs"].split(counts), chunk["greedy"].split(counts), strict=True)
         finished.update(zip(chunk["indices"].tolist(), parts, strict=True))
     return finished
+
+
+def _flat(values: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings under their names, which lead to them with dots."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{place}{name}.")
+        else:
+            flat[f"{place}{name}"] = value
+    return flat
+
+
+def _named(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    short = name.removeprefix("settings.")
+    if short in _IDENTITIES:
+        return _IDENTITIES[short]
+    before, now = (str(values.get(name))[:60] for values in (old, new))
+    return f"{short} {before}, now {now}"

@@ -136,7 +136,8 @@ def score(
         partial: Results of an interrupted run, and where to keep those of this one.
 
     Raises:
-        InputError: A request is too long, or a token id is outside the vocabulary.
+        InputError: A request is too long, a token id is outside the vocabulary, or `partial` holds
+            other numbers of scores.
     """
     started = time.perf_counter()
     check_requests(requests, model.config)
@@ -145,6 +146,13 @@ def score(
     # An interrupted run with a higher --limit may have done more than is asked for now.
     done = {} if partial is None else partial.finished()
     found = {index: scores for index, scores in done.items() if index < len(requests)}
+    for index, (logprobs, _) in found.items():
+        if len(logprobs) != counts[index]:
+            assert partial is not None
+            raise InputError(
+                f"{partial.folder} holds {len(logprobs)} score(s) of sequence {index}, which has "
+                f"{counts[index]}; it is damaged, discard it with --restart"
+            )
 
     def run(indices: list[int]) -> tuple[Tensor, Tensor]:
         logprobs, greedy = score_batch(model, ScoringBatch.of(requests, indices), device)

@@ -7,7 +7,7 @@
     objectives.py     losses
     optimization.py   AdamW, the learning rate, clipping, the loss scale
     replicas.py       DDP and FSDP2 over data-parallel ranks
-    state.py          what `--resume` needs, for any layout
+    state.py          what resuming needs, for any layout
     log.py            metrics.jsonl, TensorBoard, the plot
 
 This room imports `engine`, `ranks`, `model` and `mlm_eval.checkpoints`.

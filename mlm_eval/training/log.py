@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import atomic_file, write_text
 
 METRICS_FILE = "metrics.jsonl"
@@ -82,16 +83,29 @@ def is_number(value: Any) -> bool:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl; the last one of a killed run may be cut off."""
+    """Return the lines of metrics.jsonl; the last one of a killed run may be cut off.
+
+    Raises:
+        InputError: Another line is damaged, or the file cannot be read.
+    """
     path = folder / METRICS_FILE
     if not path.is_file():
         return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    lines: list[dict[str, Any]] = []
+    texts = path.read_bytes().splitlines()
+    for number, text in enumerate(texts, start=1):
         try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
+            line = json.loads(text)
+            if not isinstance(line, dict) or not isinstance(line["step"], int):
+                raise ValueError("no step")
+        except (ValueError, KeyError, RecursionError):
+            if number == len(texts):
+                break
+            raise InputError(
+                f"{path}, line {number}, is not of a training run; discard the run with --restart, "
+                "or choose another output folder"
+            ) from None
+        lines.append(line)
     return lines
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +23,19 @@ import torch
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.output import clear_leftovers, set_aside
+from mlm_eval.checkpoints.folders.checkpoint_files import foreign_files, remove_checkpoint
+from mlm_eval.checkpoints.folders.locks import Lock, lock_folder, unlock_folder
 from mlm_eval.checkpoints.megatron.iteration import TRACKER
 from mlm_eval.checkpoints.megatron.layout import choose_names
 from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import num_parameters
 from mlm_eval.engine.engine import Engine
+from mlm_eval.engine.resume import run_difference
 from mlm_eval.ranks.collectives import on_main
 from mlm_eval.training.data import Plan, Sample, check_data, fingerprint, set_epoch
-from mlm_eval.training.log import TrainingLog, read_metrics
+from mlm_eval.training.log import METRICS_FILE, PLOT, TENSORBOARD, TrainingLog, read_metrics
 from mlm_eval.training.objectives import Objective
 from mlm_eval.training.optimization import Schedule
 from mlm_eval.training.settings import (
@@ -40,12 +46,10 @@ from mlm_eval.training.settings import (
     TrainSettings,
 )
 from mlm_eval.training.state import (
-    PROGRESS,
     WEIGHTS,
     StateFolder,
     collect,
     fill,
-    read_progress,
     read_state,
     restore_moments,
 )
@@ -65,9 +69,11 @@ def train(
     *,
     output_dir: str | Path,
     evaluate: Evaluate | None = None,
-    resume: bool = False,
+    restart: bool = False,
+    replace: bool = False,
     listener: Listener | None = None,
     title: str = "",
+    decided_by: Mapping[str, Any] | None = None,
     args: Mapping[str, Any] | None = None,
     tokenizer_files: Sequence[Path] = (),
 ) -> TrainReport:
@@ -85,15 +91,18 @@ def train(
         evaluate: Called on every rank with the current weights in `engine.model`, without gradients
             and outside autocast. It returns JSON values, of which rank 0's are kept; `score`, where
             there is one, is better when higher.
-        resume: Continue from the last state in `output_dir`; without one, start.
+        restart: Discard a run that is in `output_dir`; without, the same run is resumed from its
+            last state, and another one refused.
+        replace: Discard it where it is another one.
         listener: Called after each step, on rank 0.
         title: What the listener's lines begin with.
+        decided_by: What else decides the result, as JSON values: a resumed run must have the same.
         args: More of Megatron's args for the files that are written.
         tokenizer_files: Copied into the folder `tokenizer` of each checkpoint.
 
     Raises:
-        InputError: The folder holds another run, the data or settings do not fit the model or the
-            run to resume, the loss is not finite, or the disk is full.
+        InputError: The folder holds another run, or another process writes it; the data or settings
+            do not fit the model, the loss is not finite, or the disk is full.
     """
     settings = settings.on(engine.device.type)
     run = _Run(
@@ -105,11 +114,15 @@ def train(
         evaluate=evaluate,
         listener=listener or Listener(),
         title=title,
+        decided_by=decided_by or {},
         args=args or {},
         tokenizer_files=tokenizer_files,
     )
-    finished = run.prepare(resume=resume)
-    return finished or run.run()
+    try:
+        finished = run.prepare(restart=restart, replace=replace)
+        return finished or run.run()
+    finally:
+        run.leave()
 
 
 @dataclass
@@ -124,6 +137,7 @@ class _Run:
     evaluate: Evaluate | None
     listener: Listener
     title: str
+    decided_by: Mapping[str, Any]
     args: Mapping[str, Any]
     tokenizer_files: Sequence[Path]
 
@@ -131,6 +145,7 @@ class _Run:
         assert self.engine.dtype == torch.float32, "float32 master weights"
         self.mesh, self.config = self.engine.mesh, self.engine.config
         self.counters = Counters()
+        self.lock: Lock | None = None
         self.state = StateFolder(self.output / STATE)
         check_data(
             self.data,
@@ -148,16 +163,18 @@ class _Run:
 
     # ---- start -----------------------------------------------------------------------------------
 
-    def prepare(self, *, resume: bool) -> TrainReport | None:
+    def prepare(self, *, restart: bool, replace: bool) -> TrainReport | None:
         """Load the state to resume from, wrap the model; return the report of a finished run."""
         self.identity: dict[str, Any] = {
+            "digest": self.engine.checkpoint.provenance.digest,
+            **self.decided_by,
             "settings": self.settings.deciding(),
             "objective": self.objective.head,
             "data": fingerprint(self.data),
             "samples": len(self.data),
             "model": self.config.to_dict(),
         }
-        folder, progress = on_main(lambda: self._find(resume))
+        folder, progress = on_main(lambda: self._find(restart, replace))
         if progress is not None:
             self.counters = Counters(**progress["counters"])
             if folder is None:  # the run has finished
@@ -182,49 +199,69 @@ class _Run:
             self.log = TrainingLog(self.output, start=self.counters.step)
         return None
 
-    def _find(self, resume: bool) -> tuple[Path | None, dict[str, Any] | None]:
+    def leave(self) -> None:
+        """Let other runs write the folder."""
+        if self.lock is not None:
+            unlock_folder(self.lock)
+            self.lock = None
+
+    def _find(self, restart: bool, replace: bool) -> tuple[Path | None, dict[str, Any] | None]:
         """Return the state to resume from and its progress.json; rank 0."""
-        latest, finished = self.state.latest(), self.state.finished()
-        if not resume:
-            if latest or finished or (self.output / CHECKPOINT).exists():
+        for name in (STATE, CHECKPOINT, BEST_CHECKPOINT, METRICS_FILE, PLOT):
+            if (self.output / name).is_symlink():
                 raise InputError(
-                    f"{self.output} holds a run already; go on with --resume, or choose another "
-                    "output folder"
+                    f"{self.output / name} is a link to {os.path.realpath(self.output / name)}, "
+                    "which a run would replace; remove the link, or choose another output folder"
                 )
-            return None, None
-        self._tidy()
-        if finished is None and latest is None:
-            return None, None
-        progress = finished or read_progress(latest / PROGRESS)  # type: ignore[operator]
-        self._check_same(progress["identity"])
-        return (None if finished else latest), progress
-
-    def _tidy(self) -> None:
-        """Remove what a killed run left half-written; rank 0."""
+        known = None if restart else self.state.known()
+        if known is not None and (differs := self._difference(known["identity"])):
+            if not replace:
+                raise InputError(
+                    f"{self.output} holds another run: {differs}; repeat its command to resume it, "
+                    "discard it with --restart, or choose another output folder"
+                )
+            known = None
+        try:
+            self.lock = lock_folder(self.state.folder, what=str(self.output))
+        except OSError as error:
+            raise InputError(
+                f"{self.output} cannot be written ({error.strerror}); choose another output folder"
+            ) from None
+        if known is None and discard_training(self.output):
+            self.listener.log(f"{self.output}: the run that was there is discarded")
         for name in (CHECKPOINT, BEST_CHECKPOINT):
-            for part in ("partial", "old"):
-                for leftover in self.output.glob(f".{name}.{part}-*"):
-                    shutil.rmtree(leftover)
+            clear_leftovers(self.output / name)
         self.state.tidy()
+        for name in (METRICS_FILE, PLOT):
+            for leftover in self.output.glob(f".{name}.partial-{'[0-9a-f]' * 12}"):
+                leftover.unlink()
+        if known is None:
+            self._start()
+            return None, None
+        finished, latest = self.state.finished(), self.state.latest()
+        return (None, finished) if finished else (latest, known if latest else None)
 
-    def _check_same(self, before: Mapping[str, Any]) -> None:
-        """Refuse to resume a run of another identity."""
-        now = self.identity
-        for part, what in (("settings", "setting"), ("model", "model setting")):
-            for name, value in now[part].items():
-                # It was saved as JSON, which makes lists of tuples, for example.
-                if name in before[part] and before[part][name] != _as_json(value):
-                    raise InputError(
-                        f"{self.output} holds a run with the {what} {name}={before[part][name]}, "
-                        f"now it is {value}; go on with the same, or choose another output folder"
-                    )
-        for name in ("objective", "samples", "data"):
-            if before[name] != now[name]:
+    def _start(self) -> None:
+        """Note that a run begins; rank 0.
+
+        Raises:
+            InputError: The folder holds files that it would replace.
+        """
+        for name in (CHECKPOINT, BEST_CHECKPOINT, METRICS_FILE, PLOT):
+            if os.path.lexists(self.output / name):
                 raise InputError(
-                    f"{self.output} holds a run on other data ({before['samples']} samples for "
-                    f"{before['objective']}, now {now['samples']} for {now['objective']}); go on "
-                    "with the same data and tokenizer, or choose another output folder"
+                    f"{self.output} holds {name}, which this run would replace, and no run to "
+                    "resume; move it away, or choose another output folder"
                 )
+        self.state.start(self._progress())
+
+    def _difference(self, before: Mapping[str, Any]) -> str:
+        """Return in words how this run differs from one of another identity; empty: it does not."""
+        now = _as_json(self.identity)  # which makes lists of tuples, for example
+        for part in ("settings", "model"):  # a later version may know more of them
+            now[part] = {k: v for k, v in now[part].items() if k in before[part]}
+        now = {name: value for name, value in now.items() if name in before}
+        return run_difference({name: before[name] for name in now}, now)
 
     # ---- steps -----------------------------------------------------------------------------------
 
@@ -361,6 +398,9 @@ class _Run:
         args |= self.args
         provenance = Provenance(state, "memory", args=args)
         checkpoint = Checkpoint(config, read_state(state, config, WEIGHTS), provenance).check()
+        if target.is_dir() and (foreign := foreign_files(target)):
+            kept = set_aside(target)
+            self.listener.warn(f"{target} held {foreign[0]}, so it is now {kept.name}")
         write_megatron_torch(
             checkpoint,
             target,
@@ -405,6 +445,30 @@ class _Run:
             checkpoint=self.output / CHECKPOINT,
             best_checkpoint=None if best is None else self.output / BEST_CHECKPOINT,
         )
+
+
+def discard_training(folder: Path) -> bool:
+    """Remove what `train` has written to a folder, and nothing else; return whether there was any.
+
+    Raises:
+        InputError: Something else is in the place of its states.
+    """
+    state = StateFolder(folder / STATE)
+    if not state.has_run():  # a damaged one is discarded like a whole one
+        state.known()
+        return False
+    state.clear()
+    for name in (CHECKPOINT, BEST_CHECKPOINT):
+        if (folder / name).is_dir():
+            remove_checkpoint(folder / name)
+    for path in (folder / METRICS_FILE, folder / PLOT):
+        path.unlink(missing_ok=True)
+    for path in (folder / TENSORBOARD).glob("events.out.tfevents.*"):
+        path.unlink()
+    for path in (folder / TENSORBOARD, folder / STATE):
+        with suppress(OSError):
+            path.rmdir()
+    return True
 
 
 def training_args(settings: TrainSettings, plan: Plan, counters: Counters) -> dict[str, Any]:

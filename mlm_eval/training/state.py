@@ -3,7 +3,9 @@
     OUTPUT/state/step-00000120/
         weights/  exp_avg/  exp_avg_sq/   written by torch.distributed.checkpoint
         progress.json                     step, settings, scores: everything that is not a tensor
+    OUTPUT/state/started.json             what the run is, from its start on
     OUTPUT/state/finished.json            a run that is over; its weights are in OUTPUT/checkpoint
+    OUTPUT/state/lock                     while a process writes here
 
 A state is written into a folder of another name, which is renamed when all of it is on the disk: a
 process killed at any moment leaves the last whole state, and at most a folder that the next start
@@ -32,16 +34,20 @@ from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.distcp import check_coverage, open_folder
 from mlm_eval.checkpoints.files.output import write_text
+from mlm_eval.checkpoints.folders.locks import LOCK_FILE
 from mlm_eval.checkpoints.lazy import Computed, LazyTensor
 from mlm_eval.checkpoints.parameters import Parameter, parameters
 from mlm_eval.ranks.collectives import on_main
 from mlm_eval.ranks.mesh import Mesh, num_ranks, object_group
 from mlm_eval.training.replicas import Replicas
+from mlm_eval.training.settings import Counters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHTS = "weights"
 PROGRESS = "progress.json"
+STARTED = "started.json"
 FINISHED = "finished.json"
+UNFINISHED = "unfinished"
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -67,6 +73,52 @@ class StateFolder:
         path = self.folder / FINISHED
         return read_progress(path) if path.is_file() else None
 
+    def known(self) -> dict[str, Any] | None:
+        """Return what the run here has left: at its end, its last state or its start.
+
+        None: there is no run.
+
+        Raises:
+            InputError: It is damaged, or the folder holds something else.
+        """
+        if self.folder.is_symlink() or not self.folder.is_dir():
+            if os.path.lexists(self.folder):
+                raise InputError(f"{self.folder} is {_kind(self.folder)}; {_REMOVE}")
+            return None
+        for entry in sorted(self.folder.iterdir()):
+            if entry.is_symlink():
+                raise InputError(f"{entry} is {_kind(entry)}; {_REMOVE}")
+        latest, started = self.latest(), self.folder / STARTED
+        if (found := self.finished()) is not None:
+            return found
+        if latest is not None:
+            return read_progress(latest / PROGRESS)
+        if started.is_file():
+            return read_progress(started)
+        names = re.compile(rf"{LOCK_FILE}|\..+\.partial-[0-9a-f]{{12}}")  # killed at its start
+        others = [entry for entry in self.folder.iterdir() if not names.fullmatch(entry.name)]
+        if others:
+            raise InputError(f"{others[0]} belongs to no training run of mlm-eval; {_REMOVE}")
+        return None
+
+    def has_run(self) -> bool:
+        """Return whether there is a run, be it damaged."""
+        if self.folder.is_symlink():
+            return False
+        marks = (self.folder / STARTED, self.folder / FINISHED)
+        return self.latest() is not None or any(mark.is_file() for mark in marks)
+
+    def start(self, progress: Mapping[str, Any]) -> None:
+        """Note what the run is that begins here. Rank 0."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write_json(self.folder / STARTED, dict(progress))
+
+    def clear(self) -> None:
+        """Remove all states, and what is known of the run. Rank 0."""
+        self._remove(but=None)
+        for name in (STARTED, FINISHED):
+            (self.folder / name).unlink(missing_ok=True)
+
     def save(
         self,
         step: int,
@@ -90,7 +142,7 @@ class StateFolder:
         """
         from torch.distributed import checkpoint as dcp
 
-        partial = self.folder / "unfinished"
+        partial = self.folder / UNFINISHED
         target = self.folder / f"step-{step:08d}"
         on_main(lambda: self._prepare(partial, needs))
         alone = num_ranks() == 1
@@ -107,7 +159,7 @@ class StateFolder:
         except dcp.CheckpointException as failure:
             raise InputError(
                 f"the training state could not be written to {self.folder} "
-                f"({_first_line(failure)}); make room, and resume with --resume"
+                f"({_first_line(failure)}); make room, and repeat the command to resume"
             ) from failure
 
         def switch() -> None:
@@ -130,12 +182,12 @@ class StateFolder:
         if free < needs:
             raise InputError(
                 f"a training state in {self.folder} takes {needs / 1e9:.2f} GB, its disk has "
-                f"{free / 1e9:.2f} GB free; make room, and resume with --resume"
+                f"{free / 1e9:.2f} GB free; make room, and repeat the command to resume"
             )
 
     def _remove(self, *, but: str | None) -> None:
         for entry in self.folder.iterdir():
-            if entry.name != but and (_STEP.fullmatch(entry.name) or entry.name == "unfinished"):
+            if entry.name != but and (_STEP.fullmatch(entry.name) or entry.name == UNFINISHED):
                 shutil.rmtree(entry)
 
     def tidy(self) -> None:
@@ -150,6 +202,7 @@ class StateFolder:
     def finish(self, progress: Mapping[str, Any]) -> None:
         """Note that the run is over, and remove its states: the weights are elsewhere. Rank 0."""
         _write_json(self.folder / FINISHED, dict(progress))
+        (self.folder / STARTED).unlink(missing_ok=True)
         self._remove(but=None)
 
 
@@ -304,11 +357,18 @@ def read_progress(path: Path) -> dict[str, Any]:
         InputError: The file is damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-    except (OSError, ValueError) as error:
+        progress = json.loads(path.read_text(encoding="utf-8"))
+        counters, identity = progress["counters"], progress["identity"]
+        if not all(isinstance(identity[name], dict) for name in ("settings", "model")):
+            raise TypeError("its identity is incomplete")
+        if min(Counters(**counters).step, Counters(**counters).updates) < 0:
+            raise ValueError("its counters are negative")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(
-            f"{path} cannot be read ({error}); the training state is damaged"
+            f"{path} cannot be read ({type(error).__name__}: {error}); the training state is "
+            "damaged, discard it with --restart"
         ) from None
+    return progress  # type: ignore[no-any-return]
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -323,6 +383,13 @@ def _sync(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+_REMOVE = "move it away, or choose another output folder"
+
+
+def _kind(path: Path) -> str:
+    return f"a link to {os.path.realpath(path)}" if path.is_symlink() else "not a folder"
 
 
 def _first_line(failure: Any) -> str:

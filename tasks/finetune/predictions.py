@@ -14,20 +14,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.files.file_names import safe_name
 from mlm_eval.checkpoints.files.output import write_text
 from mlm_eval.checkpoints.files.text_file import parse_json, read_text
+from mlm_eval.checkpoints.folders.file_names import safe_name
 from mlm_eval.reporting.results import Result, versions
 from mlm_eval.tasks.data.text import sha256
 from mlm_eval.tasks.finetune.task import Answered, Judgement, Task, make_task
 
 MARK = "predictions_of"
 SUFFIX = ".jsonl"
+SUBMISSIONS = (".tsv", ".json", ".null_odds.json")
+"""Suffixes of the benchmarks' own forms; see `Task.submission`."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,18 @@ def read_predictions(path: Path) -> Predictions:
             f"it is not whole"
         )
     return Predictions(path, header, records)
+
+
+def prediction_files(folder: Path) -> list[Path]:
+    """Return the files of predictions in a folder, and the benchmarks' own forms beside them."""
+    found = []
+    for path in sorted(folder.glob("*" + SUFFIX)):
+        with suppress(InputError):  # of something else
+            read_predictions(path)
+            stem = path.name.removesuffix(SUFFIX)
+            beside = [path.with_name(stem + suffix) for suffix in SUBMISSIONS]
+            found += [path, *(form for form in beside if form.is_file())]
+    return found
 
 
 def ensemble_result(paths: Sequence[str | Path], *, output: str | Path | None = None) -> Result:

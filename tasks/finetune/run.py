@@ -11,10 +11,12 @@ is that of the seed whose dev score is the median.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,8 +26,11 @@ import torch
 
 from mlm_eval.checkpoints.dtypes import dtype_name, evaluation_dtype, training_dtype
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.output import output_folder
 from mlm_eval.checkpoints.files.text_file import parse_json, read_text
+from mlm_eval.checkpoints.folders.checkpoint_files import remove_checkpoint
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits
+from mlm_eval.engine.resume import run_difference
 from mlm_eval.model.initial import with_head
 from mlm_eval.ranks.collectives import on_main
 from mlm_eval.ranks.mesh import is_main
@@ -41,10 +46,10 @@ from mlm_eval.tasks.finetune.figures import (
     report_record,
     without_lists,
 )
-from mlm_eval.tasks.finetune.predictions import SUFFIX, write_predictions
+from mlm_eval.tasks.finetune.predictions import SUFFIX, prediction_files, write_predictions
 from mlm_eval.tasks.finetune.settings import FinetuneOptions
 from mlm_eval.tasks.finetune.task import Answered, ExampleSet, Judgement, Task, make_task
-from mlm_eval.training.loop import BEST_CHECKPOINT, CHECKPOINT, STATE, train
+from mlm_eval.training.loop import BEST_CHECKPOINT, CHECKPOINT, STATE, discard_training, train
 from mlm_eval.training.settings import Listener
 
 if TYPE_CHECKING:
@@ -121,7 +126,7 @@ class _Finetuning:
             self.listener.warn(warning)
 
     def _prepare(self) -> Prepared:
-        self._check_output()
+        found = self._check_output()
         prepared, self.sets = prepare_sets(
             self.task,
             self.options,
@@ -129,26 +134,68 @@ class _Finetuning:
             positions=self.checkpoint.config.max_position_embeddings,
             log=self.listener.log,
         )
+        options = self.options
+        if found and (options.restart or (options.overwrite and (self.output / RESULT).exists())):
+            self._discard()
+        self.output.mkdir(parents=True, exist_ok=True)
         return prepared
 
-    def _check_output(self) -> None:
-        """Refuse a folder that holds another run."""
+    def _check_output(self) -> bool:
+        """Refuse a folder that holds another run, or something else; return whether it has one."""
         options, several = self.options, len(self.options.seeds) > 1
-        single = [name for name in (STATE, BEST_CHECKPOINT) if (self.output / name).exists()]
+        result = self.output / RESULT
+        single = [name for name in (STATE, BEST_CHECKPOINT) if os.path.lexists(self.output / name)]
         of_seeds = sorted(path.name for path in self.output.glob("seed-*"))
-        found = [name for name in (RESULT, CHECKPOINT) if (self.output / name).exists()]
-        found += single + of_seeds
-        if found and (options.eval_only or not options.resume):
-            how = "" if options.eval_only else "go on with --resume, or "
+        trained = single + of_seeds
+        others = [
+            name for name in (CHECKPOINT, RUN, PREDICTIONS) if os.path.lexists(self.output / name)
+        ]
+        if options.eval_only and trained:
             raise InputError(
-                f"{self.output} holds a run already ({found[0]}); {how}choose another --output-dir"
+                f"{self.output} holds a training run ({trained[0]}); choose another --output-dir "
+                "for the evaluation"
             )
-        if single and several or of_seeds and not several:
+        if result.exists() and not options.overwrite and not self._adds_seeds(result):
+            raise InputError(
+                f"{self.output} holds a finished run ({RESULT}); replace it with --overwrite, or "
+                "choose another --output-dir"
+            )
+        if others and not (trained or result.exists() or options.overwrite):
+            raise InputError(
+                f"{self.output} holds {others[0]}, which this run would replace, and no run to "
+                "resume; move it away, or choose another --output-dir"
+            )
+        anew = options.restart or (options.overwrite and result.exists())
+        if (single and several or of_seeds and not several) and not anew:
             raise InputError(
                 f"{self.output} holds a run with {'one seed' if several else 'several seeds'}; go "
                 f"on with the same --seeds, or choose another --output-dir"
             )
-        self.output.mkdir(parents=True, exist_ok=True)
+        return bool(trained or others or result.exists())
+
+    def _adds_seeds(self, result: Path) -> bool:
+        """Return whether a finished run is to get further seeds: its own figures stay in it."""
+        if self.options.eval_only or self.options.restart:
+            return False
+        record = parse_json(read_text(result), str(result))
+        settings = record.get("settings") if isinstance(record, dict) else None
+        seeds = settings.get("seeds") if isinstance(settings, dict) else None
+        return isinstance(seeds, list) and len(seeds) > 1 and set(seeds) < set(self.options.seeds)
+
+    def _discard(self) -> None:
+        """Remove the run that is in the folder, and nothing else."""
+        folders = [path for path in self.output.glob("seed-*") if path.is_dir()]
+        for folder in (*folders, self.output):
+            discard_training(folder)
+            for name in (RUN, RESULT):
+                (folder / name).unlink(missing_ok=True)
+            for path in prediction_files(folder / PREDICTIONS):
+                path.unlink()
+            if (folder / CHECKPOINT).is_dir():  # of several seeds: that of one of them
+                remove_checkpoint(folder / CHECKPOINT)
+            for path in (folder / PREDICTIONS, folder):
+                with suppress(OSError):
+                    path.rmdir()
 
     # ---- training --------------------------------------------------------------------------------
 
@@ -202,9 +249,14 @@ class _Finetuning:
             self.options.train_settings(self.recipe, seed=seed, dtype=dtype),
             output_dir=folder,
             evaluate=evaluate,
-            resume=self.options.resume,
+            replace=self.options.overwrite,
             listener=self.listener,
             title=f"seed {seed}",
+            decided_by={
+                "tokenizer": self.tokenizer.sha256,
+                "text": self.prepared.data["sha256"],
+                "recipe": dataclasses.asdict(self.recipe),
+            },
         )
         if not outputs:  # the training had ended in an earlier call
             outputs, seconds = self._outputs(engine, ("dev",), autocast)
@@ -213,6 +265,7 @@ class _Finetuning:
         run_record = {
             "seed": seed,
             "identity": self._identity(seed),
+            "decided_by": self._decided_by(seed),
             "engine": described,
             "checkpoint_warnings": list(head.provenance.warnings),
             "load_seconds": engine.load_seconds,
@@ -235,15 +288,22 @@ class _Finetuning:
 
     def _ended(self, folder: Path, seed: int) -> dict[str, Any] | None:
         path = folder / RUN
-        if not (self.options.resume and path.is_file()):
+        if not path.is_file():
             return None
-        ended: dict[str, Any] = parse_json(read_text(path), str(path))
-        if ended.get("identity") != self._identity(seed):
-            raise InputError(
-                f"{folder} holds a run with other data, another model or other settings; go on "
-                f"with the same, or choose another --output-dir"
-            )
-        return ended
+        ended = parse_json(read_text(path), str(path))
+        if not isinstance(ended, dict) or not {"identity", "metrics"} <= set(ended):
+            raise InputError(f"{path} is damaged; discard the run with --restart")
+        if ended["identity"] == self._identity(seed):
+            return ended
+        if self.options.overwrite:
+            path.unlink()
+            return None
+        before, now = ended.get("decided_by"), self._decided_by(seed)
+        differs = run_difference(before, now) if isinstance(before, dict) else "of an older version"
+        raise InputError(
+            f"{folder} holds another run: {differs}; repeat its command to resume it, discard it "
+            "with --restart, or choose another --output-dir"
+        )
 
     def _identity(self, seed: int) -> str:
         """Return a digest of what decides a run's figures."""
@@ -257,6 +317,17 @@ class _Finetuning:
             self.checkpoint.provenance.digest,
         )
         return sha256(repr(part) for part in parts)
+
+    def _decided_by(self, seed: int) -> dict[str, Any]:
+        """Return what decides a run's figures, as JSON values: see `_identity`."""
+        settings = self.options.train_settings(self.recipe, seed=seed, dtype=self.options.dtype)
+        parts = {
+            "settings": settings.deciding() | dataclasses.asdict(self.recipe),
+            "data": self.prepared.data["sha256"],
+            "tokenizer": self.tokenizer.sha256,
+            "digest": self.checkpoint.provenance.digest,
+        }
+        return json.loads(json.dumps(parts, default=str))  # type: ignore[no-any-return]
 
     def _with_head(self, seed: int) -> Checkpoint:
         task = self.task
@@ -419,8 +490,7 @@ class _Finetuning:
 
 def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write a tokenizer's files to a folder where it is found again, whatever they were called."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for file in tokenizer.files:
         is_vocabulary = tokenizer.kind == "bert-wordpiece" and file.suffix == ".txt"
         shutil.copyfile(file, folder / ("vocab.txt" if is_vocabulary else file.name))
@@ -439,5 +509,5 @@ def _link_tree(source: Path, target: Path) -> None:
             shutil.copyfile(origin, place)
         return place
 
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(source, target, copy_function=link)
+    with output_folder(target, overwrite=True) as partial:
+        shutil.copytree(source, partial, copy_function=link, dirs_exist_ok=True)

@@ -182,7 +182,15 @@ class FinetuneOptions(RunSettings):
         written=str(DEFAULT_SEED),
     )
     """The record has each run and the median."""
-    resume: bool = option("Resume from the last saved state.", False, flag="--resume")
+    resume: bool = option(
+        "An interrupted run is resumed with and without this.", False, flag="--resume"
+    )
+    restart: bool = option("Discard an interrupted run and start anew.", False, flag="--restart")
+    overwrite: bool = option(
+        "Replace a finished run, or an interrupted one with other settings.",
+        False,
+        flag="--overwrite",
+    )
     eval_only: bool = option(
         "Train nothing: evaluate a fine-tuned checkpoint.", False, flag="--eval-only"
     )

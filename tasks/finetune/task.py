@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.files.file_names import safe_name
+from mlm_eval.checkpoints.folders.file_names import safe_name
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.tasks.data.sources import HUB_SPLITS, DatasetName, dataset_splits, is_dataset
 from mlm_eval.tasks.data.tokens import tokens_of

@@ -93,7 +93,8 @@ def pretrain(
     settings: TrainSettings,
     *,
     output_dir: str | Path,
-    resume: bool = False,
+    restart: bool = False,
+    overwrite: bool = False,
     listener: Listener | None = None,
 ) -> Result:
     """Train a causal or, with `MaskedTextSettings`, a masked language model; every rank calls it.
@@ -107,7 +108,8 @@ def pretrain(
         text: The data.
         settings: How to train.
         output_dir: Where everything goes.
-        resume: Continue from the last state in `output_dir`.
+        restart: Discard an interrupted run in `output_dir`; without, the same run is resumed.
+        overwrite: Replace a finished run in `output_dir`, or an interrupted one that is another.
         listener: Called with what happens, on rank 0.
 
     Raises:
@@ -116,6 +118,12 @@ def pretrain(
     output, settings = Path(output_dir), settings.on(engine.device.type)
     listener = listener if listener is not None and engine.is_main else Listener()
     warnings = check_start(text, engine.checkpoint, tokenizer)
+    finished = on_main((output / RESULT).exists)
+    if finished and not overwrite:
+        raise InputError(
+            f"{output} holds a finished run ({RESULT}); replace it with --overwrite, or choose "
+            "another --output-dir"
+        )
     positions = engine.config.max_position_embeddings
     length = text.seq_length or positions
     least = 8 if isinstance(text, MaskedTextSettings) else 2
@@ -142,6 +150,7 @@ def pretrain(
         )
         return found
 
+    on_main(lambda: (output / RESULT).unlink(missing_ok=True) if finished else None)
     report = train(
         engine,
         samples.train,
@@ -149,8 +158,14 @@ def pretrain(
         settings,
         output_dir=output,
         evaluate=evaluate,
-        resume=resume,
+        restart=restart or finished,
+        replace=overwrite,
         listener=listener,
+        decided_by={
+            "tokenizer": tokenizer.sha256,
+            "text": samples.sha256_of_all,
+            "dev_share": text.dev_share,
+        },
         args={"seq_length": length},
         tokenizer_files=tokenizer.files,
     )
@@ -197,6 +212,11 @@ class _Samples:
             )
         self.train = SampleRange(whole, 0, len(whole) - count)
         self.dev = SampleRange(self._cut(tokens, seed + 1), len(whole) - count, len(whole))
+
+    @property
+    def sha256_of_all(self) -> str:
+        """Digest of the files' contents, in their order."""
+        return hashlib.sha256(" ".join(self.sha256.values()).encode()).hexdigest()
 
     def _cut(self, tokens: TokenizedText, seed: int) -> MaskedText | TextWindows:
         if self.special is None:

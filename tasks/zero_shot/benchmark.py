@@ -212,21 +212,19 @@ class ZeroShot(ABC, Generic[Own]):
             versions=versions(),
         )
 
-    def resume_key(self, engine: Engine, work: Work, tokenizer: Tokenizer) -> str:
-        """Return a digest of all that decides the scores; `limit` and the layout do not."""
-        from mlm_eval.engine.resume import resume_key
-
+    def resume_parts(self, engine: Engine, work: Work, tokenizer: Tokenizer) -> dict[str, Any]:
+        """Return all that decides the scores; `limit` and the layout do not."""
         beside = ("warnings", "limit", "data")
-        return resume_key(
-            task=self.name,
-            digest=engine.checkpoint.provenance.digest,
-            config=engine.config.to_dict(),
-            data=work.settings["data"]["sha256"],
-            tokenizer=tokenizer.sha256,
-            dtype=str(engine.dtype),
-            vocab=engine.vocab,
-            settings={k: v for k, v in work.settings.items() if k not in beside},
-        )
+        return {
+            "task": self.name,
+            "digest": engine.checkpoint.provenance.digest,
+            "config": engine.config.to_dict(),
+            "data": work.settings["data"]["sha256"],
+            "tokenizer": tokenizer.sha256,
+            "dtype": str(engine.dtype).removeprefix("torch."),
+            "vocab": engine.vocab,
+            "settings": {k: v for k, v in work.settings.items() if k not in beside},
+        }
 
     def limit_warnings(self, limit: int | None, kept: int, total: int) -> list[str]:
         """Return a sentence if `limit` left out some of the data, else nothing."""

@@ -101,7 +101,6 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["out.json cannot be written", "--output"],
     ),
     "output is a folder": (["--output", "{folder}/gpt"], ["gpt cannot be written", "a folder"]),
-    "resume what": (["--resume"], ["--resume needs the --output"]),
     "setting without a value": (["--set", "activation"], ["--set 'activation'", "="]),
     "unknown setting": (["--set", "heads=4"], ["--set heads", "num_attention_heads"]),
     "setting out of its values": (["--set", "activation=tanh"], ["tanh", "gelu_tanh"]),
@@ -323,13 +322,17 @@ def test_what_a_pre_training_is_told_arrives(run, bert, folder, monkeypatch, com
             line += words
     start = (command, "--ckpt", model, "--output-dir", "o")
     where = "mlm_eval.tasks.language.pretraining.pretrain"
-    given, named = told(monkeypatch, where, run, *start, *line, "--resume")
-    assert named["resume"] is True and named["output_dir"] == Path("o")
+    given, named = told(monkeypatch, where, run, *start, *line, "--resume", "--restart")
+    assert (
+        named["restart"] is True
+        and named["overwrite"] is False
+        and named["output_dir"] == Path("o")
+    )
     text, settings = given[2:]
     assert text.kind == command
     assert {**vars(text), **vars(settings)}.items() >= expected.items()
     given, named = told(monkeypatch, where, run, *start, "--data", "text.txt")
-    assert given[2] == TEXTS[command](data=(Path("text.txt"),)) and named["resume"] is False
+    assert given[2] == TEXTS[command](data=(Path("text.txt"),)) and named["restart"] is False
     assert given[3] == TrainSettings(lr=1e-4)
     plain = {**vars(given[2]), **vars(given[3])}
     assert all(plain[name] != value for name, value in expected.items())

@@ -59,11 +59,11 @@ def test_an_interrupted_run_keeps_its_scores_and_goes_on(run, wiki, tmp_path, mo
 
     # Two ranks go on where one has stopped; other settings may not.
     monkeypatch.setattr(score, "score_batch", score_batch)
-    other = run(*wiki, "--stride", 5, "--output", output, "--resume")
-    assert_one_sentence(other, "out.json.partial holds scores of another checkpoint")
-    ended = as_user(*wiki, *batch, "--output", output, "--resume", "--tp", 2)
+    other = run(*wiki, "--stride", 5, "--output", output)
+    assert_one_sentence(other, "out.json.partial holds scores", "stride 4, now 5", "--restart")
+    ended = as_user(*wiki, *batch, "--output", output, "--tp", 2)
     assert ended.code == 0, ended.err
-    assert "resuming: 10 of" in ended.err
+    assert re.search(r"^resumes at \d+ %: 10 of \d+ are done", ended.err, re.MULTILINE)
     record = read(output)
     assert same_figures(record, expected) and record["settings"]["tp"] == 2
     assert not (tmp_path / "out.json.partial").exists()
@@ -85,21 +85,21 @@ def test_scores_that_something_else_decided_are_not_taken(run, wiki, folder, tmp
         add = PartialScores.add
         patched.setattr(PartialScores, "add", stop)
         assert run(*wiki, "--batch-tokens", 64).code == 130
-    for change in (
-        ["--ckpt", tmp_path / "other"],
-        ["--data", tmp_path / "text"],
-        ["--tokenizer", words],
-        ["--stride", 16],
-        ["--seq-length", 31, "--stride", 31],
-        ["--dtype", "bfloat16"],
-        ["--vocab", "true"],
-        ["--set", "activation=squared_relu"],
+    for change, named in (
+        (["--ckpt", tmp_path / "other"], "another checkpoint"),
+        (["--data", tmp_path / "text"], "other data"),
+        (["--tokenizer", words], "another tokenizer"),
+        (["--stride", 16], "stride 32, now 16"),
+        (["--seq-length", 31, "--stride", 31], "seq_length 32, now 31"),
+        (["--dtype", "bfloat16"], "dtype float32, now bfloat16"),
+        (["--vocab", "true"], "vocab padded, now true"),
+        (["--set", "activation=squared_relu"], "activation gelu, now squared_relu"),
     ):
-        ended = run(*wiki, *change, "--resume")
-        assert_one_sentence(ended, "out.json.partial holds scores of another checkpoint")
-    # What decides no score may differ.
+        ended = run(*wiki, *change)
+        assert_one_sentence(ended, "out.json.partial holds scores", named)
+    # What decides no score may differ, and --resume changes nothing.
     ended = run(*wiki, "--resume", "--batch-tokens", 99, "--limit", 1, "--seed", 9)
-    assert ended.code == 0 and "resuming: 1 of 1 are done" in ended.err
+    assert ended.code == 0 and "resumes at 100 %: 1 of 1 are done" in ended.err
 
 
 def test_ctrl_c_ends_all_ranks_with_one_sentence(wiki, folder):
@@ -121,7 +121,7 @@ def test_wrong_input_found_on_the_ranks_is_one_sentence(wiki, folder, tmp_path):
     """Damaged scores of an earlier run: rank 0 finds them, and all ranks end."""
     (tmp_path / "out.json.partial").mkdir()
     (tmp_path / "out.json.partial" / "1-0.safetensors").write_bytes(b"x")
-    ended = as_user(*wiki, "--output", tmp_path / "out.json", "--resume", "--dp", 2)
+    ended = as_user(*wiki, "--output", tmp_path / "out.json", "--dp", 2)
     warnings = [line for line in ended.err.splitlines() if not line.startswith("warning: ")]
     assert_one_sentence(
         dataclasses.replace(ended, err="\n".join(warnings)), "1-0.safetensors is damaged"
@@ -288,7 +288,7 @@ def test_a_language_model_from_text_to_its_figures(run, bert, folder, tmp_path, 
     assert shown["training"] == plan
     assert ("order" in shown) == (command == "mlm")
     again = run(*line, *SHORT)
-    assert_one_sentence(again, "holds a run already", "--resume")
+    assert_one_sentence(again, "holds a finished run", "--overwrite")
 
 
 # --- Megatron's own figures, and the real data --------------------------------------------------

@@ -396,12 +396,16 @@ def test_an_evaluation_gives_the_stored_figures_at_any_layout(race_run, tmp_path
 
 def test_a_folder_with_a_run_is_refused(race_run, bert, words):
     output, *_ = race_run
-    with pytest.raises(InputError, match=r"holds a run already \(result.json\); go on with --res"):
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=r"holds a finished run \(result.json\); .* --overwrite"):
         run("race", bert, options(output), words)
-    with pytest.raises(InputError, match="holds a run already .*; choose another --output-dir"):
-        run("race", bert, options(output, eval_only=True, resume=True), words)
-    with pytest.raises(InputError, match="holds a run with one seed; go on with the same --seeds"):
-        run("race", bert, options(output, seeds=(1, 2), resume=True), words)
+    with pytest.raises(InputError, match="holds a finished run"):
+        run("race", bert, options(output, restart=True), words)
+    with pytest.raises(InputError, match=r"holds a training run .*; choose another --output-dir"):
+        run("race", bert, options(output, eval_only=True, overwrite=True), words)
+    with pytest.raises(InputError, match="holds a finished run"):
+        run("race", bert, options(output, seeds=(1, 2)), words)
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
 # --- seeds ---
@@ -475,7 +479,7 @@ def test_a_killed_run_goes_on_to_the_same_figures(unbroken, bert, words, tmp_pat
     result = finetune(
         "race",
         bert,
-        dataclasses.replace(given, resume=True),
+        given,
         tokenizer=words,
         load=tiny_bert.load,
         listener=heard,
@@ -484,10 +488,10 @@ def test_a_killed_run_goes_on_to_the_same_figures(unbroken, bert, words, tmp_pat
     assert [line for line in heard.lines if "done before" in line or "resumed" in line] == [
         f"seed 1: done before, {output / 'seed-1'}"
     ]
-    with pytest.raises(InputError, match="holds a run with other data, another model or other se"):
-        run("race", bert, changed(dataclasses.replace(given, resume=True), lr=1e-4), words)
-    # More seeds can be added to those that are done.
-    more = dataclasses.replace(given, resume=True, seeds=(*SEEDS, 4))
+    # More seeds can be added to those that are done, with the same settings.
+    more = dataclasses.replace(given, seeds=(*SEEDS, 4))
+    with pytest.raises(InputError, match=r"seed-1 holds another run: lr 0.003, now 0.0001; "):
+        run("race", bert, changed(more, lr=1e-4), words)
     assert list(run("race", bert, more, words).metrics["seeds"]) == ["1", "2", "3", "4"]
 
 

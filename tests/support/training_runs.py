@@ -116,7 +116,8 @@ def run(
     *,
     count: int = 26,
     base: ModelConfig | None = None,
-    resume: bool = False,
+    restart: bool = False,
+    replace: bool = False,
     delay: float = 0.0,
     scores: list[float] | None = None,
 ) -> tuple[TrainReport, dict[str, Tensor]]:
@@ -130,7 +131,8 @@ def run(
         changes: Of the settings.
         count: Samples.
         base: The model.
-        resume: Go on.
+        restart: Discard what is there.
+        replace: Discard it where it is another run.
         delay: Seconds that rank 0 waits after each step.
         scores: What the evaluations return, one after the other.
     """
@@ -155,7 +157,8 @@ def run(
         settings(**changes),
         output_dir=folder,
         evaluate=evaluate if scores is not None else None,
-        resume=resume,
+        restart=restart,
+        replace=replace,
         listener=Slow(delay),
     )
     return report, {name: p.detach().clone() for name, p in engine.model.named_parameters()}

@@ -1,4 +1,4 @@
-"""A run on ranks of its own: `python training_target.py [--ranks N] FOLDER TP DP [resume]`.
+"""A run on ranks of its own: `python training_target.py [--ranks N] FOLDER TP DP`.
 
 With `--ranks` the process is the parent of N ranks, as the command line is; without it is a rank.
 """
@@ -16,7 +16,7 @@ DELAY = 0.1  # of each step: time for a kill
 SETTINGS = {"max_steps": 7, "save_minutes": 0.0, "hidden_dropout": 0.1, "attention_dropout": 0.1}
 
 
-def train(folder: Path, world: World, tp: int, dp: int, resume: bool) -> None:
+def train(folder: Path, world: World, tp: int, dp: int) -> None:
     """Train, and leave this process's number for the test."""
     launch.init_process_group(world, device="cpu")
     (folder / f"pid{world.rank}").write_text(str(os.getpid()))
@@ -26,7 +26,7 @@ def train(folder: Path, world: World, tp: int, dp: int, resume: bool) -> None:
 
     torch.set_num_threads(1)  # as on the ranks of the test: the bytes are compared
     other_kernels.install_as_asked()
-    training_runs.run(tp, dp, "mlm", folder / "run", SETTINGS, resume=resume, delay=DELAY)
+    training_runs.run(tp, dp, "mlm", folder / "run", SETTINGS, delay=DELAY)
     launch.shutdown()
 
 
@@ -50,9 +50,9 @@ def main() -> int:
     world = detect_world()
     assert world is not None
     launch.prepare_worker()
-    folder, tp, dp, *rest = sys.argv[1:]
+    folder, tp, dp = sys.argv[1:]
     with launch.reporting_errors(world):
-        train(Path(folder), world, int(tp), int(dp), rest == ["resume"])
+        train(Path(folder), world, int(tp), int(dp))
     return 0
 
 

@@ -94,7 +94,7 @@ def test_on_the_same_layout_a_resumed_run_is_the_unbroken_one_to_the_bit(name, t
     whole = part(layout, "lm", tmp_path / "whole", changes)
     part(layout, "lm", tmp_path / "broken", changes, stop=STOP)
     assert len(training_runs.metrics(tmp_path / "broken")) == STOP
-    resumed = part(layout, "lm", tmp_path / "broken", changes, resume=True)
+    resumed = part(layout, "lm", tmp_path / "broken", changes)
 
     assert_same_run(tmp_path / "broken", tmp_path / "whole")
     for (report, weights), (other, expected) in zip(resumed, whole, strict=True):
@@ -120,7 +120,7 @@ def test_a_run_goes_on_at_another_layout(kind, base, first, mode, then, other_mo
     part((1, 1), kind, tmp_path / "whole", {}, base=base)
     part(first, kind, tmp_path / "moved", {"dp_mode": mode}, base=base, stop=STOP)
     changes = {"dp_mode": other_mode, "micro_batch": 3, "recompute": True}
-    part(then, kind, tmp_path / "moved", changes, base=base, resume=True)
+    part(then, kind, tmp_path / "moved", changes, base=base)
     assert_same_run(tmp_path / "moved", tmp_path / "whole", rel=1e-5)
 
 
@@ -194,7 +194,7 @@ def goes_on(folder: Path, whole: Path) -> None:
     latest = state.latest()
     done = 3 if state.finished() else int(latest.name[5:]) if latest else 0
     left = [score for step, score in SCORES.items() if step > done]
-    report, weights = training_runs.run(1, 1, "mlm", folder, KILLED, resume=True, scores=left)
+    report, weights = training_runs.run(1, 1, "mlm", folder, KILLED, scores=left)
 
     assert_same_run(folder, whole)
     assert report is not None and report.best is not None and report.best["step"] == 2
@@ -246,7 +246,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path):
             os.kill(pid, 0)
     assert not (tmp_path / "run" / "checkpoint").exists()
 
-    done = subprocess.run([*target, "resume"], capture_output=True, text=True)
+    done = subprocess.run(target, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     assert whole == weights(tmp_path / "run" / "checkpoint")

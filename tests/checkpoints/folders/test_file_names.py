@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.files.file_names import safe_name
+from mlm_eval.checkpoints.folders.file_names import safe_name
 
 REFUSED = {
     "/etc/passwd": "a path",

@@ -1,0 +1,8 @@
+"""Folders that are written to: whose they are, and what may be removed.
+
+    file_names.py         names of files that come from a file
+    checkpoint_files.py   the files of a checkpoint, which `--overwrite` may remove
+    locks.py              one writer at a time
+
+Every room may import from here. This room imports `errors` of `checkpoints`.
+"""
