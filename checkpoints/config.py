@@ -17,6 +17,15 @@ POSITION_TYPES = ("learned_absolute", "rope", "learned_absolute+rope", "none")
 """Megatron's names; the sum stands for runs of spring 2023, when both could be on."""
 
 
+ROTARY_SETTINGS = (
+    "rotary_percent",
+    "rotary_base",
+    "rotary_interleaved",
+    "rotary_seq_len_interpolation_factor",
+    "rope_scaling",
+)
+"""Settings of rotary positions; a model without them has the defaults, whatever its file says."""
+
 _SIZES = (
     "num_layers",
     "hidden_size",
@@ -30,6 +39,7 @@ _RANGES = (
     ("rotary_percent", 1e-3, 1.0),
     ("rotary_base", 1.0, 1e12),
     ("rotary_seq_len_interpolation_factor", 1e-3, 1e6),
+    ("softmax_scale", 1e-6, 1e6),
     ("layernorm_epsilon", 0.0, 1.0),
     ("hidden_dropout", 0.0, 1.0),
     ("attention_dropout", 0.0, 1.0),
@@ -85,6 +95,8 @@ class ModelConfig:
     add_qkv_bias: bool = True
     qk_layernorm: bool = False
     qk_layernorm_bias: bool = False
+    softmax_scale: float | None = None
+    """Factor of the attention scores; None is 1 / sqrt(kv_channels)."""
     untie_embeddings_and_output_weights: bool = False
     apply_residual_connection_post_layernorm: bool = False
     """Take the residual after the norm: the original BERT order, the paper's Figure 7 (a)."""
@@ -121,6 +133,11 @@ class ModelConfig:
                     f"{name} is {value}, but must lie between {low:g} and {high:g}; correct it "
                     f"with --set {name}=X"
                 )
+        if self.rope_scaling is not None and not 1e-3 <= self.rope_scaling.factor <= 1e6:
+            raise InputError(
+                f"rope_scaling_factor is {self.rope_scaling.factor}, but must lie between 0.001 "
+                "and 1e+06; correct it with --set rope_scaling_factor=X"
+            )
         if self.rotary and int(self.kv_channels * self.rotary_percent) % 2:
             raise InputError(
                 f"rotary_percent {self.rotary_percent} of heads of {self.kv_channels} channels is "
@@ -179,7 +196,7 @@ SETTING_KINDS = {f.name: str(f.type).split(" | ")[0] for f in dataclasses.fields
 """The type of each setting: a key of `_KINDS`, but for `rope_scaling`."""
 
 # Also accepted by --set; the readers use them before there is a config.
-READER_SETTINGS = {"checkpoint_version": "float"}
+READER_SETTINGS = {"checkpoint_version": "float", "rope_scaling_factor": "float"}
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
@@ -248,6 +265,10 @@ def _parse_value(name: str, kind: str, text: str) -> Any:
 def apply_overrides(config: ModelConfig, overrides: Mapping[str, Any]) -> ModelConfig:
     """Return `config` with the overridden fields replaced."""
     known = {k: v for k, v in overrides.items() if k in SETTING_KINDS}
+    if "rope_scaling_factor" in overrides and config.rotary:
+        scaling = config.rope_scaling or RopeScaling()
+        factor = overrides["rope_scaling_factor"]
+        known["rope_scaling"] = dataclasses.replace(scaling, factor=factor)
     return dataclasses.replace(config, **known)
 
 
@@ -275,8 +296,21 @@ class ConfigBuilder:
     def finish(self) -> Self:
         """Return itself with `config`, once all settings are known.
 
+        What the model does not use stands at its default: equal models have equal configs.
+
         Raises:
             InputError: A setting is impossible.
         """
-        self.config = apply_overrides(ModelConfig(**self.values), self.overrides)
+        values = dict(self.values)
+        if values.get("lm_head") is False:  # a head that is not there has no activation
+            values.pop("head_activation", None)
+        config = apply_overrides(ModelConfig(**values), self.overrides)
+        scale, usual = config.softmax_scale, config.kv_channels**-0.5
+        if scale is not None and math.isclose(scale, usual, rel_tol=1e-6):
+            config = dataclasses.replace(config, softmax_scale=None)
+        if not config.rotary:
+            defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+            unused = {name: defaults[name] for name in ROTARY_SETTINGS}
+            config = dataclasses.replace(config, **unused)
+        self.config = config
         return self

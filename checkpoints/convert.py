@@ -146,6 +146,12 @@ def convert(
         from mlm_eval.checkpoints.megatron.write_dist import write_torch_dist
 
         write = partial(write_torch_dist, checkpoint, **sizes)
+    if to != "hf":
+        from mlm_eval.checkpoints.megatron.args import unheard_warnings
+        from mlm_eval.checkpoints.megatron.layout import choose_names
+
+        if to == "torch_dist" or choose_names(checkpoint.config, None) == "core":
+            warnings = unheard_warnings(checkpoint.config)
     comparison = None
 
     def finish(folder: Path) -> None:

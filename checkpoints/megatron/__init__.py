@@ -1,6 +1,7 @@
 """Megatron-LM's own formats, of every version since 2019, both ways. They are in docs/megatron.md.
 
     names.py        parameter names of every version -> canonical names; what is refused by name
+    fields.py       every saved argument: read, refused, or without effect on the function, and why
     args.py         saved arguments <-> `ModelConfig`
     iteration.py    the folders below a root, and the file that names the latest
     files.py        the files of the `torch` format, and what must agree in all of them

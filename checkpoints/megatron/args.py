@@ -11,6 +11,7 @@ import re
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ConfigBuilder, ModelConfig, RopeScaling
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safe_pickle import Stub, attributes_of
+from mlm_eval.checkpoints.megatron.fields import ARG_FIELDS, RunCode
 from mlm_eval.checkpoints.megatron.layout import SaveLayout, needs_openai_gelu
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -36,7 +38,14 @@ _SETTINGS: dict[str, Any] = {
     "hidden_dropout": 0.1,
     "attention_dropout": 0.1,
     "init_method_std": 0.02,
+    "softmax_scale": None,
 }
+_ROTARY = (
+    "rotary_percent",
+    "rotary_base",
+    "rotary_interleaved",
+    "rotary_seq_len_interpolation_factor",
+)
 
 # Settings that Megatron renamed (in 2023 and again in 2026) -> their names in args, newer first.
 # All of them are written.
@@ -69,39 +78,9 @@ _WHOLE_NUMBERS = frozenset(
 )
 _NUMBERS = frozenset(
     """rotary_percent rotary_base rotary_seq_len_interpolation_factor rope_scaling_factor
-    norm_epsilon layernorm_epsilon hidden_dropout attention_dropout init_method_std""".split()
+    softmax_scale norm_epsilon layernorm_epsilon hidden_dropout attention_dropout
+    init_method_std""".split()
 )
-
-# Settings that change the mathematics in ways that are not implemented: refused unless at one of
-# these values.
-REFUSED_ARGS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("num_experts", (None, 0), "a mixture of experts"),
-    ("multi_latent_attention", (None, False), "multi-latent attention"),
-    ("mtp_num_layers", (None, 0), "multi-token prediction"),
-    ("is_hybrid_model", (None, False), "a hybrid (Mamba) model"),
-    ("hybrid_override_pattern", (None, ""), "a hybrid (Mamba) model"),
-    ("hybrid_layer_pattern", (None, ""), "a hybrid (Mamba) model"),
-    ("heterogeneous_layers_config_path", (None, ""), "heterogeneous layers"),
-    ("heterogeneous_layers_config_encoded_json", (None, ""), "heterogeneous layers"),
-    ("window_size", (None,), "sliding-window attention"),
-    ("softmax_type", (None, "vanilla"), "attention sinks"),
-    ("qk_l2_norm", (None, False), "L2-normalised queries and keys"),
-    ("attention_output_gate", (None, False), "gated attention output"),
-    ("experimental_attention_variant", (None, ""), "an experimental attention variant"),
-    ("linear_attention_freq", (None,), "linear attention"),
-    ("linear_attention_type", (None,), "linear attention"),
-    ("no_rope_freq", (None,), "layers without rotary positions"),
-    ("activation_func_clamp_value", (None,), "clamped activations"),
-    ("quick_geglu", (None, False), "the quick-GEGLU activation"),
-    ("layernorm_mlp_bias", (None, False), "an unknown MLP norm"),
-    ("use_mup", (None, False), "maximal-update scaling"),
-    # No argument of Megatron-LM sets these; where a fork's args have them, its config took them.
-    ("softmax_scale", (None,), "an attention scale of its own"),
-    ("glu_linear_offset", (None, 0, 0.0), "an offset in its gated activation"),
-    ("attn_logit_softcapping", (None,), "capped attention scores"),
-    ("final_logit_softcapping", (None,), "capped logits"),
-)
-
 
 _CARRIED_WORDS = frozenset(
     """tokenizer_type optimizer lr_decay_style weight_decay_incr_style dataloader_type data_impl
@@ -150,14 +129,44 @@ def _check_numbers(args: Mapping[str, Any], where: str) -> None:
 @dataclass
 class _ArgsReader(ConfigBuilder):
     args: Mapping[str, Any] = field(default_factory=dict)
+    code: RunCode = "core"
+
+    def receives(self, name: str) -> bool:
+        """Return whether the code that ran passed an arg on to its model; warn where it did not.
+
+        Nothing is said of one that is absent, or is set by hand.
+        """
+        entry = ARG_FIELDS[name]
+        ours = self.args.get(PASSED_ON)
+        if self.code not in entry.unreceived or (isinstance(ours, list) and name in ours):
+            return True
+        self.warnings.append(
+            f"args.{name} is {self.args[name]}, but the models of Megatron's {self.code} code were "
+            f"built without it (up to {entry.until}), so it is not applied; if this run's code did "
+            f"apply it, use --set {_HAND_NAMES.get(name, f'{name}={self.args[name]}')}"
+        )
+        return False
 
     def from_args(self, name: str) -> None:
         """Take a setting of `_SETTINGS` from the first of its names that is in args."""
+        default = _SETTINGS[name]
         for key in _RENAMED.get(name, (name,)):
-            if self.args.get(key) is not None:
-                self.set(name, self.args[key], f"args.{key}")
-                return
-        self.set(name, _SETTINGS[name], "assumed" if not self.args else "Megatron's default")
+            value = self.args.get(key)
+            if value is None:
+                continue
+            if name in self.overrides or value == default or self.receives(key):
+                self.set(name, value, f"args.{key}")
+            else:
+                self.set(name, default, f"Megatron's {self.code} code is not given args.{key}")
+            return
+        self.set(name, default, "assumed" if not self.args else "Megatron's default")
+
+
+PASSED_ON = "passed_to_model"
+"""An arg of our own: those that the model heeds although Megatron-LM does not pass them on."""
+
+# What an arg that was not passed on is called by --set.
+_HAND_NAMES = {"use_rope_scaling": "rope_scaling_factor=8"}
 
 
 def build_config(
@@ -165,7 +174,7 @@ def build_config(
     args: Mapping[str, Any],
     *,
     family: str,
-    megatron_core: bool,
+    code: RunCode,
     overrides: Mapping[str, Any],
     where: str,
     params_dtype: str,
@@ -176,42 +185,124 @@ def build_config(
         shapes: Full shapes of the parameters found, by canonical name.
         args: Megatron's saved args; empty for files without them.
         family: `gpt` or `bert`.
-        megatron_core: Whether the names are megatron-core's: legacy and core code read args
-            differently.
+        code: Whose layers the parameter names are: legacy and core code read args differently.
         overrides: `--set` values; they win over everything.
         where: The checkpoint, for messages.
         params_dtype: The stored dtype.
 
     Raises:
-        InputError: A size can be found nowhere, or args and shapes contradict each other.
+        InputError: A size or a setting that changes the function can be found nowhere, args and
+            shapes contradict each other, or the model computes something else than ours.
     """
-    for name, harmless, what in REFUSED_ARGS:
-        if not any(args.get(name) is value or args.get(name) == value for value in harmless):
-            raise InputError(
-                f"{where} was trained with {what} (args.{name} = {args[name]!r}), which mlm-eval "
-                "does not compute; it reads dense GPT and BERT models only"
-            )
+    _refuse_fields(args, overrides, where)
     _check_numbers(args, where)
     check_dims(shapes, where)
     if overrides.get("family", family) != family:
         raise InputError(
             f"{where} holds a {family.upper()} model by its parameters; give no --set family"
         )
-    b = _ArgsReader(overrides, where, args=args)
+    b = _ArgsReader(overrides, where, args=args, code=code)
     b.set("family", family, "parameter names")
     b.set("params_dtype", params_dtype, "weights")
+    if code == "core":
+        _refuse_unstated(b, shapes)
     for name in _SETTINGS:
-        b.from_args(name)
+        if name not in _ROTARY:
+            b.from_args(name)
     _sizes(b, shapes)
     _positions(b, shapes)
+    _rotary(b)
     _norms_and_biases(b, shapes)
-    _activation(b, shapes, megatron_core)
+    _refuse_foreign_scale(b)
+    _activation(b, shapes)
     _tying_and_heads(b, shapes)
-    if megatron_core and b.values["apply_residual_connection_post_layernorm"]:
-        # megatron-core has the field but reads it nowhere: the run was pre-norm.
-        # Source: docs/megatron.md, "Block order".
-        b.set("apply_residual_connection_post_layernorm", False, "megatron-core ignores the flag")
     return b.finish()
+
+
+def _refuse_fields(args: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> None:
+    """Refuse settings of a function that is not computed here, by name.
+
+    Raises:
+        InputError: Args hold one.
+    """
+    for name, entry in ARG_FIELDS.items():
+        if entry.mark != "refused" or entry.only_with or name not in args:
+            continue
+        if entry.is_harmless(args[name]) or entry.setting in overrides:
+            continue
+        way_out = "it reads dense GPT and BERT models only"
+        if entry.setting:
+            way_out = f"where the model has the like of it here, say so with --set {entry.setting}="
+        raise InputError(
+            f"{where} was trained with {entry.reason} (args.{name} = {args[name]!r}), which "
+            f"mlm-eval does not compute; {way_out}"
+        )
+
+
+def _refuse_unstated(b: _ArgsReader, shapes: Shapes) -> None:
+    """Refuse megatron-core checkpoints that do not say what changes the function.
+
+    NVIDIA's releases of 2019 have no args either, but legacy names and known settings; with
+    megatron-core's names, a missing setting stands in another file, and a guess is wrong.
+
+    Raises:
+        InputError: A setting stands neither in args nor in the tensors nor in `--set`.
+    """
+    kind = b.overrides.get("position_embedding_type", b.args.get("position_embedding_type"))
+    no_table = "embedding.position_embeddings.weight" not in shapes
+    rms = not any(name.endswith(".final_layernorm.bias") for name in shapes)
+    fc1 = _layer_shape(shapes, "mlp.linear_fc1.weight")
+    fc2 = _layer_shape(shapes, "mlp.linear_fc2.weight")
+    gated = fc1 is not None and fc2 is not None and fc1[0] == 2 * fc2[-1]
+    # Setting -> (whether it is needed, its names in args, what to write).
+    needed = {
+        "num_attention_heads": (True, "N"),
+        "activation": (
+            not b.args,
+            "swiglu" if gated else "gelu (exact), gelu_tanh or squared_relu",
+        ),
+        "position_embedding_type": (
+            no_table and "use_rotary_position_embeddings" not in b.args,
+            "rope or none",
+        ),
+        "rotary_base": (not b.args and no_table and kind in (None, "rope"), "10000"),
+        "max_position_embeddings": (not b.args and no_table, "N"),
+        "layernorm_epsilon": (not b.args and rms, "1e-6 or 1e-5"),
+    }
+    missing = {
+        name: example
+        for name, (wanted, example) in needed.items()
+        if wanted and name not in b.overrides and b.args.get(name) is None
+    }
+    if not missing:
+        return
+    beside = settings_beside(Path(b.where))
+    where_else = f"they stand in {beside}, which mlm-eval does not read: " if beside else ""
+    raise InputError(
+        f"{b.where} does not say what {', '.join(missing)} "
+        f"{'is' if len(missing) == 1 else 'are'}: {'its args lack it' if b.args else 'no args'} "
+        f"and no shape tells; {where_else}give "
+        + " ".join(f"--set {name}={example}" for name, example in missing.items())
+    )
+
+
+_SETTINGS_FILES = (
+    "run_config.yaml",  # Megatron-Bridge
+    "model_config.yaml",  # NeMo 1
+    "../model_config.yaml",
+    "../context/model.yaml",  # NeMo 2
+    "../huggingface/config.json",  # verl
+    "../transformer_config.json",
+)
+
+
+def settings_beside(folder: Path) -> str | None:
+    """Return the file of another project, beside a checkpoint, that holds the model's settings."""
+    for name in _SETTINGS_FILES:
+        path = folder / name
+        if path.is_file():
+            return str(path.resolve())
+    return None
 
 
 def check_dims(shapes: Shapes, where: str) -> None:
@@ -332,6 +423,11 @@ def _positions(b: _ArgsReader, shapes: Shapes) -> None:
     if isinstance(kind, Stub):  # forks keep an enum: its value, or its class and the member's name
         kind = str([kind, *kind.__dict__["stub_args"]][-1])
     by_hand = "position_embedding_type" in b.overrides
+    if b.code == "core" and b.values["family"] == "bert" and table is not None:
+        # pretrain_bert.py never passes the kind on: megatron-core's BERT always has a table.
+        b.set("position_embedding_type", "learned_absolute", "shapes")
+        b.set("max_position_embeddings", table[0], "shapes")
+        return
     if kind in ("relative", "mrope", "yarn", "alibi") and not by_hand:
         raise InputError(
             f"{b.where} uses {kind} position embeddings, which mlm-eval does not compute; it reads "
@@ -354,11 +450,46 @@ def _positions(b: _ArgsReader, shapes: Shapes) -> None:
                 "give --set max_position_embeddings=N"
             )
         b.set("max_position_embeddings", size, "args.max_position_embeddings")
-    b.values["rotary_base"] = float(b.values["rotary_base"])
+
+
+def _rotary(b: _ArgsReader) -> None:
+    """Take the settings of rotary positions, which count for a model that has them only."""
+    args = b.args
+    rotary = "rope" in str(b.values["position_embedding_type"])
     scaling = None
-    if args.get("use_rope_scaling"):
-        scaling = RopeScaling(factor=float(args.get("rope_scaling_factor") or 8.0))
+    if not rotary:
+        for name in _ROTARY:
+            b.set(name, _SETTINGS[name], "no rotary positions")
+    else:
+        for name in _ROTARY:
+            b.from_args(name)
+        b.values["rotary_base"] = float(b.values["rotary_base"])
+        if (
+            b.values["rotary_interleaved"]
+            and b.code != "core"
+            and "--set" not in b.sources["rotary_interleaved"]
+        ):
+            raise InputError(
+                f"{b.where} was trained by Megatron's legacy code with rotary_interleaved, which "
+                "its layers heeded and its tables of angles did not; mlm-eval does not compute "
+                "that; if the run's code did it as megatron-core does, use --set "
+                "rotary_interleaved=true"
+            )
+        by_hand = "rope_scaling_factor" in b.overrides
+        if args.get("use_rope_scaling") and (by_hand or b.receives("use_rope_scaling")):
+            factor = args.get("rope_scaling_factor")
+            scaling = RopeScaling()
+            if factor not in (None, scaling.factor) and not by_hand:
+                if b.receives("rope_scaling_factor"):
+                    scaling = RopeScaling(factor=float(factor))
     b.set("rope_scaling", scaling, "args.use_rope_scaling" if scaling else "Megatron's default")
+    if rotary and not args:
+        b.warnings.append(
+            f"the file holds no args: rotary_percent {b.values['rotary_percent']:g}, "
+            f"rotary_interleaved {b.values['rotary_interleaved']} and no scaling of rotary "
+            "frequencies assumed; correct them with --set rotary_percent=X, "
+            "rotary_interleaved=true, rope_scaling_factor=X"
+        )
 
 
 def _norms_and_biases(b: _ArgsReader, shapes: Shapes) -> None:
@@ -382,7 +513,18 @@ def _norms_and_biases(b: _ArgsReader, shapes: Shapes) -> None:
         b.set(name, _layer_shape(shapes, suffix) is not None, "shapes")
 
 
-def _activation(b: _ArgsReader, shapes: Shapes, megatron_core: bool) -> None:
+def _refuse_foreign_scale(b: _ArgsReader) -> None:
+    """Refuse a factor of attention scores that the code which ran cannot have had."""
+    scale = b.values["softmax_scale"]
+    if scale is not None and b.code != "core" and "softmax_scale" not in b.overrides:
+        raise InputError(
+            f"{b.where} has args.softmax_scale = {scale!r}, which Megatron's legacy code does not "
+            f"have; say what its code did: --set softmax_scale={scale!r}, or the usual "
+            f"--set softmax_scale={b.values['kv_channels'] ** -0.5:g}"
+        )
+
+
+def _activation(b: _ArgsReader, shapes: Shapes) -> None:
     args = b.args
     fc1 = _layer_shape(shapes, "mlp.linear_fc1.weight")
     fc2 = _layer_shape(shapes, "mlp.linear_fc2.weight")
@@ -399,26 +541,36 @@ def _activation(b: _ArgsReader, shapes: Shapes, megatron_core: bool) -> None:
                 "activation=gelu or gelu_tanh"
             )
     else:
-        biased = b.values["add_bias_linear"]
-        b.set("activation", *_activation_from_args(args, megatron_core, biased=biased))
+        b.set("activation", *_activation_from_args(b))
     if (b.values["activation"] == "swiglu") != gated:
         raise InputError(
             f"{b.where}: activation {b.values['activation']} does not fit an MLP whose two weights "
             f"are {fc1[0]} and {ffn} wide; correct it with --set activation=..."
         )
     # GPT has no such head: left at its default, so that equal models have equal configs.
-    openai = bool(args.get("openai_gelu")) and not megatron_core and b.values["family"] == "bert"
+    openai = bool(args.get("openai_gelu")) and b.code != "core" and b.values["family"] == "bert"
     b.set("head_activation", "gelu_tanh" if openai else "gelu", "Megatron's LM head")
 
 
-def _activation_from_args(
-    args: Mapping[str, Any], megatron_core: bool, *, biased: bool
-) -> tuple[str, str]:
+# The words of --yaml-cfg, and what its code made of them.
+_YAML_ACTIVATIONS = {"gelu": "gelu", "squaredrelu": "squared_relu", "swiglu": "swiglu"}
+
+
+def _activation_from_args(b: _ArgsReader) -> tuple[str, str]:
     """Return the activation that ran, and which field says so.
 
     Source: docs/megatron.md, "GELU", which has the legacy code's precedence too.
+
+    Raises:
+        InputError: It is none of ours.
     """
-    if not megatron_core:  # megatron-core reads neither flag
+    args = b.args
+    if b.code == "legacy with TransformerEngine":
+        # Its layer takes no other word than gelu, the tanh form, and swiglu.
+        if args.get("swiglu"):
+            return "swiglu", "args.swiglu"
+        return "gelu_tanh", "TransformerEngine's GELU"
+    if b.code == "legacy":
         if args.get("openai_gelu"):
             return "gelu_tanh", "args.openai_gelu"
         if args.get("onnx_safe"):
@@ -426,10 +578,36 @@ def _activation_from_args(
     for name in ("swiglu", "squared_relu"):
         if args.get(name):
             return name, f"args.{name}"
+    activation, source = _ungated_from_args(b)
+    if args.get("gated_linear_unit") and activation != "swiglu" and "activation" not in b.overrides:
+        raise InputError(
+            f"{b.where} was trained with a gate (args.gated_linear_unit) beside another activation "
+            "than silu, which mlm-eval does not compute; if it is silu, use --set activation=swiglu"
+        )
+    if activation == "gelu" and args.get("transformer_impl") != "local":
+        for name in ("use_te_activation_func", "use_transformer_engine_op_fuser"):
+            if args.get(name):
+                return "gelu_tanh", f"args.{name}"
+    return activation, source
+
+
+def _ungated_from_args(b: _ArgsReader) -> tuple[str, str]:
+    word = b.args.get("activation_func")
+    if word is not None:
+        known = isinstance(word, str) and word in _YAML_ACTIVATIONS
+        if not known and "activation" not in b.overrides:
+            raise InputError(
+                f"{b.where} was trained with the activation args.activation_func = {word!r}, which "
+                "mlm-eval does not know; if it is one of gelu, gelu_tanh, swiglu and squared_relu, "
+                "use --set activation="
+            )
+        return _YAML_ACTIVATIONS[word] if known else "gelu", "args.activation_func"
     for name in ("bias_gelu_fusion", "bias_activation_fusion"):
-        if args.get(name) is not None:
+        if b.args.get(name) is not None:
             # The fused kernel is the tanh form; it needs a bias to fuse.
-            fused = bool(args[name]) and biased
+            fused = bool(b.args[name]) and b.values["add_bias_linear"]
+            if fused and name == "bias_activation_fusion" and b.args.get("yaml_cfg"):
+                return "gelu", "args.yaml_cfg"
             return ("gelu_tanh" if fused else "gelu"), f"args.{name}"
     return "gelu", "Megatron's default"
 
@@ -502,13 +680,36 @@ def _args_of_settings(c: ModelConfig, core: bool, run_length: int | None) -> dic
         "onnx_safe": None,
         "bias_gelu_fusion": c.activation == "gelu_tanh" and not openai,
     }
+    if c.softmax_scale is None:  # no argument of Megatron-LM: absent in files of ordinary models
+        del values["softmax_scale"]
     if c.rope_scaling is not None:
         values["rope_scaling_factor"] = c.rope_scaling.factor
+    if core and (unheard := _unheard(c)):
+        values[PASSED_ON] = sorted(unheard)
     if c.num_classes:
         values["num_classes"] = c.num_classes
     if c.family == "bert":
         values["bert_binary_head"] = c.binary_head
     return values
+
+
+def _unheard(c: ModelConfig) -> dict[str, Any]:
+    """Return the args that megatron-core's model needs and Megatron-LM does not pass on to it."""
+    found: dict[str, Any] = {}
+    if c.rotary_seq_len_interpolation_factor is not None:
+        found["rotary_seq_len_interpolation_factor"] = c.rotary_seq_len_interpolation_factor
+    if c.rope_scaling is not None and c.rope_scaling.factor != RopeScaling().factor:
+        found["rope_scaling_factor"] = c.rope_scaling.factor
+    return found
+
+
+def unheard_warnings(config: ModelConfig) -> list[str]:
+    """Return what to tell whoever opens a megatron-core checkpoint of this model with Megatron."""
+    return [
+        f"args.{name} is {value:g}, which Megatron-LM does not pass on to its model (up to "
+        f"{ARG_FIELDS[name].until}): build the model with it by hand there; mlm-eval applies it"
+        for name, value in _unheard(config).items()
+    ]
 
 
 def _args_of_layout(layout: SaveLayout, tp_rank: int, pp_rank: int) -> dict[str, Any]:

@@ -122,6 +122,8 @@ def lacking_in_core(c: ModelConfig) -> str | None:
         return "tanh GELU without biases"
     if c.position_embedding_type == "learned_absolute+rope":
         return "learned and rotary positions together"
+    if c.family == "bert" and c.position_embedding_type != "learned_absolute":
+        return "BERT without learned positions"
     if c.qk_layernorm and c.qk_layernorm_bias != (c.normalization == "LayerNorm"):
         return "norm of queries and keys that differs in kind from the other norms"
     return _lacking_anywhere(c)
@@ -131,6 +133,16 @@ def _lacking_in_legacy(c: ModelConfig) -> str | None:
     """Return what the legacy models do not have, or None."""
     if c.qk_layernorm:
         return "norm of queries and keys"
+    if c.softmax_scale is not None:
+        return "attention scale of its own"
+    if c.rotary:
+        # Its models make their tables of angles without these settings, whatever args say.
+        if c.rotary_base != 10000.0:
+            return "rotary base but 10000"
+        if c.rotary_interleaved:
+            return "interleaved rotary pairs"
+        if c.rope_scaling is not None:
+            return "scaling of rotary frequencies"
     if c.family == "bert" and needs_openai_gelu(c) != (c.head_activation == "gelu_tanh"):
         return f"BERT with {c.activation} in the MLP and {c.head_activation} in the head"
     return _lacking_anywhere(c)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.megatron.fields import RunCode
 from mlm_eval.checkpoints.parameters import TASK_HEADS
 
 # Old name of a layer's part (a prefix of the key below `layers.N.`) -> canonical name.
@@ -167,3 +168,12 @@ def family_of(keys: list[str]) -> str:
         for key in keys
     )
     return "bert" if bert else "gpt"
+
+
+def run_code(keys: list[str]) -> RunCode:
+    """Return whose layers a run was made of: each named its QKV projection in its own way."""
+    if any(".linear_qkv." in key for key in keys):
+        return "core"
+    if any(".layernorm_qkv." in key for key in keys):
+        return "legacy with TransformerEngine"
+    return "legacy"

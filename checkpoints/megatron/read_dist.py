@@ -80,18 +80,11 @@ def read_distributed(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     common = _read_common(files)
     args = saved_args(common.values.get("args"), str(folder))
     tensors, family = _canonical(files, keys)
-    learned = "embedding.position_embeddings.weight" in tensors
-    if not args and not learned and "position_embedding_type" not in overrides:
-        raise InputError(
-            f"{folder} holds neither Megatron's args nor a table of position embeddings; give "
-            "--set position_embedding_type=rope (and rotary_base, layernorm_epsilon, "
-            "max_position_embeddings where they differ), or none"
-        )
     build = build_config(
         {name: tensor.shape for name, tensor in tensors.items()},
         args,
         family=family,
-        megatron_core=True,
+        code="core",
         overrides=overrides,
         where=str(folder),
         params_dtype=dtype_name(tensors["embedding.word_embeddings.weight"].dtype),

@@ -28,6 +28,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import LazyTensor, Selected, runs
 from mlm_eval.checkpoints.megatron import names
 from mlm_eval.checkpoints.megatron.args import build_config, check_dims, layer_indices
+from mlm_eval.checkpoints.megatron.fields import RunCode
 from mlm_eval.checkpoints.megatron.files import (
     MODEL_FILES,
     RANK_FOLDER,
@@ -127,8 +128,8 @@ def _merge(
     check_same_run(files, tp, where)
     names.refuse_unsupported(everything, str(where))
     family = names.family_of(everything)
-    megatron_core = any(".linear_qkv." in key for key in everything)
-    version = _version(first, megatron_core, overrides)
+    code = names.run_code(everything)
+    version = _version(first, code, overrides)
     warnings: list[str] = []
     if version == 0.0 and "checkpoint_version" not in overrides:
         warnings.append(UNVERSIONED)
@@ -141,7 +142,7 @@ def _merge(
         shapes,
         first.args,
         family=family,
-        megatron_core=megatron_core,
+        code=code,
         overrides=overrides,
         where=str(where),
         params_dtype=dtype_name(shards[0][WORD_EMBEDDINGS].dtype),
@@ -180,7 +181,7 @@ def _merge(
     return Checkpoint(config, tensors, provenance).check()
 
 
-def _version(first: RankFile, megatron_core: bool, overrides: Mapping[str, Any]) -> float:
+def _version(first: RankFile, code: RunCode, overrides: Mapping[str, Any]) -> float:
     """Return the checkpoint version: the QKV order follows from it.
 
     Source: docs/megatron.md, "Checkpoint version".
@@ -189,7 +190,7 @@ def _version(first: RankFile, megatron_core: bool, overrides: Mapping[str, Any])
         version = float(overrides["checkpoint_version"])
     elif first.version is None:
         # megatron-core names came years after the last change of order.
-        return 3.0 if megatron_core else 0.0
+        return 3.0 if code == "core" else 0.0
     else:
         version = float(first.version)
     if version not in (0.0, 1.0, 2.0, 3.0):

@@ -183,6 +183,7 @@ class SelfAttention(nn.Module):
             self.q_layernorm = Norm(config, config.kv_channels, bias=bias, tp=tp)
             self.k_layernorm = Norm(config, config.kv_channels, bias=bias, tp=tp)
         self.qk_layernorm = config.qk_layernorm
+        self.softmax_scale = config.softmax_scale or self.channels**-0.5
         self.linear_proj = RowParallelLinear(
             width, config.hidden_size, bias=config.add_bias_linear, tp=tp
         )
@@ -218,7 +219,7 @@ class SelfAttention(nn.Module):
             out = self._with_dropout(query, key, value, context, dropout)
         else:
             out = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=causal
+                query, key, value, attn_mask=mask, is_causal=causal, scale=self.softmax_scale
             )
         return self.linear_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
@@ -227,7 +228,7 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """Attention step by step: SDPA would draw masks of its own, another set on every layout."""
         # The query is scaled, not the scores: those of float16 could be beyond its range.
-        scores = (query * self.channels**-0.5) @ key.transpose(-1, -2)  # [B, H, T, T]
+        scores = (query * self.softmax_scale) @ key.transpose(-1, -2)  # [B, H, T, T]
         if context.key_mask is not None:
             scores = scores.masked_fill(~context.key_mask, -torch.inf)
         if context.causal:

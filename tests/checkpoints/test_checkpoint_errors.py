@@ -158,7 +158,8 @@ def test_a_missing_pipeline_stage(tmp_path: Path):
 def test_a_missing_stage_of_files_that_do_not_say_how_many(tmp_path: Path):
     root = gpt(tmp_path, tp=1, stages=[[[0]], [[1]], [[2]], [[3]]], args=None)
     shutil.rmtree(rank_file(root, 0, 3).parent)
-    refused(root, "lacks the parameter decoder.final_layernorm.weight", num_attention_heads=4)
+    given = {"num_attention_heads": 4, "activation": "gelu", "layernorm_epsilon": 1e-5}
+    refused(root, "lacks the parameter decoder.final_layernorm.weight", **given)
 
 
 def test_a_folder_too_many(tmp_path: Path):

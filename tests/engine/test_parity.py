@@ -205,6 +205,13 @@ def test_full_set(name: str, tp: int, oracles: Path):
     check(oracles / name, tp)
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("name", ["softmax_scale", "rope_interp4", "llama32_factor32"])
+def test_settings_that_the_model_did_and_did_not_receive(name: str, tp: int, oracles: Path):
+    """A fork's attention scale acted; two factors of args never reached megatron-core's model."""
+    check(oracles / "families" / name, tp)
+
+
 def test_shipped_copies_are_the_originals(oracles: Path):
     """Byte for byte; of the outputs, each that is left is the original's."""
     for name in names_in(SHIPPED):

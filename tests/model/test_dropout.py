@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -125,12 +126,15 @@ def test_ranks_share_residual_masks_and_differ_in_those_of_their_heads():
     assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("softmax_scale", [None, 0.9])
 @pytest.mark.parametrize("kind", ["mlm", "lm", "classification_head"])
-def test_the_explicit_attention_of_dropout_is_the_fused_one(kind):
+def test_the_explicit_attention_of_dropout_is_the_fused_one(kind, softmax_scale):
     """A rate so small that nothing is dropped takes the other path to the same loss."""
     from mlm_eval.engine.engine import Engine
 
-    engine = Engine.load(training_runs.model_for(kind, None), dtype="float32")
+    model = training_runs.model_for(kind, None)
+    config = dataclasses.replace(model.config, softmax_scale=softmax_scale)
+    engine = Engine.load(dataclasses.replace(model, config=config), dtype="float32")
     batch = collate(training_runs.samples(kind, 5), mean_weight=2.0)
     objective = training_runs.OBJECTIVES[kind]()
     dropout = Dropout(sample_keys(1, 0, batch.row_numbers), 0.0, 1e-12)

@@ -179,6 +179,13 @@ def qwen3_pair() -> tuple[nn.Module, ModelConfig, dict[str, str]]:
     return Qwen3ForCausalLM(Qwen3Config(**GROUPED)), llama(qk_layernorm=True), LLAMA_NAMES
 
 
+def granite_pair() -> tuple[nn.Module, ModelConfig, dict[str, str]]:
+    from transformers.models.granite import GraniteConfig, GraniteForCausalLM
+
+    theirs = GraniteConfig(**GROUPED, attention_multiplier=0.4)
+    return GraniteForCausalLM(theirs), llama(softmax_scale=0.4), LLAMA_NAMES
+
+
 def nemotron_pair() -> tuple[nn.Module, ModelConfig, dict[str, str]]:
     from transformers.models.nemotron import NemotronConfig, NemotronForCausalLM
 
@@ -245,6 +252,7 @@ PAIRS: dict[str, Callable[[], tuple[nn.Module, ModelConfig, dict[str, str]]]] = 
     ),
     "qwen2, biases of qkv only": qwen2_pair,
     "qwen3, rms norm of queries and keys": qwen3_pair,
+    "granite, an attention scale of its own": granite_pair,
     "nemotron, centred gains, squared relu": nemotron_pair,
     "gpt-neox, partial rotary": neox_pair,
     "persimmon, layer norm of queries and keys": persimmon_pair,

@@ -45,7 +45,7 @@ def build(
         shapes,
         {} if args is None else args,
         family=family,
-        megatron_core=core,
+        code="core" if core else "legacy",
         overrides=overrides,
         where="here",
         params_dtype="float32",
@@ -297,7 +297,7 @@ def test_residual_after_the_norm_was_legacy_only():
     assert getattr(build(BERT, args).config, name) is True
     core = build(BERT, args, core=True)
     assert getattr(core.config, name) is False
-    assert core.sources[name] == "megatron-core ignores the flag"
+    assert core.sources[name] == f"Megatron's core code is not given args.{name}"
     assert getattr(build(BERT, args, core=True, **{name: True}).config, name) is True
 
 
@@ -367,19 +367,29 @@ def test_rotary_settings():
         "rotary_interleaved": True,
         "rotary_seq_len_interpolation_factor": 4,
         "use_rope_scaling": True,
-        "rope_scaling_factor": 32.0,
     }
-    found = build(LLAMA, args_for(LLAMA, **args)).config
+    found = build(LLAMA, args_for(LLAMA, **args), core=True).config
     assert found.rotary_percent == 0.5
     assert found.rotary_base == 500000.0
     assert isinstance(found.rotary_base, float)
     assert found.rotary_interleaved is True
-    assert found.rotary_seq_len_interpolation_factor == 4
-    assert found.rope_scaling == RopeScaling(factor=32.0)
-    plain = build(LLAMA, args_for(LLAMA, rope_scaling_factor=32.0)).config
+    assert found.rope_scaling == RopeScaling()
+    plain = build(LLAMA, args_for(LLAMA, rope_scaling_factor=32.0), core=True).config
     assert plain.rope_scaling is None
     assert plain.rotary_base == 10000.0
-    assert build(LLAMA, args_for(LLAMA, use_rope_scaling=True)).config.rope_scaling == RopeScaling()
+    legacy = build(LLAMA, args_for(LLAMA, rotary_seq_len_interpolation_factor=4)).config
+    assert legacy.rotary_seq_len_interpolation_factor == 4
+
+
+def test_rotary_settings_of_a_model_without_rotary_positions_are_left_out():
+    """Any run's script may pass them; equal models have equal configs."""
+    args = args_for(
+        GPT, rotary_base=500, rotary_percent=0.5, rotary_interleaved=True, use_rope_scaling=True
+    )
+    for core in (False, True):
+        found = build(GPT, args, core=core)
+        assert found.config == GPT
+        assert not found.warnings
 
 
 # ---- tying, vocabulary, what is refused --------------------------------------------------------
@@ -404,7 +414,6 @@ def test_the_vocabulary_is_what_is_stored():
     [
         ("num_experts", 8, "a mixture of experts"),
         ("multi_latent_attention", True, "multi-latent attention"),
-        ("softmax_scale", 0.4, "an attention scale of its own"),
         ("glu_linear_offset", 1.0, "an offset in its gated activation"),
         ("attn_logit_softcapping", 50.0, "capped attention scores"),
         ("final_logit_softcapping", 30.0, "capped logits"),
@@ -424,6 +433,23 @@ def test_mathematics_that_is_not_computed_is_refused(name: str, value: Any, what
     with pytest.raises(InputError, match=f"here was trained with {what}.*args.{name} = "):
         build(GPT, args_for(GPT, **{name: value}))
     build(GPT, args_for(GPT, **{name: None}))
+
+
+@pytest.mark.parametrize("value", [None, 0, 1, [1], [1, 1]])
+def test_one_expert_is_an_ordinary_mlp(value: Any):
+    """[1] is Megatron-DeepSpeed's default: no parameter of its dense models is an expert's."""
+    assert build(GPT, args_for(GPT, num_experts=value)).config == GPT
+
+
+def test_a_scale_of_attention_scores():
+    args = args_for(GPT, softmax_scale=0.4)
+    assert build(GPT, args, core=True).config.softmax_scale == 0.4
+    usual = args_for(GPT, softmax_scale=GPT.kv_channels**-0.5)
+    assert build(GPT, usual, core=True).config == GPT
+    with pytest.raises(InputError, match="args.softmax_scale = 0.4, which.*--set softmax_scale="):
+        build(GPT, args)
+    assert build(GPT, args, softmax_scale=0.4).config.softmax_scale == 0.4
+    assert build(GPT, args, softmax_scale=0.5).config == GPT
 
 
 def test_shapes_that_are_no_model():

@@ -359,11 +359,13 @@ def test_without_args_shapes_and_overrides_serve(tmp_path: Path):
         GPT, hidden_size=128, kv_channels=64, num_attention_heads=2, num_query_groups=2
     )
     folder, weights = save_stacked(tmp_path / "c", config, common=None)
-    checkpoint = open_checkpoint(folder, {"activation": "gelu"})
+    with pytest.raises(InputError, match="--set num_attention_heads=N --set activation=gelu"):
+        open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, {"activation": "gelu", "num_attention_heads": 2})
     assert_holds(checkpoint, weights)
     assert checkpoint.config == config
-    assert checkpoint.provenance.config_sources["num_attention_heads"] == "assumed: heads of 64"
-    assert any("no args" in warning for warning in checkpoint.provenance.warnings)
+    assert checkpoint.provenance.config_sources["num_attention_heads"] == "--set"
+    assert checkpoint.provenance.config_sources["layernorm_epsilon"] == "assumed"
 
 
 def test_without_args_rotary_positions_are_not_guessed(tmp_path: Path):
@@ -374,6 +376,9 @@ def test_without_args_rotary_positions_are_not_guessed(tmp_path: Path):
         "position_embedding_type": "rope",
         "max_position_embeddings": 16,
         "num_attention_heads": 4,
+        "activation": "swiglu",
+        "rotary_base": 10000.0,
+        "layernorm_epsilon": 1e-5,
     }
     assert open_checkpoint(folder, given).config == LLAMA
 

@@ -1,0 +1,443 @@
+"""Nothing that changes the function passes unread: the table of saved settings, entry by entry.
+
+It is compared with the config classes of the installed megatron-core (read as text: an import takes
+seconds) and with the arguments that docs/megatron.md names; and each mark is held against what the
+reader does.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.paths import PROJECT
+from support.synthetic import BERT, GPT, LLAMA, args_of
+
+from mlm_eval.checkpoints.config import ConfigBuilder, ModelConfig, RopeScaling
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.safe_pickle import Stub
+from mlm_eval.checkpoints.megatron.args import build_config
+from mlm_eval.checkpoints.megatron.fields import ARG_FIELDS, RunCode
+from mlm_eval.checkpoints.parameters import parameters
+
+CORE, LEGACY, LEGACY_TE = "core", "legacy", "legacy with TransformerEngine"
+
+
+def build(
+    config: ModelConfig, args: dict[str, Any], *, code: RunCode = "core", **overrides: Any
+) -> ConfigBuilder:
+    """Return what the reader makes of args beside the shapes of a model."""
+    return build_config(
+        {name: parameter.shape for name, parameter in parameters(config).items()},
+        args,
+        family=config.family,
+        code=code,
+        overrides=overrides,
+        where="here",
+        params_dtype="float32",
+    )
+
+
+def args_for(config: ModelConfig, **more: Any) -> dict[str, Any]:
+    args = vars(args_of(config)) | more
+    return {name: value for name, value in args.items() if value is not ...}
+
+
+# ---- megatron-core's own classes ---------------------------------------------------------------
+
+
+def core_fields() -> dict[str, Any]:
+    """Return the fields of megatron-core's two config classes, with their defaults.
+
+    A default that is no literal is `...`. MLATransformerConfig gives its base class's fields new
+    defaults: the base class's are returned.
+    """
+    spec = importlib.util.find_spec("megatron")  # a namespace: this folder may be a part of it
+    places = [] if spec is None else list(spec.submodule_search_locations or [])
+    rooms = [room for place in places if (room := Path(place) / "core").is_dir()]
+    if not rooms:
+        pytest.skip("megatron-core is not installed")
+    core = rooms[0]
+    found: dict[str, Any] = {}
+    for name, classes in (
+        ("model_parallel_config.py", {"ModelParallelConfig"}),
+        ("transformer/transformer_config.py", {"TransformerConfig", "MLATransformerConfig"}),
+    ):
+        file = core / name
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef) and node.name in classes:
+                for line in node.body:
+                    if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                        found.setdefault(line.target.id, default_of(line.value))
+    return found
+
+
+def default_of(value: ast.expr | None) -> Any:
+    if isinstance(value, ast.Call):  # field(default=...)
+        value = next((word.value for word in value.keywords if word.arg == "default"), None)
+    try:
+        return ... if value is None else ast.literal_eval(value)
+    except ValueError:
+        return ...
+
+
+def test_every_field_of_megatron_core_is_in_the_table():
+    """A new field of a new release fails here, instead of passing unread."""
+    fields = core_fields()
+    assert len(fields) > 200
+    assert sorted(set(fields) - set(ARG_FIELDS)) == []
+
+
+def test_megatron_cores_own_defaults_are_harmless():
+    checked = 0
+    for name, default in core_fields().items():
+        entry = ARG_FIELDS[name]
+        if entry.mark == "refused" and not entry.only_with:
+            assert entry.is_harmless(default), (name, default)
+            checked += 1
+    assert checked > 10
+
+
+def test_every_argument_of_the_documents_is_in_the_table():
+    text = (PROJECT / "docs/megatron.md").read_text(encoding="utf-8")
+    section = text.partition("\n## Arguments\n")[2].partition("\n## ")[0]
+    rows = [row.split("|")[2] for row in section.splitlines() if row.startswith("| ")]
+    names = {name for row in rows for name in re.findall(r"`([a-z_]+)`", row)}
+    assert len(names) > 40
+    assert sorted(names - set(ARG_FIELDS)) == []
+
+
+# ---- marks -------------------------------------------------------------------------------------
+
+ODD: tuple[Any, ...] = (True, 7, 0.3, "a word", [1, 0, 2], Stub("of a class"))
+REFUSED = {
+    name: entry
+    for name, entry in ARG_FIELDS.items()
+    if entry.mark == "refused" and not entry.only_with
+}
+WITHOUT_EFFECT = [
+    name
+    for name, entry in ARG_FIELDS.items()
+    if entry.mark in ("numerics", "training") or entry.only_with
+]
+
+
+def test_marks_are_consistent():
+    for name, entry in ARG_FIELDS.items():
+        assert entry.reason, name
+        assert bool(entry.harmless) == (name in REFUSED), name
+        if entry.only_with:
+            assert entry.only_with in {*REFUSED, "position_embedding_type"}, name
+        if entry.unreceived:
+            assert entry.mark == "read" and entry.until, name
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_is_refused_by_its_name(name: str):
+    entry = REFUSED[name]
+    odd = [value for value in ODD if not entry.is_harmless(value)]
+    assert odd
+    for value in odd:
+        with pytest.raises(InputError, match=rf"^here was trained with .*args\.{name} = "):
+            build(GPT, args_for(GPT, **{name: value}))
+    for value in (*entry.harmless, list(entry.harmless), []):
+        assert build(GPT, args_for(GPT, **{name: value})).config == GPT
+    if entry.setting:
+        with pytest.raises(InputError, match=f"--set {entry.setting}="):
+            build(GPT, args_for(GPT, **{name: odd[0]}))
+        usual = {"softmax_scale": GPT.kv_channels**-0.5}.get(entry.setting)
+        usual = getattr(GPT, entry.setting) if usual is None else usual
+        args = args_for(GPT, **{name: odd[0]})
+        assert build(GPT, args, **{entry.setting: usual}).config == GPT
+
+
+@pytest.mark.parametrize("config", [GPT, LLAMA, BERT], ids=["gpt", "llama", "bert"])
+def test_what_is_marked_without_effect_changes_nothing(config: ModelConfig):
+    for name in WITHOUT_EFFECT:
+        for value in ODD:
+            for code in (CORE, LEGACY):
+                found = build(config, args_for(config, **{name: value}), code=code)
+                assert (found.config, found.warnings) == (config, []), name
+
+
+READ: dict[str, tuple[ModelConfig, RunCode, dict[str, Any]]] = {
+    # Name -> a model, the code that ran it, and args that make another model of it or contradict.
+    "num_layers": (GPT, CORE, {"num_layers": 3}),
+    "encoder_num_layers": (GPT, CORE, {"num_layers": ..., "encoder_num_layers": 3}),
+    "hidden_size": (GPT, CORE, {"hidden_size": 8}),
+    "kv_channels": (GPT, CORE, {"kv_channels": 8}),
+    "num_query_groups": (LLAMA, CORE, {"num_query_groups": 4}),
+    "group_query_attention": (LLAMA, CORE, {"group_query_attention": False}),
+    "normalization": (GPT, CORE, {"normalization": "RMSNorm"}),
+    "num_attention_heads": (GPT, CORE, {"num_attention_heads": 2}),
+    "max_position_embeddings": (LLAMA, CORE, {"max_position_embeddings": 99}),
+    "seq_length": (LLAMA, CORE, {"max_position_embeddings": ..., "seq_length": 99}),
+    "position_embedding_type": (LLAMA, CORE, {"position_embedding_type": "none"}),
+    "use_rotary_position_embeddings": (
+        LLAMA,
+        LEGACY,
+        {"position_embedding_type": ..., "use_rotary_position_embeddings": False},
+    ),
+    "rotary_percent": (LLAMA, CORE, {"rotary_percent": 0.5}),
+    "rotary_base": (LLAMA, CORE, {"rotary_base": 500}),
+    "rotary_interleaved": (LLAMA, CORE, {"rotary_interleaved": True}),
+    "rotary_seq_len_interpolation_factor": (
+        LLAMA,
+        LEGACY,
+        {"rotary_seq_len_interpolation_factor": 4},
+    ),
+    "use_rope_scaling": (LLAMA, CORE, {"use_rope_scaling": True}),
+    "softmax_scale": (LLAMA, CORE, {"softmax_scale": 0.4}),
+    "layernorm_epsilon": (LLAMA, CORE, {"layernorm_epsilon": 1e-3}),
+    "norm_epsilon": (LLAMA, CORE, {"norm_epsilon": 1e-3}),
+    "layernorm_zero_centered_gamma": (GPT, CORE, {"layernorm_zero_centered_gamma": True}),
+    "apply_layernorm_1p": (GPT, CORE, {"apply_layernorm_1p": True}),
+    "apply_residual_connection_post_layernorm": (
+        GPT,
+        LEGACY,
+        {"apply_residual_connection_post_layernorm": True},
+    ),
+    "untie_embeddings_and_output_weights": (
+        GPT,
+        CORE,
+        {"untie_embeddings_and_output_weights": True},
+    ),
+    "swiglu": (LLAMA, CORE, {"swiglu": False}),
+    "squared_relu": (GPT, CORE, {"squared_relu": True}),
+    "activation_func": (GPT, CORE, {"activation_func": "squaredrelu"}),
+    "gated_linear_unit": (GPT, CORE, {"gated_linear_unit": True}),
+    "openai_gelu": (GPT, LEGACY, {"openai_gelu": True}),
+    "onnx_safe": (GPT, LEGACY, {"onnx_safe": True, "bias_gelu_fusion": True}),
+    "bias_gelu_fusion": (GPT, CORE, {"bias_gelu_fusion": True}),
+    "bias_activation_fusion": (
+        GPT,
+        CORE,
+        {"bias_gelu_fusion": ..., "bias_activation_fusion": True},
+    ),
+    "use_te_activation_func": (GPT, CORE, {"use_te_activation_func": True}),
+    "use_transformer_engine_op_fuser": (GPT, CORE, {"use_transformer_engine_op_fuser": True}),
+    "hidden_dropout": (GPT, CORE, {"hidden_dropout": 0.5}),
+    "attention_dropout": (GPT, CORE, {"attention_dropout": 0.5}),
+    "init_method_std": (GPT, CORE, {"init_method_std": 0.5}),
+}
+# What the shapes say whatever args say, what other files of the room read, and what counts only
+# beside another.
+ELSEWHERE = set(
+    """ffn_hidden_size padded_vocab_size add_bias_linear disable_bias_linear add_qkv_bias
+    qk_layernorm bert_binary_head add_position_embedding make_vocab_size_divisible_by
+    model_parallel_size tensor_model_parallel_size pipeline_model_parallel_size
+    expert_model_parallel_size rank rope_scaling_factor transformer_impl yaml_cfg""".split()
+)
+
+
+def test_every_setting_that_is_read_has_an_example():
+    read = {name for name, entry in ARG_FIELDS.items() if entry.mark == "read"}
+    assert set(READ) | ELSEWHERE == read
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_is_marked_read_makes_another_model_or_is_refused(name: str):
+    config, code, change = READ[name]
+    onnx = {"bias_gelu_fusion": True} if name == "onnx_safe" else {}
+    before = build(config, args_for(config, **onnx), code=code).config
+    try:
+        after = build(config, args_for(config, **change), code=code).config
+    except InputError as refusal:
+        assert "here" in str(refusal)
+    else:
+        assert after != before
+
+
+# ---- what the model never received -------------------------------------------------------------
+
+SWITCHED_ON: dict[str, tuple[Any, str, Any]] = {
+    # Name in args -> its value, the setting, and the setting's value where it is applied.
+    "rotary_base": (500, "rotary_base", 500.0),
+    "rotary_seq_len_interpolation_factor": (4, "rotary_seq_len_interpolation_factor", 4),
+    "use_rope_scaling": (True, "rope_scaling", RopeScaling()),
+    "rope_scaling_factor": (32.0, "rope_scaling", RopeScaling(factor=32.0)),
+    "apply_residual_connection_post_layernorm": (
+        True,
+        "apply_residual_connection_post_layernorm",
+        True,
+    ),
+}
+UNRECEIVED = [
+    (name, code)
+    for name, entry in ARG_FIELDS.items()
+    for code in entry.unreceived
+    if name in SWITCHED_ON and not (name == "rope_scaling_factor" and code != CORE)
+]
+
+
+@pytest.mark.parametrize(("name", "code"), UNRECEIVED)
+def test_what_the_model_never_received_is_not_applied_and_said(name: str, code: RunCode):
+    value, setting, applied = SWITCHED_ON[name]
+    args = {name: value} | ({"use_rope_scaling": True} if name == "rope_scaling_factor" else {})
+    plain = {"use_rope_scaling": True} if name == "rope_scaling_factor" else {}
+    before = build(LLAMA, args_for(LLAMA, **plain), code=code).config
+    found = build(LLAMA, args_for(LLAMA, **args), code=code)
+    assert found.config == before
+    (warning,) = found.warnings
+    assert re.search(rf"args\.{name} is {value}, but .* built without it .*--set \w+=", warning)
+    # The way out that it names, and the mark of files that are written here.
+    by_hand = {"use_rope_scaling": {"rope_scaling_factor": 8.0}}.get(name, {name: value})
+    for more, overrides in (({}, by_hand), ({"passed_to_model": [name]}, {})):
+        found = build(LLAMA, args_for(LLAMA, **args, **more), code=code, **overrides)
+        assert getattr(found.config, setting) == applied
+        assert not found.warnings
+
+
+def test_a_legacy_model_with_interleaved_pairs_is_refused():
+    args = args_for(LLAMA, rotary_interleaved=True)
+    for code in (LEGACY, LEGACY_TE):
+        with pytest.raises(InputError, match="rotary_interleaved, which its layers heeded"):
+            build(LLAMA, args, code=code)
+        found = build(LLAMA, args, code=code, rotary_interleaved=True)
+        assert found.config.rotary_interleaved
+
+
+def test_cores_bert_has_learned_positions_whatever_its_args_say():
+    found = build(BERT, args_for(BERT, position_embedding_type="rope", rotary_base=500))
+    assert found.config == BERT
+    assert found.sources["position_embedding_type"] == "shapes"
+
+
+# ---- activations -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "args", "expected", "source"),
+    [
+        (CORE, {"use_te_activation_func": True}, "gelu_tanh", "args.use_te_activation_func"),
+        (
+            CORE,
+            {"use_transformer_engine_op_fuser": True},
+            "gelu_tanh",
+            "args.use_transformer_engine_op_fuser",
+        ),
+        # Local layers have neither of TransformerEngine's.
+        (
+            CORE,
+            {"use_te_activation_func": True, "transformer_impl": "local"},
+            "gelu",
+            "args.bias_gelu_fusion",
+        ),
+        (CORE, {"use_te_activation_func": True, "squared_relu": True}, "squared_relu", None),
+        (LEGACY_TE, {}, "gelu_tanh", "TransformerEngine's GELU"),
+        (LEGACY_TE, {"onnx_safe": True}, "gelu_tanh", "TransformerEngine's GELU"),
+        (LEGACY_TE, {"squared_relu": True}, "gelu_tanh", "TransformerEngine's GELU"),
+        (CORE, {"activation_func": "squaredrelu"}, "squared_relu", "args.activation_func"),
+        # Runs of --yaml-cfg: the exact form where there are biases, whatever the fusion says.
+        (
+            CORE,
+            {"activation_func": "gelu", "bias_activation_fusion": True, "bias_gelu_fusion": ...},
+            "gelu",
+            "args.activation_func",
+        ),
+        (
+            CORE,
+            {"yaml_cfg": "run.yaml", "bias_activation_fusion": True, "bias_gelu_fusion": ...},
+            "gelu",
+            "args.yaml_cfg",
+        ),
+    ],
+)
+def test_activations_by_transformer_engine_and_yaml(
+    code: RunCode, args: dict[str, Any], expected: str, source: str | None
+):
+    found = build(GPT, args_for(GPT, **args), code=code)
+    assert found.config.activation == expected
+    assert source in (None, found.sources["activation"])
+    assert not found.warnings
+
+
+@pytest.mark.parametrize("value", ["silu", "quick_gelu", 3, Stub("gelu")])
+def test_an_activation_that_is_not_known_is_refused_with_its_set(value: Any):
+    args = args_for(GPT, activation_func=value)
+    with pytest.raises(InputError, match=r"args\.activation_func = .*--set activation="):
+        build(GPT, args)
+    assert build(GPT, args, activation="gelu_tanh").config.activation == "gelu_tanh"
+
+
+def test_a_gate_beside_another_activation_is_refused_with_its_set():
+    args = args_for(LLAMA, swiglu=False, gated_linear_unit=True)
+    with pytest.raises(InputError, match=r"args\.gated_linear_unit.*--set activation=swiglu"):
+        build(LLAMA, args)
+    assert build(LLAMA, args, activation="swiglu").config == LLAMA
+
+
+# ---- what stands nowhere -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [GPT, BERT], ids=["gpt", "bert"])
+def test_core_names_without_args_are_not_guessed_at(config: ModelConfig):
+    """The guesses for NVIDIA's releases of 2019 are for legacy names."""
+    with pytest.raises(
+        InputError,
+        match="here does not say what num_attention_heads, activation are: no args and no shape "
+        r"tells; give --set num_attention_heads=N --set activation=gelu \(exact\), gelu_tanh",
+    ):
+        build(config, {})
+    found = build(config, {}, num_attention_heads=4, activation="gelu")
+    assert found.config == config
+    assert build(config, {}, code=LEGACY, num_attention_heads=4, activation="gelu").config == config
+
+
+def test_all_that_a_rotary_core_model_without_args_does_not_say_is_named_at_once():
+    given: dict[str, Any] = {
+        "num_attention_heads": 4,
+        "activation": "swiglu",
+        "position_embedding_type": "rope",
+        "rotary_base": 10000.0,
+        "max_position_embeddings": 8,
+        "layernorm_epsilon": 1e-5,
+    }
+    with pytest.raises(InputError) as refusal:
+        build(LLAMA, {})
+    for name in given:
+        assert f"--set {name}=" in str(refusal.value)
+        with pytest.raises(InputError, match=f"what {name} is: no args and no shape tells; give"):
+            build(LLAMA, {}, **{other: value for other, value in given.items() if other != name})
+    found = build(LLAMA, {}, **given)
+    assert found.config == LLAMA
+    (warning,) = found.warnings
+    assert "rotary_percent 1, rotary_interleaved False and no scaling" in warning
+
+
+def test_core_args_that_lack_the_heads_or_the_positions_are_refused():
+    with pytest.raises(InputError, match="what num_attention_heads is: its args lack it and no"):
+        build(GPT, args_for(GPT, num_attention_heads=...))
+    with pytest.raises(InputError, match="what position_embedding_type is: its args lack it"):
+        build(LLAMA, args_for(LLAMA, position_embedding_type=...))
+
+
+@pytest.mark.parametrize(
+    ("inner", "file"),
+    [
+        ("iter_0000100", "iter_0000100/run_config.yaml"),
+        ("weights", "context/model.yaml"),
+        ("dist_ckpt", "huggingface/config.json"),
+        ("dist_ckpt", "transformer_config.json"),
+        ("model_weights", "model_config.yaml"),
+    ],
+)
+def test_the_file_that_holds_the_settings_is_named(tmp_path: Path, inner: str, file: str):
+    (tmp_path / inner).mkdir()
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("num_layers: 4\n")
+    with pytest.raises(InputError, match=re.escape(f"they stand in {path.resolve()}, which")):
+        build_config(
+            {name: parameter.shape for name, parameter in parameters(GPT).items()},
+            {},
+            family="gpt",
+            code="core",
+            overrides={},
+            where=str(tmp_path / inner),
+            params_dtype="float32",
+        )
