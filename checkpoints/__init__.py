@@ -17,6 +17,7 @@ laptop: no model, no process group.
     errors.py       `InputError`: what is wrong with the user's input
     files/          kinds of files, whatever they hold: pickles, safetensors, .distcp, zip
     folders/        folders that are written to: whose they are, and what may be removed
+    tokenizers/     added tokens, BERT's word pieces, what stands beside a vocabulary
     megatron/       the layouts of Megatron-LM                samples/   what ships
     huggingface/    the layouts of Hugging Face
 

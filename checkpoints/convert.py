@@ -15,7 +15,12 @@ from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.comparison import Comparison
 from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits, load_tokenizer
+from mlm_eval.checkpoints.tokenizer import (
+    Tokenizer,
+    check_fits,
+    entries_within,
+    load_tokenizer,
+)
 
 TARGET_FORMATS = ("hf", "megatron", "torch_dist")
 
@@ -35,6 +40,8 @@ class Conversion:
     """What the user should know."""
     comparison: Comparison | None
     """How far the result is from its source, where that was measured."""
+    missing: tuple[str, ...] = ()
+    """What the folder lacks that its readers expect (a tokenizer)."""
 
 
 def convert(
@@ -98,9 +105,11 @@ def convert(
     if dtype is not None:
         dtype = resolve_dtype(dtype, auto="float32")
     tokenizer = _load(tokenizer)
+    misfit = None
     if tokenizer is not None:
-        check_fits(tokenizer, checkpoint.config.vocab_size)
-        true_vocab_size = true_vocab_size or tokenizer.vocab_size
+        misfit = check_fits(tokenizer, checkpoint.config.vocab_size)
+        entries = entries_within(tokenizer, checkpoint.config.vocab_size)
+        true_vocab_size = true_vocab_size or entries
     if vocab not in (None, "true", "padded"):
         raise InputError(f"--vocab {vocab!r} is unknown; use padded or true")
     if vocab == "true" and true_vocab_size is None:
@@ -108,6 +117,7 @@ def convert(
             "--vocab true needs the tokenizer's size; give --tokenizer or --vocab-file"
         )
     notes: list[str] = []
+    missing: tuple[str, ...] = ()
     approximations: list[str] = []
     warnings: list[str] = []
     sizes: dict[str, Any] = {
@@ -137,6 +147,7 @@ def convert(
             "approximate": plan.approximate,
             "approximations": approximations,
         }
+        missing = plan.tokenizer.warnings if tokenizer is None else ()
         write = partial(write_huggingface, plan, max_shard_size=max_shard_size)
     elif to == "megatron":
         from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
@@ -172,10 +183,12 @@ def convert(
             if approximations:
                 _record(folder, comparison)
 
+    if misfit is not None:
+        warnings = [misfit, *warnings]
     write(target=Path(path), overwrite=overwrite, finish=finish, on_progress=on_progress)
     if left := checkpoint.provenance.training_state:
         notes = [*notes, f"weights only: the source's {', '.join(left)} is not carried along"]
-    return Conversion(Path(path), to, notes, approximations, warnings, comparison)
+    return Conversion(Path(path), to, notes, approximations, warnings, comparison, missing)
 
 
 def _load(tokenizer: Tokenizer | str | Path | tuple[Path, Path] | None) -> Tokenizer | None:

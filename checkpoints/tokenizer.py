@@ -5,15 +5,19 @@ take the same object; the latter two use `Tokenizer.hub_backend`, which follows 
 
 It wraps the `tokenizers` library (or `sentencepiece`), not transformers, whose import takes seconds
 and whose conversion of a bare `tokenizer.model` changes the ids. `Tokenizer.encode` adds no special
-tokens and reads none out of the text: `<|endoftext|>` or `[MASK]` written in a text is a string
-like any other, as it is for Megatron.
+tokens and reads none of the vocabulary's own out of the text: `<|endoftext|>` or `[MASK]` written
+in a text is a string like any other, as it is for Megatron. Tokens that were added to a vocabulary,
+special ones too, are read: nothing else stands for them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +25,43 @@ from mlm_eval.checkpoints.catalog import is_catalog_name, resolve
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.stand_in import refuse_stand_in
 from mlm_eval.checkpoints.files.text_file import read_json_object, read_text
+from mlm_eval.checkpoints.tokenizers.added import AddedSplitter, add_to, to_add
+from mlm_eval.checkpoints.tokenizers.side_files import (
+    FLAGS,
+    AddedEntry,
+    SideFiles,
+    own_pieces,
+    read_side_files,
+    special_piece,
+)
+from mlm_eval.checkpoints.tokenizers.wordpiece import (
+    wordpiece_backend,
+    wordpiece_rules,
+)
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
 VOCAB_AND_MERGES = (
     ("vocab.json", "merges.txt"),
     ("encoder.json", "vocab.bpe"),  # as OpenAI published GPT-2
     ("gpt2-vocab.json", "gpt2-merges.txt"),  # as Megatron's README names them
 )
 BERT_PIECES = ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
+GPT2_CLASSES = {
+    f"{name}Tokenizer{fast}"
+    for name in ("GPT2", "Roberta", "Bart", "LED", "Longformer", "MVP", "Blenderbot", "CodeGen")
+    for fast in ("", "Fast")
+} | {"PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend"}
+"""transformers' tokenizers whose vocab.json and merges.txt are used as GPT-2's are."""
+SENTENCEPIECE_CLASSES = {
+    f"{name}Tokenizer{fast}"
+    for name in ("Llama", "CodeLlama", "Gemma", "Baichuan", "InternLM", "InternLM2", "Yi", "Orion")
+    for fast in ("", "Fast")
+} | {
+    *("PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend"),
+    *("SentencePieceBackend", "LlamaTokenizerLegacy"),
+}
+"""transformers' tokenizers whose ids are those of their sentencepiece model."""
+SPACE = "\u2581"
+"""What a space is in the pieces of a sentencepiece model."""
 EOT_PIECES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 # Megatron pads to a multiple of make_vocab_size_divisible_by x tp; nobody runs beyond 128 x 64.
 LARGEST_PADDING = 128 * 64
@@ -57,7 +90,12 @@ class Tokenizer:
     files: tuple[Path, ...] = ()
     """What it was read from, to be copied with a converted checkpoint."""
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    """What tokenizer_config.json says, where it is one of the files."""
+    """What tokenizer_config.json says, where it is one of the files, with what
+    special_tokens_map.json adds."""
+    added: tuple[AddedEntry, ...] = ()
+    """Tokens beside the vocabulary that are read in a text, each with its id."""
+    unnumbered: int = 0
+    """How many of the last entries are special tokens that the files name without an id."""
     lower_case: bool | None = None
     """Whether text is lower-cased; None where the file itself decides."""
     missing_bytes: frozenset[int] = field(default=frozenset(), repr=False)
@@ -70,26 +108,83 @@ class Tokenizer:
             InputError: The vocabulary has no symbol for a byte of the text.
         """
         if self.kind == "sentencepiece":
+            return self._sentencepiece_ids(text)
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        if self.missing_bytes.intersection(text.encode()):
+            self._check_bytes(text, encoding)
+        return list(encoding.ids)
+
+    def _check_bytes(self, text: str, encoding: Any) -> None:
+        """Refuse bytes without a symbol, but for those that an added token stands for."""
+        added = {entry.index for entry in self.added}
+        rest, last = [], 0
+        for index, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            if index in added:
+                rest.append(text[last:start])
+                last = stop
+        lost = self.missing_bytes.intersection("".join([*rest, text[last:]]).encode())
+        if lost:
+            raise InputError(
+                f"{self.source} has no symbol for the byte(s) {sorted(lost)} of the text, "
+                f"which would be dropped; use a byte-level vocabulary that holds all 256 bytes"
+            )
+
+    def _sentencepiece_ids(self, text: str) -> list[int]:
+        """Return the ids of a text: the library's own between added tokens."""
+        if not self.added:
             return list(self.backend.encode(text))
-        if self.missing_bytes:
-            lost = self.missing_bytes.intersection(text.encode())
-            if lost:
-                raise InputError(
-                    f"{self.source} has no symbol for the byte(s) {sorted(lost)} of the text, "
-                    f"which would be dropped; use a byte-level vocabulary that holds all 256 bytes"
-                )
-        return list(self.backend.encode(text, add_special_tokens=False).ids)
+        ids: list[int] = []
+        legacy = self.settings.get("legacy") is not False
+        for number, (piece, index) in enumerate(self._splitter.split(text)):
+            if index is not None:
+                if number == 0 and not (legacy or self._splitter.special[index]):
+                    ids += self._without_prefix.encode(SPACE)  # what stands before every text
+                ids.append(index)
+            elif number == 0 or legacy:
+                ids += self.backend.encode(piece)
+            elif piece.startswith((" ", SPACE)):  # the library may drop a space at the start
+                before = special_piece(self.settings, "unk") or "<unk>"
+                skipped = len(self._without_prefix.encode(before))
+                ids += self._without_prefix.encode(before + piece)[skipped:]
+            else:
+                ids += self._without_prefix.encode(piece)
+        return ids
+
+    @cached_property
+    def _splitter(self) -> AddedSplitter:
+        return AddedSplitter(self.added)
+
+    @cached_property
+    def _without_prefix(self) -> Any:
+        """The sentencepiece model without the space that it puts before a text."""
+        from sentencepiece import SentencePieceProcessor
+
+        # Fields of a protocol buffer that come later win: normalizer_spec.add_dummy_prefix = false.
+        model = self.backend.serialized_model_proto() + b"\x1a\x02\x18\x00"
+        return SentencePieceProcessor(model_proto=model)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`, special pieces included."""
         ids = list(ids)
         if self.kind == "sentencepiece":
-            return str(self.backend.decode(ids))
+            names = {entry.index: entry.content for entry in self.added}
+            parts: list[str] = []
+            run: list[int] = []
+            for index in [*ids, -1]:
+                if index in names or index < 0:
+                    parts += [str(self.backend.decode(run)), names.get(index, "")]
+                    run = []
+                else:
+                    run.append(index)
+            return "".join(parts)
         return str(self.backend.decode(ids, skip_special_tokens=False))
 
     def piece_id(self, piece: str) -> int | None:
         """Return the id of one entry of the vocabulary, None if it holds no such entry."""
         if self.kind == "sentencepiece":
+            for entry in self.added:
+                if entry.content == piece:
+                    return entry.index
             index = int(self.backend.piece_to_id(piece))
             return index if self.backend.id_to_piece(index) == piece else None
         index_or_none: int | None = self.backend.token_to_id(piece)
@@ -97,23 +192,31 @@ class Tokenizer:
 
     @property
     def cls_id(self) -> int | None:
-        """Id of BERT's `[CLS]`."""
-        return self.piece_id("[CLS]")
+        """Id of BERT's `[CLS]`, or of the piece that stands for it."""
+        return self.piece_id(self.special_pieces()["cls"])
 
     @property
     def sep_id(self) -> int | None:
-        """Id of BERT's `[SEP]`."""
-        return self.piece_id("[SEP]")
+        """Id of BERT's `[SEP]`, or of the piece that stands for it."""
+        return self.piece_id(self.special_pieces()["sep"])
 
     @property
     def mask_id(self) -> int | None:
-        """Id of BERT's `[MASK]`."""
-        return self.piece_id("[MASK]")
+        """Id of BERT's `[MASK]`, or of the piece that stands for it."""
+        return self.piece_id(self.special_pieces()["mask"])
 
     def special_id(self, name: str) -> int | None:
         """Return the id of the `bos`, `eos` or `pad` token that tokenizer_config.json names."""
-        piece = _special_piece(self.settings, name)
+        piece = special_piece(self.settings, name)
         return None if piece is None else self.piece_id(piece)
+
+    def special_pieces(self) -> dict[str, str]:
+        """Return BERT's special pieces by transformers' names: the stated ones, else BERT's own."""
+        names = [piece[1:-1].lower() for piece in BERT_PIECES]
+        return {
+            name: special_piece(self.settings, name) or piece
+            for name, piece in zip(names, BERT_PIECES, strict=True)
+        }
 
     def hub_backend(self) -> Any:
         """Return a copy of the backend by transformers' rules: special tokens are read in a text.
@@ -124,19 +227,25 @@ class Tokenizer:
         from tokenizers import AddedToken, processors
         from tokenizers import Tokenizer as Backend
 
-        backend = Backend.from_str(self.backend.to_str())
+        special = {entry.content for entry in self.added if entry.special}
+        content = json.loads(self.backend.to_str())
+        for token in content["added_tokens"]:
+            token["special"] = token["special"] or token["content"] in special
+        backend = Backend.from_str(json.dumps(content))
         backend.encode_special_tokens = False
         if self.kind == "gpt2-bpe" and self.eot_id is not None:
             end = backend.id_to_token(self.eot_id)
             backend.add_special_tokens([AddedToken(end, special=True, normalized=False)])
         if self.kind == "bert-wordpiece":
-            pieces = [piece for piece in BERT_PIECES if self.piece_id(piece) is not None]
-            backend.add_special_tokens(pieces)
+            named = self.special_pieces()
+            held = [piece for piece in named.values() if self.piece_id(piece) is not None]
+            backend.add_special_tokens(held)
             if self.cls_id is not None and self.sep_id is not None:
+                cls, sep = named["cls"], named["sep"]
                 backend.post_processor = processors.TemplateProcessing(
-                    single="[CLS] $A [SEP]",
-                    pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-                    special_tokens=[("[CLS]", self.cls_id), ("[SEP]", self.sep_id)],
+                    single=[cls, "$A", sep],
+                    pair=[cls, "$A", sep, "$B:1", f"{sep}:1"],
+                    special_tokens=[(cls, self.cls_id), (sep, self.sep_id)],
                 )
         return backend
 
@@ -220,14 +329,28 @@ def check_entries(entries: int, rows: int, tokenizer: str = "the tokenizer") -> 
         )
 
 
+def entries_within(tokenizer: Tokenizer, rows: int) -> int:
+    """Return the entries of a tokenizer, less special tokens that a table of `rows` has no row for.
+
+    Files may name a special token (mostly for padding) that was never given a row: those, and only
+    those, may be missing.
+    """
+    return max(min(tokenizer.vocab_size, rows), tokenizer.vocab_size - tokenizer.unnumbered)
+
+
 def check_fits(tokenizer: Tokenizer, vocab_rows: int) -> str | None:
     """Return a warning if the vocabulary hardly belongs to a model of `vocab_rows`, else None.
 
     Raises:
         InputError: The model has fewer rows than the vocabulary has entries.
     """
-    size = tokenizer.vocab_size
+    size = entries_within(tokenizer, vocab_rows)
     check_entries(size, vocab_rows, str(tokenizer.source))
+    if size < tokenizer.vocab_size:
+        return (
+            f"{tokenizer.source} names {tokenizer.vocab_size - size} special token(s) for which "
+            f"the model, with {vocab_rows} rows, has none"
+        )
     if vocab_rows - size >= LARGEST_PADDING:
         return (
             f"{tokenizer.source} has {size} entries and the model {vocab_rows} rows, more than any "
@@ -278,28 +401,42 @@ def _load_file(path: Path, merges: Path | None) -> Tokenizer:
 
 
 def _load_gpt2(vocab_file: Path, merge_file: Path, *, source: Path) -> Tokenizer:
-    """Return GPT-2's byte-level BPE: no prefix space, no special token read from the text."""
+    """Return GPT-2's byte-level BPE: no special token of its own is read from the text."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
 
     vocab = read_json_object(vocab_file)
     refuse_stand_in(merge_file)
+    side = read_side_files(vocab_file)
+    _check_class(side, vocab_file, GPT2_CLASSES, "GPT-2")
+    prefix = side.settings.get("add_prefix_space") or False
+    if not isinstance(prefix, bool):
+        raise InputError(f"{vocab_file}: add_prefix_space beside it is no true or false: {prefix}")
     try:
-        backend = Backend(models.BPE.from_file(str(vocab_file), str(merge_file)))
+        read, merges = models.BPE.read_file(str(vocab_file), str(merge_file))
+        rows = 1 + max(read.values(), default=-1)
+        added = to_add(side, read, rows, vocab_file)
+        backend = Backend(models.BPE(_without_gaps(read, rows) if added else read, merges))
+    except InputError:
+        raise
     except Exception as error:  # the library raises nothing narrower
         raise InputError(
             f"{vocab_file} and {merge_file} do not make a byte-level BPE ({error}); give the "
             f"vocabulary and the merges of one tokenizer"
         ) from error
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     backend.decoder = decoders.ByteLevel()
+    add_to(backend, added, vocab_file)
     symbols = _byte_symbols()
     return Tokenizer(
         kind="gpt2-bpe",
         source=str(source),
         vocab_size=_rows(backend),
-        sha256=_sha256(vocab_file, merge_file),
-        files=(vocab_file, merge_file),
+        sha256=_sha256(vocab_file, merge_file, rules=[added, prefix]),
+        files=(vocab_file, merge_file, *side.files),
+        settings=side.settings,
+        added=tuple(added),
+        unnumbered=_unnumbered(side, rows, added),
         eot_id=_first_id(backend, EOT_PIECES),
         backend=backend,
         missing_bytes=frozenset(b for b in range(256) if symbols[b] not in vocab),
@@ -307,64 +444,120 @@ def _load_gpt2(vocab_file: Path, merge_file: Path, *, source: Path) -> Tokenizer
 
 
 def _load_bert(path: Path) -> Tokenizer:
-    """Return BERT's WordPiece; words of up to 200 letters are cut, as in Megatron's own code."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, normalizers, pre_tokenizers
-
+    """Return BERT's WordPiece, by Megatron's rules; see `tokenizers/wordpiece.py`."""
     pieces = [line.strip() for line in read_text(path).split("\n")]
     while pieces and not pieces[-1]:
         pieces.pop()
     vocab = {piece: index for index, piece in enumerate(pieces)}
-    if "[UNK]" not in vocab:
+    side = read_side_files(path)
+    rules = wordpiece_rules(side.settings, pieces, path)
+    if rules.unknown not in vocab:
         raise InputError(
-            f"{path} is not a BERT vocabulary: it has no [UNK] among its {len(pieces)} lines; "
-            f"expected one piece a line"
+            f"{path} is not a BERT vocabulary: it has no {rules.unknown} among its {len(pieces)} "
+            f"lines; expected one piece a line"
         )
-    settings = _settings(path)
-    lower_case = settings.get("do_lower_case")
-    if not isinstance(lower_case, bool):  # not stated: the pieces decide, never a name
-        lower_case = all(piece == piece.lower() for piece in pieces if not piece.startswith("["))
-    backend = Backend(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=200))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=lower_case)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
+    added = to_add(side, vocab, len(pieces), path)
+    backend = wordpiece_backend(_without_gaps(vocab, len(pieces)) if added else vocab, rules)
+    add_to(backend, added, path)
     return Tokenizer(
         kind="bert-wordpiece",
         source=str(path),
-        vocab_size=len(pieces),
-        sha256=_sha256(path),
-        files=_with_config(path),
-        settings=settings,
+        vocab_size=max(len(pieces), _rows(backend)),
+        sha256=_sha256(path, rules=[added, rules.describe()]),
+        files=(path, *side.files),
+        settings=side.settings,
+        added=tuple(added),
+        unnumbered=_unnumbered(side, len(pieces), added),
         eot_id=None,
         backend=backend,
-        lower_case=lower_case,
+        lower_case=rules.lower_case,
     )
 
 
 def _load_tokenizer_json(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer as Backend
 
+    side = read_side_files(path)
     try:
         backend = Backend.from_file(str(path))
+        content = json.loads(backend.to_str())
+        base = backend.get_vocab(with_added_tokens=False)
+        rules = _file_rules(content, base, side)
+        if rules:
+            backend = Backend.from_str(json.dumps(content))
+    except InputError:
+        raise
     except Exception as error:  # the library raises nothing narrower
         refuse_stand_in(path)
         raise InputError(f"{path} is not a readable tokenizer.json: {error}") from error
+    own = {token["content"]: token for token in content["added_tokens"]}
+    for entry in side.entries:
+        if entry.content in own and entry.index not in (None, own[entry.content]["id"]):
+            raise InputError(
+                f"the files beside {path} give the token {entry.content!r} the id {entry.index}, "
+                f"{path.name} {own[entry.content]['id']}; they do not belong together"
+            )
     # The file may ask for these; both would change what is scored without a word.
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
-    settings = _settings(path)
-    end = _special_piece(settings, "eos")
+    held = backend.get_vocab(with_added_tokens=True)
+    rest = tuple(entry for entry in side.entries if entry.content not in own)
+    more = to_add(dataclasses.replace(side, entries=rest), held, _rows(backend), path)
+    add_to(backend, more, path)
+    end = special_piece(side.settings, "eos")
     return Tokenizer(
         kind="tokenizer.json",
         source=str(path),
         vocab_size=_rows(backend),
-        sha256=_sha256(path),
-        files=_with_config(path),
-        settings=settings,
+        sha256=_sha256(path, rules=[more, rules]),
+        files=(path, *side.files),
+        settings=side.settings,
+        added=(*_read_in_text(own, rules), *more),
+        unnumbered=_unnumbered(side, len(held), more),
         eot_id=_first_id(backend, EOT_PIECES if end is None else (end, *EOT_PIECES)),
         backend=backend,
     )
+
+
+def _file_rules(
+    content: dict[str, Any], base: Mapping[str, int], side: SideFiles
+) -> dict[str, Any]:
+    """Change a tokenizer.json as the files beside it ask, and return what was changed.
+
+    - Special tokens are read in a text like others, but for the model's own pieces.
+    - The switches of BERT's normalizer are those of tokenizer_config.json, where the class is
+      BERT's.
+    """
+    changed: dict[str, Any] = {}
+    own_special = own_pieces(side.settings)
+    for token in content["added_tokens"]:
+        piece = token["content"]
+        if token["special"] and not (piece in base and piece in own_special):
+            token["special"] = False
+            changed[f"{piece} is read"] = True
+    normalizer = content["normalizer"] or {}
+    is_bert = str(side.settings.get("tokenizer_class")).startswith("Bert")
+    if is_bert and normalizer.get("type") == "BertNormalizer":
+        for key, name in (
+            ("do_lower_case", "lowercase"),
+            ("strip_accents", "strip_accents"),
+            ("tokenize_chinese_chars", "handle_chinese_chars"),
+        ):
+            value = side.settings.get(key, normalizer[name])
+            if value != normalizer[name]:
+                normalizer[name] = changed[key] = value
+    return changed
+
+
+def _read_in_text(
+    own: Mapping[str, Mapping[str, Any]], rules: Mapping[str, Any]
+) -> Iterable[AddedEntry]:
+    """Return the added tokens of a tokenizer.json that a text is searched for."""
+    for piece, token in own.items():
+        if not token["special"]:
+            flags = {name: token[name] for name in FLAGS if name != "special"}
+            yield AddedEntry(piece, token["id"], special=f"{piece} is read" in rules, **flags)
 
 
 def _load_sentencepiece(path: Path) -> Tokenizer:
@@ -387,33 +580,57 @@ def _load_sentencepiece(path: Path) -> Tokenizer:
         raise InputError(
             f"{path} is not a sentencepiece model that can be read: {error}"
         ) from error
+    side = read_side_files(path)
+    _check_class(side, path, SENTENCEPIECE_CLASSES, "a plain sentencepiece model")
+    if side.settings.get("sp_model_kwargs"):
+        raise InputError(
+            f"tokenizer_config.json beside {path} sets sp_model_kwargs to "
+            f"{side.settings['sp_model_kwargs']!r:.80}, which would change its ids and is not "
+            "supported; give the tokenizer.json of the model"
+        )
+    rows = int(backend.get_piece_size())
+    added = to_add(side, {backend.id_to_piece(index): index for index in range(rows)}, rows, path)
+    for entry in added:
+        if entry.single_word:
+            raise InputError(
+                f"the files beside {path} add the token {entry.content!r} with single_word, which "
+                "transformers' own tokenizers read in different ways; give the tokenizer.json of "
+                "the model"
+            )
     return Tokenizer(
         kind="sentencepiece",
         source=str(path),
-        vocab_size=int(backend.get_piece_size()),
-        sha256=_sha256(path),
-        files=_with_config(path),
-        settings=_settings(path),
+        vocab_size=max([rows, *(1 + (entry.index or 0) for entry in added)]),
+        sha256=_sha256(path, rules=[added, side.settings.get("legacy") is False and bool(added)]),
+        files=(path, *side.files),
+        settings=side.settings,
+        added=tuple(added),
+        unnumbered=_unnumbered(side, rows, added),
         eot_id=int(backend.eos_id()) if backend.eos_id() >= 0 else None,
         backend=backend,
     )
 
 
-def _with_config(path: Path) -> tuple[Path, ...]:
-    """Return a tokenizer's file and its configuration in the same folder, if there is one."""
-    config = path.with_name(TOKENIZER_CONFIG)
-    return (path, config) if config.is_file() else (path,)
+def _check_class(side: SideFiles, path: Path, known: set[str], what: str) -> None:
+    """Refuse a class of transformers that uses such a vocabulary by other rules."""
+    own = side.settings.get("tokenizer_class")
+    if own is not None and own not in known:
+        raise InputError(
+            f"{path}: the tokenizer_class beside it is {own!r}, which does not use it as {what} "
+            "does; give the tokenizer.json of the model"
+        )
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    config = path.with_name(TOKENIZER_CONFIG)
-    return read_json_object(config) if config.is_file() else {}
+def _unnumbered(side: SideFiles, rows: int, added: Sequence[AddedEntry]) -> int:
+    without = {entry.content for entry in side.entries if entry.index is None}
+    return sum((entry.index or 0) >= rows and entry.content in without for entry in added)
 
 
-def _special_piece(settings: Mapping[str, Any], name: str) -> str | None:
-    piece = settings.get(f"{name}_token")
-    piece = piece.get("content") if isinstance(piece, dict) else piece
-    return piece if isinstance(piece, str) else None
+def _without_gaps(vocab: Mapping[str, int], rows: int) -> dict[str, int]:
+    """Return the vocabulary with an entry for every id; `tokenizers` counts entries, not ids."""
+    held = set(vocab.values())
+    gaps = {f"\0row {index}": index for index in range(rows) if index not in held}
+    return {**vocab, **gaps}
 
 
 def _rows(backend: Any) -> int:
@@ -439,8 +656,12 @@ def _byte_symbols() -> list[str]:
     return symbols
 
 
-def _sha256(*paths: Path) -> str:
+def _sha256(*paths: Path, rules: Sequence[Any] = ()) -> str:
+    """Return the digest of files, and of rules that are more than the plain ones."""
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.read_bytes())
+    if any(rules):
+        text = json.dumps(rules, default=dataclasses.asdict, sort_keys=True)
+        digest.update(b"\0" + text.encode())
     return digest.hexdigest()

@@ -44,10 +44,19 @@ from mlm_eval.checkpoints.huggingface.folds import (
     with_plain_gains,
 )
 from mlm_eval.checkpoints.huggingface.layout import zeros
-from mlm_eval.checkpoints.huggingface.tokenizer import TokenizerFiles, tokenizer_files
+from mlm_eval.checkpoints.huggingface.tokenizer import (
+    TokenizerFiles,
+    no_tokenizer_files,
+    tokenizer_files,
+)
 from mlm_eval.checkpoints.lazy import LazyTensor
 from mlm_eval.checkpoints.parameters import parameters
-from mlm_eval.checkpoints.tokenizer import Tokenizer, check_entries
+from mlm_eval.checkpoints.tokenizer import (
+    LARGEST_PADDING,
+    Tokenizer,
+    check_entries,
+    entries_within,
+)
 from mlm_eval.checkpoints.vocabulary import with_rows
 
 WAY_OUT = "convert it --to megatron or --to torch_dist, which hold every model that mlm-eval reads"
@@ -66,7 +75,7 @@ class HuggingFacePlan:
     """config.json."""
     tensors: dict[str, LazyTensor]
     """What to write, by Hugging Face name."""
-    tokenizer: TokenizerFiles | None
+    tokenizer: TokenizerFiles
     notes: list[str]
     """Changes of form that leave the function as it is."""
     approximations: list[str]
@@ -94,7 +103,8 @@ def plan_huggingface(
         checkpoint: What to convert.
         dtype: The dtype that will be written; None keeps each tensor's.
         vocab: `true` leaves out the rows that only pad the vocabulary; `padded` keeps all stored
-            rows; None is `true` where the true size is known.
+            rows; None is `true` where the true size is known and the source is Megatron's, which
+            pads.
         true_vocab_size: The tokenizer's size; None: from `tokenizer`.
         tokenizer: The tokenizer to write into the folder.
         allow_approximate: Convert although transformers computes something slightly different.
@@ -106,15 +116,14 @@ def plan_huggingface(
     config = checkpoint.config
     notes: list[str] = []
     warnings: list[str] = []
-    files = None
-    if tokenizer is not None:
+    if tokenizer is None:
+        files = no_tokenizer_files(choose_family(config).model_type)
+    else:
         files = tokenizer_files(
             tokenizer, family=config.family, max_length=config.max_position_embeddings
         )
         warnings += files.warnings
-    source = checkpoint
-    if vocab != "padded":
-        source = _cut_padding(source, true_vocab_size, tokenizer, notes, warnings)
+    source = _cut_padding(checkpoint, vocab, true_vocab_size, tokenizer, notes, warnings)
     source = _fold_rotary(_fold_gains(source, dtype, notes), notes)
     family = choose_family(source.config)
     head = bert_head(source.config) if family.kind == "bert" else ""
@@ -126,9 +135,8 @@ def plan_huggingface(
     tensors = _tensors(source, family, written, switches, notes)
     if head == "Model":  # a base model's names have no prefix
         tensors = {name.removeprefix(family.prefix): tensor for name, tensor in tensors.items()}
-    known = {} if files is None else files.token_ids
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        index = known.get(key)  # null where unknown, since defaults would be wrong
+        index = files.token_ids.get(key)  # null where unknown, since defaults would be wrong
         hf[key] = index if index is not None and index < hf["vocab_size"] else None
     return HuggingFacePlan(
         source=checkpoint,
@@ -147,6 +155,7 @@ def plan_huggingface(
 
 def _cut_padding(
     checkpoint: Checkpoint,
+    vocab: str | None,
     true_size: int | None,
     tokenizer: Tokenizer | None,
     notes: list[str],
@@ -154,17 +163,20 @@ def _cut_padding(
 ) -> Checkpoint:
     """Return the checkpoint without the vocabulary's rows of padding, if their number is known.
 
-    Megatron's softmax runs over the padding rows too: without them probabilities grow a little.
+    Megatron's softmax runs over the padding rows too: without them probabilities grow a little. A
+    Hugging Face model has no such padding: its rows are kept unless `vocab` is `true`.
     """
     stored = checkpoint.config.vocab_size
-    size = None if tokenizer is None else tokenizer.vocab_size
+    is_padded = checkpoint.provenance.format != "huggingface"
+    if vocab == "padded" or not (is_padded or vocab == "true"):
+        return checkpoint
+    size = None if tokenizer is None else entries_within(tokenizer, stored)
     true_size = size if true_size is None else true_size
     if true_size is None:
-        if checkpoint.provenance.format != "huggingface":
-            warnings.append(
-                f"all {stored} stored rows of the vocabulary are kept, padding included, since no "
-                "tokenizer says how many are true; give --tokenizer DIR"
-            )
+        warnings.append(
+            f"all {stored} stored rows of the vocabulary are kept, padding included, since no "
+            "tokenizer says how many are true; give --tokenizer DIR"
+        )
         return checkpoint
     check_entries(true_size, stored)
     if size is not None and size > true_size:
@@ -173,6 +185,13 @@ def _cut_padding(
             "this is not the tokenizer of this model, or the size is wrong"
         )
     if true_size == stored:
+        return checkpoint
+    if vocab is None and stored - true_size >= LARGEST_PADDING:
+        warnings.append(
+            f"all {stored} stored rows of the vocabulary are kept: the tokenizer has {true_size} "
+            "entries, fewer than any padding of Megatron explains; --vocab true leaves the others "
+            "out"
+        )
         return checkpoint
     notes.append(
         f"{stored - true_size} rows that pad the vocabulary are left out: {true_size} remain"

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlm_eval.checkpoints.tokenizer import BERT_PIECES, TOKENIZER_CONFIG, Tokenizer
+from mlm_eval.checkpoints.tokenizer import Tokenizer
+from mlm_eval.checkpoints.tokenizers.side_files import SPECIAL_NAMES, TOKENIZER_CONFIG
 
 COPIED = (
     "tokenizer.json",
@@ -28,7 +29,16 @@ COPIED = (
     "vocab.txt",
     "tokenizer.model",
 )
+CARRIED = (
+    *(f"{name}_token" for name in SPECIAL_NAMES),
+    *("additional_special_tokens", "extra_special_tokens", "chat_template"),
+)
+"""Settings of a tokenizer that hold for the fast one, too."""
 END_OF_TEXT = "<|endoftext|>"
+NO_TOKENIZER = (
+    "no tokenizer was found, so the folder holds none and AutoTokenizer refuses it; give "
+    "--tokenizer DIR to have it written"
+)
 INPUTS = {
     # Without this list the generic class also returns token types, which GPT-2 would embed.
     "gpt": ["input_ids", "attention_mask"],
@@ -72,6 +82,7 @@ def tokenizer_files(tokenizer: Tokenizer, *, family: str, max_length: int) -> To
         "model_max_length": max_length,
         "model_input_names": INPUTS[family],
         **_special_tokens(tokenizer, family),
+        **{key: tokenizer.settings[key] for key in CARRIED if tokenizer.settings.get(key)},
     }
     written = {}
     if tokenizer.kind == "tokenizer.json":
@@ -81,8 +92,8 @@ def tokenizer_files(tokenizer: Tokenizer, *, family: str, max_length: int) -> To
     else:
         written["tokenizer.json"] = tokenizer.hub_backend().to_str()
         if tokenizer.kind == "gpt2-bpe":
-            copied = dict(zip(("vocab.json", "merges.txt"), tokenizer.files, strict=True))
-            settings["add_prefix_space"] = False
+            copied = dict(zip(("vocab.json", "merges.txt"), tokenizer.files, strict=False))
+            settings["add_prefix_space"] = bool(tokenizer.settings.get("add_prefix_space"))
         else:
             copied = {"vocab.txt": vocabulary}
             settings["do_lower_case"] = tokenizer.lower_case
@@ -97,15 +108,29 @@ def tokenizer_files(tokenizer: Tokenizer, *, family: str, max_length: int) -> To
     )
 
 
+def no_tokenizer_files(model_type: str) -> TokenizerFiles:
+    """Return what to write for a model without a tokenizer: a file at which transformers stops.
+
+    From config.json alone it would make a tokenizer of one entry, which cuts every text into
+    nothing.
+    """
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if model_type == "qwen2":  # transformers 5 puts its own class in the place of any that is named
+        settings["added_tokens_decoder"] = {"0": "no tokenizer was converted with this model"}
+    return TokenizerFiles(
+        {}, {}, {TOKENIZER_CONFIG: json.dumps(settings, indent=2) + "\n"}, (NO_TOKENIZER,)
+    )
+
+
 def _special_tokens(tokenizer: Tokenizer, family: str) -> dict[str, str]:
     """Return the special tokens by transformers' names, for a tokenizer whose files name none."""
     tokens = {}
     if tokenizer.kind != "bert-wordpiece" and tokenizer.piece_id(END_OF_TEXT) is not None:
         tokens = {f"{name}_token": END_OF_TEXT for name in ("bos", "eos", "unk")}
     if tokenizer.kind == "bert-wordpiece" or family == "bert":
-        for piece in BERT_PIECES:
+        for name, piece in tokenizer.special_pieces().items():
             if tokenizer.piece_id(piece) is not None:
-                tokens[f"{piece[1:-1].lower()}_token"] = piece
+                tokens[f"{name}_token"] = piece
     return tokens
 
 
@@ -120,6 +145,6 @@ def _sentencepiece_files(tokenizer: Tokenizer) -> TokenizerFiles:
     )
     return TokenizerFiles(
         {key: index for key, index in ids.items() if index >= 0},
-        {"tokenizer.model": model},
+        {"tokenizer.model": model, **{file.name: file for file in tokenizer.files[1:]}},
         warnings=(warning,),
     )

@@ -74,8 +74,7 @@ def write_huggingface(
                 "weight_map": dict(sorted(shards.tensor_to_filename.items())),
             }
             _write_json(folder / "model.safetensors.index.json", index)
-        if plan.tokenizer is not None:
-            plan.tokenizer.write(folder)
+        plan.tokenizer.write(folder)
         (folder / "README.md").write_text(_readme(plan), encoding="utf-8")
 
 
@@ -127,7 +126,10 @@ def _readme(plan: HuggingFacePlan) -> str:
     for title, sentences in (
         ("Changes of form (the function is the same)", plan.notes),
         ("Approximations (the function differs)", plan.approximations),
-        ("To know about the source", [*p.warnings, *plan.warnings]),
+        (
+            "To know about the source",
+            list(dict.fromkeys([*p.warnings, *plan.warnings, *plan.tokenizer.warnings])),
+        ),
     ):
         if sentences:
             lines += ["", f"## {title}", "", *(f"- {sentence}" for sentence in sentences)]

@@ -120,7 +120,7 @@ def convert_checkpoint(options: ConvertOptions) -> None:
         )
     for note in done.notes:
         print(f"note: {note}", file=sys.stderr)
-    for warning in [*done.warnings, *done.approximations]:
+    for warning in [*done.warnings, *done.approximations, *done.missing]:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"{options.ckpt} -> {options.output} ({options.to})")
     if done.comparison is not None:

@@ -22,7 +22,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import atomic_file, cache_root
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever the content of the kept files changes."""
 
 BATCH = 1000

@@ -1,0 +1,9 @@
+"""The rules of tokenizers, file by file: what `checkpoints/tokenizer.py` puts together.
+
+    side_files.py   what stands beside a vocabulary: settings, added and special tokens
+    wordpiece.py    BERT's word pieces, by every switch that a tokenizer_config.json may set
+    added.py        tokens that were added to a vocabulary, read out of a text
+
+`checkpoints/tokenizer.py` imports from here, and only it; this room imports `errors` and
+`files`.
+"""
