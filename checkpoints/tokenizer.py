@@ -27,7 +27,7 @@ from mlm_eval.checkpoints.files.stand_in import refuse_stand_in
 from mlm_eval.checkpoints.files.text_file import read_json_object, read_text
 from mlm_eval.checkpoints.tokenizers.added import AddedSplitter, add_to, to_add
 from mlm_eval.checkpoints.tokenizers.side_files import (
-    FLAGS,
+    TOKEN_FLAGS,
     AddedEntry,
     SideFiles,
     own_pieces,
@@ -60,7 +60,7 @@ SENTENCEPIECE_CLASSES = {
     *("SentencePieceBackend", "LlamaTokenizerLegacy"),
 }
 """transformers' tokenizers whose ids are those of their sentencepiece model."""
-SPACE = "\u2581"
+SPACE_PIECE = "\u2581"
 """What a space is in the pieces of a sentencepiece model."""
 EOT_PIECES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 # Megatron pads to a multiple of make_vocab_size_divisible_by x tp; nobody runs beyond 128 x 64.
@@ -138,11 +138,11 @@ class Tokenizer:
         for number, (piece, index) in enumerate(self._splitter.split(text)):
             if index is not None:
                 if number == 0 and not (legacy or self._splitter.special[index]):
-                    ids += self._without_prefix.encode(SPACE)  # what stands before every text
+                    ids += self._without_prefix.encode(SPACE_PIECE)  # what stands before every text
                 ids.append(index)
             elif number == 0 or legacy:
                 ids += self.backend.encode(piece)
-            elif piece.startswith((" ", SPACE)):  # the library may drop a space at the start
+            elif piece.startswith((" ", SPACE_PIECE)):  # the library may drop a space at the start
                 before = special_piece(self.settings, "unk") or "<unk>"
                 skipped = len(self._without_prefix.encode(before))
                 ids += self._without_prefix.encode(before + piece)[skipped:]
@@ -556,7 +556,7 @@ def _read_in_text(
     """Return the added tokens of a tokenizer.json that a text is searched for."""
     for piece, token in own.items():
         if not token["special"]:
-            flags = {name: token[name] for name in FLAGS if name != "special"}
+            flags = {name: token[name] for name in TOKEN_FLAGS if name != "special"}
             yield AddedEntry(piece, token["id"], special=f"{piece} is read" in rules, **flags)
 
 

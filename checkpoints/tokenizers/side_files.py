@@ -44,7 +44,7 @@ class AddedEntry:
     """Whether it is looked for in the normalized text."""
 
 
-FLAGS = tuple(
+TOKEN_FLAGS = tuple(
     entry.name for entry in dataclasses.fields(AddedEntry) if entry.name not in ("content", "index")
 )
 
@@ -172,10 +172,10 @@ def _entry(token: Any, index: Any, where: Path) -> AddedEntry:
         index = number
     given = {key: value for key, value in token.items() if key not in ("content", "__type", "id")}
     for key, value in given.items():
-        if key not in FLAGS or not isinstance(value, bool):
+        if key not in TOKEN_FLAGS or not isinstance(value, bool):
             raise InputError(
                 f"{where} gives the token {content!r} the setting {key} = {value!r:.80}, which is "
-                f"not known; use {', '.join(FLAGS)}, true or false each"
+                f"not known; use {', '.join(TOKEN_FLAGS)}, true or false each"
             )
     given.setdefault("normalized", not given.get("special", False))
     return AddedEntry(content, index, **given)

@@ -19,13 +19,13 @@ from typing import Any
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizers.side_files import special_piece
 
-UNKNOWN, PREFIX = "[UNK]", "##"
+UNKNOWN_PIECE, PIECE_PREFIX = "[UNK]", "##"
 LONGEST_WORD = 200
 """Letters of the longest word that is cut, in Megatron's own code; transformers' limit is 100."""
 
-CONTROL = r"[\p{Cc}\p{Cf}\x{FFFD}&&[^\t\n\r]]"
-MARK = r"\p{Mn}"
-PUNCTUATION = r"!-/:-@\[-`{-~\p{P}"
+CONTROL_CHARACTER = r"[\p{Cc}\p{Cf}\x{FFFD}&&[^\t\n\r]]"
+COMBINING_MARK = r"\p{Mn}"
+PUNCTUATION_MARKS = r"!-/:-@\[-`{-~\p{P}"
 CJK = (
     r"\x{3400}-\x{4DBF}\x{4E00}-\x{9FFF}\x{F900}-\x{FAFF}\x{20000}-\x{2A6DF}\x{2A700}-\x{2CEAF}"
     r"\x{2F800}-\x{2FA1F}"
@@ -39,7 +39,7 @@ FINAL_SIGMA = (
 FIRST_STAND_IN = 0x10F000
 """A character of private use, where the words of `never_split` have their places."""
 
-CLASSES = {
+BERT_CLASSES = {
     f"{name}Tokenizer{fast}"
     for name in (
         *(
@@ -59,7 +59,7 @@ CLASSES = {
 } | {"PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend"}
 """transformers' tokenizers whose vocab.txt is cut by these rules."""
 
-HARMLESS = {
+OTHER_SETTINGS = {
     *("tokenizer_class", "name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file"),
     *("model_max_length", "max_len", "max_length", "stride", "truncation", "truncation_side"),
     *("truncation_strategy", "padding", "padding_side", "pad_token_type_id", "pad_to_multiple_of"),
@@ -92,8 +92,8 @@ class WordPieceRules:
     """Whether anything but white space separates words; without it letters stay as they are."""
     never_split: tuple[str, ...] = ()
     """Words that stay as they are where white space surrounds them."""
-    unknown: str = UNKNOWN
-    prefix: str = PREFIX
+    unknown: str = UNKNOWN_PIECE
+    prefix: str = PIECE_PREFIX
     longest_word: int = LONGEST_WORD
 
     def describe(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def wordpiece_rules(
         InputError: A setting is unknown or of the wrong type, or the class has rules of its own.
     """
     own = settings.get("tokenizer_class")
-    if own is not None and own not in CLASSES:
+    if own is not None and own not in BERT_CLASSES:
         raise InputError(
             f"{where}: its tokenizer_class is {own!r}, which does not cut words as BERT does; "
             "give the tokenizer.json of the model"
@@ -136,8 +136,8 @@ def wordpiece_rules(
         clean=basic and bool(_value(settings, "clean_text", bool, True, where)),
         basic=basic,
         never_split=tuple(dict.fromkeys(word for word in never if word)) if basic else (),
-        unknown=special_piece(settings, "unk") or UNKNOWN,
-        prefix=_value(settings, "wordpieces_prefix", str, PREFIX, where),
+        unknown=special_piece(settings, "unk") or UNKNOWN_PIECE,
+        prefix=_value(settings, "wordpieces_prefix", str, PIECE_PREFIX, where),
         longest_word=longest,
     )
     read = {
@@ -148,7 +148,7 @@ def wordpiece_rules(
     unknown = sorted(
         key
         for key, value in settings.items()
-        if key not in read | HARMLESS
+        if key not in read | OTHER_SETTINGS
         and (isinstance(value, bool) or not isinstance(value, int | float | None))
     )
     if unknown:
@@ -179,7 +179,7 @@ def wordpiece_backend(vocab: Mapping[str, int], rules: WordPieceRules) -> Any:
     )
     steps: list[Any] = []
     if rules.clean:
-        steps.append(normalizers.Replace(Regex(CONTROL), ""))
+        steps.append(normalizers.Replace(Regex(CONTROL_CHARACTER), ""))
     beside = rf"[^\s{CJK if rules.split_cjk else ''}]"
     for word, mark in stand_ins.items():
         alone = Regex(rf"(?<!{beside}){re.escape(word)}(?!{beside})")
@@ -187,9 +187,11 @@ def wordpiece_backend(vocab: Mapping[str, int], rules: WordPieceRules) -> Any:
     if rules.lower_case:
         steps += [normalizers.Replace(Regex(FINAL_SIGMA), "ς"), normalizers.Lowercase()]
     if rules.strip_accents:
-        steps += [normalizers.NFD(), normalizers.Replace(Regex(MARK), "")]
+        steps += [normalizers.NFD(), normalizers.Replace(Regex(COMBINING_MARK), "")]
     backend.normalizer = normalizers.Sequence(steps)
-    apart = (PUNCTUATION if rules.basic else "") + (CJK if rules.basic and rules.split_cjk else "")
+    apart = (PUNCTUATION_MARKS if rules.basic else "") + (
+        CJK if rules.basic and rules.split_cjk else ""
+    )
     words: list[Any] = [pre_tokenizers.WhitespaceSplit()]
     if apart:
         words.append(pre_tokenizers.Split(Regex(f"[{apart}]"), "isolated"))
