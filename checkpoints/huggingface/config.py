@@ -262,7 +262,8 @@ def _activation(r: HubConfigReader, family: Family) -> None:
             f"{', '.join(codes)}"
         )
     activation = r.set("activation", codes.get(name), f"{source} {name}")
-    if r.values.get("lm_head"):  # transformers has one activation for the MLP and the LM head
+    # transformers has one activation for the MLP and the LM head.
+    if family.kind == "bert" and r.values["lm_head"]:
         if activation not in ("gelu", "gelu_tanh"):
             raise InputError(
                 f"{r.where}: {key} {name!r} is not supported for a {family.model_type} model with "
