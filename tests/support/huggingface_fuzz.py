@@ -381,21 +381,22 @@ def run_case(seed: int, folder: Path) -> Outcome:
     return Outcome(seed, family.model_type, READ, gap=worst, config=text)
 
 
-def written_gap(seed: int, folder: Path) -> float | None:
-    """Return how far transformers is from ours on what we write for a case; None if not written."""
+def write_case(seed: int, folder: Path) -> Outcome:
+    """Return what transformers makes of what we write for a case, against ours."""
     made = make_model(seed, folder / "theirs")
     if isinstance(made, Outcome):
-        return None
+        return made
+    family, hf = made
+    text = json.dumps(hf)
     try:
         checkpoint = open_checkpoint(folder / "theirs")
+    except InputError as error:
+        return Outcome(seed, family.model_type, UNLOADABLE, why=str(error), config=text)
+    try:
         convert(checkpoint, "hf", folder / "ours", vocab="padded", overwrite=True)
-    except InputError:
-        return None
+    except InputError as error:
+        return Outcome(seed, family.model_type, REFUSED, why=str(error), config=text)
     inputs = probe(checkpoint, seed)
-    ours = outputs(checkpoint, inputs)
-    theirs = transformers_outputs(folder / "ours", inputs)
-    return gap(
-        {name: ours[name] for name in theirs if name in ours},
-        theirs,
-        inputs.get("padding_mask"),
-    )
+    ours, theirs = outputs(checkpoint, inputs), transformers_outputs(folder / "ours", inputs)
+    worst = gap(ours, theirs, inputs.get("padding_mask"))
+    return Outcome(seed, family.model_type, READ, gap=worst, config=text)

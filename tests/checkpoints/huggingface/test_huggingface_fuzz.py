@@ -67,13 +67,15 @@ def test_most_cases_are_read(
 @pytest.mark.long
 @pytest.mark.parametrize("first", BLOCKS)
 def test_what_is_written_equals_transformers(first: int, tmp_path: Path) -> None:
-    gaps = {
-        seed: fuzz.written_gap(seed, tmp_path)
+    cases = [
+        fuzz.write_case(seed, tmp_path)
         for seed in range(first, min(first + BLOCK, LAST), 3)  # 3 and 10 share no factor
-    }
-    written = {seed: gap for seed, gap in gaps.items() if gap is not None}
-    assert written
-    assert {seed: gap for seed, gap in written.items() if not gap <= fuzz.TOLERANCE} == {}
+    ]
+    assert not [case for case in cases if not case.gap <= fuzz.TOLERANCE]
+    refused = [case for case in cases if case.result == fuzz.REFUSED]
+    written = [case for case in cases if case.result == fuzz.READ]
+    # Llama writes biases in all linear layers or in none, among other things that have no form.
+    assert len(written) >= len(refused), refused
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
