@@ -118,6 +118,18 @@ def test_a_damaged_row_of_mnli_is_named(tmp_path, row, message):
     assert str(path) in str(caught.value)
 
 
+def test_more_votes_than_the_header_names_are_no_fault(tmp_path):
+    """As in Megatron the last column is the label; a sentence with a tab in it is a fault."""
+    votes = [*mnli_row(0, "a", "b", "neutral"), "-", "entailment"]
+    write(tmp_path / "train.tsv", [MNLI_TRAIN, votes])
+    (part,) = read(Mnli, tmp_path)
+    assert content(part) == [("0", "a", "b", 1)]
+    row = mnli_row(0, "a", "b", "neutral")
+    write(tmp_path / "train.tsv", [MNLI_TRAIN, [*row[:9], "cut in", "two", *row[10:]]])
+    with pytest.raises(InputError, match="line 2 has 13 columns, its header 12"):
+        read(Mnli, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("task", "rows", "message"),
     [

@@ -306,7 +306,7 @@ def test_ids_may_leave_gaps(kind, tmp_path):
         ("added_tokens.json", {"<a>": -1}, "expected a text and an id of 0 or more"),
         ("added_tokens.json", {"<a>": True}, "expected a text and an id of 0 or more"),
         ("added_tokens.json", {"": 300}, "expected a text and an id of 0 or more"),
-        ("added_tokens.json", [1], "holds a list; expected a JSON object"),
+        ("added_tokens.json", [1], "holds a list, expected a JSON object"),
         ("tokenizer_config.json", {"added_tokens_decoder": [1]}, "added_tokens_decoder is no JSON"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"300": "a"}}, "adds 'a' as a token"),
         (
