@@ -94,13 +94,16 @@ def in_order(results: Iterable[tuple[list[int], Iterable[T]]]) -> list[T]:
     return [found[index] for index in range(len(found))]
 
 
-def pad_rows(rows: Iterable[Tensor], *, value: int = 0, multiple: int = 1) -> Tensor:
+def pad_rows(
+    rows: Iterable[Tensor], *, value: int = 0, multiple: int = 1, least: int = 0
+) -> Tensor:
     """Return rows of different lengths as one tensor `[rows, width]`, padded on the right.
 
-    The width is the longest row's length, rounded up to `multiple`.
+    The width is the longest row's length, or `least` where that is more, rounded up to `multiple`.
     """
     padded = pad_sequence(list(rows), batch_first=True, padding_value=value)
-    return F.pad(padded, (0, -padded.shape[1] % multiple), value=value)
+    width = max(least, padded.shape[1])
+    return F.pad(padded, (0, width + -width % multiple - padded.shape[1]), value=value)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

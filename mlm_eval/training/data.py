@@ -44,12 +44,15 @@ class Sample:
         label: A class or the number of the right choice; the positions (start, end) of an answer in
             the row; or a label for each token of the one row, `NO_LABEL` for none.
         index: Number of the sample in its data set: the masks of dropout belong to it.
+        width: Tokens that its rows are padded to, whatever else is in the batch; 0: as many as the
+            batch's longest row has. The same for all samples of a data set.
     """
 
     rows: list[Tensor]
     tokentypes: list[Tensor]
     label: Label
     index: int
+    width: int = 0
 
     @property
     def length(self) -> int:
@@ -69,6 +72,7 @@ class Batch:
         rows: Rows of a sample.
         indices: Numbers of the samples.
         mean_weight: Mean of `Objective.weight` over the samples of the whole global batch.
+        stated_width: `Sample.width`, the tokens of every row with its padding where that is set.
     """
 
     tokens: Tensor
@@ -78,6 +82,7 @@ class Batch:
     rows: int
     indices: Tensor
     mean_weight: float = 1.0
+    stated_width: int = 0
 
     @property
     def samples(self) -> int:
@@ -98,17 +103,23 @@ def collate(
     device: torch.device | str = "cpu",
     multiple: int = 1,
 ) -> Batch:
-    """Return the samples as one batch, padded to the longest row, rounded up to `multiple`."""
+    """Return the samples as one batch, padded to the longest row, rounded up to `multiple`.
+
+    Samples with a width of their own are padded to that at least.
+    """
     rows = [row for sample in samples for row in sample.rows]
     types = [row for sample in samples for row in sample.tokentypes]
+    width = samples[0].width
+    sizes = {"multiple": multiple, "least": width}
     return Batch(
-        pad_rows(rows, multiple=multiple).to(device),
-        pad_rows(types, multiple=multiple).to(device),
-        pad_rows(map(torch.ones_like, rows), multiple=multiple).to(device),
+        pad_rows(rows, **sizes).to(device),
+        pad_rows(types, **sizes).to(device),
+        pad_rows(map(torch.ones_like, rows), **sizes).to(device),
         _labels(samples, multiple).to(device),
         len(samples[0].rows),
         torch.tensor([sample.index for sample in samples]).to(device),
         mean_weight,
+        width,
     )
 
 

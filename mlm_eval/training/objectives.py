@@ -89,7 +89,10 @@ class MultipleChoice(Classification):
 class SpanExtraction(Objective):
     """Mean of the cross entropies of an answer's start and end over the positions of its row.
 
-    A prediction is correct where the most likely start and the most likely end both are.
+    Those of padding count, up to the width that the samples state, as in Google's run_squad.py
+    (`compute_loss`); without a stated width there are none, and a row's loss would depend on what
+    else is in its batch. A prediction is correct where the most likely start and the most likely
+    end both are.
     """
 
     head = "qa_head"
@@ -99,7 +102,10 @@ class SpanExtraction(Objective):
     ) -> tuple[Tensor, Tensor, int]:
         """See `Objective.loss_and_hits`."""
         logits = model.qa_logits(_states(model, batch, dropout))  # [B, T, 2]
-        logits = logits.masked_fill(batch.padding_mask.unsqueeze(-1) == 0, float("-inf"))
+        if width := batch.stated_width:
+            logits = logits[:, :width]
+        else:
+            logits = logits.masked_fill(batch.padding_mask.unsqueeze(-1) == 0, float("-inf"))
         # Positions are the classes: cross_entropy wants them in dim 1.
         losses = F.cross_entropy(logits, batch.labels, reduction="none").mean(dim=1)
         hits = (logits.argmax(dim=1) == batch.labels).all(dim=1)

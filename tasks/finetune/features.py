@@ -128,6 +128,11 @@ class PairFeatures(Sequence[Sample]):
             sep_id=sep_id,
         )
 
+    @property
+    def width(self) -> int:
+        """Tokens that every row is padded to; 0: as many as its batch needs."""
+        return 0
+
     def __len__(self) -> int:
         return len(self.first)
 
@@ -142,6 +147,7 @@ class PairFeatures(Sequence[Sample]):
             tokentypes=[types for _, types in rows],
             label=int(label) if self.labels.ndim == 1 else (int(label[0]), int(label[1])),
             index=index,
+            width=self.width,
         )
 
     def row(self, index: int, choice: int = 0) -> tuple[Tensor, Tensor]:

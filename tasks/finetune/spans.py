@@ -63,6 +63,11 @@ class SpanFeatures(PairFeatures):
     char_starts: Ragged
     char_stops: Ragged
 
+    @property
+    def width(self) -> int:
+        """See `PairFeatures.width`: the softmax of an answer runs over padding, too."""
+        return self.max_length
+
 
 def window_features(
     examples: Sequence[SpanExample],

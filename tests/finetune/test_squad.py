@@ -11,17 +11,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import tiny_bert
+import torch
+import torch.nn.functional as F
+from support import random_models, tiny_bert, training_runs
 from support.tiny_bert import CLS, SEP, ids
 
+from mlm_eval.checkpoints.convert import convert
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer, load_tokenizer
+from mlm_eval.engine.engine import Engine
 from mlm_eval.tasks.finetune import metrics
 from mlm_eval.tasks.finetune.features import Outputs
 from mlm_eval.tasks.finetune.settings import Recipe, load_recipe
 from mlm_eval.tasks.finetune.spans import SpanFeatures, best_spans, shows_most, token_span, windows
 from mlm_eval.tasks.finetune.squad import Squad
 from mlm_eval.tasks.finetune.task import Answered, ExampleSet, check_names
+from mlm_eval.training.data import Sample, collate
+from mlm_eval.training.objectives import SpanExtraction
 
 CONTEXT = "The Red Cat sat on the mat, a Dog in the caf\u00e9."
 
@@ -154,6 +160,59 @@ def test_a_long_passage_has_several_windows(dev, words, tmp_path):
     ]
     assert max(features.row_lengths) == 14
     assert features.cut_rows() == 0  # windows fit, nothing is lost
+
+
+def test_every_row_is_padded_to_the_whole_length(dev, words, tmp_path):
+    """So that the softmax over positions does not depend on what else is in a batch."""
+    features = prepare(dev, words, tmp_path, seq_length=40, max_query_length=8)
+    lengths = features.row_lengths[:2].tolist()
+    assert max(lengths) < 40
+    batch = collate([features[0], features[1]])
+    assert batch.tokens.shape == batch.tokentypes.shape == (2, 40)
+    assert batch.stated_width == 40
+    assert batch.padding_mask.sum(dim=1).tolist() == lengths
+    assert not batch.tokens[batch.padding_mask == 0].any()
+
+
+def test_the_loss_is_that_of_googles_run_squad(tmp_path):
+    """The softmax of an answer's ends runs over all positions, padding included.
+
+    `compute_loss` in google-research/bert's run_squad.py: the mean of two cross entropies over
+    `seq_length`. Against transformers' model on rows of that length, alone and together.
+    """
+    from transformers import AutoModelForQuestionAnswering
+
+    config = dataclasses.replace(
+        random_models.BERT, lm_head=False, binary_head=False, pooler=False, qa_head=True
+    )
+    checkpoint = random_models.checkpoint(config)
+    convert(checkpoint, "hf", tmp_path / "hf")
+    theirs = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "hf").eval()
+    engine = Engine.load(checkpoint)
+    width = 14
+    samples = [
+        dataclasses.replace(sample, width=width)
+        for sample in training_runs.samples("qa_head", 5, longest=9)
+    ]
+
+    def losses(chosen: list[Sample]) -> torch.Tensor:
+        with torch.no_grad():
+            return SpanExtraction().loss_and_hits(engine.model, collate(chosen), None)[0]
+
+    batch = collate(samples)
+    with torch.no_grad():
+        out = theirs(batch.tokens, batch.padding_mask, batch.tokentypes)
+    assert out.start_logits.shape == (5, width)
+    expected = sum(
+        F.cross_entropy(logits, batch.labels[:, end], reduction="none")
+        for end, logits in enumerate((out.start_logits, out.end_logits))
+    )
+    torch.testing.assert_close(losses(samples), expected / 2, rtol=1e-5, atol=0)
+    for sample, loss in zip(samples, losses(samples), strict=True):
+        torch.testing.assert_close(losses([sample])[0], loss, rtol=1e-5, atol=0)
+    # The positions of padding have their share: without them the losses are smaller.
+    without = losses([dataclasses.replace(sample, width=0) for sample in samples])
+    assert (without < losses(samples) * (1 - 1e-3)).all()
 
 
 def test_rows_without_room_for_a_passage_are_refused(dev, words, tmp_path):
