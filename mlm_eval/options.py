@@ -15,6 +15,9 @@ from typing import Any
 KEY = "option"
 """Where a field's metadata holds its `Option`."""
 
+FILE, PAGE, FOLDER = "file", "page", "folder"
+"""What a command writes to the place that an option names: a result, a page of `report`, ..."""
+
 OPTIMIZER, DATA, TASK, RUN = "Optimizer", "Data", "Task", "Run"
 """Titles of groups in a command's help. The options of no group come first."""
 
@@ -51,6 +54,11 @@ class Option:
     """The help does not show it."""
     metavar: str | None = None
     """What the help says for its value, instead of its type."""
+    writes: str | None = None
+    """`FILE`, `PAGE` or `FOLDER`, where the command writes what the value names."""
+    reads: bool = False
+    """Whether a text may name a file or a folder that the command reads; paths that are not
+    written always do."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,8 @@ class CheckpointOption:
 
     ckpt: str = option(
         "Checkpoint: root folder with its tracker file, iter_* or release folder, .pt file, "
-        "published zip archive, or Hugging Face folder."
+        "published zip archive, or Hugging Face folder.",
+        reads=True,
     )
 
 
@@ -178,7 +187,9 @@ class RunOptions(TokenizerOptions, EngineOptions):
     On the command line the options of the last base class come first.
     """
 
-    output: Path | None = option("Write the result record (JSON) here.", None)
+    output: Path | None = option(
+        "Write the result record (JSON) here; - is stdout.", None, writes=FILE
+    )
     overwrite: bool = option("Replace a result that is there already.", False, flag="--overwrite")
     limit: int | None = option("Only the first N; marked in every output.", None, least=1)
     seed: int = option("Recorded; zero-shot evaluation draws nothing at random.", 1234)

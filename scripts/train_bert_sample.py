@@ -91,8 +91,9 @@ def main() -> None:
 
     options = [part for item in (OPTIONS | {"--epochs": given.epochs}).items() for part in item]
     options += ["--init", str(model), "--data", str(text), "--tokenizer", str(words)]
-    options += ["--output-dir", str(work / "out"), "--dp", str(given.dp), "--resume"]
-    run("mlm", *options)
+    options += ["--output-dir", str(work / "out"), "--dp", str(given.dp)]
+    if not (work / "out" / "result.json").exists():
+        run("mlm", *options)
     trained = ["--ckpt", str(work / "out" / "checkpoint"), "--to", "megatron", "--dtype", "float16"]
     run("convert", *trained, "--tp", str(TENSOR_PARALLEL), "--output", str(given.output))
     shutil.copytree(words, given.output / "tokenizer", dirs_exist_ok=True)

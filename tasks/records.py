@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.reporting.existing import LIMITS
 from mlm_eval.tasks.zero_shot import benchmarks
 
 FINE_TUNED = ("mnli", "qqp", "squad1", "squad2", "race")
@@ -21,8 +22,6 @@ SETS = {
     "qqp": {"qqp": "dev"},
     "race": {"race": "test", "race_m": "test-middle", "race_h": "test-high"},
 }
-
-LIMITS = ("limit", "train_limit", "dev_limit", "test_limit")
 
 
 @dataclass(frozen=True)

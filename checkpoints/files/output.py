@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import shutil
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,9 @@ from mlm_eval.checkpoints.folders.checkpoint_files import (
     weight_files,
 )
 from mlm_eval.checkpoints.folders.locks import Lock
+
+STDOUT = Path("-")
+"""How the options that name a file spell stdout."""
 
 
 @contextmanager
@@ -97,7 +101,8 @@ def atomic_file(target: Path, *, sync: bool = False, option: str | None = None) 
 
     A block that raises leaves the target as it was. A killed process leaves a hidden file
     `.NAME.partial-*`, without the target's suffix. A symbolic link stays: what it leads to is
-    replaced. A pipe, a device or a descriptor (`is_stream`) gets the contents at the end.
+    replaced. A pipe, a device or a descriptor (`is_stream`) gets the contents at the end; `-` is
+    stdout.
 
     Args:
         target: The file to create or replace; its folders are created.
@@ -114,6 +119,11 @@ def atomic_file(target: Path, *, sync: bool = False, option: str | None = None) 
         if not stream:
             target.parent.mkdir(parents=True, exist_ok=True)
         yield partial
+        if target == STDOUT:
+            sys.stdout.flush()
+            sys.stdout.buffer.write(partial.read_bytes())
+            sys.stdout.buffer.flush()
+            return
         if stream:
             with partial.open("rb") as source, target.open("ab") as sink:
                 shutil.copyfileobj(source, sink)
@@ -133,12 +143,45 @@ def atomic_file(target: Path, *, sync: bool = False, option: str | None = None) 
             partial.unlink()
 
 
+def check_writable(target: Path, option: str) -> None:
+    """Refuse a place for a file before the work, not after it.
+
+    Args:
+        target: The file.
+        option: The command line's option that names it.
+
+    Raises:
+        InputError: `write_text` could not write there.
+    """
+    if target == STDOUT:
+        return
+    stream = is_stream(target)
+    place = Path(os.path.realpath(target)).parent
+    while not place.exists():  # missing folders will be made
+        place = place.parent
+    reason = None
+    if stream:
+        reason = None if os.access(target, os.W_OK) else "no permission to write to it"
+    elif target.is_dir():
+        reason = "it is a folder"
+    elif not place.is_dir():
+        reason = f"{place} is not a folder"
+    elif not os.access(place, os.W_OK):
+        reason = f"no permission to write in {place}"
+    if reason is not None:
+        raise InputError(f"{target} cannot be written: {reason}; name another place with {option}")
+
+
 def is_stream(target: Path) -> bool:
     """Return whether a path leads to a pipe, a device or an open descriptor such as /dev/stdout.
+
+    `-` is stdout.
 
     Such a thing can only be written to: a rename would put a file in its place. A descriptor counts
     even where it is a regular file, which its owner goes on writing.
     """
+    if target == STDOUT:
+        return True
     place = Path(os.path.abspath(target))
     for _ in range(40):  # as many links as Linux follows
         if place.is_relative_to("/proc") or place.is_relative_to("/dev/fd"):

@@ -2,6 +2,7 @@
 
     app.py           the typer application, `--config`
     command.py       a dataclass becomes a command: its fields are the options
+    outputs.py       what a command writes, checked before it works
     run.py           checkpoint, ranks and engine for a command
     checkpoints.py   inspect, convert, verify        zero_shot.py   wikitext103, lambada, score
     training.py      race, mnli, qqp, squad, mlm, lm, ensemble

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.command import command
+from mlm_eval.cli.run import print_beside
 from mlm_eval.planning.bench_options import BenchOptions, cores
 from mlm_eval.ranks.launch import LaunchResult, init_process_group, launch, shutdown
 from mlm_eval.ranks.world import World, detect_world
@@ -35,20 +36,19 @@ def bench(options: BenchOptions) -> None:
         _measure_job(options.job)
         return
     from mlm_eval.checkpoints.dtypes import training_dtype
+    from mlm_eval.checkpoints.files.output import STDOUT
     from mlm_eval.planning.bench_plot import plot_bench
     from mlm_eval.planning.bench_report import bench_record, bench_text
     from mlm_eval.planning.bench_study import fit
     from mlm_eval.ranks.mesh import pick_device
-    from mlm_eval.reporting.results import check_writable, write_json
+    from mlm_eval.reporting.results import write_json
 
-    for path in filter(None, (options.output, options.plot)):
-        check_writable(path)
     if options.ckpt is not None and options.scale != 1.0:
         raise InputError("--scale shrinks new models, a checkpoint has its size; leave it out")
     world = detect_world()
     device = pick_device(options.device)
     dtype = training_dtype(options.dtype, device)
-    options = dataclasses.replace(options, device=device, dtype=dtype)
+    options, output = dataclasses.replace(options, device=device, dtype=dtype), options.output
     make = _source(options, _of_world(options.tp, world))
     series = fit(make, options, local_ranks=None if world is None else world.local_size)
     is_main = world is None or world.is_main
@@ -64,9 +64,9 @@ def bench(options: BenchOptions) -> None:
         failed = f"tp {size} and what follows it was not measured: it failed"
     if is_main and measured:
         record = bench_record(series, options, measured, cores=cores(), failed=failed)
-        print(bench_text(record))
-        if options.output is not None:
-            write_json(options.output, record)
+        print_beside(bench_text(record), STDOUT if STDOUT in (output, options.plot) else output)
+        if output is not None:
+            write_json(output, record)
         if options.plot is not None:
             plot_bench(record, options.plot)
     if failure is not None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from mlm_eval.cli.command import command
-from mlm_eval.cli.run import chosen_checkpoint, chosen_tokenizer, progress
-from mlm_eval.options import CheckpointOption, RunOptions, TokenizerOptions, again, option
+from mlm_eval.cli.run import chosen_checkpoint, chosen_tokenizer, print_beside, progress
+from mlm_eval.options import FOLDER, CheckpointOption, RunOptions, TokenizerOptions, again, option
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.checkpoint import Checkpoint
@@ -49,7 +49,7 @@ class TargetOptions(CheckpointOption):
     """What `convert` writes, and how."""
 
     to: str = option("hf, megatron (torch format) or torch_dist.")
-    output: Path = option("Folder to make; it appears whole or not at all.")
+    output: Path = option("Folder to make; it appears whole or not at all.", writes=FOLDER)
     tp: int | None = option(
         "Tensor-parallel size to write; default: as it was saved.", None, least=1
     )
@@ -131,7 +131,7 @@ def convert_checkpoint(options: ConvertOptions) -> None:
 class VerifyOptions(TokenizerOptions, CheckpointOption):
     """The options of `verify`."""
 
-    against: str = option("The other checkpoint, of any format.")
+    against: str = option("The other checkpoint, of any format.", reads=True)
     vocab: str | None = option(
         "true: the verdict is about the tokenizer's entries; padded: also about the rows that pad "
         "the vocabulary. Default: true where the tokenizer is known.",
@@ -143,6 +143,7 @@ class VerifyOptions(TokenizerOptions, CheckpointOption):
         2e-4,
     )
     output: Path | None = again(RunOptions, "output")
+    overwrite: bool = again(RunOptions, "overwrite")
     overrides: tuple[str, ...] = again(RunOptions, "overrides")
 
 
@@ -153,11 +154,9 @@ def verify(options: VerifyOptions) -> None:
     Example: mlm-eval verify --ckpt gpt2_tp8 --against gpt2_hf
     """
     from mlm_eval.engine.verify import compare_checkpoints
-    from mlm_eval.reporting.results import check_writable, write_json
+    from mlm_eval.reporting.results import write_json
     from mlm_eval.reporting.text import comparison_text
 
-    if options.output is not None:
-        check_writable(options.output)
     first = chosen_checkpoint(options.ckpt, options.overrides)
     second = chosen_checkpoint(options.against, ())
     for side, checkpoint in (("--ckpt", first), ("--against", second)):
@@ -172,7 +171,7 @@ def verify(options: VerifyOptions) -> None:
             vocab=options.vocab,
             on_progress=on_progress,
         )
-    print(comparison_text(comparison))
+    print_beside(comparison_text(comparison), options.output)
     if options.output is not None:
         sides = {"ckpt": str(first.provenance.path), "against": str(second.provenance.path)}
         write_json(options.output, {**sides, **comparison.to_dict()})

@@ -13,6 +13,7 @@ import typer
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.app import MAKERS, commands, load_config
+from mlm_eval.cli.outputs import check_outputs
 from mlm_eval.options import DATA, KEY, OPTIMIZER, RUN, TASK, Nested, Option, option_name
 
 T = TypeVar("T")
@@ -58,6 +59,7 @@ def command(
 
     def register(body: Callable[[T], None]) -> Callable[[T], None]:
         def run(**values: Any) -> None:
+            check_outputs(dict(declared(kind, name)), values)
             body(build(kind, values))
 
         def place(entry: tuple[str | None, inspect.Parameter]) -> tuple[int, int]:
@@ -79,6 +81,16 @@ def command(
         return body
 
     return register
+
+
+def declared(kind: type[Any], name: str) -> Iterator[tuple[str, Option]]:
+    """Yield the options of a dataclass by the names of their fields; see `option_parameters`."""
+    for field in dataclasses.fields(kind):
+        entry = field.metadata.get(KEY)
+        if isinstance(entry, Nested):
+            yield from declared(entry.kind, name)
+        elif entry is not None and (not entry.only or name in entry.only):
+            yield field.name, entry
 
 
 def option_parameters(

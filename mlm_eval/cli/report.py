@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.checkpoints import InspectOptions
 from mlm_eval.cli.command import command
-from mlm_eval.options import RunOptions, again, option
+from mlm_eval.cli.run import print_beside
+from mlm_eval.options import PAGE, RunOptions, again, option
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.catalog import CatalogEntry
@@ -28,7 +29,12 @@ class ReportOptions:
         "3 (zero-shot) or 5 (fine-tuning); default: those of the records.", None
     )
     format: str = option("md, latex, csv or html (one page, with plots).", "md")
-    output: Path | None = option("Write to this file instead of the terminal.", None)
+    output: Path | None = option(
+        "Write to this file instead of the terminal; a page of an earlier report is replaced.",
+        None,
+        writes=PAGE,
+    )
+    overwrite: bool = again(RunOptions, "overwrite")
     include_limited: bool = option(
         "Also take records of --limit runs, and mark them.", False, flag="--include-limited"
     )
@@ -42,14 +48,11 @@ def report(options: ReportOptions) -> None:
     """
     from mlm_eval.checkpoints.files.output import write_text
     from mlm_eval.reporting.render import FORMATS, render
-    from mlm_eval.reporting.results import check_writable
     from mlm_eval.tasks.paper import build_tables
     from mlm_eval.tasks.records import read_record
 
     if options.format not in FORMATS:
         raise InputError(f"--format {options.format} is unknown; choose {', '.join(FORMATS)}")
-    if options.output is not None:
-        check_writable(options.output)
     records = [read_record(path) for path in options.results]
     tables = build_tables(records, number=options.table, include_limited=options.include_limited)
     text = render(tables, options.format)
@@ -58,14 +61,14 @@ def report(options: ReportOptions) -> None:
         return
     write_text(options.output, text)
     numbers = " and ".join(f"Table {table.number}" for table in tables)
-    print(f"{numbers} with {len(records)} record(s): {options.output}")
+    print_beside(f"{numbers} with {len(records)} record(s): {options.output}", options.output)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
     """The options of `plan`."""
 
-    ckpt: str | None = option("A checkpoint; its settings are read.", None)
+    ckpt: str | None = option("A checkpoint; its settings are read.", None, reads=True)
     model: str | None = option("Or a size by name, such as gpt2-8.3b or bert-336m.", None)
     tp: int | None = option("Only this tensor-parallel size.", None, least=1)
     device_memory: str | None = option("Memory of a device, such as 80GB: shows what fits.", None)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_eval.checkpoints.errors import InputError
@@ -41,11 +42,7 @@ class ModelRun:
     """A command that runs a model: opens the checkpoint, gets its ranks, loads the engine."""
 
     def __init__(self, options: RunOptions, *, checkpoint: Checkpoint | None = None) -> None:
-        from mlm_eval.reporting.results import check_writable
-
         self.options = options
-        if options.output is not None:
-            check_writable(options.output)
         self.checkpoint = checkpoint or chosen_checkpoint(options.ckpt, options.overrides)
         self.world = detect_world()
         self.is_main = self.world is None or self.world.is_main
@@ -56,9 +53,9 @@ class ModelRun:
             print(text, file=sys.stderr)
 
     def print_result(self, text: str) -> None:
-        """Print a result: on stdout, from rank 0."""
+        """Print a result: on stdout, where no record is written there, from rank 0."""
         if self.is_main:
-            print(text)
+            print_beside(text, self.options.output)
 
     def warn(self, warnings: Sequence[str]) -> None:
         """Print warnings on stderr, from rank 0."""
@@ -141,6 +138,13 @@ class ModelRun:
                 "--vocab-file F and --merge-file F (GPT-2: vocab.json and merges.txt)"
             )
         return found
+
+
+def print_beside(text: str, output: Path | None) -> None:
+    """Print a result for people: on stdout, or on stderr where `--output -` writes to stdout."""
+    from mlm_eval.checkpoints.files.output import STDOUT
+
+    print(text, file=sys.stderr if output == STDOUT else sys.stdout)
 
 
 def chosen_checkpoint(

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.command import command
-from mlm_eval.cli.run import ModelRun, chosen_tokenizer
-from mlm_eval.options import RUN, RunOptions, again, nested, option
+from mlm_eval.cli.run import ModelRun, chosen_tokenizer, print_beside
+from mlm_eval.options import FOLDER, RUN, RunOptions, again, nested, option
 from mlm_eval.ranks.launch import shutdown
 from mlm_eval.tasks.finetune.settings import FinetuneOptions
 from mlm_eval.tasks.language.settings import MaskedTextSettings, TextSettings
@@ -121,7 +121,9 @@ class TextRun(TrainingRun):
 class PretrainCommand:
     """The options of `lm`."""
 
-    init: str | None = option("Or a new model: the name of a size, or a TOML file.", None)
+    init: str | None = option(
+        "Or a new model: the name of a size, or a TOML file.", None, reads=True
+    )
     text: TextSettings = nested(TextSettings)
     output_dir: Path = again(FinetuneOptions, "output_dir")
     resume: bool = again(FinetuneOptions, "resume")
@@ -203,7 +205,10 @@ class EnsembleOptions:
 
     predictions: tuple[Path, ...] = option("File or folder of saved predictions (repeatable).")
     output: Path | None = again(RunOptions, "output")
-    output_dir: Path | None = option("Write the ensemble's own predictions here.", None)
+    output_dir: Path | None = option(
+        "Write the ensemble's own predictions here.", None, writes=FOLDER
+    )
+    overwrite: bool = again(RunOptions, "overwrite")
 
 
 @command("ensemble", EnsembleOptions, config=False)
@@ -215,8 +220,10 @@ def ensemble(options: EnsembleOptions) -> None:
     from mlm_eval.reporting.text import training_text
     from mlm_eval.tasks.finetune.predictions import ensemble_result
 
-    result = ensemble_result(options.predictions, output=options.output_dir)
-    print(training_text(result, folder=options.output_dir))
+    result = ensemble_result(
+        options.predictions, output=options.output_dir, overwrite=options.overwrite
+    )
+    print_beside(training_text(result, folder=options.output_dir), options.output)
     if options.output is not None:
         result.write(options.output)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.command import command
 from mlm_eval.cli.run import ModelRun, chosen_tokenizer, progress
-from mlm_eval.options import RunOptions, nested, option
+from mlm_eval.options import FILE, RunOptions, nested, option
 from mlm_eval.tasks.zero_shot import benchmarks
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class ScoreOptions(RunOptions):
         'JSON lines: {"tokens": [...]} or {"text": "..."}; for BERT also with '
         '"tokentypes" and "padding_mask", or {"choices": [[...], [...]]}.'
     )
-    output: Path = option('JSON lines: {"tokens", "logprobs", "greedy"}.')
+    output: Path = option('JSON lines: {"tokens", "logprobs", "greedy"}.', writes=FILE)
     stride: int | None = option(
         "Tokens that each further window scores, where a sequence is too long for one.",
         None,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.options import RunOptions, again, option
+from mlm_eval.options import FILE, RunOptions, again, option
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.config import ModelConfig
@@ -55,7 +55,7 @@ class BenchOptions:
     study: str | None = option(
         "The paper's scaling: weak (Table 1, Figure 5) or strong (Table 8).", None
     )
-    ckpt: str | None = option("Or a checkpoint, at each --tp.", None)
+    ckpt: str | None = option("Or a checkpoint, at each --tp.", None, reads=True)
     model: str | None = option("Or a new model of a named size, such as gpt2-355m.", None)
     tp: list[int] | None = option(
         "Tensor-parallel sizes, such as 1,2,4,8; auto: those of 1,2,4,8 that the machine has GPUs "
@@ -91,7 +91,8 @@ class BenchOptions:
     hidden_dropout: float = option("Dropout of hidden states in training.", 0.1)
     attention_dropout: float = option("Dropout of attention in training; 0 is faster.", 0.1)
     output: Path | None = again(RunOptions, "output")
-    plot: Path | None = option("Draw the figures into this PNG file.", None)
+    plot: Path | None = option("Draw the figures into this PNG file.", None, writes=FILE)
+    overwrite: bool = again(RunOptions, "overwrite")
     seed: int = option("Seed of weights and tokens.", 1234)
     overrides: tuple[str, ...] = again(RunOptions, "overrides")
     job: Path | None = option(

@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.files.output import is_stream, write_text
+from mlm_eval.checkpoints.files.output import write_text
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.checkpoint import Checkpoint
@@ -73,30 +71,6 @@ def write_json(path: str | Path, record: dict[str, Any]) -> Path:
 
 def _as_json(record: dict[str, Any]) -> str:
     return json.dumps(_finite(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def check_writable(path: str | Path) -> None:
-    """Refuse a place for a file before the work, not after it.
-
-    Raises:
-        InputError: `write_text` could not write there.
-    """
-    target = Path(path)
-    stream = is_stream(target)
-    place = Path(os.path.realpath(target)).parent
-    while not place.exists():  # missing folders will be made
-        place = place.parent
-    reason = None
-    if stream:
-        reason = None if os.access(target, os.W_OK) else "no permission to write to it"
-    elif target.is_dir():
-        reason = "it is a folder"
-    elif not place.is_dir():
-        reason = f"{place} is not a folder"
-    elif not os.access(place, os.W_OK):
-        reason = f"no permission to write in {place}"
-    if reason is not None:
-        raise InputError(f"{target} cannot be written: {reason}; name another file with --output")
 
 
 def exponential(exponent: float) -> float:

@@ -13,6 +13,7 @@ or, for SQuAD,
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -124,7 +125,9 @@ def prediction_files(folder: Path) -> list[Path]:
     return found
 
 
-def ensemble_result(paths: Sequence[str | Path], *, output: str | Path | None = None) -> Result:
+def ensemble_result(
+    paths: Sequence[str | Path], *, output: str | Path | None = None, overwrite: bool = False
+) -> Result:
     """Return the result of several models together: the paper's ensemble.
 
     The models' probabilities are averaged for each example of a set; sets of one role are pooled as
@@ -133,6 +136,7 @@ def ensemble_result(paths: Sequence[str | Path], *, output: str | Path | None = 
     Args:
         paths: Files of predictions, or folders of them; as many models for each set.
         output: Folder for the ensemble's own predictions.
+        overwrite: Replace predictions that are there.
 
     Raises:
         InputError: The files are not of the same task and examples, or a set has one model only.
@@ -148,6 +152,7 @@ def ensemble_result(paths: Sequence[str | Path], *, output: str | Path | None = 
     answered = [_merged(task, group) for group in groups.values()]
     judgement = task.judge(answered, null_threshold=_threshold(files))
     if output is not None:
+        _check_free(Path(output), [part.name for part in answered], files, overwrite=overwrite)
         for part in answered:
             write_predictions(
                 Path(output) / (part.name + SUFFIX),
@@ -160,6 +165,20 @@ def ensemble_result(paths: Sequence[str | Path], *, output: str | Path | None = 
                 threshold_is_fixed=False,
             )
     return _result(files, groups, judgement)
+
+
+def _check_free(
+    folder: Path, names: Sequence[str], sources: Sequence[Predictions], *, overwrite: bool
+) -> None:
+    """Refuse to replace files, but for predictions with `overwrite`, and never those given."""
+    given = {file.path.resolve() for file in sources}
+    replaceable = prediction_files(folder) if overwrite else []
+    for path in (folder / (name + suffix) for name in names for suffix in (SUFFIX, *SUBMISSIONS)):
+        if path.resolve() in given:
+            raise InputError(f"{path} is one of the ensemble's members; choose another folder")
+        if os.path.lexists(path) and path not in replaceable:
+            how = "" if overwrite else "replace predictions with --overwrite, or "
+            raise InputError(f"{path} exists already; {how}choose another --output-dir")
 
 
 def _files(paths: Sequence[str | Path]) -> list[Path]:

@@ -16,7 +16,7 @@ from typing import Any
 from mlm_eval.checkpoints.dtypes import DTYPE_CHOICES, DTYPE_NAMES
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.text_file import read_text
-from mlm_eval.options import DATA, RUN, TASK, again, given, option
+from mlm_eval.options import DATA, FOLDER, RUN, TASK, again, given, option
 from mlm_eval.training.settings import (
     Hyperparameters,
     RunSettings,
@@ -146,7 +146,7 @@ DEFAULT_SEED = 1234
 
 _INSTEAD = "(repeatable; file, folder or `datasets` name)"
 
-sources_option = partial(option, default=(), shown="what --data has", group=DATA)
+sources_option = partial(option, default=(), shown="what --data has", group=DATA, reads=True)
 limit_option = partial(option, default=None, least=1, shown="all", group=DATA)
 
 
@@ -166,12 +166,16 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 class FinetuneOptions(RunSettings):
     """What to fine-tune on, and how."""
 
-    output_dir: Path = option("Folder for the result, the model, the states and the logs.")
+    output_dir: Path = option(
+        "Folder for the result, the model, the states and the logs.", writes=FOLDER
+    )
     data: str | None = option(
-        "The benchmark's folder, or a `datasets` name; or give --train and --dev.", None
+        "The benchmark's folder, or a `datasets` name; or give --train and --dev.",
+        None,
+        reads=True,
     )
     """The folder as published; RACE also an archive of it, or a folder of archives."""
-    recipe: str | None = option("Name of a recipe, or a TOML file.", None)
+    recipe: str | None = option("Name of a recipe, or a TOML file.", None, reads=True)
     """None: the paper's for its smallest model."""
     overrides: Mapping[str, Any] = given(Recipe, "the recipe's")
     """Fields of the recipe that are given here instead."""

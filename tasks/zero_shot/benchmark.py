@@ -41,7 +41,9 @@ class DataOption:
     """The options of a benchmark that has none but its data."""
 
     data: str | None = option(
-        "A file, or a `datasets` name; default: the benchmark's test set on the Hub.", None
+        "A file, or a `datasets` name; default: the benchmark's test set on the Hub.",
+        None,
+        reads=True,
     )
 
 

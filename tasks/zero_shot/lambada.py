@@ -41,7 +41,9 @@ class ClozeOptions(DataOption):
     """The options of `lambada`."""
 
     data: str | None = option(
-        "JSON lines with `text`, or a `datasets` name; default: EleutherAI/lambada_openai.", None
+        "JSON lines with `text`, or a `datasets` name; default: EleutherAI/lambada_openai.",
+        None,
+        reads=True,
     )
     target: str = option(
         "word: all tokens of the last word (the paper's); last-token: only the last one.", "word"

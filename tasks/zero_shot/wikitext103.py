@@ -71,7 +71,9 @@ class WikiTextOptions(DataOption):
     """The options of `wikitext103`."""
 
     data: str | None = option(
-        "wiki.test.tokens, or a `datasets` name; default: the Hub's wikitext-103-v1 test.", None
+        "wiki.test.tokens, or a `datasets` name; default: the Hub's wikitext-103-v1 test.",
+        None,
+        reads=True,
     )
     seq_length: int | None = option("Window length; default min(1024, positions).", None, least=1)
     stride: int = option("Tokens that each further window scores.", 32, least=1)

@@ -489,16 +489,17 @@ def test_the_lambada_record(run, cloze, tmp_path):
     assert record["counts"] == {"examples": 4, "target_tokens": 4 + 6 + 3 + 4, "truncated": 0}
     assert record["settings"]["target"] == "word"
     assert "validation results on LAMBADA | number correct: " in ended.out
-    last = run(*cloze, "--output", tmp_path / "l.json", "--target", "last-token")
-    record = read(tmp_path / "l.json")
+    last = run(*cloze, "--output", tmp_path / "last.json", "--target", "last-token")
+    record = read(tmp_path / "last.json")
     assert last.code == 0 and record["counts"]["target_tokens"] == 4
     assert record["protocol"] == "megatron-last-token"
 
 
 def test_a_limited_run_says_so_loudly(run, wiki, cloze, folder, tmp_path):
     for arguments in (wiki, cloze):
-        ended = run(*arguments, "--limit", 2, "--output", tmp_path / "out.json")
-        record = read(tmp_path / "out.json")
+        output = tmp_path / f"{arguments[0]}.json"
+        ended = run(*arguments, "--limit", 2, "--output", output)
+        record = read(output)
         assert record["settings"]["limit"] == 2
         assert any(w.startswith("limit 2: only") for w in record["settings"]["warnings"])
         assert "LIMITED RUN" in ended.out.splitlines()[0]
@@ -558,6 +559,7 @@ def test_score_writes_a_record_a_line(run, folder, tmp_path):
     assert first["tokens"] == [1, 2, 3] and first["logprobs"][0] is None
     words = load_tokenizer(directory=folder / "gpt" / "tokenizer")
     assert second["tokens"] == words.encode("abc") and len(second["greedy"]) == 3
+    output = tmp_path / "bert.jsonl"
     assert run(*arguments, "--output", output, "--ckpt", BERT_ORACLE, "--limit", 1).code == 0
     record = json.loads(output.read_text())
     assert None not in record["logprobs"] and len(record["binary_logits"]) == 2

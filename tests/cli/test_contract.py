@@ -121,9 +121,10 @@ def zero_shot(run: Run, folder: Path) -> dict[str, set[str]]:
         found[name] = keys(read(output))
     (folder / "in.jsonl").write_text('{"tokens": [1, 2, 3]}\n')
     for model in (gpt, bert):
-        files = ["--input", folder / "in.jsonl", "--output", folder / "out.jsonl"]
+        output = folder / f"{model.name}.jsonl"
+        files = ["--input", folder / "in.jsonl", "--output", output]
         assert run("score", "--ckpt", model, *files).code == 0
-        found[f"score {model.name}"] = of_lines(folder / "out.jsonl")
+        found[f"score {model.name}"] = of_lines(output)
     output = folder / "verify.json"
     assert run("verify", "--ckpt", gpt, "--against", gpt, "--output", output).code == 0
     found["verify"] = keys(read(output))

@@ -30,7 +30,11 @@ class Ended:
 Run = Callable[..., Ended]
 
 
-def started(*arguments: object, command: tuple[str, ...] = ("-P", "-m", "mlm_eval")) -> Any:
+def started(
+    *arguments: object,
+    command: tuple[str, ...] = ("-P", "-m", "mlm_eval"),
+    cwd: Path | None = None,
+) -> Any:
     """Start a command line as a user does, in an environment without a launcher."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(OF_A_LAUNCHER)}
     return subprocess.Popen(
@@ -38,13 +42,18 @@ def started(*arguments: object, command: tuple[str, ...] = ("-P", "-m", "mlm_eva
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        cwd=cwd,
         env=environment | {"OMP_NUM_THREADS": "1"},
     )
 
 
-def as_user(*arguments: object, command: tuple[str, ...] = ("-P", "-m", "mlm_eval")) -> Ended:
+def as_user(
+    *arguments: object,
+    command: tuple[str, ...] = ("-P", "-m", "mlm_eval"),
+    cwd: Path | None = None,
+) -> Ended:
     """Run a command line as a user does, to its end."""
-    process = started(*arguments, command=command)
+    process = started(*arguments, command=command, cwd=cwd)
     try:
         out, err = process.communicate(timeout=300)
     finally:

@@ -52,7 +52,7 @@ def test_its_record_is_resumed_and_reported(run: Run, toy: list[object], tmp_pat
     ended = run(*toy, "--output", output, "--limit", 2, "--seed", 7, "--resume")
     assert ended.code == 0 and "resumes" not in ended.err
     assert "LIMITED RUN" in ended.out and "only the first 2 of 3 lines" in ended.err
-    assert run(*toy, "--output", output, "--scored", 2).code == 0
+    assert run(*toy, "--output", output, "--scored", 2, "--overwrite").code == 0
     record = read(output)
     assert (record["task"], record["protocol"]) == ("last-bytes", "megatron-paper")
     assert record["counts"] == {"lines": 3} and set(record["metrics"]) == {"hits", "nll_sum"}

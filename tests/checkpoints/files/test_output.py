@@ -10,8 +10,13 @@ from pathlib import Path
 import pytest
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.files.output import atomic_file, cache_root, is_stream, write_text
-from mlm_eval.reporting.results import check_writable
+from mlm_eval.checkpoints.files.output import (
+    atomic_file,
+    cache_root,
+    check_writable,
+    is_stream,
+    write_text,
+)
 
 
 def test_a_file_appears_whole_with_its_folders(tmp_path: Path):
@@ -68,7 +73,7 @@ def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path: Path, links: int
         link = tmp_path / f"link{number}"
         link.symlink_to(os.path.relpath(target, tmp_path) if number % 2 else target)
         target = link
-    check_writable(target)
+    check_writable(target, "--output")
     assert write_text(target, "new") == target
     assert target.is_symlink() and end.read_text() == "new" and not end.is_symlink()
     assert sorted(path.name for path in end.parent.iterdir()) == ["record.json"]
@@ -80,7 +85,7 @@ def test_a_pipe_gets_the_contents(tmp_path: Path):
     link = tmp_path / "link"
     link.symlink_to(pipe)
     for target in (pipe, link):
-        check_writable(target)
+        check_writable(target, "--output")
         reader = threading.Thread(target=lambda: found.append(pipe.read_text()))
         reader.start()
         write_text(target, "record")
@@ -99,7 +104,7 @@ def test_an_open_descriptor_gets_the_contents(tmp_path: Path):
         link.symlink_to(f"/dev/fd/{stream.fileno()}")
         for target in (Path(f"/dev/fd/{stream.fileno()}"), link):
             inode = file.stat().st_ino
-            check_writable(target)
+            check_writable(target, "--output")
             write_text(target, "record\n")
             assert file.stat().st_ino == inode and link.is_symlink()
     assert file.read_text() == "before\nrecord\nrecord\n"
@@ -113,6 +118,6 @@ def test_an_open_descriptor_gets_the_contents(tmp_path: Path):
 def test_a_device_stays():
     device = Path("/dev/null")
     assert is_stream(device) and not is_stream(Path(__file__))  # before anything is written
-    check_writable(device)
+    check_writable(device, "--output")
     write_text(device, "record")
     assert stat.S_ISCHR(device.stat().st_mode)
