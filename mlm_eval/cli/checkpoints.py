@@ -95,6 +95,7 @@ def convert_checkpoint(options: ConvertOptions) -> None:
     def compare(*given: Any, **settings: Any) -> Comparison:
         from mlm_eval.engine.verify import verify_conversion  # imports the models
 
+        print("comparing the result with its source ...", file=sys.stderr)
         return verify_conversion(*given, **settings)
 
     checkpoint = chosen_checkpoint(options.ckpt, options.overrides)

@@ -306,7 +306,7 @@ def compare_checkpoints(
         entries=over,
         sides=sides,
     )
-    if weights.same and weights.rounded_to:
+    if weights.rounded_to and not weights.differing:
         # The outputs are those of the weights as stored: they differ by what rounding does.
         told["allowed"] = dict.fromkeys(found.by_output, float("inf"))
     return dataclasses.replace(found, **told)
@@ -381,7 +381,9 @@ def verify_conversion(
     entries = source.config.vocab_size if entries is None else entries
     written = open_checkpoint(result)
     changed = dataclasses.replace(source.config, **(approximate or {}))
-    ours, theirs, forms = one_form(dataclasses.replace(source, config=changed), written)
+    ours, theirs, forms = one_form(
+        dataclasses.replace(source, config=changed), written, rounded=True
+    )
     settings, notes = compare_settings(ours.config, theirs.config, CONVERTED)
     weights, padding = compare_weights(ours, theirs, entries=entries, sides=CONVERTED)
     weights = dataclasses.replace(weights, forms=tuple(forms))

@@ -49,15 +49,26 @@ Labels = tuple[str, str]
 """What phrases call the two sides."""
 
 
-def one_form(ours: Checkpoint, theirs: Checkpoint) -> tuple[Checkpoint, Checkpoint, list[str]]:
+def one_form(
+    ours: Checkpoint, theirs: Checkpoint, *, rounded: bool = False
+) -> tuple[Checkpoint, Checkpoint, list[str]]:
     """Return two checkpoints with their norms' gains and rotary pairs in the same form.
 
     Only where the two differ in it; what was changed comes last, a sentence each.
+
+    Args:
+        ours: A checkpoint.
+        theirs: The other.
+        rounded: Round gains to the wider of the two stored dtypes once 1 is added, as a writer
+            does; else they stay in float32.
     """
     forms = []
     a, b = ours.config, theirs.config
     if a.layernorm_zero_centered_gamma != b.layernorm_zero_centered_gamma:
-        ours, theirs = _plain_gains(ours, theirs), _plain_gains(theirs, ours)
+        ours, theirs = (
+            _plain_gains(ours, theirs, rounded=rounded),
+            _plain_gains(theirs, ours, rounded=rounded),
+        )
         forms.append("one side stores the norms' gains minus 1: 1 is added")
     if a.rotary and b.rotary and a.rotary_interleaved != b.rotary_interleaved:
         ours, theirs = with_halved_rotary(ours), with_halved_rotary(theirs)
@@ -68,14 +79,15 @@ def one_form(ours: Checkpoint, theirs: Checkpoint) -> tuple[Checkpoint, Checkpoi
     return ours, theirs, forms
 
 
-def _plain_gains(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
-    """Return plain gains; the sum with 1 is rounded to the wider of the two stored dtypes."""
+def _plain_gains(checkpoint: Checkpoint, other: Checkpoint, *, rounded: bool) -> Checkpoint:
     if not checkpoint.config.layernorm_zero_centered_gamma:
         return checkpoint
     tensors = dict(checkpoint.tensors)
     for name, gain in checkpoint.tensors.items():
-        if is_gain(name) and name in other.tensors:
-            wide = torch.promote_types(gain.dtype, other.tensors[name].dtype)
+        if is_gain(name):
+            wide = torch.float32
+            if rounded and name in other.tensors:
+                wide = torch.promote_types(gain.dtype, other.tensors[name].dtype)
             tensors[name] = cast_to(gain, wide)
     return with_plain_gains(dataclasses.replace(checkpoint, tensors=tensors))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.comparison import Comparison
 from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
+from mlm_eval.checkpoints.convert import convert
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.huggingface.folds import is_gain, with_halved_rotary
 from mlm_eval.checkpoints.lazy import Selected
@@ -307,3 +309,68 @@ def test_positions_beyond_the_shorter_limit_are_spoken_of():
         checkpoint(GPT, state), checkpoint(cut, {**state, table: state[table][:8]})
     )
     assert not found.same and table in found.differences()[0]
+
+
+def any_model(chance: random.Random) -> ModelConfig:
+    """Return a model of any kind that the table of parameters knows."""
+    bert = chance.random() < 0.3
+    base = chance.choice([BERT, ALL_HEADS]) if bert else GPT
+    options: dict[str, Any] = {
+        "vocab_size": chance.choice([48, 50]),
+        "layernorm_zero_centered_gamma": chance.random() < 0.4,
+        "num_tokentypes": chance.choice([0, 2]) if bert else 0,
+        "apply_residual_connection_post_layernorm": bert and chance.random() < 0.5,
+    }
+    if bert:
+        if base is ALL_HEADS:  # one task head, as a fine-tuned model has it
+            absent = {"lm_head": False, "binary_head": False, "qa_head": False}
+            task = {"num_classes": 0, "multichoice_head": False} | absent
+            options |= task | chance.choice([{"num_classes": 3}, {"qa_head": True}, {}])
+        return dataclasses.replace(base, **options)
+    return dataclasses.replace(
+        base,
+        **options,
+        num_query_groups=chance.choice([1, 2, 4]),
+        position_embedding_type=chance.choice(["learned_absolute", "rope", "rope", "none"]),
+        rotary_percent=chance.choice([1.0, 0.5]),
+        rotary_interleaved=chance.random() < 0.5,
+        rope_scaling=chance.choice([None, RopeScaling(4.0)]),
+        normalization=chance.choice(["LayerNorm", "RMSNorm"]),
+        activation=chance.choice(["gelu", "gelu_tanh", "swiglu"]),
+        add_bias_linear=chance.random() < 0.5,
+        add_qkv_bias=chance.random() < 0.7,
+        untie_embeddings_and_output_weights=chance.random() < 0.5,
+        qk_layernorm=chance.random() < 0.3,
+    )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("to", "least"), [("hf", 10), ("megatron", 25), ("torch_dist", 25)])
+def test_an_honest_conversion_is_never_called_different(to: str, least: int, tmp_path: Path):
+    """Forms, zeros, rounding, padding and parallel sizes of any kind; then one element is moved."""
+    converted = 0
+    for seed in range(60):
+        chance = random.Random(seed)
+        model, stored = any_model(chance), chance.choice([torch.float32, torch.float16])
+        state = {name: tensor.to(stored) for name, tensor in state_dict(model, seed=seed).items()}
+        sizes: dict[str, Any] = {"true_vocab_size": 45} if chance.random() < 0.4 else {}
+        entries = 45 if sizes else model.vocab_size
+        if to != "hf":
+            sizes |= {"tp": chance.choice([1, 2, 4]), "pp": chance.choice([1, 2])}
+        dtype = chance.choice([None, "float32", "float16", "bfloat16"])
+        source = checkpoint(model, state)
+        try:
+            done = convert(source, to, tmp_path / f"{to}{seed}", dtype=dtype, **sizes)
+        except InputError:
+            continue  # transformers or Megatron has no such model
+        converted += 1
+        result = open_checkpoint(done.path)
+        found = compare_checkpoints(source, result, entries=entries)
+        lost = [f"only --ckpt has {name}" for name in state if name.startswith("pooler.")]
+        assert set(found.differences()) <= set(lost if to == "hf" else ()), (seed, model)
+        name = chance.choice([name for name in state if not name.startswith("pooler.")])
+        index = tuple(chance.randrange(min(size, 45)) for size in state[name].shape)
+        moved = checkpoint(model, changed(state, name, index, by=0.25))
+        again = compare_checkpoints(moved, result, entries=entries)
+        assert again.weights is not None and again.weights.differing, (seed, name, index)
+    assert converted >= least
