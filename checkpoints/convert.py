@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from mlm_eval.checkpoints.tokenizer import (
     entries_within,
     load_tokenizer,
 )
+from mlm_eval.checkpoints.tokenizers.copying import copy_tokenizer_file
 
 TARGET_FORMATS = ("hf", "megatron", "torch_dist")
 
@@ -170,7 +170,7 @@ def convert(
         if to != "hf" and tokenizer is not None:
             (folder / "tokenizer").mkdir()
             for file in tokenizer.files:
-                shutil.copyfile(file, folder / "tokenizer" / file.name)
+                copy_tokenizer_file(file, folder / "tokenizer" / file.name)
         if compare is not None and (verify or approximations):
             comparison = compare(checkpoint, folder, **expected)
             if not comparison.as_allowed:

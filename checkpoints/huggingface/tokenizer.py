@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.tokenizer import Tokenizer
+from mlm_eval.checkpoints.tokenizers.copying import copy_tokenizer_file
 from mlm_eval.checkpoints.tokenizers.side_files import SPECIAL_NAMES, TOKENIZER_CONFIG
 
 COPIED = (
@@ -61,7 +61,7 @@ class TokenizerFiles:
     def write(self, folder: Path) -> None:
         """Write the files."""
         for name, source in self.copied.items():
-            shutil.copyfile(source, folder / name)
+            copy_tokenizer_file(source, folder / name)
         for name, text in self.written.items():
             (folder / name).write_text(text, encoding="utf-8")
 

@@ -3,7 +3,8 @@
     side_files.py   what stands beside a vocabulary: settings, added and special tokens
     wordpiece.py    BERT's word pieces, by every switch that a tokenizer_config.json may set
     added.py        tokens that were added to a vocabulary, read out of a text
+    copying.py      copies of these files beside a model
 
-`checkpoints/tokenizer.py` imports from here, and only it; this room imports `errors` and
-`files`.
+`checkpoints/tokenizer.py` and those who copy a tokenizer import from here; this room imports
+`errors` and `files`.
 """

@@ -126,7 +126,7 @@ class SpecialTokens:
     sep: int
     mask: int
     continues: np.ndarray
-    """Bool `[vocab]`: the piece continues the word before it (`##`)."""
+    """Bool `[vocab]`: the piece continues the word before it (`##` in most vocabularies)."""
     words: np.ndarray
     """Ids that may replace a masked token: all but the bracketed ones."""
 
@@ -145,6 +145,7 @@ class SpecialTokens:
                 "masked-LM training needs a BERT vocabulary (vocab.txt)"
             )
         name = tokenizer.backend.id_to_token
+        prefix = getattr(tokenizer.backend.model, "continuing_subword_prefix", None) or "##"
         pieces = [name(index) or "[gap]" for index in range(tokenizer.vocab_size)]
         ordinary = [len(p) < 2 or (p[0], p[-1]) != ("[", "]") for p in pieces]
         first, second, third = (index for index in ids.values() if index is not None)
@@ -152,7 +153,7 @@ class SpecialTokens:
             cls=first,
             sep=second,
             mask=third,
-            continues=np.array([piece.startswith("##") for piece in pieces]),
+            continues=np.array([piece.startswith(prefix) for piece in pieces]),
             words=np.flatnonzero(ordinary),
         )
 

@@ -198,3 +198,33 @@ def test_a_sentencepiece_model_takes_its_side_files_along(tmp_path):
     for _ in range(10):
         text = "".join(chance.choices(["class ", "<|user|>", "<tag>", "method"], k=6))
         assert back.encode(text) == words.encode(text)
+
+
+@pytest.mark.parametrize("to", ["hf", "megatron"])
+def test_no_file_is_copied_through_a_link_that_leaves_the_folder(to, tmp_path):
+    """A link in somebody's checkpoint may name any file here; a Hub cache consists of links."""
+    secret = tmp_path / "elsewhere" / "secret.json"
+    secret.parent.mkdir()
+    write_json(secret, {"additional_special_tokens": ["<|user|>"], "password": "1234"})
+    folder = gpt2_folder(tmp_path / "words")
+    (folder / "special_tokens_map.json").unlink()
+    (folder / "special_tokens_map.json").symlink_to(secret)
+    words = load_tokenizer(directory=folder)
+    if to == "megatron":
+        with pytest.raises(InputError, match="is a link to .*secret.json, outside its folder"):
+            convert(model("gpt", 64), to, tmp_path / "out", tokenizer=words)
+        assert not (tmp_path / "out").exists()
+    else:  # the files that it writes for GPT-2 are its own
+        convert(model("gpt", 64), to, tmp_path / "out", tokenizer=words)
+        assert not any("1234" in file.read_text("latin-1") for file in (tmp_path / "out").iterdir())
+    snapshot = tmp_path / "models--x--y" / "snapshots" / "abc"
+    blobs = tmp_path / "models--x--y" / "blobs"
+    for place in (snapshot, blobs):
+        place.mkdir(parents=True)
+    for number, file in enumerate(gpt2_folder(tmp_path / "more").iterdir()):
+        file.rename(blobs / f"{number:040x}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number:040x}")
+    cached = load_tokenizer(directory=snapshot)
+    done = convert(model("gpt", 64), to, tmp_path / "from-cache", tokenizer=cached)
+    found = find_tokenizer(done.path)
+    assert found is not None and found.encode("the<|user|>") == cached.encode("the<|user|>")
