@@ -135,7 +135,11 @@ def read_config(
             )
         tied = True  # there is no output table at all
     r.set("untie_embeddings_and_output_weights", not tied, source)
-    return r.finish()
+    try:
+        return r.finish()
+    except InputError as error:  # it names our setting: name the file's key too
+        setting = str(error).partition(" ")[0]
+        raise InputError(f"{where}: {r.sources.get(setting, setting)}: {error}") from None
 
 
 def bias_settings(family: Family, switches: Mapping[str, bool]) -> dict[str, bool]:
@@ -188,7 +192,12 @@ def _list_unknown(r: HubConfigReader) -> None:
 def _sizes(r: HubConfigReader, family: Family) -> None:
     for row in family.fields:
         if row.setting and not row.codes:
-            r.set(row.setting, *r.look(row.key, SETTING_KINDS[row.setting]))
+            value, source = r.look(row.key, SETTING_KINDS[row.setting])
+            value = r.set(row.setting, value, source)
+            if SETTING_KINDS[row.setting] == "int" and value is not None and value < 1:
+                raise InputError(
+                    f"{r.where}: {row.key} is {value}, but must be at least 1 ({source})"
+                )
     hidden, heads = r.values["hidden_size"], r.values["num_attention_heads"]
     if r.values.get("num_query_groups") is None:
         r.set("num_query_groups", heads, "one per attention head")
@@ -203,8 +212,6 @@ def _sizes(r: HubConfigReader, family: Family) -> None:
             _agrees(r, "head_dim", "int", r.values["kv_channels"], "hidden size / heads")
     if r.values["ffn_hidden_size"] is None:
         r.set("ffn_hidden_size", 4 * hidden, f"{DEFAULT}: 4 x hidden size")
-    if r.values["max_position_embeddings"] < 1:
-        raise InputError(f"{r.where}: max_position_embeddings must be at least 1; correct the file")
 
 
 def _agrees(r: HubConfigReader, key: str, kind: str, value: Any, source: str) -> None:
@@ -219,17 +226,17 @@ def _agrees(r: HubConfigReader, key: str, kind: str, value: Any, source: str) ->
 
 def _window(r: HubConfigReader, family: Family) -> None:
     """Limit the positions to the sliding window: up to there a window changes nothing."""
-    window, source = r.look("sliding_window", "int")
+    window, _ = r.look("sliding_window", "int")
     layers = r.values["num_layers"]
     windowed = window is not None
     if "use_sliding_window" in family.table:
-        used, source = r.look("use_sliding_window", "bool")
-        window = window if used else None
+        window = window if r.look("use_sliding_window", "bool")[0] else None
         windowed = window is not None and r.look("max_window_layers", "int")[0] < layers
     types = r.hf.get("layer_types")
     if types is not None:
         known = {"full_attention", "attention", *(["sliding_attention"] if window else [])}
-        if not isinstance(types, list) or len(types) != layers or not set(types) <= known:
+        names = types if isinstance(types, list) else []
+        if len(names) != layers or not all(name in list(known) for name in names):
             raise InputError(
                 f"{r.where}: layer_types is {types!r}, expected {layers} of "
                 f"{', '.join(sorted(known))}; mlm-eval does not compute other layers"
@@ -246,7 +253,7 @@ def _window(r: HubConfigReader, family: Family) -> None:
             f"{r.where}: attention is limited to a window of {window} positions, which mlm-eval "
             f"computes only up to that length; use --set max_position_embeddings={window} or less"
         )
-    r.set("max_position_embeddings", window, source)
+    r.set("max_position_embeddings", window, "config.json sliding_window")
     r.warnings.append(
         f"the model attends within a sliding window of {window} positions; it is used up to that "
         f"length, where the window changes nothing, and not up to {positions}"
@@ -314,7 +321,7 @@ def _rotary(r: HubConfigReader, family: Family) -> None:
             f"number, {int(channels * share)}, but they are rotated in pairs; correct the file"
         )
     kind = part.get("rope_type", part.get("type", "default"))
-    if kind not in ROPE_TYPES:
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise InputError(
             f"{r.where}: rotary positions of type {kind!r} ({within}) are not supported; "
             f"known are {', '.join(ROPE_TYPES)}"
@@ -327,10 +334,26 @@ def _rotary(r: HubConfigReader, family: Family) -> None:
                 "too; correct the file"
             )
         numbers[key] = r.checked(key, part[key], "float")
+    original = "original_max_position_embeddings"
+    passed_over = set(part) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    passed_over -= {*numbers, *([original] if kind == "llama3" else [])}
+    if passed_over:
+        r.warnings.append(
+            f"config.json {within}: {', '.join(sorted(passed_over))} is not read for rotary "
+            f"positions of type {kind}, as in transformers"
+        )
+    other = r.hf.get("rope_parameters")
+    if within == "rope_scaling" and isinstance(other, dict):
+        wins = {"rope_theta": r.values["rotary_base"], **part}
+        lost = sorted(key for key, value in other.items() if wins.get(key) not in (value, None))
+        if lost:
+            r.warnings.append(
+                f"config.json has rope_scaling and rope_parameters, and they differ in "
+                f"{', '.join(lost)}; rope_scaling wins, as in transformers"
+            )
     if kind == "linear":
         r.set("rotary_seq_len_interpolation_factor", numbers["factor"], f"config.json {within}")
     elif kind == "llama3":
-        original = "original_max_position_embeddings"
         # The top level wins over rope_scaling; and it is the file's own length that stands in,
         # not one that a window or --set has shortened.
         positions, _ = r.look("max_position_embeddings", "int")
@@ -355,7 +378,7 @@ def write_config(
         elif row.setting:
             value = getattr(config, row.setting)
             hf[row.key] = float(value) if SETTING_KINDS[row.setting] == "float" else value
-        elif row.use is Use.REFUSED:
+        elif row.use is Use.REFUSED and row.default is not None:
             hf[row.key] = row.harmless[0]
     hf.update(switches)
     hf["tie_word_embeddings"] = not config.untie_embeddings_and_output_weights

@@ -290,9 +290,16 @@ def _llama_rows(
 _RMS = {"normalization": "RMSNorm", "position_embedding_type": "rope", "hidden_dropout": 0.0}
 _HEAD_DIM = setting_field("kv_channels", "head_dim", None, nullable=True)
 _RMS_EPSILON = setting_field("layernorm_epsilon", "rms_norm_eps", 1e-6)
-_WINDOW = read_field("sliding_window", "limits the positions, with a warning", 4096, nullable=True)
+
+
+def _window(default: int | None) -> Field:
+    return read_field(
+        "sliding_window", "limits the positions, with a warning", default, nullable=True
+    )
+
+
 _WINDOW_SWITCHES = (
-    _WINDOW,
+    _window(4096),
     read_field("use_sliding_window", "whether there is a sliding window", False),
     read_field("max_window_layers", "layers from here on attend within the window", 28),
 )
@@ -308,8 +315,12 @@ LLAMA = Family(
         bias_field("attention_bias", False),
         bias_field("mlp_bias", False),
         *other_fields(Use.NUMERICS, "the order of sums, in transformers 4", "pretraining_tp"),
+        refused_field("rope_interleaved", "rotary channels in pairs", False, None),
         *other_fields(
-            Use.METADATA, "of early conversions; no code reads it", "max_sequence_length"
+            Use.METADATA,
+            "of conversions; no code reads it",
+            "max_sequence_length",
+            "is_llama_config",
         ),
     ),
     rows=_llama_rows("attention_bias", "attention_bias", "mlp_bias"),
@@ -322,7 +333,7 @@ MISTRAL = Family(
         *_llama_fields(4096, 32, 32, 8, 14336, 131072),
         _HEAD_DIM,
         _RMS_EPSILON,
-        _WINDOW,
+        _window(4096),
     ),
     rows=_llama_rows(False),
 )
@@ -335,7 +346,7 @@ QWEN2 = Family(
         _HEAD_DIM,
         _RMS_EPSILON,
         *_WINDOW_SWITCHES,
-        refused_field("use_mrope", "rotary positions in three parts", False, None, default=False),
+        refused_field("use_mrope", "rotary positions in three parts", False, None),
     ),
     rows=_llama_rows(True),
 )
@@ -389,7 +400,23 @@ STARCODER2 = Family(
         setting_field("layernorm_epsilon", "norm_epsilon", 1e-5),
         setting_field("hidden_dropout", "residual_dropout", 0.0),
         bias_field("use_bias", True),
+        _window(None),
+        refused_field("mlp_type", "another kind of MLP", "default", None),
+        refused_field("norm_type", "another kind of norm", "layer_norm", None),
+        refused_field("scale_attn_weights", "unscaled attention scores", True, None),
         *other_fields(Use.TRAINING, "dropout", "embedding_dropout"),
+        *other_fields(
+            Use.NUMERICS,
+            "the softmax's dtype, in the code that trained the model",
+            "attention_softmax_in_fp32",
+            "scale_attention_softmax_in_fp32",
+        ),
+        *other_fields(
+            Use.METADATA,
+            "that code's names of hidden_act and norm_epsilon, which decide",
+            "activation_function",
+            "layer_norm_epsilon",
+        ),
     ),
     rows=_llama_rows(
         "use_bias", "use_bias", "use_bias", norm_bias=True, fc1=("c_fc",), fc2="c_proj"

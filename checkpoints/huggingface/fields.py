@@ -151,6 +151,7 @@ COMMON_FIELDS = (
         "language",
         "unsloth_fixed",
         "unsloth_version",
+        "transformers.js_config",
     ),
     *other_fields(
         Use.METADATA,

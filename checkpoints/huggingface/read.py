@@ -223,9 +223,9 @@ def _inspect(weights: Weights, family: Family, hf: Mapping[str, Any]) -> Found:
             f"{family.model_type} model has; copy all files of the model"
         )
     stated = hf.get("vocab_size")
-    if isinstance(stated, int) and stated != table.shape[0]:
+    if stated is not None and stated != table.shape[0]:
         raise InputError(
-            f"{weights.folder / 'config.json'} says vocab_size {stated}, the embeddings have "
+            f"{weights.folder / 'config.json'} says vocab_size {stated!r}, the embeddings have "
             f"{table.shape[0]} rows; files of two models may be mixed"
         )
     tied = hf.get("tie_word_embeddings", family.table["tie_word_embeddings"].default)

@@ -12,7 +12,12 @@ from typing import Any
 import pytest
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.huggingface.config import Found, HubConfigReader, read_config
+from mlm_eval.checkpoints.huggingface.config import (
+    Found,
+    HubConfigReader,
+    read_config,
+    write_config,
+)
 from mlm_eval.checkpoints.huggingface.families import FAMILIES, Family
 from mlm_eval.checkpoints.huggingface.fields import Field, Use
 
@@ -320,3 +325,81 @@ def test_positions_end_where_a_window_of_any_layer_begins(
     built = read(family, small(family, **changes))
     assert built.config.max_position_embeddings == positions
     assert any("window" in warning for warning in built.warnings) == (positions < 24)
+
+
+LATER_KEYS = {
+    "gpt2": {"n_ctx": 1024, "n_special": 0, "predict_special_tokens": True, "_num_labels": 1},
+    "llama": {"pretraining_tp": 1, "max_sequence_length": 2048, "rope_scaling": None},
+    "mistral": {"sliding_window": None, "head_dim": 8, "rope_theta": 1000000.0},
+    "qwen2": {"use_sliding_window": False, "sliding_window": 131072, "use_mrope": False},
+    "qwen3": {"max_window_layers": 28, "sliding_window": None, "rope_scaling": None},
+    "stablelm": {"partial_rotary_factor": 0.25, "qk_layernorm": False, "rope_theta": 10000},
+    "starcoder2": {
+        "mlp_type": "default",
+        "norm_type": "layer_norm",
+        "scale_attn_weights": True,
+        "attention_softmax_in_fp32": True,
+        "layer_norm_epsilon": 1e-05,
+        "activation_function": "gelu",
+    },
+    "gpt_neox": {"rotary_emb_base": 10000, "rotary_pct": 0.25, "rope_theta": 10000},
+    "megatron-bert": {"position_embedding_type": "absolute"},
+    "bert": {"directionality": "bidi", "pooler_type": "first_token_transform"},
+}
+"""Keys of each family's best known files on the Hub, besides the settings."""
+
+
+@FAMILY
+def test_the_best_known_files_are_read_without_a_word(family: Family) -> None:
+    assert read(family, small(family, **LATER_KEYS[family.model_type])).warnings == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        ({"rope_scaling": {"type": "default", "factor": 2.0}}, "factor is not read"),
+        ({"rope_scaling": {"type": "linear", "factor": 2, ORIGINAL: 8}}, f"{ORIGINAL} is not read"),
+        (
+            {
+                "rope_scaling": {"type": "linear", "factor": 2},
+                "rope_parameters": {"rope_type": "default", "rope_theta": 77.0},
+            },
+            "they differ in rope_theta",
+        ),
+    ],
+)
+def test_rotary_settings_that_lose_are_named(changes: dict[str, Any], warning: str) -> None:
+    family = FAMILIES["llama"]
+    [found] = read(family, small(family, **changes)).warnings
+    assert warning in found
+
+
+@FAMILY
+def test_nonsense_is_one_sentence(family: Family) -> None:
+    """A value of another type ends in an InputError, or changes nothing."""
+    for key in family.table:
+        for value in ("x", 1.5, -1, True, [], [{}], {"a": {}}, {"rope_type": ["linear"]}):
+            hf = small(family, **{key: value})
+            try:
+                read(family, hf)
+            except InputError as error:
+                assert key in str(error) or key in ROTARY_NAMES, (key, value, str(error))
+
+
+ROTARY_NAMES = {"rope_parameters", "rope_scaling"}
+"""Their parts are named, not they."""
+
+
+@FAMILY
+def test_what_is_written_states_every_key_that_decides(family: Family) -> None:
+    built = read(family, small(family, sliding_window=None))
+    name = family.model_class + ("ForMaskedLM" if family.kind == "bert" else "")
+    hf = write_config(built.config, family, name, switches=built.switches)
+    fields = {row.name for row in dataclasses.fields(config_class(family))}
+    decisive = {row.key for row in family.table.values() if row.use in (Use.READ, Use.REFUSED)}
+    unsaid = (decisive & fields) - set(hf)
+    # layer_types follows from use_sliding_window; an encoder and a decoder are no such class.
+    assert unsaid <= {"layer_types", "is_encoder_decoder"}
+    again = read(family, hf)
+    assert again.warnings == []
+    assert again.config == built.config
