@@ -6,8 +6,9 @@
                             an engine, a benchmark, records and passages that are known beforehand
     ranks  launch_targets  training_runs  training_target  command_line  command_line_fixtures
                             real ranks over gloo, and what they and the command line are made to run
-    megatron_core_model  megatron_core_torch
-                            megatron-core in a process of its own, reading what we write
+    megatron_core_model  megatron_core_torch  megatron_core_fuzz
+                            megatron-core in a process of its own, reading what we write, and
+                            writing random models for us to read
     rounding  properties  live_tensors
                             how to compare: within rounding, on many examples, by bytes alive
     other_kernels  portable
