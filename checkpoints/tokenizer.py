@@ -437,7 +437,7 @@ def _load_gpt2(vocab_file: Path, merge_file: Path, *, source: Path) -> Tokenizer
         settings=side.settings,
         added=tuple(added),
         unnumbered=_unnumbered(side, rows, added),
-        eot_id=_first_id(backend, EOT_PIECES),
+        eot_id=_end_of_text(backend, side),
         backend=backend,
         missing_bytes=frozenset(b for b in range(256) if symbols[b] not in vocab),
     )
@@ -505,7 +505,6 @@ def _load_tokenizer_json(path: Path) -> Tokenizer:
     rest = tuple(entry for entry in side.entries if entry.content not in own)
     more = to_add(dataclasses.replace(side, entries=rest), held, _rows(backend), path)
     add_to(backend, more, path)
-    end = special_piece(side.settings, "eos")
     return Tokenizer(
         kind="tokenizer.json",
         source=str(path),
@@ -515,7 +514,7 @@ def _load_tokenizer_json(path: Path) -> Tokenizer:
         settings=side.settings,
         added=(*_read_in_text(own, rules), *more),
         unnumbered=_unnumbered(side, len(held), more),
-        eot_id=_first_id(backend, EOT_PIECES if end is None else (end, *EOT_PIECES)),
+        eot_id=_end_of_text(backend, side),
         backend=backend,
     )
 
@@ -590,7 +589,10 @@ def _load_sentencepiece(path: Path) -> Tokenizer:
         )
     rows = int(backend.get_piece_size())
     added = to_add(side, {backend.id_to_piece(index): index for index in range(rows)}, rows, path)
+    end = int(backend.eos_id()) if backend.eos_id() >= 0 else None
     for entry in added:
+        if entry.content == special_piece(side.settings, "eos"):
+            end = entry.index
         if entry.single_word:
             raise InputError(
                 f"the files beside {path} add the token {entry.content!r} with single_word, which "
@@ -606,7 +608,7 @@ def _load_sentencepiece(path: Path) -> Tokenizer:
         settings=side.settings,
         added=tuple(added),
         unnumbered=_unnumbered(side, rows, added),
-        eot_id=int(backend.eos_id()) if backend.eos_id() >= 0 else None,
+        eot_id=end,
         backend=backend,
     )
 
@@ -638,8 +640,10 @@ def _rows(backend: Any) -> int:
     return 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
-def _first_id(backend: Any, pieces: Iterable[str]) -> int | None:
-    found = (backend.token_to_id(piece) for piece in pieces)
+def _end_of_text(backend: Any, side: SideFiles) -> int | None:
+    """Return the id of the end of text: the piece that the files name, else a usual one."""
+    pieces = (special_piece(side.settings, "eos"), *EOT_PIECES)
+    found = (backend.token_to_id(piece) for piece in pieces if piece is not None)
     return next((index for index in found if index is not None), None)
 
 

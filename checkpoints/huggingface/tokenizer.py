@@ -137,14 +137,19 @@ def _special_tokens(tokenizer: Tokenizer, family: str) -> dict[str, str]:
 def _sentencepiece_files(tokenizer: Tokenizer) -> TokenizerFiles:
     """Copy a sentencepiece model as it is."""
     model, backend = tokenizer.files[0], tokenizer.backend
-    ids = {"bos_token_id": int(backend.bos_id()), "eos_token_id": int(backend.eos_id())}
+    own = {"bos": int(backend.bos_id()), "eos": int(backend.eos_id()), "pad": int(backend.pad_id())}
+    named = {name: tokenizer.special_id(name) for name in own}
+    ids = {
+        f"{name}_token_id": index if named[name] is None else named[name]
+        for name, index in own.items()
+    }
     warning = (
         f"{model.name} is copied as it is: transformers 5 splits text in another way from a bare "
         "sentencepiece model than its own library does; use the tokenizer.json of the model where "
         "there is one"
     )
     return TokenizerFiles(
-        {key: index for key, index in ids.items() if index >= 0},
+        {key: index for key, index in ids.items() if index is not None and index >= 0},
         {"tokenizer.model": model, **{file.name: file for file in tokenizer.files[1:]}},
         warnings=(warning,),
     )

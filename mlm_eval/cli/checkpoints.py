@@ -57,7 +57,7 @@ class TargetOptions(CheckpointOption):
     dtype: str = option("auto (as stored), float32, bfloat16 or float16.", "auto")
     vocab: str | None = option(
         "hf: true (the tokenizer's entries) or padded (all stored rows). Default: true where the "
-        "tokenizer is known.",
+        "tokenizer is known and the source is Megatron's, which pads.",
         None,
     )
     max_shard_size: str = option("Largest safetensors file (hf).", "5GB")
@@ -186,14 +186,15 @@ def _entries(options: VerifyOptions, first: Checkpoint, second: Checkpoint) -> i
     Raises:
         InputError: The tokenizer that was named has more entries than both models have rows.
     """
-    from mlm_eval.checkpoints.tokenizer import check_entries
+    from mlm_eval.checkpoints.tokenizer import check_entries, entries_within
 
     rows = max(first.config.vocab_size, second.config.vocab_size)
     if options.tokenizer or options.vocab_file:
         tokenizer = chosen_tokenizer(options.ckpt, options)
         assert tokenizer is not None
-        check_entries(tokenizer.vocab_size, rows, str(tokenizer.source))
-        return tokenizer.vocab_size
+        entries = entries_within(tokenizer, rows)
+        check_entries(entries, rows, str(tokenizer.source))
+        return entries
     found = [chosen_tokenizer(path, options) for path in (options.ckpt, options.against)]
-    sizes = [tokenizer.vocab_size for tokenizer in found if tokenizer is not None]
+    sizes = [entries_within(tokenizer, rows) for tokenizer in found if tokenizer is not None]
     return min(max(sizes), rows) if sizes else None

@@ -91,6 +91,7 @@ class ModelRun:
         """Join the other ranks, and return what loads an engine in this layout."""
         import torch
 
+        from mlm_eval.checkpoints.tokenizer import entries_within
         from mlm_eval.engine.engine import Engine
 
         if self.world is not None and self.world.size > 1:
@@ -98,7 +99,9 @@ class ModelRun:
         device = place.device
         if device == "cuda":
             device = f"cuda:{torch.cuda.current_device()}"
-        true_size = self.tokenizer().vocab_size if self.options.vocab == "true" else None
+        true_size = None
+        if self.options.vocab == "true":
+            true_size = entries_within(self.tokenizer(), self.checkpoint.config.vocab_size)
 
         def load(checkpoint: Checkpoint, dtype: torch.dtype | str) -> Engine:
             return Engine.load(

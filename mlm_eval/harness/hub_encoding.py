@@ -11,7 +11,7 @@ class HubEncoding:
     `Tokenizer` follows Megatron: `<|endoftext|>` written in a text is a string like any other, and
     nothing is added. Here it is read as the token, BOS is added where the tokenizer's own files say
     so, and special tokens are left out of the text of ids. (A bare sentencepiece model is run by
-    its own library: only BOS is added, where its tokenizer_config.json says so.)
+    its own library: added tokens are read, BOS is added where its tokenizer_config.json says so.)
     """
 
     def __init__(self, tokenizer: Tokenizer, *, add_bos: bool | None = None) -> None:
@@ -31,7 +31,7 @@ class HubEncoding:
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Return the ids of a text; `special`: with what the tokenizer adds to a text."""
         if self.tokenizer.kind == "sentencepiece":
-            ids = list(self.backend.encode(text))
+            ids = self.tokenizer.encode(text)
         else:
             if self.tokenizer.missing_bytes:
                 self.tokenizer.encode(text)  # refuses what would be dropped
@@ -46,5 +46,6 @@ class HubEncoding:
         """Return the text of ids without special tokens and rows that only pad the table."""
         known = [index for index in ids if index < self.tokenizer.vocab_size]
         if self.tokenizer.kind == "sentencepiece":
-            return str(self.backend.decode(known))
+            special = {entry.index for entry in self.tokenizer.added if entry.special}
+            return self.tokenizer.decode(index for index in known if index not in special)
         return str(self.backend.decode(known, skip_special_tokens=True))

@@ -187,13 +187,15 @@ def test_a_sentencepiece_model_takes_its_side_files_along(tmp_path):
         minloglevel=2,
     )
     write_json(folder / "added_tokens.json", {"<|user|>": 300, "<tag>": 301})
-    write_json(folder / "special_tokens_map.json", {"extra_special_tokens": ["<|user|>"]})
+    special = {"extra_special_tokens": ["<|user|>"], "pad_token": "<tag>"}
+    write_json(folder / "special_tokens_map.json", special)
     words = load_tokenizer(directory=folder)
     assert words.vocab_size == 302
     done = convert(model("gpt", 310), "hf", tmp_path / "out", tokenizer=words)
     assert rows_of(done) == 302
     back = find_tokenizer(done.path)
     assert back is not None and back.sha256 == words.sha256
+    assert json.loads((done.path / "config.json").read_text())["pad_token_id"] == 301
     chance = random.Random(0)
     for _ in range(10):
         text = "".join(chance.choices(["class ", "<|user|>", "<tag>", "method"], k=6))

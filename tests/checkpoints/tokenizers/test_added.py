@@ -11,6 +11,7 @@ import pytest
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits, find_tokenizer, load_tokenizer
+from mlm_eval.harness.hub_encoding import HubEncoding
 
 WORDS = [
     "hello",
@@ -396,3 +397,21 @@ def test_the_digest_of_a_plain_vocabulary_is_that_of_its_files(tmp_path):
     assert load_tokenizer(directory=folder).sha256 == plain
     write_json(folder / "added_tokens.json", {"<|user|>": BASE})
     assert load_tokenizer(directory=folder).sha256 != plain
+
+
+def test_the_end_of_text_may_be_an_added_token(pieces, tmp_path):
+    token = {"content": "<|im_end|>", "special": True}
+    folder = write_vocabulary("gpt2", tmp_path / "gpt2")
+    write_side_files(folder, "added_tokens_decoder", [token], {"eos_token": "<|im_end|>"})
+    assert load_tokenizer(directory=folder).eot_id == BASE
+    sentences = with_pieces(tmp_path / "pieces", pieces, [token], eos_token="<|im_end|>")
+    assert load_tokenizer(directory=sentences).eot_id == 600
+
+
+def test_the_harness_reads_added_tokens_of_a_sentencepiece_model(pieces, tmp_path):
+    tokens = [{"content": "<|user|>", "special": True}, {"content": "<tag>"}]
+    tokenizer = load_tokenizer(directory=with_pieces(tmp_path / "a", pieces, tokens))
+    encoding = HubEncoding(tokenizer)
+    ids = encoding.encode("class<|user|>method<tag>")
+    assert 600 in ids and 601 in ids
+    assert encoding.decode(ids) == "class method<tag>"
