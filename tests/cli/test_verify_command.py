@@ -116,13 +116,30 @@ def test_half_precision_is_said(run: Run, tmp_path: Path) -> None:
     for tp in (1, 2):
         convert(source, "megatron", tmp_path / f"wide{tp}", tp=tp)
         convert(source, "torch_dist", tmp_path / f"half{tp}", tp=3 - tp, dtype="float16")
-        output = tmp_path / "verify.json"
+        output = tmp_path / f"verify{tp}.json"
         sides = ["--ckpt", tmp_path / f"wide{tp}", "--against", tmp_path / f"half{tp}"]
         ended = run("verify", *sides, "--output", output)
         assert ended.code == 0, ended
         assert ended.out.startswith("verdict: the same, after rounding to float16\n")
         record = read(output)
         assert record["weights"]["rounded_to"] == ["float16"] and record["max_difference"] > 1e-5
+
+
+def test_what_is_not_a_number_is_a_difference_that_can_be_written_down(
+    run: Run, tmp_path: Path
+) -> None:
+    state = random_models.state_dict(LONG)
+    name = "decoder.layers.1.mlp.linear_fc1.bias"
+    broken = state[name].clone()
+    broken[7] = torch.nan
+    save(tmp_path / "a", LONG, {**state, name: broken}, tp=2)
+    sides = ["--ckpt", tmp_path / "a", "--against", tmp_path / "a"]
+    ended = run("verify", *sides, "--output", tmp_path / "verify.json")
+    assert ended.code == 3 and f"layer 1: {name} [7] is nan in --ckpt, nan in" in ended.out, ended
+    record = read(tmp_path / "verify.json")
+    assert not record["same"] and record["max_difference"] is None
+    first = record["weights"]["first"]
+    assert (first["tensor"], first["index"], first["layer"]) == (name, [7], 1)
 
 
 @pytest.mark.long

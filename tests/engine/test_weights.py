@@ -141,6 +141,8 @@ def test_settings_of_a_part_that_is_not_there_do_not_count():
     rounded = dataclasses.replace(GPT, layernorm_epsilon=float(torch.tensor(1e-5)))
     assert rounded.layernorm_epsilon != GPT.layernorm_epsilon
     assert compare_settings(GPT, rounded, ("a", "b")) == ([], [])
+    stated = dataclasses.replace(LLAMA, rotary_seq_len_interpolation_factor=1.0)
+    assert compare_settings(LLAMA, stated, ("a", "b")) == ([], [])
 
 
 def zero_centred(plain: Checkpoint, dtype: torch.dtype = torch.float32) -> Checkpoint:
