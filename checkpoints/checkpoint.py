@@ -24,6 +24,9 @@ class Provenance:
     """The folder or file that holds the weights (below the root that was given)."""
     format: str
     """`megatron-torch`, `megatron-torch-dist`, `huggingface`, or `memory` where no file is."""
+    names: str | None = None
+    """Whose parameter names the files have: `core` (megatron-core's) or `legacy` (Megatron's code
+    before it); None: neither's."""
     checkpoint_version: float | None = None
     tensor_parallel: int = 1
     pipeline_parallel: int = 1

@@ -14,6 +14,8 @@ from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.comparison import Comparison
 from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.megatron.layout import NAMES, is_for_v25, save_layout
+from mlm_eval.checkpoints.megatron.tokenizer_type import added_entries, with_tokenizer_type
 from mlm_eval.checkpoints.tokenizer import (
     Tokenizer,
     check_fits,
@@ -49,6 +51,7 @@ def convert(
     to: str,
     path: str | Path,
     *,
+    names: str | None = None,
     tp: int | None = None,
     pp: int | None = None,
     dtype: torch.dtype | str | None = None,
@@ -72,13 +75,17 @@ def convert(
         checkpoint: What to convert, of any format.
         to: `hf`, `megatron` (torch format) or `torch_dist`.
         path: Folder to create; it appears whole or not at all.
+        names: `core` (megatron-core's parameter names) or `legacy` (Megatron v2.5's, for that
+            version to load); None: the source's, megatron-core's where it has neither. For
+            `megatron`.
         tp: Tensor-parallel size of the result; None: the source's. Not for `hf`.
         pp: Pipeline size of the result; None: the source's. Not for `hf`.
         dtype: Dtype of the weights; None or `auto` keeps that of each.
         max_shard_size: Largest safetensors file (`hf`).
         vocab: `true` (the tokenizer's entries; Megatron's own padding of them for Megatron
-            targets) or `padded` (the stored rows); None: true for `hf` where the tokenizer's size
-            is known, else the stored rows, so that a change of sizes and back gives the same bits.
+            targets) or `padded` (the stored rows); None: true for `hf` and for legacy names where
+            the tokenizer's size is known, else the stored rows, so that a change of sizes and back
+            gives the same bits.
         true_vocab_size: The tokenizer's size; None: that of `tokenizer`.
         tokenizer: The tokenizer to write with the model, or its folder or file, or its vocabulary
             and merges.
@@ -96,6 +103,7 @@ def convert(
     assert compare is not None or not verify, "verify needs a function that compares"
     if to not in TARGET_FORMATS:
         raise InputError(f"--to {to!r} is unknown; use {', '.join(TARGET_FORMATS)}")
+    _check_names(names, to)
     if to == "hf" and (tp not in (None, 1) or pp not in (None, 1)):
         raise InputError(
             "--tp and --pp are for Megatron targets; a Hugging Face folder has no ranks"
@@ -120,6 +128,10 @@ def convert(
     missing: tuple[str, ...] = ()
     approximations: list[str] = []
     warnings: list[str] = []
+    if to == "megatron" and vocab is None and true_vocab_size is not None:
+        # Megatron v2.5 takes one number of rows only, which follows from its tokenizer.
+        source = checkpoint.provenance.names
+        vocab = "true" if is_for_v25(checkpoint.config, names, source=source) else None
     sizes: dict[str, Any] = {
         "tp": tp or checkpoint.provenance.tensor_parallel,
         "pp": pp or checkpoint.provenance.pipeline_parallel,
@@ -127,7 +139,12 @@ def convert(
         "true_vocab_size": true_vocab_size if vocab == "true" else None,
     }
     expected: dict[str, Any] = {"to": to, "dtype": dtype, "entries": sizes["true_vocab_size"]}
+    target = checkpoint
+    if to != "hf" and tokenizer is not None:
+        target = with_tokenizer_type(checkpoint, tokenizer)
+        sizes["added_entries"] = added_entries(tokenizer, target.provenance.args)
     write: Callable[..., Any]
+    written = None  # names of the parameters
     if to == "hf":
         from mlm_eval.checkpoints.huggingface.plan import plan_huggingface
         from mlm_eval.checkpoints.huggingface.write import write_huggingface
@@ -152,17 +169,18 @@ def convert(
     elif to == "megatron":
         from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
 
-        write = partial(write_megatron_torch, checkpoint, **sizes)
+        layout = save_layout(target, names, **sizes)
+        written, notes, warnings = layout.names, list(layout.notes), list(layout.warnings)
+        write = partial(write_megatron_torch, target, names=names, **sizes)
     else:
         from mlm_eval.checkpoints.megatron.write_dist import write_torch_dist
 
-        write = partial(write_torch_dist, checkpoint, **sizes)
-    if to != "hf":
+        write = partial(write_torch_dist, target, **sizes)
+        written = "core"
+    if written == "core":
         from mlm_eval.checkpoints.megatron.args import unheard_warnings
-        from mlm_eval.checkpoints.megatron.layout import choose_names
 
-        if to == "torch_dist" or choose_names(checkpoint.config, None) == "core":
-            warnings = unheard_warnings(checkpoint.config)
+        warnings = [*warnings, *unheard_warnings(checkpoint.config)]
     comparison = None
 
     def finish(folder: Path) -> None:
@@ -189,6 +207,21 @@ def convert(
     if left := checkpoint.provenance.training_state:
         notes = [*notes, f"weights only: the source's {', '.join(left)} is not carried along"]
     return Conversion(Path(path), to, notes, approximations, warnings, comparison, missing)
+
+
+def _check_names(names: str | None, to: str) -> None:
+    """Refuse a choice of parameter names that a target format does not have.
+
+    Raises:
+        InputError: The names are unknown, or the format has others.
+    """
+    if names is None:
+        return
+    if names not in NAMES:
+        raise InputError(f"--names {names!r} is unknown; use {', '.join(NAMES)}")
+    if to == "hf" or (to == "torch_dist" and names == "legacy"):
+        what = "a Hugging Face folder has its own" if to == "hf" else "torch_dist has core names"
+        raise InputError(f"--names {names} is for --to megatron; {what}, leave it out")
 
 
 def _load(tokenizer: Tokenizer | str | Path | tuple[Path, Path] | None) -> Tokenizer | None:

@@ -10,6 +10,7 @@
     read_dist.py    `torch_dist` and its relatives, whole tensors in .distcp files
     write_dist.py
     layout.py       names, parallel sizes and rows for both writers
+    tokenizer_type.py  what Megatron's tokenizers make of a vocabulary
 
 `open.py`, `convert.py` and what stands above `checkpoints` may import from here. This room imports
 `files/` and the modules of `checkpoints`, never `huggingface/`.

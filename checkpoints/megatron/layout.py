@@ -14,10 +14,13 @@ import torch
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.megatron.tokenizer_type import LEGACY_TYPES
 from mlm_eval.checkpoints.parameters import allowed_tp, check_tp
 from mlm_eval.checkpoints.tokenizer import check_entries
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
+
+NAMES = ("core", "legacy")
 
 DEFAULT_DIVISIBLE_BY = 128
 """Megatron's default of --make-vocab-size-divisible-by."""
@@ -41,6 +44,10 @@ class SaveLayout:
     """Dtype of the weights; None keeps that of each."""
     params_dtype: torch.dtype
     """Dtype of the word embeddings, for the args."""
+    notes: tuple[str, ...] = ()
+    """Why the names are not the source's."""
+    warnings: tuple[str, ...] = ()
+    """What keeps Megatron from loading legacy names."""
 
 
 class LayoutOptions(TypedDict, total=False):
@@ -56,6 +63,8 @@ class LayoutOptions(TypedDict, total=False):
     """A number or `release`; None: the source's, `release` where it has none."""
     true_vocab_size: int | None
     """Size of the tokenizer's vocabulary, where it is known."""
+    added_entries: int
+    """Entries that Megatron's own tokenizer has beyond those: see `tokenizer_type`."""
     make_vocab_size_divisible_by: int | None
     """Megatron's divisor; see `padded_vocabulary`."""
 
@@ -68,16 +77,34 @@ def save_layout(
     Raises:
         InputError: Megatron has no such model, or could not load it at these sizes.
     """
-    names = choose_names(checkpoint.config, names)
+    config, source = checkpoint.config, checkpoint.provenance
+    chosen = choose_names(config, names, source=source.names)
     tp, pp, dtype = options.get("tp", 1), options.get("pp", 1), options.get("dtype")
-    check_sizes(checkpoint.config, tp, pp, names)
+    check_sizes(config, tp, pp, chosen)
     iteration = options.get("iteration")
-    iteration = checkpoint.provenance.iteration if iteration is None else iteration
+    iteration = source.iteration if iteration is None else iteration
+    true_size = options.get("true_vocab_size")
     rows, divisor = padded_vocabulary(
-        checkpoint, tp, options.get("true_vocab_size"), options.get("make_vocab_size_divisible_by")
+        checkpoint,
+        tp,
+        true_size,
+        options.get("make_vocab_size_divisible_by"),
+        added=options.get("added_entries", 0),
+        for_v25=is_for_v25(config, names, source=source.names),
     )
+    notes, warnings = [], []
+    lacking = _lacking_in_v25(config)
+    if chosen == "core" and names is None and source.names == "legacy":
+        notes = [f"megatron-core's names: Megatron v2.5, whose the source's are, has no {lacking}"]
+    elif chosen == "legacy" and lacking:
+        warnings = [
+            f"no release of Megatron-LM has this model: megatron-core has no "
+            f"{lacking_in_core(config)}, and v2.5, whose names the files have, no {lacking}"
+        ]
+    elif chosen == "legacy":
+        warnings = _doubts_of_v25(checkpoint, tp, rows, divisor, known=true_size is not None)
     return SaveLayout(
-        names=names,
+        names=chosen,
         tp=tp,
         pp=pp,
         vocab_size=rows,
@@ -85,25 +112,78 @@ def save_layout(
         iteration=None if iteration in (None, "release") else int(iteration),
         dtype=dtype,
         params_dtype=dtype or checkpoint.tensors[WORD_EMBEDDINGS].dtype,
+        notes=tuple(notes),
+        warnings=tuple(warnings),
     )
 
 
-def choose_names(config: ModelConfig, names: str | None) -> str:
-    """Return `core` or `legacy`: as asked for, else megatron-core's wherever it can run the model.
+def _doubts_of_v25(
+    checkpoint: Checkpoint, tp: int, rows: int, divisor: int, *, known: bool
+) -> list[str]:
+    """Return what may keep Megatron v2.5 from loading files with its names."""
+    doubts = []
+    kind = checkpoint.provenance.args.get("tokenizer_type")
+    if kind not in LEGACY_TYPES:
+        what = "the source names no tokenizer" if kind is None else f"the tokenizer is a {kind}"
+        doubts = [f"{what}, and Megatron v2.5 loads with {', '.join(LEGACY_TYPES)} only"]
+        if kind is None:
+            doubts[0] += "; give --tokenizer"
+    multiple = divisor * tp
+    fewest = checkpoint.config.vocab_size - _saved_multiple(checkpoint) + 1
+    if not known and -(-fewest // multiple) * multiple != rows:
+        doubts.append(
+            f"without a tokenizer all {rows:,} rows of the vocabulary stay, where Megatron v2.5 "
+            f"takes the multiple of {divisor} x {tp} that just holds its tokenizer's entries; give "
+            "--tokenizer"
+        )
+    return doubts
+
+
+def choose_names(config: ModelConfig, names: str | None, *, source: str | None = None) -> str:
+    """Return `core` or `legacy`: as asked for, else as the source has them.
+
+    Legacy names are those of v2.5, and that version must be able to run the model. Where neither
+    was asked for, a model that v2.5 lacks gets megatron-core's, and one that both lack (a head for
+    question answering, say) v2.5's with what is beyond them.
+
+    Args:
+        config: The model.
+        names: What was asked for.
+        source: The names that the source has.
 
     Raises:
-        InputError: Megatron has no such model under the names asked for.
+        InputError: Megatron has no such model under the names asked for, or under any.
     """
-    assert names in (None, "core", "legacy"), names
-    not_core, not_legacy = lacking_in_core(config), _lacking_in_legacy(config)
-    chosen = names or ("legacy" if not_core else "core")
-    lacking = not_core if chosen == "core" else not_legacy
+    assert names in (None, *NAMES), names
+    not_core, not_v25, not_later = (
+        lacking(config) for lacking in (lacking_in_core, _lacking_in_v25, _lacking_in_legacy)
+    )
+    if names is None:
+        if source == "legacy" and not not_v25:
+            return "legacy"
+        if not not_core:
+            return "core"
+        if not not_later:
+            return "legacy"
+        raise InputError(
+            f"Megatron-LM has no such model (megatron-core has no {not_core}, the code before it "
+            f"no {not_later}), so its names cannot hold this model; keep the format it has"
+        )
+    lacking = not_v25 if names == "legacy" else not_core
     if lacking:
-        other = "legacy" if chosen == "core" else "core"
-        way_out = "keep the format it has" if not_core and not_legacy else f"write {other} names"
-        what = "megatron-core" if chosen == "core" else "Megatron's legacy code"
+        what = "Megatron v2.5" if names == "legacy" else "megatron-core"
+        other, possible = ("core", not not_core) if names == "legacy" else ("legacy", not not_v25)
+        way_out = "keep the format it has" if not_later else "leave out --names"
+        if possible:
+            way_out = f"write {other} names"
         raise InputError(f"{what} has no {lacking}, so its names cannot hold this model; {way_out}")
-    return chosen
+    return names
+
+
+def is_for_v25(config: ModelConfig, names: str | None, *, source: str | None = None) -> bool:
+    """Whether Megatron v2.5 is to load what is written; see `choose_names`."""
+    chosen = choose_names(config, names, source=source)
+    return chosen == "legacy" and _lacking_in_v25(config) is None
 
 
 def lacking_in_core(c: ModelConfig) -> str | None:
@@ -129,8 +209,40 @@ def lacking_in_core(c: ModelConfig) -> str | None:
     return _lacking_anywhere(c)
 
 
+def _lacking_in_v25(c: ModelConfig) -> str | None:
+    """Return what Megatron v2.5 (August 2021) does not have, or None."""
+    lacking = {
+        "rotary positions": c.rotary,
+        "model without learned positions": c.position_embedding_type != "learned_absolute",
+        "RMSNorm": c.normalization != "LayerNorm",
+        "zero-centred gains (apply_layernorm_1p)": c.layernorm_zero_centered_gamma,
+        "SwiGLU": c.activation == "swiglu",
+        f"activation {c.activation}": c.activation not in ("gelu", "gelu_tanh"),
+        "grouped-query attention": c.num_query_groups != c.num_attention_heads,
+        "linear layers without biases": not (c.add_bias_linear and c.add_qkv_bias),
+        "norm of queries and keys": c.qk_layernorm,
+        "output table of its own (untied embeddings)": c.lm_head
+        and c.untie_embeddings_and_output_weights,
+        "head for question answering": c.qa_head,
+    }
+    if c.family == "bert":
+        # A language model has both heads of pre-training and what these need, or the one alone; a
+        # model for a task is an encoder with two token types and a pooler.
+        whole = (c.num_tokentypes, c.pooler) == (2, True)
+        bare = (c.num_tokentypes, c.pooler) == (0, False)
+        lacking |= {
+            "BERT without a pooler or without two token types": not whole
+            and not (c.lm_head and not c.binary_head),
+            "binary head without a language-model head": c.binary_head and not c.lm_head,
+            "pooler or token types without a binary head": c.lm_head
+            and not c.binary_head
+            and not bare,
+        }
+    return next((what for what, lacks in lacking.items() if lacks), _lacking_in_legacy(c))
+
+
 def _lacking_in_legacy(c: ModelConfig) -> str | None:
-    """Return what the legacy models do not have, or None."""
+    """Return what no legacy model up to core 0.17 has, heads for question answering aside."""
     if c.qk_layernorm:
         return "norm of queries and keys"
     if c.softmax_scale is not None:
@@ -197,33 +309,98 @@ def check_sizes(config: ModelConfig, tp: int, pp: int, names: str) -> None:
 
 
 def padded_vocabulary(
-    checkpoint: Checkpoint, tp: int, true_size: int | None, divisible_by: int | None
+    checkpoint: Checkpoint,
+    tp: int,
+    true_size: int | None,
+    divisible_by: int | None,
+    *,
+    added: int = 0,
+    for_v25: bool = False,
 ) -> tuple[int, int]:
     """Return (rows to store, `make_vocab_size_divisible_by` that goes with them) for `tp` ranks.
 
     With a true size, or a divisor, given: Megatron's formula, the smallest multiple of divisor x tp
-    that holds the vocabulary; the divisor is the source's unless given, 128 without one. With
-    neither: the stored rows are kept exactly where `tp` divides them, so that changing tp back and
-    forth loses nothing; the divisor then becomes the one from which Megatron's formula gives this
-    same number of rows for any true size that the source may have had. Rows that `tp` does not
-    divide are padded by the formula.
+    that holds the vocabulary; the divisor is the source's unless given, 128 without one.
+
+    With neither: the stored rows are kept exactly where `tp` divides them, so that changing tp back
+    and forth loses nothing; the divisor then becomes the one from which Megatron's formula gives
+    this same number of rows for any true size that the source may have had. Rows that `tp` does not
+    divide are padded by the formula. So they all are for Megatron v2.5, with the source's divisor,
+    because that version refuses another one than its run's.
+
+    Args:
+        checkpoint: With the stored rows, and the args of its source.
+        tp: Ranks to write for.
+        true_size: Entries of the tokenizer.
+        divisible_by: The divisor.
+        added: Entries that Megatron's own tokenizer has beyond `true_size`.
+        for_v25: Megatron v2.5 is to load the files.
 
     Raises:
         InputError: `true_size` is more than there are rows, or a size is not positive.
     """
-    rows, args = checkpoint.config.vocab_size, checkpoint.provenance.args
-    saved = args.get("make_vocab_size_divisible_by")
-    saved = saved if isinstance(saved, int) and saved > 0 else None
+    rows = checkpoint.config.vocab_size
     if true_size is not None:
         check_entries(true_size, rows)
     if divisible_by is not None and divisible_by < 1:
         raise InputError(f"make_vocab_size_divisible_by is {divisible_by}; it must be at least 1")
-    if true_size is None and divisible_by is None and rows % tp == 0:
-        saved_tp = args.get("tensor_model_parallel_size", args.get("model_parallel_size"))
-        multiple = (saved or 1) * (saved_tp or checkpoint.provenance.tensor_parallel)
-        if rows % multiple:  # not padded by the formula: take the rows for the vocabulary
-            multiple = 1
-        return rows, math.lcm(multiple, tp) // tp
-    divisor = divisible_by or saved or DEFAULT_DIVISIBLE_BY
+    given = true_size is not None or divisible_by is not None
+    if not given and not for_v25 and rows % tp == 0:
+        return rows, math.lcm(_saved_multiple(checkpoint), tp) // tp
+    divisor = divisible_by or _saved_divisor(checkpoint) or DEFAULT_DIVISIBLE_BY
     multiple = divisor * tp
-    return -(-(true_size or rows) // multiple) * multiple, divisor
+    entries = rows if true_size is None else true_size + added
+    return -(-entries // multiple) * multiple, divisor
+
+
+def layout_with_same_rows(
+    checkpoint: Checkpoint,
+    tp: int,
+    *,
+    names: str | None = None,
+    true_size: int | None = None,
+    added: int = 0,
+) -> LayoutOptions:
+    """Return options for `tp` ranks that leave the vocabulary of a language model as it is.
+
+    Rows that are added, or cut off, would change its softmax. With legacy names the files are for
+    `tp` ranks, for those of the source, or for one: the first of these for which Megatron pads its
+    vocabulary to the rows that are there. A model without a language-model head has no softmax, so
+    with a known tokenizer its rows become those that Megatron v2.5 wants.
+
+    Args:
+        checkpoint: What is to be written.
+        tp: Ranks of the run.
+        names: As for `choose_names`.
+        true_size: Entries of the tokenizer.
+        added: Entries that Megatron's own tokenizer has beyond them.
+    """
+    config, source = checkpoint.config, checkpoint.provenance
+    rows = config.vocab_size
+    if is_for_v25(config, names, source=source.names):
+        of_tokenizer: LayoutOptions = {"true_vocab_size": true_size, "added_entries": added}
+        for size in dict.fromkeys((tp, source.tensor_parallel, 1)):
+            padded, _ = padded_vocabulary(
+                checkpoint, size, true_size, None, added=added, for_v25=True
+            )
+            if padded == rows or (true_size is not None and not config.lm_head):
+                return {"tp": size, **of_tokenizer}
+    size = tp if rows % tp == 0 else 1
+    divisor = math.lcm(_saved_multiple(checkpoint), size) // size
+    return {"tp": size, "make_vocab_size_divisible_by": divisor}
+
+
+def _saved_divisor(checkpoint: Checkpoint) -> int | None:
+    saved = checkpoint.provenance.args.get("make_vocab_size_divisible_by")
+    return saved if isinstance(saved, int) and saved > 0 else None
+
+
+def _saved_multiple(checkpoint: Checkpoint) -> int:
+    """Return what the source's rows were padded to a multiple of; 1 where they were not."""
+    args = checkpoint.provenance.args
+    saved_tp = args.get("tensor_model_parallel_size", args.get("model_parallel_size"))
+    multiple = (_saved_divisor(checkpoint) or 1) * (
+        saved_tp or checkpoint.provenance.tensor_parallel
+    )
+    # Not padded by the formula: take the rows for the vocabulary.
+    return 1 if checkpoint.config.vocab_size % multiple else multiple

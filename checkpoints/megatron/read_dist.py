@@ -96,6 +96,7 @@ def read_distributed(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     provenance = Provenance(
         path=folder,
         format="megatron-torch-dist",
+        names="core",
         checkpoint_version=_version(folder, common.values, overrides),
         tensor_parallel=args.get("tensor_model_parallel_size") or 1,
         pipeline_parallel=args.get("pipeline_model_parallel_size") or 1,

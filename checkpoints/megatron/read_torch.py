@@ -163,6 +163,7 @@ def _merge(
     provenance = Provenance(
         path=where,
         format="megatron-torch",
+        names="core" if code == "core" else "legacy",
         checkpoint_version=version,
         tensor_parallel=tp,
         pipeline_parallel=pp,

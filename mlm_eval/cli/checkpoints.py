@@ -50,6 +50,11 @@ class TargetOptions(CheckpointOption):
 
     to: str = option("hf, megatron (torch format) or torch_dist.")
     output: Path = option("Folder to make; it appears whole or not at all.", writes=FOLDER)
+    names: str | None = option(
+        "megatron: core (megatron-core's parameter names) or legacy (Megatron v2.5's). Default: "
+        "the source's, else core.",
+        None,
+    )
     tp: int | None = option(
         "Tensor-parallel size to write; default: as it was saved.", None, least=1
     )
@@ -107,6 +112,7 @@ def convert_checkpoint(options: ConvertOptions) -> None:
             checkpoint,
             options.to,
             options.output,
+            names=options.names,
             tp=options.tp,
             pp=options.pp,
             dtype=options.dtype,

@@ -83,7 +83,13 @@ def new_checkpoint(config: ModelConfig, *, seed: int) -> Checkpoint:
     """
     table = parameters(config)
     tensors = {name: initial_tensor(config, table[name], seed=seed) for name in table}
-    provenance = Provenance(Path("a new model"), "memory", digest=f"initial weights, seed {seed}")
+    provenance = Provenance(
+        Path("a new model"),
+        "memory",
+        # Only Megatron's own code before megatron-core has BERT's fine-tuning.
+        names="legacy" if config.family == "bert" else None,
+        digest=f"initial weights, seed {seed}",
+    )
     return Checkpoint(config, tensors, provenance).check()
 
 

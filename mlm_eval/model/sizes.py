@@ -52,6 +52,7 @@ def initial_config(
     *,
     family: str,
     vocab_entries: int,
+    added_entries: int = 0,
     overrides: Mapping[str, Any] | None = None,
 ) -> ModelConfig:
     """Return the settings of a new model.
@@ -64,6 +65,7 @@ def initial_config(
             `hidden_size` and `num_attention_heads` must be there.
         family: `bert` or `gpt`.
         vocab_entries: Entries of the tokenizer; rows are added up to a multiple of 128.
+        added_entries: Entries that Megatron's own tokenizer has beyond them, which get rows too.
         overrides: Settings that win (`--set`); `apply_residual_connection_post_layernorm` for
             BERT's original order.
 
@@ -72,7 +74,7 @@ def initial_config(
     """
     values: dict[str, Any] = {
         "family": family,
-        "vocab_size": -(-vocab_entries // DIVISIBLE_BY) * DIVISIBLE_BY,
+        "vocab_size": -(-(vocab_entries + added_entries) // DIVISIBLE_BY) * DIVISIBLE_BY,
         "max_position_embeddings": 1024 if family == "gpt" else 512,
         "activation": "gelu_tanh" if family == "gpt" else "gelu",
     }

@@ -27,10 +27,13 @@ from mlm_eval.checkpoints.files.output import clear_leftovers, set_aside
 from mlm_eval.checkpoints.folders.checkpoint_files import foreign_files, remove_checkpoint
 from mlm_eval.checkpoints.folders.locks import Lock, lock_folder, unlock_folder
 from mlm_eval.checkpoints.megatron.iteration import TRACKER
-from mlm_eval.checkpoints.megatron.layout import choose_names
+from mlm_eval.checkpoints.megatron.layout import choose_names, layout_with_same_rows
+from mlm_eval.checkpoints.megatron.tokenizer_type import added_entries, with_tokenizer_type
 from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import num_parameters
+from mlm_eval.checkpoints.tokenizer import Tokenizer, entries_within
+from mlm_eval.checkpoints.vocabulary import with_rows
 from mlm_eval.engine.engine import Engine
 from mlm_eval.engine.resume import run_difference
 from mlm_eval.ranks.collectives import on_main
@@ -75,7 +78,7 @@ def train(
     title: str = "",
     decided_by: Mapping[str, Any] | None = None,
     args: Mapping[str, Any] | None = None,
-    tokenizer_files: Sequence[Path] = (),
+    tokenizer: Tokenizer | None = None,
 ) -> TrainReport:
     """Train the engine's model and return what happened, on every rank the same; all ranks call it.
 
@@ -98,7 +101,8 @@ def train(
         title: What the listener's lines begin with.
         decided_by: What else decides the result, as JSON values: a resumed run must have the same.
         args: More of Megatron's args for the files that are written.
-        tokenizer_files: Copied into the folder `tokenizer` of each checkpoint.
+        tokenizer: Its files are copied into the folder `tokenizer` of each checkpoint, and
+            Megatron's args name its type.
 
     Raises:
         InputError: The folder holds another run, or another process writes it; the data or settings
@@ -116,7 +120,7 @@ def train(
         title=title,
         decided_by=decided_by or {},
         args=args or {},
-        tokenizer_files=tokenizer_files,
+        tokenizer=tokenizer,
     )
     try:
         finished = run.prepare(restart=restart, replace=replace)
@@ -139,7 +143,7 @@ class _Run:
     title: str
     decided_by: Mapping[str, Any]
     args: Mapping[str, Any]
-    tokenizer_files: Sequence[Path]
+    tokenizer: Tokenizer | None
 
     def __post_init__(self) -> None:
         assert self.engine.dtype == torch.float32, "float32 master weights"
@@ -178,7 +182,8 @@ class _Run:
         if progress is not None:
             self.counters = Counters(**progress["counters"])
             if folder is None:  # the run has finished
-                source = open_checkpoint(self.output / CHECKPOINT).tensors
+                written = open_checkpoint(self.output / CHECKPOINT)
+                source = with_rows(written, self.config.vocab_size).tensors
                 fill(self.engine.model.named_parameters(), source, self.config, self.mesh)
                 return self._report()
             source = read_state(folder, self.config, WEIGHTS)
@@ -396,22 +401,25 @@ class _Run:
         )
         args = dict(source.args) | training_args(settings, self.plan, self.counters)
         args |= self.args
-        provenance = Provenance(state, "memory", args=args)
-        checkpoint = Checkpoint(config, read_state(state, config, WEIGHTS), provenance).check()
         if target.is_dir() and (foreign := foreign_files(target)):
             kept = set_aside(target)
             self.listener.warn(f"{target} held {foreign[0]}, so it is now {kept.name}")
-        write_megatron_torch(
-            checkpoint,
-            target,
-            # Rows added to even out the vocabulary would take part in the softmax.
-            tp=self.mesh.tp if config.vocab_size % self.mesh.tp == 0 else 1,
-            iteration=self.counters.step,
-            overwrite=True,
+        provenance = Provenance(
+            state, "memory", names=source.names, tensor_parallel=source.tensor_parallel, args=args
         )
-        for file in self.tokenizer_files:
+        checkpoint = Checkpoint(config, read_state(state, config, WEIGHTS), provenance).check()
+        true_size, added = None, 0
+        if self.tokenizer is not None:
+            checkpoint = with_tokenizer_type(checkpoint, self.tokenizer)
+            true_size = entries_within(self.tokenizer, config.vocab_size)
+            added = added_entries(self.tokenizer, args)
+        layout = layout_with_same_rows(checkpoint, self.mesh.tp, true_size=true_size, added=added)
+        layout["iteration"] = self.counters.step
+        write_megatron_torch(checkpoint, target, overwrite=True, **layout)
+        if self.tokenizer is not None:
             (target / "tokenizer").mkdir(exist_ok=True)
-            shutil.copyfile(file, target / "tokenizer" / file.name)
+            for file in self.tokenizer.files:
+                shutil.copyfile(file, target / "tokenizer" / file.name)
 
     def _finish(self) -> TrainReport:
         def finish() -> None:

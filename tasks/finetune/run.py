@@ -258,6 +258,7 @@ class _Finetuning:
                 "text": self.prepared.data["sha256"],
                 "recipe": dataclasses.asdict(self.recipe),
             },
+            tokenizer=self.tokenizer,
         )
         if not outputs:  # the training had ended in an earlier call
             outputs, seconds = self._outputs(engine, ("dev",), autocast)

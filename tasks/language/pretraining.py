@@ -17,6 +17,7 @@ from torch import Tensor
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.megatron.tokenizer_type import added_entries
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits
 from mlm_eval.engine.batching import map_batches, pack
 from mlm_eval.engine.engine import Engine
@@ -59,7 +60,11 @@ def start_from(
         InputError: There is no such size or file; see `sizes.initial_config`.
     """
     config = initial_config(
-        init, family=text.family, vocab_entries=tokenizer.vocab_size, overrides=overrides
+        init,
+        family=text.family,
+        vocab_entries=tokenizer.vocab_size,
+        added_entries=added_entries(tokenizer, {}),
+        overrides=overrides,
     )
     return new_checkpoint(config, seed=seed)
 
@@ -167,7 +172,7 @@ def pretrain(
             "dev_share": text.dev_share,
         },
         args={"seq_length": length},
-        tokenizer_files=tokenizer.files,
+        tokenizer=tokenizer,
     )
     result = _result(engine, tokenizer, text, settings, samples, report, warnings)
     on_main(lambda: result.write(output / RESULT))

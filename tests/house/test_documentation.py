@@ -44,14 +44,14 @@ NOT_RUN = {
 }
 OUTPUTS = {
     "D", "out", "gpt2_hf", "scores.jsonl", "bert_hf", "gpt_tp4", "gpt_tp2", "llama_dist",
-    "llama_hf", "bench.json", "bench.png",
+    "llama_hf", "gpt_v25", "gpt_core", "bench.json", "bench.png",
 }  # fmt: skip
 """What a command is to make; it makes it in a folder of its own."""
 WORDS = {
     "hf", "megatron", "torch_dist", "cpu", "true", "last-token", "bfloat16", "500MB", "gpt2-8.3b",
     "gpt2-tiny", "wikitext103", "megatron-gpt2-345m", "megatron-bert-345m-uncased",
     "race-megatron-336m", "checkpoint_version=2.0", "wikitext", "lambada_openai", "wiki_sample",
-    "weak", "train",
+    "weak", "train", "core", "legacy",
 }  # fmt: skip
 """Names of formats, sizes, recipes, settings and tasks: no files."""
 SMALL = {
