@@ -12,10 +12,11 @@ special ones too, are read: nothing else stands for them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,7 @@ from mlm_eval.checkpoints.catalog import is_catalog_name, resolve
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.stand_in import refuse_stand_in
 from mlm_eval.checkpoints.files.text_file import read_json_object, read_text
-from mlm_eval.checkpoints.tokenizers.added import AddedSplitter, add_to, to_add
+from mlm_eval.checkpoints.tokenizers.added import MOST_UNUSED, AddedSplitter, add_to, to_add
 from mlm_eval.checkpoints.tokenizers.side_files import (
     TOKEN_FLAGS,
     AddedEntry,
@@ -105,14 +106,35 @@ class Tokenizer:
         """Return the ids of `text`, nothing added before or after it.
 
         Raises:
-            InputError: The vocabulary has no symbol for a byte of the text.
+            InputError: The vocabulary has no symbol for a byte of the text, or no entry for what
+                is unknown.
         """
         if self.kind == "sentencepiece":
             return self._sentencepiece_ids(text)
-        encoding = self.backend.encode(text, add_special_tokens=False)
+        with self._naming_what_is_missing():
+            encoding = self.backend.encode(text, add_special_tokens=False)
         if self.missing_bytes.intersection(text.encode()):
             self._check_bytes(text, encoding)
         return list(encoding.ids)
+
+    def encodings(self, texts: Sequence[str]) -> list[Any]:
+        """Return what the library makes of texts, with their places; not for sentencepiece.
+
+        Raises:
+            InputError: The vocabulary has no entry for what is unknown.
+        """
+        with self._naming_what_is_missing():
+            return list(self.backend.encode_batch(texts, add_special_tokens=False))
+
+    @contextlib.contextmanager
+    def _naming_what_is_missing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # the library raises nothing narrower
+            raise InputError(
+                f"{self.source} cannot cut a text into its entries ({error}); is it whole, with "
+                "its entry for what is unknown?"
+            ) from error
 
     def _check_bytes(self, text: str, encoding: Any) -> None:
         """Refuse bytes without a symbol, but for those that an added token stands for."""
@@ -416,7 +438,9 @@ def _load_gpt2(vocab_file: Path, merge_file: Path, *, source: Path) -> Tokenizer
         read, merges = models.BPE.read_file(str(vocab_file), str(merge_file))
         rows = 1 + max(read.values(), default=-1)
         added = to_add(side, read, rows, vocab_file)
-        backend = Backend(models.BPE(_without_gaps(read, rows) if added else read, merges))
+        backend = Backend(
+            models.BPE(_without_gaps(read, rows, vocab_file) if added else read, merges)
+        )
     except InputError:
         raise
     except Exception as error:  # the library raises nothing narrower
@@ -457,7 +481,7 @@ def _load_bert(path: Path) -> Tokenizer:
             f"lines; expected one piece a line"
         )
     added = to_add(side, vocab, len(pieces), path)
-    backend = wordpiece_backend(_without_gaps(vocab, len(pieces)) if added else vocab, rules)
+    backend = wordpiece_backend(_without_gaps(vocab, len(pieces), path) if added else vocab, rules)
     add_to(backend, added, path)
     return Tokenizer(
         kind="bert-wordpiece",
@@ -490,6 +514,12 @@ def _load_tokenizer_json(path: Path) -> Tokenizer:
     except Exception as error:  # the library raises nothing narrower
         refuse_stand_in(path)
         raise InputError(f"{path} is not a readable tokenizer.json: {error}") from error
+    unknown = content["model"].get("unk_token")
+    if content["model"]["type"] in ("WordPiece", "WordLevel") and unknown not in base:
+        raise InputError(
+            f"{path} has no entry {unknown!r}, which stands for what is unknown to it; is it "
+            "damaged?"
+        )
     own = {token["content"]: token for token in content["added_tokens"]}
     for entry in side.entries:
         if entry.content in own and entry.index not in (None, own[entry.content]["id"]):
@@ -628,9 +658,14 @@ def _unnumbered(side: SideFiles, rows: int, added: Sequence[AddedEntry]) -> int:
     return sum((entry.index or 0) >= rows and entry.content in without for entry in added)
 
 
-def _without_gaps(vocab: Mapping[str, int], rows: int) -> dict[str, int]:
+def _without_gaps(vocab: Mapping[str, int], rows: int, path: Path) -> dict[str, int]:
     """Return the vocabulary with an entry for every id; `tokenizers` counts entries, not ids."""
     held = set(vocab.values())
+    if rows - len(held) > MOST_UNUSED:
+        raise InputError(
+            f"{path} has {len(held)} entries with ids up to {rows - 1}, which leaves "
+            f"{rows - len(held)} ids out; is it damaged?"
+        )
     gaps = {f"\0row {index}": index for index in range(rows) if index not in held}
     return {**vocab, **gaps}
 

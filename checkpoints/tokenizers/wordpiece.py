@@ -52,7 +52,15 @@ BERT_CLASSES = {
             "Funnel",
             "LayoutLM",
         ),
-        *("RetriBert", "SqueezeBert", "Splinter", "VisualBert", "MegatronBert", "NomicBert"),
+        *(
+            "RetriBert",
+            "SqueezeBert",
+            "Splinter",
+            "MPNet",
+            "VisualBert",
+            "MegatronBert",
+            "NomicBert",
+        ),
         *("DPRContextEncoder", "DPRQuestionEncoder", "DPRReader", "Realm"),
     )
     for fast in ("", "Fast", "Legacy")

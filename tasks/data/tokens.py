@@ -182,7 +182,7 @@ def _encoded(
     bar = tqdm(range(0, len(texts), BATCH), desc="tokenizing", leave=False, disable=None)
     for first in bar:
         batch = list(texts[first : first + BATCH])
-        for entry in tokenizer.backend.encode_batch(batch, add_special_tokens=False):
+        for entry in tokenizer.encodings(batch):
             ids = np.asarray(entry.ids, np.int32)
             if not offsets:
                 yield (ids,)

@@ -335,6 +335,21 @@ def test_a_folder_that_cannot_be_used_is_named_with_the_reason(tmp_path, files, 
     assert str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.parametrize("model", ["WordPiece", "WordLevel", "Unigram"])
+def test_a_vocabulary_without_an_entry_for_the_unknown_is_named(tmp_path, model):
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models
+
+    made = {
+        "WordPiece": lambda: models.WordPiece({"a": 0}, unk_token="[UNK]"),
+        "WordLevel": lambda: models.WordLevel({"a": 0}, unk_token="[UNK]"),
+        "Unigram": lambda: models.Unigram([("a", 0.0)], unk_id=None),
+    }[model]()
+    Backend(made).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match="unknown"):
+        load_tokenizer(directory=tmp_path).encode("b")
+
+
 def test_options_that_contradict_each_other(tmp_path):
     folder = write_gpt2(tmp_path)
     (folder / "odd.bin").touch()

@@ -278,6 +278,16 @@ def test_a_tokenizer_json_reads_its_added_tokens_too(tmp_path):
     assert ours.encode("<|endoftext|>") != theirs("<|endoftext|>")["input_ids"] == [BASE - 1]
 
 
+def test_a_vocabulary_of_far_ids_is_refused(tmp_path):
+    """Not filled up: four thousand million ids would be made."""
+    folder = write_vocabulary("gpt2", tmp_path)
+    vocab = json.loads((folder / "vocab.json").read_text())
+    write_json(folder / "vocab.json", {**vocab, "far": 2**32 - 2})
+    write_json(folder / "added_tokens.json", {"<a>": 2**32 - 1})
+    with pytest.raises(InputError, match="ids out; is it damaged"):
+        load_tokenizer(directory=folder)
+
+
 def test_two_tokens_of_one_normalized_form_are_refused(tmp_path):
     folder = write_vocabulary("bert", tmp_path)
     write_json(folder / "added_tokens.json", {"Brand": BASE, "brand": BASE + 1})
