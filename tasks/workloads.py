@@ -8,14 +8,23 @@ comments say.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.dtypes import evaluation_dtype, training_dtype
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.model.memory import TrainingBatch
+from mlm_eval.model.memory import EvaluationNeed, Memory, TrainingBatch, TrainingNeed
 from mlm_eval.planning.plan import Passes, Training, Workload, spread
+from mlm_eval.tasks.finetune.settings import load_recipe
 from mlm_eval.tasks.paper import paper_recipe
 from mlm_eval.tasks.zero_shot import benchmarks
+
+if TYPE_CHECKING:
+    from mlm_eval.tasks.finetune.settings import FinetuneOptions
+    from mlm_eval.tasks.language.settings import TextSettings
+    from mlm_eval.training.settings import TrainSettings
 
 TEXT_TOKENS = 1_000_000
 """Language modelling has no set of its own: its work is given for a million tokens of text."""
@@ -132,15 +141,99 @@ def _fine_tuning(name: str, positions: int, size: str | None, batch: TrainingBat
         length=longest,
         accumulates=batch.rows < recipe["global_batch"],
     )
-    heads = {"lm_head": False, "binary_head": False, "pooler": "qa_head" not in task.head}
     epoch = list(_rows(task.train * task.rows, mean))
     title = f"{task.title}, {task.train:,} samples x {recipe['epochs']} epochs"
     return Workload(
         name,
         title,
         list(_rows(task.evaluated * task.rows, mean)),
-        training=Training(epoch, recipe["epochs"], batch, heads | task.head),
+        training=Training(epoch, recipe["epochs"], batch, _heads(task)),
     )
+
+
+# ---- memory of a run ---------------------------------------------------------------------------
+
+
+def finetuning_need(
+    task: str, config: ModelConfig, options: FinetuneOptions, *, batch_tokens: int
+) -> Callable[[int, int], Memory]:
+    """Return what each rank of a fine-tuning needs on a GPU, as a function of tp and dp.
+
+    Args:
+        task: `race`, `mnli`, `qqp` or `squad`.
+        config: The model that it starts from.
+        options: The command's.
+        batch_tokens: Padded tokens of a forward pass in the evaluations.
+
+    Raises:
+        InputError: The recipe cannot be used.
+    """
+    known = FINE_TUNING["squad1" if task == "squad" else task]
+    config = dataclasses.replace(config, **_heads(known))
+    dtype = training_dtype(options.dtype, "cuda")
+    if options.eval_only:
+        itemsize = evaluation_dtype(options.dtype, config.params_dtype, "cuda").itemsize
+        return EvaluationNeed(config, itemsize, batch_tokens)
+    usual = "squad-v1-megatron-336m" if task == "squad" else f"{task}-megatron-336m"
+    recipe = load_recipe(options.recipe or usual, task=task, overrides=options.overrides)
+    sample = TrainingBatch(
+        rows=known.rows,
+        length=min(recipe.seq_length, config.max_position_embeddings),
+        hidden_dropout=recipe.hidden_dropout,
+        attention_dropout=recipe.attention_dropout,
+        half=dtype != "float32",
+        recompute=options.recompute,
+    )
+    return TrainingNeed(
+        config,
+        sample,
+        micro_batch=options.micro_batch,
+        global_batch=recipe.global_batch,
+        batch_tokens=batch_tokens,
+        sharded=options.dp_mode == "fsdp2",
+    )
+
+
+def pretraining_need(
+    config: ModelConfig, text: TextSettings, settings: TrainSettings, *, batch_tokens: int
+) -> TrainingNeed:
+    """Return what each rank of `mlm-eval mlm` or `lm` needs on a GPU.
+
+    Args:
+        config: The model.
+        text: How the text is cut, and what is masked in it.
+        settings: How it is trained.
+        batch_tokens: Padded tokens of a forward pass in the evaluations.
+    """
+    positions = config.max_position_embeddings
+    length = min(text.seq_length or positions, positions)
+    share = getattr(text, "mask_probability", 1.0)
+    sample = TrainingBatch(
+        rows=1,
+        length=length,
+        predicted=math.ceil(share * length),
+        hidden_dropout=settings.hidden_dropout,
+        attention_dropout=settings.attention_dropout,
+        half=training_dtype(settings.dtype, "cuda") != "float32",
+        recompute=settings.recompute,
+    )
+    return TrainingNeed(
+        config,
+        sample,
+        micro_batch=settings.micro_batch,
+        global_batch=settings.global_batch,
+        batch_tokens=batch_tokens,
+        sharded=settings.dp_mode == "fsdp2",
+    )
+
+
+def _heads(task: _FineTuning) -> dict[str, Any]:
+    return {
+        "lm_head": False,
+        "binary_head": False,
+        "pooler": "qa_head" not in task.head,
+        **task.head,
+    }
 
 
 def _rows(count: int, mean: float) -> Iterator[Passes]:

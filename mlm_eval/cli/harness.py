@@ -48,6 +48,7 @@ def harness(options: HarnessOptions) -> None:
         )
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the harness draws bars into log files, too
+    from mlm_eval.engine.generate import CACHE_BYTES
     from mlm_eval.harness.command import read_arguments, run_command_line
     from mlm_eval.harness.model import MegatronLM
 
@@ -61,4 +62,5 @@ def harness(options: HarnessOptions) -> None:
         lm.lead(lambda: run_command_line(lm, arguments))
         run.print_result(f"scored by mlm-eval: {lm.summary()}")
 
-    run.on_ranks(body)
+    place = run.start(lambda: run.scoring_need(cache=CACHE_BYTES))
+    run.on_ranks(body, placement=place)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from mlm_eval.checkpoints.checkpoint import Checkpoint
     from mlm_eval.checkpoints.tokenizer import Tokenizer
     from mlm_eval.engine.engine import Engine
+    from mlm_eval.model.memory import Memory
+    from mlm_eval.ranks.layout import Need, RankDevice
 
 
 Load = Callable[["Checkpoint", "torch.dtype | str"], "Engine"]
@@ -46,6 +48,9 @@ class ModelRun:
         self.checkpoint = checkpoint or chosen_checkpoint(options.ckpt, options.overrides)
         self.world = detect_world()
         self.is_main = self.world is None or self.world.is_main
+        self.met = False
+        self.gpus: list[RankDevice] = []
+        """Of all ranks, once they have met; empty on the CPU."""
 
     def log(self, text: str) -> None:
         """Print for people who watch: on stderr, from rank 0."""
@@ -62,30 +67,78 @@ class ModelRun:
         for warning in warnings:
             self.log(f"warning: {warning}")
 
-    def start(self) -> Placement:
+    def start(self, need: Callable[[], Need] | None = None, *, trains: bool = False) -> Placement:
         """Return where this rank computes; without ranks start them, and leave with their end.
 
         Reading data comes after this call: the ranks do it, and the parent need not.
+
+        Args:
+            need: Returns what each rank needs, on a GPU where `--tp` is auto; None: of scoring.
+            trains: Whether the model is trained.
         """
         from mlm_eval.checkpoints.dtypes import evaluation_dtype
-        from mlm_eval.ranks.mesh import choose_layout, pick_device
+        from mlm_eval.ranks.layout import choose_layout, crosses_machines, free_on_gpus, fullest
+        from mlm_eval.ranks.mesh import pick_device
 
-        options = self.options
+        options, world = self.options, self.world
         device = pick_device(options.device)
         dtype = evaluation_dtype(options.dtype, self.checkpoint.config.params_dtype, device)
+        if world is not None and device == "cuda":
+            self._meet(device)
+        free = self._free if world is not None else free_on_gpus
+
+        def needed(tp: int, dp: int) -> Memory:
+            return (need or self.scoring_need)()(tp, dp)
+
         tp, dp = choose_layout(
-            self.checkpoint,
+            self.checkpoint.config,
             tp=options.tp,
             dp=options.dp,
             device=device,
-            itemsize=dtype.itemsize,
-            running=None if self.world is None else self.world.size,
+            need=needed,
+            running=None if world is None else world.size,
+            free=free,
+            machines=[gpu.machine for gpu in self.gpus],
+            trains=trains,
         )
-        if self.world is None and tp * dp > 1:
-            if None in (options.tp, options.dp) and device == "cuda":
-                self.log(f"layout: tp {tp} x dp {dp} on {tp * dp} CUDA device(s)")
+        if options.tp is None and device == "cuda":
+            self.log(f"layout: tp {tp} x dp {dp}; {fullest(free()[: tp * dp])}")
+        if self.gpus and crosses_machines([gpu.machine for gpu in self.gpus], tp):
+            self.log(
+                f"warning: at tp {tp} the ranks of one copy of the model stand on several machines "
+                "and talk over the network; number them by machine (srun --distribution=block)"
+            )
+        if world is None and tp * dp > 1:
             start_ranks(tp, dp, device)
         return Placement(tp, dp, device, dtype)
+
+    def scoring_need(self, *, cache: int = 0) -> Need:
+        """Return what each rank needs to score texts, with so many bytes of keys and values."""
+        from mlm_eval.checkpoints.dtypes import evaluation_dtype
+        from mlm_eval.model.memory import EvaluationNeed
+
+        config = self.checkpoint.config
+        dtype = evaluation_dtype(self.options.dtype, config.params_dtype, "cuda")
+        return EvaluationNeed(config, dtype.itemsize, self.gpu_batch_tokens, cache)
+
+    @property
+    def gpu_batch_tokens(self) -> int:
+        """Padded tokens of a forward pass, on a GPU."""
+        from mlm_eval.engine.batching import DEFAULT_BATCH_TOKENS
+
+        return self.options.batch_tokens or DEFAULT_BATCH_TOKENS["cuda"]
+
+    def _meet(self, device: str) -> None:
+        """Join the other ranks, once."""
+        if self.world is not None and self.world.size > 1 and not self.met:
+            self.gpus = init_process_group(self.world, device=device)
+            self.met = True
+
+    def _free(self) -> list[int]:
+        """Return the free bytes of each running rank's GPU."""
+        import torch
+
+        return [gpu.free for gpu in self.gpus] or [torch.cuda.mem_get_info()[0]]
 
     def join(self, place: Placement) -> Load:
         """Join the other ranks, and return what loads an engine in this layout."""
@@ -94,8 +147,7 @@ class ModelRun:
         from mlm_eval.checkpoints.tokenizer import entries_within
         from mlm_eval.engine.engine import Engine
 
-        if self.world is not None and self.world.size > 1:
-            init_process_group(self.world, device=place.device)
+        self._meet(place.device)
         device = place.device
         if device == "cuda":
             device = f"cuda:{torch.cuda.current_device()}"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mlm_eval.checkpoints.checkpoint import Checkpoint
     from mlm_eval.checkpoints.tokenizer import Tokenizer
     from mlm_eval.cli.run import Load
+    from mlm_eval.ranks.layout import Need
     from mlm_eval.reporting.results import Result
     from mlm_eval.training.settings import TrainingProgress
 
@@ -83,16 +84,28 @@ def _finetune(task: str, given: FinetuneCommand) -> None:
             task, run.checkpoint, given.options, tokenizer=tokenizer, load=load, listener=bars
         )
 
-    _train(run, train, folder=given.options.output_dir)
+    def need() -> Need:
+        from mlm_eval.tasks.workloads import finetuning_need
+
+        tokens = run.gpu_batch_tokens
+        return finetuning_need(task, run.checkpoint.config, given.options, batch_tokens=tokens)
+
+    trains = not given.options.eval_only
+    _train(run, train, folder=given.options.output_dir, need=need, trains=trains)
 
 
 def _train(
-    run: ModelRun, train: Callable[[Tokenizer, Load, TrainingBars], Result], *, folder: Path
+    run: ModelRun,
+    train: Callable[[Tokenizer, Load, TrainingBars], Result],
+    *,
+    folder: Path,
+    need: Callable[[], Need],
+    trains: bool = True,
 ) -> None:
     """Train on every rank, with bars; print the figures, and write the record."""
     from mlm_eval.reporting.text import training_text
 
-    place = run.start()
+    place = run.start(need, trains=trains)
     tokenizer = run.tokenizer()
     load = run.join(place)
     with closing(TrainingBars(run)) as bars:
@@ -159,7 +172,14 @@ def _pretrain(given: PretrainCommand) -> None:
             listener=bars,
         )
 
-    _train(run, train, folder=given.output_dir)
+    def need() -> Need:
+        from mlm_eval.tasks.workloads import pretraining_need
+
+        tokens = run.gpu_batch_tokens
+        config, settings = run.checkpoint.config, given.settings
+        return pretraining_need(config, given.text, settings, batch_tokens=tokens)
+
+    _train(run, train, folder=given.output_dir, need=need)
 
 
 def _new_model(given: PretrainCommand) -> Checkpoint:

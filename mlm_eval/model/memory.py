@@ -23,6 +23,8 @@ from mlm_eval.model.tensor_parallel import LOGIT_CHUNK_ELEMENTS
 
 FLOAT32 = 4
 
+OUTSIDE = 1 << 30
+"""Bytes left free on a device: the CUDA context, workspaces of libraries, fragmentation."""
 
 HEAP_SHARE = 0.5
 """Share that the heap adds on the CPU to what comes and goes in each step, activations and
@@ -111,6 +113,7 @@ def evaluation_memory(
     itemsize: int,
     batch_tokens: int,
     scored_rows: int,
+    cache: int = 0,
 ) -> Memory:
     """Return what scoring needs.
 
@@ -120,13 +123,43 @@ def evaluation_memory(
         itemsize: Bytes of a weight in the compute dtype.
         batch_tokens: Padded tokens of a forward pass.
         scored_rows: Most positions of a batch whose logits are computed.
+        cache: Bytes of keys and values of texts that are being generated.
     """
     local = _Local.of(config, tp)
     layers = batch_tokens * itemsize * max(_attention_widths(local, itemsize), _mlp_widths(local))
     logits = FLOAT32 * _logit_chunk(config, tp, scored_rows)
     return Memory(
-        weights=itemsize * local_parameters(config, tp), activations=round(max(layers, logits))
+        weights=itemsize * local_parameters(config, tp),
+        activations=round(max(layers, logits)) + cache,
     )
+
+
+@dataclass(frozen=True)
+class EvaluationNeed:
+    """What each rank of an evaluation needs, at any layout.
+
+    Attributes:
+        config: The model.
+        itemsize: Bytes of a weight in the compute dtype.
+        batch_tokens: Padded tokens of a forward pass.
+        cache: Bytes of keys and values of texts that are being generated.
+    """
+
+    config: ModelConfig
+    itemsize: int
+    batch_tokens: int
+    cache: int = 0
+
+    def __call__(self, tp: int, dp: int) -> Memory:
+        """Return the bytes on the fullest rank."""
+        return evaluation_memory(
+            self.config,
+            tp=tp,
+            itemsize=self.itemsize,
+            batch_tokens=self.batch_tokens,
+            scored_rows=self.batch_tokens,
+            cache=self.cache,
+        )
 
 
 def _attention_widths(local: _Local, itemsize: int) -> float:
@@ -190,43 +223,112 @@ class TrainingBatch:
         return 2 if self.half else FLOAT32
 
 
-def training_memory(config: ModelConfig, batch: TrainingBatch, *, tp: int) -> Memory:
+@dataclass(frozen=True)
+class TrainingNeed:
+    """What each rank of a training with its evaluations needs, at any layout.
+
+    Attributes:
+        config: The model, with the head that is trained.
+        sample: A micro-batch of one sample.
+        micro_batch: Samples of a forward pass, at the most.
+        global_batch: Samples of a step.
+        batch_tokens: Padded tokens of a forward pass in the evaluations.
+        sharded: FSDP2.
+    """
+
+    config: ModelConfig
+    sample: TrainingBatch
+    micro_batch: int
+    global_batch: int
+    batch_tokens: int
+    sharded: bool = False
+
+    def __call__(self, tp: int, dp: int) -> Memory:
+        """Return the bytes on the fullest rank."""
+        share = -(-self.global_batch // dp)
+        samples = min(self.micro_batch, share)
+        buckets = dp > 1 and not self.sharded
+        batch = dataclasses.replace(
+            self.sample,
+            rows=samples * self.sample.rows,
+            predicted=samples * self.sample.predicted,
+            accumulates=share > samples or buckets,
+        )
+        shards = dp if self.sharded else 1
+        need = training_memory(self.config, batch, tp=tp, shards=shards)
+        # Evaluations come when gradients are gone; FSDP2's gather the whole model for them.
+        evaluation = evaluation_memory(
+            self.config,
+            tp=tp,
+            itemsize=FLOAT32,
+            batch_tokens=self.batch_tokens,
+            scored_rows=self.batch_tokens if self.sample.predicted else 0,
+        )
+        beside = evaluation.activations + (evaluation.weights if shards > 1 else 0)
+        activations = max(need.activations, beside - need.gradients)
+        return dataclasses.replace(need, activations=activations)
+
+
+def training_memory(
+    config: ModelConfig, batch: TrainingBatch, *, tp: int, shards: int = 1
+) -> Memory:
     """Return what a step of training needs: float32 weights, gradients and AdamW's moments.
 
     The highest point is the start of the backward pass, when the activations of all layers are
     there; or its end, where the gradients come only as the activations go.
+
+    Args:
+        config: The model.
+        batch: A micro-batch.
+        tp: Tensor-parallel size.
+        shards: Ranks that weights, gradients and moments are cut over (FSDP2).
     """
     count = local_parameters(config, tp)
     local = _Local.of(config, tp)
-    saved = _saved(config, local, batch, tp)
+    # FSDP2 gathers half-precision weights: autocast has nothing to copy.
+    saved = _saved(config, local, batch, tp, copies=shards == 1)
     ends = batch.tokens * (2 * FLOAT32 * local.hidden + 1)  # the final norm's input and output
     # The logits and their exponentials, or those and their gradient.
     logits = (2 * FLOAT32 + (2 if batch.half else 0)) * _logit_chunk(config, tp, batch.predicted)
     largest = FLOAT32 * max(p.numel(tp) for p in parameters(config).values())
     start = saved + ends + max(_passing(local, batch), logits)
-    gradients = FLOAT32 * count
+    own = -(-count // shards)
+    gradients = FLOAT32 * own
     activations = start if batch.accumulates else max(start - gradients, ends)
+    if shards > 1:
+        activations += _gathered(config, batch, tp)
     return Memory(
-        weights=FLOAT32 * count,
+        weights=FLOAT32 * own,
         gradients=gradients,
-        moments=2 * FLOAT32 * count,
+        moments=2 * FLOAT32 * own,
         activations=round(max(activations, largest)),
     )
 
 
-def _saved(config: ModelConfig, local: _Local, batch: TrainingBatch, tp: int) -> float:
+def _gathered(config: ModelConfig, batch: TrainingBatch, tp: int) -> int:
+    """Return the bytes of what FSDP2 holds whole for a moment, with its gradients."""
+    layer = sum(p.numel(tp) for p in layer_parameters(config, 0))
+    rest = local_parameters(config, tp) - config.num_layers * layer
+    # This layer and the next; its gradient, and that as the sum over ranks takes it.
+    layers = layer * (2 * batch.itemsize + batch.itemsize + FLOAT32)
+    return layers + 2 * FLOAT32 * rest
+
+
+def _saved(
+    config: ModelConfig, local: _Local, batch: TrainingBatch, tp: int, *, copies: bool
+) -> float:
     """Return the bytes that all layers keep for the backward pass, autocast's copies included."""
     layers = config.num_layers
     matrices = (p for p in layer_parameters(config, 0) if len(p.shape) == 2)
-    copies = 2 * sum(p.numel(tp) for p in matrices) if batch.half else 0
+    copied = 2 * sum(p.numel(tp) for p in matrices) if batch.half and copies else 0
     kept = batch.tokens * _kept_widths(local, batch)
     if not batch.recompute:
-        return layers * (kept + copies)
+        return layers * (kept + copied)
     # A layer keeps its input only. In the backward pass one at a time has all the rest; autocast
     # has the copies of all matrices at the end of the forward pass.
     inputs = batch.tokens * FLOAT32 * local.hidden * layers
     forward = batch.tokens * batch.itemsize * _mlp_widths(local)
-    return inputs + max(kept + copies, forward + layers * copies)
+    return inputs + max(kept + copied, forward + layers * copied)
 
 
 def _logit_chunk(config: ModelConfig, tp: int, rows: int) -> int:

@@ -21,10 +21,11 @@ from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.parameters import allowed_tp, check_tp
 from mlm_eval.model.flops import forward_flops
-from mlm_eval.model.memory import TrainingBatch, evaluation_memory, training_memory
+from mlm_eval.model.memory import OUTSIDE, TrainingBatch, evaluation_memory, training_memory
 from mlm_eval.model.sizes import DIVISIBLE_BY, named_config
 from mlm_eval.planning.bench_options import BenchOptions, cores
-from mlm_eval.planning.plan import BACKWARD, OUTSIDE
+from mlm_eval.planning.plan import BACKWARD
+from mlm_eval.ranks.layout import free_on_gpus
 
 WEAK, STRONG = "weak", "strong"
 STUDIES = (WEAK, STRONG)
@@ -272,7 +273,7 @@ def free_bytes(device: str, ranks: int) -> int:
             f"tp {ranks} needs {ranks} GPUs, one for each rank, but {count} can be seen; leave it "
             "out of --tp, or use --device cpu"
         )
-    return min(torch.cuda.mem_get_info(index)[0] for index in range(ranks))
+    return min(free_on_gpus()[:ranks])
 
 
 def check_point(point: BenchPoint, options: BenchOptions) -> None:

@@ -18,15 +18,13 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.parameters import allowed_tp, check_tp, num_parameters
 from mlm_eval.model.flops import forward_flops
 from mlm_eval.model.memory import (
+    OUTSIDE,
     Memory,
     TrainingBatch,
     evaluation_memory,
     local_parameters,
     training_memory,
 )
-
-OUTSIDE = 1 << 30
-"""Bytes left free on a device: the CUDA context, workspaces of libraries, fragmentation."""
 
 BACKWARD = 2
 """The backward pass costs twice the forward pass."""

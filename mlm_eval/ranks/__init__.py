@@ -3,7 +3,8 @@
     world.py         this process's place: torchrun, Slurm, or ranks that we started
     launch.py        starts ranks, waits for them, reports the first cause of a failure
     faults.py        lack of memory, full disks, lost ranks, named as such
-    mesh.py          the layout dp x tp: chosen, checked once, kept as a DeviceMesh
+    mesh.py          the layout dp x tp of the running ranks, kept as a DeviceMesh
+    layout.py        which layout fits the free memory, and which GPU each rank gets
     collectives.py   gather, broadcast, sum, barrier: every collective that is not the model's
 
 This room imports `model` and `mlm_eval.checkpoints`; everyone above may import from here.

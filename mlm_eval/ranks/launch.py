@@ -39,6 +39,8 @@ from mlm_eval.ranks.world import LAUNCHED, RANKS, SOURCE, World
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing import SubprocessContext
 
+    from mlm_eval.ranks.layout import RankDevice
+
 PARENT = "MLM_EVAL_PARENT_PID"  # the process that must outlive such a rank
 ERROR_DIR = "MLM_EVAL_ERROR_DIR"  # where such a rank leaves the reason of its failure
 
@@ -145,8 +147,8 @@ def report_error(rank: int, kind: str, message: str) -> bool:
 # ---- the process group -------------------------------------------------------------------------
 
 
-def init_process_group(world: World, *, device: str) -> None:
-    """Join the other ranks, with gloo (`device` "cpu") or NCCL ("cuda").
+def init_process_group(world: World, *, device: str) -> list[RankDevice]:
+    """Join the other ranks, with gloo (`device` "cpu") or NCCL ("cuda"); return all ranks' GPUs.
 
     Selects this rank's GPU. A rank that does not turn up is an error after a quarter of an hour
     (MLM_EVAL_RENDEZVOUS_SECONDS: another time); in a collective the others wait for a slow rank for
@@ -161,10 +163,6 @@ def init_process_group(world: World, *, device: str) -> None:
     if world.on_one_machine and "lo" in (name for _, name in socket.if_nameindex()):
         # By default gloo binds to what the host's name resolves to: in containers often nothing.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    device_id = None
-    if device == "cuda":
-        device_id = torch.device("cuda", _gpu(world, torch.cuda.device_count()))
-        torch.cuda.set_device(device_id)
     patience = _rendezvous_timeout()
     # init_process_group would take its one timeout for both waits.
     meeting = rendezvous("env://", world.rank, world.size, timeout=patience)
@@ -179,6 +177,13 @@ def init_process_group(world: World, *, device: str) -> None:
             f"that each of them can reach; if a rank of another job started this command, set "
             f"{RANKS}=self"
         ) from error
+    devices: list[RankDevice] = []
+    device_id = None
+    if device == "cuda":
+        from mlm_eval.ranks.layout import agree_on_gpus
+
+        devices = agree_on_gpus(store, world)
+        device_id = torch.device("cuda", devices[world.rank].index)
     dist.init_process_group(
         backend="nccl" if device == "cuda" else "gloo",
         store=store,
@@ -187,6 +192,7 @@ def init_process_group(world: World, *, device: str) -> None:
         timeout=COLLECTIVE_TIMEOUT,
         device_id=device_id,
     )
+    return devices
 
 
 def _rendezvous_timeout() -> timedelta:
@@ -210,18 +216,6 @@ def shutdown() -> None:
 
         barrier()  # a rank that closes its connections early breaks another's last collective
         dist.destroy_process_group()
-
-
-def _gpu(world: World, count: int) -> int:
-    """Return the index of this rank's GPU among the `count` that it can see."""
-    if count == 1 and world.source == "slurm":
-        return 0  # --gpus-per-task shows each task its own GPU only
-    if world.local_rank >= count:
-        raise InputError(
-            f"rank {world.rank} is number {world.local_rank} of {world.local_size} on its machine, "
-            f"but sees {count} GPU(s); start one rank per GPU, or use --device cpu"
-        )
-    return world.local_rank
 
 
 # ---- the parent --------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """How many ranks there are and who they are.
 
-The tensor- and data-parallel sizes are chosen before any rank starts (`choose_layout`); the ranks
-that run then make a `Mesh` of them. rank = dp_rank * tp + tp_rank: the ranks that share one copy of
+The tensor- and data-parallel sizes are chosen first (`layout.choose_layout`); the ranks that run
+then make a `Mesh` of them. rank = dp_rank * tp + tp_rank: the ranks that share one copy of
 the model are neighbours, hence on one machine where tp divides its ranks.
 """
 
@@ -15,9 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.parameters import allowed_tp, check_tp
 from mlm_eval.model.tensor_parallel import TensorParallel
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -25,9 +23,6 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 PATIENCE = timedelta(days=30)
 """How long ranks wait for an object: rank 0 may tokenize gigabytes before it has one to send."""
-
-ACTIVATION_BYTES = 3 << 30
-"""Left free on each device beside the weights: activations, logits, the CUDA context."""
 
 
 def num_ranks() -> int:
@@ -205,61 +200,3 @@ def pick_device(device: str) -> str:
     if device == "cuda":
         raise InputError("--device cuda: torch sees no CUDA device; use --device cpu")
     return "cpu"
-
-
-def choose_layout(
-    checkpoint: Checkpoint,
-    *,
-    tp: int | None,
-    dp: int | None,
-    device: str,
-    itemsize: int,
-    running: int | None = None,
-) -> tuple[int, int]:
-    """Return (tp, dp).
-
-    Args:
-        checkpoint: The model.
-        tp: Asked tensor-parallel size, None for auto.
-        dp: Asked data-parallel size, None for auto.
-        device: `cpu` or `cuda`.
-        itemsize: Bytes of a weight in the compute dtype.
-        running: Ranks that torchrun or Slurm has started; None when this command starts its own.
-
-    On the CPU auto means 1 and 1, or whatever fills the running ranks. On CUDA it is the smallest
-    tp whose shard fits the free memory of the fullest device, and the other devices as dp.
-
-    Raises:
-        InputError: The sizes do not divide the model, or no size fits.
-    """
-    if tp is not None:
-        check_tp(checkpoint.config, tp)
-    if running is not None:
-        return fill_ranks(running, tp=tp, dp=dp)
-    if device == "cpu":
-        return tp or 1, dp or 1
-    devices = torch.cuda.device_count()
-    if tp is None:
-        free = min(torch.cuda.mem_get_info(i)[0] for i in range(devices))
-        tp = smallest_fitting_tp(
-            checkpoint, free=free, itemsize=itemsize, limit=devices // (dp or 1)
-        )
-    return tp, dp or max(devices // tp, 1)
-
-
-def smallest_fitting_tp(checkpoint: Checkpoint, *, free: int, itemsize: int, limit: int) -> int:
-    """Return the smallest allowed tp whose shard leaves `ACTIVATION_BYTES` of `free` bytes.
-
-    Raises:
-        InputError: Not even `limit` ranks suffice.
-    """
-    weights = checkpoint.num_parameters * itemsize
-    allowed = [n for n in allowed_tp(checkpoint.config) if n <= max(limit, 1)]
-    for size in allowed:
-        if weights / size + ACTIVATION_BYTES <= free:
-            return size
-    raise InputError(
-        f"the model has {weights / 1e9:.1f} GB of weights, which do not fit {allowed[-1]} "
-        f"device(s) with {free / 1e9:.1f} GB free each; use more devices, --dtype bfloat16, or "
-        "--device cpu"
-    )

@@ -118,12 +118,12 @@ class Replicas:
 
     @contextlib.contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:
-        """Sum gradients over ranks in the backward pass of a step's last micro-batch only."""
+        """Sum gradients over ranks in the backward pass of a step's last micro-batch only.
+
+        FSDP2 does so in each: otherwise it would hold the gradient of the whole model.
+        """
         module: Any = self.module
-        if self.sharded:
-            module.set_requires_gradient_sync(last)
-            yield
-        elif last or not hasattr(module, "no_sync"):
+        if self.sharded or last or not hasattr(module, "no_sync"):
             yield
         else:
             with module.no_sync():

@@ -414,7 +414,7 @@ def test_ranks_share_the_memory_of_the_machine():
 
 def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: ([70, 50][index], 80))
+    monkeypatch.setattr(bench_study, "free_on_gpus", lambda: (70, 50))
     assert (free_bytes("cuda", 1), free_bytes("cuda", 2)) == (70, 50)
     with pytest.raises(InputError, match="tp 4 needs 4 GPUs, one for each rank, but 2 can be seen"):
         free_bytes("cuda", 4)

@@ -26,13 +26,14 @@ from mlm_eval.engine.score import Request
 from mlm_eval.model.dropout import Dropout, sample_keys
 from mlm_eval.model.initial import new_checkpoint, with_head
 from mlm_eval.model.memory import (
+    OUTSIDE,
     TrainingBatch,
     evaluation_memory,
     local_parameters,
     training_memory,
 )
 from mlm_eval.model.sizes import named_config
-from mlm_eval.planning.plan import OUTSIDE, parse_throughput, plan_record
+from mlm_eval.planning.plan import parse_throughput, plan_record
 from mlm_eval.tasks.workloads import workloads
 from mlm_eval.training.data import NO_LABEL, Sample, collate
 from mlm_eval.training.objectives import CausalLM, MultipleChoice, Objective

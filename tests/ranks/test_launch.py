@@ -505,23 +505,6 @@ def test_a_broken_node_list_is_refused(nodelist: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world", "gpus", "expected"),
-    [
-        (World(5, 8, 1, 4, "torchrun"), 4, 1),
-        (World(5, 8, 1, 4, "slurm"), 1, 0),  # --gpus-per-task: each task sees one
-        (World(5, 8, 1, 4, "torchrun"), 1, None),
-        (World(0, 2, 0, 2, "slurm"), 0, None),
-    ],
-)
-def test_each_rank_takes_its_own_gpu(world: World, gpus: int, expected: int | None) -> None:
-    if expected is None:
-        with pytest.raises(InputError, match="sees"):
-            launch._gpu(world, gpus)
-    else:
-        assert launch._gpu(world, gpus) == expected
-
-
-@pytest.mark.parametrize(
     ("error", "message"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), "does not fit .*--batch-tokens"),
