@@ -15,6 +15,7 @@ from typing import Any
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.tokenizer import Tokenizer
+from mlm_eval.checkpoints.tokenizers.wordpiece import lower_cases
 
 LEGACY_TYPES = ("BertWordPieceLowerCase", "BertWordPieceCase", "GPT2BPETokenizer")
 """The types that Megatron v2.5 knows."""
@@ -38,9 +39,10 @@ def tokenizer_type(tokenizer: Tokenizer) -> str:
     if tokenizer.kind == "bert-wordpiece":
         return _BERT_TYPES[not tokenizer.lower_case]
     rules = json.loads(tokenizer.backend.to_str())
-    normalizer, splitter = rules.get("normalizer") or {}, rules.get("pre_tokenizer") or {}
-    if rules["model"]["type"] == "WordPiece" and normalizer.get("type") == "BertNormalizer":
-        return _BERT_TYPES[not normalizer["lowercase"]]
+    splitter = rules.get("pre_tokenizer") or {}
+    lower_case = lower_cases(rules)
+    if lower_case is not None:
+        return _BERT_TYPES[not lower_case]
     if rules["model"]["type"] == "BPE" and splitter.get("type") == "ByteLevel":
         # Its default regex is GPT-2's; other models come with one of their own.
         return "GPT2BPETokenizer" if splitter.get("use_regex", True) else "HuggingFaceTokenizer"

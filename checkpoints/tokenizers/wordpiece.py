@@ -10,6 +10,7 @@ characters, and does not know the final sigma.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -207,6 +208,25 @@ def wordpiece_backend(vocab: Mapping[str, int], rules: WordPieceRules) -> Any:
     decode: list[Any] = [decoders.Replace(mark, word) for word, mark in stand_ins.items()]
     backend.decoder = decoders.Sequence([*decode, decoders.WordPiece(prefix=rules.prefix)])
     return backend
+
+
+def lower_cases(rules: Mapping[str, Any]) -> bool | None:
+    """Return whether a tokenizer.json lower-cases text; None where its rules are not BERT's.
+
+    Args:
+        rules: Its content. BERT's are those of transformers' class, or ours, plain.
+    """
+    normalizer = rules.get("normalizer") or {}
+    if rules["model"]["type"] != "WordPiece":
+        return None
+    if normalizer.get("type") == "BertNormalizer":
+        return bool(normalizer["lowercase"])
+    for lower_case in (True, False):
+        rule = WordPieceRules(lower_case, lower_case)
+        plain = json.loads(wordpiece_backend({UNKNOWN_PIECE: 0}, rule).to_str())
+        if all(rules[part] == plain[part] for part in ("normalizer", "pre_tokenizer")):
+            return lower_case
+    return None
 
 
 def _value(settings: Mapping[str, Any], key: str, kind: type, default: Any, where: Path) -> Any:

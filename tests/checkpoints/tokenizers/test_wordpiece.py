@@ -247,3 +247,25 @@ def test_the_switches_beside_a_tokenizer_json_win_as_in_transformers(settings, t
     theirs = BertTokenizer.from_pretrained(tmp_path / "fast")
     for text in ("Hello CAF\u00c9 caf\u00e9", "\u4e2d\u6587 \u4e2d\u6587x"):
         assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("lower_case", [True, False])
+def test_a_written_tokenizer_json_is_known_for_what_it_is(lower_case, tmp_path):
+    """So that Megatron's name for it can be written, and its entries counted."""
+    from mlm_eval.checkpoints.megatron.tokenizer_type import added_entries, tokenizer_type
+
+    settings = {"do_lower_case": lower_case}
+    slow = write(tmp_path / "slow", PIECES, settings)
+    fast = tmp_path / "fast"
+    fast.mkdir()
+    slow.hub_backend().save(str(fast / "tokenizer.json"))
+    found = load_tokenizer(directory=fast)
+    assert (found.kind, found.vocab_size) == ("tokenizer.json", slow.vocab_size)
+    assert tokenizer_type(found) == tokenizer_type(slow)
+    assert tokenizer_type(found).endswith("LowerCase") is lower_case
+    assert added_entries(found, {}) == added_entries(slow, {}) == 2
+    odd = write(tmp_path / "odd", PIECES, {**settings, "tokenize_chinese_chars": False})
+    other = tmp_path / "other"
+    other.mkdir()
+    odd.hub_backend().save(str(other / "tokenizer.json"))
+    assert tokenizer_type(load_tokenizer(directory=other)) == "HuggingFaceTokenizer"
