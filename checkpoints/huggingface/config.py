@@ -121,7 +121,7 @@ def read_config(
     for name, value in found.heads.items():
         r.set(name, value, "weights")
     _activation(r, family)
-    if r.values.get("position_embedding_type") == "rope":
+    if family.rotary:
         _rotary(r, family)
     tied, source = r.look("tie_word_embeddings", "bool")
     if found.untied:
@@ -248,6 +248,11 @@ def _window(r: HubConfigReader, family: Family) -> None:
         return
     if window < 1:
         raise InputError(f"{r.where}: sliding_window is {window}, expected at least 1 position")
+    if not family.rotary:
+        raise InputError(
+            f"{r.where} describes a model with a sliding window (sliding_window is {window}), "
+            f"which mlm-eval does not compute for {family.model_type} models"
+        )
     if "max_position_embeddings" in r.overrides:
         raise InputError(
             f"{r.where}: attention is limited to a window of {window} positions, which mlm-eval "

@@ -112,6 +112,11 @@ class Family:
         rows = (*self.shared, *self.fields)
         return {key: row for row in rows for key in (row.key, *row.aliases)}
 
+    @property
+    def rotary(self) -> bool:
+        """Whether queries and keys are rotated; other models have a table of positions."""
+        return self.constants.get("position_embedding_type") == "rope"
+
     @cached_property
     def activation(self) -> Field:
         """The key that names the activation."""

@@ -129,7 +129,9 @@ def find_family(hf: Mapping[str, Any], where: Path) -> Family:
         known = [f for f in FAMILIES.values() if any(c.startswith(f.model_class) for c in classes)]
         model_type = known[0].model_type if known else None
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        named = f"a model of type {model_type!r}" if model_type else "a model of no named type"
+        named = (
+            f"a model of model_type {model_type!r}" if model_type else "a model of no model_type"
+        )
         raise InputError(
             f"{where} describes {named}, which mlm-eval does not compute; known are "
             f"{', '.join(FAMILIES)}"

@@ -297,7 +297,7 @@ def test_damaged_folders_end_in_one_sentence(saved: Path, tmp_path: Path) -> Non
     folder, shards = fresh()
     index = folder / "model.safetensors.index.json"
     index.write_text(index.read_text().replace(shards[0].name, "../elsewhere.safetensors"))
-    with pytest.raises(InputError, match="outside its folder"):
+    with pytest.raises(InputError, match="cannot name a file .it is a path"):
         read_folder(folder)
     index.write_text("{}")
     with pytest.raises(InputError, match="no weight_map"):

@@ -276,6 +276,7 @@ def test_the_original_length_is_the_files(
         ("llama", {"layer_types": ["full_attention"]}, "layer_types is"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "layer_types is"),
         ("mistral", {"sliding_window": 0}, "sliding_window is 0"),
+        ("gpt2", {"sliding_window": 6}, "sliding_window is 6.*not compute for gpt2"),
         ("mistral", {"sliding_window": "all"}, "sliding_window is 'all'"),
     ],
 )
