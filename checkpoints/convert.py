@@ -14,7 +14,12 @@ from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.comparison import Comparison
 from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.megatron.layout import NAMES, is_for_v25, save_layout
+from mlm_eval.checkpoints.megatron.layout import (
+    NAMES,
+    is_for_v25,
+    padded_vocabulary,
+    save_layout,
+)
 from mlm_eval.checkpoints.megatron.tokenizer_type import added_entries, with_tokenizer_type
 from mlm_eval.checkpoints.tokenizer import (
     Tokenizer,
@@ -128,6 +133,7 @@ def convert(
     missing: tuple[str, ...] = ()
     approximations: list[str] = []
     warnings: list[str] = []
+    given_vocab = vocab
     if to == "megatron" and vocab is None and true_vocab_size is not None:
         # Megatron v2.5 takes one number of rows only, which follows from its tokenizer.
         source = checkpoint.provenance.names
@@ -143,6 +149,12 @@ def convert(
     if to != "hf" and tokenizer is not None:
         target = with_tokenizer_type(checkpoint, tokenizer)
         sizes["added_entries"] = added_entries(tokenizer, target.provenance.args)
+    if given_vocab is None and vocab == "true" and checkpoint.provenance.format == "huggingface":
+        # Its rows are no padding: none of them is cut that nobody asked to cut.
+        added = sizes.get("added_entries", 0)
+        rows, _ = padded_vocabulary(checkpoint, sizes["tp"], true_vocab_size, None, added=added)
+        if rows < checkpoint.config.vocab_size:
+            sizes["true_vocab_size"] = expected["entries"] = None
     write: Callable[..., Any]
     written = None  # names of the parameters
     if to == "hf":

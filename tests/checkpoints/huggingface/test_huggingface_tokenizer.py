@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from support import random_models
 
@@ -125,6 +126,21 @@ def test_rows_of_a_hugging_face_model_are_kept(family, tmp_path):
     assert rows_of(convert(checkpoint, "hf", tmp_path / "none")) == 70
     cut = convert(checkpoint, "hf", tmp_path / "cut", tokenizer=words, vocab="true")
     assert rows_of(cut) == 63 and "7 rows that pad the vocabulary" in cut.notes[0]
+
+
+def test_legacy_names_cut_no_row_of_a_hugging_face_model(tmp_path):
+    """Megatron v2.5 wants its tokenizer's rows; a longer table of Hugging Face's is not padding."""
+    words = load_tokenizer(directory=gpt2_folder(tmp_path / "words"))
+    for rows, written in ((70, 128), (300, 384)):
+        source = convert(model("gpt", rows), "hf", tmp_path / f"hf{rows}", vocab="padded")
+        checkpoint = open_checkpoint(source.path)
+        target = tmp_path / f"legacy{rows}"
+        convert(checkpoint, "megatron", target, names="legacy", tokenizer=words)
+        result = open_checkpoint(target)
+        assert result.config.vocab_size == written
+        name = "embedding.word_embeddings.weight"
+        stored = result.tensors[name].read()[:rows]
+        assert torch.equal(stored, checkpoint.tensors[name].read())
 
 
 def test_rows_that_no_padding_explains_are_kept(tmp_path):
