@@ -27,7 +27,7 @@ from mlm_eval.checkpoints.tokenizer import (
     entries_within,
     load_tokenizer,
 )
-from mlm_eval.checkpoints.tokenizers.copying import copy_tokenizer_file
+from mlm_eval.checkpoints.tokenizers.copying import copy_tokenizer
 
 TARGET_FORMATS = ("hf", "megatron", "torch_dist")
 
@@ -198,9 +198,7 @@ def convert(
     def finish(folder: Path) -> None:
         nonlocal comparison
         if to != "hf" and tokenizer is not None:
-            (folder / "tokenizer").mkdir()
-            for file in tokenizer.files:
-                copy_tokenizer_file(file, folder / "tokenizer" / file.name)
+            copy_tokenizer(tokenizer, folder / "tokenizer")
         if compare is not None and (verify or approximations):
             comparison = compare(checkpoint, folder, **expected)
             if not comparison.as_allowed:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.tokenizer import Tokenizer
-from mlm_eval.checkpoints.tokenizers.copying import copy_tokenizer_file
+from mlm_eval.checkpoints.tokenizers.copying import check_own_file, copy_tokenizer_file
 from mlm_eval.checkpoints.tokenizers.side_files import SPECIAL_NAMES, TOKENIZER_CONFIG
 
 COPIED = (
@@ -73,7 +73,12 @@ def tokenizer_files(tokenizer: Tokenizer, *, family: str, max_length: int) -> To
         tokenizer: Of any kind.
         family: `gpt` or `bert`: which inputs the model takes.
         max_length: The model's positions.
+
+    Raises:
+        InputError: A file beside the vocabulary is a link that leads out of its folder.
     """
+    for file in tokenizer.files:  # what they say is written, be it in a file of another name
+        check_own_file(file)
     if tokenizer.kind == "sentencepiece":
         return _sentencepiece_files(tokenizer)
     vocabulary = tokenizer.files[0]

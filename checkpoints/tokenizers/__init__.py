@@ -6,5 +6,5 @@
     copying.py      copies of these files beside a model
 
 `checkpoints/tokenizer.py` and those who copy a tokenizer import from here; this room imports
-`errors` and `files`.
+`errors`, `files` and, for copies, `tokenizer`.
 """

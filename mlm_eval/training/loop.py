@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -33,6 +32,7 @@ from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import num_parameters
 from mlm_eval.checkpoints.tokenizer import Tokenizer, entries_within
+from mlm_eval.checkpoints.tokenizers.copying import copy_tokenizer
 from mlm_eval.checkpoints.vocabulary import with_rows
 from mlm_eval.engine.engine import Engine
 from mlm_eval.engine.resume import run_difference
@@ -417,9 +417,7 @@ class _Run:
         layout["iteration"] = self.counters.step
         write_megatron_torch(checkpoint, target, overwrite=True, **layout)
         if self.tokenizer is not None:
-            (target / "tokenizer").mkdir(exist_ok=True)
-            for file in self.tokenizer.files:
-                shutil.copyfile(file, target / "tokenizer" / file.name)
+            copy_tokenizer(self.tokenizer, target / "tokenizer")
 
     def _finish(self) -> TrainReport:
         def finish() -> None:

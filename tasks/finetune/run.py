@@ -30,7 +30,7 @@ from mlm_eval.checkpoints.files.output import output_folder
 from mlm_eval.checkpoints.files.text_file import parse_json, read_text
 from mlm_eval.checkpoints.folders.checkpoint_files import remove_checkpoint
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits
-from mlm_eval.checkpoints.tokenizers.copying import copy_tokenizer_file
+from mlm_eval.checkpoints.tokenizers.copying import copy_tokenizer
 from mlm_eval.engine.resume import run_difference
 from mlm_eval.model.initial import with_head
 from mlm_eval.ranks.collectives import on_main
@@ -488,17 +488,6 @@ class _Finetuning:
             timing=timing,
             versions=versions(),
         )
-
-
-def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a tokenizer's files to a folder where it is found again, whatever they were called."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in tokenizer.files:
-        is_vocabulary = tokenizer.kind == "bert-wordpiece" and file.suffix == ".txt"
-        copy_tokenizer_file(file, folder / ("vocab.txt" if is_vocabulary else file.name))
-    config = folder / "tokenizer_config.json"
-    if tokenizer.lower_case is not None and not config.is_file():
-        write_json(config, {"do_lower_case": tokenizer.lower_case})
 
 
 def _link_tree(source: Path, target: Path) -> None:

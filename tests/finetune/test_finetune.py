@@ -20,13 +20,14 @@ from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from mlm_eval.checkpoints.tokenizers.copying import copy_tokenizer
 from mlm_eval.engine.engine import Engine
 from mlm_eval.reporting.results import Result
 from mlm_eval.reporting.text import sets_to_show
 from mlm_eval.tasks.finetune import figures as run_figures
 from mlm_eval.tasks.finetune.data import read_sets
 from mlm_eval.tasks.finetune.predictions import ensemble_result, read_predictions
-from mlm_eval.tasks.finetune.run import copy_tokenizer, finetune
+from mlm_eval.tasks.finetune.run import finetune
 from mlm_eval.tasks.finetune.settings import FIELDS, FinetuneOptions, load_recipe, recipe_names
 from mlm_eval.tasks.finetune.task import make_task
 from mlm_eval.tasks.paper import load_paper
