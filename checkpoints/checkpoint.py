@@ -84,12 +84,7 @@ class Checkpoint:
                     f"{list(parameter.shape)}; copy all ranks of one save, where ranks of two are "
                     "mixed, or correct the settings with --set"
                 )
-            if dtype_name(self.tensors[name].dtype) not in WEIGHT_DTYPES:
-                # 8-bit weights come with scales: without them they would be other numbers.
-                raise InputError(
-                    f"{where}: {name} is stored as {self.tensors[name].dtype}, which mlm-eval does "
-                    "not read; use a checkpoint in float32, bfloat16 or float16"
-                )
+            check_weight_dtype(self.tensors[name], name, str(where))
         extra = sorted(set(self.tensors) - set(table))
         if extra:
             raise InputError(
@@ -114,6 +109,24 @@ def training_state(names: Iterable[str]) -> list[str]:
         for what, pattern in _TRAINING_STATE.items()
         if any(re.search(pattern, name) for name in known)
     ]
+
+
+def check_weight_dtype(tensor: LazyTensor, name: str, where: str) -> None:
+    """Refuse integers and 8-bit floats: they come with scales, without which they mean others.
+
+    Args:
+        tensor: A weight.
+        name: Its name.
+        where: The file, for messages.
+
+    Raises:
+        InputError: It is of another dtype than those of weights.
+    """
+    if dtype_name(tensor.dtype) not in WEIGHT_DTYPES:
+        raise InputError(
+            f"{where}: {name} is stored as {tensor.dtype}, which mlm-eval does not read; use a "
+            "checkpoint in float32, bfloat16 or float16, not one of quantized weights"
+        )
 
 
 def cheap_digest(files: Mapping[str, tuple[int, list[int] | bytes]]) -> str:

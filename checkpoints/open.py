@@ -15,9 +15,15 @@ from mlm_eval.checkpoints.catalog import is_catalog_name, resolve
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import check_overrides
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.files.stand_in import describe_missing
-from mlm_eval.checkpoints.files.text_file import read_json_object
-from mlm_eval.checkpoints.megatron.iteration import find_iteration
+from mlm_eval.checkpoints.files.stand_in import describe_missing, refuse_stand_in
+from mlm_eval.checkpoints.files.text_file import read_json_object, read_text
+from mlm_eval.checkpoints.megatron.iteration import (
+    TRACKER,
+    find_iteration,
+    folder_of_ranks,
+    holds_ranks,
+)
+from mlm_eval.checkpoints.megatron.relatives import ZARR, is_distributed, refuse_relative
 
 
 def open_checkpoint(
@@ -80,29 +86,90 @@ def _open(target: Path, overrides: dict[str, Any]) -> Checkpoint:
         raise InputError(f"{target} is neither a file nor a folder; give --ckpt a checkpoint")
     if is_archive(target):
         target = unpack(target)
-    if target.suffix == ".safetensors" and (target.parent / "config.json").is_file():
-        target = target.parent
-    if target.is_file():
-        from mlm_eval.checkpoints.megatron.read_torch import read_model_file
+    return _open_file(target, overrides) if target.is_file() else _open_folder(target, overrides)
 
-        return read_model_file(target, overrides)
-    if (target / "config.json").is_file():
-        from mlm_eval.checkpoints.huggingface.read import read_folder
 
-        return read_folder(target, overrides)
-    return _open_iteration(find_iteration(target), overrides)
+def _open_file(file: Path, overrides: dict[str, Any]) -> Checkpoint:
+    """Return the checkpoint that a file is, or that it is a part of."""
+    from mlm_eval.checkpoints.huggingface.read import WEIGHT_FILE, holds_weights, read_folder
+    from mlm_eval.checkpoints.megatron.read_torch import read_model_file
+
+    folder = file.parent
+    hub_file = file.name == "config.json" or WEIGHT_FILE.fullmatch(file.name)
+    if hub_file and (folder / "config.json").is_file() and holds_weights(folder):
+        return read_folder(folder, overrides)
+    part = file.suffix == ".distcp" or file.name in (".metadata", "common.pt", "metadata.json")
+    if part and is_distributed(folder):
+        return _open_iteration(folder, overrides)
+    if file.name == TRACKER:
+        return _open_iteration(find_iteration(folder), overrides)
+    if file.name in ("distrib_optim.pt", "optim.pt") and (ranks := folder_of_ranks(folder)):
+        return _open_iteration(ranks, overrides)
+    refuse_relative(file)
+    if file.suffix == ".safetensors":
+        refuse_stand_in(file)
+        raise InputError(
+            f"{file} is one file of a Hugging Face model; give --ckpt the folder with its "
+            "config.json and all of its weights"
+        )
+    return read_model_file(file, overrides)
+
+
+def _snapshot(folder: Path) -> Path:
+    """Return the model's own folder, where the Hugging Face hub's cache of it was given."""
+    main = folder / "refs" / "main"
+    if (folder / "snapshots").is_dir() and main.is_file():
+        snapshot = folder / "snapshots" / read_text(main).strip()
+        return snapshot if snapshot.is_dir() else folder
+    return folder
+
+
+def _open_folder(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
+    """Return the checkpoint of a folder: its weights decide which format it is."""
+    from mlm_eval.checkpoints.huggingface.read import holds_weights, read_folder
+
+    folder = _snapshot(folder)
+    hub = (folder / "config.json").is_file()
+    weights = hub and holds_weights(folder)
+    try:
+        step = find_iteration(folder)
+    except InputError:
+        if weights:
+            return read_folder(folder, overrides)
+        refuse_relative(folder)
+        raise
+    if not holds_ranks(step) and not is_distributed(step):
+        if not weights:
+            refuse_relative(folder)
+        if hub:  # without weights too: its reader says what is missing
+            return read_folder(folder, overrides)
+        return _open_iteration(step, overrides)
+    if weights:
+        raise InputError(
+            f"{folder} holds two checkpoints, a Hugging Face model (config.json and its weights) "
+            f"and Megatron's in {step}; give --ckpt {folder / 'config.json'} for the first, or "
+            f"{_door_of(step)} for the second"
+        )
+    return _open_iteration(step, overrides)
+
+
+def _door_of(step: Path) -> Path:
+    """Return a path that leads to Megatron's checkpoint in a folder, whatever else is in it."""
+    ranks = sorted(entry for entry in step.iterdir() if re.match(r"mp_rank_\d", entry.name))
+    return ranks[0] if ranks else step / ".metadata"
 
 
 def _open_iteration(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     """Return the checkpoint in an `iter_*` or `release` folder."""
-    names = {entry.name for entry in folder.iterdir()}
-    if any(re.match(r"mp_rank_\d", name) and (folder / name).is_dir() for name in names):
-        from mlm_eval.checkpoints.megatron.read_torch import read_ranks
-
-        return read_ranks(folder, overrides)
-    _refuse_unreadable_format(folder, names)
     from mlm_eval.checkpoints.megatron.read_dist import read_distributed
+    from mlm_eval.checkpoints.megatron.read_torch import read_ranks
 
+    if holds_ranks(folder):
+        return read_ranks(folder, overrides)
+    names = {entry.name for entry in folder.iterdir()}
+    if ".metadata" not in names:
+        refuse_relative(folder)
+        _refuse_unreadable_format(folder, names)
     return read_distributed(folder, overrides)
 
 
@@ -110,28 +177,11 @@ def _refuse_unreadable_format(folder: Path, names: set[str]) -> None:
     """Refuse, by name, folders that hold no format that can be read.
 
     Raises:
-        InputError: The folder holds zarr arrays, DeepSpeed's files, an unfinished save, or nothing
-            that we know.
+        InputError: The folder holds an unfinished save, or nothing that we know.
     """
     metadata = folder / "metadata.json"
-    backend = None
-    if metadata.is_file():
-        backend = read_json_object(metadata).get("sharded_backend")
-    zarr = any((folder / name / ".zarray").is_file() for name in names)
-    if backend == "zarr" or zarr:
-        raise InputError(
-            f"{folder} is in the zarr format, which Megatron removed in core 0.16; convert it to "
-            "torch_dist first, with Megatron-LM core 0.8 to 0.15 (--dist-ckpt-format zarr to load, "
-            "torch_dist to save)"
-        )
-    if any(re.fullmatch(r"(mp_rank|(.*_)?zero_pp_rank)_\d.*_states\.pt", name) for name in names):
-        raise InputError(
-            f"{folder} is a DeepSpeed checkpoint; use the tools of the project that wrote it to "
-            "bring it to Megatron's form first (Megatron-DeepSpeed has "
-            "tools/convert_checkpoint/deepspeed_to_megatron.py)"
-        )
-    if ".metadata" in names:
-        return
+    if metadata.is_file() and read_json_object(metadata).get("sharded_backend") == "zarr":
+        raise InputError(f"{folder} {ZARR}")
     if not any(name.endswith(".distcp") for name in names):
         found = ", ".join(sorted(names)[:4]) or "nothing"
         raise InputError(

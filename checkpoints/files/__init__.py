@@ -5,6 +5,7 @@
     torch_save.py         writes what `torch.save` writes, one tensor at a time
     safetensors_file.py   reads and writes safetensors
     distcp.py             reads the folders of torch.distributed.checkpoint
+    state_dict.py         wrappers' prefixes; tensors of kinds that are not read, by name
     text_file.py          text and JSON: byte order marks, line ends, encodings
     stand_in.py           names what lies in the place of a file: Git LFS pointers, pages
     zip_archive.py        published zip archives

@@ -14,6 +14,7 @@ from __future__ import annotations
 import pickle
 import struct
 from collections.abc import Callable
+from pathlib import PurePath, PurePosixPath, PureWindowsPath
 from typing import IO, Any, ClassVar
 
 import torch
@@ -53,7 +54,17 @@ HARMLESS_NAMES = frozenset(
     }.items()
     for name in names.split()
 )
-"""Exceptions to `HOSTILE_MODULES`; they are stubs here all the same."""
+"""Exceptions to `HOSTILE_MODULES`; they are stubs here all the same, but for paths."""
+
+PATHS: dict[str, type[PurePath]] = {
+    "Path": PurePosixPath,
+    "PosixPath": PurePosixPath,
+    "PurePath": PurePosixPath,
+    "PurePosixPath": PurePosixPath,
+    "WindowsPath": PureWindowsPath,
+    "PureWindowsPath": PureWindowsPath,
+}
+"""Classes of `pathlib`: paths become text. Python 3.13 has them in `pathlib._local`."""
 
 QUIET_NAMES = frozenset(
     """_codecs.encode collections.defaultdict io.BytesIO _io.BytesIO numpy.dtype numpy.ndarray
@@ -153,7 +164,11 @@ def printable(text: str) -> str:
 
 def is_hostile(module: str, name: str) -> bool:
     """Whether a pickled name would run commands, open files or load code, were it called."""
-    path = f"{module}.{name}"
+    # Python moves its classes to private modules and back, from one version to the next.
+    public = ".".join(
+        part for i, part in enumerate(module.split(".")) if not (i and part[:1] == "_")
+    )
+    path = f"{public}.{name}"
     if module.partition(".")[0] in HOSTILE_MODULES:
         return path not in HARMLESS_NAMES
     if any(part.lstrip("_") in HOSTILE_MODULES for part in name.split(".")[:-1]):
@@ -200,6 +215,17 @@ def _frozenset(items: Any = ()) -> frozenset[Any]:
     return frozenset(map(_checked_key, _tuple(items)))
 
 
+def _path_text(name: str) -> Callable[..., str]:
+    """Return what makes the text of a path from its parts, for one of `PATHS`."""
+
+    def join(*parts: Any) -> str:
+        if not all(isinstance(part, str) for part in parts):
+            raise pickle.UnpicklingError("a path of something else than text")
+        return str(PATHS[name](*parts))
+
+    return join
+
+
 def _complex(real: Any = 0.0, imag: Any = 0.0) -> complex:
     if not isinstance(real, float) or not isinstance(imag, float):
         raise pickle.UnpicklingError("a complex number of something else than two numbers")
@@ -223,6 +249,8 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("copyreg", "_reconstructor"): _reconstructor,
     ("copy_reg", "_reconstructor"): _reconstructor,
     ("argparse", "Namespace"): Namespace,
+    **{("pathlib", name): _path_text(name) for name in PATHS},
+    **{("pathlib._local", name): _path_text(name) for name in PATHS},
 }
 
 

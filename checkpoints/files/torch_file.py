@@ -60,8 +60,12 @@ class _Storage:
     offset: int
 
 
-def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> StoredTensor:
+def _rebuild_tensor(
+    storage: Any, offset: Any, size: Any, stride: Any, *_: Any
+) -> StoredTensor | Stub:
     """Note a tensor (torch._utils._rebuild_tensor and _rebuild_tensor_v2)."""
+    if isinstance(storage, Stub):  # of a type that this torch does not have, or that is quantized
+        return storage
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError("a tensor without a storage")
     return _tensor(storage, offset, size, stride, storage.dtype)
@@ -69,9 +73,11 @@ def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) 
 
 def _rebuild_tensor_v3(
     storage: Any, offset: Any, size: Any, stride: Any, *rest: Any
-) -> StoredTensor:
+) -> StoredTensor | Stub:
     """Note a tensor of an untyped storage (torch._utils._rebuild_tensor_v3)."""
     dtype = rest[2] if len(rest) > 2 else None
+    if isinstance(dtype, type) and issubclass(dtype, Stub):  # of a newer torch
+        return dtype()
     if not isinstance(storage, _Storage) or not isinstance(dtype, torch.dtype):
         raise pickle.UnpicklingError("a tensor without a storage or a dtype")
     return _tensor(storage, offset, size, stride, dtype)
@@ -103,11 +109,13 @@ def _rebuild_parameter(data: Any, *_: Any) -> Any:
     return data
 
 
-def _rebuild_from_type(function: Any, _type: Any, args: Any, _state: Any) -> Any:
-    """Drop a tensor subclass, where its inside is one of our rebuilders."""
+def _rebuild_from_type(function: Any, _type: Any, args: Any, state: Any) -> Any:
+    """Drop a tensor subclass, where its inside is one of our rebuilders; else keep it as a stub."""
     known = (_rebuild_tensor, _rebuild_tensor_v3, _rebuild_parameter)
     if not any(function is rebuild for rebuild in known):
-        return Stub(function, args)
+        stub = Stub(function, args, _type)
+        stub.__dict__["stub_state"] = state
+        return stub
     if not isinstance(args, tuple) or len(args) > 16:
         raise pickle.UnpicklingError("a tensor rebuilt from too much")
     return function(*args)
@@ -168,6 +176,9 @@ class _TorchUnpickler(SafeUnpickler):
         if pid[0] == "module" and len(pid) == 4:
             return pid[1]  # a module's class, with its source text: old torch kept it beside it
         kind, storage_type, key, _location, numel, *view = pid
+        if isinstance(storage_type, type) and issubclass(storage_type, Stub):
+            if kind == "storage" and storage_type.__name__.endswith("Storage"):
+                return storage_type()
         if kind != "storage" or not isinstance(storage_type, _StorageType):
             raise pickle.UnpicklingError("a storage of an unknown kind")
         if not isinstance(key, str | int) or type(numel) is not int or not 0 <= numel < 2**60:

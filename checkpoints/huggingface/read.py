@@ -18,12 +18,14 @@ from mlm_eval.checkpoints.checkpoint import (
     Checkpoint,
     Provenance,
     cheap_digest,
+    check_weight_dtype,
     training_state,
 )
 from mlm_eval.checkpoints.config import ModelConfig
-from mlm_eval.checkpoints.dtypes import WEIGHT_DTYPES, dtype_name
+from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safetensors_file import read_safetensors
+from mlm_eval.checkpoints.files.state_dict import common_prefix, plain_tensor, unwrapped
 from mlm_eval.checkpoints.files.text_file import read_json_object
 from mlm_eval.checkpoints.files.torch_file import read_torch_file
 from mlm_eval.checkpoints.folders.file_names import safe_name
@@ -37,6 +39,10 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """In transformers' order of preference; each may also be split, with an index beside it."""
 
 
+WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+"""Names of such files and of their indices."""
+
+
 @dataclass
 class Weights:
     """The tensors of a folder by transformers' current names, and which were asked for."""
@@ -44,6 +50,8 @@ class Weights:
     folder: Path
     prefix: str = ""
     tensors: dict[str, LazyTensor] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    """The files' own names of the tensors."""
     used: set[str] = field(default_factory=set)
     files: list[Path] = field(default_factory=list)
     marks: dict[str, tuple[int, list[int] | bytes]] = field(default_factory=dict)
@@ -58,18 +66,36 @@ class Weights:
                 return self.tensors[key]
         return None
 
+    def drop_prefix(self, name: str) -> LazyTensor | None:
+        """Take off what a trainer has put before every name; return the tensor of a known name."""
+        for known in (name, name.removeprefix(self.prefix)):
+            if prefix := common_prefix(self.tensors, known):
+                self.tensors = {key.removeprefix(prefix): t for key, t in self.tensors.items()}
+                return self.find(name)
+        return None
+
     def add(self, path: Path, mark: list[int] | bytes, tensors: Mapping[str, Any]) -> None:
         """Take in one file's tensors."""
         self.files.append(path)
         self.marks[path.name] = (path.stat().st_size, mark)
-        for key, tensor in tensors.items():
-            if not isinstance(tensor, LazyTensor) or IGNORED_TENSORS.search(key):
+        for key, value in tensors.items():
+            if not isinstance(key, str) or IGNORED_TENSORS.search(key):
                 continue
-            self.tensors[_current_name(key)] = tensor
+            tensor = plain_tensor(value, key, str(path))
+            if tensor is None:
+                continue
+            name = _current_name(key)
+            if self.keys.setdefault(name, key) != key:
+                raise InputError(
+                    f"{path} has {name} under two names, {self.keys[name]} and {key}; the folder "
+                    "may hold two models: give one of a single model"
+                )
+            self.tensors[name] = tensor
 
 
 def _current_name(key: str) -> str:
     """Return today's name of a tensor; BERT as converted in 2018 has others for its norms."""
+    key = unwrapped(key)
     return re.sub(r"\.beta$", ".bias", re.sub(r"\.gamma$", ".weight", key))
 
 
@@ -142,6 +168,18 @@ def find_family(hf: Mapping[str, Any], where: Path) -> Family:
 def _classes(hf: Mapping[str, Any]) -> list[str]:
     names = hf.get("architectures")
     return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder has weights in one of this format's forms, or at least a part of them."""
+    for name in WEIGHT_FILES:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return True
+        stem, _, suffix = name.rpartition(".")
+        if index.is_file() and any(folder.glob(f"{stem}-*-of-*.{suffix}")):
+            return True
+    return False
 
 
 def _open_weights(folder: Path, prefix: str) -> Weights:
@@ -218,7 +256,7 @@ def _inspect(weights: Weights, family: Family, hf: Mapping[str, Any]) -> Found:
     """Return what the weights tell about the model, and mark copies of tied tables as used."""
     names = {row.canonical: row.names[0] for row in family.rows if row.weight}
     table_name = f"{names['embedding.word_embeddings']}.weight"
-    table = weights.find(table_name)
+    table = weights.find(table_name) or weights.drop_prefix(table_name)
     if table is None or len(table.shape) != 2:
         raise InputError(
             f"{weights.files[0]} holds no word embeddings {table_name}, which a "
@@ -314,14 +352,10 @@ def _part(weights: Weights, key: str, shape: tuple[int, ...], family: Family) ->
             f"{where} lacks {key} {list(shape)}, which a {family.model_type} model has; copy all "
             "files of the model"
         )
+    check_weight_dtype(tensor, key, str(where))  # first: packed values have other shapes
     if tensor.shape != shape:
         raise InputError(
             f"{where}: {key} has shape {list(tensor.shape)}, config.json calls for {list(shape)}; "
             "files of two models may be mixed, or a --set value is wrong"
-        )
-    if dtype_name(tensor.dtype) not in WEIGHT_DTYPES:
-        raise InputError(
-            f"{where}: {key} is stored as {dtype_name(tensor.dtype)}; mlm-eval "
-            "reads float64, float32, float16 and bfloat16 weights, not quantized ones"
         )
     return tensor

@@ -4,6 +4,7 @@
     fields.py       every saved argument: read, refused, or without effect on the function, and why
     args.py         saved arguments <-> `ModelConfig`
     iteration.py    the folders below a root, and the file that names the latest
+    relatives.py    layouts of other projects, refused by name
     files.py        the files of the `torch` format, and what must agree in all of them
     read_torch.py   the `torch` format, one file for each tensor and pipeline rank
     write_torch.py

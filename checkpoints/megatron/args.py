@@ -350,7 +350,8 @@ def _sizes(b: _ArgsReader, shapes: Shapes) -> None:
     if saved_layers and saved_layers != len(layers) and "num_layers" not in b.overrides:
         raise InputError(
             f"{where} holds {len(layers)} layers where its args say {saved_layers}; if a pipeline "
-            "stage is missing, copy all mp_rank folders of one save"
+            "stage or file is missing, copy all of one save, and if the run built no more than "
+            f"these, use --set num_layers={len(layers)}"
         )
     b.set("num_layers", len(layers), "shapes")
     vocab, hidden = shapes["embedding.word_embeddings.weight"]

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.files.safe_pickle import is_scalar, printable
+from mlm_eval.checkpoints.files.safe_pickle import Stub, is_scalar, printable
+from mlm_eval.checkpoints.files.state_dict import plain_tensor
 from mlm_eval.checkpoints.files.torch_file import TorchFile, read_torch_file
-from mlm_eval.checkpoints.lazy import StoredTensor
+from mlm_eval.checkpoints.lazy import LazyTensor, StoredTensor
 from mlm_eval.checkpoints.megatron import names
 from mlm_eval.checkpoints.megatron.args import saved_args
+from mlm_eval.checkpoints.megatron.relatives import refuse_relative, refuse_state_dict
 
 MODEL_FILES = ("model_optim_rng.pt", "model_rng.pt")
 """The second: distributed optimizer of 2022-03 to 2023-05, with optim.pt in folders of its own."""
@@ -49,7 +51,7 @@ class RankFile:
     path: Path
     torch_file: TorchFile
     args: dict[str, Any]
-    chunks: list[dict[str, StoredTensor]]
+    chunks: list[dict[str, LazyTensor]]
     version: float | None
     """As saved; None where the file has none."""
     iteration: int | None
@@ -65,6 +67,7 @@ def scan_ranks(folder: Path) -> dict[tuple[int, ...], Path]:
     """
     paths: dict[tuple[int, ...], Path] = {}
     folders = 0
+    others: set[str] = set()
     for entry in sorted(folder.iterdir()):
         match = RANK_FOLDER.fullmatch(entry.name)
         if not match or not entry.is_dir():
@@ -74,10 +77,14 @@ def scan_ranks(folder: Path) -> dict[tuple[int, ...], Path]:
             if (entry / name).is_file():
                 paths[tuple(int(part) for part in match.groups() if part)] = entry / name
                 break
+        else:
+            others.update(file.name for file in entry.iterdir())
     if not paths:
+        refuse_relative(folder)
+        found = f" (found {', '.join(sorted(others)[:4])})" if others else ""
         raise InputError(
-            f"{folder} has {folders} mp_rank_XX folder(s) but no {MODEL_FILES[0]} in them; copy "
-            "the model files too"
+            f"{folder} has {folders} mp_rank_XX folder(s) but no {MODEL_FILES[0]} in them{found}; "
+            "copy the model files too"
         )
     return paths
 
@@ -101,6 +108,7 @@ def read_rank(path: Path) -> RankFile:
     ) or [key for key in ("model", "sd") if key in value]
     chunks = [_flatten(value[key], path) for key in chunk_keys if isinstance(value[key], dict)]
     if not any(chunks):
+        refuse_state_dict(path, filter(is_scalar, map(str, value)))
         found = ", ".join(printable(str(key)) for key in list(value)[:5] if is_scalar(key))
         raise InputError(
             f"{path} has no 'model' entry with tensors in it (found {found or 'nothing'}); give "
@@ -127,13 +135,14 @@ def _number(value: Mapping[Any, Any], key: str, path: Path) -> float | None:
     )
 
 
-def _flatten(tree: Mapping[Any, Any], path: Path) -> dict[str, StoredTensor]:
+def _flatten(tree: Mapping[Any, Any], path: Path) -> dict[str, LazyTensor]:
     """Return the tensors in nested dicts under names joined by dots.
 
     Raises:
-        InputError: A name is unreadable, or the dicts are nested too deeply.
+        InputError: A name is unreadable, the dicts are nested too deeply, or a value is a tensor
+            of a kind that is not read.
     """
-    flat: dict[str, StoredTensor] = {}
+    flat: dict[str, LazyTensor] = {}
     left: list[tuple[str, int, Mapping[Any, Any]]] = [("", 1, tree)]
     seen = 0
     while left:
@@ -144,7 +153,7 @@ def _flatten(tree: Mapping[Any, Any], path: Path) -> dict[str, StoredTensor]:
                 f"{path} holds dictionaries nested without end; give --ckpt a Megatron model file"
             )
         for key, value in branch.items():
-            if not isinstance(value, dict | StoredTensor):
+            if not isinstance(value, dict | StoredTensor | Stub):
                 continue
             name = f"{prefix}{key}" if isinstance(key, str | int) else ""
             if not name or name != printable(name):
@@ -154,8 +163,8 @@ def _flatten(tree: Mapping[Any, Any], path: Path) -> dict[str, StoredTensor]:
                 )
             if isinstance(value, dict):
                 left.append((f"{name}.", depth + 1, value))
-            elif not names.is_ignored(name):
-                flat[name] = value
+            elif not names.is_ignored(name) and (tensor := plain_tensor(value, name, str(path))):
+                flat[name] = tensor
     return flat
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from mlm_eval.checkpoints.files.text_file import read_text
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 """What a checkpoint without an iteration is called."""
+
+
+_RANK = re.compile(r"mp_rank_\d\d.*")
 
 
 def iteration_folder(iteration: int | None) -> str:
@@ -30,6 +34,26 @@ def saved_iteration(folder: Path, saved: object) -> int | str | None:
     return saved if isinstance(saved, int) else None
 
 
+def holds_ranks(folder: Path) -> bool:
+    """Whether a folder holds the folders of ranks."""
+    return any(_RANK.fullmatch(entry.name) and entry.is_dir() for entry in folder.iterdir())
+
+
+def folder_of_ranks(rank: Path) -> Path | None:
+    """Return the folder of the ranks to which the folder `rank` belongs; None if it is of none.
+
+    Ranks may be links to where each node wrote its own. The neighbours are looked for beside the
+    path that was given, and where more are beside the folder that it leads to, there.
+    """
+    given = Path(os.path.abspath(rank))  # not `resolve`, which leaves the links behind
+    found = [
+        (sum(bool(_RANK.fullmatch(entry.name)) for entry in path.parent.iterdir()), path.parent)
+        for path in (given, rank.resolve())
+        if _RANK.fullmatch(path.name)
+    ]
+    return max(found, key=lambda pair: pair[0])[1] if found else None
+
+
 def find_iteration(root: Path) -> Path:
     """Return the folder that holds the weights: by the tracker file, or `root` itself.
 
@@ -37,9 +61,8 @@ def find_iteration(root: Path) -> Path:
         InputError: The tracker file is damaged or names a folder that is not there.
     """
     names = {entry.name for entry in root.iterdir()}
-    within = root.resolve()  # also where the path given is `.`
-    if re.fullmatch(r"mp_rank_\d\d.*", within.name) and any(n.endswith(".pt") for n in names):
-        return within.parent
+    if any(name.endswith(".pt") for name in names) and (ranks := folder_of_ranks(root)):
+        return ranks
     if ".metadata" in names or any(
         re.match(r"mp_rank_\d", name) or name.endswith(".distcp") for name in names
     ):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.state_dict import unwrapped
 from mlm_eval.checkpoints.megatron.fields import RunCode
 from mlm_eval.checkpoints.parameters import TASK_HEADS
 
@@ -119,10 +120,8 @@ def is_ignored(key: str) -> bool:
 
 
 def strip_prefixes(key: str) -> str:
-    """Return a flat key without wrapper prefixes (`module.`, `model.`, `language_model.`)."""
-    for prefix in ("module.", "model.", "module.", "language_model."):
-        key = key.removeprefix(prefix)
-    return key
+    """Return a flat key without what wrappers put into it, `model.` and `language_model.`."""
+    return unwrapped(key).removeprefix("model.").removeprefix("language_model.")
 
 
 def _top_name(key: str) -> str:

@@ -20,6 +20,7 @@ from mlm_eval.checkpoints.checkpoint import (
     Checkpoint,
     Provenance,
     cheap_digest,
+    check_weight_dtype,
     training_state,
 )
 from mlm_eval.checkpoints.dtypes import dtype_name
@@ -31,6 +32,7 @@ from mlm_eval.checkpoints.files.distcp import (
     check_coverage,
     open_folder,
 )
+from mlm_eval.checkpoints.files.state_dict import unwrapped
 from mlm_eval.checkpoints.files.torch_file import TorchFile, read_torch_file
 from mlm_eval.checkpoints.lazy import Concat, LazyTensor
 from mlm_eval.checkpoints.megatron import names
@@ -69,12 +71,12 @@ def read_distributed(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
             supported.
     """
     files = open_folder(folder)
-    nested = any(key.startswith("model.") for key in files.tensors)
+    nested = any(unwrapped(key).startswith("model.") for key in files.tensors)
     keys = [
         key
         for key in files.tensors
         if not names.is_ignored(key)
-        and (key.startswith("model.") if nested else not _NO_WEIGHT.match(key))
+        and (unwrapped(key).startswith("model.") if nested else not _NO_WEIGHT.match(key))
     ]
     warnings = _check_finished(files, keys, nested=nested)
     common = _read_common(files)
@@ -194,6 +196,7 @@ def _canonical(files: DistributedFolder, keys: list[str]) -> tuple[dict[str, Laz
     tensors: dict[str, LazyTensor] = {}
     for name, tensor in flat.items():
         canonical = names.canonical_name(name, block, 0, where)
+        check_weight_dtype(tensor, canonical, where)
         if canonical in tensors:
             raise InputError(
                 f"{where} has {canonical} under two names, one of them {name}; two checkpoints may "

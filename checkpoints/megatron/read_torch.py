@@ -20,25 +20,25 @@ from mlm_eval.checkpoints.checkpoint import (
     Checkpoint,
     Provenance,
     cheap_digest,
+    check_weight_dtype,
     training_state,
 )
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.lazy import LazyTensor, Selected, runs
+from mlm_eval.checkpoints.lazy import LazyTensor, Selected, StoredTensor, runs
 from mlm_eval.checkpoints.megatron import names
 from mlm_eval.checkpoints.megatron.args import build_config, check_dims, layer_indices
 from mlm_eval.checkpoints.megatron.fields import RunCode
 from mlm_eval.checkpoints.megatron.files import (
     MODEL_FILES,
-    RANK_FOLDER,
     RankFile,
     check_same_run,
     parallel_sizes,
     read_rank,
     scan_ranks,
 )
-from mlm_eval.checkpoints.megatron.iteration import saved_iteration
+from mlm_eval.checkpoints.megatron.iteration import folder_of_ranks, saved_iteration
 from mlm_eval.checkpoints.megatron.layout import WORD_EMBEDDINGS
 from mlm_eval.checkpoints.parameters import Parameter, cut_dim, parameters
 
@@ -59,8 +59,8 @@ def read_model_file(path: Path, overrides: dict[str, Any]) -> Checkpoint:
         InputError: The file is damaged, or is one rank of a checkpoint whose other files are not
             beside it.
     """
-    if RANK_FOLDER.fullmatch(path.resolve().parent.name) and path.name in MODEL_FILES:
-        return read_ranks(path.resolve().parent.parent, overrides)
+    if path.name in MODEL_FILES and (folder := folder_of_ranks(path.parent)):
+        return read_ranks(folder, overrides)
     rank_file = read_rank(path)
     tp, pp = parallel_sizes(rank_file)
     if (tp, pp) not in ((1, 1), (None, None)):
@@ -228,6 +228,12 @@ def _stage_tensors(
                     found[names.HEAD_COPY] = tensor
                     continue
                 name = names.canonical_name(key, block, offset, str(file.path))
+                check_weight_dtype(tensor, name, str(file.path))
+                if name in found and not _same_place(found[name], tensor):
+                    raise InputError(
+                        f"{file.path} has {name} under two names, one of them {key}; the file may "
+                        "hold two models: give a file of one"
+                    )
                 found[name] = tensor
             if (file is not files[t, 0] or chunk) and tensors:
                 # A tied embedding's copy in the last stage must not replace the first stage's.
@@ -241,6 +247,13 @@ def _stage_tensors(
                     + (swapped or "; it is not a whole GPT or BERT model")
                 )
     return tensors
+
+
+def _same_place(one: LazyTensor, other: LazyTensor) -> bool:
+    """Whether two tensors are one storage under two names, as a wrapped module beside itself is."""
+    if not isinstance(one, StoredTensor) or not isinstance(other, StoredTensor):
+        return False
+    return (one.offset, one.shape, one.stride) == (other.offset, other.shape, other.stride)
 
 
 def _drop_head_copies(shards: list[dict[str, LazyTensor]], where: Path, *, tied: bool) -> list[str]:

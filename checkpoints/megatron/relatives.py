@@ -1,0 +1,286 @@
+"""Layouts of other projects that hold the same models, told apart by what is in the folder or file.
+
+None of them is read. Each is named at whatever door it is met, a root, a step, a folder of weights
+or a single file, with the way out that exists; where a part of it is Megatron's own format, that
+part is what to give. A reader of such a layout starts from its recogniser here.
+"""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from mlm_eval.checkpoints.errors import InputError
+
+STEP = re.compile(r"global_step_?\d+(_universal)?")
+_DEEPSPEED_FILE = re.compile(
+    r"mp_rank_\d+_model_states\.pt|(.*_)?zero_pp_rank_\d+.*_(optim|model)_states\.pt"
+    r"|layer_\d+-model_\d+-model_states\.pt|expert_\d+_mp_rank_\d+.*_states\.pt"
+)
+_NEMO_WEIGHTS = "model_weights.ckpt"
+_RANKS = re.compile(r"mp_rank_\d{2,}(_\d{3})*|tp_rank_\d+_pp_rank_\d+")
+_VERL_SHARD = re.compile(r"(model|optim|extra_state)_world_size_\d+_rank_\d+\.pt")
+_OTHERS: tuple[tuple[str, str, str], ...] = (
+    ("adapter_model.safetensors|adapter_model.bin", "adapters (LoRA) without their base model",
+     "merge them first, with peft's merge_and_unload()"),
+    (r"(?!ggml-vocab).*\.gguf", "a GGUF model of llama.cpp",
+     "use the Hugging Face or Megatron checkpoint that it was made from"),
+    (r"tf_model\.h5|tf_model-\d+-of-\d+\.h5", "weights of TensorFlow",
+     "load it with transformers (from_tf=True, before transformers 5) and save it again"),
+    (r"flax_model\.msgpack|flax_model-\d+-of-\d+\.msgpack", "weights of Flax",
+     "load it with transformers (from_flax=True, before transformers 5) and save it again"),
+    (r".*\.ckpt\.(index|meta|data-\d+-of-\d+)", "a checkpoint of TensorFlow 1",
+     "convert it with transformers' converter of that model first"),
+    (r".*\.onnx", "an ONNX model", "use the checkpoint that it was exported from"),
+    (r"consolidated\.\d\d\.pth", "Meta's own release of Llama",
+     "use the Hugging Face form of the same model"),
+    (r"consolidated(\.\d+)?\.safetensors", "Mistral's own release",
+     "use the Hugging Face form of the same model (config.json and model*.safetensors)"),
+    (r"lit_model\.pth", "a LitGPT checkpoint",
+     "convert it with `litgpt convert_from_litgpt` to the Hugging Face form"),
+    (r"rank\d+\.safetensors|.*\.engine", "an engine of TensorRT-LLM",
+     "use the checkpoint that it was built from"),
+)  # fmt: skip
+
+
+def refuse_relative(path: Path) -> None:
+    """Refuse, by name, a folder or file that another project wrote in a form that is not read.
+
+    Args:
+        path: What was given, or the folder in which no format was found.
+
+    Raises:
+        InputError: It is one of these; the message says which, and what can be done.
+    """
+    if path.is_file():
+        _refuse_file(path)
+        return
+    for recognise in _FOLDERS:
+        if (what := recognise(path)) is not None:
+            raise InputError(f"{path} {what}")
+
+
+# ---- folders -----------------------------------------------------------------------------------
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    except OSError:
+        return []
+
+
+def _matching(names: Iterable[str], pattern: re.Pattern[str]) -> list[str]:
+    return [name for name in names if pattern.fullmatch(name)]
+
+
+def is_distributed(folder: Path) -> bool:
+    """Whether a folder holds what torch.distributed.checkpoint writes."""
+    names = _names(folder)
+    return ".metadata" in names or any(name.endswith(".distcp") for name in names)
+
+
+def _verl(folder: Path) -> str | None:
+    """`global_step_N/actor/`, or its `critic/`; the root holds Megatron's tracker file."""
+    for step in (folder, *(folder / name for name in reversed(_matching(_names(folder), STEP)))):
+        for part in (step, *(step / name for name in ("actor", "critic"))):
+            names = _names(part)
+            if "dist_ckpt" in names and is_distributed(part / "dist_ckpt"):
+                return (
+                    f"is a checkpoint of verl, which keeps Megatron's torch_dist weights in "
+                    f"{part / 'dist_ckpt'}, without args; give --ckpt that folder, with the "
+                    f"settings of {_first(part, 'transformer_config.json', 'huggingface')} as "
+                    "--set options; or merge it with `python -m verl.model_merger merge --backend "
+                    "megatron`"
+                )
+            if _matching(names, _VERL_SHARD):
+                return (
+                    "is a checkpoint of verl with FSDP's parts of its tensors; merge it to the "
+                    "Hugging Face form with `python -m verl.model_merger merge --backend fsdp`, "
+                    "and give --ckpt the result"
+                )
+    return None
+
+
+def _nemo_2(folder: Path) -> str | None:
+    """`weights/` beside `context/`."""
+    if not {"weights", "context"} <= set(_names(folder)):
+        return None
+    if not is_distributed(folder / "weights"):
+        return (
+            "is a NeMo 2 checkpoint whose weights/ is not torch_dist; export it with NeMo to the "
+            "Hugging Face form (llm.export_ckpt), and give --ckpt the result"
+        )
+    settings = _first(folder / "context", "model.yaml", "io.json")
+    return (
+        f"is a NeMo 2 checkpoint, which keeps Megatron's torch_dist weights in "
+        f"{folder / 'weights'}, without args; give --ckpt that folder, with the settings of "
+        f"{settings} as --set options; or export it with NeMo (llm.export_ckpt)"
+    )
+
+
+def _nemo_1(folder: Path) -> str | None:
+    """`model_config.yaml` beside `model_weights`, in one of three forms."""
+    names = _names(folder)
+    ranks = [name for name in _matching(names, _RANKS) if (folder / name).is_dir()]
+    holds = [n for n in (".", *ranks) if (folder / n / _NEMO_WEIGHTS).is_file()]
+    if not holds and not ("model_config.yaml" in names and "model_weights" in names):
+        return None
+    where = f"{holds[0]}/{_NEMO_WEIGHTS}" if ranks and holds else "model_weights"
+    return (
+        f"is an unpacked NeMo checkpoint ({where.removeprefix('./')}), which is not read; export "
+        "it with NeMo's converters to the Hugging Face form, and give --ckpt the result"
+    )
+
+
+def _deepspeed(folder: Path) -> str | None:
+    """Files of ranks or of layers in `global_stepN`, which the file `latest` in the root names."""
+    for part in (folder, *(folder / name for name in _matching(_names(folder), STEP))):
+        names = _names(part)
+        zero = part / "zero"
+        universal = zero.is_dir() and any(n.startswith("mp_rank") for n in names)
+        if universal or _matching(names, _DEEPSPEED_FILE) or _is_universal(zero):
+            return DEEPSPEED
+    names = _names(folder)
+    steps = _matching(names, STEP)
+    if ("latest" in names and steps) or "zero_to_fp32.py" in names:
+        return DEEPSPEED
+    return None
+
+
+DEEPSPEED = (
+    "is a DeepSpeed checkpoint; use the tools of the project that wrote it to bring it to "
+    "Megatron's form first (Megatron-DeepSpeed has "
+    "tools/convert_checkpoint/deepspeed_to_megatron.py, gpt-neox tools/ckpts/"
+    "convert_neox_to_hf.py, a folder of transformers' Trainer zero_to_fp32.py)"
+)
+
+
+def _is_universal(folder: Path) -> bool:
+    """Whether a folder holds DeepSpeed's universal form: a folder a parameter, with fp32.pt."""
+    return any((folder / name / "fp32.pt").is_file() for name in _names(folder)[:4])
+
+
+def _fsdp(folder: Path) -> str | None:
+    """What accelerate and transformers' Trainer leave of FSDP, in a folder of its own."""
+    for name in _names(folder):
+        if re.fullmatch(r"pytorch_model_fsdp_\d+", name) and is_distributed(folder / name):
+            return (
+                f"holds FSDP's parts of the weights in {name}/; join them with `accelerate "
+                f"merge-weights {folder / name} OUTPUT`, and give --ckpt the result with the "
+                "model's config.json"
+            )
+    return None
+
+
+def _zarr(folder: Path) -> str | None:
+    """A folder a tensor, each with `.zarray`."""
+    for part in (folder, folder / "weights", folder / "model_weights"):
+        if any((part / name / ".zarray").is_file() for name in _names(part)):
+            return ZARR
+    return None
+
+
+ZARR = (
+    "is in the zarr format, which Megatron removed in core 0.16; convert it to torch_dist first, "
+    "with Megatron-LM core 0.8 to 0.15 (--dist-ckpt-format zarr to load, torch_dist to save)"
+)
+
+
+def _other_frameworks(folder: Path) -> str | None:
+    names = _names(folder)
+    for pattern, what, way_out in _OTHERS:
+        if found := _matching(names, re.compile(pattern)):
+            return f"holds {what} ({found[0]}), which is not read; {way_out}"
+    return None
+
+
+_FOLDERS: tuple[Callable[[Path], str | None], ...] = (
+    _zarr,
+    _verl,
+    _nemo_2,
+    _nemo_1,
+    _deepspeed,
+    _fsdp,
+    _other_frameworks,
+)
+
+
+def _first(folder: Path, *names: str) -> Path:
+    return next((folder / name for name in names if (folder / name).exists()), folder / names[0])
+
+
+# ---- files -------------------------------------------------------------------------------------
+
+
+def _refuse_file(path: Path) -> None:
+    if _DEEPSPEED_FILE.fullmatch(path.name):
+        raise InputError(f"{path} {DEEPSPEED}")
+    if _VERL_SHARD.fullmatch(path.name):
+        raise InputError(
+            f"{path} is one rank's part of a checkpoint of verl; merge it to the Hugging Face form "
+            "with `python -m verl.model_merger merge --backend fsdp`, and give --ckpt the result"
+        )
+    if path.name == ".zarray":
+        raise InputError(f"{path.parent} {ZARR}")
+    for pattern, what, way_out in _OTHERS:
+        if re.fullmatch(pattern, path.name):
+            raise InputError(f"{path} holds {what}, which is not read; {way_out}")
+    if path.suffix == ".nemo" or _is_nemo_archive(path):
+        raise InputError(
+            f"{path} is a NeMo archive (a tar of model_config.yaml and weights), which is not "
+            "read; export it with NeMo's converters to the Hugging Face form, and give --ckpt the "
+            "result"
+        )
+
+
+def _is_nemo_archive(path: Path) -> bool:
+    try:
+        if not tarfile.is_tarfile(path):
+            return False
+        with tarfile.open(path) as archive:
+            members = [member for member, _ in zip(archive, range(16), strict=False)]
+    except (tarfile.TarError, OSError, EOFError):
+        return False
+    names = {Path(member.name).name for member in members}
+    return "model_config.yaml" in names or _NEMO_WEIGHTS in names
+
+
+def refuse_state_dict(path: Path, keys: Iterable[str]) -> None:
+    """Refuse, by name, a pickled dict of another project: what is in the file tells.
+
+    Args:
+        path: The file, for messages.
+        keys: Names at the top of the dict.
+
+    Raises:
+        InputError: Another project wrote it.
+    """
+    keys = set(keys)
+    flat = any(key.startswith(("model.language_model.", "model.module.")) for key in keys)
+    if path.name == _NEMO_WEIGHTS or (flat and all(key.startswith("model.") for key in keys)):
+        raise InputError(
+            f"{path} is a NeMo state dict, whose settings stand in model_config.yaml; it is not "
+            "read: export it with NeMo's converters to the Hugging Face form, and give --ckpt the "
+            "result"
+        )
+    deepspeed = {"ds_config", "ds_version", "dp_world_size", "mp_world_size", "buffer_names"}
+    if "module" in keys and keys & deepspeed:
+        raise InputError(f"{path} {DEEPSPEED}")
+    if "state_dict" in keys and any("lightning" in key for key in keys):
+        raise InputError(
+            f"{path} is a checkpoint of PyTorch Lightning; export its model to Megatron's or "
+            "Hugging Face's form with the project that wrote it, and give --ckpt the result"
+        )
+    if "model_args" in keys and "model" in keys:
+        raise InputError(
+            f"{path} is a checkpoint of nanoGPT (model_args); bring it to the Hugging Face form "
+            "of GPT-2 first, and give --ckpt the result"
+        )
+    if "cfg" in keys and "model" in keys and ("task_state" in keys or "extra_state" in keys):
+        raise InputError(
+            f"{path} is a checkpoint of fairseq; convert it with that project's tools to the "
+            "Hugging Face form, and give --ckpt the result"
+        )
