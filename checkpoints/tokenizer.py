@@ -37,6 +37,7 @@ from mlm_eval.checkpoints.tokenizers.side_files import (
 )
 from mlm_eval.checkpoints.tokenizers.wordpiece import (
     wordpiece_backend,
+    wordpiece_model,
     wordpiece_rules,
 )
 
@@ -99,6 +100,9 @@ class Tokenizer:
     """How many of the last entries are special tokens that the files name without an id."""
     lower_case: bool | None = None
     """Whether text is lower-cased; None where the file itself decides."""
+    without_never_split: Any = field(default=None, repr=False, compare=False)
+    """The backend without the words of `never_split`, where there are such words: no tokenizer.json
+    can say them, and transformers' fast tokenizers do not heed them."""
     missing_bytes: frozenset[int] = field(default=frozenset(), repr=False)
     """Bytes that a byte-level vocabulary has no symbol for; `tokenizers` would drop them."""
 
@@ -250,7 +254,7 @@ class Tokenizer:
         from tokenizers import Tokenizer as Backend
 
         special = {entry.content for entry in self.added if entry.special}
-        content = json.loads(self.backend.to_str())
+        content = json.loads((self.without_never_split or self.backend).to_str())
         for token in content["added_tokens"]:
             token["special"] = token["special"] or token["content"] in special
         backend = Backend.from_str(json.dumps(content))
@@ -481,8 +485,14 @@ def _load_bert(path: Path) -> Tokenizer:
             f"lines; expected one piece a line"
         )
     added = to_add(side, vocab, len(pieces), path)
-    backend = wordpiece_backend(_without_gaps(vocab, len(pieces), path) if added else vocab, rules)
+    filled = _without_gaps(vocab, len(pieces), path) if added else vocab
+    backend = wordpiece_backend(filled, rules)
     add_to(backend, added, path)
+    plain = None
+    if rules.never_split:
+        plain = wordpiece_backend(filled, dataclasses.replace(rules, never_split=()))
+        add_to(plain, added, path)
+        backend.model = wordpiece_model(filled, rules)
     return Tokenizer(
         kind="bert-wordpiece",
         source=str(path),
@@ -494,6 +504,7 @@ def _load_bert(path: Path) -> Tokenizer:
         unnumbered=_unnumbered(side, len(pieces), added),
         eot_id=None,
         backend=backend,
+        without_never_split=plain,
         lower_case=rules.lower_case,
     )
 

@@ -108,8 +108,14 @@ def tokenizer_files(tokenizer: Tokenizer, *, family: str, max_length: int) -> To
         written[TOKENIZER_CONFIG] = json.dumps(settings, indent=2) + "\n"
     stated = dataclasses.replace(tokenizer, settings=settings)
     ids = {f"{name}_token_id": stated.special_id(name) for name in ("bos", "eos", "pad")}
+    warnings: tuple[str, ...] = ()
+    if tokenizer.without_never_split is not None:
+        warnings = (
+            f"the words of never_split ({', '.join(tokenizer.settings['never_split'][:5])}) are "
+            "cut like others by the tokenizer that is written: fast tokenizers have no such words",
+        )
     return TokenizerFiles(
-        {key: index for key, index in ids.items() if index is not None}, copied, written
+        {key: index for key, index in ids.items() if index is not None}, copied, written, warnings
     )
 
 

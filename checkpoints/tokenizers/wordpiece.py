@@ -10,6 +10,7 @@ characters, and does not know the final sigma.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -169,23 +170,38 @@ def wordpiece_rules(
     return rules
 
 
+def wordpiece_model(vocab: Mapping[str, int], rules: WordPieceRules) -> Any:
+    """Return the model of `tokenizers` for a vocabulary, with the words of `never_split`.
+
+    Each of them has two entries, itself and its stand-in, so that the model counts more entries
+    than ids: tokens must have been added to a backend before it gets this model.
+    """
+    from tokenizers import models
+
+    stand_ins = _stand_ins(rules)
+    places = {mark: vocab[word] for word, mark in stand_ins.items() if word in vocab}
+    return models.WordPiece(
+        {**vocab, **places},
+        unk_token=rules.unknown,
+        max_input_chars_per_word=rules.longest_word,
+        continuing_subword_prefix=rules.prefix,
+    )
+
+
+def _stand_ins(rules: WordPieceRules) -> dict[str, str]:
+    return {word: chr(FIRST_STAND_IN + number) for number, word in enumerate(rules.never_split)}
+
+
 def wordpiece_backend(vocab: Mapping[str, int], rules: WordPieceRules) -> Any:
-    """Return a tokenizer of `tokenizers` with these rules."""
-    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+    """Return a tokenizer of `tokenizers` with these rules.
+
+    Its model knows nothing of `never_split` yet: see `wordpiece_model`.
+    """
+    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
-    stand_ins = {
-        word: chr(FIRST_STAND_IN + number) for number, word in enumerate(rules.never_split)
-    }
-    places = {mark: vocab[word] for word, mark in stand_ins.items() if word in vocab}
-    backend = Backend(
-        models.WordPiece(
-            {**vocab, **places},
-            unk_token=rules.unknown,
-            max_input_chars_per_word=rules.longest_word,
-            continuing_subword_prefix=rules.prefix,
-        )
-    )
+    stand_ins = _stand_ins(rules)
+    backend = Backend(wordpiece_model(vocab, dataclasses.replace(rules, never_split=())))
     steps: list[Any] = []
     if rules.clean:
         steps.append(normalizers.Replace(Regex(CONTROL_CHARACTER), ""))

@@ -246,3 +246,18 @@ def test_no_file_is_copied_through_a_link_that_leaves_the_folder(to, tmp_path):
     done = convert(model("gpt", 64), to, tmp_path / "from-cache", tokenizer=cached)
     found = find_tokenizer(done.path)
     assert found is not None and found.encode("the<|user|>") == cached.encode("the<|user|>")
+
+
+def test_words_that_are_never_split_are_named_where_they_cannot_be_written(tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = bert_folder(tmp_path / "words")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    write_json(folder / "tokenizer_config.json", {**settings, "never_split": ["a-b", "[unused3]"]})
+    words = load_tokenizer(directory=folder)
+    done = convert(model("bert", 64), "hf", tmp_path / "out", tokenizer=words)
+    assert any("never_split (a-b, [unused3])" in warning for warning in done.warnings)
+    assert 11 in words.encode("the [unused3] a")
+    theirs = AutoTokenizer.from_pretrained(done.path)
+    expected = [5, 1, 1, 1, 6]  # three pieces, as any other word
+    assert theirs("the [unused3] a", add_special_tokens=False)["input_ids"] == expected
