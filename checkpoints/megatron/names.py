@@ -80,6 +80,7 @@ REFUSED: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\.mixer\.", "a Mamba or hybrid model"),
         (r"linear_(q|kv)_(down|up)_proj|linear_q_proj", "a model with multi-latent attention"),
         (r"(^|\.)mtp\.", "a model with multi-token prediction"),
+        (r"\.softmax_offset$", "a model with attention sinks"),
         (
             r"(^|\.)(query_model|context_model|retriever|biencoder)\.",
             "a retrieval model (ICT, REALM)",

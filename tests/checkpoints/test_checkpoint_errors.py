@@ -332,6 +332,7 @@ def test_files_that_hold_no_model(contents: Any, message: str, tmp_path: Path):
         ("decoder.layers.0.mixer.in_proj.weight", "a Mamba or hybrid model"),
         ("decoder.layers.0.self_attention.linear_kv_down_proj.weight", "multi-latent attention"),
         ("mtp.layers.0.enorm.weight", "multi-token prediction"),
+        ("decoder.layers.0.self_attention.core_attention.softmax_offset", "attention sinks"),
         ("decoder.layers.0.self_attention.linear_qkv.lora_a", "unmerged adapters"),
         ("vision_model.class_token", "a vision model"),
         ("biencoder.x.weight", "a retrieval model"),

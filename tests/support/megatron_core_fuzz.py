@@ -109,14 +109,13 @@ def draw_function(draw: random.Random) -> Changes:
         ("apply_residual_connection_post_layernorm", 0.15, [True]),
         ("openai_gelu", 0.1, [True]),
         ("onnx_safe", 0.1, [True]),
-        ("use_te_activation_func", 0.1 if activation in ("gelu", "swiglu") else 0.0, [True]),
+        # Local layers have none of TransformerEngine's functions, and lose the gate with it.
+        ("use_te_activation_func", 0.2 if activation == "gelu" else 0.0, [True]),
         ("hidden_dropout", 0.3, [0.1]),
         ("attention_dropout", 0.3, [0.1]),
     ):
         if draw.random() < chance:
             changes[name] = draw.choice(values)
-    if changes.get("use_te_activation_func"):
-        changes["bias_swiglu_fusion"] = False  # Megatron allows one of the two
     return changes
 
 
