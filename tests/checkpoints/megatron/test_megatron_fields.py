@@ -8,20 +8,25 @@ reader does.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import random_models
 from support.paths import PROJECT
 from support.synthetic import BERT, GPT, LLAMA, args_of
 
 from mlm_eval.checkpoints.config import ConfigBuilder, ModelConfig, RopeScaling
+from mlm_eval.checkpoints.convert import convert
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safe_pickle import Stub
 from mlm_eval.checkpoints.megatron.args import build_config
 from mlm_eval.checkpoints.megatron.fields import ARG_FIELDS, RunCode
+from mlm_eval.checkpoints.megatron.layout import choose_names
+from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import parameters
 
 CORE, LEGACY, LEGACY_TE = "core", "legacy", "legacy with TransformerEngine"
@@ -290,6 +295,48 @@ def test_what_the_model_never_received_is_not_applied_and_said(name: str, code: 
         found = build(LLAMA, args_for(LLAMA, **args, **more), code=code, **overrides)
         assert getattr(found.config, setting) == applied
         assert not found.warnings
+
+
+@pytest.mark.parametrize("to", ["megatron", "torch_dist"])
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"rope_scaling": RopeScaling(factor=32.0)}, "rope_scaling_factor"),
+        ({"rotary_seq_len_interpolation_factor": 4.0}, "rotary_seq_len_interpolation_factor"),
+        ({"softmax_scale": 0.4}, None),
+        ({"rope_scaling": RopeScaling()}, None),
+    ],
+)
+def test_a_conversion_keeps_what_megatron_does_not_pass_on_and_tells(
+    to: str, change: dict[str, Any], name: str | None, tmp_path: Path
+):
+    config = dataclasses.replace(LLAMA, **change)
+    source = random_models.checkpoint(config)
+    done = convert(source, to, tmp_path / "out")
+    assert open_checkpoint(done.path).config == dataclasses.replace(config, params_dtype="float32")
+    assert len(done.warnings) == (name is not None)
+    for warning in done.warnings:
+        assert warning.startswith(f"args.{name} is ") and "build the model with it" in warning
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"rotary_base": 500.0}, "rotary base but 10000"),
+        ({"rotary_interleaved": True}, "interleaved rotary pairs"),
+        ({"rope_scaling": RopeScaling()}, "scaling of rotary frequencies"),
+        ({"softmax_scale": 0.4}, "attention scale of its own"),
+    ],
+)
+def test_legacy_names_are_not_written_for_what_legacy_models_never_received(
+    change: dict[str, Any], what: str
+):
+    config = dataclasses.replace(LLAMA, **change)
+    with pytest.raises(InputError, match=f"legacy code has no {what}.*write core names"):
+        choose_names(config, "legacy")
+    assert choose_names(config, None) == "core"
+    interpolated = dataclasses.replace(LLAMA, rotary_seq_len_interpolation_factor=4.0)
+    assert choose_names(interpolated, "legacy") == "legacy"
 
 
 def test_a_legacy_model_with_interleaved_pairs_is_refused():
