@@ -132,9 +132,9 @@ def _doubts_of_v25(
     fewest = checkpoint.config.vocab_size - _saved_multiple(checkpoint) + 1
     if not known and -(-fewest // multiple) * multiple != rows:
         doubts.append(
-            f"without a tokenizer all {rows:,} rows of the vocabulary stay, where Megatron v2.5 "
-            f"takes the multiple of {divisor} x {tp} that just holds its tokenizer's entries; give "
-            "--tokenizer"
+            f"all {rows:,} rows of the vocabulary stay, where Megatron v2.5 takes the multiple of "
+            f"{divisor} x {tp} that just holds its tokenizer's entries; give --tokenizer, without "
+            "--vocab padded"
         )
     return doubts
 
@@ -347,7 +347,10 @@ def padded_vocabulary(
     given = true_size is not None or divisible_by is not None
     if not given and not for_v25 and rows % tp == 0:
         return rows, math.lcm(_saved_multiple(checkpoint), tp) // tp
-    divisor = divisible_by or _saved_divisor(checkpoint) or DEFAULT_DIVISIBLE_BY
+    saved = _saved_divisor(checkpoint)
+    if for_v25 and saved == 1 and checkpoint.provenance.names != "legacy":
+        saved = None  # a conversion that left its rows as they were; no run of v2.5's time had it
+    divisor = divisible_by or saved or DEFAULT_DIVISIBLE_BY
     multiple = divisor * tp
     entries = rows if true_size is None else true_size + added
     return -(-entries // multiple) * multiple, divisor

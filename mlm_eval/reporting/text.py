@@ -41,6 +41,7 @@ def inspect_record(checkpoint: Checkpoint, digest: str) -> dict[str, Any]:
     return {
         **checkpoint_record(checkpoint),
         "digest": digest,
+        "names": provenance.names,
         "pickle_classes": provenance.pickle_classes,
         "hostile_names": provenance.hostile,
         "warnings": inspect_warnings(checkpoint),
@@ -64,6 +65,7 @@ def inspect_text(record: Mapping[str, Any]) -> str:
     rows = [
         ("path", str(record["path"])),
         ("format", str(record["format"])),
+        *([("parameter names", record["names"])] if record["names"] else []),
         ("checkpoint version", _or_none(record["checkpoint_version"])),
         (
             "saved as",

@@ -257,6 +257,18 @@ def race_run(tmp_path_factory, bert, words) -> tuple[Path, Result, list[str], li
 
 
 @pytest.mark.long
+def test_the_model_of_a_run_has_megatrons_names_rows_and_tokenizer(race_run, words):
+    """Those of v2.5, which goes on from it."""
+    for name in ("checkpoint", "checkpoint-best"):
+        written = open_checkpoint(race_run[0] / name)
+        source, args = written.provenance, written.provenance.args
+        assert (source.names, args["tokenizer_type"]) == ("legacy", "BertWordPieceLowerCase")
+        rows = -(-(words.vocab_size + 2) // 128) * 128
+        assert written.config.vocab_size == args["padded_vocab_size"] == rows
+        assert args["make_vocab_size_divisible_by"] == 128
+
+
+@pytest.mark.long
 def test_the_record_of_a_run(race_run):
     output, result, lines, steps, _ = race_run
     record = json.loads((output / "result.json").read_text())

@@ -481,6 +481,13 @@ def test_a_small_model_learns_and_the_layout_changes_nothing(kind, text):
     checkpoint = open_checkpoint(folder / "checkpoint")
     assert load_tokenizer(directory=folder / "checkpoint" / "tokenizer").vocab_size == len(PIECES)
     assert checkpoint.config.vocab_size == 128
+    # A new BERT has Megatron v2.5's names, args and rows: 128 of them for one rank, not for two.
+    source, args = checkpoint.provenance, checkpoint.provenance.args
+    assert (source.names, source.tensor_parallel) == {"mlm": ("legacy", 1), "lm": ("core", 2)}[kind]
+    assert args["tokenizer_type"] == "BertWordPieceLowerCase"
+    assert args["padded_vocab_size"] == 128
+    if kind == "mlm":
+        assert args["make_vocab_size_divisible_by"] == 128
     engine = Engine.load(checkpoint)
     again = TEXTS[kind](data=[text / "text.txt"], dev_share=0.2)
     assert check_start(again, checkpoint, load_tokenizer(directory=text)) == []

@@ -266,6 +266,22 @@ def test_rows_are_those_that_v25_gives_its_tokenizers_entries(
     assert torch.equal(table[entries:], stored[-1:].expand(len(table) - entries, -1))
 
 
+@pytest.mark.parametrize(
+    ("source", "saved", "divisor"),
+    [("legacy", 64, 64), ("legacy", 1, 1), ("core", 64, 64), ("core", 1, 128), (None, None, 128)],
+)
+def test_the_sources_divisor_stays_unless_it_only_kept_its_rows(
+    source: str | None, saved: int | None, divisor: int, tmp_path: Path
+) -> None:
+    """Converters to megatron-core write 1 for a vocabulary that they do not pad."""
+    checkpoint = memory(
+        dataclasses.replace(PLAIN, vocab_size=192), source, make_vocab_size_divisible_by=saved
+    )
+    done = convert(checkpoint, "megatron", tmp_path / "out", names="legacy", tp=2)
+    assert saved_args(done.path)["make_vocab_size_divisible_by"] == divisor
+    assert saved_args(done.path)["padded_vocab_size"] == padded(192, divisor, 2)
+
+
 def test_the_two_entries_that_v25_adds_may_need_rows_of_their_own(tmp_path: Path) -> None:
     """126 entries fit 128 rows with them, 127 do not."""
     for extra, rows in ((126, 128), (127, 256)):
@@ -300,7 +316,7 @@ def test_what_may_keep_v25_from_loading_is_said(words: Tokenizer, tmp_path: Path
     # 769 to 1,024 entries: whatever they are, 4 ranks give 1,024 rows; one rank may want fewer.
     assert convert(source, "megatron", tmp_path / "4", tp=4).warnings == []
     (doubt,) = convert(source, "megatron", tmp_path / "1", tp=1).warnings
-    assert "without a tokenizer all 1,024 rows" in doubt and "64 x 1" in doubt
+    assert doubt.startswith("all 1,024 rows") and "give --tokenizer" in doubt and "64 x 1" in doubt
     assert saved_args(tmp_path / "1")["padded_vocab_size"] == 1024
     bytes_of = byte_vocabulary(tmp_path / "bytes")
     done = convert(source, "megatron", tmp_path / "true", tp=1, tokenizer=bytes_of)
