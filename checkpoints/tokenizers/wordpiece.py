@@ -84,6 +84,9 @@ OTHER_SETTINGS = {
     *("chat_template", "processor_class", "transformers_version", "add_special_tokens"),
     *("spaces_between_special_tokens", "return_token_type_ids", "_commit_hash", "cache_dir"),
     *("init_inputs", "full_tokenizer_file", "max_model_input_sizes", "special_tokens", "revision"),
+    *("is_fast", "from_slow", "trust_remote_code", "_name_or_path", "use_auth_token", "token"),
+    *("return_attention_mask", "return_offsets_mapping", "return_tensors", "is_split_into_words"),
+    *("cls_token_box", "sep_token_box", "pad_token_box", "only_label_first_subword"),
     *(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")),
 }
 """Settings that change no id of a text: lengths, padding, names, what is added around a text."""

@@ -228,13 +228,9 @@ def test_no_file_is_copied_through_a_link_that_leaves_the_folder(to, tmp_path):
     (folder / "special_tokens_map.json").unlink()
     (folder / "special_tokens_map.json").symlink_to(secret)
     words = load_tokenizer(directory=folder)
-    if to == "megatron":
-        with pytest.raises(InputError, match="is a link to .*secret.json, outside its folder"):
-            convert(model("gpt", 64), to, tmp_path / "out", tokenizer=words)
-        assert not (tmp_path / "out").exists()
-    else:  # the files that it writes for GPT-2 are its own
+    with pytest.raises(InputError, match="is a link to .*secret.json, outside its folder"):
         convert(model("gpt", 64), to, tmp_path / "out", tokenizer=words)
-        assert not any("1234" in file.read_text("latin-1") for file in (tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
     snapshot = tmp_path / "models--x--y" / "snapshots" / "abc"
     blobs = tmp_path / "models--x--y" / "blobs"
     for place in (snapshot, blobs):
