@@ -389,6 +389,10 @@ def _expressed(
     changes["head_activation"] = c.activation if c.lm_head and family.kind == "bert" else "gelu"
     if c.position_embedding_type == "none":
         changes["position_embedding_type"] = "learned_absolute"
+    if not c.rotary:  # Megatron's args hold these settings whether or not anything is rotated
+        for setting in dataclasses.fields(ModelConfig):
+            if setting.name.startswith(("rotary_", "rope_")):
+                changes[setting.name] = setting.default
     if family.kind == "bert":
         changes["num_tokentypes"] = c.num_tokentypes or 2
         if c.pooler and model_class.endswith(("ForMaskedLM", "ForQuestionAnswering")):

@@ -79,6 +79,10 @@ VARIANTS: dict[str, tuple[ModelConfig, str]] = {
     "gpt2-squared-relu": (variant(GPT, activation="squared_relu"), "GPT2LMHeadModel"),
     "gpt2-no-bias": (variant(GPT, add_bias_linear=False, add_qkv_bias=False), "GPT2LMHeadModel"),
     "gpt2-no-positions": (variant(GPT, position_embedding_type="none"), "GPT2LMHeadModel"),
+    "gpt2-unused-rotary": (
+        variant(GPT, rotary_base=500, rotary_percent=0.5, rotary_interleaved=True),
+        "GPT2LMHeadModel",
+    ),
     "gpt2-1p": (variant(GPT, layernorm_zero_centered_gamma=True), "GPT2LMHeadModel"),
     "llama": (LLAMA, "LlamaForCausalLM"),
     "llama-tied": (variant(LLAMA, untie_embeddings_and_output_weights=False), "LlamaForCausalLM"),
