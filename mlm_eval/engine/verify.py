@@ -34,6 +34,7 @@ from mlm_eval.engine.weights import (
     cast_to,
     compare_settings,
     compare_weights,
+    evident_entries,
     one_form,
     only_last_rows,
 )
@@ -259,7 +260,8 @@ def compare_checkpoints(
         tolerance: The largest difference of an output that passes, as a share of its spread.
         entries: The tokenizer's; None where no tokenizer is known.
         vocab: `true`: the verdict is about the tokenizer's entries; `padded`: about all rows. None:
-            `true` where the tokenizer is known.
+            `true` where the tokenizer is known, or where the rows that one side alone has are
+            zeros or copies of one row, which no trained entries are.
         sides: What phrases call the two.
         on_progress: Called with (bytes of weights compared, bytes in all).
 
@@ -278,6 +280,8 @@ def compare_checkpoints(
         raise InputError(
             "--vocab true needs the tokenizer's size; give --tokenizer or --vocab-file"
         )
+    if entries is None and vocab is None:
+        entries = evident_entries(a, b)
     vocab = vocab or ("padded" if entries is None else "true")
     ours, theirs, forms = one_form(a, b)
     settings, notes = compare_settings(ours.config, theirs.config, sides)

@@ -241,6 +241,27 @@ def only_last_rows(weights: WeightComparison, ours: ModelConfig, theirs: ModelCo
     return not weights.same and shapes and behind and set(weights.differing) <= vocabulary
 
 
+def evident_entries(ours: Checkpoint, theirs: Checkpoint) -> int | None:
+    """Return the rows of the shorter vocabulary where the longer one's others evidently pad it.
+
+    Writers fill them with zeros or with copies of one row. None where any two of them differ, or
+    where both sides have the same number of rows: no trained entry may be taken for padding.
+    """
+    rows = (ours.config.vocab_size, theirs.config.vocab_size)
+    if rows[0] == rows[1]:
+        return None
+    longer = ours if rows[0] > rows[1] else theirs
+    for name, parameter in parameters(longer.config).items():
+        if parameter.rule.unit == "vocab":
+            first = longer.tensors[name].read(0, slice(min(rows), min(rows) + 1))
+            for _, values, _ in _blocks(
+                longer.tensors[name], None, longer.tensors[name], min(rows), max(rows)
+            ):
+                if not bool((values == first).all()):
+                    return None
+    return min(rows)
+
+
 class _Missing:
     """A tensor that a model lacks and that no zeros stand for."""
 

@@ -95,7 +95,7 @@ def test_without_a_tokenizer_padding_is_not_guessed(run: Run, tmp_path: Path) ->
     state = random_models.state_dict(LONG)
     save(tmp_path / "a", LONG, state)
     wider = dataclasses.replace(LONG, vocab_size=320)
-    rows = torch.cat([state[WORDS], torch.zeros(20, LONG.hidden_size)])
+    rows = torch.cat([state[WORDS], torch.randn(20, LONG.hidden_size)])
     save(tmp_path / "b", wider, {**state, WORDS: rows})
     sides = ["verify", "--ckpt", tmp_path / "a", "--against", tmp_path / "b"]
     ended = run(*sides)

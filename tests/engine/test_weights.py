@@ -274,6 +274,25 @@ def test_rows_of_padding_have_a_verdict_of_their_own(model: ModelConfig):
     is_found(compare_checkpoints(ours, checkpoint(wider, moved), entries=50), name, (49, 31))
 
 
+@pytest.mark.parametrize("model", [GPT, LLAMA, BERT], ids=["gpt", "llama", "bert"])
+def test_rows_that_writers_add_are_padding_without_a_tokenizer(model: ModelConfig):
+    """Copies of one row and zeros; a single other value among them may be trained."""
+    state = state_dict(model)
+    ours, wider = checkpoint(model, state), dataclasses.replace(model, vocab_size=64)
+    tables = [name for name, row in parameters(model).items() if row.rule.unit == "vocab"]
+    for factor in (0.0, 1.0):
+        more = {n: state[n][-1:].expand(14, *state[n].shape[1:]) * factor for n in tables}
+        full = {**state, **{n: torch.cat([state[n], more[n]]) for n in tables}}
+        for sides in ((ours, checkpoint(wider, full)), (checkpoint(wider, full), ours)):
+            found = compare_checkpoints(*sides)
+            assert found.verdict == "the same over the first 50 rows of the vocabulary"
+            assert not compare_checkpoints(*sides, vocab="padded").same
+        for name in tables:
+            index = (63, 5) if full[name].dim() == 2 else (63,)
+            trained = checkpoint(wider, changed(full, name, index))
+            assert not compare_checkpoints(ours, trained).same
+
+
 def test_a_lost_entry_of_the_tokenizer_is_a_difference():
     fewer = dataclasses.replace(GPT, vocab_size=47)
     state = state_dict(GPT)
