@@ -248,7 +248,8 @@ class Tokenizer:
         """Return a copy of the backend by transformers' rules: special tokens are read in a text.
 
         The copy of a BERT vocabulary also adds `[CLS]` and `[SEP]` where it is asked for special
-        tokens. Not for sentencepiece, whose library has no such switch.
+        tokens, that of a BPE the begin of text where its files say `add_bos_token`. Not for
+        sentencepiece, whose library has no such switch.
         """
         from tokenizers import AddedToken, processors
         from tokenizers import Tokenizer as Backend
@@ -262,6 +263,18 @@ class Tokenizer:
         if self.kind == "gpt2-bpe" and self.eot_id is not None:
             end = backend.id_to_token(self.eot_id)
             backend.add_special_tokens([AddedToken(end, special=True, normalized=False)])
+        bos = self.special_id("bos")
+        if (
+            self.kind == "gpt2-bpe"
+            and self.settings.get("add_bos_token") is True
+            and bos is not None
+        ):
+            begin = backend.id_to_token(bos)
+            backend.post_processor = processors.TemplateProcessing(
+                single=[begin, "$A"],
+                pair=[begin, "$A", f"{begin}:1", "$B:1"],
+                special_tokens=[(begin, bos)],
+            )
         if self.kind == "bert-wordpiece":
             named = self.special_pieces()
             held = [piece for piece in named.values() if self.piece_id(piece) is not None]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.huggingface.tokenizer import tokenizer_files
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits, find_tokenizer, load_tokenizer
 from mlm_eval.harness.hub_encoding import HubEncoding
 
@@ -416,6 +417,23 @@ def test_the_end_of_text_may_be_an_added_token(pieces, tmp_path):
     assert load_tokenizer(directory=folder).eot_id == BASE
     sentences = with_pieces(tmp_path / "pieces", pieces, [token], eos_token="<|im_end|>")
     assert load_tokenizer(directory=sentences).eot_id == 600
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_the_harness_adds_bos_where_the_files_say_so(stated, tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = write_vocabulary("gpt2", tmp_path / "slow")
+    settings = {"bos_token": "<|endoftext|>", "add_bos_token": stated}
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer", **settings})
+    tokenizer = load_tokenizer(directory=folder)
+    ours = HubEncoding(tokenizer).encode("hello")
+    assert ours == AutoTokenizer.from_pretrained(folder)("hello")["input_ids"]
+    assert (ours[0] == BASE - 1) is stated
+    fast = tmp_path / "fast"
+    fast.mkdir()
+    tokenizer_files(tokenizer, family="gpt", max_length=64).write(fast)
+    assert AutoTokenizer.from_pretrained(fast)("hello")["input_ids"] == ours
 
 
 def test_the_harness_reads_added_tokens_of_a_sentencepiece_model(pieces, tmp_path):
