@@ -156,17 +156,24 @@ class Tokenizer:
             )
 
     def _sentencepiece_ids(self, text: str) -> list[int]:
-        """Return the ids of a text: the library's own between added tokens."""
-        if not self.added:
+        """Return the ids of a text: the library's own between added tokens.
+
+        The library puts a space before every text that it is given. Without `legacy` only one
+        stands there, before the whole text, and none with `add_prefix_space` = false (as in
+        transformers' LlamaTokenizer, 4.x).
+        """
+        legacy = self.settings.get("legacy") is not False
+        bare = not legacy and self.settings.get("add_prefix_space") is False
+        if not self.added and not bare:
             return list(self.backend.encode(text))
         ids: list[int] = []
-        legacy = self.settings.get("legacy") is not False
         for number, (piece, index) in enumerate(self._splitter.split(text)):
+            is_first = number == 0 and not bare
             if index is not None:
-                if number == 0 and not (legacy or self._splitter.special[index]):
-                    ids += self._without_prefix.encode(SPACE_PIECE)  # what stands before every text
+                if is_first and not (legacy or self._splitter.special[index]):
+                    ids += self._without_prefix.encode(SPACE_PIECE)
                 ids.append(index)
-            elif number == 0 or legacy:
+            elif is_first or legacy:
                 ids += self.backend.encode(piece)
             elif piece.startswith((" ", SPACE_PIECE)):  # the library may drop a space at the start
                 before = special_piece(self.settings, "unk") or "<unk>"
@@ -657,7 +664,7 @@ def _load_sentencepiece(path: Path) -> Tokenizer:
         kind="sentencepiece",
         source=str(path),
         vocab_size=max([rows, *(1 + (entry.index or 0) for entry in added)]),
-        sha256=_sha256(path, rules=[added, side.settings.get("legacy") is False and bool(added)]),
+        sha256=_sha256(path, rules=[added, *_prefix_rules(side, added)]),
         files=(path, *side.files),
         settings=side.settings,
         added=tuple(added),
@@ -665,6 +672,13 @@ def _load_sentencepiece(path: Path) -> Tokenizer:
         eot_id=end,
         backend=backend,
     )
+
+
+def _prefix_rules(side: SideFiles, added: Sequence[AddedEntry]) -> list[bool]:
+    """Return what decides about spaces at the start, for a digest; nothing where it is plain."""
+    if side.settings.get("legacy") is not False:
+        return []
+    return [bool(added), side.settings.get("add_prefix_space") is False]
 
 
 def _check_class(side: SideFiles, path: Path, known: set[str], what: str) -> None:

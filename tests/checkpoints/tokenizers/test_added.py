@@ -181,12 +181,14 @@ def with_pieces(folder: Path, pieces: Path, tokens: list[dict[str, Any]], **more
     return folder
 
 
-@pytest.mark.parametrize("legacy", [True, False])
-def test_sentencepiece_ids_are_those_of_transformers(pieces, legacy, tmp_path):
+@pytest.mark.parametrize(
+    ("legacy", "prefix"), [(True, None), (True, False), (False, None), (False, False)]
+)
+def test_sentencepiece_ids_are_those_of_transformers(pieces, legacy, prefix, tmp_path):
     """Against the slow class, which runs the library between added tokens as we do.
 
-    Without `legacy` it never puts a space before a text, and we do so at the start alone; the texts
-    begin with a special token there, after which none is put.
+    Without `legacy` it never puts a space before a text, and we do so at the start alone unless
+    `add_prefix_space` is false; texts begin with a special token there, after which none is put.
     """
     from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
@@ -206,13 +208,19 @@ def test_sentencepiece_ids_are_those_of_transformers(pieces, legacy, tmp_path):
             for token in chance.sample(["<|user|>", "<tag>", "[ADD]", "w w"], 3)
         ]
         tokens[0]["special"] = True
+        more = {} if prefix is None else {"add_prefix_space": prefix}
+        tokens = tokens if trial else []
         folder = with_pieces(
-            tmp_path / f"{trial}", pieces, tokens, legacy=legacy, unk_token="<unk>"
+            tmp_path / f"{trial}", pieces, tokens, legacy=legacy, unk_token="<unk>", **more
         )
         ours, theirs = load_tokenizer(directory=folder), Slow.from_pretrained(folder)
-        assert ours.vocab_size == 603
+        assert ours.vocab_size == 600 + len(tokens)
+        if not tokens and prefix is None and not legacy:
+            continue
         for _ in range(20):
-            text = ("" if legacy else tokens[0]["content"]) + text_at_random(tokens, chance)
+            text = text_at_random(tokens or [{"content": "class"}], chance)
+            if not legacy and prefix is None:
+                text = tokens[0]["content"] + text
             expected = theirs(text, add_special_tokens=False)["input_ids"]
             assert ours.encode(text) == expected, (text, tokens)
 
