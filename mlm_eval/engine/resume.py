@@ -267,7 +267,7 @@ def _flat(values: Mapping[str, Any], place: str = "") -> dict[str, Any]:
 
 
 def _named(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    short = name.removeprefix("settings.")
+    short = name.removeprefix("settings.").removeprefix("recipe.")
     if short in _IDENTITIES:
         return _IDENTITIES[short]
     before, now = (str(values.get(name))[:60] for values in (old, new))
