@@ -194,13 +194,14 @@ def _entries(options: VerifyOptions, first: Checkpoint, second: Checkpoint) -> i
     """
     from mlm_eval.checkpoints.tokenizer import check_entries, entries_within
 
-    rows = max(first.config.vocab_size, second.config.vocab_size)
+    # Special tokens that were never given a row are no entries on either side.
+    fewer, more = sorted((first.config.vocab_size, second.config.vocab_size))
     if options.tokenizer or options.vocab_file:
         tokenizer = chosen_tokenizer(options.ckpt, options)
         assert tokenizer is not None
-        entries = entries_within(tokenizer, rows)
-        check_entries(entries, rows, str(tokenizer.source))
+        entries = entries_within(tokenizer, fewer)
+        check_entries(entries, more, str(tokenizer.source))
         return entries
     found = [chosen_tokenizer(path, options) for path in (options.ckpt, options.against)]
-    sizes = [entries_within(tokenizer, rows) for tokenizer in found if tokenizer is not None]
-    return min(max(sizes), rows) if sizes else None
+    sizes = [entries_within(tokenizer, fewer) for tokenizer in found if tokenizer is not None]
+    return min(max(sizes), more) if sizes else None

@@ -111,6 +111,22 @@ def test_without_a_tokenizer_padding_is_not_guessed(run: Run, tmp_path: Path) ->
     assert_one_sentence(run(*sides, "--tokenizer", many), "401 entries", "320 rows")
 
 
+def test_special_tokens_that_never_had_a_row_are_no_entries(run: Run, tmp_path: Path) -> None:
+    """A padding token that a tokenizer's files name, which the shorter table has no row for."""
+    state = random_models.state_dict(LONG)
+    full = dataclasses.replace(LONG, vocab_size=256)
+    words = random_models.byte_vocabulary(tmp_path / "words")
+    (words / "tokenizer_config.json").write_text('{"pad_token": "<pad>"}')
+    save(tmp_path / "a", LONG, state)
+    for rows, code in ((256, 0), (255, 3)):
+        shorter = dataclasses.replace(full, vocab_size=rows)
+        save(tmp_path / f"b{rows}", shorter, {**state, WORDS: state[WORDS][:rows]})
+        for sides in (("a", f"b{rows}"), (f"b{rows}", "a")):
+            one, other = (tmp_path / side for side in sides)
+            ended = run("verify", "--ckpt", one, "--against", other, "--tokenizer", words)
+            assert ended.code == code, ended
+
+
 def test_half_precision_is_said(run: Run, tmp_path: Path) -> None:
     source = random_models.checkpoint(ROTARY)
     for tp in (1, 2):
