@@ -89,7 +89,8 @@ def convert(
         max_shard_size: Largest safetensors file (`hf`).
         vocab: `true` (the tokenizer's entries; Megatron's own padding of them for Megatron
             targets) or `padded` (the stored rows); None: true for `hf` and for legacy names where
-            the tokenizer's size is known, else the stored rows, so that a change of sizes and back
+            the tokenizer's size is known and the source is Megatron's, which pads, or
+            `true_vocab_size` is stated; else the stored rows, so that a change of sizes and back
             gives the same bits.
         true_vocab_size: The tokenizer's size; None: that of `tokenizer`.
         tokenizer: The tokenizer to write with the model, or its folder or file, or its vocabulary
@@ -117,6 +118,8 @@ def convert(
         dtype = None
     if dtype is not None:
         dtype = resolve_dtype(dtype, auto="float32")
+    if to == "hf" and vocab is None and true_vocab_size is not None:
+        vocab = "true"  # a size that the caller states is a reason to cut any source to it
     tokenizer = _load(tokenizer)
     misfit = None
     if tokenizer is not None:

@@ -126,6 +126,7 @@ def test_rows_of_a_hugging_face_model_are_kept(family, tmp_path):
     assert rows_of(convert(checkpoint, "hf", tmp_path / "none")) == 70
     cut = convert(checkpoint, "hf", tmp_path / "cut", tokenizer=words, vocab="true")
     assert rows_of(cut) == 63 and "7 rows that pad the vocabulary" in cut.notes[0]
+    assert rows_of(convert(checkpoint, "hf", tmp_path / "stated", true_vocab_size=65)) == 65
 
 
 def test_legacy_names_cut_no_row_of_a_hugging_face_model(tmp_path):
