@@ -153,6 +153,35 @@ def test_what_was_trained_is_what_was_written(kind, changes, tmp_path):
     assert report.best is None and report.best_checkpoint is None and report.evaluations == []
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("kind", "source", "written"),
+    [
+        ("mlm", "legacy", "legacy"),
+        ("mlm", "core", "core"),
+        ("mlm", None, "core"),
+        ("lm", "legacy", "legacy"),
+        ("classification_head", "core", "legacy"),  # megatron-core has no task heads
+        ("qa_head", "legacy", "legacy"),
+    ],
+)
+def test_the_sources_parameter_names_stay(kind, source, written, tmp_path):
+    """So do the rows of its vocabulary, whatever Megatron would pad them to."""
+    model = training_runs.model_for(kind)
+    provenance = dataclasses.replace(model.provenance, names=source)
+    engine = Engine.load(dataclasses.replace(model, provenance=provenance), dtype="float32")
+    report = train(
+        engine,
+        training_runs.samples(kind, 8, vocab=model.config.vocab_size),
+        training_runs.OBJECTIVES[kind](),
+        training_runs.settings(max_steps=1),
+        output_dir=tmp_path / "run",
+    )
+    checkpoint = open_checkpoint(report.checkpoint)
+    assert checkpoint.provenance.names == written
+    assert checkpoint.config.vocab_size == model.config.vocab_size
+
+
 def test_the_logs_are_there(finished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
