@@ -66,7 +66,7 @@ FOREIGN_OPTIONS = {
     "--overlapping-eval", "--strict-lambada", "--dist-ckpt-format", "--no-load-optim",
     "--no-load-rng", "--ckpt-format", "--ckpt-step", "--use-dist-ckpt", "--use-mcore-models",
     "--reset-position-ids", "--reset-attention-mask", "--eod-mask-loss", "--keep-last",
-    "--valid-data",
+    "--valid-data", "--yaml-cfg",
 }  # fmt: skip
 """Megatron's."""
 FOREIGN_FILES = {
