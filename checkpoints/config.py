@@ -10,8 +10,18 @@ from typing import Any, Self
 
 from mlm_eval.checkpoints.errors import InputError
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu", "squared_relu")
-"""`gelu` is the exact erf form, `gelu_tanh` the approximation; `swiglu` gates with silu."""
+GATED_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "quick_geglu")
+"""Of `[gate; up]`: silu, GELU or x sigmoid(1.702 x) of the gate, times the up branch."""
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "squared_relu", *GATED_ACTIVATIONS)
+"""`gelu` and `geglu` take the exact erf form, `gelu_tanh` and `geglu_tanh` the approximation."""
+
+SOFTMAX_TYPES = ("vanilla", "off-by-one", "learnable")
+"""What the attention's softmax divides by besides its scores: nothing, exp(0), or one learned logit
+for each head (a sink), whose share is dropped."""
+
+SCORE_FUNCTIONS = ("softmax", "sigmoid")
+"""How a router turns logits into scores."""
 
 POSITION_TYPES = ("learned_absolute", "rope", "learned_absolute+rope", "none")
 """Megatron's names; the sum stands for runs of spring 2023, when both could be on."""
@@ -46,6 +56,21 @@ _RANGES = (
     ("init_method_std", 0.0, 1e3),
     ("num_tokentypes", 0, 1 << 20),
     ("num_classes", 0, 1 << 20),
+    ("window_size", 0, 1 << 30),
+    ("activation_func_clamp_value", 0.0, 1e6),
+    ("glu_linear_offset", -1e6, 1e6),
+    ("num_experts", 0, 1 << 16),
+    ("moe_ffn_hidden_size", 0, 1 << 30),
+    ("moe_router_topk", 0, 1 << 16),
+    ("moe_router_num_groups", 0, 1 << 16),
+    ("moe_router_group_topk", 0, 1 << 16),
+    ("moe_router_topk_scaling_factor", 0.0, 1e6),
+    ("moe_shared_expert_intermediate_size", 0, 1 << 30),
+    ("q_lora_rank", 0, 1 << 30),
+    ("kv_lora_rank", 0, 1 << 30),
+    ("qk_head_dim", 0, 1 << 30),
+    ("qk_pos_emb_head_dim", 0, 1 << 30),
+    ("v_head_dim", 0, 1 << 30),
 )
 """A value outside is a typo or damage; NaN is outside of every range."""
 
@@ -61,12 +86,38 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class YarnScaling:
+    """YaRN's stretching of rotary frequencies (arXiv 2309.00071; Megatron `rope_type` yarn)."""
+
+    factor: float
+    original_max_position: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    round_range: bool = True
+    """Round the ends of the range of channels that are blended to whole channels."""
+
+    @property
+    def attention_factor(self) -> float:
+        """Factor of cosines and sines: m(mscale) / m(mscale_all_dim), or m(1) without the two."""
+        if self.mscale is None or self.mscale_all_dim is None:
+            return yarn_mscale(self.factor, 1.0)
+        return yarn_mscale(self.factor, self.mscale) / yarn_mscale(self.factor, self.mscale_all_dim)
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """Return YaRN's m: 0.1 mscale ln(factor) + 1 for factors above 1, else 1."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One model. Names are Megatron's; sizes are those of the whole model, never of a shard.
 
     `vocab_size` counts the stored rows, padding included. `ffn_hidden_size` is the width of one
     branch where the MLP is gated. `num_query_groups` equals `num_attention_heads` without grouped
-    queries.
+    queries. Where layers differ, a setting holds the numbers of the layers that have it, from 0.
     """
 
     family: str  # "gpt" or "bert"
@@ -84,6 +135,15 @@ class ModelConfig:
     rotary_interleaved: bool = False
     rotary_seq_len_interpolation_factor: float | None = None
     rope_scaling: RopeScaling | None = None
+    yarn: YarnScaling | None = None
+    no_rope_layers: tuple[int, ...] = ()
+    """Layers without rotary positions."""
+    window_size: int = 0
+    """Keys before its own position that a query of `window_layers` sees; 0: all of them."""
+    window_layers: tuple[int, ...] = ()
+    softmax_type: str = "vanilla"
+    attention_output_gate: bool = False
+    """The attention's output is multiplied by the sigmoid of gates, heads beside the queries."""
     normalization: str = "LayerNorm"
     layernorm_epsilon: float = 1e-5
     layernorm_zero_centered_gamma: bool = False
@@ -91,12 +151,57 @@ class ModelConfig:
     activation: str = "gelu"
     head_activation: str = "gelu"
     """BERT's LM head: erf since v1.0, whatever the MLP uses (docs/megatron.md, "GELU")."""
+    activation_func_clamp_value: float | None = None
+    """Gated activations: the gate is clamped from above, the up branch to +- this value."""
+    glu_linear_offset: float = 0.0
+    """Gated activations: added to the up branch."""
     add_bias_linear: bool = True
     add_qkv_bias: bool = True
     qk_layernorm: bool = False
     qk_layernorm_bias: bool = False
+    """With multi-latent attention these two are the norms of the latents."""
     softmax_scale: float | None = None
-    """Factor of the attention scores; None is 1 / sqrt(kv_channels)."""
+    """Factor of the attention scores; None is 1 / sqrt(kv_channels), of latent attention
+    1 / sqrt(qk_head_dim + qk_pos_emb_head_dim)."""
+    qk_l2_norm: bool = False
+    """Queries and keys are divided by the root of their mean square."""
+    num_experts: int = 0
+    """Routed experts of the layers in `moe_layers`; 0: a dense model."""
+    moe_layers: tuple[int, ...] = ()
+    moe_ffn_hidden_size: int = 0
+    """Width of one expert, of one branch where it is gated."""
+    moe_router_topk: int = 0
+    """Experts that a token is sent to."""
+    moe_router_score_function: str = "softmax"
+    moe_router_pre_softmax: bool = False
+    """The softmax runs over all experts, before the choice; else over the chosen."""
+    moe_router_num_groups: int = 0
+    """Experts are chosen within `moe_router_group_topk` of so many groups; 0: among all."""
+    moe_router_group_topk: int = 0
+    moe_router_topk_scaling_factor: float | None = None
+    """Multiplies the weights of the chosen experts; None: 1."""
+    moe_router_enable_expert_bias: bool = False
+    """A bias for each expert decides the choice, not the weights."""
+    moe_router_bias: bool = False
+    """The router's logits have a bias."""
+    moe_apply_probs_on_input: bool = False
+    """The one chosen expert's weight multiplies its input, not its output."""
+    moe_shared_expert_intermediate_size: int = 0
+    """Width of the expert that every token is sent to; 0: there is none."""
+    moe_shared_expert_gate: bool = False
+    """The shared expert's output is multiplied by the sigmoid of one logit."""
+    multi_latent_attention: bool = False
+    """Queries and keys come from low-rank latents (DeepSeek V2, arXiv 2405.04434)."""
+    q_lora_rank: int = 0
+    """Width of the queries' latent; 0: they come from the states."""
+    kv_lora_rank: int = 0
+    """Width of the latent of keys and values."""
+    qk_head_dim: int = 0
+    """Channels of a query or key head without position."""
+    qk_pos_emb_head_dim: int = 0
+    """Rotated channels of a query head, and of the one key that all heads share."""
+    v_head_dim: int = 0
+    """Channels of a value head."""
     untie_embeddings_and_output_weights: bool = False
     apply_residual_connection_post_layernorm: bool = False
     """Take the residual after the norm: the original BERT order, the paper's Figure 7 (a)."""
@@ -144,6 +249,9 @@ class ModelConfig:
                 "an odd number of them, but they are rotated in pairs; correct it with --set "
                 "rotary_percent=X"
             )
+        self._check_layers()
+        self._check_experts()
+        self._check_latents()
         if self.num_query_groups < 1 or self.num_attention_heads % self.num_query_groups:
             raise InputError(
                 f"num_query_groups {self.num_query_groups} does not divide "
@@ -155,6 +263,8 @@ class ModelConfig:
             ("head_activation", ("gelu", "gelu_tanh")),
             ("position_embedding_type", POSITION_TYPES),
             ("normalization", ("LayerNorm", "RMSNorm")),
+            ("softmax_type", SOFTMAX_TYPES),
+            ("moe_router_score_function", SCORE_FUNCTIONS),
         ):
             if getattr(self, name) not in known:
                 raise InputError(
@@ -162,10 +272,77 @@ class ModelConfig:
                     f"{', '.join(known)}, to be chosen with --set {name}=..."
                 )
 
+    def _check_layers(self) -> None:
+        for name in ("no_rope_layers", "window_layers", "moe_layers"):
+            layers = getattr(self, name)
+            if list(layers) != sorted({n for n in layers if 0 <= n < self.num_layers}):
+                raise InputError(
+                    f"{name} is {','.join(map(str, layers))}, but must hold numbers of the "
+                    f"{self.num_layers} layers, ascending from 0; correct it with --set {name}=0,2"
+                )
+        if bool(self.window_size) != bool(self.window_layers):
+            raise InputError(
+                f"window_size is {self.window_size} for {len(self.window_layers)} layer(s); set "
+                "both window_size and window_layers, or neither, with --set"
+            )
+
+    def _check_experts(self) -> None:
+        if not self.num_experts:
+            if self.moe_layers:
+                raise InputError("moe_layers needs num_experts; set it with --set num_experts=N")
+            return
+        groups, kept = self.moe_router_num_groups, self.moe_router_group_topk
+        rules = (
+            (1 <= self.moe_router_topk <= self.num_experts, "moe_router_topk", "1 to num_experts"),
+            (self.moe_ffn_hidden_size >= 1, "moe_ffn_hidden_size", "at least 1"),
+            (bool(groups) == bool(kept), "moe_router_group_topk", "set with moe_router_num_groups"),
+            (
+                not groups or (self.num_experts % groups == 0 and kept <= groups),
+                "moe_router_num_groups",
+                "a divisor of num_experts, and no less than moe_router_group_topk",
+            ),
+            (
+                not kept or 1 <= self.moe_router_topk // kept <= self.num_experts // groups,
+                "moe_router_group_topk",
+                "at most moe_router_topk, with as many experts in the kept groups",
+            ),
+            (
+                not self.moe_apply_probs_on_input or self.moe_router_topk == 1,
+                "moe_apply_probs_on_input",
+                "false unless moe_router_topk is 1",
+            ),
+            (
+                not self.moe_router_enable_expert_bias
+                or self.moe_router_score_function == "sigmoid",
+                "moe_router_enable_expert_bias",
+                "false unless moe_router_score_function is sigmoid",
+            ),
+        )
+        for holds, name, bounds in rules:
+            if not holds:
+                raise InputError(
+                    f"{name} is {getattr(self, name)}, but must be {bounds}; correct it with --set"
+                )
+
+    def _check_latents(self) -> None:
+        if not self.multi_latent_attention:
+            return
+        for name in ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"):
+            if getattr(self, name) < 1:
+                raise InputError(
+                    f"{name} is {getattr(self, name)}, but multi-latent attention needs at least "
+                    f"1; correct it with --set {name}=N"
+                )
+        if self.qk_pos_emb_head_dim % 2:
+            raise InputError(
+                f"qk_pos_emb_head_dim is {self.qk_pos_emb_head_dim}, but channels are rotated in "
+                "pairs; correct it with --set qk_pos_emb_head_dim=N"
+            )
+
     @property
     def gated(self) -> bool:
         """Whether fc1 holds a gate and an up branch."""
-        return self.activation == "swiglu"
+        return self.activation in GATED_ACTIVATIONS
 
     @property
     def learned_positions(self) -> bool:
@@ -184,19 +361,57 @@ class ModelConfig:
 
     @property
     def qkv_size(self) -> int:
-        """Rows of the packed QKV weight: (n + 2 ng) hn."""
-        return (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels
+        """Rows of the packed QKV weight: (n + 2 ng) hn, (2 n + 2 ng) hn with output gates."""
+        heads = self.num_attention_heads * (2 if self.attention_output_gate else 1)
+        return (heads + 2 * self.num_query_groups) * self.kv_channels
+
+    @property
+    def rotated_channels(self) -> int:
+        """Channels of a head that are rotated by position."""
+        if self.multi_latent_attention:
+            return self.qk_pos_emb_head_dim
+        return int(self.kv_channels * self.rotary_percent)
+
+    @property
+    def attention_width(self) -> int:
+        """Width of the attention's output before its projection."""
+        channels = self.v_head_dim if self.multi_latent_attention else self.kv_channels
+        return self.num_attention_heads * channels
+
+    @property
+    def beyond_dense(self) -> str | None:
+        """What the model has that a plain dense model has not, in words; None: nothing."""
+        parts = {
+            "a mixture of experts": bool(self.num_experts),
+            "latent attention": self.multi_latent_attention,
+            "windows of attention": bool(self.window_layers),
+            "layers without rotary positions": bool(self.no_rope_layers),
+            "attention sinks": self.softmax_type != "vanilla",
+            "gates of the attention's output": self.attention_output_gate,
+            "L2-normed queries and keys": self.qk_l2_norm,
+            "YaRN": self.yarn is not None,
+            f"{self.activation} activations": self.gated and self.activation != "swiglu",
+            "clamped or shifted activations": self.activation_func_clamp_value is not None
+            or bool(self.glu_linear_offset),
+        }
+        return next((what for what, there in parts.items() if there), None)
+
+    @property
+    def dense_layers(self) -> int:
+        """Number of the layers that have a plain MLP."""
+        return self.num_layers - len(self.moe_layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
 
 SETTING_KINDS = {f.name: str(f.type).split(" | ")[0] for f in dataclasses.fields(ModelConfig)}
-"""The type of each setting: a key of `_KINDS`, but for `rope_scaling`."""
+"""The type of each setting: a key of `_KINDS`, but for `rope_scaling` and `yarn`."""
 
 # Also accepted by --set; the readers use them before there is a config.
-READER_SETTINGS = {"checkpoint_version": "float", "rope_scaling_factor": "float"}
+READER_SETTINGS = {"checkpoint_version": "float", "rope_scaling_factor": "float", "mla_yarn": "str"}
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
@@ -231,11 +446,14 @@ _KINDS = {
     "float": "a number",
     "bool": "true or false",
     "str": "a word",
+    "tuple[int, ...]": "comma-separated numbers of layers, from 0",
 }
 
 
 def is_of_kind(value: Any, kind: str) -> bool:
-    """Return whether a value is an `int`, `float` (a whole number also), `bool` or `str`."""
+    """Return whether a value is of a kind: a key of `_KINDS`; a `float` may be a whole number."""
+    if kind == "tuple[int, ...]":
+        return isinstance(value, tuple) and all(is_of_kind(number, "int") for number in value)
     types = {"int": int, "float": int | float, "bool": bool, "str": str}
     return isinstance(value, types[kind]) and isinstance(value, bool) == (kind == "bool")
 
@@ -254,6 +472,8 @@ def _parse_value(name: str, kind: str, text: str) -> Any:
     try:
         if kind == "bool":
             return booleans[text.lower()]
+        if kind == "tuple[int, ...]":
+            return tuple(int(number) for number in text.split(",") if number.strip())
         value: Any = {"int": int, "float": float, "str": str}[kind](text)
         if kind == "float" and not math.isfinite(value):
             raise ValueError

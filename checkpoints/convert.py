@@ -20,7 +20,6 @@ from mlm_eval.checkpoints.megatron.layout import (
     padded_vocabulary,
     save_layout,
 )
-from mlm_eval.checkpoints.megatron.tokenizer_type import added_entries, with_tokenizer_type
 from mlm_eval.checkpoints.tokenizer import (
     Tokenizer,
     check_fits,
@@ -28,6 +27,7 @@ from mlm_eval.checkpoints.tokenizer import (
     load_tokenizer,
 )
 from mlm_eval.checkpoints.tokenizers.copying import copy_tokenizer
+from mlm_eval.checkpoints.tokenizers.tokenizer_type import added_entries, with_tokenizer_type
 
 TARGET_FORMATS = ("hf", "megatron", "torch_dist")
 

@@ -216,6 +216,26 @@ class Concat(LazyTensor):
         return pieces
 
 
+class Stacked(LazyTensor):
+    """Tensors of one shape on a new first dim, such as the experts of a layer."""
+
+    def __init__(self, parts: Sequence[LazyTensor]) -> None:
+        assert parts, "nothing to stack"
+        assert len({(part.shape, part.dtype) for part in parts}) == 1, "unequal parts"
+        self.parts = list(parts)
+        self.dtype = parts[0].dtype
+        self.shape = (len(parts), *parts[0].shape)
+
+    def read(self, dim: int = 0, index: Index = None) -> Tensor:
+        """See `LazyTensor.read`."""
+        if dim:
+            return torch.stack([part.read(dim - 1, index) for part in self.parts])
+        chosen = take(torch.arange(len(self.parts)), 0, index).tolist()
+        if not chosen:
+            return torch.empty(0, *self.shape[1:], dtype=self.dtype)
+        return torch.stack([self.parts[number].read() for number in chosen])
+
+
 class Selected(LazyTensor):
     """The entries `order` of a tensor along dim 0, in that order: permuted or fewer rows."""
 

@@ -38,6 +38,8 @@ class ShardRule:
     """Query heads, for `qkv`."""
     groups: int = 0
     """Key/value heads, for `qkv`."""
+    gates: bool = False
+    """Each group of `qkv` has as many heads of gates after its queries."""
 
     def merge(self, parts: Sequence[LazyTensor]) -> LazyTensor:
         """Return the whole parameter from equal parts, in rank order: the inverse of `part`."""
@@ -45,7 +47,7 @@ class ShardRule:
             return parts[0]
         if self.blocks == 1:
             return Concat(parts, self.dim)
-        assert self.dim == 0, "packed blocks stand along dim 0"
+        assert self.dim == 0, "packed blocks stand along dim 0 of what files hold"
         size = parts[0].shape[0] // self.blocks
         rows = [torch.arange(b * size, (b + 1) * size) for b in range(self.blocks)]
         return Concat([Selected(part, block) for block in rows for part in parts], 0)
@@ -56,6 +58,10 @@ COLUMN = ShardRule(0)
 GATE_UP = ShardRule(0, blocks=2)
 ROW = ShardRule(1)
 VOCAB = ShardRule(0, "vocab")
+EXPERT_COLUMN = ShardRule(1)
+EXPERT_GATE_UP = ShardRule(1, blocks=2)
+EXPERT_ROW = ShardRule(2)
+"""Experts stand along dim 0; each rank holds a part of the width of every one."""
 
 TASK_HEADS = ("multichoice_head", "classification_head", "qa_head")
 """Heads of fine-tuned BERT models."""
@@ -115,12 +121,14 @@ class Parameter:
         if rule.unit == "even":
             return self._equal_runs(tp_rank, tp_size)
         per_group = rule.heads // rule.groups
-        channels = self.shape[self.dim] // (rule.heads + 2 * rule.groups)
+        own = per_group * (2 if rule.gates else 1)  # slots of a group before its key and value
+        channels = self.shape[self.dim] // ((own + 2) * rule.groups)
         slots = []
         for heads, group in local_groups(rule.heads, rule.groups, tp_rank, tp_size):
-            base = group * (per_group + 2)
-            slots += [base + head - group * per_group for head in heads]
-            slots += [base + per_group, base + per_group + 1]
+            base = group * (own + 2)
+            queries = [base + head - group * per_group for head in heads]
+            slots += queries + ([slot + per_group for slot in queries] if rule.gates else [])
+            slots += [base + own, base + own + 1]
         return [range(slot * channels, (slot + 1) * channels) for slot in slots]
 
     def _equal_runs(self, tp_rank: int, tp_size: int) -> list[range]:
@@ -170,36 +178,106 @@ def _all(c: ModelConfig) -> Iterator[Parameter]:
 
 def layer_parameters(c: ModelConfig, layer: int) -> Iterator[Parameter]:
     """Yield the parameters of one transformer layer."""
-    h, f, hn = c.hidden_size, c.ffn_hidden_size, c.kv_channels
     prefix = f"{c.block}.layers.{layer}."
-    fc1_rows, fc1_rule = (2 * f, GATE_UP) if c.gated else (f, COLUMN)
-    qkv = ShardRule(0, "qkv", heads=c.num_attention_heads, groups=c.num_query_groups)
     yield from _norm(c, f"{prefix}input_layernorm")
-    attention = f"{prefix}self_attention."
-    yield Parameter(f"{attention}linear_qkv.weight", (c.qkv_size, h), qkv)
+    attention = _latent_attention if c.multi_latent_attention else _attention
+    yield from attention(c, f"{prefix}self_attention.")
+    yield from _norm(c, f"{prefix}pre_mlp_layernorm")
+    if layer in c.moe_layers:
+        yield from _experts(c, f"{prefix}mlp.")
+    else:
+        yield from _mlp(c, f"{prefix}mlp.", c.ffn_hidden_size, bias=c.add_bias_linear)
+
+
+def _attention(c: ModelConfig, prefix: str) -> Iterator[Parameter]:
+    h, hn = c.hidden_size, c.kv_channels
+    qkv = ShardRule(
+        0,
+        "qkv",
+        heads=c.num_attention_heads,
+        groups=c.num_query_groups,
+        gates=c.attention_output_gate,
+    )
+    yield Parameter(f"{prefix}linear_qkv.weight", (c.qkv_size, h), qkv)
     if c.add_qkv_bias:
-        yield Parameter(f"{attention}linear_qkv.bias", (c.qkv_size,), qkv)
+        yield Parameter(f"{prefix}linear_qkv.bias", (c.qkv_size,), qkv)
     if c.qk_layernorm:
         for name in ("q_layernorm", "k_layernorm"):
-            yield Parameter(f"{attention}{name}.weight", (hn,), REPLICATED)
+            yield Parameter(f"{prefix}{name}.weight", (hn,), REPLICATED)
             if c.qk_layernorm_bias:
-                yield Parameter(f"{attention}{name}.bias", (hn,), REPLICATED)
-    yield Parameter(f"{attention}linear_proj.weight", (h, c.num_attention_heads * hn), ROW)
-    if c.add_bias_linear:
-        yield Parameter(f"{attention}linear_proj.bias", (h,), REPLICATED)
-    yield from _norm(c, f"{prefix}pre_mlp_layernorm")
-    yield Parameter(f"{prefix}mlp.linear_fc1.weight", (fc1_rows, h), fc1_rule)
-    if c.add_bias_linear:
-        yield Parameter(f"{prefix}mlp.linear_fc1.bias", (fc1_rows,), fc1_rule)
-    yield Parameter(f"{prefix}mlp.linear_fc2.weight", (h, f), ROW)
-    if c.add_bias_linear:
-        yield Parameter(f"{prefix}mlp.linear_fc2.bias", (h,), REPLICATED)
+                yield Parameter(f"{prefix}{name}.bias", (hn,), REPLICATED)
+    yield from _sinks(c, prefix)
+    yield from _projection(c, prefix)
 
 
-def _norm(c: ModelConfig, name: str) -> Iterator[Parameter]:
-    yield Parameter(f"{name}.weight", (c.hidden_size,), REPLICATED)
+def _latent_attention(c: ModelConfig, prefix: str) -> Iterator[Parameter]:
+    h, n, positions = c.hidden_size, c.num_attention_heads, c.qk_pos_emb_head_dim
+    queries = n * (c.qk_head_dim + positions)
+    if c.q_lora_rank:
+        yield Parameter(f"{prefix}linear_q_down_proj.weight", (c.q_lora_rank, h), REPLICATED)
+        if c.qk_layernorm:
+            yield from _norm(c, f"{prefix}q_layernorm", c.q_lora_rank)
+        yield Parameter(f"{prefix}linear_q_up_proj.weight", (queries, c.q_lora_rank), COLUMN)
+    else:
+        yield Parameter(f"{prefix}linear_q_proj.weight", (queries, h), COLUMN)
+    latent = c.kv_lora_rank + positions
+    yield Parameter(f"{prefix}linear_kv_down_proj.weight", (latent, h), REPLICATED)
+    if c.qk_layernorm:
+        yield from _norm(c, f"{prefix}kv_layernorm", c.kv_lora_rank)
+    rows = n * (c.qk_head_dim + c.v_head_dim)
+    yield Parameter(f"{prefix}linear_kv_up_proj.weight", (rows, c.kv_lora_rank), COLUMN)
+    yield from _sinks(c, prefix)
+    yield from _projection(c, prefix)
+
+
+def _sinks(c: ModelConfig, prefix: str) -> Iterator[Parameter]:
+    if c.softmax_type == "learnable":
+        name = f"{prefix}core_attention.softmax_offset"
+        yield Parameter(name, (c.num_attention_heads,), COLUMN)
+
+
+def _projection(c: ModelConfig, prefix: str) -> Iterator[Parameter]:
+    yield Parameter(f"{prefix}linear_proj.weight", (c.hidden_size, c.attention_width), ROW)
+    if c.add_bias_linear:
+        yield Parameter(f"{prefix}linear_proj.bias", (c.hidden_size,), REPLICATED)
+
+
+def _mlp(c: ModelConfig, prefix: str, width: int, *, bias: bool) -> Iterator[Parameter]:
+    rows, rule = (2 * width, GATE_UP) if c.gated else (width, COLUMN)
+    yield Parameter(f"{prefix}linear_fc1.weight", (rows, c.hidden_size), rule)
+    if bias:
+        yield Parameter(f"{prefix}linear_fc1.bias", (rows,), rule)
+    yield Parameter(f"{prefix}linear_fc2.weight", (c.hidden_size, width), ROW)
+    if bias:
+        yield Parameter(f"{prefix}linear_fc2.bias", (c.hidden_size,), REPLICATED)
+
+
+def _experts(c: ModelConfig, prefix: str) -> Iterator[Parameter]:
+    h, count, width = c.hidden_size, c.num_experts, c.moe_ffn_hidden_size
+    yield Parameter(f"{prefix}router.weight", (count, h), REPLICATED)
+    if c.moe_router_bias:
+        yield Parameter(f"{prefix}router.bias", (count,), REPLICATED)
+    if c.moe_router_enable_expert_bias:
+        yield Parameter(f"{prefix}router.expert_bias", (count,), REPLICATED)
+    rows, rule = (2 * width, EXPERT_GATE_UP) if c.gated else (width, EXPERT_COLUMN)
+    yield Parameter(f"{prefix}experts.linear_fc1.weight", (count, rows, h), rule)
+    if c.add_bias_linear:
+        yield Parameter(f"{prefix}experts.linear_fc1.bias", (count, rows), rule)
+    yield Parameter(f"{prefix}experts.linear_fc2.weight", (count, h, width), EXPERT_ROW)
+    if c.add_bias_linear:
+        yield Parameter(f"{prefix}experts.linear_fc2.bias", (count, h), REPLICATED)
+    shared = c.moe_shared_expert_intermediate_size
+    if shared:
+        yield from _mlp(c, f"{prefix}shared_experts.", shared, bias=False)
+        if c.moe_shared_expert_gate:
+            yield Parameter(f"{prefix}shared_experts.gate_weight", (1, h), REPLICATED)
+
+
+def _norm(c: ModelConfig, name: str, width: int | None = None) -> Iterator[Parameter]:
+    shape = (width or c.hidden_size,)
+    yield Parameter(f"{name}.weight", shape, REPLICATED)
     if c.normalization == "LayerNorm":
-        yield Parameter(f"{name}.bias", (c.hidden_size,), REPLICATED)
+        yield Parameter(f"{name}.bias", shape, REPLICATED)
 
 
 def _bert_heads(c: ModelConfig) -> Iterator[Parameter]:
@@ -234,9 +312,30 @@ def _linear(name: str, rows: int, columns: int) -> Iterator[Parameter]:
 def _rules() -> dict[str, ShardRule]:
     """Return the rules of all parameters that are cut, by the names of a model with one layer."""
     rules: dict[str, ShardRule] = {}
-    for family in ("gpt", "bert"):
+    experts = dict(
+        num_experts=1,
+        moe_layers=(0,),
+        moe_router_topk=1,
+        moe_ffn_hidden_size=1,
+        moe_shared_expert_intermediate_size=1,
+        softmax_type="learnable",
+    )
+    latents = dict(
+        multi_latent_attention=True,
+        kv_lora_rank=1,
+        qk_head_dim=1,
+        qk_pos_emb_head_dim=2,
+        v_head_dim=1,
+    )
+    for family, more in (
+        ("gpt", {}),
+        ("bert", {}),
+        ("gpt", experts),
+        ("gpt", latents),
+        ("gpt", latents | {"q_lora_rank": 1}),
+    ):
         small = ModelConfig(
-            family, 1, 1, 1, 1, 1, 1, 1, 1, untie_embeddings_and_output_weights=True
+            family, 1, 1, 1, 1, 1, 1, 1, 1, untie_embeddings_and_output_weights=True, **more
         )
         rules |= {parameter.name: parameter.rule for parameter in _all(small)}
     return rules
@@ -254,23 +353,40 @@ def num_parameters(config: ModelConfig) -> int:
 
 def allowed_tp(config: ModelConfig, limit: int = 1024) -> list[int]:
     """Return the tensor-parallel sizes that a model can be cut into."""
-    heads, ffn = config.num_attention_heads, config.ffn_hidden_size
-    return [n for n in range(1, min(heads, limit) + 1) if heads % n == 0 and ffn % n == 0]
+    cut = _cut_widths(config)
+    heads = config.num_attention_heads
+    return [
+        n
+        for n in range(1, min(heads, limit) + 1)
+        if all(w % n == 0 for w in (heads, *cut.values()))
+    ]
 
 
 def check_tp(config: ModelConfig, tp_size: int) -> None:
     """Refuse a tensor-parallel size that does not divide the model.
 
     Raises:
-        InputError: `tp_size` does not divide the attention heads or the MLP's width.
+        InputError: `tp_size` does not divide the attention heads or the width of an MLP.
     """
     allowed = allowed_tp(config)
     if tp_size not in allowed:
+        widths = [f"{what} of width {width}" for what, width in _cut_widths(config).items()]
         raise InputError(
             f"cannot split this model over tp={tp_size}: it has {config.num_attention_heads} "
-            f"attention heads and an MLP of width {config.ffn_hidden_size}, and tp must divide "
-            f"both; it allows tp in {', '.join(map(str, allowed))}"
+            f"attention heads and {' and '.join(widths)}, and tp must divide "
+            f"{'both' if len(widths) == 1 else 'all of them'}; it allows tp in "
+            f"{', '.join(map(str, allowed))}"
         )
+
+
+def _cut_widths(config: ModelConfig) -> dict[str, int]:
+    """Return the widths that ranks share equally, besides the heads."""
+    widths = {
+        "an MLP": config.ffn_hidden_size if config.dense_layers else 0,
+        "experts": config.moe_ffn_hidden_size,
+        "a shared expert": config.moe_shared_expert_intermediate_size,
+    }
+    return {what: width for what, width in widths.items() if width}
 
 
 def local_groups(

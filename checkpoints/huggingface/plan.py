@@ -209,6 +209,11 @@ def choose_family(c: ModelConfig) -> Family:
     Raises:
         InputError: There is none.
     """
+    if c.beyond_dense:
+        raise InputError(
+            f"a model with {c.beyond_dense} cannot be converted to Hugging Face: mlm-eval "
+            "evaluates such models and does not write them; give a dense model"
+        )
     family = _bert_family(c) if c.family == "bert" else _gpt_family(c)
     if c.activation not in family.activation.codes.values():
         raise _refused(

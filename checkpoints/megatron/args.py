@@ -17,14 +17,18 @@ from typing import Any
 import torch
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
-from mlm_eval.checkpoints.config import ConfigBuilder, ModelConfig, RopeScaling
+from mlm_eval.checkpoints.config import (
+    GATED_ACTIVATIONS,
+    ConfigBuilder,
+    ModelConfig,
+    RopeScaling,
+)
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safe_pickle import Stub, attributes_of
+from mlm_eval.checkpoints.megatron import family_args
+from mlm_eval.checkpoints.megatron.family_args import Shapes
 from mlm_eval.checkpoints.megatron.fields import ARG_FIELDS, RunCode
 from mlm_eval.checkpoints.megatron.layout import SaveLayout, needs_openai_gelu
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""Canonical name -> full shape."""
 
 # Setting -> Megatron's default.
 _SETTINGS: dict[str, Any] = {
@@ -74,7 +78,9 @@ _WHOLE_NUMBERS = frozenset(
     """num_layers encoder_num_layers hidden_size ffn_hidden_size num_attention_heads
     num_query_groups kv_channels max_position_embeddings seq_length padded_vocab_size rank
     model_parallel_size tensor_model_parallel_size pipeline_model_parallel_size
-    expert_model_parallel_size""".split()
+    expert_model_parallel_size expert_tensor_parallel_size moe_router_topk moe_router_num_groups
+    moe_router_group_topk q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim
+    yarn_original_max_position_embeddings original_max_position_embeddings""".split()
 )
 _NUMBERS = frozenset(
     """rotary_percent rotary_base rotary_seq_len_interpolation_factor rope_scaling_factor
@@ -212,6 +218,21 @@ def build_config(
     _sizes(b, shapes)
     _positions(b, shapes)
     _rotary(b)
+    if code == "core":
+        family_args.read_layer_patterns(b, args)
+        family_args.read_attention(b, args, shapes)
+        family_args.read_experts(b, args, shapes)
+        family_args.read_l2_norm(b, args)
+        if b.values.get("multi_latent_attention"):
+            family_args.read_latent_positions(b, args, overrides.get("mla_yarn"))
+        elif args.get("multi_latent_attention"):
+            raise InputError(
+                f"{where} was trained with multi-latent attention (args.multi_latent_attention = "
+                f"{args['multi_latent_attention']!r}), but its layers hold plain attention; copy "
+                "all files of one save"
+            )
+    else:
+        family_args.refuse_in_legacy(args, where)
     _norms_and_biases(b, shapes)
     _refuse_foreign_scale(b)
     _activation(b, shapes)
@@ -251,9 +272,9 @@ def _refuse_unstated(b: _ArgsReader, shapes: Shapes) -> None:
     kind = b.overrides.get("position_embedding_type", b.args.get("position_embedding_type"))
     no_table = "embedding.position_embeddings.weight" not in shapes
     rms = not any(name.endswith(".final_layernorm.bias") for name in shapes)
-    fc1 = _layer_shape(shapes, "mlp.linear_fc1.weight")
-    fc2 = _layer_shape(shapes, "mlp.linear_fc2.weight")
-    gated = fc1 is not None and fc2 is not None and fc1[0] == 2 * fc2[-1]
+    fc1 = _layer_shape(shapes, "linear_fc1.weight")
+    fc2 = _layer_shape(shapes, "linear_fc2.weight")
+    gated = fc1 is not None and fc2 is not None and fc1[-2] == 2 * fc2[-1]
     # Setting -> (whether it is needed, its names in args, what to write).
     needed = {
         "num_attention_heads": (True, "N"),
@@ -313,7 +334,8 @@ def check_dims(shapes: Shapes, where: str) -> None:
     """
     for name, shape in shapes.items():
         module, _, leaf = name.rpartition(".")
-        dims = 1 if leaf == "bias" or module.endswith("norm") else 2
+        dims = 1 if leaf not in ("weight", "gate_weight") or module.endswith("norm") else 2
+        dims += ".mlp.experts." in name
         if len(shape) != dims:
             raise InputError(
                 f"{where}: {name} has shape {list(shape)}, expected {dims} dim(s); the checkpoint "
@@ -368,6 +390,9 @@ def _sizes(b: _ArgsReader, shapes: Shapes) -> None:
 
 def _heads(b: _ArgsReader, shapes: Shapes, hidden: int) -> None:
     args, where = b.args, b.where
+    if family_args.is_latent(shapes):
+        family_args.read_latents(b, args, shapes)
+        return
     qkv = _layer_shape(shapes, "self_attention.linear_qkv.weight")
     proj = _layer_shape(shapes, "self_attention.linear_proj.weight")
     if qkv is None or proj is None:
@@ -394,7 +419,8 @@ def _heads(b: _ArgsReader, shapes: Shapes, hidden: int) -> None:
             "num_attention_heads=N"
         )
     b.set("kv_channels", channels, "shapes")
-    groups = (qkv[0] // channels - heads) // 2
+    own = 2 * heads if args.get("attention_output_gate") else heads  # queries, and their gates
+    groups = (qkv[0] // channels - own) // 2
     b.set("num_query_groups", groups, "shapes")
     # The field is 1 for plain attention too: it counts with the flag only, or without any flag
     # where the weights bear it out (docs/megatron.md, "Arguments").
@@ -403,7 +429,7 @@ def _heads(b: _ArgsReader, shapes: Shapes, hidden: int) -> None:
         expected = {args.get("num_query_groups") or heads}
     elif args.get("group_query_attention") is None:
         expected.add(args.get("num_query_groups") or heads)
-    if (heads + 2 * groups) * channels != qkv[0] or groups < 1:
+    if (own + 2 * groups) * channels != qkv[0] or groups < 1:
         raise InputError(
             f"{where}: {qkv[0]} QKV rows do not fit {heads} heads of {channels}; "
             "correct it with --set num_attention_heads=N"
@@ -429,6 +455,9 @@ def _positions(b: _ArgsReader, shapes: Shapes) -> None:
         b.set("position_embedding_type", "learned_absolute", "shapes")
         b.set("max_position_embeddings", table[0], "shapes")
         return
+    if kind == "yarn" and b.code == "core" and not by_hand:
+        kind = "rope"
+        family_args.read_yarn(b, args)
     if kind in ("relative", "mrope", "yarn", "alibi") and not by_hand:
         raise InputError(
             f"{b.where} uses {kind} position embeddings, which mlm-eval does not compute; it reads "
@@ -512,6 +541,8 @@ def _norms_and_biases(b: _ArgsReader, shapes: Shapes) -> None:
         ("qk_layernorm_bias", "self_attention.q_layernorm.bias"),
     ):
         b.set(name, _layer_shape(shapes, suffix) is not None, "shapes")
+    if _layer_shape(shapes, "self_attention.kv_layernorm.weight") is not None:
+        b.set("qk_layernorm", True, "shapes")
 
 
 def _refuse_foreign_scale(b: _ArgsReader) -> None:
@@ -527,12 +558,17 @@ def _refuse_foreign_scale(b: _ArgsReader) -> None:
 
 def _activation(b: _ArgsReader, shapes: Shapes) -> None:
     args = b.args
-    fc1 = _layer_shape(shapes, "mlp.linear_fc1.weight")
-    fc2 = _layer_shape(shapes, "mlp.linear_fc2.weight")
+    fc1 = _layer_shape(shapes, ".mlp.linear_fc1.weight")
+    fc2 = _layer_shape(shapes, ".mlp.linear_fc2.weight")
+    dense = fc1 is not None and fc2 is not None
+    if not dense:
+        fc1 = _layer_shape(shapes, ".mlp.experts.linear_fc1.weight")
+        fc2 = _layer_shape(shapes, ".mlp.experts.linear_fc2.weight")
     if fc1 is None or fc2 is None:
         raise InputError(f"{b.where} holds layers without an MLP; it is not a whole model")
-    ffn = b.set("ffn_hidden_size", fc2[1], "shapes")
-    gated = fc1[0] == 2 * ffn
+    ffn = fc2[-1]
+    b.set("ffn_hidden_size", ffn, "shapes" if dense else "the experts' width")
+    gated = fc1[-2] == 2 * ffn
     if not args:
         guess = "swiglu" if gated else "gelu" if b.values["family"] == "bert" else "gelu_tanh"
         b.set("activation", guess, "assumed: the file holds no args")
@@ -543,11 +579,15 @@ def _activation(b: _ArgsReader, shapes: Shapes) -> None:
             )
     else:
         b.set("activation", *_activation_from_args(b))
-    if (b.values["activation"] == "swiglu") != gated:
+    if (b.values["activation"] in GATED_ACTIVATIONS) != gated:
         raise InputError(
             f"{b.where}: activation {b.values['activation']} does not fit an MLP whose two weights "
-            f"are {fc1[0]} and {ffn} wide; correct it with --set activation=..."
+            f"are {fc1[-2]} and {ffn} wide; correct it with --set activation=..."
         )
+    if gated:
+        for name, default in (("activation_func_clamp_value", None), ("glu_linear_offset", 0.0)):
+            value = args.get(name)
+            b.set(name, default if value is None else float(value), f"args.{name}")
     # GPT has no such head: left at its default, so that equal models have equal configs.
     openai = bool(args.get("openai_gelu")) and b.code != "core" and b.values["family"] == "bert"
     b.set("head_activation", "gelu_tanh" if openai else "gelu", "Megatron's LM head")
@@ -576,7 +616,7 @@ def _activation_from_args(b: _ArgsReader) -> tuple[str, str]:
             return "gelu_tanh", "args.openai_gelu"
         if args.get("onnx_safe"):
             return "gelu", "args.onnx_safe"
-    for name in ("swiglu", "squared_relu"):
+    for name in ("swiglu", "squared_relu", "quick_geglu"):
         if args.get(name):
             return name, f"args.{name}"
     activation, source = _ungated_from_args(b)
@@ -676,6 +716,7 @@ def _args_of_settings(c: ModelConfig, core: bool, run_length: int | None) -> dic
         # A numerical device of the run, not a part of the model (docs/megatron.md, "Attention").
         "apply_query_key_layer_scaling": False,
         "swiglu": c.activation == "swiglu",
+        "quick_geglu": c.activation == "quick_geglu",
         "squared_relu": c.activation == "squared_relu",
         "openai_gelu": openai,
         "onnx_safe": None,
@@ -683,6 +724,7 @@ def _args_of_settings(c: ModelConfig, core: bool, run_length: int | None) -> dic
     }
     if c.softmax_scale is None:  # no argument of Megatron-LM: absent in files of ordinary models
         del values["softmax_scale"]
+    values |= family_args.args_of_family(c)
     if c.rope_scaling is not None:
         values["rope_scaling_factor"] = c.rope_scaling.factor
     if core and (unheard := _unheard(c)):

@@ -203,37 +203,49 @@ _GROUPS: tuple[tuple[str, ArgField], ...] = (
         _read("Runs of --yaml-cfg with biases take the exact GELU, whatever the fusion says."),
     ),
     ("hidden_dropout attention_dropout init_method_std", _read("For training a model further.")),
+    # ---- read: experts, latent attention, layers that differ (family_args.py) --------------------
+    ("num_experts num_moe_experts", _read("The number of routed experts; the routers tell.")),
+    (
+        """moe_layer_freq moe_ffn_hidden_size moe_shared_expert_intermediate_size
+        moe_shared_expert_gate moe_router_enable_expert_bias""",
+        _read("Which experts there are: the shapes tell, and must agree."),
+    ),
+    (
+        "expert_tensor_parallel_size",
+        _read("How a run's files hold the experts."),
+    ),
+    (
+        """moe_router_topk moe_router_pre_softmax moe_router_score_function moe_router_num_groups
+        moe_router_group_topk moe_router_topk_scaling_factor moe_apply_probs_on_input
+        moe_router_load_balancing_type""",
+        _read("How a router chooses and weighs experts."),
+    ),
+    ("multi_latent_attention", _read("Latent attention: the parameter names tell.")),
+    (
+        "q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim",
+        _read("Sizes of latent attention: the shapes tell, and must agree."),
+    ),
+    (
+        """rope_type rotary_scaling_factor original_max_position_embeddings beta_fast beta_slow
+        mscale mscale_all_dim""",
+        _read("The rotary positions of latent attention, plain or YaRN; other args date its rule."),
+    ),
+    ("window_size window_attn_skip_freq", _read("Which layers see a window, and how wide.")),
+    ("softmax_type", _read("Sinks of the attention's softmax.")),
+    ("qk_l2_norm", _read("L2 norm of queries and keys; the local layers of dense models lack it.")),
+    ("attention_output_gate", _read("Gates of the attention's output.")),
+    ("no_rope_freq", _read("Which layers have no rotary positions.")),
+    (
+        "quick_geglu activation_func_clamp_value glu_linear_offset",
+        _read("The gated activation, and what is clamped and added in it."),
+    ),
     # ---- refused ---------------------------------------------------------------------------------
-    # 1 is an ordinary MLP: Megatron-DeepSpeed's default is the list [1]. A real mixture has
-    # routers and experts among its parameters, which are refused by name.
-    ("num_experts num_moe_experts", _refused("a mixture of experts", 0, 1)),
+    ("moe_latent_size", _refused("experts that work in a latent width", 0)),
+    ("moe_expert_capacity_factor", _refused("experts that drop tokens beyond their capacity")),
     (
-        """moe_extended_tp expert_tensor_parallel_size moe_shared_expert_intermediate_size
-        moe_shared_expert_gate moe_shared_expert_overlap moe_layer_freq moe_ffn_hidden_size
-        moe_router_load_balancing_type moe_router_topk moe_enable_routing_replay
-        moe_router_topk_limited_devices moe_router_padding_for_quantization
-        moe_router_padding_for_fp8 moe_router_num_groups moe_router_group_topk
-        moe_router_pre_softmax moe_router_topk_scaling_factor moe_router_score_function
-        moe_router_dtype moe_router_enable_expert_bias moe_router_bias_update_rate
-        moe_router_force_load_balancing moe_grouped_gemm moe_use_legacy_grouped_gemm
-        moe_aux_loss_coeff moe_z_loss_coeff moe_input_jitter_eps moe_token_dropping
-        moe_token_dispatcher_type moe_enable_deepep moe_flex_dispatcher_backend
-        moe_per_layer_logging moe_expert_capacity_factor moe_pad_expert_input_to_capacity
-        moe_token_drop_policy moe_layer_recompute moe_permute_fusion moe_router_fusion
-        moe_apply_probs_on_input moe_latent_size moe_deepep_num_sms moe_hybridep_num_sms
-        use_fused_weighted_squared_relu overlap_moe_expert_parallel_comm
-        ep_overlap_early_attn_memory_release""",
-        _only_with("num_experts"),
+        "moe_mlp_glu_interleave_size moe_shared_expert_glu_interleave_size",
+        _refused("gate and up branch in alternating blocks"),
     ),
-    ("multi_latent_attention", _refused("multi-latent attention", False)),
-    (
-        """q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type
-        rotary_scaling_factor original_max_position_embeddings beta_fast beta_slow mscale
-        mscale_all_dim cache_mla_latents""",
-        _only_with("multi_latent_attention"),
-    ),
-    ("mtp_num_layers", _refused("multi-token prediction", 0)),
-    ("mtp_loss_scaling_factor mtp_standalone", _only_with("mtp_num_layers")),
     ("is_hybrid_model", _refused("a hybrid (Mamba) model", False)),
     ("hybrid_override_pattern hybrid_layer_pattern", _refused("a hybrid (Mamba) model", "")),
     (
@@ -246,12 +258,7 @@ _GROUPS: tuple[tuple[str, ArgField], ...] = (
         _refused("heterogeneous layers", ""),
     ),
     ("heterogeneous_block_specs", _refused("heterogeneous layers", False)),
-    # -1 is no limit.
-    ("window_size", _refused("sliding-window attention", -1, [-1, 0])),
-    ("window_attn_skip_freq", _only_with("window_size")),
-    ("softmax_type", _refused("attention sinks", "vanilla")),
-    ("qk_l2_norm", _refused("L2-normalised queries and keys", False)),
-    ("attention_output_gate head_wise_attn_gate", _refused("gated attention output", False)),
+    ("head_wise_attn_gate", _refused("gates of whole heads", False)),
     ("experimental_attention_variant", _refused("an experimental attention variant", "")),
     (
         """dsa_indexer_n_heads dsa_indexer_head_dim dsa_indexer_topk dsa_indexer_loss_coeff
@@ -261,12 +268,8 @@ _GROUPS: tuple[tuple[str, ArgField], ...] = (
     ),
     ("linear_attention_freq", _refused("linear attention", 0)),
     ("linear_attention_type", _refused("linear attention", "")),
-    ("no_rope_freq", _refused("layers without rotary positions", 0)),
     ("rotary_base_per_layer", _refused("rotary bases of each layer's own")),
     ("mrope_section", _only_with("position_embedding_type")),  # mrope, which is refused
-    ("activation_func_clamp_value", _refused("clamped activations")),
-    ("glu_linear_offset", _refused("an offset in its gated activation", 0)),
-    ("quick_geglu", _refused("the quick-GEGLU activation", False)),
     ("layernorm_mlp_bias", _refused("an unknown MLP norm", False)),
     ("use_mup", _refused("maximal-update scaling", False)),
     ("enable_hyper_connections", _refused("hyper-connections", False)),
@@ -296,6 +299,13 @@ _GROUPS: tuple[tuple[str, ArgField], ...] = (
     ),
     ("rope_theta", _refused("a fork's rotary base", 10000, setting="rotary_base")),
     ("rope_scaling_type", _refused("a fork's rotary scaling", "")),
+    # ---- numerics: experts -----------------------------------------------------------------------
+    (
+        """moe_router_dtype moe_grouped_gemm moe_use_legacy_grouped_gemm moe_permute_fusion
+        moe_router_fusion use_fused_weighted_squared_relu cache_mla_latents moe_extended_tp
+        moe_router_padding_for_quantization moe_router_padding_for_fp8""",
+        _numerics("Kernels and layouts of the same experts; the parameter names tell which."),
+    ),
     # ---- numerics --------------------------------------------------------------------------------
     (
         """fp16 bf16 params_dtype enable_autocast autocast_dtype fp32_residual_connection
@@ -331,6 +341,21 @@ _GROUPS: tuple[tuple[str, ArgField], ...] = (
     (
         "use_mcore_models use_legacy_models",
         _numerics("Whose layers ran: the parameter names say it more surely."),
+    ),
+    # ---- training: experts -----------------------------------------------------------------------
+    (
+        """moe_shared_expert_overlap moe_enable_routing_replay moe_router_topk_limited_devices
+        moe_router_bias_update_rate moe_router_force_load_balancing moe_aux_loss_coeff
+        moe_z_loss_coeff moe_input_jitter_eps moe_token_dropping moe_token_dispatcher_type
+        moe_enable_deepep moe_flex_dispatcher_backend moe_per_layer_logging
+        moe_pad_expert_input_to_capacity moe_token_drop_policy moe_layer_recompute
+        moe_deepep_num_sms moe_hybridep_num_sms overlap_moe_expert_parallel_comm
+        ep_overlap_early_attn_memory_release""",
+        _training("Losses, layout and messages of experts in training; drops need a capacity."),
+    ),
+    (
+        "mtp_num_layers mtp_loss_scaling_factor mtp_standalone",
+        _training("Heads of multi-token prediction, which the main head never sees."),
     ),
     # ---- training --------------------------------------------------------------------------------
     (

@@ -7,7 +7,7 @@ Source: docs/megatron.md, "Folders and files", "Top-level keys".
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safe_pickle import Stub, is_scalar, printable
 from mlm_eval.checkpoints.files.state_dict import plain_tensor
 from mlm_eval.checkpoints.files.torch_file import TorchFile, read_torch_file
-from mlm_eval.checkpoints.lazy import LazyTensor, StoredTensor
+from mlm_eval.checkpoints.lazy import LazyTensor, Stacked, StoredTensor, Transposed
 from mlm_eval.checkpoints.megatron import names
 from mlm_eval.checkpoints.megatron.args import saved_args
 from mlm_eval.checkpoints.megatron.relatives import refuse_relative, refuse_state_dict
+from mlm_eval.checkpoints.parameters import REPLICATED, Parameter, ShardRule, cut_dim
 
 MODEL_FILES = ("model_optim_rng.pt", "model_rng.pt")
 """The second: distributed optimizer of 2022-03 to 2023-05, with optim.pt in folders of its own."""
@@ -28,6 +29,9 @@ RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3}))?(?:_(\d{3}))?")
 
 _MAX_DEPTH = 16  # of the dicts in `model`; Megatron nests four
 _MAX_TENSORS = 1_000_000
+
+Rank = tuple[int, int, int]
+"""Tensor-parallel rank, pipeline stage and expert-parallel rank of a file, 0 without experts."""
 
 SAME_RUN = (
     "num_layers",
@@ -187,13 +191,13 @@ def parallel_sizes(file: RankFile) -> tuple[int | None, int | None]:
     return tp, pp or 1
 
 
-def check_same_run(files: dict[tuple[int, int], RankFile], tp: int, where: Path) -> None:
+def check_same_run(files: dict[Rank, RankFile], tp: int, where: Path) -> None:
     """Refuse files that were not saved together.
 
     Raises:
         InputError: The files come from different saves, or were swapped.
     """
-    first = files[0, 0]
+    first = files[0, 0, 0]
     ranks = {}
     for rank, file in files.items():
         pairs = [
@@ -212,12 +216,178 @@ def check_same_run(files: dict[tuple[int, int], RankFile], tp: int, where: Path)
     # Training saves each file's own global rank; converters repeat one, which says nothing.
     if len(set(ranks.values())) < len(files):
         return
-    for (t, p), saved in ranks.items():
+    for (t, p, e), saved in ranks.items():
         # In every mapping of ranks the tensor-parallel one runs fastest, and later stages have
         # higher ranks.
-        if saved % tp != t or (p and saved < ranks[t, p - 1]):
+        if saved % tp != t or (p and saved < ranks[t, p - 1, e]):
             raise InputError(
-                f"{files[t, p].path} was saved by rank {saved}, which is not tensor-parallel rank "
-                f"{t} of pipeline stage {p}: the mp_rank folders were renamed or swapped; copy "
-                "them again from their source"
+                f"{files[t, p, e].path} was saved by rank {saved}, which is not tensor-parallel "
+                f"rank {t} of pipeline stage {p}: the mp_rank folders were renamed or swapped; "
+                "copy them again from their source"
             )
+
+
+# ---- experts -------------------------------------------------------------------------------------
+# In the `torch` format a rank holds some experts, by local numbers, and of each of them a part of
+# its width. Every folder is named after a tensor-parallel and an expert-parallel rank, but only the
+# ranks that come first among those with the same experts write: with expert-tensor size ETP and
+# expert size EP these are the first ETP x EP ranks of a pipeline stage.
+# Source: docs/megatron.md, "Mixtures of experts".
+
+NUMBERED = re.compile(r"(?P<head>.+\.mlp\.experts\.)(?P<number>\d+)\.(?P<tail>linear_fc[12]\.\w+)")
+"""Canonical name of one expert's matrix, before the experts of a layer are stacked."""
+
+_SLABS = re.compile(r"(?P<head>.+\.mlp\.experts\.)weight(?P<number>[12])")
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """How a run laid its experts out over the tensor-parallel ranks of a pipeline stage."""
+
+    tp: int
+    ep: int
+    """Expert-parallel size: each rank holds one in so many experts, neighbours together."""
+    etp: int
+    """Expert-tensor-parallel size: so many ranks share the width of an expert."""
+
+    @classmethod
+    def of(cls, args: Mapping[str, Any], tp: int) -> ExpertLayout:
+        """Return the layout that args say; before core 0.10 experts were cut as all else is."""
+        ep = args.get("expert_model_parallel_size") or 1
+        return cls(tp, ep, args.get("expert_tensor_parallel_size") or tp)
+
+    def folders(self) -> Iterator[tuple[int, int]]:
+        """Yield the (tensor, expert) ranks of the folders that Megatron writes for a stage."""
+        for rank in range(self.etp * self.ep):
+            yield rank % self.tp, rank // self.etp
+
+    def holder(self, expert_rank: int, part: int) -> tuple[int, int]:
+        """Return the (tensor, expert) ranks of the folder with a part of some experts."""
+        return (expert_rank * self.etp + part) % self.tp, expert_rank
+
+    def check(self, where: str) -> None:
+        """Refuse a layout that leaves a part of the model on no disk.
+
+        Raises:
+            InputError: No folder of some tensor-parallel rank was ever written.
+        """
+        written = self.etp * self.ep
+        if written < self.tp:
+            raise InputError(
+                f"{where} is only a part of its model: with tensor-parallel size {self.tp}, "
+                f"expert-tensor size {self.etp} and expert size {self.ep} Megatron writes no "
+                f"folder of the tensor-parallel ranks from {written} on, so their attention is on "
+                "no disk; save the run in the torch_dist format, which is whole"
+            )
+        if written % self.tp:
+            raise InputError(
+                f"{where}: expert-tensor size {self.etp} x expert size {self.ep} is no multiple of "
+                f"the tensor-parallel size {self.tp} in its args; the file is damaged, copy it "
+                "again"
+            )
+
+
+def split_slabs(tensors: Mapping[str, LazyTensor], ep: int) -> dict[str, LazyTensor]:
+    """Return a file's tensors with the legacy grouped matrices as one matrix an expert.
+
+    `weight1` has the shape `[hidden, experts * width]` but holds `[experts, hidden, width]`, which
+    stand on the left of the product; `weight2` is `[experts * width, hidden]`.
+    Source: megatron/core/transformer/moe/experts.py, GroupedMLP (core 0.16).
+
+    Args:
+        tensors: By flat key.
+        ep: Expert-parallel size: the file holds one in so many of the router's experts.
+    """
+    found: dict[str, LazyTensor] = {}
+    for key, tensor in tensors.items():
+        match = _SLABS.fullmatch(key)
+        if not match:
+            found[key] = tensor
+            continue
+        router = tensors.get(match["head"].replace(".experts.", ".router.") + "weight")
+        experts = router.shape[0] // ep if router is not None else 0
+        if not experts or len(tensor.shape) != 2 or not isinstance(tensor, StoredTensor):
+            found[key] = tensor  # refused by its name
+            continue
+        rows, columns = tensor.shape
+        shape = (rows, columns // experts) if match["number"] == "1" else (rows // experts, columns)
+        size = shape[0] * shape[1]
+        for expert in range(experts):
+            slab = StoredTensor(
+                tensor.file,
+                tensor.offset + expert * size * tensor.dtype.itemsize,
+                tensor.dtype,
+                shape,
+                (shape[1], 1),
+            )
+            linear = f"local_experts.{expert}.linear_fc{match['number']}.weight"
+            found[match["head"] + linear] = Transposed(slab)
+    return found
+
+
+def stack_experts(tensors: Mapping[str, LazyTensor], where: str) -> dict[str, LazyTensor]:
+    """Return tensors under canonical names with the numbered experts of each layer stacked.
+
+    Raises:
+        InputError: An expert is missing, or differs from the others in shape or dtype.
+    """
+    found: dict[str, LazyTensor] = {}
+    numbered: dict[str, dict[int, LazyTensor]] = {}
+    for name, tensor in tensors.items():
+        if match := NUMBERED.fullmatch(name):
+            whole = match["head"] + match["tail"]
+            numbered.setdefault(whole, {})[int(match["number"])] = tensor
+            found.setdefault(whole, tensor)  # keeps the order of the forward pass
+        else:
+            found[name] = tensor
+    counts = {len(parts) for parts in numbered.values()}
+    for name, parts in numbered.items():
+        lost = sorted(set(range(max(counts))) - set(parts))
+        if lost:
+            raise InputError(
+                f"{where} lacks expert {lost[0]} of {max(counts)} of {name}; copy all files of one "
+                "save"
+            )
+        ordered = [parts[number] for number in sorted(parts)]
+        if len({(part.shape, part.dtype) for part in ordered}) > 1:
+            raise InputError(
+                f"{where}: the experts of {name} differ in shape or dtype; two checkpoints may be "
+                "mixed, copy all files of one save"
+            )
+        found[name] = Stacked(ordered)
+    return found
+
+
+def stacked_shapes(parts: Mapping[str, Sequence[LazyTensor]]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a layer's experts together, given the parts of each one's matrices."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    counts: dict[str, int] = {}
+    for name, pieces in parts.items():
+        match = NUMBERED.fullmatch(name)
+        assert match, name
+        whole = match["head"] + match["tail"]
+        dim, shape = cut_dim(whole), list(pieces[0].shape)
+        if dim is not None:
+            shape[dim - 1] = sum(piece.shape[dim - 1] for piece in pieces)
+        counts[whole] = counts.get(whole, 0) + 1
+        shapes[whole] = (counts[whole], *shape)
+    return shapes
+
+
+def merge_experts(
+    parts: Mapping[str, Sequence[LazyTensor]], table: Mapping[str, Parameter], where: str
+) -> dict[str, LazyTensor]:
+    """Return all experts of each layer as one tensor, given the parts of each one's matrices.
+
+    Raises:
+        InputError: An expert is missing.
+    """
+    merged: dict[str, LazyTensor] = {}
+    for name, pieces in parts.items():
+        match = NUMBERED.fullmatch(name)
+        assert match, name
+        parameter = table.get(match["head"] + match["tail"])
+        rule = REPLICATED if parameter is None else parameter.rule
+        dim = None if rule.dim is None else rule.dim - 1
+        merged[name] = ShardRule(dim, blocks=rule.blocks).merge(pieces)
+    return stack_experts(merged, where)

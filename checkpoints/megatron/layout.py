@@ -14,9 +14,9 @@ import torch
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.megatron.tokenizer_type import LEGACY_TYPES
 from mlm_eval.checkpoints.parameters import allowed_tp, check_tp
 from mlm_eval.checkpoints.tokenizer import check_entries
+from mlm_eval.checkpoints.tokenizers.tokenizer_type import LEGACY_TYPES
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 
@@ -78,6 +78,11 @@ def save_layout(
         InputError: Megatron has no such model, or could not load it at these sizes.
     """
     config, source = checkpoint.config, checkpoint.provenance
+    if config.beyond_dense:
+        raise InputError(
+            f"{source.path} has {config.beyond_dense}, which mlm-eval evaluates but does not "
+            "write; give a dense model, or evaluate this one where it is"
+        )
     chosen = choose_names(config, names, source=source.names)
     tp, pp, dtype = options.get("tp", 1), options.get("pp", 1), options.get("dtype")
     check_sizes(config, tp, pp, chosen)

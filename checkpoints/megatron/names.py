@@ -38,11 +38,36 @@ LAYER_ALIASES: dict[str, str] = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "self_attention.q_layernorm.": "self_attention.q_layernorm.",
     "self_attention.k_layernorm.": "self_attention.k_layernorm.",
+    "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
+    "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",
+    "self_attention.linear_q_proj.": "self_attention.linear_q_proj.",
+    "self_attention.linear_q_down_proj.": "self_attention.linear_q_down_proj.",
+    "self_attention.linear_q_up_proj.": "self_attention.linear_q_up_proj.",
+    "self_attention.linear_kv_down_proj.": "self_attention.linear_kv_down_proj.",
+    "self_attention.linear_kv_up_proj.": "self_attention.linear_kv_up_proj.",
+    "mlp.router.": "mlp.router.",
+    "mlp.shared_experts.linear_fc1.": "mlp.shared_experts.linear_fc1.",
+    "mlp.shared_experts.linear_fc2.": "mlp.shared_experts.linear_fc2.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
     "post_self_attn_layernorm.": "pre_mlp_layernorm.",  # spring 2023
 }
 # Canonical names stand for themselves.
 LAYER_ALIASES.update({part: part for part in LAYER_ALIASES.values()})
+
+# Whole names below `layers.N.` that do not end with weight or bias.
+LAYER_NAMES = frozenset(
+    (
+        "mlp.router.expert_bias",
+        "mlp.shared_experts.gate_weight",
+        "self_attention.core_attention.softmax_offset",
+    )
+)
+
+# An expert's matrix: numbered (local_experts.3., or TransformerEngine's weight3), or all in one.
+EXPERT = re.compile(
+    r"mlp\.experts\.(experts\.)?(local_experts\.)?((?P<number>\d+)\.)?"
+    r"(?P<linear>linear_fc[12])\.(?P<leaf>weight|bias)(?P<glued>\d+)?"
+)
 
 # Whole keys outside the layers, after `language_model.` has been taken off.
 TOP_ALIASES: dict[str, str] = {
@@ -75,12 +100,11 @@ HEAD_COPY = "word_embeddings_for_head.weight"
 REFUSED: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), what)
     for pattern, what in (
-        (r"\.(router|experts|local_experts|shared_experts)\.", "a mixture-of-experts model"),
+        (r"\.experts\.\d+\.dense_", "a fork's mixture of experts"),
+        (r"\.fc[12]_latent_proj\.", "a mixture of experts that work in a latent width"),
         (r"(inter_attention|cross_attention)\.", "an encoder-decoder model (T5)"),
         (r"\.mixer\.", "a Mamba or hybrid model"),
-        (r"linear_(q|kv)_(down|up)_proj|linear_q_proj", "a model with multi-latent attention"),
-        (r"(^|\.)mtp\.", "a model with multi-token prediction"),
-        (r"\.softmax_offset$", "a model with attention sinks"),
+        (r"linear_qkv_down_proj", "latent attention with fused down projections"),
         (
             r"(^|\.)(query_model|context_model|retriever|biencoder)\.",
             "a retrieval model (ICT, REALM)",
@@ -104,8 +128,8 @@ def refuse_unsupported(keys: list[str], where: str) -> None:
         for key in keys:
             if pattern.search(key):
                 raise InputError(
-                    f"{where} holds {what} (parameter {key}); mlm-eval reads dense GPT and BERT "
-                    "models only"
+                    f"{where} holds {what} (parameter {key}), which mlm-eval does not compute; it "
+                    "reads GPT and BERT models only"
                 )
     prefixes = {match["block"] for key in keys if (match := LAYER.search(key))}
     if {"encoder", "decoder"} <= prefixes:
@@ -118,6 +142,24 @@ def refuse_unsupported(keys: list[str], where: str) -> None:
 def is_ignored(key: str) -> bool:
     """Whether a key holds no weight: TransformerEngine's extra state, rotary tables."""
     return key.endswith(("_extra_state", "inv_freq")) or "._extra_state/" in key
+
+
+def is_core(key: str) -> bool:
+    """Whether a key is one that only megatron-core's layers have."""
+    return ".linear_qkv." in key or ".linear_kv_up_proj." in key
+
+
+def is_expert(key: str) -> bool:
+    """Whether a key belongs to a routed expert."""
+    return ".mlp.experts." in key
+
+
+def is_left_out(key: str) -> bool:
+    """Whether a key belongs to the heads of multi-token prediction, which the main head never sees.
+
+    Source: docs/megatron.md, "Multi-token prediction".
+    """
+    return strip_prefixes(key).startswith("mtp.")
 
 
 def strip_prefixes(key: str) -> str:
@@ -149,12 +191,18 @@ def canonical_name(key: str, block: str, layer_offset: int, where: str) -> str:
     if match := FINAL_NORM.fullmatch(name):
         return f"{block}.final_layernorm.{match['leaf']}"
     if match := LAYER.fullmatch(name):
+        layer = f"{block}.layers.{int(match['layer']) + layer_offset}."
+        if match["rest"] in LAYER_NAMES:
+            return layer + match["rest"]
+        if expert := EXPERT.fullmatch(match["rest"]):
+            number = expert["number"] or expert["glued"]
+            numbered = f"{number}." if number else ""
+            return f"{layer}mlp.experts.{numbered}{expert['linear']}.{expert['leaf']}"
         # The longest prefix wins: the norm inside a linear comes before the linear.
         for old in sorted(LAYER_ALIASES, key=len, reverse=True):
             leaf = match["rest"].removeprefix(old)
             if leaf != match["rest"] and leaf in ("weight", "bias"):
-                layer = int(match["layer"]) + layer_offset
-                return f"{block}.layers.{layer}.{LAYER_ALIASES[old]}{leaf}"
+                return f"{layer}{LAYER_ALIASES[old]}{leaf}"
     raise InputError(
         f"{where} has a parameter that no GPT or BERT model of Megatron-LM has: {key}; "
         "mlm-eval would compute something else than the model did, so it stops here"
@@ -172,7 +220,7 @@ def family_of(keys: list[str]) -> str:
 
 def run_code(keys: list[str]) -> RunCode:
     """Return whose layers a run was made of: each named its QKV projection in its own way."""
-    if any(".linear_qkv." in key for key in keys):
+    if any(is_core(key) for key in keys):
         return "core"
     if any(".layernorm_qkv." in key for key in keys):
         return "legacy with TransformerEngine"

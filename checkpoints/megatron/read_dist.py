@@ -37,6 +37,7 @@ from mlm_eval.checkpoints.files.torch_file import TorchFile, read_torch_file
 from mlm_eval.checkpoints.lazy import Concat, LazyTensor
 from mlm_eval.checkpoints.megatron import names
 from mlm_eval.checkpoints.megatron.args import build_config, saved_args
+from mlm_eval.checkpoints.megatron.files import stack_experts
 from mlm_eval.checkpoints.megatron.iteration import saved_iteration
 
 COMMON = "common.pt"
@@ -49,7 +50,7 @@ _NO_WEIGHT = re.compile(
     r"(chained_\d+\.)*optimizer\.|(.*\.)?(rng_state|rerun_state_machine(_state)?|common_state)(/|\.|$)"
 )
 _STACKED = re.compile(r"(?P<block>encoder|decoder)\.layers\.(?!\d+\.)(?P<rest>.+)")
-_HALF = re.compile(r"(?P<name>.+\.linear_fc1\.(?:weight|bias))_(?P<half>[wv])")
+_HALF = re.compile(r"(?P<name>.+\.linear_fc1\.(?:weight|bias)\d*)_(?P<half>[wv])")
 _NESTED = ("args", "checkpoint_version", "iteration")
 """Entries of torch_dcp and fsdp_dtensor that hold what common.pt holds in torch_dist."""
 
@@ -188,6 +189,7 @@ def _canonical(files: DistributedFolder, keys: list[str]) -> tuple[dict[str, Laz
                 flat[f"{match['block']}.layers.{layer}.{match['rest']}"] = tensor
         else:
             flat[name] = files.tensor(key)
+    flat = {name: tensor for name, tensor in flat.items() if not names.is_left_out(name)}
     flat = _join_halves(flat, files.path)
     where = str(files.path)
     names.refuse_unsupported(sorted(flat), where)
@@ -203,7 +205,7 @@ def _canonical(files: DistributedFolder, keys: list[str]) -> tuple[dict[str, Laz
                 "be mixed, copy the folder again"
             )
         tensors[canonical] = tensor
-    return tensors, family
+    return stack_experts(tensors, where), family
 
 
 def _join_halves(flat: Mapping[str, LazyTensor], where: Path) -> dict[str, LazyTensor]:
@@ -220,7 +222,9 @@ def _join_halves(flat: Mapping[str, LazyTensor], where: Path) -> dict[str, LazyT
                     f"{where} has {name} {list(tensor.shape)} without a {match['name']}_v of the "
                     "same shape: half of a gated MLP is missing; copy the checkpoint again"
                 )
-            joined[match["name"]] = Concat([tensor, up], 0)
+            # All experts in one tensor stand before the rows.
+            ending = 2 if ".weight" in match["name"] else 1
+            joined[match["name"]] = Concat([tensor, up], len(tensor.shape) - ending)
     return joined
 
 

@@ -10,7 +10,8 @@ Source: docs/megatron.md, "Folders and files", "Pipeline stages", "Top-level key
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,23 @@ from mlm_eval.checkpoints.checkpoint import (
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.lazy import LazyTensor, Selected, StoredTensor, runs
+from mlm_eval.checkpoints.lazy import Concat, LazyTensor, Selected, StoredTensor, runs
 from mlm_eval.checkpoints.megatron import names
 from mlm_eval.checkpoints.megatron.args import build_config, check_dims, layer_indices
 from mlm_eval.checkpoints.megatron.fields import RunCode
 from mlm_eval.checkpoints.megatron.files import (
     MODEL_FILES,
+    NUMBERED,
+    ExpertLayout,
+    Rank,
     RankFile,
     check_same_run,
+    merge_experts,
     parallel_sizes,
     read_rank,
     scan_ranks,
+    split_slabs,
+    stacked_shapes,
 )
 from mlm_eval.checkpoints.megatron.iteration import folder_of_ranks, saved_iteration
 from mlm_eval.checkpoints.megatron.layout import WORD_EMBEDDINGS
@@ -44,6 +51,8 @@ from mlm_eval.checkpoints.parameters import Parameter, cut_dim, parameters
 
 DRIFT = 0.1
 """Largest difference between copies on different ranks, relative to their largest value."""
+
+LEFT_OUT = "the heads of multi-token prediction are left out: the main head never sees them"
 
 UNVERSIONED = (
     "the files hold no checkpoint_version, so version 0 (QKV rows [3, heads, head]) is assumed, as "
@@ -68,7 +77,7 @@ def read_model_file(path: Path, overrides: dict[str, Any]) -> Checkpoint:
             f"{path} is one of the {tp} tensor-parallel x {pp} pipeline files of a checkpoint; "
             "give --ckpt the folder that holds its mp_rank_XX folders"
         )
-    return _merge(path, {(0, 0): rank_file}, 1, 1, overrides)
+    return _merge(path, {(0, 0, 0): rank_file}, ExpertLayout(1, 1, 1), 1, overrides)
 
 
 def read_ranks(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
@@ -82,26 +91,26 @@ def read_ranks(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     first_key = min(paths)
     first = read_rank(paths[first_key])
     tp, pp = parallel_sizes(first)
-    if (
-        any(len(key) > 2 for key in paths)
-        or (first.args.get("expert_model_parallel_size") or 1) > 1
-    ):
-        raise InputError(
-            f"{folder} holds an expert-parallel checkpoint (a mixture of experts); "
-            "mlm-eval reads dense GPT and BERT models only"
-        )
     tp = tp or max(key[0] for key in paths) + 1
+    layout = ExpertLayout.of(first.args, tp)
+    if any(names.is_expert(key) for chunk in first.chunks for key in chunk):
+        layout.check(str(folder))
     pp = pp or max((key[1] if len(key) > 1 else 0) for key in paths) + 1
-    keys: dict[tuple[int, int], tuple[int, ...]] = {}
+    keys: dict[Rank, tuple[int, ...]] = {}
     # Stop at the first missing rank: a damaged file may claim huge sizes.
-    for t, p in ((t, p) for t in range(tp) for p in range(pp)):
-        key = keys[t, p] = (t,) if pp == 1 and (t,) in paths else (t, p)
+    columns = layout.folders() if layout.ep > 1 else ((t, 0) for t in range(tp))
+    for t, p, e in ((t, p, e) for t, e in columns for p in range(pp)):
+        key = (t, p) if pp > 1 or ((t,) not in paths and layout.ep == 1) else (t,)
+        keys[t, p, e] = key = (*key, e) if layout.ep > 1 else key
         if key not in paths:
-            name = f"mp_rank_{t:02d}" + (f"_{p:03d}" if pp > 1 else "")
+            parts = [p] * (pp > 1) + [e] * (layout.ep > 1)
+            name = "_".join([f"mp_rank_{t:02d}", *(f"{number:03d}" for number in parts)])
+            size = f" x {layout.ep} expert-parallel" if layout.ep > 1 else ""
+            count = (layout.ep * layout.etp if layout.ep > 1 else tp) * pp
             raise InputError(
                 f"{folder / name} has no model file: the checkpoint was saved by {tp} "
-                f"tensor-parallel x {pp} pipeline ranks, and {len(paths)} of {tp * pp} files are "
-                "here; copy the missing folder"
+                f"tensor-parallel{size} x {pp} pipeline ranks, and {len(paths)} of {count} files "
+                "are here; copy the missing folder"
             )
     extra = sorted(set(paths) - set(keys.values()))
     if extra:
@@ -113,18 +122,20 @@ def read_ranks(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     files = {
         rank: first if key == first_key else read_rank(paths[key]) for rank, key in keys.items()
     }
-    return _merge(folder, files, tp, pp, overrides)
+    return _merge(folder, files, layout, pp, overrides)
 
 
 def _merge(
     where: Path,
-    files: dict[tuple[int, int], RankFile],
-    tp: int,
+    files: dict[Rank, RankFile],
+    layout: ExpertLayout,
     pp: int,
     overrides: dict[str, Any],
 ) -> Checkpoint:
-    first = files[0, 0]
+    first, tp = files[0, 0, 0], layout.tp
     everything = sorted({key for file in files.values() for chunk in file.chunks for key in chunk})
+    left_out = [key for key in everything if names.is_left_out(key)]
+    everything = [key for key in everything if not names.is_left_out(key)]
     check_same_run(files, tp, where)
     names.refuse_unsupported(everything, str(where))
     family = names.family_of(everything)
@@ -134,10 +145,22 @@ def _merge(
     if version == 0.0 and "checkpoint_version" not in overrides:
         warnings.append(UNVERSIONED)
 
-    shards = [_stage_tensors(files, t, pp, family) for t in range(tp)]
-    check_dims({name: tensor.shape for name, tensor in shards[0].items()}, str(where))
-    _check_same_keys(shards, files, where)
+    columns = {
+        (t, e): _stage_tensors([files[t, p, e] for p in range(pp)], family, layout.ep)
+        for t, p, e in files
+        if p == 0
+    }
+    experts = _expert_parts(columns, layout, where)
+    for column in columns.values():
+        for name in [name for name in column if NUMBERED.fullmatch(name)]:
+            del column[name]
+    shards = [columns[t, min(e for u, e in columns if u == t)] for t in range(tp)]
+    _join_down_projections(shards)
+    dense_shapes = {name: tensor.shape for name, tensor in shards[0].items()}
+    check_dims(dense_shapes, str(where))
+    _check_same_keys(columns, files, where)
     shapes = {name: _full_shape(name, [shard[name] for shard in shards]) for name in shards[0]}
+    shapes |= stacked_shapes(experts)
     build = build_config(
         shapes,
         first.args,
@@ -149,7 +172,7 @@ def _merge(
     )
     config = build.config
     tied = not config.untie_embeddings_and_output_weights
-    odd_copies = _drop_head_copies(shards, where, tied=tied)
+    odd_copies = _drop_head_copies(columns.values(), where, tied=tied)
     warnings += [f"{what}; the first is used" for what in odd_copies]
     table = parameters(config)
     tensors: dict[str, LazyTensor] = {}
@@ -159,7 +182,11 @@ def _merge(
             parts = _in_group_order(parts, version, config, where)
         # A parameter that the table lacks is refused below.
         tensors[name] = table[name].rule.merge(parts) if name in table else parts[0]
-    warnings += build.warnings + _compare_replicas(shards, table, where)
+    tensors |= merge_experts(experts, table, str(where))
+    warnings += build.warnings + _compare_replicas(columns, table, where)
+    notes = _notes(files)
+    if left_out:
+        notes.append(LEFT_OUT)
     provenance = Provenance(
         path=where,
         format="megatron-torch",
@@ -174,12 +201,59 @@ def _merge(
         warnings=warnings,
         odd_copies=odd_copies,
         training_state=training_state(_everything_else(files, where)),
-        notes=_notes(files),
+        notes=notes,
         files=[file.path for file in files.values()],
         digest=_digest(files),
         args=first.args,
     )
     return Checkpoint(config, tensors, provenance).check()
+
+
+def _expert_parts(
+    columns: Mapping[tuple[int, int], dict[str, LazyTensor]], layout: ExpertLayout, where: Path
+) -> dict[str, list[LazyTensor]]:
+    """Return the parts of each expert's matrices, by canonical names with global numbers.
+
+    Raises:
+        InputError: Files of ranks with the same experts hold different ones.
+    """
+    parts: dict[str, list[LazyTensor]] = {}
+    for expert_rank in range(layout.ep):
+        held = [columns[layout.holder(expert_rank, part)] for part in range(layout.etp)]
+        for name in held[0]:
+            match = NUMBERED.fullmatch(name)
+            if not match:
+                continue
+            alike = f"{re.escape(match['head'])}\\d+\\.{re.escape(match['tail'])}"
+            local = sum(bool(re.fullmatch(alike, other)) for other in held[0])
+            number = expert_rank * local + int(match["number"])
+            found = [column.get(name) for column in held]
+            if None in found:
+                raise InputError(
+                    f"{where} mixes two checkpoints: {name} is in some of the files of expert rank "
+                    f"{expert_rank} only; copy all ranks of one save"
+                )
+            parts[f"{match['head']}{number}.{match['tail']}"] = [p for p in found if p is not None]
+    return parts
+
+
+def _join_down_projections(shards: list[dict[str, LazyTensor]]) -> None:
+    """Make the down projections of latent attention whole on every rank.
+
+    megatron-core's local layers cut them by rows, wherever that falls; TransformerEngine's hold
+    them whole. Source: docs/megatron.md, "Multi-latent attention".
+    """
+    for name in [name for name in shards[0] if name.endswith("_down_proj.weight")]:
+        up = shards[0].get(name.replace("_down_proj", "_up_proj"))
+        if up is None or len(up.shape) != 2:
+            continue  # the table misses it
+        latent = up.shape[1]
+        rows = shards[0][name].shape[0]
+        whole = rows > latent if "linear_kv_down_proj" in name else rows == latent
+        if len(shards) > 1 and not whole:
+            joined = Concat([shard[name] for shard in shards], 0)
+            for shard in shards:
+                shard[name] = joined
 
 
 def _version(first: RankFile, code: RunCode, overrides: Mapping[str, Any]) -> float:
@@ -202,10 +276,8 @@ def _version(first: RankFile, code: RunCode, overrides: Mapping[str, Any]) -> fl
     return version
 
 
-def _stage_tensors(
-    files: dict[tuple[int, int], RankFile], t: int, pp: int, family: str
-) -> dict[str, LazyTensor]:
-    """Return one tensor-parallel rank's tensors of all stages, under canonical names.
+def _stage_tensors(stages: list[RankFile], family: str, ep: int) -> dict[str, LazyTensor]:
+    """Return one rank's tensors of all stages, under canonical names; experts by local numbers.
 
     Every stage counts its layers from 0. In the order chunk by chunk (virtual pipeline), stage by
     stage within a chunk, the global number is a running sum, `chunk * L/v + stage * c`.
@@ -214,18 +286,19 @@ def _stage_tensors(
     block = "encoder" if family == "bert" else "decoder"
     tensors: dict[str, LazyTensor] = {}
     offset = 0
-    for chunk in range(max(len(files[t, p].chunks) for p in range(pp))):
-        for p in range(pp):
-            file = files[t, p]
+    for chunk in range(max(len(file.chunks) for file in stages)):
+        for file in stages:
             if chunk >= len(file.chunks):
                 raise InputError(
                     f"{file.path} has {len(file.chunks)} virtual pipeline chunk(s) where others "
                     "have more; ranks of two checkpoints may be mixed: copy all ranks of one save"
                 )
             found = {}
-            for key, tensor in file.chunks[chunk].items():
+            for key, tensor in split_slabs(file.chunks[chunk], ep).items():
                 if names.strip_prefixes(key) == names.HEAD_COPY:
                     found[names.HEAD_COPY] = tensor
+                    continue
+                if names.is_left_out(key):
                     continue
                 name = names.canonical_name(key, block, offset, str(file.path))
                 check_weight_dtype(tensor, name, str(file.path))
@@ -235,13 +308,15 @@ def _stage_tensors(
                         "hold two models: give a file of one"
                     )
                 found[name] = tensor
-            if (file is not files[t, 0] or chunk) and tensors:
+            if (file is not stages[0] or chunk) and tensors:
                 # A tied embedding's copy in the last stage must not replace the first stage's.
                 found = {name: tensor for name, tensor in found.items() if name not in tensors}
             tensors.update(found)
             offset = len(layer_indices({name: () for name in tensors}))
             if WORD_EMBEDDINGS not in tensors:
-                swapped = pp > 1 and "; the mp_rank folders may have been renamed or swapped"
+                swapped = (
+                    len(stages) > 1 and "; the mp_rank folders may have been renamed or swapped"
+                )
                 raise InputError(
                     f"{file.path} holds no word embeddings"
                     + (swapped or "; it is not a whole GPT or BERT model")
@@ -256,7 +331,9 @@ def _same_place(one: LazyTensor, other: LazyTensor) -> bool:
     return (one.offset, one.shape, one.stride) == (other.offset, other.shape, other.stride)
 
 
-def _drop_head_copies(shards: list[dict[str, LazyTensor]], where: Path, *, tied: bool) -> list[str]:
+def _drop_head_copies(
+    columns: Iterable[dict[str, LazyTensor]], where: Path, *, tied: bool
+) -> list[str]:
     """Remove the last stage's copy of a tied embedding; say where rounding has changed it.
 
     Raises:
@@ -264,7 +341,7 @@ def _drop_head_copies(shards: list[dict[str, LazyTensor]], where: Path, *, tied:
     """
     worst = 0.0
     copies = (names.HEAD_COPY, "output_layer.weight") if tied else (names.HEAD_COPY,)
-    for shard in shards:
+    for shard in columns:
         for name in copies:
             if name not in shard:
                 continue
@@ -299,23 +376,27 @@ def _gap(values: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
 
 
 def _check_same_keys(
-    shards: list[dict[str, LazyTensor]], files: dict[tuple[int, int], RankFile], where: Path
+    columns: Mapping[tuple[int, int], dict[str, LazyTensor]],
+    files: dict[Rank, RankFile],
+    where: Path,
 ) -> None:
-    for t, shard in enumerate(shards):
-        odd = sorted(set(shard) ^ set(shards[0]))
+    ours, first = columns[0, 0], files[0, 0, 0].path.parent.name
+    for (t, e), column in columns.items():
+        theirs = files[t, 0, e].path.parent.name
+        odd = sorted(set(column) ^ set(ours))
         if odd:
             raise InputError(
-                f"{where} mixes two checkpoints: {odd[0]} is in one of "
-                f"{files[0, 0].path.parent.name} and "
-                f"{files[t, 0].path.parent.name} only; copy all ranks of one save"
+                f"{where} mixes two checkpoints: {odd[0]} is in one of {first} and {theirs} only; "
+                "copy all ranks of one save"
             )
-        for name, tensor in shard.items():
-            if tensor.shape != shards[0][name].shape or tensor.dtype != shards[0][name].dtype:
+        for name, tensor in column.items():
+            if tensor.dtype != ours[name].dtype or (
+                tensor.shape != ours[name].shape and not name.endswith("_down_proj.weight")
+            ):
                 raise InputError(
-                    f"{where} mixes two checkpoints: {name} is {list(shards[0][name].shape)} "
-                    f"{shards[0][name].dtype} in "
-                    f"{files[0, 0].path.parent.name} and {list(tensor.shape)} {tensor.dtype} in "
-                    f"{files[t, 0].path.parent.name}; copy all ranks of one save"
+                    f"{where} mixes two checkpoints: {name} is {list(ours[name].shape)} "
+                    f"{ours[name].dtype} in {first} and {list(tensor.shape)} {tensor.dtype} in "
+                    f"{theirs}; copy all ranks of one save"
                 )
 
 
@@ -357,7 +438,9 @@ def qkv_order(version: float, heads: int, channels: int) -> torch.Tensor:
 
 
 def _compare_replicas(
-    shards: list[dict[str, LazyTensor]], table: Mapping[str, Parameter], where: Path
+    columns: Mapping[tuple[int, int], dict[str, LazyTensor]],
+    table: Mapping[str, Parameter],
+    where: Path,
 ) -> list[str]:
     """Compare the small replicated tensors of all ranks, and return a warning if they drifted.
 
@@ -365,17 +448,19 @@ def _compare_replicas(
         InputError: They differ by more than drift.
     """
     drifted, worst = 0, 0.0
+    first, *others = columns
     for name, parameter in table.items():
-        if parameter.rule.dim is not None or len(parameter.shape) != 1 or name not in shards[0]:
+        replicated = parameter.rule.dim is None and len(parameter.shape) == 1
+        if not replicated or name not in columns[first]:
             continue
-        reference = shards[0][name].read()
-        for t, shard in enumerate(shards[1:], 1):
-            gap, scale = _gap(shard[name].read(), reference)
+        reference = columns[first][name].read()
+        for t, e in others:
+            gap, scale = _gap(columns[t, e][name].read(), reference)
             if not gap <= DRIFT * scale:  # also catches NaN
+                other = f"tensor-parallel ranks 0 and {t}" if t else f"expert ranks 0 and {e}"
                 raise InputError(
-                    f"{where} mixes two checkpoints: {name} differs by {gap:.3g} between "
-                    f"tensor-parallel ranks 0 and {t}, where it should be the same; copy all ranks "
-                    "of one save"
+                    f"{where} mixes two checkpoints: {name} differs by {gap:.3g} between {other}, "
+                    "where it should be the same; copy all ranks of one save"
                 )
             drifted, worst = drifted + (gap > 0), max(worst, gap)
     if drifted:
@@ -386,7 +471,7 @@ def _compare_replicas(
     return []
 
 
-def _everything_else(files: dict[tuple[int, int], RankFile], where: Path) -> set[str]:
+def _everything_else(files: dict[Rank, RankFile], where: Path) -> set[str]:
     """Return the names of entries, and of files beside the ranks', that may hold no weights."""
     found = {
         key
@@ -399,25 +484,25 @@ def _everything_else(files: dict[tuple[int, int], RankFile], where: Path) -> set
     return found
 
 
-def _notes(files: dict[tuple[int, int], RankFile]) -> list[str]:
+def _notes(files: dict[Rank, RankFile]) -> list[str]:
     notes = []
     if any(file.torch_file.form == "stream" for file in files.values()):
         notes.append(
             "files are in torch.save's older stream form (before torch 1.6), read by offset"
         )
     if any(len(file.chunks) > 1 for file in files.values()):
-        notes.append(f"virtual pipeline: {len(files[0, 0].chunks)} model chunks in each file")
+        notes.append(f"virtual pipeline: {len(files[0, 0, 0].chunks)} model chunks in each file")
     return notes
 
 
-def _digest(files: dict[tuple[int, int], RankFile]) -> str:
+def _digest(files: dict[Rank, RankFile]) -> str:
     marks = {}
-    for (t, p), file in files.items():
+    for (t, p, e), file in files.items():
         crcs: list[int] | bytes = file.torch_file.crcs
         if not crcs:  # a stream has no CRCs: take its first and last bytes
             with file.path.open("rb") as stream:
                 head = stream.read(1 << 16)
                 stream.seek(max(file.path.stat().st_size - (1 << 16), 0))
                 crcs = head + stream.read()
-        marks[f"{t}/{p}"] = (file.path.stat().st_size, crcs)
+        marks[f"{t}/{p}/{e}" if e else f"{t}/{p}"] = (file.path.stat().st_size, crcs)
     return cheap_digest(marks)

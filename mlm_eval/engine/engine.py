@@ -25,6 +25,7 @@ from mlm_eval.engine.encode import BertInput, BertOutput, encode
 from mlm_eval.engine.resume import PartialScores
 from mlm_eval.engine.score import Request, Scores, score
 from mlm_eval.model.bert import BERT
+from mlm_eval.model.experts import Router
 from mlm_eval.model.flops import forward_flops
 from mlm_eval.model.gpt import GPT
 from mlm_eval.model.tensor_parallel import TensorParallel
@@ -221,6 +222,9 @@ def load_model(
     kind = GPT if config.family == "gpt" else BERT
     with torch.device("meta"):
         model = kind(config, tp).to(dtype)
+        for module in model.modules():
+            if isinstance(module, Router) and module.expert_bias is not None:
+                module.expert_bias.data = module.expert_bias.data.float()  # it decides close calls
     # All memory is taken before anything is read: what is read for a moment, put between weights
     # that stay, would leave holes that malloc cannot give back (a quarter of the shard).
     model.to_empty(device=device)

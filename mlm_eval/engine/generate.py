@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.parameters import local_groups
 from mlm_eval.engine.batching import OnProgress, in_order, map_batches, pack, pad_rows
 from mlm_eval.engine.engine import Engine
 from mlm_eval.model.gpt import GPT
@@ -277,8 +276,7 @@ def draw(logits: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:
 
 def _tokens_in_cache(engine: Engine) -> int:
     """Return how many tokens' keys and values `CACHE_BYTES` hold."""
-    config = engine.config
-    groups = local_groups(config.num_attention_heads, config.num_query_groups, 0, engine.tp)
-    heads = len(groups)  # of keys and of values, as many on every rank
-    token = 2 * config.num_layers * heads * config.kv_channels * engine.dtype.itemsize
+    assert isinstance(engine.model, GPT)
+    heads, keys, values = engine.model.cache_width  # as many on every rank
+    token = engine.config.num_layers * heads * (keys + values) * engine.dtype.itemsize
     return max(CACHE_BYTES // token, 1)

@@ -38,9 +38,9 @@ from mlm_eval.engine.weights import (
     one_form,
     only_last_rows,
 )
+from mlm_eval.model.attention import Context, rotary_tables
 from mlm_eval.model.bert import BERT
 from mlm_eval.model.gpt import GPT
-from mlm_eval.model.transformer import Context, rotary_tables
 
 TOLERANCE = 2e-4
 """Largest difference of a log-probability between right implementations in float32, as a share of

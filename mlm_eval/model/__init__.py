@@ -3,9 +3,11 @@
     tensor_parallel.py   THE PAPER'S SECTION 3: column-, row- and vocabulary-parallel layers, and
                          every collective of the model
     transformer.py       the transformer layer, top to bottom
+    attention.py         self-attention, latent attention, rotary positions, the cache of generation
+    experts.py           a mixture of experts in the place of an MLP
+    layers.py            norms, activations, the MLP
     gpt.py, bert.py      the two models around it, with their heads
     dropout.py           masks that do not depend on the layout
-    kv_cache.py          keys and values of earlier tokens, for generation
     sizes.py             models known by name
     initial.py           new heads and new models
     flops.py             floating-point operations of a pass

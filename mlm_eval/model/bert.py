@@ -10,17 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.model.attention import Context, rotary_tables
 from mlm_eval.model.dropout import Dropout
+from mlm_eval.model.layers import activate, norm
 from mlm_eval.model.tensor_parallel import SINGLE, TensorParallel, without_autocast
-from mlm_eval.model.transformer import (
-    Context,
-    Embedding,
-    TransformerBlock,
-    activate,
-    norm,
-    output_layer,
-    rotary_tables,
-)
+from mlm_eval.model.transformer import Embedding, TransformerBlock, output_layer
 
 
 class LMHead(nn.Module):

@@ -6,17 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from mlm_eval.checkpoints.config import ModelConfig
-from mlm_eval.model.dropout import Dropout
-from mlm_eval.model.kv_cache import KeyValueCache
-from mlm_eval.model.tensor_parallel import SINGLE, TensorParallel
-from mlm_eval.model.transformer import (
+from mlm_eval.model.attention import (
     Context,
-    Embedding,
+    KeyValueCache,
+    LatentAttention,
     SelfAttention,
-    TransformerBlock,
-    output_layer,
     rotary_tables,
 )
+from mlm_eval.model.dropout import Dropout
+from mlm_eval.model.tensor_parallel import SINGLE, TensorParallel
+from mlm_eval.model.transformer import Embedding, TransformerBlock, output_layer
 
 
 class GPT(nn.Module):
@@ -44,6 +43,13 @@ class GPT(nn.Module):
         context = Context(causal=True, cos=cos, sin=sin, dropout=dropout)
         return self.decoder(self.embedding(tokens), context, query_from)  # type: ignore[no-any-return]
 
+    @property
+    def cache_width(self) -> tuple[int, int, int]:
+        """Heads that generation keeps of a layer on this rank, and channels of keys and values."""
+        attention = self.decoder.layers[0].self_attention
+        assert isinstance(attention, SelfAttention | LatentAttention)
+        return attention.cache_width
+
     def start(
         self, tokens: Tensor, lengths: list[int], columns: int
     ) -> tuple[Tensor, KeyValueCache]:
@@ -54,14 +60,12 @@ class GPT(nn.Module):
             lengths: Of the prompts.
             columns: Positions that the longest text may take, prompt included.
         """
-        attention = self.decoder.layers[0].self_attention
-        assert isinstance(attention, SelfAttention)
         cache = KeyValueCache(
             lengths,
             columns,
             layers=len(self.decoder.layers),
-            width=(attention.groups, attention.channels),
-            like=attention.linear_qkv.weight,
+            width=self.cache_width,
+            like=self.embedding.word_embeddings.weight,
         )
         cos, sin = rotary_tables(self.config, tokens.shape[1], tokens.device)
         context = Context(causal=True, cos=cos, sin=sin, cache=cache)
@@ -76,7 +80,9 @@ class GPT(nn.Module):
         cos, sin = rotary_tables(self.config, seen.shape[-1], tokens.device)
         if cos is not None and sin is not None:
             cos, sin = cos[positions, None, None], sin[positions, None, None]  # [B, 1, 1, d]
-        context = Context(causal=False, key_mask=seen, cos=cos, sin=sin, cache=cache)
+        context = Context(
+            causal=False, key_mask=seen, cos=cos, sin=sin, cache=cache, positions=positions
+        )
         x = self.embedding(tokens[:, None], positions=positions[:, None])
         return self.decoder(x, context)[:, 0]  # type: ignore[no-any-return]
 

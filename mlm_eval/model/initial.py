@@ -101,7 +101,7 @@ def initial_tensor(config: ModelConfig, parameter: Parameter, *, seed: int) -> L
 
 def _draw(config: ModelConfig, parameter: Parameter, seed: int) -> Tensor:
     name, shape = parameter.name, parameter.shape
-    if name.endswith("bias"):
+    if name.endswith(("bias", "softmax_offset")):
         return torch.zeros(shape)
     if "norm" in name:
         return torch.full(shape, 0.0 if config.layernorm_zero_centered_gamma else 1.0)

@@ -79,22 +79,35 @@ class _Local:
     activation: str
     sums: int
     """Whole outputs beside each other when a row-parallel layer adds its bias after the sum."""
+    topk: int
+    """Experts that a token is sent to; 0 where no layer has experts."""
+    expert: int
+    """Width of an expert."""
 
     @classmethod
     def of(cls, config: ModelConfig, tp: int) -> _Local:
         groups = local_groups(config.num_attention_heads, config.num_query_groups, 0, tp)
         heads = sum(len(queries) for queries, _ in groups)
         grouped = heads > len(groups)
+        qkv = (config.qkv_size // config.kv_channels - 2 * config.num_query_groups) // tp
+        qkv = (qkv + 2 * len(groups)) * config.kv_channels
+        if config.multi_latent_attention:
+            keys = config.qk_head_dim + config.qk_pos_emb_head_dim
+            latents = config.q_lora_rank + config.kv_lora_rank + config.qk_pos_emb_head_dim
+            # Queries; keys before and after the shared part joins them, with values.
+            qkv = latents + heads * (3 * keys + config.v_head_dim)
         return cls(
             hidden=config.hidden_size,
-            attention=heads * config.kv_channels,
-            mlp=config.ffn_hidden_size // tp,
-            qkv=(heads + 2 * len(groups)) * config.kv_channels,
+            attention=heads * (config.attention_width // config.num_attention_heads),
+            mlp=config.ffn_hidden_size // tp if config.dense_layers else 0,
+            qkv=qkv,
             heads=heads,
             copies=2 * heads * config.kv_channels if grouped else 0,
             rotary=config.rotary,
             activation=config.activation,
             sums=2 if tp > 1 else 1,
+            topk=config.moe_router_topk,
+            expert=config.moe_ffn_hidden_size // tp,
         )
 
 
@@ -182,7 +195,12 @@ def _mlp_widths(local: _Local) -> float:
     # The layer's input, the attention's output, their sum, and the norm of that.
     held = 4 * local.hidden
     widths = {"gelu": 2, "gelu_tanh": 2, "squared_relu": 3, "swiglu": 4}
-    return held + max(widths[local.activation] * local.mlp, local.mlp + local.sums * local.hidden)
+    width = widths.get(local.activation, 6)
+    dense = max(width * local.mlp, local.mlp + local.sums * local.hidden)
+    # Each token's states once for each of its experts, their outputs by expert and by token.
+    inside = max(width * local.expert, local.expert + local.hidden)
+    experts = local.topk * (local.hidden + max(inside, 3 * local.hidden))
+    return held + max(dense, experts)
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -348,7 +366,10 @@ def _kept_widths(local: _Local, batch: TrainingBatch) -> float:
         kept += (itemsize + 2 * FLOAT32) * local.attention
     kept += itemsize * local.copies
     widths = {"gelu": 2, "gelu_tanh": 2, "squared_relu": 2, "swiglu": 4}
-    kept += itemsize * widths[local.activation] * local.mlp
+    width = widths.get(local.activation, 6)
+    # Of a token's experts also their inputs and outputs.
+    experts = local.topk * (3 * local.hidden + width * local.expert)
+    kept += itemsize * max(width * local.mlp, experts)
     if batch.hidden_dropout > 0:
         kept += 2 * local.hidden  # two masks, a byte a value
     if batch.attention_dropout > 0:

@@ -27,12 +27,12 @@ from mlm_eval.checkpoints.folders.checkpoint_files import foreign_files, remove_
 from mlm_eval.checkpoints.folders.locks import Lock, lock_folder, unlock_folder
 from mlm_eval.checkpoints.megatron.iteration import TRACKER
 from mlm_eval.checkpoints.megatron.layout import choose_names, layout_with_same_rows
-from mlm_eval.checkpoints.megatron.tokenizer_type import added_entries, with_tokenizer_type
 from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import num_parameters
 from mlm_eval.checkpoints.tokenizer import Tokenizer, entries_within
 from mlm_eval.checkpoints.tokenizers.copying import copy_tokenizer
+from mlm_eval.checkpoints.tokenizers.tokenizer_type import added_entries, with_tokenizer_type
 from mlm_eval.checkpoints.vocabulary import with_rows
 from mlm_eval.engine.engine import Engine
 from mlm_eval.engine.resume import run_difference

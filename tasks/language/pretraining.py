@@ -17,8 +17,8 @@ from torch import Tensor
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.megatron.tokenizer_type import added_entries
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits
+from mlm_eval.checkpoints.tokenizers.tokenizer_type import added_entries
 from mlm_eval.engine.batching import map_batches, pack
 from mlm_eval.engine.engine import Engine
 from mlm_eval.model.bert import BERT
@@ -86,6 +86,11 @@ def check_start(text: TextSettings, checkpoint: Checkpoint, tokenizer: Tokenizer
         raise InputError(
             f"{where} has no language-model head, as fine-tuned files have none; give the "
             "checkpoint that it was fine-tuned from"
+        )
+    if config.beyond_dense:
+        raise InputError(
+            f"{where} has {config.beyond_dense}, which mlm-eval evaluates but does not write, so "
+            "it cannot train it; give a dense model"
         )
     misfit = check_fits(tokenizer, config.vocab_size)
     return [] if misfit is None else [misfit]

@@ -9,10 +9,11 @@ import torch
 from support import random_models
 from torch import Tensor, nn
 
+from mlm_eval.model.attention import SelfAttention
 from mlm_eval.model.bert import BERT
 from mlm_eval.model.dropout import Dropout, sample_keys
+from mlm_eval.model.layers import Norm
 from mlm_eval.model.tensor_parallel import SINGLE, float32_product
-from mlm_eval.model.transformer import Context, Norm, SelfAttention
 
 HALF = [torch.bfloat16, torch.float16]
 ULP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -212,7 +213,7 @@ def test_attention_scores_beyond_float16_do_not_overflow(value: float):
     assert (query.float() @ key.float().transpose(-1, -2)).amax() > 65_504
     values = torch.randn(1, 4, 3, 32).half()
     dropout = Dropout(sample_keys(1, 1, torch.arange(1)), 0.0, 1e-6)
-    found = attention._with_dropout(query, key, values, Context(causal=True), dropout)
+    found = attention._with_dropout(query, key, values, None, True, dropout)
     expected = nn.functional.scaled_dot_product_attention(
         query.float(), key.float(), values.float(), is_causal=True
     )

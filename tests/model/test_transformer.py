@@ -18,7 +18,8 @@ from support.rounding import assert_same_but_for_rounding
 from torch import nn
 
 from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
-from mlm_eval.model.transformer import Norm, activate, rotary_tables, rotate
+from mlm_eval.model.attention import rotary_tables, rotate
+from mlm_eval.model.layers import Activation, Norm, activate
 
 POSITIONS, VOCAB = random_models.GPT.max_position_embeddings, random_models.GPT.vocab_size
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -184,7 +185,8 @@ def test_activations_are_their_formulas():
         torch.testing.assert_close(activate(x, kind), expected, rtol=0, atol=1e-12)
     gate, up = x, x.flip(0) + 1
     expected = gate / (1 + torch.exp(-gate)) * up
-    actual = activate(torch.cat([gate, up]), "swiglu")
+    config = dataclasses.replace(random_models.BERT, activation="swiglu")
+    actual = Activation(config)(torch.cat([gate, up]))
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 

@@ -148,7 +148,7 @@ def other_value(draw: random.Random, default: Any) -> Any:
     return draw.choice([1, 2, True])
 
 
-REFUSED: dict[str, Callable[[random.Random, int], Any]] = {
+NEWER: dict[str, Callable[[random.Random, int], Any]] = {
     # Name -> a value, given the number of layers.
     "quick_geglu": lambda draw, layers: True,
     "activation_func_clamp_value": lambda draw, layers: draw.choice([0.1, 1.5]),
@@ -284,22 +284,22 @@ def make_case(folder: Path, base: Namespace, seed: int) -> dict[str, Any]:
     bert = draw.random() < 0.15
     function = draw_function(draw)
     idle = draw_without_effect(draw)
-    refused = {}
+    newer = {}
     if draw.random() < 0.16:
-        name = draw.choice(sorted(REFUSED))
-        refused[name] = REFUSED[name](draw, function["num_layers"])
+        name = draw.choice(sorted(NEWER))
+        newer[name] = NEWER[name](draw, function["num_layers"])
     left_out: list[str] = []
     while True:
         try:
-            args, model, golden = attempt(base, function | idle | refused, seed, bert=bert)
-            if golden is None and idle and not refused:
+            args, model, golden = attempt(base, function | idle | newer, seed, bert=bert)
+            if golden is None and idle and not newer:
                 raise RuntimeError("cannot run here")
             break
         except Exception as reason:
             if idle:  # one by one, so that the others stay
                 left_out.append(idle.popitem()[0])
-            elif refused:
-                left_out.append(refused.popitem()[0])
+            elif newer:
+                left_out.append(newer.popitem()[0])
             else:
                 return {"seed": seed, "impossible": f"{type(reason).__name__}: {reason}"[:200]}
     dist = draw.random() < 0.25 and not bert
@@ -313,7 +313,7 @@ def make_case(folder: Path, base: Namespace, seed: int) -> dict[str, Any]:
         "golden": golden is not None,
         "function": {name: repr(value) for name, value in function.items()},
         "without_effect": {name: repr(value) for name, value in idle.items()},
-        "refused": {name: repr(value) for name, value in refused.items()},
+        "newer": {name: repr(value) for name, value in newer.items()},
         "left_out": left_out,
     }
 

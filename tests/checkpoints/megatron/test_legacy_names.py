@@ -32,9 +32,9 @@ from mlm_eval.checkpoints.convert import convert
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.torch_file import read_torch_file
 from mlm_eval.checkpoints.megatron.layout import layout_with_same_rows, save_layout
-from mlm_eval.checkpoints.megatron.tokenizer_type import added_entries, tokenizer_type
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import Tokenizer, load_tokenizer
+from mlm_eval.checkpoints.tokenizers.tokenizer_type import added_entries, tokenizer_type
 from mlm_eval.model.initial import new_checkpoint, with_head
 
 COMPARED = (

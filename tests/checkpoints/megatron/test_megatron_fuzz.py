@@ -77,10 +77,13 @@ def judge(folder: Path, case: Case) -> str:
     try:
         checkpoint = open_checkpoint(root)
     except InputError as refusal:
-        named = [name for name in case["refused"] if says(str(refusal), name)]
+        named = [name for name in case["newer"] if says(str(refusal), name)]
         assert named, f"refused, but not by what was drawn: {refusal} {case}"
         return "refused"
-    assert case["golden"], f"read, although megatron-core cannot run it here: {case}"
+    if not case["golden"]:
+        # Some of the newer layers need a GPU in megatron-core's own code.
+        assert case["newer"], f"read, although megatron-core cannot run it here: {case}"
+        return "impossible"
     gap = difference(checkpoint, torch.load(root / "golden.pt"))
     assert gap <= TOLERANCE, f"off by {gap:.2g}: {case}"
     return "read"

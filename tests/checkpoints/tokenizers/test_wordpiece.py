@@ -252,7 +252,7 @@ def test_the_switches_beside_a_tokenizer_json_win_as_in_transformers(settings, t
 @pytest.mark.parametrize("lower_case", [True, False])
 def test_a_written_tokenizer_json_is_known_for_what_it_is(lower_case, tmp_path):
     """So that Megatron's name for it can be written, and its entries counted."""
-    from mlm_eval.checkpoints.megatron.tokenizer_type import added_entries, tokenizer_type
+    from mlm_eval.checkpoints.tokenizers.tokenizer_type import added_entries, tokenizer_type
 
     settings = {"do_lower_case": lower_case}
     slow = write(tmp_path / "slow", PIECES, settings)

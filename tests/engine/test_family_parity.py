@@ -1,0 +1,99 @@
+"""Parity with Megatron for the families beyond dense GPT: experts, latent attention, variants.
+
+The checkpoints stand beside the project (../shared/oracles/families); each folder holds the logits
+of Megatron's own forward pass. One set of ranks computes them all, at each tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHARED
+from support.ranks import run_ranks
+
+from mlm_eval.checkpoints.config import parse_overrides
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.open import open_checkpoint
+from mlm_eval.checkpoints.parameters import allowed_tp
+from mlm_eval.engine.engine import Engine
+from mlm_eval.engine.score import Request
+from mlm_eval.model.gpt import GPT
+
+FAMILIES = SHARED / "oracles" / "families"
+TOLERANCE = 1e-4  # absolute, in nats, at every position and entry of the vocabulary
+
+# What no file says: a gate with tanh GELU, and nothing in args about either.
+BY_HAND = {"geglu": ["activation=geglu_tanh"]}
+
+REFUSED = {
+    "bloom_tp2": "DeepSpeed|no checkpoint that mlm-eval knows",
+    "bridge_qwen2moe": "run_config.yaml",
+    "bridge_qwen3": "run_config.yaml",
+    "moe_tp2_etp1_incomplete": "only a part of its model.*torch_dist",
+    "nas_tp2": "self_attention.weight",
+    "nemo1_llama": "nemo",
+    "nemo2_llama": "NeMo|no checkpoint that mlm-eval knows",
+    "nemotronh_dist": "Mamba",
+    "nemotronh_tp2": "Mamba",
+    "neox_tp2": "DeepSpeed|no checkpoint that mlm-eval knows",
+    "t5_dist": "T5",
+    "t5_relative_tp2": "T5",
+    "t5_tp2": "T5",
+    "v09_llama_bf16_zarr": "zarr",
+    "v09_llama_tp2_zarr": "zarr",
+    "v09_mixtral_ep2_zarr": "zarr",
+    "verl_qwen3": "verl",
+}
+
+
+@pytest.fixture(scope="session")
+def families() -> Path:
+    """Return the folder of the genuine checkpoints; skip where it is not."""
+    if not FAMILIES.is_dir():
+        pytest.skip(f"{FAMILIES} is not here")
+    return FAMILIES
+
+
+def read_names(families: Path) -> list[str]:
+    return sorted({golden.parent.name for golden in families.glob("*/golden.pt")} - {*REFUSED})
+
+
+def gaps(families: Path, tp: int) -> dict[str, float]:
+    """Return the largest difference from Megatron of any log-probability, by folder."""
+    found: dict[str, float] = {}
+    for name in read_names(families):
+        checkpoint = open_checkpoint(families / name, parse_overrides(BY_HAND.get(name, [])))
+        if tp not in allowed_tp(checkpoint.config):
+            continue
+        engine = Engine.load(checkpoint, tp=tp)
+        assert isinstance(engine.model, GPT)
+        golden = torch.load(families / name / "golden.pt", weights_only=True)
+        tokens, labels, logits = golden["tokens"], golden["labels"], golden["logits"]
+        with torch.inference_mode():
+            states = engine.model(tokens).flatten(0, 1)
+            ours = engine.model.output_layer.logits(states).view(logits.shape).log_softmax(-1)
+        theirs = logits.log_softmax(-1)
+        rows = torch.cat([tokens, labels[:, -1:]], dim=1)  # [2, T + 1]
+        scores = engine.score([Request(row, tokens.shape[1]) for row in rows])
+        of_labels = theirs.gather(-1, labels[..., None]).squeeze(-1)
+        worst = [ours - theirs, scores.logprobs.view(labels.shape) - of_labels]
+        found[name] = max(difference.abs().max().item() for difference in worst)
+    return found
+
+
+@pytest.mark.process
+@pytest.mark.long
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_log_probabilities_are_megatrons(tp: int, families: Path):
+    first, *others = run_ranks(tp, gaps, families, tp)
+    assert all(other == first for other in others)
+    assert {name: gap for name, gap in first.items() if not gap < TOLERANCE} == {}
+    assert len(first) >= 35
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_is_not_computed_is_refused_by_name(name: str, families: Path):
+    with pytest.raises(InputError, match=REFUSED[name]):
+        open_checkpoint(families / name)
