@@ -322,8 +322,9 @@ def _rotary(r: HubConfigReader, family: Family) -> None:
     channels = r.values["kv_channels"]
     if 0 < share <= 1.0 and int(channels * share) % 2:
         raise InputError(
-            f"{r.where}: {share_key} is {share}: of heads of {channels} channels that is an odd "
-            f"number, {int(channels * share)}, but they are rotated in pairs; correct the file"
+            f"{r.where}: {share_key} is {share} ({source}): of heads of {channels} channels that "
+            f"is an odd number, {int(channels * share)}, but they are rotated in pairs; correct "
+            "the file"
         )
     kind = part.get("rope_type", part.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_TYPES:

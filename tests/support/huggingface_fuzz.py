@@ -353,11 +353,11 @@ def gap(ours: dict[str, Tensor], theirs: dict[str, Tensor], mask: Tensor | None)
 
 
 def names_a_key(outcome: Outcome) -> bool:
-    """Whether a refusal names a key that stands in config.json, or a part of one."""
+    """Whether a refusal names a key of config.json; a default refuses too."""
     hf = json.loads(outcome.config)
     parts = [value for value in hf.values() if isinstance(value, dict)]
-    stated = [*hf, *(key for part in parts for key in part)]
-    return outcome.result == REFUSED and any(key in outcome.why for key in stated)
+    known = {*FAMILIES[outcome.family].table, *(key for part in parts for key in part)}
+    return outcome.result == REFUSED and any(key in outcome.why for key in known)
 
 
 def run_case(seed: int, folder: Path) -> Outcome:
