@@ -8,7 +8,6 @@ Source: docs/megatron.md, "Text preparation", "GLUE".
 from __future__ import annotations
 
 import dataclasses
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,6 +23,9 @@ from mlm_eval.training.objectives import Classification
 UNKNOWN = -1
 """The Hub's label of a test set."""
 
+NO_GOLD = "-"
+"""The gold label of SNLI and MultiNLI where the annotators did not agree."""
+
 Pair = tuple[str, str, str, int | None]
 """A row's id, its two texts, and its class where that is known."""
 
@@ -35,6 +37,9 @@ class Glue(ChoiceTask):
         folder: As GLUE names it.
         files: Files of each role in that folder.
         hub_labels: Our number of each label of the Hub.
+        columns: Names of the column of the id, of each text and of the label, the first that a
+            header has counts.
+        skips: Rows without all columns or without a text are left out, as Megatron does.
     """
 
     head = "classification_head"
@@ -42,6 +47,8 @@ class Glue(ChoiceTask):
     folder: ClassVar[str]
     files: ClassVar[dict[str, tuple[str, ...]]]
     hub_labels: ClassVar[tuple[int, ...]]
+    columns: ClassVar[tuple[tuple[str, ...], ...]]
+    skips: ClassVar[bool] = False
 
     def read_folder(self, path: Path, roles: Sequence[str]) -> list[ExampleSet]:
         """See `Task.read`: GLUE's folder of the task, or one that holds it."""
@@ -72,17 +79,87 @@ class Glue(ChoiceTask):
             lines.append(f"{record['id']}\t{names[shares.index(max(shares))]}")
         return {".tsv": "\n".join(lines) + "\n"}
 
-    @abstractmethod
     def parse(self, rows: Sequence[list[str]], path: str) -> tuple[list[Pair], list[str]]:
         """Return what a file's rows hold, and warnings.
+
+        The header names the columns: files of one benchmark differ in their number and order. A
+        header without a label is a test set's.
 
         Args:
             rows: The header first.
             path: The file, for messages.
 
         Raises:
-            InputError: The columns are not GLUE's, or a row has no text or no known label.
+            InputError: The header names no texts, or a row has no text or no known label.
         """
+        header = [name.strip() for name in rows[0]]
+        key, first, second, label = (self._place(header, names) for names in self.columns)
+        if first is None or second is None:
+            raise InputError(
+                f"{path} has no column {' or '.join(self.columns[1])} beside "
+                f"{' or '.join(self.columns[2])} in its header ({', '.join(header)[:120]}); "
+                f"expected a file of {self.folder}, divided by tabs, with its header"
+            )
+        pairs: list[Pair] = []
+        skipped: list[int] = []
+        undecided: list[int] = []
+        for line, row in enumerate(rows[1:], start=2):
+            whole = len(row) == len(header)
+            if len(row) > len(header) and label == len(header) - 1:
+                # More labels of single annotators than the header names: the last one is the
+                # label, as in Megatron. Anything else may be a sentence that a tab cut in two.
+                votes = {cell.strip() for cell in row[max(first, second) + 1 :]}
+                whole = votes <= {*self.classes, NO_GOLD, ""}
+                row = [*row[:label], row[-1]] if whole else row
+            sides = [clean_text(row[i].strip()) if i < len(row) else "" for i in (first, second)]
+            if self.skips and not (whole and all(sides)):
+                skipped.append(line)
+                continue
+            if not whole:
+                raise InputError(
+                    f"{path}, line {line} has {len(row)} columns, its header {len(header)}; "
+                    f"expected the file as it is published"
+                )
+            if not all(sides):
+                raise InputError(
+                    f"{path}, line {line} has an empty {header[first]} or {header[second]}"
+                )
+            if label is not None and row[label].strip() == NO_GOLD:
+                undecided.append(line)
+                continue
+            known = None
+            if label is not None:
+                known = self._label(row[label].strip(), header[label], f"{path}, line {line}")
+            name = str(line - 2) if key is None else row[key].strip()
+            pairs.append((name, sides[0], sides[1], known))
+        warnings = []
+        if skipped:
+            warnings.append(
+                f"{path}: {len(skipped)} row(s) without {len(header)} columns or with an empty "
+                f"side are left out, as Megatron does ({_lines(skipped)})"
+            )
+        if undecided:
+            warnings.append(
+                f"{path}: {len(undecided)} row(s) without a gold label ({NO_GOLD}) are left out, "
+                f"as is the custom ({_lines(undecided)})"
+            )
+        return pairs, warnings
+
+    @staticmethod
+    def _place(header: Sequence[str], names: Sequence[str]) -> int | None:
+        return next((header.index(name) for name in names if name in header), None)
+
+    def _label(self, text: str, column: str, where: str) -> int:
+        """Return the class of a label as it is written; a number counts as the Hub does."""
+        if text in self.classes:
+            return self.classes.index(text)
+        if column != "gold_label" and text in map(str, range(len(self.hub_labels))):
+            return self.hub_labels[int(text)]
+        numbers = "" if column == "gold_label" else f" or 0 to {len(self.classes) - 1}"
+        raise InputError(
+            f"{where} has the label {text!r}; expected one of "
+            f"{', '.join(self.classes)}{numbers} in the column {column}"
+        )
 
     def read_file(self, path: Path, role: str) -> ExampleSet:
         """See `Task.read_file`: a .tsv file."""
@@ -133,38 +210,12 @@ class Mnli(Glue):
     }
     hub_columns = ("premise", "hypothesis", "label", "idx")
     hub_labels = (1, 2, 0)  # entailment, neutral, contradiction
-
-    def parse(self, rows: Sequence[list[str]], path: str) -> tuple[list[Pair], list[str]]:
-        """See `Glue.parse`; a header of 10 columns is a test set's, which has no labels."""
-        columns = len(rows[0])
-        if columns < 10:
-            raise InputError(
-                f"{path} has a header of {columns} columns; MNLI's have 10 (test), 12 (train) or "
-                f"16 (dev), divided by tabs"
-            )
-        labelled = columns != 10
-        pairs: list[Pair] = []
-        for line, row in enumerate(rows[1:], start=2):
-            # More labels of single annotators than the header names: the last one is the label, as
-            # in Megatron. Anything else may be a sentence that a tab cut in two.
-            votes = labelled and {cell.strip() for cell in row[10:]} <= {*self.classes, "-", ""}
-            if len(row) < columns or (len(row) > columns and not votes):
-                raise InputError(
-                    f"{path}, line {line} has {len(row)} columns, its header {columns}; expected "
-                    f"the file as GLUE publishes it"
-                )
-            first, second = (clean_text(row[column].strip()) for column in (8, 9))
-            if not first or not second:
-                raise InputError(f"{path}, line {line} has an empty sentence in column 8 or 9")
-            label = row[-1].strip()
-            if labelled and label not in self.classes:
-                raise InputError(
-                    f"{path}, line {line} has the label {label!r}; expected one of "
-                    f"{', '.join(self.classes)} in the last column"
-                )
-            number = self.classes.index(label) if labelled else None
-            pairs.append((row[0].strip(), first, second, number))
-        return pairs, []
+    columns = (
+        ("index", "idx", "pairID", "id"),
+        ("sentence1", "premise"),
+        ("sentence2", "hypothesis"),
+        ("gold_label", "label"),
+    )
 
 
 class Qqp(Glue):
@@ -178,37 +229,13 @@ class Qqp(Glue):
     hub = DatasetName("nyu-mll/glue", "qqp", None)
     hub_columns = ("question1", "question2", "label", "idx")
     hub_labels = (0, 1)
-
-    def parse(self, rows: Sequence[list[str]], path: str) -> tuple[list[Pair], list[str]]:
-        """See `Glue.parse`; as in Megatron, rows without six columns or two texts are left out."""
-        columns = len(rows[0])
-        if columns not in (3, 6):
-            raise InputError(
-                f"{path} has a header of {columns} columns; QQP's have 6 (train, dev) or 3 (test), "
-                f"divided by tabs"
-            )
-        labelled = columns == 6
-        first_column = 3 if labelled else 1
-        pairs: list[Pair] = []
-        skipped: list[int] = []
-        for line, row in enumerate(rows[1:], start=2):
-            sides = [clean_text(text.strip()) for text in row[first_column : first_column + 2]]
-            if len(row) != columns or not all(sides):
-                skipped.append(line)
-                continue
-            label = row[5].strip() if labelled else None
-            if label not in ("0", "1", None):
-                raise InputError(f"{path}, line {line} has the label {label!r}; expected 0 or 1")
-            number = None if label is None else int(label)
-            pairs.append((row[0].strip(), sides[0], sides[1], number))
-        warnings = []
-        if skipped:
-            some = ", ".join(map(str, skipped[:5])) + (", ..." if len(skipped) > 5 else "")
-            warnings.append(
-                f"{path}: {len(skipped)} row(s) without {columns} columns or with an empty side "
-                f"are left out, as Megatron does (line {some})"
-            )
-        return pairs, warnings
+    columns = (
+        ("id", "idx", "index"),
+        ("question1",),
+        ("question2",),
+        ("is_duplicate", "label"),
+    )
+    skips = True
 
     def summary(self, metrics: Any) -> dict[str, float]:
         """See `Task.summary`; the paper's figure is the accuracy."""
@@ -230,10 +257,14 @@ def pair_set(pairs: Sequence[Pair], name: str, role: str, *, path: str, sha256: 
     )
 
 
+def _lines(numbers: Sequence[int]) -> str:
+    return "line " + ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+
+
 def set_name(file: str) -> str:
     """Return the name of a file's set: dev_matched.tsv -> dev-matched.
 
     Megatron strips the letters of `.tsv` from the end, which makes `de` of QQP's dev.tsv; here it
     stays dev.
     """
-    return file.removesuffix(".tsv").replace("_", "-")
+    return file.removesuffix(".tsv").removesuffix(".txt").replace("_", "-")

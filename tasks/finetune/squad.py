@@ -253,14 +253,20 @@ def can_be_absent(sets: Sequence[ExampleSet | Answered]) -> bool:
 
 def _question(entry: Any, context: str, second: int, where: str) -> SpanExample:
     """Return a question that has its answers where it says."""
-    identity = json_field(entry, "id", str, where)
+    identity = entry.get("id") if isinstance(entry, Mapping) else None
+    if type(identity) is int:  # of annotation tools; a name all the same
+        identity = str(identity)
+    else:
+        identity = json_field(entry, "id", str, where)
     where = f"{where}, question {identity}"
     question = json_field(entry, "question", str, where).strip()
     impossible = entry.get("is_impossible")
     if impossible not in (None, True, False):
         raise InputError(f"{where}: is_impossible is {impossible!r}; expected true or false")
     answers = []
-    for answer in json_field(entry, "answers", list, where) if "answers" in entry else []:
+    # Some copies of the data keep plausible answers, or empty ones, of a question without any.
+    given = not impossible and "answers" in entry
+    for answer in json_field(entry, "answers", list, where) if given else []:
         text = check_text(json_field(answer, "text", str, where), where)
         start = json_field(answer, "answer_start", int, where)
         if not text.strip() or context[max(start, 0) : start + len(text)] != text:
@@ -269,8 +275,6 @@ def _question(entry: Any, context: str, second: int, where: str) -> SpanExample:
                 f"{start}; expected answers as they are written there"
             )
         answers.append((text, start))
-    if impossible:
-        answers = []  # some copies of the data keep the plausible ones
     return SpanExample(id=identity, firsts=(question,), second=second, answers=tuple(answers))
 
 

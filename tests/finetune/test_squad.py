@@ -451,6 +451,19 @@ def test_versions_and_names(tmp_path):
         assert (part.version, part.name, part.labelled) == (version, name, labelled)
 
 
+@pytest.mark.parametrize(
+    "answer", [{"text": "", "answer_start": -1}, {"text": "", "answer_start": 0}, {}]
+)
+def test_answers_that_do_not_count_are_not_checked(start, tmp_path):
+    """Annotation tools write an empty answer where there is none, and numbers as ids."""
+    entry = {"id": 0, "question": "Who?", "is_impossible": True}
+    entry["answers"] = [{"text": "", "answer_start": start}]
+    path = write(tmp_path / "dev.json", [entry])
+    (part,) = Squad().read_part(str(path), "dev")
+    (example,) = part.examples
+    assert (example.id, example.answers) == ("0", ())
+
+
 def test_plausible_answers_of_impossible_questions_do_not_count(tmp_path):
     path = write(tmp_path / "dev-v2.0.json", [question("a", "Who?", "Dog", is_impossible=True)])
     (part,) = Squad().read_part(str(path), "dev")
@@ -491,7 +504,7 @@ def test_a_folder_as_published(tmp_path):
             {**question("a", "Who?"), "answers": [{"text": "Dog"}]},
             "question a: 'answer_start' is missing; expected a number",
         ),
-        ({"id": 3, "question": "Who?", "answers": []}, "paragraph 1: 'id' is 3; expected a string"),
+        ({"id": [3], "question": "Who?", "answers": []}, "'id' is .3.; expected a string"),
         ({"id": "a", "answers": []}, "question a: 'question' is missing"),
         (question("a", "Who?", is_impossible="no"), "is_impossible is 'no'; expected true or"),
         ("text", "holds 'text'; expected a JSON object"),
