@@ -395,3 +395,26 @@ def test_an_honest_conversion_is_never_called_different(to: str, least: int, tmp
         again = compare_checkpoints(moved, result, entries=entries)
         assert again.weights is not None and again.weights.differing, (seed, name, index)
     assert converted >= least
+
+
+@pytest.mark.long
+def test_models_of_other_sizes_and_kinds_get_a_verdict():
+    """Every pair of a family can be asked about; what differs is said, whatever it is."""
+    chance = random.Random(3)
+    other_sizes: list[dict[str, Any]] = [
+        {"num_layers": 3},
+        {"hidden_size": 48, "kv_channels": 12},
+        {"vocab_size": 37},
+        {"max_position_embeddings": 5},
+        {},
+    ]
+    for _ in range(60):
+        one = any_model(chance)
+        other = dataclasses.replace(
+            next(m for m in iter(lambda: any_model(chance), None) if m.family == one.family),
+            **chance.choice(other_sizes),
+        )
+        entries = chance.choice([None, 30])
+        found = compare_checkpoints(checkpoint(one), checkpoint(other, seed=1), entries=entries)
+        assert not found.same and found.differences()
+        assert found.to_dict()["verdict"].startswith("DIFFERENT")
