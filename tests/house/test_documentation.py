@@ -66,9 +66,9 @@ FOREIGN_OPTIONS = {
     "--overlapping-eval", "--strict-lambada", "--dist-ckpt-format", "--no-load-optim",
     "--no-load-rng", "--ckpt-format", "--ckpt-step", "--use-dist-ckpt", "--use-mcore-models",
     "--reset-position-ids", "--reset-attention-mask", "--eod-mask-loss", "--keep-last",
-    "--valid-data", "--yaml-cfg",
+    "--valid-data", "--yaml-cfg", "--gpu-bind",
 }  # fmt: skip
-"""Megatron's."""
+"""Megatron's, and Slurm's."""
 FOREIGN_FILES = {
     "tasks/zeroshot_gpt", "tasks/zeroshot_gpt/", "tasks/zeroshot_gpt2/", "tasks/data_utils.py",
     "tasks/zeroshot_gpt/detokenizer.py", "tasks/zeroshot_gpt/datasets.py",
