@@ -89,7 +89,10 @@ def _main() -> int:
             return 2
         lost = None if world is None else lost_peers(error, world.rank)
         if lost is not None:
-            print(f"mlm-eval: {lost}", file=sys.stderr)
+            from mlm_eval.ranks.launch import cause_of_others
+
+            cause = cause_of_others()
+            print(f"mlm-eval: {lost if cause is None else f'{lost}; {cause}'}", file=sys.stderr)
             return 1
         traceback.print_exc()
         print(

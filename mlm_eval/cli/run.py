@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.options import RunOptions, TokenizerOptions
+from mlm_eval.ranks.faults import advising_on_memory
 from mlm_eval.ranks.launch import init_process_group, launch, shutdown
 from mlm_eval.ranks.world import detect_world
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from mlm_eval.engine.engine import Engine
     from mlm_eval.model.memory import Memory
     from mlm_eval.ranks.layout import Need, RankDevice
+    from mlm_eval.training.settings import RunSettings
 
 
 Load = Callable[["Checkpoint", "torch.dtype | str"], "Engine"]
@@ -131,7 +133,7 @@ class ModelRun:
     def _meet(self, device: str) -> None:
         """Join the other ranks, once."""
         if self.world is not None and self.world.size > 1 and not self.met:
-            self.gpus = init_process_group(self.world, device=device)
+            self.gpus = init_process_group(self.world, device=device, tell=_tell)
             self.met = True
 
     def _free(self) -> list[int]:
@@ -177,8 +179,28 @@ class ModelRun:
         place = placement or self.start()
         load = self.join(place)
         self.warn(self.checkpoint.provenance.warnings)
-        body(load(self.checkpoint, place.dtype))
+        now = f"(now {self._batch_tokens(place):,})"
+        with advising_on_memory(f"lower --batch-tokens {now}, or raise --tp (now {place.tp})"):
+            body(load(self.checkpoint, place.dtype))
         shutdown()
+
+    def _batch_tokens(self, place: Placement) -> int:
+        from mlm_eval.engine.batching import DEFAULT_BATCH_TOKENS
+
+        return self.options.batch_tokens or DEFAULT_BATCH_TOKENS[place.device]
+
+    def advising_on_training_memory(
+        self, place: Placement, settings: RunSettings
+    ) -> AbstractContextManager[None]:
+        """Return a context that says what to change where a training has no memory."""
+        ways = [
+            f"lower --micro-batch (now {settings.micro_batch}) or --batch-tokens (now "
+            f"{self._batch_tokens(place):,})",
+            *([] if settings.recompute else ["add --recompute"]),
+            *([] if settings.dp_mode == "fsdp2" else ["use --dp-mode fsdp2"]),
+            f"raise --tp (now {place.tp})",
+        ]
+        return advising_on_memory(", or ".join(ways))
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer that the options name, or the one beside the checkpoint.
@@ -200,6 +222,11 @@ def print_beside(text: str, output: Path | None) -> None:
     from mlm_eval.checkpoints.files.output import STDOUT
 
     print(text, file=sys.stderr if output == STDOUT else sys.stdout)
+
+
+def _tell(sentence: str) -> None:
+    """Print a sentence of any rank."""
+    print(f"mlm-eval: {sentence}", file=sys.stderr, flush=True)
 
 
 def chosen_checkpoint(

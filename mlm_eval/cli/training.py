@@ -16,7 +16,7 @@ from mlm_eval.options import FOLDER, RUN, RunOptions, again, nested, option
 from mlm_eval.ranks.launch import shutdown
 from mlm_eval.tasks.finetune.settings import FinetuneOptions
 from mlm_eval.tasks.language.settings import MaskedTextSettings, TextSettings
-from mlm_eval.training.settings import Listener, TrainSettings
+from mlm_eval.training.settings import Listener, RunSettings, TrainSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,7 +91,14 @@ def _finetune(task: str, given: FinetuneCommand) -> None:
         return finetuning_need(task, run.checkpoint.config, given.options, batch_tokens=tokens)
 
     trains = not given.options.eval_only
-    _train(run, train, folder=given.options.output_dir, need=need, trains=trains)
+    _train(
+        run,
+        train,
+        folder=given.options.output_dir,
+        need=need,
+        settings=given.options,
+        trains=trains,
+    )
 
 
 def _train(
@@ -100,6 +107,7 @@ def _train(
     *,
     folder: Path,
     need: Callable[[], Need],
+    settings: RunSettings,
     trains: bool = True,
 ) -> None:
     """Train on every rank, with bars; print the figures, and write the record."""
@@ -108,7 +116,8 @@ def _train(
     place = run.start(need, trains=trains)
     tokenizer = run.tokenizer()
     load = run.join(place)
-    with closing(TrainingBars(run)) as bars:
+    advising = run.advising_on_training_memory(place, settings)
+    with closing(TrainingBars(run)) as bars, advising:
         bars.warn(*run.checkpoint.provenance.warnings)
         result = train(tokenizer, load, bars)
     bars.warn(*result.warnings)
@@ -179,7 +188,7 @@ def _pretrain(given: PretrainCommand) -> None:
         config, settings = run.checkpoint.config, given.settings
         return pretraining_need(config, given.text, settings, batch_tokens=tokens)
 
-    _train(run, train, folder=given.output_dir, need=need)
+    _train(run, train, folder=given.output_dir, need=need, settings=given.settings)
 
 
 def _new_model(given: PretrainCommand) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.engine.batching import OnProgress, in_order, map_batches, pack, pad_rows
+from mlm_eval.engine.batching import OnProgress, in_order, map_batches, pack, pad_rows, to_device
 from mlm_eval.model.bert import BERT
 from mlm_eval.ranks.mesh import Mesh
 
@@ -87,13 +88,39 @@ def encode(
     """
     lengths = check_inputs(inputs, model.config)
 
+    # Copying a batch's results waits for the device: it is done when the next batch is on its way.
+    waiting: deque[tuple[list[BertInput], _Values, list[BertOutput]]] = deque()
+
+    def finish(left: int) -> None:
+        while len(waiting) > left:
+            items, values, outputs = waiting.popleft()
+            outputs += _outputs(items, values)
+
     def run(indices: list[int]) -> list[BertOutput]:
         items = [inputs[i] for i in indices]
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            return _run_batch(model, items, device, keep_states=states, score=score, head=head)
+            values = _run_batch(model, items, device, keep_states=states, score=score, head=head)
+        outputs: list[BertOutput] = []  # filled later
+        waiting.append((items, values, outputs))
+        finish(left=1)
+        return outputs
 
     batches = pack(lengths, batch_tokens)
-    return in_order(map_batches(run, batches, mesh, on_progress=on_progress))
+    results = map_batches(
+        run, batches, mesh, on_progress=on_progress, before_join=lambda: finish(left=0)
+    )
+    return in_order(results)
+
+
+@dataclass(frozen=True)
+class _Values:
+    """What a batch came to, on the device: `[batch, seq, ...]`, or `[batch, ...]` of heads."""
+
+    states: Tensor | None
+    pooled: Tensor | None
+    logprobs: Tensor | None
+    greedy: Tensor | None
+    heads: dict[str, Tensor]
 
 
 def _run_batch(
@@ -104,17 +131,30 @@ def _run_batch(
     keep_states: bool,
     score: bool,
     head: str | None,
-) -> list[BertOutput]:
-    tokens, types, mask = (x.to(device) for x in _pad(inputs))
+) -> _Values:
+    tokens, types, mask = (to_device(x, device) for x in _pad(inputs))
     states = model(tokens, mask, types)  # [B, T, h]
-    kept = states.float().cpu() if keep_states else None
-    pooled = model.pooler(states).float().cpu() if keep_states and model.config.pooler else None
     logprobs = greedy = None
     if score and model.config.lm_head:
         flat, flags = model.log_probs(states.flatten(0, 1), tokens.flatten())
-        logprobs, greedy = flat.view(tokens.shape).cpu(), flags.view(tokens.shape).cpu()
+        logprobs, greedy = flat.view(tokens.shape), flags.view(tokens.shape)
     heads = {head: model.qa_logits(states)} if head == QA_HEAD else model.head_logits(states)
-    heads = {name: logits.cpu() for name, logits in heads.items() if head in (None, name)}
+    return _Values(
+        states.float() if keep_states else None,
+        model.pooler(states) if keep_states and model.config.pooler else None,
+        logprobs,
+        greedy,
+        {name: logits for name, logits in heads.items() if head in (None, name)},
+    )
+
+
+def _outputs(inputs: list[BertInput], values: _Values) -> list[BertOutput]:
+    """Return a batch's outputs, on the CPU."""
+    kept, pooled, logprobs, greedy = (
+        None if value is None else value.cpu()
+        for value in (values.states, values.pooled, values.logprobs, values.greedy)
+    )
+    heads = {name: logits.cpu() for name, logits in values.heads.items()}
     outputs = []
     for line, item in enumerate(inputs):
         length = item.tokens.numel()

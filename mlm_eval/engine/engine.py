@@ -84,6 +84,9 @@ class Engine:
         started = time.perf_counter()
         mesh = make_mesh(tp, dp)
         device = torch.device(device)
+        if device.type == "cuda" and device.index is not None:
+            # Events and object collectives go by the current device.
+            torch.cuda.set_device(device)
         check_tp(checkpoint.config, mesh.tp)
         dtype = evaluation_dtype(dtype, checkpoint.config.params_dtype, device.type)
         if vocab == "true":

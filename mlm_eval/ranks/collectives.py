@@ -71,6 +71,26 @@ def gather_over_dp(value: T, mesh: Mesh) -> list[T]:
     return gathered
 
 
+def whole_over_dp(sharded: Tensor, mesh: Mesh) -> Tensor:
+    """Return whole, on every rank, a DTensor whose rows FSDP2 has cut over dp. One all-gather.
+
+    torch's own `full_tensor` finds groups by names, which it keeps beyond the groups' end.
+    """
+    part, total = local(sharded), sharded.shape[0]
+    rows = -(-total // mesh.dp)  # as torch.chunk cuts; the last ranks may have fewer
+    padded = part.new_zeros(rows, *part.shape[1:])
+    padded[: len(part)] = part
+    gathered = padded.new_empty(rows * mesh.dp, *part.shape[1:])
+    dist.all_gather_into_tensor(gathered, padded, group=mesh.dp_group)
+    return gathered[:total]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor that may be a DTensor."""
+    part: Any = tensor.detach()
+    return part.to_local() if hasattr(part, "to_local") else part  # type: ignore[no-any-return]
+
+
 def from_main(value: T) -> T:
     """Return rank 0's value on every rank, however long rank 0 takes to come here.
 

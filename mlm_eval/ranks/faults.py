@@ -5,7 +5,9 @@ They are nobody's bug, so a traceback and a request to report them would mislead
 
 from __future__ import annotations
 
+import contextlib
 import errno
+from collections.abc import Iterator
 
 from mlm_eval.checkpoints.errors import InputError
 
@@ -30,21 +32,42 @@ CONNECTION_LOST = (
 
 def named_fault(error: BaseException) -> InputError | None:
     """Return what lack of memory or of disk space is called; None for any other exception."""
-    text = str(error)
     if isinstance(error, OSError) and error.errno in DISK_FAULTS:
         where = f"{error.filename} cannot be written: " if error.filename else ""
         return InputError(
             f"{where}{DISK_FAULTS[error.errno]} ({error.strerror}); make room, or choose another "
             "place"
         )
-    kind = type(error).__name__
-    if kind == "OutOfMemoryError" or isinstance(error, MemoryError) or "can't allocate mem" in text:
-        first = text.splitlines()[0] if text else kind
-        return InputError(
-            f"the run does not fit the memory ({first}); lower --batch-tokens or --micro-batch, or "
-            "raise --tp"
-        )
+    if is_lack_of_memory(error):
+        return _no_memory(error, "lower --batch-tokens or --micro-batch, or raise --tp")
     return None
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Return whether a device or the machine had no memory for a tensor."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return "can't allocate mem" in str(error)
+
+
+def _no_memory(error: BaseException, advice: str) -> InputError:
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return InputError(f"the run does not fit the memory ({first}); {advice}")
+
+
+@contextlib.contextmanager
+def advising_on_memory(advice: str) -> Iterator[None]:
+    """Say what to change where the body has no memory.
+
+    Raises:
+        InputError: It had none.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_lack_of_memory(error):
+            raise
+        raise _no_memory(error, advice) from error
 
 
 def lost_peers(error: BaseException, rank: int) -> str | None:

@@ -26,14 +26,15 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.ranks.faults import named_fault
+from mlm_eval.ranks.causes import CauseWatch
+from mlm_eval.ranks.faults import lost_peers, named_fault
 from mlm_eval.ranks.world import LAUNCHED, RANKS, SOURCE, World
 
 if TYPE_CHECKING:
@@ -111,6 +112,9 @@ def reporting_errors(world: World | None) -> Iterator[None]:
         wrong_input = isinstance(error, InputError)
         kind, text = ("input", str(error)) if wrong_input else ("fault", traceback.format_exc())
         if world is None or not report_error(world.rank, kind, text):
+            if _watch is not None and lost_peers(caught, 0) is None:
+                first = str(error).strip().splitlines() or [type(error).__name__]
+                _watch.leave(first[0] if wrong_input else f"{type(error).__name__}: {first[0]}")
             if error is caught:
                 raise
             raise error from caught
@@ -147,13 +151,26 @@ def report_error(rank: int, kind: str, message: str) -> bool:
 # ---- the process group -------------------------------------------------------------------------
 
 
-def init_process_group(world: World, *, device: str) -> list[RankDevice]:
+_watch: CauseWatch | None = None
+"""Of a rank that torchrun or Slurm has started, from when it has met the others."""
+
+
+def cause_of_others(seconds: float = 5.0) -> str | None:
+    """Return what another rank has said of its failure, waiting for it; None without a word."""
+    return None if _watch is None else _watch.found(seconds)
+
+
+def init_process_group(
+    world: World, *, device: str, tell: Callable[[str], None] | None = None
+) -> list[RankDevice]:
     """Join the other ranks, with gloo (`device` "cpu") or NCCL ("cuda"); return all ranks' GPUs.
 
     Selects this rank's GPU. A rank that does not turn up is an error after a quarter of an hour
     (MLM_EVAL_RENDEZVOUS_SECONDS: another time); in a collective the others wait for a slow rank for
-    half an hour.
+    half an hour. With `tell`, which takes a sentence for the user, a rank without a parent of ours
+    ends when another one has failed.
     """
+    global _watch
     import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
@@ -177,6 +194,8 @@ def init_process_group(world: World, *, device: str) -> list[RankDevice]:
             f"that each of them can reach; if a rank of another job started this command, set "
             f"{RANKS}=self"
         ) from error
+    if tell is not None and world.source != "self":
+        _watch = CauseWatch(store, world, tell)
     devices: list[RankDevice] = []
     device_id = None
     if device == "cuda":
@@ -214,6 +233,8 @@ def shutdown() -> None:
     if dist.is_available() and dist.is_initialized():
         from mlm_eval.ranks.collectives import barrier
 
+        if _watch is not None:
+            _watch.stop()
         barrier()  # a rank that closes its connections early breaks another's last collective
         dist.destroy_process_group()
 

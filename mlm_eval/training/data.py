@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.engine.batching import pad_rows
+from mlm_eval.engine.batching import pad_rows, to_device
 from mlm_eval.training.settings import TrainSettings
 
 NO_LABEL = -100
@@ -110,14 +110,15 @@ def collate(
     rows = [row for sample in samples for row in sample.rows]
     types = [row for sample in samples for row in sample.tokentypes]
     width = samples[0].width
+    device = torch.device(device)
     sizes = {"multiple": multiple, "least": width}
     return Batch(
-        pad_rows(rows, **sizes).to(device),
-        pad_rows(types, **sizes).to(device),
-        pad_rows(map(torch.ones_like, rows), **sizes).to(device),
-        _labels(samples, multiple).to(device),
+        to_device(pad_rows(rows, **sizes), device),
+        to_device(pad_rows(types, **sizes), device),
+        to_device(pad_rows(map(torch.ones_like, rows), **sizes), device),
+        to_device(_labels(samples, multiple), device),
         len(samples[0].rows),
-        torch.tensor([sample.index for sample in samples]).to(device),
+        to_device(torch.tensor([sample.index for sample in samples]), device),
         mean_weight,
         width,
     )

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from mlm_eval.ranks.collectives import sum_over_dp, sum_over_tp
+from mlm_eval.ranks.collectives import local, sum_over_dp, sum_over_tp
 from mlm_eval.ranks.mesh import Mesh
 from mlm_eval.training.settings import Hyperparameters
 
@@ -89,12 +88,6 @@ class Schedule:
         else:
             height = 1 - share
         return self.min_lr + (self.lr - self.min_lr) * height
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of a tensor that may be a DTensor."""
-    part: Any = tensor
-    return part.to_local() if hasattr(part, "to_local") else tensor
 
 
 def gradient_norm(trained: Iterable[Trained], mesh: Mesh, *, over_dp: bool) -> float:

@@ -17,6 +17,7 @@ from mlm_eval.checkpoints.parameters import allowed_tp, parameters
 from mlm_eval.model.bert import BERT
 from mlm_eval.model.dropout import Dropout
 from mlm_eval.model.gpt import GPT
+from mlm_eval.ranks.collectives import whole_over_dp
 from mlm_eval.ranks.mesh import Mesh
 from mlm_eval.training.data import Batch
 from mlm_eval.training.objectives import Objective
@@ -76,7 +77,7 @@ class Replicas:
         """
         assert mode in DP_MODES, mode
         check_trainable(model, mesh.tp)
-        self.home = model
+        self.home, self.mesh = model, mesh
         self.sharded = mode == "fsdp2" and mesh.dp > 1
         table = parameters(model.config)
         unused = objective.unused(model.config)
@@ -138,8 +139,7 @@ class Replicas:
         if not self.sharded:
             return
         for name, parameter in self.worker.named_parameters():
-            sharded: Any = parameter.detach()
-            self.home.get_parameter(name).data = sharded.full_tensor()
+            self.home.get_parameter(name).data = whole_over_dp(parameter, self.mesh)
 
     def release(self) -> None:
         """Free what `publish` has filled."""

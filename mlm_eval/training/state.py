@@ -37,7 +37,7 @@ from mlm_eval.checkpoints.files.output import write_text
 from mlm_eval.checkpoints.folders.locks import LOCK_FILE
 from mlm_eval.checkpoints.lazy import Computed, LazyTensor
 from mlm_eval.checkpoints.parameters import Parameter, parameters
-from mlm_eval.ranks.collectives import on_main
+from mlm_eval.ranks.collectives import local, on_main, whole_over_dp
 from mlm_eval.ranks.mesh import Mesh, num_ranks, object_group
 from mlm_eval.training.replicas import Replicas
 from mlm_eval.training.settings import Counters
@@ -224,7 +224,7 @@ def collect(
             else torch.zeros_like(item.parameter)
             for item in replicas.trained
         }
-    return {name: _whole(value.detach(), table[name], mesh) for name, value in values.items()}
+    return {name: _whole(value, table[name], mesh) for name, value in values.items()}
 
 
 def _whole(value: Tensor, parameter: Parameter, mesh: Mesh) -> Tensor:
@@ -237,13 +237,12 @@ def _whole(value: Tensor, parameter: Parameter, mesh: Mesh) -> Tensor:
     """
     rule, shape = parameter.rule, list(parameter.shape)
     dim, over_dp = rule.dim, hasattr(value, "placements")
-    sharded: Any = value
-    part = sharded.to_local() if over_dp else value
+    part = local(value)
     if rule.blocks > 1:
         assert dim == 0, parameter
         shape = [rule.blocks, shape[0] // rule.blocks, *shape[1:]]
         # FSDP2 has cut the rows of both blocks as one: into parts that are no part of the view.
-        part = sharded.full_tensor() if over_dp else part
+        part = whole_over_dp(value, mesh) if over_dp else part
         part = part.unflatten(0, (rule.blocks, part.shape[0] // rule.blocks))
         dim = 1
         if over_dp:

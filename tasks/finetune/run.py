@@ -11,6 +11,7 @@ is that of the seed whose dev score is the median.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -227,6 +228,9 @@ class _Finetuning:
         if len(self.options.seeds) > 1:
             self.listener.log(f"seed {seed}: training, {folder}")
         head = self._with_head(seed)
+        gc.collect()  # the last seed's model and optimizer, where they are parts of cycles
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
         engine = self.load(head, "float32")
         device = engine.device.type
         dtype = training_dtype(self.options.dtype, device)

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support import random_models
 from support.command_line import CONFIG, TEXT, as_user, assert_one_sentence, read, started
 from support.paths import PROJECT
 from support.ranks import run_ranks
 
+from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import load_tokenizer
@@ -28,6 +30,41 @@ from mlm_eval.tasks import evaluate
 from mlm_eval.tasks.zero_shot import benchmarks
 
 pytest_plugins = ["support.command_line_fixtures"]
+
+
+# --- Lack of memory -----------------------------------------------------------------------------
+
+
+def out_of_memory(*given: Any, **options: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore lines")
+
+
+def test_lack_of_memory_names_the_batch_that_did_not_fit(run, wiki, monkeypatch):
+    monkeypatch.setattr(Engine, "score", out_of_memory)
+    for given, now in (((), "4,096"), (("--batch-tokens", 64), "64")):
+        ended = run(*wiki, *given)
+        told = f"Tried to allocate 9 GiB); lower --batch-tokens (now {now}), or raise --tp (now 1)"
+        assert_one_sentence(ended, "the run does not fit the memory", told)
+
+
+def test_lack_of_memory_in_training_names_what_would_help(monkeypatch):
+    from mlm_eval.cli.run import ModelRun, Placement
+    from mlm_eval.options import RunOptions
+    from mlm_eval.training.settings import TrainSettings
+
+    run = ModelRun.__new__(ModelRun)
+    run.options = RunOptions(ckpt="none")
+    place = Placement(2, 1, "cuda", torch.float32)
+    settings = TrainSettings(lr=1e-4, global_batch=8, epochs=1, micro_batch=4, recompute=True)
+    told = (
+        r"\(now 4\) or --batch-tokens \(now 32,768\), or use --dp-mode fsdp2, or raise --tp \(now 2"
+    )
+    with pytest.raises(InputError, match=told):
+        with run.advising_on_training_memory(place, settings):
+            out_of_memory()
+    with pytest.raises(KeyError):
+        with run.advising_on_training_memory(place, settings):
+            raise KeyError("another fault")
 
 
 # --- Ranks, interruption, resume ----------------------------------------------------------------

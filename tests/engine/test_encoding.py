@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support import random_models
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.engine import encode
 from mlm_eval.engine.encode import BertInput, BertOutput
 from mlm_eval.engine.engine import Engine
 
@@ -167,3 +170,39 @@ def test_a_gpt_encodes_nothing():
     engine = Engine.load(random_models.checkpoint(random_models.GPT))
     with pytest.raises(InputError, match="only BERT checkpoints"):
         engine.encode([BertInput(torch.tensor([1]))])
+
+
+def test_results_are_fetched_when_the_next_batch_is_on_its_way(monkeypatch: pytest.MonkeyPatch):
+    """A copy to the CPU waits for the device, which would idle until the next batch comes."""
+    happened: list[str] = []
+
+    def noting(name: str, function: Any) -> Any:
+        def called(*given: Any, **options: Any) -> Any:
+            happened.append(name)
+            return function(*given, **options)
+
+        return called
+
+    monkeypatch.setattr(encode, "_run_batch", noting("run", encode._run_batch))
+    monkeypatch.setattr(encode, "_outputs", noting("fetch", encode._outputs))
+    inputs = [BertInput(torch.arange(1, 5)) for _ in range(4)]
+    engine = Engine.load(random_models.checkpoint(PRETRAINED), batch_tokens=4)
+    assert len(engine.encode(inputs)) == 4
+    assert happened == ["run", "run", "fetch", "run", "fetch", "run", "fetch", "fetch"]
+
+
+def test_an_engine_on_a_gpu_by_number_selects_it(monkeypatch: pytest.MonkeyPatch):
+    """Events and object collectives go to the current device, whichever the tensors are on."""
+    selected = []
+
+    class Selected(Exception):
+        pass
+
+    def select(device: torch.device) -> None:
+        selected.append(device)
+        raise Selected
+
+    monkeypatch.setattr(torch.cuda, "set_device", select)
+    with pytest.raises(Selected):
+        Engine.load(random_models.checkpoint(PRETRAINED), device="cuda:3")
+    assert selected == [torch.device("cuda:3")]

@@ -7,11 +7,13 @@ import json
 import os
 import re
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from support import random_models, tiny_bert
 from support.paths import PROJECT
 from support.ranks import run_ranks
@@ -742,3 +744,30 @@ def test_a_copied_tokenizer_is_found_again(tmp_path):
     found = find_tokenizer(tmp_path / "checkpoint")
     assert found is not None
     assert (found.lower_case, found.sha256) == (True, words.sha256)
+
+
+def alive_between_seeds(folder: Path, mode: str) -> list[int]:
+    """Return how many parameters of earlier seeds live when the next seed's model is loaded."""
+    words = tiny_bert.tokenizer(folder / f"words-{dist.get_rank()}")
+    seen: list[weakref.ref[Any]] = []
+    alive = []
+
+    def load(checkpoint: Checkpoint, dtype: str) -> Engine:
+        alive.append(sum(reference() is not None for reference in seen))
+        engine = Engine.load(checkpoint, tp=1, dp=2, dtype=dtype)
+        seen.extend(weakref.ref(parameter) for parameter in engine.model.parameters())
+        return engine
+
+    base = tiny_bert.checkpoint(folder / f"bert-{dist.get_rank()}", tp=1)
+    given = options(folder / "out", seeds=(1, 2, 3), train_limit=8, dev_limit=4, dp_mode=mode)
+    finetune("race", base, given, tokenizer=words, load=load)
+    return alive
+
+
+@pytest.mark.long
+@pytest.mark.process
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_a_finished_seed_leaves_no_model_behind(mode: str, tmp_path: Path):
+    """What FSDP2 makes of a model is full of cycles: it waited for the garbage collector."""
+    for alive in run_ranks(2, alive_between_seeds, tmp_path, mode):
+        assert alive == [0, 0, 0]

@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.paths import TESTS
 
 from mlm_eval import cli
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.ranks import launch
+from mlm_eval.ranks.causes import CauseWatch
 from mlm_eval.ranks.faults import DISK_FAULTS, lost_peers, named_fault
 from mlm_eval.ranks.mesh import Mesh, fill_ranks, make_mesh
 from mlm_eval.ranks.world import OTHER_LAUNCHERS, SOURCE, World, detect_world, expand_nodelist
@@ -366,6 +368,40 @@ def test_srun_on_one_node(start: Start, tmp_path: Path) -> None:
         ("slurm", 0, 2),
         ("slurm", 1, 2),
     ]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failure_under_srun_ends_the_ranks_that_wait(
+    failing: int, start: Start, tmp_path: Path
+) -> None:
+    """A step of srun goes on when one task fails: the others would wait half an hour."""
+    begin = time.monotonic()
+    jobs = [
+        start("watched", tmp_path, failing, env=slurm_step(rank, 2, nodes="no", per_node="2"))
+        for rank in range(2)
+    ]
+    results = [ended(job) for job in jobs]
+    assert time.monotonic() - begin < 5 * SECONDS
+    code, printed = results[1 - failing]
+    assert code == 1
+    if failing == 1:
+        assert "rank 0 stops: rank 1 failed: wrong.pt holds no model" in printed
+    else:  # the store has gone with it
+        assert "rank 1 stops: rank 0" in printed
+    assert "wrong.pt holds no model" in results[failing][1]
+
+
+def test_a_rank_that_has_lost_the_others_names_the_cause() -> None:
+    store = dist.HashStore()
+    told: list[str] = []
+    watches = [CauseWatch(store, World(n, 3, n, 3, "slurm"), told.append) for n in range(3)]
+    for watch in watches:
+        watch.stop()
+    assert watches[0].found() is None
+    watches[1].leave("the disk is full")
+    watches[2].leave("a consequence")
+    assert watches[0].found(1.0) == watches[2].found() == "rank 1 failed: the disk is full"
+    assert watches[1].found() is None and told == []
 
 
 def test_srun_on_several_nodes(monkeypatch: pytest.MonkeyPatch) -> None:

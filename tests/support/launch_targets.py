@@ -61,6 +61,21 @@ def wait_for_test(folder: Path, world: World) -> None:
     ctypes.CDLL(None).pause()
 
 
+def watched(folder: Path, world: World, failing: str) -> None:
+    """Fail in one rank while the other is in a call that never ends, as NCCL's would."""
+    from mlm_eval.ranks import causes
+
+    causes.LOOK_SECONDS, causes.GRACE_SECONDS = 0.1, 0.2
+    launch.init_process_group(
+        world, device="cpu", tell=lambda text: print(text, file=sys.stderr, flush=True)
+    )
+    leave(folder, world)
+    if world.rank != int(failing):
+        ctypes.CDLL(None).pause()
+    time.sleep(0.5)
+    raise InputError("wrong.pt holds no model")
+
+
 def deaf(folder: Path, world: World) -> None:
     """Hang in rank 0 with SIGTERM blocked; end rank 1 with exit code 5."""
     if world.rank == 0:

@@ -95,6 +95,7 @@ def norms_on_a_rank(tp: int, dp: int, mode: str) -> tuple[float, float, float]:
     whole = training_runs.whole_gradients(step)
     assert set(whole) == set(parameters(step.engine.config))
     expected = torch.cat([g.double().flatten() for g in whole.values()]).norm().item()
+    expected /= dp  # the mean over dp so far
     scale_gradients(trained, 0.5)
     return norm, expected, gradient_norm(trained, step.mesh, over_dp=over_dp)
 
