@@ -20,6 +20,7 @@ from mlm_eval.checkpoints.huggingface.fields import Use
 FIRST, LAST = map(int, os.environ.get("MLM_EVAL_FUZZ_SEEDS", "0:100").split(":"))
 BLOCK = 20
 BLOCKS = range(FIRST, LAST, BLOCK)
+FEWEST = 100
 LEAST_READ = 2 / 3
 """Of the cases that transformers loads: a fuzz that refuses everything proves nothing."""
 
@@ -61,6 +62,8 @@ def test_most_cases_are_read(
             f"{counts[fuzz.UNLOADABLE]} that transformers does not load; "
             f"{counts[fuzz.READ] / loaded:.1%} read"
         )
+    if len(outcomes) < FEWEST:
+        pytest.skip(f"fewer than {FEWEST} cases say nothing about shares")
     assert counts[fuzz.UNLOADABLE] < len(outcomes) / 10
     assert counts[fuzz.READ] >= LEAST_READ * loaded
 
