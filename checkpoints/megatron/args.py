@@ -24,7 +24,7 @@ from mlm_eval.checkpoints.config import (
     RopeScaling,
 )
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.files.safe_pickle import Stub, attributes_of
+from mlm_eval.checkpoints.files.safe_pickle import Stub, attributes_of, printable
 from mlm_eval.checkpoints.megatron import family_args
 from mlm_eval.checkpoints.megatron.family_args import Shapes
 from mlm_eval.checkpoints.megatron.fields import ARG_FIELDS, RunCode
@@ -237,7 +237,18 @@ def build_config(
     _refuse_foreign_scale(b)
     _activation(b, shapes)
     _tying_and_heads(b, shapes)
+    _tell_of_foreign_layers(b)
     return b.finish()
+
+
+def _tell_of_foreign_layers(b: _ArgsReader) -> None:
+    spec = b.args.get("spec")
+    module = str(spec[0] if isinstance(spec, list) and spec else spec or "local")
+    if b.code == "core" and module not in ("local", "te") and not module.startswith("megatron."):
+        b.warnings.append(
+            f"the run took its layers from {printable(module)} (args.spec), which is no part of "
+            "Megatron: what they compute beyond their parameters and args is not known here"
+        )
 
 
 def _refuse_fields(args: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> None:

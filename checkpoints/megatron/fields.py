@@ -202,6 +202,7 @@ _GROUPS: tuple[tuple[str, ArgField], ...] = (
         "yaml_cfg",
         _read("Runs of --yaml-cfg with biases take the exact GELU, whatever the fusion says."),
     ),
+    ("spec", _read("Whose layers the run was made of: others than megatron-core's are told of.")),
     ("hidden_dropout attention_dropout init_method_std", _read("For training a model further.")),
     # ---- read: experts, latent attention, layers that differ (family_args.py) --------------------
     ("num_experts num_moe_experts", _read("The number of routed experts; the routers tell.")),
@@ -414,7 +415,7 @@ _GROUPS: tuple[tuple[str, ArgField], ...] = (
         """vocab_size vocab_extra_ids tokenizer_type vocab_file merge_file tokenizer_model""",
         _training("The run's tokenizer, by paths of another machine; --tokenizer names ours."),
     ),
-    ("bert_load spec", _training("Where the run took its start and its layers' code from.")),
+    ("bert_load", _training("Where the run took its start from.")),
 )
 
 

@@ -295,7 +295,7 @@ ELSEWHERE = set(
     """ffn_hidden_size padded_vocab_size add_bias_linear disable_bias_linear add_qkv_bias
     qk_layernorm bert_binary_head add_position_embedding make_vocab_size_divisible_by
     model_parallel_size tensor_model_parallel_size pipeline_model_parallel_size
-    expert_model_parallel_size rank rope_scaling_factor transformer_impl yaml_cfg
+    expert_model_parallel_size rank rope_scaling_factor transformer_impl yaml_cfg spec
     moe_ffn_hidden_size moe_shared_expert_intermediate_size moe_shared_expert_gate
     moe_router_enable_expert_bias expert_tensor_parallel_size q_lora_rank""".split()
 )
@@ -393,12 +393,28 @@ def test_a_conversion_keeps_what_megatron_does_not_pass_on_and_tells(
 def test_legacy_names_are_not_written_for_what_legacy_models_never_received(
     change: dict[str, Any], what: str
 ):
-    config = dataclasses.replace(LLAMA, **change)
-    with pytest.raises(InputError, match=f"legacy code has no {what}.*write core names"):
-        choose_names(config, "legacy")
-    assert choose_names(config, None) == "core"
-    interpolated = dataclasses.replace(LLAMA, rotary_seq_len_interpolation_factor=4.0)
-    assert choose_names(interpolated, "legacy") == "legacy"
+    both = dataclasses.replace(LLAMA, position_embedding_type="learned_absolute+rope")
+    assert choose_names(both, None) == "legacy"
+    with pytest.raises(InputError, match=f"no learned and rotary.*the code before it no {what}"):
+        choose_names(dataclasses.replace(both, **change), None)
+    assert choose_names(dataclasses.replace(LLAMA, **change), None) == "core"
+
+
+@pytest.mark.parametrize(
+    ("spec", "foreign"),
+    [
+        (None, False),
+        (["local"], False),
+        (["megatron.core.models.gpt.gpt_layer_specs", "get_gpt_layer_local_spec"], False),
+        (["our_layers.gated", "spec"], True),
+        (Stub("a", "b"), True),
+    ],
+)
+def test_layers_from_elsewhere_are_told_of(spec: Any, foreign: bool):
+    found = build(GPT, args_for(GPT, spec=spec))
+    assert found.config == GPT
+    assert len(found.warnings) == foreign
+    assert all("(args.spec), which is no part of Megatron" in one for one in found.warnings)
 
 
 def test_a_legacy_model_with_interleaved_pairs_is_refused():
