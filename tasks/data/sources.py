@@ -10,6 +10,7 @@ from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.text_file import decode, read_bytes
+from mlm_eval.tasks.data.tables import is_table, read_table, read_tables, table_files
 
 HUB_SPLITS = {"train": {"train": "train"}, "dev": {"validation": "dev"}, "test": {"test": "test"}}
 """The usual splits of each role, by the name that their sets get."""
@@ -50,7 +51,9 @@ class RawData:
         return decode(self.content, self.path)
 
 
-def read_data(data: str | Path | None, *, column: str, default: DatasetName) -> RawData:
+def read_data(
+    data: str | Path | None, *, column: str, default: DatasetName, tables: bool = False
+) -> RawData:
     """Return what `data` names.
 
     Args:
@@ -58,6 +61,7 @@ def read_data(data: str | Path | None, *, column: str, default: DatasetName) -> 
             `wikitext:wikitext-103-v1:test`; None for the default.
         column: The column that holds the text.
         default: What None means; also gives the config to a name that says none.
+        tables: JSON lines are rows too, not the file's own bytes.
 
     Raises:
         InputError: There is no such data, it is empty, or it has no such column.
@@ -65,6 +69,8 @@ def read_data(data: str | Path | None, *, column: str, default: DatasetName) -> 
     if data is None:
         return _read_dataset(default, column)
     path = Path(data).expanduser()
+    if path.is_file() and is_table(path) and (tables or path.suffix != ".jsonl"):
+        return _text_rows(read_table(path), column, str(path))
     if path.is_file():
         content = read_bytes(path)
         if not content.strip():
@@ -107,6 +113,10 @@ def _read_dataset(name: DatasetName, column: str) -> RawData:
                 f"write --data {name.path}::SPLIT"
             )
         loaded = loaded[name.split]
+    return _text_rows(loaded, column, str(name))
+
+
+def _text_rows(loaded: Any, column: str, name: str) -> RawData:
     if column not in loaded.column_names:
         raise InputError(
             f"{name} has no column {column!r}; it has {', '.join(loaded.column_names)}; "
@@ -118,15 +128,21 @@ def _read_dataset(name: DatasetName, column: str) -> RawData:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, str):
             raise InputError(f"{name}: row {number} of {column!r} is {row!r}; expected a string")
-    return RawData(str(name), rows=rows)
+    return RawData(name, rows=rows)
 
 
 def load_dataset(name: DatasetName) -> Any:
-    """Return what `datasets` makes of a name or of a folder: a set, or a dict of them by split.
+    """Return a set, or a dict of them by split: a folder's tables, or what `datasets` makes.
 
     Raises:
         InputError: It makes nothing of it, or is not installed.
     """
+    folder = Path(name.path)
+    saved = any((folder / file).is_file() for file in DATASET_FILES)
+    if folder.is_dir() and not saved:
+        inner = folder / name.config if name.config else folder
+        if inner.is_dir() and (found := read_tables(inner)):
+            return found
     try:
         import datasets
     except ImportError:
@@ -134,12 +150,11 @@ def load_dataset(name: DatasetName) -> Any:
             f"{name} needs the `datasets` library, which is not installed: run `pip install "
             f"datasets`, or give a local file with --data"
         ) from None
-    folder = Path(name.path)
     quiet = not (sys.stderr.isatty() or datasets.are_progress_bars_disabled())
     if quiet:
         datasets.disable_progress_bars()
     try:
-        if any((folder / file).is_file() for file in DATASET_FILES):
+        if saved:
             return datasets.load_from_disk(name.path)
         return datasets.load_dataset(name.path, name.config, split=name.split)
     # Every layer below raises its own kinds (of datasets, huggingface_hub, httpx, pyarrow), and
@@ -148,7 +163,7 @@ def load_dataset(name: DatasetName) -> Any:
         reason = str(error).strip().splitlines()
         raise InputError(
             f"{name} cannot be loaded by `datasets` ({type(error).__name__}: "
-            f"{reason[0] if reason else 'no reason given'}); --data takes a local file too, "
+            f"{' '.join(reason)[:300] or 'no reason given'}); --data takes a local file too, "
             f"which needs no network connection"
         ) from error
     finally:
@@ -167,9 +182,9 @@ def is_dataset(source: str) -> bool:
     """
     path = Path(source.partition(":")[0]).expanduser()
     if path.is_dir():
-        if any((path / name).is_file() for name in DATASET_FILES):
+        if ":" in source or any((path / name).is_file() for name in DATASET_FILES):
             return True
-        return bool([*path.glob("*.parquet"), *path.glob("*/*.parquet")])
+        return bool([*path.glob("*.parquet"), *path.glob("*/*.parquet")]) or bool(table_files(path))
     if path.exists() or Path(source).expanduser().exists():
         return False
     looks_like_path = source.startswith(("/", "./", "../", "~")) or path.suffix in (

@@ -19,6 +19,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.folders.file_names import safe_name
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.tasks.data.sources import HUB_SPLITS, DatasetName, dataset_splits, is_dataset
+from mlm_eval.tasks.data.tables import is_table, read_table, split_of
 from mlm_eval.tasks.data.tokens import tokens_of
 from mlm_eval.tasks.finetune.features import Outputs, PairFeatures
 from mlm_eval.tasks.finetune.settings import Recipe
@@ -235,7 +236,18 @@ class Task(ABC):
         """
         if is_dataset(source):
             return list(self.read_hub(source, role))
-        return self.read_path(Path(source).expanduser(), role)
+        path = Path(source).expanduser()
+        if path.is_file() and is_table(path):
+            rows = read_table(path)
+            if set(self.hub_columns) <= set(rows.column_names):
+                name = split_of(path).replace("validation", "dev").replace("_", "-")
+                return list(self.hub_sets(rows, name, role=role, where=source))
+            if path.suffix == ".parquet":
+                raise InputError(
+                    f"{path} has the columns {', '.join(rows.column_names)}; expected "
+                    f"{', '.join(self.hub_columns)}"
+                )
+        return self.read_path(path, role)
 
     @abstractmethod
     def read_folder(self, path: Path, roles: Sequence[str]) -> list[ExampleSet]:

@@ -112,7 +112,7 @@ class WikiText103(ZeroShot[WikiTextOptions]):
         stride, seq_length = options.stride, options.seq_length
         seq_length = min(MAX_SEQ_LENGTH, positions) if seq_length is None else seq_length
         _check_settings(positions, seq_length, stride)
-        raw = read_data(options.data, column="text", default=HUB_TEST_SET)
+        raw = read_data(options.data, column="text", default=HUB_TEST_SET, tables=True)
         path = raw.path
         text = raw.text() if raw.rows is None else restore_text(raw.rows, path)
         original_tokens = count_original_tokens(text)

@@ -451,9 +451,7 @@ def test_versions_and_names(tmp_path):
         assert (part.version, part.name, part.labelled) == (version, name, labelled)
 
 
-@pytest.mark.parametrize(
-    "answer", [{"text": "", "answer_start": -1}, {"text": "", "answer_start": 0}, {}]
-)
+@pytest.mark.parametrize("start", [-1, 0, None])
 def test_answers_that_do_not_count_are_not_checked(start, tmp_path):
     """Annotation tools write an empty answer where there is none, and numbers as ids."""
     entry = {"id": 0, "question": "Who?", "is_impossible": True}
