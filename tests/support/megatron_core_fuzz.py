@@ -221,7 +221,8 @@ def build(args: Namespace, *, bert: bool) -> nn.Module:
             num_experts=args.num_experts,
             qk_layernorm=args.qk_layernorm,
             normalization=args.normalization,
-            qk_l2_norm=args.qk_l2_norm,
+            # Megatron-LM's gpt_builders passes it on to local layers with experts only.
+            qk_l2_norm=args.qk_l2_norm and args.num_experts is not None,
         )
         model = GPTModel(
             config,
