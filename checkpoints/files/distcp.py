@@ -26,7 +26,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safe_pickle import state_of
 from mlm_eval.checkpoints.files.stand_in import describe_missing, refuse_stand_in
 from mlm_eval.checkpoints.files.torch_file import TorchFile, read_pickle, read_torch_file
-from mlm_eval.checkpoints.folders.file_names import safe_name
+from mlm_eval.checkpoints.folders.file_names import is_file_name
 from mlm_eval.checkpoints.lazy import Index, LazyTensor, MappedFile, StoredTensor, as_index
 
 METADATA = ".metadata"
@@ -152,6 +152,10 @@ def open_folder(path: Path) -> DistributedFolder:
     try:
         state = state_of(metadata.value)
         tensors, objects = _entries(state["state_dict_metadata"], _records(state["storage_data"]))
+    except InputError as error:
+        raise InputError(
+            f"{metadata.path}: {error}; copy the checkpoint again from its source"
+        ) from None
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         asks = f"; it asks for {', '.join(metadata.hostile)}" if metadata.hostile else ""
         raise InputError(
@@ -168,7 +172,9 @@ def _records(storage: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...] | No
         where, at = state_of(info), state_of(index)
         if where.get("transform_descriptors"):
             raise ValueError(f"its entries are transformed by {where['transform_descriptors']}")
-        file = safe_name(str(where["relative_path"]), "the entry's file")
+        file = str(where["relative_path"])
+        if not is_file_name(file):
+            raise InputError(f"an entry is in {file!r}, outside of the folder")
         record = Record(file, _size(where["offset"]), _size(where["length"]))
         offsets = at.get("offset")
         records[str(at["fqn"]), None if offsets is None else _sizes(offsets)] = record

@@ -3,7 +3,7 @@
 A clone without git-lfs leaves three lines of text where each large file belongs, and a download may
 end as a login page, as the error message of a storage service, or as nothing at all. Every reader
 of weights, tokenizers, settings and data asks here, so that such a file is named as what it is.
-Source: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md, "The Pointer".
+Source: the specification of Git LFS, "The Pointer" (https://git-lfs.com).
 """
 
 from __future__ import annotations

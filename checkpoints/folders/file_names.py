@@ -27,6 +27,11 @@ def safe_name(name: str, what: str) -> str:
     raise InputError(f"{what} {ascii(shown)[1:-1]} cannot name a file ({fault}); rename it")
 
 
+def is_file_name(name: str) -> bool:
+    """Return whether a name can be that of a file in any folder; see `safe_name`."""
+    return _fault(name) is None
+
+
 def _fault(name: str) -> str | None:
     if not name or not name.strip():
         return "it is empty"
