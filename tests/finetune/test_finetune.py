@@ -595,7 +595,10 @@ def test_a_set_beside_others_does_not_take_the_name_of_them_all(tmp_path):
 
 
 def write_mnli(folder: Path) -> None:
-    header = [f"c{number}" for number in range(12)]
+    header = (
+        "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse "
+        "sentence2_parse sentence1 sentence2 label1 gold_label"
+    ).split()
     for name in ("train", "dev_matched", "dev_mismatched", "test_matched"):
         rows = ["\t".join(header[:10] if name.startswith("test") else header)]
         for number in range(16):
