@@ -407,6 +407,17 @@ class ModelConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
 
+NEWER_SETTINGS = frozenset(
+    """yarn no_rope_layers window_size window_layers softmax_type attention_output_gate
+    activation_func_clamp_value glu_linear_offset qk_l2_norm num_experts moe_layers
+    moe_ffn_hidden_size moe_router_topk moe_router_score_function moe_router_pre_softmax
+    moe_router_num_groups moe_router_group_topk moe_router_topk_scaling_factor
+    moe_router_enable_expert_bias moe_router_bias moe_apply_probs_on_input
+    moe_shared_expert_intermediate_size moe_shared_expert_gate multi_latent_attention q_lora_rank
+    kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim""".split()
+)
+"""Settings of megatron-core's newer layers, which most models have at their defaults."""
+
 SETTING_KINDS = {f.name: str(f.type).split(" | ")[0] for f in dataclasses.fields(ModelConfig)}
 """The type of each setting: a key of `_KINDS`, but for `rope_scaling` and `yarn`."""
 

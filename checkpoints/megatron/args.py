@@ -596,9 +596,10 @@ def _activation(b: _ArgsReader, shapes: Shapes) -> None:
             f"are {fc1[-2]} and {ffn} wide; correct it with --set activation=..."
         )
     if gated:
-        for name, default in (("activation_func_clamp_value", None), ("glu_linear_offset", 0.0)):
+        for name in ("activation_func_clamp_value", "glu_linear_offset"):
             value = args.get(name)
-            b.set(name, default if value is None else float(value), f"args.{name}")
+            if value is not None:
+                b.set(name, float(value), f"args.{name}")
     # GPT has no such head: left at its default, so that equal models have equal configs.
     openai = bool(args.get("openai_gelu")) and b.code != "core" and b.values["family"] == "bert"
     b.set("head_activation", "gelu_tanh" if openai else "gelu", "Megatron's LM head")

@@ -143,14 +143,14 @@ def read_attention(b: ConfigBuilder, args: Mapping[str, Any], shapes: Shapes) ->
     """
     kind = str(args.get("softmax_type") or "vanilla")
     learned = any(name.endswith("core_attention.softmax_offset") for name in shapes)
-    b.set("softmax_type", kind, "args.softmax_type")
+    b.set("softmax_type", kind, _source(args, "softmax_type"))
     if learned != (b.values["softmax_type"] == "learnable"):
         raise InputError(
             f"{b.where}: softmax_type is {b.values['softmax_type']}, but the layers hold "
             f"{'a' if learned else 'no'} softmax_offset; correct it with --set softmax_type=..."
         )
     gate = bool(args.get("attention_output_gate"))
-    b.set("attention_output_gate", gate, "args.attention_output_gate")
+    b.set("attention_output_gate", gate, _source(args, "attention_output_gate"))
 
 
 def read_l2_norm(b: ConfigBuilder, args: Mapping[str, Any]) -> None:
@@ -166,7 +166,7 @@ def read_l2_norm(b: ConfigBuilder, args: Mapping[str, Any]) -> None:
             "args.qk_l2_norm is on, but the local layers of a dense model do not heed it, so it is "
             "not applied; if this run's code did apply it, use --set qk_l2_norm=true"
         )
-    b.set("qk_l2_norm", acts, "args.qk_l2_norm")
+    b.set("qk_l2_norm", acts, _source(args, "qk_l2_norm"))
 
 
 def read_yarn(b: ConfigBuilder, args: Mapping[str, Any]) -> None:
@@ -193,6 +193,10 @@ def read_yarn(b: ConfigBuilder, args: Mapping[str, Any]) -> None:
         round_range=True if rounded is None else bool(rounded),
     )
     b.set("yarn", yarn, "args.yarn_rotary_scaling_factor")
+
+
+def _source(args: Mapping[str, Any], name: str) -> str:
+    return "Megatron's default" if args.get(name) is None else f"args.{name}"
 
 
 def _given(args: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -288,8 +292,8 @@ def _read_routing(b: ConfigBuilder, args: Mapping[str, Any], shapes: Shapes) -> 
     if args.get("moe_router_load_balancing_type") in ("sinkhorn", ["sinkhorn"]):
         # Its evaluation takes these, whatever else args say (megatron/core/transformer/moe/router).
         score, pre_softmax = ("sigmoid", False) if topk == 1 else ("softmax", True)
-    b.set("moe_router_score_function", score, "args.moe_router_score_function")
-    b.set("moe_router_pre_softmax", pre_softmax, "args.moe_router_pre_softmax")
+    b.set("moe_router_score_function", score, _source(args, "moe_router_score_function"))
+    b.set("moe_router_pre_softmax", pre_softmax, _source(args, "moe_router_pre_softmax"))
     groups, kept = args.get("moe_router_num_groups"), args.get("moe_router_group_topk")
     if kept:
         b.set("moe_router_num_groups", groups or 0, "args.moe_router_num_groups")
@@ -302,7 +306,7 @@ def _read_routing(b: ConfigBuilder, args: Mapping[str, Any], shapes: Shapes) -> 
     biased = bool(_by_layer(shapes, ".mlp.router.expert_bias"))
     b.set("moe_router_enable_expert_bias", biased, "shapes")
     on_input = bool(args.get("moe_apply_probs_on_input"))
-    b.set("moe_apply_probs_on_input", on_input, "args.moe_apply_probs_on_input")
+    b.set("moe_apply_probs_on_input", on_input, _source(args, "moe_apply_probs_on_input"))
 
 
 def _by_layer(shapes: Shapes, suffix: str) -> dict[int, tuple[int, ...]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
+from mlm_eval.checkpoints.config import NEWER_SETTINGS
 from mlm_eval.reporting.results import Result, checkpoint_record
 
 if TYPE_CHECKING:
@@ -59,6 +60,16 @@ def inspect_warnings(checkpoint: Checkpoint) -> list[str]:
     return [*hostile, *checkpoint.provenance.warnings]
 
 
+_ABSENT: tuple[Any, ...] = (0, False, [], "vanilla", "softmax")
+"""Values of settings that a model without the newer layers has; they are not shown."""
+
+
+def _left_out(name: str, value: Any, config: Mapping[str, Any]) -> bool:
+    """Whether a setting is one of newer layers that the model does not have."""
+    routed = name.startswith("moe_") and config["num_experts"]
+    return name in NEWER_SETTINGS and value in _ABSENT and not routed
+
+
 def inspect_text(record: Mapping[str, Any]) -> str:
     """Return the table of `mlm-eval inspect`."""
     sources = record["config_sources"]
@@ -78,7 +89,7 @@ def inspect_text(record: Mapping[str, Any]) -> str:
     config = [
         (name, f"{_plain(value):<20} {sources.get(name, '')}".rstrip())
         for name, value in record["config"].items()
-        if value is not None
+        if value is not None and not _left_out(name, value, record["config"])
     ]
     parts = [
         rows_as_text("checkpoint", rows),
