@@ -236,6 +236,20 @@ class Stacked(LazyTensor):
         return torch.stack([self.parts[number].read() for number in chosen])
 
 
+class Unstacked(LazyTensor):
+    """One entry of a tensor along its first dim, without that dim: the inverse of `Stacked`."""
+
+    def __init__(self, source: LazyTensor, number: int) -> None:
+        self.source = source
+        self.number = number
+        self.dtype = source.dtype
+        self.shape = source.shape[1:]
+
+    def read(self, dim: int = 0, index: Index = None) -> Tensor:
+        """See `LazyTensor.read`."""
+        return take(self.source.read(0, slice(self.number, self.number + 1))[0], dim, index)
+
+
 class Selected(LazyTensor):
     """The entries `order` of a tensor along dim 0, in that order: permuted or fewer rows."""
 

@@ -23,7 +23,7 @@ from mlm_eval.checkpoints.megatron.iteration import (
     folder_of_ranks,
     holds_ranks,
 )
-from mlm_eval.checkpoints.megatron.relatives import ZARR, is_distributed, refuse_relative
+from mlm_eval.checkpoints.megatron.relatives import is_distributed, refuse_relative
 
 
 def open_checkpoint(
@@ -91,6 +91,7 @@ def _open(target: Path, overrides: dict[str, Any]) -> Checkpoint:
 
 def _open_file(file: Path, overrides: dict[str, Any]) -> Checkpoint:
     """Return the checkpoint that a file is, or that it is a part of."""
+    from mlm_eval.checkpoints.files.zarr_arrays import holds_arrays, is_array
     from mlm_eval.checkpoints.huggingface.read import WEIGHT_FILE, holds_weights, read_folder
     from mlm_eval.checkpoints.megatron.read_torch import read_model_file
 
@@ -99,8 +100,10 @@ def _open_file(file: Path, overrides: dict[str, Any]) -> Checkpoint:
     if hub_file and (folder / "config.json").is_file() and holds_weights(folder):
         return read_folder(folder, overrides)
     part = file.suffix == ".distcp" or file.name in (".metadata", "common.pt", "metadata.json")
-    if part and is_distributed(folder):
+    if part and (is_distributed(folder) or holds_arrays(folder)):
         return _open_iteration(folder, overrides)
+    if is_array(folder):
+        return _open_iteration(folder.parent, overrides)
     if file.name == TRACKER:
         return _open_iteration(find_iteration(folder), overrides)
     if file.name in ("distrib_optim.pt", "optim.pt") and (ranks := folder_of_ranks(folder)):
@@ -161,13 +164,16 @@ def _door_of(step: Path) -> Path:
 
 def _open_iteration(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     """Return the checkpoint in an `iter_*` or `release` folder."""
-    from mlm_eval.checkpoints.megatron.read_dist import read_distributed
+    from mlm_eval.checkpoints.files.zarr_arrays import holds_arrays
+    from mlm_eval.checkpoints.megatron.read_dist import read_arrays, read_distributed
     from mlm_eval.checkpoints.megatron.read_torch import read_ranks
 
     if holds_ranks(folder):
         return read_ranks(folder, overrides)
     names = {entry.name for entry in folder.iterdir()}
     if ".metadata" not in names:
+        if holds_arrays(folder):
+            return read_arrays(folder, overrides)
         refuse_relative(folder)
         _refuse_unreadable_format(folder, names)
     return read_distributed(folder, overrides)
@@ -181,7 +187,11 @@ def _refuse_unreadable_format(folder: Path, names: set[str]) -> None:
     """
     metadata = folder / "metadata.json"
     if metadata.is_file() and read_json_object(metadata).get("sharded_backend") == "zarr":
-        raise InputError(f"{folder} {ZARR}")
+        raise InputError(
+            f"{folder} is a zarr save without arrays in it (a folder a tensor, each with a hidden "
+            "file .zarray); `cp FOLDER/*` and some upload tools leave hidden files out: copy them "
+            "too"
+        )
     if not any(name.endswith(".distcp") for name in names):
         found = ", ".join(sorted(names)[:4]) or "nothing"
         raise InputError(

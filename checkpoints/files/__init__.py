@@ -4,6 +4,7 @@
     torch_file.py         reads what `torch.save` wrote, lazily
     torch_save.py         writes what `torch.save` writes, one tensor at a time
     safetensors_file.py   reads and writes safetensors
+    zarr_arrays.py        reads folders of zarr arrays
     distcp.py             reads the folders of torch.distributed.checkpoint
     state_dict.py         wrappers' prefixes; tensors of kinds that are not read, by name
     text_file.py          text and JSON: byte order marks, line ends, encodings

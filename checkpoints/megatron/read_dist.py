@@ -11,7 +11,7 @@ Source: docs/megatron.md, "Distributed formats", "What the pickles ask for", "to
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from mlm_eval.checkpoints.files.distcp import (
 )
 from mlm_eval.checkpoints.files.state_dict import unwrapped
 from mlm_eval.checkpoints.files.torch_file import TorchFile, read_torch_file
+from mlm_eval.checkpoints.files.zarr_arrays import ZarrFolder, open_arrays
 from mlm_eval.checkpoints.lazy import Concat, LazyTensor
 from mlm_eval.checkpoints.megatron import names
 from mlm_eval.checkpoints.megatron.args import build_config, saved_args
@@ -117,6 +118,70 @@ def read_distributed(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     return Checkpoint(build.config, tensors, provenance).check()
 
 
+def read_arrays(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
+    """Return the checkpoint in a folder of zarr arrays, which has `torch_dist`'s keys and shapes.
+
+    Source: docs/megatron.md, "zarr".
+
+    Raises:
+        InputError: The save is unfinished, a file is damaged, or the model is not supported.
+    """
+    files = open_arrays(folder)
+    keys = [key for key in files.tensors if not names.is_ignored(key) and not _NO_WEIGHT.match(key)]
+    if not keys:
+        raise InputError(
+            f"{folder} holds no model weights (found {', '.join(sorted(files.tensors)[:3])}); give "
+            "--ckpt the iter_* folder of a Megatron checkpoint"
+        )
+    common = _read_common(files)
+    args = saved_args(common.values.get("args"), str(folder))
+    tensors, family = _canonical(files, keys)
+    build = build_config(
+        {name: tensor.shape for name, tensor in tensors.items()},
+        args,
+        family=family,
+        code="core",
+        overrides=overrides,
+        where=str(folder),
+        params_dtype=dtype_name(tensors["embedding.word_embeddings.weight"].dtype),
+    )
+    pickles = common.pickles
+    chunks = {key: [path for _, path in files.tensors[key].files()] for key in keys}
+    marks: dict[str, tuple[int, list[int] | bytes]] = {
+        key: (sum(path.stat().st_size for path in paths), _ends(paths))
+        for key, paths in chunks.items()
+    }
+    provenance = Provenance(
+        path=folder,
+        format="megatron-zarr",
+        names="core",
+        checkpoint_version=_version(folder, common.values, overrides),
+        tensor_parallel=args.get("tensor_model_parallel_size") or 1,
+        pipeline_parallel=args.get("pipeline_model_parallel_size") or 1,
+        iteration=saved_iteration(folder, common.values.get("iteration")),
+        config_sources=build.sources,
+        pickle_classes=sorted({name for pickle in pickles for name in pickle.classes}),
+        hostile=sorted({name for pickle in pickles for name in pickle.hostile}),
+        warnings=build.warnings,
+        training_state=training_state([*files.tensors, *common.values]),
+        files=[pickle.path for pickle in pickles] + [p for paths in chunks.values() for p in paths],
+        digest=cheap_digest(marks),
+        args=args,
+    )
+    return Checkpoint(build.config, tensors, provenance).check()
+
+
+def _ends(paths: Sequence[Path]) -> bytes:
+    """Return the first and last bytes of an array's chunks, which have no checksums."""
+    ends = b""
+    for path in (paths[0], paths[-1]):
+        with path.open("rb") as stream:
+            head = stream.read(1 << 12)
+            stream.seek(max(path.stat().st_size - (1 << 12), 0))
+            ends += head + stream.read()
+    return ends
+
+
 def _check_finished(files: DistributedFolder, keys: list[str], *, nested: bool) -> list[str]:
     """Refuse an incomplete save; return a warning where it may not have finished.
 
@@ -150,7 +215,7 @@ def _check_finished(files: DistributedFolder, keys: list[str], *, nested: bool) 
     return []
 
 
-def _read_common(files: DistributedFolder) -> Common:
+def _read_common(files: DistributedFolder | ZarrFolder) -> Common:
     """Return args, version and iteration, from where this version of Megatron put them."""
     path = files.path / COMMON
     if path.is_file():
@@ -161,6 +226,8 @@ def _read_common(files: DistributedFolder) -> Common:
                 "Megatron saves; copy the file again"
             )
         return Common(torch_file.value, [torch_file])
+    if isinstance(files, ZarrFolder):
+        return Common()
     state = [key for key in sorted(files.objects) if key.startswith("common_state/")]
     wanted = state[:1] or [key for key in _NESTED if key in files.objects]
     common = Common(records=list(files.records(wanted)))
@@ -178,7 +245,9 @@ def _read_common(files: DistributedFolder) -> Common:
     return common
 
 
-def _canonical(files: DistributedFolder, keys: list[str]) -> tuple[dict[str, LazyTensor], str]:
+def _canonical(
+    files: DistributedFolder | ZarrFolder, keys: list[str]
+) -> tuple[dict[str, LazyTensor], str]:
     """Return the tensors under canonical names, and the family."""
     flat: dict[str, LazyTensor] = {}
     for key in keys:

@@ -176,17 +176,14 @@ def _fsdp(folder: Path) -> str | None:
 
 
 def _zarr(folder: Path) -> str | None:
-    """A folder a tensor, each with `.zarray`."""
-    for part in (folder, folder / "weights", folder / "model_weights"):
+    """NeMo's folders of zarr arrays, which have no args."""
+    for part in (folder / "weights", folder / "model_weights"):
         if any((part / name / ".zarray").is_file() for name in _names(part)):
-            return ZARR
+            return (
+                f"is a NeMo checkpoint, which keeps zarr arrays in {part}, without args; give "
+                "--ckpt that folder, with the settings of its YAML file as --set options"
+            )
     return None
-
-
-ZARR = (
-    "is in the zarr format, which Megatron removed in core 0.16; convert it to torch_dist first, "
-    "with Megatron-LM core 0.8 to 0.15 (--dist-ckpt-format zarr to load, torch_dist to save)"
-)
 
 
 def _other_frameworks(folder: Path) -> str | None:
@@ -223,8 +220,6 @@ def _refuse_file(path: Path) -> None:
             f"{path} is one rank's part of a checkpoint of verl; merge it to the Hugging Face form "
             "with `python -m verl.model_merger merge --backend fsdp`, and give --ckpt the result"
         )
-    if path.name == ".zarray":
-        raise InputError(f"{path.parent} {ZARR}")
     for pattern, what, way_out in _OTHERS:
         if re.fullmatch(pattern, path.name):
             raise InputError(f"{path} holds {what}, which is not read; {way_out}")

@@ -531,18 +531,6 @@ def test_args_without_end(tmp_path: Path):
 # ---- formats that are not read -----------------------------------------------------------------
 
 
-def test_zarr_is_refused_by_name(tmp_path: Path):
-    (tmp_path / "metadata.json").write_text('{"sharded_backend": "zarr"}')
-    message = "is in the zarr format, which Megatron removed in core 0.16; convert it to torch_dist"
-    with pytest.raises(InputError, match=f"{tmp_path} {message}"):
-        open_checkpoint(tmp_path)
-    (tmp_path / "metadata.json").unlink()
-    (tmp_path / "decoder.layers.mlp.linear_fc1.weight").mkdir()
-    (tmp_path / "decoder.layers.mlp.linear_fc1.weight" / ".zarray").write_text("{}")
-    with pytest.raises(InputError, match=f"{tmp_path} {message}"):
-        open_checkpoint(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("text", "what"),
     [

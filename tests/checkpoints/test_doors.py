@@ -305,11 +305,6 @@ RELATIVES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str]] = {
         (".",), "is an unpacked NeMo checkpoint",
     ),
     "NeMo state dict": (_nemo_dict, ("any.ckpt",), "is a NeMo state dict"),
-    "zarr": (
-        _files("iter_0000005/decoder.final_layernorm.weight/.zarray"),
-        (".", "iter_0000005", "iter_0000005/decoder.final_layernorm.weight/.zarray"),
-        "is in the zarr format, .*convert it to torch_dist first",
-    ),
     "FSDP of a Trainer": (
         _files("config.json", "pytorch_model_fsdp_0/.metadata"),
         (".",), "accelerate merge-weights",

@@ -41,9 +41,6 @@ REFUSED = {
     "t5_dist": "T5",
     "t5_relative_tp2": "T5",
     "t5_tp2": "T5",
-    "v09_llama_bf16_zarr": "zarr",
-    "v09_llama_tp2_zarr": "zarr",
-    "v09_mixtral_ep2_zarr": "zarr",
     "verl_qwen3": "verl",
 }
 
@@ -90,7 +87,7 @@ def test_log_probabilities_are_megatrons(tp: int, families: Path):
     first, *others = run_ranks(tp, gaps, families, tp)
     assert all(other == first for other in others)
     assert {name: gap for name, gap in first.items() if not gap < TOLERANCE} == {}
-    assert len(first) >= 35
+    assert len(first) >= 38
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
