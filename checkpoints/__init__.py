@@ -18,6 +18,7 @@ laptop: no model, no process group.
     files/          kinds of files, whatever they hold: pickles, safetensors, .distcp, zip
     folders/        folders that are written to: whose they are, and what may be removed
     tokenizers/     added tokens, BERT's word pieces, what stands beside a vocabulary
+    projects/       settings that other projects write beside Megatron's weights
     megatron/       the layouts of Megatron-LM                samples/   what ships
     huggingface/    the layouts of Hugging Face
 

@@ -24,6 +24,7 @@ from mlm_eval.checkpoints.megatron.iteration import (
     holds_ranks,
 )
 from mlm_eval.checkpoints.megatron.relatives import is_distributed, refuse_relative
+from mlm_eval.checkpoints.projects.settings import weights_folder
 
 
 def open_checkpoint(
@@ -132,6 +133,8 @@ def _open_folder(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     from mlm_eval.checkpoints.huggingface.read import holds_weights, read_folder
 
     folder = _snapshot(folder)
+    if (inner := weights_folder(folder)) is not None:
+        return _open_iteration(inner, overrides)
     hub = (folder / "config.json").is_file()
     weights = hub and holds_weights(folder)
     try:

@@ -29,6 +29,7 @@ from mlm_eval.checkpoints.megatron import family_args
 from mlm_eval.checkpoints.megatron.family_args import Shapes
 from mlm_eval.checkpoints.megatron.fields import ARG_FIELDS, RunCode
 from mlm_eval.checkpoints.megatron.layout import SaveLayout, needs_openai_gelu
+from mlm_eval.checkpoints.projects.settings import ACTIVATION_ARGS, BESIDE, PASSED_ON
 
 # Setting -> Megatron's default.
 _SETTINGS: dict[str, Any] = {
@@ -168,9 +169,6 @@ class _ArgsReader(ConfigBuilder):
         self.set(name, default, "assumed" if not self.args else "Megatron's default")
 
 
-PASSED_ON = "passed_to_model"
-"""An arg of our own: those that the model heeds although Megatron-LM does not pass them on."""
-
 # What an arg that was not passed on is called by --set.
 _HAND_NAMES = {"use_rope_scaling": "rope_scaling_factor=8"}
 
@@ -286,20 +284,22 @@ def _refuse_unstated(b: _ArgsReader, shapes: Shapes) -> None:
     fc1 = _layer_shape(shapes, "linear_fc1.weight")
     fc2 = _layer_shape(shapes, "linear_fc2.weight")
     gated = fc1 is not None and fc2 is not None and fc1[-2] == 2 * fc2[-1]
+    # A file of another project may hold a part of them only.
+    stated = bool(b.args) and BESIDE not in b.args
     # Setting -> (whether it is needed, its names in args, what to write).
     needed = {
         "num_attention_heads": (True, "N"),
         "activation": (
-            not b.args,
+            not stated and not any(b.args.get(name) is not None for name in ACTIVATION_ARGS),
             "swiglu" if gated else "gelu (exact), gelu_tanh or squared_relu",
         ),
         "position_embedding_type": (
             no_table and "use_rotary_position_embeddings" not in b.args,
             "rope or none",
         ),
-        "rotary_base": (not b.args and no_table and kind in (None, "rope"), "10000"),
-        "max_position_embeddings": (not b.args and no_table, "N"),
-        "layernorm_epsilon": (not b.args and rms, "1e-6 or 1e-5"),
+        "rotary_base": (not stated and no_table and kind in (None, "rope"), "10000"),
+        "max_position_embeddings": (not stated and no_table, "N"),
+        "layernorm_epsilon": (not stated and rms, "1e-6 or 1e-5"),
     }
     missing = {
         name: example
@@ -309,22 +309,21 @@ def _refuse_unstated(b: _ArgsReader, shapes: Shapes) -> None:
     if not missing:
         return
     beside = settings_beside(Path(b.where))
+    lacks = "its args lack it" if b.args else "no args"
+    if BESIDE in b.args:
+        lacks = f"{b.args[BESIDE]} lacks it"
     where_else = f"they stand in {beside}, which mlm-eval does not read: " if beside else ""
     raise InputError(
         f"{b.where} does not say what {', '.join(missing)} "
-        f"{'is' if len(missing) == 1 else 'are'}: {'its args lack it' if b.args else 'no args'} "
+        f"{'is' if len(missing) == 1 else 'are'}: {lacks} "
         f"and no shape tells; {where_else}give "
         + " ".join(f"--set {name}={example}" for name, example in missing.items())
     )
 
 
 _SETTINGS_FILES = (
-    "run_config.yaml",  # Megatron-Bridge
     "model_config.yaml",  # NeMo 1
     "../model_config.yaml",
-    "../context/model.yaml",  # NeMo 2
-    "../huggingface/config.json",  # verl
-    "../transformer_config.json",
 )
 
 

@@ -38,8 +38,16 @@ from mlm_eval.checkpoints.files.zarr_arrays import ZarrFolder, open_arrays
 from mlm_eval.checkpoints.lazy import Concat, LazyTensor
 from mlm_eval.checkpoints.megatron import names
 from mlm_eval.checkpoints.megatron.args import build_config, saved_args
+from mlm_eval.checkpoints.megatron.fields import ARG_FIELDS
 from mlm_eval.checkpoints.megatron.files import stack_experts
 from mlm_eval.checkpoints.megatron.iteration import saved_iteration
+from mlm_eval.checkpoints.projects.settings import (
+    BESIDE,
+    OF_PROVIDERS,
+    PASSED_ON,
+    SideSettings,
+    find_settings,
+)
 
 COMMON = "common.pt"
 SAVE_FINISHED = "metadata.json"
@@ -82,7 +90,7 @@ def read_distributed(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     ]
     warnings = _check_finished(files, keys, nested=nested)
     common = _read_common(files)
-    args = saved_args(common.values.get("args"), str(folder))
+    args, beside = _settings(common, folder)
     tensors, family = _canonical(files, keys)
     build = build_config(
         {name: tensor.shape for name, tensor in tensors.items()},
@@ -105,10 +113,10 @@ def read_distributed(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
         tensor_parallel=args.get("tensor_model_parallel_size") or 1,
         pipeline_parallel=args.get("pipeline_model_parallel_size") or 1,
         iteration=saved_iteration(folder, common.values.get("iteration")),
-        config_sources=build.sources,
+        config_sources=_sources(build.sources, beside),
         pickle_classes=sorted({name for pickle in pickles for name in pickle.classes}),
         hostile=sorted({name for pickle in pickles for name in pickle.hostile}),
-        warnings=warnings + build.warnings,
+        warnings=[*warnings, *build.warnings, *_unknown_settings(beside)],
         training_state=training_state([*files.tensors, *files.objects, *common.values]),
         notes=_notes(files, keys, nested=nested),
         files=[files.path / METADATA, *common_file, *used],
@@ -134,7 +142,7 @@ def read_arrays(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
             "--ckpt the iter_* folder of a Megatron checkpoint"
         )
     common = _read_common(files)
-    args = saved_args(common.values.get("args"), str(folder))
+    args, beside = _settings(common, folder)
     tensors, family = _canonical(files, keys)
     build = build_config(
         {name: tensor.shape for name, tensor in tensors.items()},
@@ -159,16 +167,45 @@ def read_arrays(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
         tensor_parallel=args.get("tensor_model_parallel_size") or 1,
         pipeline_parallel=args.get("pipeline_model_parallel_size") or 1,
         iteration=saved_iteration(folder, common.values.get("iteration")),
-        config_sources=build.sources,
+        config_sources=_sources(build.sources, beside),
         pickle_classes=sorted({name for pickle in pickles for name in pickle.classes}),
         hostile=sorted({name for pickle in pickles for name in pickle.hostile}),
-        warnings=build.warnings,
+        warnings=[*build.warnings, *_unknown_settings(beside)],
         training_state=training_state([*files.tensors, *common.values]),
         files=[pickle.path for pickle in pickles] + [p for paths in chunks.values() for p in paths],
         digest=cheap_digest(marks),
         args=args,
     )
     return Checkpoint(build.config, tensors, provenance).check()
+
+
+def _settings(common: Common, folder: Path) -> tuple[dict[str, Any], SideSettings | None]:
+    """Return Megatron's saved args, or what another project's file beside the weights says."""
+    args = saved_args(common.values.get("args"), str(folder))
+    beside = None if args else find_settings(folder)
+    return (args if beside is None else beside.args), beside
+
+
+def _unknown_settings(beside: SideSettings | None) -> list[str]:
+    """Return a warning that lists the settings of another project's file that nobody knows here."""
+    if beside is None:
+        return []
+    known = {*ARG_FIELDS, *OF_PROVIDERS, PASSED_ON, BESIDE}
+    unknown = sorted(name for name, value in beside.args.items() if value and name not in known)
+    if not unknown:
+        return []
+    more = f" and {len(unknown) - 6} more" if len(unknown) > 6 else ""
+    return [
+        f"{beside.path.name} has settings that mlm-eval does not know, which are not heeded: "
+        f"{', '.join(unknown[:6])}{more}"
+    ]
+
+
+def _sources(sources: Mapping[str, str], beside: SideSettings | None) -> Mapping[str, str]:
+    if beside is None:
+        return sources
+    name = beside.path.name
+    return {key: text.replace("args.", f"{name}: ") for key, text in sources.items()}
 
 
 def _ends(paths: Sequence[Path]) -> bytes:

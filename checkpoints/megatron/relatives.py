@@ -83,18 +83,10 @@ def is_distributed(folder: Path) -> bool:
 
 
 def _verl(folder: Path) -> str | None:
-    """`global_step_N/actor/`, or its `critic/`; the root holds Megatron's tracker file."""
+    """FSDP's parts in `global_step_N/actor/`, or its `critic/`."""
     for step in (folder, *(folder / name for name in reversed(_matching(_names(folder), STEP)))):
         for part in (step, *(step / name for name in ("actor", "critic"))):
             names = _names(part)
-            if "dist_ckpt" in names and is_distributed(part / "dist_ckpt"):
-                return (
-                    f"is a checkpoint of verl, which keeps Megatron's torch_dist weights in "
-                    f"{part / 'dist_ckpt'}, without args; give --ckpt that folder, with the "
-                    f"settings of {_first(part, 'transformer_config.json', 'huggingface')} as "
-                    "--set options; or merge it with `python -m verl.model_merger merge --backend "
-                    "megatron`"
-                )
             if _matching(names, _VERL_SHARD):
                 return (
                     "is a checkpoint of verl with FSDP's parts of its tensors; merge it to the "
@@ -105,7 +97,7 @@ def _verl(folder: Path) -> str | None:
 
 
 def _nemo_2(folder: Path) -> str | None:
-    """`weights/` beside `context/`."""
+    """`weights/` beside `context/`, in another form than torch_dist."""
     if not {"weights", "context"} <= set(_names(folder)):
         return None
     if not is_distributed(folder / "weights"):
@@ -113,12 +105,7 @@ def _nemo_2(folder: Path) -> str | None:
             "is a NeMo 2 checkpoint whose weights/ is not torch_dist; export it with NeMo to the "
             "Hugging Face form (llm.export_ckpt), and give --ckpt the result"
         )
-    settings = _first(folder / "context", "model.yaml", "io.json")
-    return (
-        f"is a NeMo 2 checkpoint, which keeps Megatron's torch_dist weights in "
-        f"{folder / 'weights'}, without args; give --ckpt that folder, with the settings of "
-        f"{settings} as --set options; or export it with NeMo (llm.export_ckpt)"
-    )
+    return None
 
 
 def _nemo_1(folder: Path) -> str | None:
@@ -203,10 +190,6 @@ _FOLDERS: tuple[Callable[[Path], str | None], ...] = (
     _fsdp,
     _other_frameworks,
 )
-
-
-def _first(folder: Path, *names: str) -> Path:
-    return next((folder / name for name in names if (folder / name).exists()), folder / names[0])
 
 
 # ---- files -------------------------------------------------------------------------------------

@@ -272,12 +272,12 @@ RELATIVES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str]] = {
         _trainer, (".", "global_step10"), "is a DeepSpeed checkpoint.*zero_to_fp32.py",
     ),
     "verl": (
-        _verl, (".", "global_step_10", "global_step_10/actor"),
-        "is a checkpoint of verl.*give --ckpt that folder, .*transformer_config.json",
-    ),
-    "verl, weights": (
-        _verl, ("global_step_10/actor/dist_ckpt", "global_step_10/actor/dist_ckpt/__0_0.distcp"),
-        "stand in .*transformer_config.json, .*give --set num_attention_heads",
+        _verl,
+        (
+            ".", "global_step_10", "global_step_10/actor", "global_step_10/actor/dist_ckpt",
+            "global_step_10/actor/dist_ckpt/__0_0.distcp",
+        ),
+        "actor/transformer_config.json lacks it.*give --set num_attention_heads",
     ),
     "verl with FSDP": (
         _files("global_step_5/actor/model_world_size_2_rank_0.pt"),
@@ -287,13 +287,12 @@ RELATIVES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str]] = {
         ),
         "checkpoint of verl.*verl.model_merger merge --backend fsdp",
     ),
-    "NeMo 2": (_nemo_2, (".",), "is a NeMo 2 checkpoint.*give --ckpt that folder"),
-    "NeMo 2, weights": (
-        _nemo_2, ("weights", "weights/.metadata"), "stand in .*context/model.yaml, which",
+    "NeMo 2": (
+        _nemo_2, (".", "weights", "weights/.metadata"), "context/model.yaml lacks it.*give --set",
     ),
     "Megatron-Bridge": (
         _bridge, (".", "iter_0000001", "iter_0000001/common.pt"),
-        "stand in .*run_config.yaml, which mlm-eval does not read",
+        "iter_0000001/run_config.yaml lacks it.*give --set",
     ),
     "NeMo archive": (_nemo_archive, ("model.nemo", "renamed"), "is a NeMo archive"),
     "NeMo unpacked": (

@@ -346,6 +346,10 @@ def print_faults(modules: Mapping[str, str]) -> list[str]:
 # --- What comes from elsewhere ------------------------------------------------------------------
 
 
+DISTRIBUTIONS = {"yaml": "pyyaml"}
+"""Packages whose distribution has another name."""
+
+
 def dependency_faults(
     modules: Mapping[str, str], needed: set[str], optional: set[str]
 ) -> list[str]:
@@ -361,6 +365,7 @@ def dependency_faults(
         for line, name in imports(source, module):
             top = name.partition(".")[0]
             if top not in sys.stdlib_module_names and top not in ("mlm_eval", ""):
+                top = DISTRIBUTIONS.get(top, top)
                 used.setdefault(canonicalize_name(top), f"{module}, line {line}")
     faults = [f"{name} is declared and never imported" for name in sorted(needed - set(used))]
     for name, where in sorted(used.items()):

@@ -544,10 +544,7 @@ def test_core_args_that_lack_the_heads_or_the_positions_are_refused():
 @pytest.mark.parametrize(
     ("inner", "file"),
     [
-        ("iter_0000100", "iter_0000100/run_config.yaml"),
-        ("weights", "context/model.yaml"),
-        ("dist_ckpt", "huggingface/config.json"),
-        ("dist_ckpt", "transformer_config.json"),
+        ("iter_0000100", "iter_0000100/model_config.yaml"),
         ("model_weights", "model_config.yaml"),
     ],
 )

@@ -1,0 +1,226 @@
+"""Settings that other projects write beside Megatron's weights, as Megatron's args would say them.
+
+Megatron-Bridge, NeMo 2 and verl save `torch_dist` without args. Their settings are the fields of
+megatron-core's config, as plain data: YAML is read without any tag, and what its `_target_` names
+is compared as text, never looked up.
+Source: docs/megatron.md, "Layouts without args".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.text_file import read_json_object, read_text
+
+_LARGEST = 1 << 24
+"""Bytes of a settings file."""
+
+_SILU = ("torch.nn.functional.silu", "torch.nn.functional.SiLU")
+_GELU = ("torch.nn.functional.gelu",)
+_WORDS = {
+    "squared_relu": ("squared_relu",),
+    "quick_geglu": ("quick_gelu",),
+}
+
+_TRANSLATED = (
+    "activation_func",
+    "share_embeddings_and_output_weights",
+    "scale_factor",
+    "hidden_act",
+)
+
+_RENAMED = {
+    "num_moe_experts": "num_experts",
+    "rope_scaling": "use_rope_scaling",
+    "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
+}
+
+_PASSED_ON = ["use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor"]
+"""Their models are built with these, which Megatron-LM's own never received."""
+
+ACTIVATION_ARGS = ("swiglu", "squared_relu", "quick_geglu", "activation_func")
+"""The args by which a settings file says which activation ran."""
+
+BESIDE = "settings_beside"
+"""An arg of our own: the file that the others come from, which may not hold all of them."""
+
+PASSED_ON = "passed_to_model"
+"""Where args say which settings the model was given although Megatron-LM passes none of them."""
+
+
+OF_PROVIDERS = frozenset(
+    """should_pad_vocab make_vocab_size_divisible_by hf_model_id generation_config parallel_output
+    scatter_embedding_sequence_parallel seq_length max_position_embeddings low_freq_factor
+    high_freq_factor old_context_len bias_activation_fusion gated_linear_unit data_step_fn
+    forward_step_fn transformer_layer_spec use_transformer_engine_full_layer_spec
+    tp_comm_overlap_cfg tokenizer_id enable_autocast restore_modelopt_state""".split()
+)
+"""Fields of providers beside megatron-core's, which change no output."""
+
+
+@dataclass(frozen=True)
+class SideSettings:
+    """Settings found beside a checkpoint's weights."""
+
+    path: Path
+    args: dict[str, Any]
+    """Under Megatron's names of arguments."""
+
+
+def weights_folder(root: Path) -> Path | None:
+    """Return the folder with the weights of a NeMo 2 or verl checkpoint, given its root or step.
+
+    None where the folder is neither, or holds no such weights.
+    """
+    if (root / "context").is_dir() and (root / "weights").is_dir():
+        return root / "weights"
+    steps = [entry for entry in root.iterdir() if entry.name.startswith("global_step_")]
+    if len(steps) > 1:
+        steps = [entry for entry in steps if entry.name == _latest(root)]
+    for folder in (root, *steps):
+        for part in (folder, folder / "actor"):
+            if (part / "dist_ckpt").is_dir():
+                return part / "dist_ckpt"
+    return None
+
+
+def _latest(root: Path) -> str | None:
+    tracker = root / "latest_checkpointed_iteration.txt"
+    return f"global_step_{read_text(tracker).strip()}" if tracker.is_file() else None
+
+
+def find_settings(folder: Path) -> SideSettings | None:
+    """Return the settings beside a folder of weights without args; None where there are none.
+
+    Raises:
+        InputError: The file cannot be read as plain data.
+    """
+    for name, within in (
+        ("run_config.yaml", "model"),  # Megatron-Bridge
+        ("../context/model.yaml", "config"),  # NeMo 2
+    ):
+        path = folder / name
+        if path.is_file():
+            values = _read_yaml(path).get(within)
+            if not isinstance(values, dict):
+                raise InputError(f"{path} has no {within} with settings; copy the file again")
+            return _of_file(path, values)
+    path = folder / "../transformer_config.json"  # verl
+    if path.is_file():
+        values = read_json_object(path)
+        hub = folder / "../huggingface/config.json"
+        if hub.is_file():
+            values = _of_hub(read_json_object(hub)) | values
+        return _of_file(path, values)
+    return None
+
+
+def _of_file(path: Path, values: Mapping[str, Any]) -> SideSettings:
+    provider = str(values.get("_target_", ""))
+    if "gemma" in provider.lower():
+        raise InputError(
+            f"{path} is of {provider.rpartition('.')[2]}: Gemma scales its embeddings, which "
+            "mlm-eval does not compute; use the Hugging Face form of another model"
+        )
+    args = args_of_config(values)
+    place = path.resolve()
+    return SideSettings(place, args | {BESIDE: f"{place.parent.name}/{place.name}"})
+
+
+def _of_hub(hub: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config.json says that megatron-core's config has no field for."""
+    rotary = hub.get("rope_parameters")
+    base = hub.get("rope_theta", rotary.get("rope_theta") if isinstance(rotary, dict) else None)
+    found: dict[str, Any] = {
+        "max_position_embeddings": hub.get("max_position_embeddings"),
+        "hidden_act": hub.get("hidden_act"),
+    }
+    if base is not None and not hub.get("rope_scaling"):
+        found |= {"rotary_base": base, "position_embedding_type": "rope"}
+    if isinstance(hub.get("tie_word_embeddings"), bool):
+        found["share_embeddings_and_output_weights"] = hub["tie_word_embeddings"]
+    return found
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _LARGEST:
+        raise InputError(f"{path} is too large for a file of settings; copy it again")
+    text = read_text(path)
+    if "&" in text and "*" in text and len(text) > 1 << 20:
+        raise InputError(f"{path} refers to parts of itself; write them out")
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{path} is not plain YAML ({first}); nothing in it was run, give the file as its "
+            "project wrote it"
+        ) from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no settings; copy the file again")
+    return values
+
+
+def args_of_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the args that say what fields of a config say, given as plain data."""
+    args: dict[str, Any] = {}
+    for name, value in values.items():
+        if name.startswith("_") or name in _TRANSLATED:
+            continue
+        args[_RENAMED.get(name, name)] = _plain(value)
+    shared = values.get("share_embeddings_and_output_weights")
+    if shared is not None:
+        args["untie_embeddings_and_output_weights"] = not shared
+    heads, groups = args.get("num_attention_heads"), args.get("num_query_groups")
+    args["num_query_groups"] = heads if groups is None else groups
+    args["group_query_attention"] = groups is not None and groups != heads
+    if args.get("max_position_embeddings") is None:
+        args["max_position_embeddings"] = args.get("seq_length")
+    if args.get("kv_channels") is None:
+        args.pop("kv_channels", None)
+    if values.get("scale_factor") is not None:  # NeMo's Llama 3.1 and later
+        usual = {"low_freq_factor": 1, "high_freq_factor": 4, "old_context_len": 8192}
+        odd = [name for name, value in usual.items() if values.get(name, value) != value]
+        if odd:
+            raise InputError(
+                f"the settings have {odd[0]} = {values[odd[0]]!r}, where Llama 3.1 has "
+                f"{usual[odd[0]]}; mlm-eval does not compute that"
+            )
+        args |= {"use_rope_scaling": True, "rope_scaling_factor": float(values["scale_factor"])}
+    args |= _activation(values)
+    return {**args, PASSED_ON: [name for name in _PASSED_ON if args.get(name)]}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value without the class that it is wrapped in: an enum or a dtype as its text."""
+    if isinstance(value, dict):
+        return json.dumps(value, sort_keys=True, default=str)
+    return value
+
+
+def _activation(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the args of a function and a gate."""
+    function, gated = values.get("activation_func"), bool(values.get("gated_linear_unit"))
+    if isinstance(function, dict):
+        function = function.get("_target_")
+    if function is None and gated and values.get("hidden_act") in ("silu", "swish"):
+        return {"swiglu": True}  # verl's own file cannot hold a function
+    if function is None:
+        return {}
+    text = str(function)
+    if text in _SILU and gated:
+        return {"swiglu": True}
+    if text.endswith(_WORDS["quick_geglu"]) and gated:
+        return {"quick_geglu": True}
+    if text.endswith(_WORDS["squared_relu"]) and not gated:
+        return {"squared_relu": True, "gated_linear_unit": False}
+    if text in _GELU and not gated:
+        return {"swiglu": False, "gated_linear_unit": False}
+    return {"activation_func": text}  # refused by that name, with its way out

@@ -1,0 +1,168 @@
+"""Megatron's weights with the settings of Megatron-Bridge, NeMo 2 and verl beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from support import random_models
+from support.synthetic import LLAMA
+
+from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.megatron.write_dist import write_torch_dist
+from mlm_eval.checkpoints.open import open_checkpoint
+
+MODEL = dataclasses.replace(LLAMA, layernorm_epsilon=1e-6, rotary_base=500000.0)
+
+
+def fields(config: ModelConfig, **more: Any) -> dict[str, Any]:
+    """Return the fields of megatron-core's config for a model, as a provider dumps them."""
+    return {
+        "_target_": "megatron.bridge.models.llama.llama_provider.LlamaModelProvider",
+        "activation_func": {"_call_": False, "_target_": "torch.nn.functional.silu"},
+        "attention_backend": {"_args_": [1], "_target_": "megatron.core.enums.AttnBackend"},
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.ffn_hidden_size,
+        "kv_channels": config.kv_channels,
+        "layernorm_epsilon": config.layernorm_epsilon,
+        "normalization": "RMSNorm",
+        "num_attention_heads": config.num_attention_heads,
+        "num_layers": config.num_layers,
+        "num_moe_experts": None,
+        "num_query_groups": config.num_query_groups,
+        "position_embedding_type": "rope",
+        "rotary_base": int(config.rotary_base),
+        "rope_scaling": False,
+        "rope_scaling_factor": 1.0,
+        "seq_length": config.max_position_embeddings,
+        "share_embeddings_and_output_weights": False,
+        "vocab_size": config.vocab_size,
+        **more,
+    }
+
+
+def weights_in(folder: Path) -> Path:
+    """Write the model's weights into a folder, in torch_dist and without args."""
+    source = random_models.checkpoint(MODEL, seed=3)
+    step = write_torch_dist(source, folder.parent / "made", iteration=7) / "iter_0000007"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    step.rename(folder)
+    torch.save({"iteration": 7, "checkpoint_version": 3.0}, folder / "common.pt")
+    return folder
+
+
+def bridge(root: Path, **more: Any) -> list[str]:
+    step = weights_in(root / "iter_0000007")
+    (root / "latest_checkpointed_iteration.txt").write_text("7")
+    settings = {"model": fields(MODEL, **more), "tokenizer": {"tokenizer_model": "x"}}
+    (step / "run_config.yaml").write_text(yaml.safe_dump(settings))
+    return ["", "iter_0000007", "iter_0000007/.metadata", "iter_0000007/common.pt"]
+
+
+def nemo_2(root: Path, **more: Any) -> list[str]:
+    weights_in(root / "weights")
+    (root / "context").mkdir()
+    settings = {"config": fields(MODEL, **more)}
+    (root / "context/model.yaml").write_text(yaml.safe_dump(settings))
+    return ["", "weights", "weights/.metadata"]
+
+
+def verl(root: Path, **more: Any) -> list[str]:
+    actor = root / "global_step_20/actor"
+    weights_in(actor / "dist_ckpt")
+    (root / "global_step_10").mkdir()
+    (root / "latest_checkpointed_iteration.txt").write_text("20")
+    lost = ("activation_func", "position_embedding_type", "rotary_base", "seq_length", "_target_")
+    kept = {k: v for k, v in fields(MODEL, **more).items() if k not in lost}
+    del kept["share_embeddings_and_output_weights"]
+    (actor / "transformer_config.json").write_text(json.dumps(kept))
+    (actor / "huggingface").mkdir()
+    hub = {
+        "rope_theta": MODEL.rotary_base,
+        "max_position_embeddings": MODEL.max_position_embeddings,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+    }
+    (actor / "huggingface/config.json").write_text(json.dumps(hub))
+    step = "global_step_20"
+    return ["", step, f"{step}/actor", f"{step}/actor/dist_ckpt"]
+
+
+@pytest.mark.parametrize("make", [bridge, nemo_2, verl])
+def test_every_door_opens_the_model_with_its_settings(make: Any, tmp_path: Path):
+    doors = make(tmp_path / "run")
+    weights = random_models.state_dict(MODEL, seed=3)
+    for door in doors:
+        found = open_checkpoint(tmp_path / "run" / door)
+        assert found.config == MODEL
+        assert all(torch.equal(found.tensors[name].read(), weights[name]) for name in weights)
+        assert "args." not in "".join(found.provenance.config_sources.values())
+
+
+def test_what_a_bridge_model_is_given_is_applied(tmp_path: Path):
+    """Its providers pass on the scaling of rotary frequencies, which Megatron-LM's model is not."""
+    bridge(tmp_path / "a", rope_scaling=True, rope_scaling_factor=32.0)
+    assert open_checkpoint(tmp_path / "a").config.rope_scaling == RopeScaling(factor=32.0)
+    nemo_2(tmp_path / "b", scale_factor=4)
+    assert open_checkpoint(tmp_path / "b").config.rope_scaling == RopeScaling(factor=4.0)
+    nemo_2(tmp_path / "c", scale_factor=8, old_context_len=4096)
+    with pytest.raises(InputError, match="old_context_len = 4096, where Llama 3.1 has 8192"):
+        open_checkpoint(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"_target_": "megatron.bridge.models.gemma.Gemma2ModelProvider"}, "Gemma2ModelProvider"),
+        ({"attn_logit_softcapping": 50.0}, "args.attn_logit_softcapping = 50.0"),
+        ({"activation_func": {"_target_": "some.other.function"}}, "some.other.function"),
+        (
+            {"layernorm_epsilon": None},
+            "what layernorm_epsilon is: iter_0000007/run_config.y",
+        ),
+        ({"activation_func": None}, "what activation is: iter_0000007/run_config.yaml lacks it"),
+    ],
+)
+def test_what_is_not_computed_or_not_said_is_refused(
+    more: dict[str, Any], message: str, tmp_path: Path
+):
+    bridge(tmp_path, **more)
+    with pytest.raises(InputError, match=message):
+        open_checkpoint(tmp_path)
+
+
+def test_settings_that_are_not_known_are_listed(tmp_path: Path):
+    bridge(tmp_path, embedding_multiplier=12.0, should_pad_vocab=True, hf_model_id="a/b")
+    [warning] = open_checkpoint(tmp_path).provenance.warnings
+    assert "run_config.yaml" in warning and "embedding_multiplier" in warning
+    assert "should_pad_vocab" not in warning and "hf_model_id" not in warning
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: !!python/object/apply:os.system ['touch {canary}']\n",
+        "model: !!python/object/new:os.system ['touch {canary}']\n",
+        "model: !custom {{}}\n",
+        "model: [1, 2\n",
+        "- model\n",
+        "model: 5\n",
+        "{{" * 2000,
+    ],
+)
+def test_nothing_in_a_settings_file_runs(text: str, tmp_path: Path):
+    bridge(tmp_path / "run")
+    canary = tmp_path / "canary"
+    path = tmp_path / "run/iter_0000007/run_config.yaml"
+    path.write_text(text.replace("{canary}", str(canary)).replace("{{", "{").replace("}}", "}"))
+    with pytest.raises(InputError, match="run_config.yaml"):
+        open_checkpoint(tmp_path / "run")
+    assert not canary.exists()
