@@ -107,7 +107,7 @@ def read_distributed(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     common_file = [path] if (path := files.path / COMMON).is_file() else []
     provenance = Provenance(
         path=folder,
-        format="megatron-torch-dist",
+        format="megatron-torch-dist" if beside is None else beside.format,
         names="core",
         checkpoint_version=_version(folder, common.values, overrides),
         tensor_parallel=args.get("tensor_model_parallel_size") or 1,

@@ -8,7 +8,6 @@ Source: docs/megatron.md, "Layouts without args".
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,14 @@ from typing import Any
 import yaml
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.safe_pickle import is_scalar
 from mlm_eval.checkpoints.files.text_file import read_json_object, read_text
 
 _LARGEST = 1 << 24
 """Bytes of a settings file."""
+
+_LONGEST = 1 << 14
+"""Entries of a list, such as one a layer."""
 
 _SILU = ("torch.nn.functional.silu", "torch.nn.functional.SiLU")
 _GELU = ("torch.nn.functional.gelu",)
@@ -70,6 +73,8 @@ class SideSettings:
     """Settings found beside a checkpoint's weights."""
 
     path: Path
+    format: str
+    """`megatron-bridge`, `nemo` or `verl`."""
     args: dict[str, Any]
     """Under Megatron's names of arguments."""
 
@@ -102,27 +107,27 @@ def find_settings(folder: Path) -> SideSettings | None:
     Raises:
         InputError: The file cannot be read as plain data.
     """
-    for name, within in (
-        ("run_config.yaml", "model"),  # Megatron-Bridge
-        ("../context/model.yaml", "config"),  # NeMo 2
+    for name, within, project in (
+        ("run_config.yaml", "model", "megatron-bridge"),
+        ("../context/model.yaml", "config", "nemo"),
     ):
         path = folder / name
         if path.is_file():
             values = _read_yaml(path).get(within)
             if not isinstance(values, dict):
                 raise InputError(f"{path} has no {within} with settings; copy the file again")
-            return _of_file(path, values)
+            return _of_file(path, project, values)
     path = folder / "../transformer_config.json"  # verl
     if path.is_file():
         values = read_json_object(path)
         hub = folder / "../huggingface/config.json"
         if hub.is_file():
             values = _of_hub(read_json_object(hub)) | values
-        return _of_file(path, values)
+        return _of_file(path, "verl", values)
     return None
 
 
-def _of_file(path: Path, values: Mapping[str, Any]) -> SideSettings:
+def _of_file(path: Path, project: str, values: Mapping[str, Any]) -> SideSettings:
     provider = str(values.get("_target_", ""))
     if "gemma" in provider.lower():
         raise InputError(
@@ -131,7 +136,7 @@ def _of_file(path: Path, values: Mapping[str, Any]) -> SideSettings:
         )
     args = args_of_config(values)
     place = path.resolve()
-    return SideSettings(place, args | {BESIDE: f"{place.parent.name}/{place.name}"})
+    return SideSettings(place, project, args | {BESIDE: f"{place.parent.name}/{place.name}"})
 
 
 def _of_hub(hub: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,11 +157,8 @@ def _of_hub(hub: Mapping[str, Any]) -> dict[str, Any]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _LARGEST:
         raise InputError(f"{path} is too large for a file of settings; copy it again")
-    text = read_text(path)
-    if "&" in text and "*" in text and len(text) > 1 << 20:
-        raise InputError(f"{path} refers to parts of itself; write them out")
     try:
-        values = yaml.safe_load(text)
+        values = yaml.safe_load(read_text(path))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
@@ -199,10 +201,17 @@ def args_of_config(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value without the class that it is wrapped in: an enum or a dtype as its text."""
+    """Return a value safe to compare and to show; an enum or a dtype is the name of its class.
+
+    A few lines of YAML can stand for more values than fit into memory, by references to one
+    another: what is nested is not walked.
+    """
     if isinstance(value, dict):
-        return json.dumps(value, sort_keys=True, default=str)
-    return value
+        return str(value.get("_target_", "an object"))[:200]
+    if isinstance(value, list):
+        scalars = len(value) <= _LONGEST and all(map(is_scalar, value))
+        return value if scalars else "a list of lists"
+    return value if is_scalar(value) else "an object"
 
 
 def _activation(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,8 @@ def test_every_door_opens_the_model_with_its_settings(make: Any, tmp_path: Path)
     for door in doors:
         found = open_checkpoint(tmp_path / "run" / door)
         assert found.config == MODEL
+        expected = {bridge: "megatron-bridge", nemo_2: "nemo", verl: "verl"}[make]
+        assert found.provenance.format == expected
         assert all(torch.equal(found.tensors[name].read(), weights[name]) for name in weights)
         assert "args." not in "".join(found.provenance.config_sources.values())
 
@@ -166,3 +169,16 @@ def test_nothing_in_a_settings_file_runs(text: str, tmp_path: Path):
     with pytest.raises(InputError, match="run_config.yaml"):
         open_checkpoint(tmp_path / "run")
     assert not canary.exists()
+
+
+def test_a_file_of_references_ends(tmp_path: Path):
+    """Ten lists of ten references each are 10^10 values to whoever walks them."""
+    bridge(tmp_path / "run")
+    path = tmp_path / "run/iter_0000007/run_config.yaml"
+    laughs = ["  a0: &a0 [1, 1]"]
+    laughs += [f"  a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 11)]
+    text = path.read_text().replace("model:\n", "model:\n" + "\n".join(laughs) + "\n")
+    path.write_text(text)
+    started = time.monotonic()
+    assert open_checkpoint(tmp_path / "run").config == MODEL
+    assert time.monotonic() - started < 20
