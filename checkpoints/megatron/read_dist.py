@@ -11,7 +11,7 @@ Source: docs/megatron.md, "Distributed formats", "What the pickles ask for", "to
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from mlm_eval.checkpoints.checkpoint import (
     Provenance,
     cheap_digest,
     check_weight_dtype,
+    ends_of,
     training_state,
 )
 from mlm_eval.checkpoints.dtypes import dtype_name
@@ -90,40 +91,21 @@ def read_distributed(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     ]
     warnings = _check_finished(files, keys, nested=nested)
     common = _read_common(files)
-    args, beside = _settings(common, folder)
-    tensors, family = _canonical(files, keys)
-    build = build_config(
-        {name: tensor.shape for name, tensor in tensors.items()},
-        args,
-        family=family,
-        code="core",
-        overrides=overrides,
-        where=str(folder),
-        params_dtype=dtype_name(tensors["embedding.word_embeddings.weight"].dtype),
-    )
-    pickles = [files.metadata, *common.pickles]
+    common.pickles.insert(0, files.metadata)
     records = [*files.records(keys), *common.records]
     used = [files.path / name for name in sorted({record.file for record in records})]
     common_file = [path] if (path := files.path / COMMON).is_file() else []
-    provenance = Provenance(
-        path=folder,
-        format="megatron-torch-dist" if beside is None else beside.format,
-        names="core",
-        checkpoint_version=_version(folder, common.values, overrides),
-        tensor_parallel=args.get("tensor_model_parallel_size") or 1,
-        pipeline_parallel=args.get("pipeline_model_parallel_size") or 1,
-        iteration=saved_iteration(folder, common.values.get("iteration")),
-        config_sources=_sources(build.sources, beside),
-        pickle_classes=sorted({name for pickle in pickles for name in pickle.classes}),
-        hostile=sorted({name for pickle in pickles for name in pickle.hostile}),
-        warnings=[*warnings, *build.warnings, *_unknown_settings(beside)],
-        training_state=training_state([*files.tensors, *files.objects, *common.values]),
+    return _checkpoint(
+        files,
+        keys,
+        common,
+        overrides,
+        format="megatron-torch-dist",
+        digest=lambda: _digest(files, records, common),
+        files_used=[files.path / METADATA, *common_file, *used],
+        warnings=warnings,
         notes=_notes(files, keys, nested=nested),
-        files=[files.path / METADATA, *common_file, *used],
-        digest=_digest(files, records, common),
-        args=args,
     )
-    return Checkpoint(build.config, tensors, provenance).check()
 
 
 def read_arrays(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
@@ -136,12 +118,37 @@ def read_arrays(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     """
     files = open_arrays(folder)
     keys = [key for key in files.tensors if not names.is_ignored(key) and not _NO_WEIGHT.match(key)]
-    if not keys:
-        raise InputError(
-            f"{folder} holds no model weights (found {', '.join(sorted(files.tensors)[:3])}); give "
-            "--ckpt the iter_* folder of a Megatron checkpoint"
-        )
+    _refuse_no_weights(files, keys)
     common = _read_common(files)
+    chunks = {key: [path for _, path in files.tensors[key].files()] for key in keys}
+    return _checkpoint(
+        files,
+        keys,
+        common,
+        overrides,
+        format="megatron-zarr",
+        digest=lambda: _digest_of_chunks(chunks),
+        files_used=[
+            *(pickle.path for pickle in common.pickles),
+            *(path for paths in chunks.values() for path in paths),
+        ],
+    )
+
+
+def _checkpoint(
+    files: DistributedFolder | ZarrFolder,
+    keys: list[str],
+    common: Common,
+    overrides: dict[str, Any],
+    *,
+    format: str,
+    digest: Callable[[], str],
+    files_used: list[Path],
+    warnings: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> Checkpoint:
+    """Return the checkpoint of a folder's tensors and of what it records besides them."""
+    folder = files.path
     args, beside = _settings(common, folder)
     tensors, family = _canonical(files, keys)
     build = build_config(
@@ -153,30 +160,34 @@ def read_arrays(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
         where=str(folder),
         params_dtype=dtype_name(tensors["embedding.word_embeddings.weight"].dtype),
     )
-    pickles = common.pickles
-    chunks = {key: [path for _, path in files.tensors[key].files()] for key in keys}
-    marks: dict[str, tuple[int, list[int] | bytes]] = {
-        key: (sum(path.stat().st_size for path in paths), _ends(paths))
-        for key, paths in chunks.items()
-    }
     provenance = Provenance(
         path=folder,
-        format="megatron-zarr",
+        format=format if beside is None else beside.format,
         names="core",
         checkpoint_version=_version(folder, common.values, overrides),
         tensor_parallel=args.get("tensor_model_parallel_size") or 1,
         pipeline_parallel=args.get("pipeline_model_parallel_size") or 1,
         iteration=saved_iteration(folder, common.values.get("iteration")),
         config_sources=_sources(build.sources, beside),
-        pickle_classes=sorted({name for pickle in pickles for name in pickle.classes}),
-        hostile=sorted({name for pickle in pickles for name in pickle.hostile}),
-        warnings=[*build.warnings, *_unknown_settings(beside)],
-        training_state=training_state([*files.tensors, *common.values]),
-        files=[pickle.path for pickle in pickles] + [p for paths in chunks.values() for p in paths],
-        digest=cheap_digest(marks),
+        pickle_classes=sorted({name for pickle in common.pickles for name in pickle.classes}),
+        hostile=sorted({name for pickle in common.pickles for name in pickle.hostile}),
+        warnings=[*warnings, *build.warnings, *_unknown_settings(beside)],
+        training_state=training_state([*files.tensors, *files.objects, *common.values]),
+        notes=list(notes),
+        files=files_used,
+        digest=digest(),  # now that the files are known to be there
         args=args,
     )
     return Checkpoint(build.config, tensors, provenance).check()
+
+
+def _refuse_no_weights(files: DistributedFolder | ZarrFolder, keys: list[str]) -> None:
+    if not keys:
+        found = ", ".join(sorted(files.tensors)[:3]) or "no tensor at all"
+        raise InputError(
+            f"{files.path} holds no model weights (found {found}); give --ckpt the iter_* folder "
+            "of a Megatron checkpoint"
+        )
 
 
 def _settings(common: Common, folder: Path) -> tuple[dict[str, Any], SideSettings | None]:
@@ -208,17 +219,6 @@ def _sources(sources: Mapping[str, str], beside: SideSettings | None) -> Mapping
     return {key: text.replace("args.", f"{name}: ") for key, text in sources.items()}
 
 
-def _ends(paths: Sequence[Path]) -> bytes:
-    """Return the first and last bytes of an array's chunks, which have no checksums."""
-    ends = b""
-    for path in (paths[0], paths[-1]):
-        with path.open("rb") as stream:
-            head = stream.read(1 << 12)
-            stream.seek(max(path.stat().st_size - (1 << 12), 0))
-            ends += head + stream.read()
-    return ends
-
-
 def _check_finished(files: DistributedFolder, keys: list[str], *, nested: bool) -> list[str]:
     """Refuse an incomplete save; return a warning where it may not have finished.
 
@@ -226,12 +226,7 @@ def _check_finished(files: DistributedFolder, keys: list[str], *, nested: bool) 
         InputError: The folder holds no model, or files of it are missing or cut off.
     """
     where = files.path
-    if not keys:
-        found = ", ".join(sorted(files.tensors)[:3]) or "no tensor at all"
-        raise InputError(
-            f"{where} holds no model weights (found {found}); give --ckpt the iter_* folder of a "
-            "Megatron checkpoint"
-        )
+    _refuse_no_weights(files, keys)
     unfinished = not nested and not (where / SAVE_FINISHED).is_file()
     everything = [*files.tensors, *files.objects]
     damage = files.damage(files.records(everything if unfinished else keys))
@@ -366,3 +361,12 @@ def _digest(files: DistributedFolder, records: list[Record], common: Common) -> 
     return cheap_digest(
         {name: ((files.path / name).stat().st_size, mark) for name, mark in marks.items()}
     )
+
+
+def _digest_of_chunks(chunks: Mapping[str, Sequence[Path]]) -> str:
+    """Return the cheap digest of zarr arrays, whose chunks have no checksums."""
+    marks: dict[str, tuple[int, list[int] | bytes]] = {}
+    for key, paths in chunks.items():
+        size = sum(path.stat().st_size for path in paths)
+        marks[key] = (size, ends_of(paths[0], 1 << 12) + ends_of(paths[-1], 1 << 12))
+    return cheap_digest(marks)

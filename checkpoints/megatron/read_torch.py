@@ -22,6 +22,7 @@ from mlm_eval.checkpoints.checkpoint import (
     Provenance,
     cheap_digest,
     check_weight_dtype,
+    ends_of,
     training_state,
 )
 from mlm_eval.checkpoints.config import ModelConfig
@@ -500,9 +501,6 @@ def _digest(files: dict[Rank, RankFile]) -> str:
     for (t, p, e), file in files.items():
         crcs: list[int] | bytes = file.torch_file.crcs
         if not crcs:  # a stream has no CRCs: take its first and last bytes
-            with file.path.open("rb") as stream:
-                head = stream.read(1 << 16)
-                stream.seek(max(file.path.stat().st_size - (1 << 16), 0))
-                crcs = head + stream.read()
+            crcs = ends_of(file.path, 1 << 16)
         marks[f"{t}/{p}/{e}" if e else f"{t}/{p}"] = (file.path.stat().st_size, crcs)
     return cheap_digest(marks)
