@@ -67,9 +67,14 @@ class ZarrFolder:
         """Return an array, merged from its chunks.
 
         Raises:
-            InputError: A chunk is missing, or has another length.
+            InputError: A chunk is missing, or has another length, or the array holds no value.
         """
         array = self.tensors[key]
+        if 0 in array.shape:
+            raise InputError(
+                f"{array.folder / ARRAY} gives the shape {list(array.shape)}, which holds no "
+                "value; copy the checkpoint again"
+            )
         tiles = []
         strides = [math.prod(array.chunk[dim + 1 :]) for dim in range(len(array.chunk))]
         for offsets, path in array.files():

@@ -42,6 +42,7 @@ from mlm_eval.checkpoints.megatron.args import build_config, saved_args
 from mlm_eval.checkpoints.megatron.fields import ARG_FIELDS
 from mlm_eval.checkpoints.megatron.files import stack_experts
 from mlm_eval.checkpoints.megatron.iteration import saved_iteration
+from mlm_eval.checkpoints.megatron.layout import WORD_EMBEDDINGS
 from mlm_eval.checkpoints.projects.settings import (
     BESIDE,
     OF_PROVIDERS,
@@ -151,6 +152,8 @@ def _checkpoint(
     folder = files.path
     args, beside = _settings(common, folder)
     tensors, family = _canonical(files, keys)
+    if WORD_EMBEDDINGS not in tensors:
+        raise InputError(f"{folder} holds no word embeddings; it is not a whole GPT or BERT model")
     build = build_config(
         {name: tensor.shape for name, tensor in tensors.items()},
         args,
@@ -158,7 +161,7 @@ def _checkpoint(
         code="core",
         overrides=overrides,
         where=str(folder),
-        params_dtype=dtype_name(tensors["embedding.word_embeddings.weight"].dtype),
+        params_dtype=dtype_name(tensors[WORD_EMBEDDINGS].dtype),
     )
     provenance = Provenance(
         path=folder,

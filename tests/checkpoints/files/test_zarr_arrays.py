@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,26 @@ def test_a_missing_or_short_chunk_is_an_unfinished_save(tmp_path: Path):
         open_checkpoint(tmp_path)
     chunk.unlink()
     with pytest.raises(InputError, match=r"2\.1\.0 is missing: the save did not finish"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "key", ["embedding.word_embeddings.weight", "decoder.layers.mlp.linear_fc2.weight"]
+)
+def test_a_weight_without_values_is_refused(key: str, tmp_path: Path):
+    save(tmp_path, GPT)
+    about = tmp_path / "iter_0000003" / key / ".zarray"
+    described = json.loads(about.read_text())
+    described["shape"][0] = 0
+    about.write_text(json.dumps(described))
+    with pytest.raises(InputError, match=r"\.zarray gives the shape \[0, .*holds no value"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_model_without_word_embeddings_is_refused(tmp_path: Path):
+    save(tmp_path, GPT)
+    shutil.rmtree(tmp_path / "iter_0000003/embedding.word_embeddings.weight")
+    with pytest.raises(InputError, match="iter_0000003 holds no word embeddings"):
         open_checkpoint(tmp_path)
 
 

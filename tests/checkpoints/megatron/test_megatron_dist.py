@@ -411,6 +411,11 @@ def add_keys(*names: str) -> Callable[[Path], None]:
     return change
 
 
+def leave_out(name: str) -> Callable[[Path], None]:
+    """Make a weight an entry that no model has."""
+    return lambda folder: replace_key(folder, name, "optimizer.state.exp_avg.weight")
+
+
 def remove(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
@@ -461,6 +466,7 @@ def point_outside(folder: Path) -> None:
         (swap_files, "cut off|two checkpoints"),
         (point_outside, r"outside of the folder"),
         (add_keys("decoder.layers.mlp.router.weight"), "router.weight has shape .*, expected 2"),
+        (leave_out("embedding.word_embeddings.weight"), "iter_0000007 holds no word embeddings"),
         (add_keys("encoder.layers.mlp.linear_fc2.bias"), "an encoder-decoder model"),
         (add_keys("decoder.layers.self_attention.linear_q_proj.bias"), "lacks|do not call for"),
         (add_keys("decoder.layers.mlp.linear_fc3.bias"), "that no GPT or BERT model"),
