@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.sentencepiece_models import train_pieces
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits, find_tokenizer, load_tokenizer
@@ -233,21 +234,11 @@ def test_without_sentencepiece_the_message_says_what_to_install(tmp_path, monkey
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_sentencepiece_model_gives_the_ids_of_its_own_library(tmp_path, model_type):
-    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
-    from pydoc_data.topics import topics
+    model_file = train_pieces(tmp_path, 600, model_type)
+    from sentencepiece import SentencePieceProcessor
 
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("\n".join(topics.values()))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus),
-        model_prefix=str(tmp_path / "tokenizer"),
-        vocab_size=600,
-        model_type=model_type,
-        num_threads=1,
-        minloglevel=2,
-    )
     tokenizer = load_tokenizer(directory=tmp_path)
-    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    theirs = SentencePieceProcessor(model_file=str(model_file))
     for text in ODD_TEXTS:
         assert tokenizer.encode(text) == theirs.encode(text)
     assert tokenizer.vocab_size == 600

@@ -1,7 +1,8 @@
 """What tests of several rooms share. Tests import from here, never from each other.
 
     configs  random_models  synthetic  dcp_folders  tiny_bert  huggingface_models  minilm_fixtures
-                            small checkpoints of every era and family; every weight is noise
+    sentencepiece_models    small checkpoints of every era and family, and a tokenizer; every weight
+                            is noise
     scripted_engine  toy_benchmark  result_records  real_race
                             an engine, a benchmark, records and passages that are known beforehand
     ranks  launch_targets  training_runs  training_target  command_line  command_line_fixtures

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import random_models
+from support.sentencepiece_models import train_pieces
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
@@ -189,20 +190,9 @@ def test_transformers_makes_no_empty_tokenizer_of_any_family(model_type, tmp_pat
 
 
 def test_a_sentencepiece_model_takes_its_side_files_along(tmp_path):
-    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
-    from pydoc_data.topics import topics
-
     folder = tmp_path / "words"
     folder.mkdir()
-    (tmp_path / "corpus.txt").write_text("\n".join(topics.values()))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "corpus.txt"),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=300,
-        model_type="bpe",
-        num_threads=1,
-        minloglevel=2,
-    )
+    train_pieces(folder, 300)
     write_json(folder / "added_tokens.json", {"<|user|>": 300, "<tag>": 301})
     special = {"extra_special_tokens": ["<|user|>"], "pad_token": "<tag>"}
     write_json(folder / "special_tokens_map.json", special)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.sentencepiece_models import train_pieces
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.huggingface.tokenizer import tokenizer_files
@@ -156,20 +157,7 @@ def test_ids_are_those_of_transformers_slow_bert(lower_case, tmp_path):
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory) -> Path:
     """A sentencepiece model of 600 pieces."""
-    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
-    from pydoc_data.topics import topics
-
-    folder = tmp_path_factory.mktemp("pieces")
-    (folder / "corpus.txt").write_text("\n".join(topics.values()))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "corpus.txt"),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=600,
-        model_type="bpe",
-        num_threads=1,
-        minloglevel=2,
-    )
-    return folder / "tokenizer.model"
+    return train_pieces(tmp_path_factory.mktemp("pieces"), 600)
 
 
 def with_pieces(folder: Path, pieces: Path, tokens: list[dict[str, Any]], **more: Any) -> Path:
