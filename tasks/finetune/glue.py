@@ -39,6 +39,8 @@ class Glue(ChoiceTask):
         hub_labels: Our number of each label of the Hub.
         columns: Names of the column of the id, of each text and of the label, the first that a
             header has counts.
+        positions: Number of columns of GLUE's files -> the places of the same four, by which a
+            file is read whose header names neither text.
         skips: Rows without all columns or without a text are left out, as Megatron does.
     """
 
@@ -48,6 +50,7 @@ class Glue(ChoiceTask):
     files: ClassVar[dict[str, tuple[str, ...]]]
     hub_labels: ClassVar[tuple[int, ...]]
     columns: ClassVar[tuple[tuple[str, ...], ...]]
+    positions: ClassVar[dict[int, tuple[int, int, int, int | None]]]
     skips: ClassVar[bool] = False
 
     def read_folder(self, path: Path, roles: Sequence[str]) -> list[ExampleSet]:
@@ -83,7 +86,8 @@ class Glue(ChoiceTask):
         """Return what a file's rows hold, and warnings.
 
         The header names the columns: files of one benchmark differ in their number and order. A
-        header without a label is a test set's.
+        header without a label is a test set's. Where it names neither text, the columns of GLUE's
+        own files count, as in Megatron, with a warning.
 
         Args:
             rows: The header first.
@@ -93,7 +97,14 @@ class Glue(ChoiceTask):
             InputError: The header names no texts, or a row has no text or no known label.
         """
         header = [name.strip() for name in rows[0]]
+        warnings = []
         key, first, second, label = (self._place(header, names) for names in self.columns)
+        if first is None and second is None and len(header) in self.positions:
+            key, first, second, label = self.positions[len(header)]
+            warnings.append(
+                f"{path}: the header names no texts; columns {first + 1} and {second + 1} of "
+                f"{len(header)} are taken, as in GLUE's {self.folder}"
+            )
         if first is None or second is None:
             raise InputError(
                 f"{path} has no column {' or '.join(self.columns[1])} beside "
@@ -132,7 +143,6 @@ class Glue(ChoiceTask):
                 known = self._label(row[label].strip(), header[label], f"{path}, line {line}")
             name = str(line - 2) if key is None else row[key].strip()
             pairs.append((name, sides[0], sides[1], known))
-        warnings = []
         if skipped:
             warnings.append(
                 f"{path}: {len(skipped)} row(s) without {len(header)} columns or with an empty "
@@ -143,6 +153,8 @@ class Glue(ChoiceTask):
                 f"{path}: {len(undecided)} row(s) without a gold label ({NO_GOLD}) are left out, "
                 f"as is the custom ({_lines(undecided)})"
             )
+        if not pairs:
+            raise InputError(f"{path} holds no row to use: {'; '.join(warnings)}")
         return pairs, warnings
 
     @staticmethod
@@ -216,6 +228,7 @@ class Mnli(Glue):
         ("sentence2", "hypothesis"),
         ("gold_label", "label"),
     )
+    positions = {10: (0, 8, 9, None), 12: (0, 8, 9, 11), 16: (0, 8, 9, 15)}
 
 
 class Qqp(Glue):
@@ -235,6 +248,7 @@ class Qqp(Glue):
         ("question2",),
         ("is_duplicate", "label"),
     )
+    positions = {3: (0, 1, 2, None), 6: (0, 3, 4, 5)}
     skips = True
 
     def summary(self, metrics: Any) -> dict[str, float]:

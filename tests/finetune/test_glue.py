@@ -114,6 +114,26 @@ def test_a_damaged_row_of_mnli_is_named(tmp_path, row, message):
     assert str(path) in str(caught.value)
 
 
+def test_a_header_that_names_nothing_is_read_by_position(tmp_path):
+    """As Megatron reads every file; said aloud. One known name is enough to go by names."""
+    header = ["c"] * 12
+    write(tmp_path / "train.tsv", [header, mnli_row(7, "a", "b", "entailment")])
+    (part,) = read(Mnli, tmp_path)
+    assert content(part) == [("7", "a", "b", 1)]
+    assert "columns 9 and 10 of 12 are taken" in part.warnings[0]
+    header[0] = "premise"
+    write(tmp_path / "train.tsv", [header, mnli_row(7, "a", "b", "entailment")])
+    with pytest.raises(InputError, match="no column sentence1 or premise beside"):
+        read(Mnli, tmp_path)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_file_without_a_row_to_use_is_refused(tmp_path, rows):
+    write(tmp_path / "train.tsv", [MNLI_TRAIN, *[mnli_row(0, "a", "b", "-")] * rows])
+    with pytest.raises(InputError, match="holds no row to use: .* without a gold label"):
+        read(Mnli, tmp_path)
+
+
 def test_more_votes_than_the_header_names_are_no_fault(tmp_path):
     """As in Megatron the last column is the label; a sentence with a tab in it is a fault."""
     votes = [*mnli_row(0, "a", "b", "neutral"), "-", "entailment"]
