@@ -14,7 +14,7 @@ from mlm_eval.checkpoints.config import (
     is_of_kind,
 )
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.huggingface.families import Family
+from mlm_eval.checkpoints.huggingface.families.family import Family
 from mlm_eval.checkpoints.huggingface.fields import Use
 
 DEFAULT = "transformers' default"

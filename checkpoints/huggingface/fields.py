@@ -49,6 +49,19 @@ class Field:
     """The values of a refused key that leave the function as it is; the first is written."""
 
 
+GELU = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",  # exactly F.gelu(approximate="tanh"): the one to write
+    "gelu_new": "gelu_tanh",  # the same function, in float arithmetic of its own
+    "gelu_fast": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "relu2": "squared_relu",
+}
+"""config.json's activation -> ours; the first of each kind is the one that is written."""
+GATED = {"silu": "swiglu", "swish": "swiglu"}
+
 DROPOUT_AND_INIT = ("hidden_dropout", "attention_dropout", "init_method_std")
 """Settings of ModelConfig that change no result; some families do not record them."""
 
@@ -85,6 +98,11 @@ def read_field(key: str, reason: str, default: Any = None, *, nullable: bool = F
     return Field(key, Use.READ, reason, default, nullable=nullable)
 
 
+def tied_field(default: bool) -> Field:
+    """Return the key that says whether the output table is the input's."""
+    return read_field("tie_word_embeddings", "whether the output table is the input's", default)
+
+
 def refused_field(key: str, what: str, *harmless: Any, default: Any = None) -> Field:
     """Return a key that changes the function, but for its harmless values."""
     return Field(key, Use.REFUSED, what, default, harmless=harmless)
@@ -94,6 +112,8 @@ def other_fields(use: Use, reason: str, *keys: str) -> tuple[Field, ...]:
     """Return keys that are passed over, for one reason."""
     return tuple(Field(key, use, reason) for key in keys)
 
+
+VOCAB_SIZE = read_field("vocab_size", "must be the embeddings' number of rows")
 
 COMMON_FIELDS = (
     read_field("model_type", "chooses the family"),

@@ -24,19 +24,17 @@ from mlm_eval.checkpoints.huggingface.config import (
     read_config,
     write_config,
 )
-from mlm_eval.checkpoints.huggingface.families import (
+from mlm_eval.checkpoints.huggingface.families.bert import MEGATRON_BERT, ORIGINAL_BERT
+from mlm_eval.checkpoints.huggingface.families.dense import (
     GPT2,
     GPT_NEOX,
     LLAMA,
-    MEGATRON_BERT,
-    ORIGINAL_BERT,
     QWEN2,
     QWEN3,
     STABLELM,
     STARCODER2,
-    Family,
-    entries,
 )
+from mlm_eval.checkpoints.huggingface.families.family import Family, entries
 from mlm_eval.checkpoints.huggingface.fields import DROPOUT_AND_INIT
 from mlm_eval.checkpoints.huggingface.folds import (
     is_gain,

@@ -30,7 +30,8 @@ from mlm_eval.checkpoints.files.text_file import read_json_object
 from mlm_eval.checkpoints.files.torch_file import read_torch_file
 from mlm_eval.checkpoints.folders.file_names import safe_name
 from mlm_eval.checkpoints.huggingface.config import Found, read_config
-from mlm_eval.checkpoints.huggingface.families import FAMILIES, IGNORED_TENSORS, Family, entries
+from mlm_eval.checkpoints.huggingface.families import FAMILIES
+from mlm_eval.checkpoints.huggingface.families.family import IGNORED_TENSORS, Family, entries
 from mlm_eval.checkpoints.huggingface.layout import zeros
 from mlm_eval.checkpoints.lazy import LazyTensor, runs
 from mlm_eval.checkpoints.parameters import parameters

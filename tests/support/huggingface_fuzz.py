@@ -19,8 +19,9 @@ from torch import Tensor
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.convert import convert
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.huggingface.families import FAMILIES, GELU, Family
-from mlm_eval.checkpoints.huggingface.fields import Use
+from mlm_eval.checkpoints.huggingface.families import FAMILIES
+from mlm_eval.checkpoints.huggingface.families.family import Family
+from mlm_eval.checkpoints.huggingface.fields import GELU, Use
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.engine.plain_transformers import transformers_outputs
 from mlm_eval.engine.verify import outputs

@@ -18,7 +18,8 @@ from mlm_eval.checkpoints.huggingface.config import (
     read_config,
     write_config,
 )
-from mlm_eval.checkpoints.huggingface.families import FAMILIES, Family
+from mlm_eval.checkpoints.huggingface.families import FAMILIES
+from mlm_eval.checkpoints.huggingface.families.family import Family
 from mlm_eval.checkpoints.huggingface.fields import Field, Use
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

@@ -14,7 +14,8 @@ import pytest
 from support import conversion_fuzz
 from support import huggingface_fuzz as fuzz
 
-from mlm_eval.checkpoints.huggingface.families import FAMILIES, Family
+from mlm_eval.checkpoints.huggingface.families import FAMILIES
+from mlm_eval.checkpoints.huggingface.families.family import Family
 from mlm_eval.checkpoints.huggingface.fields import Use
 
 FIRST, LAST = map(int, os.environ.get("MLM_EVAL_FUZZ_SEEDS", "0:100").split(":"))

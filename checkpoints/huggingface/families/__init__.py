@@ -1,0 +1,42 @@
+"""THE TABLES: each Hugging Face family's names and config.json keys, read in both directions.
+
+    family.py   `Family`, `Row`, and `entries`: the tensors that hold a model
+    llama.py    the names and keys that most families share with Llama
+    dense.py    GPT-2, GPT-NeoX and the dense families like Llama
+    bert.py     BERT in Megatron's order and in the original one
+
+`FAMILIES` lists them by model_type. Only this room's neighbours in `huggingface/` import from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mlm_eval.checkpoints.huggingface.families.bert import MEGATRON_BERT, ORIGINAL_BERT
+from mlm_eval.checkpoints.huggingface.families.dense import (
+    GPT2,
+    GPT_NEOX,
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    STABLELM,
+    STARCODER2,
+)
+from mlm_eval.checkpoints.huggingface.families.family import Family
+
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family
+    for family in (
+        GPT2,
+        LLAMA,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+        STABLELM,
+        STARCODER2,
+        GPT_NEOX,
+        MEGATRON_BERT,
+        ORIGINAL_BERT,
+    )
+}
