@@ -70,7 +70,7 @@ def planned(case: Case) -> int:
     """Return the bytes that the plan says."""
     import dataclasses
 
-    from mlm_eval.model.memory import TrainingBatch, evaluation_memory, training_memory
+    from mlm_eval.model.costs.memory import TrainingBatch, evaluation_memory, training_memory
     from mlm_eval.model.sizes import named_config
 
     config = named_config(case.model)

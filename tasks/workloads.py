@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.dtypes import evaluation_dtype, training_dtype
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.model.memory import EvaluationNeed, Memory, TrainingBatch, TrainingNeed
+from mlm_eval.model.costs.memory import EvaluationNeed, Memory, TrainingBatch, TrainingNeed
 from mlm_eval.planning.plan import Passes, Training, Workload, spread
 from mlm_eval.tasks.finetune.settings import load_recipe
 from mlm_eval.tasks.paper import paper_recipe

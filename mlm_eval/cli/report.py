@@ -108,7 +108,7 @@ def plan(options: PlanOptions) -> None:
     from mlm_eval.checkpoints.dtypes import dtype_name, evaluation_dtype
     from mlm_eval.checkpoints.files.byte_size import parse_bytes
     from mlm_eval.engine.batching import DEFAULT_BATCH_TOKENS
-    from mlm_eval.model.memory import TrainingBatch
+    from mlm_eval.model.costs.memory import TrainingBatch
     from mlm_eval.planning.plan import parse_throughput, plan_record
     from mlm_eval.planning.plan_text import plan_text
     from mlm_eval.tasks.workloads import workloads

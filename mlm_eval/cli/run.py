@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mlm_eval.checkpoints.checkpoint import Checkpoint
     from mlm_eval.checkpoints.tokenizer import Tokenizer
     from mlm_eval.engine.engine import Engine
-    from mlm_eval.model.memory import Memory
+    from mlm_eval.model.costs.memory import Memory
     from mlm_eval.ranks.layout import Need, RankDevice
     from mlm_eval.training.settings import RunSettings
 
@@ -117,7 +117,7 @@ class ModelRun:
     def scoring_need(self, *, cache: int = 0) -> Need:
         """Return what each rank needs to score texts, with so many bytes of keys and values."""
         from mlm_eval.checkpoints.dtypes import evaluation_dtype
-        from mlm_eval.model.memory import EvaluationNeed
+        from mlm_eval.model.costs.memory import EvaluationNeed
 
         config = self.checkpoint.config
         dtype = evaluation_dtype(self.options.dtype, config.params_dtype, "cuda")

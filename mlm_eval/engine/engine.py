@@ -25,8 +25,8 @@ from mlm_eval.engine.encode import BertInput, BertOutput, encode
 from mlm_eval.engine.resume import PartialScores
 from mlm_eval.engine.score import Request, Scores, score
 from mlm_eval.model.bert import BERT
+from mlm_eval.model.costs.flops import forward_flops
 from mlm_eval.model.experts import Router
-from mlm_eval.model.flops import forward_flops
 from mlm_eval.model.gpt import GPT
 from mlm_eval.model.tensor_parallel import TensorParallel
 from mlm_eval.ranks.mesh import Mesh, make_mesh

@@ -10,8 +10,7 @@
     dropout.py           masks that do not depend on the layout
     sizes.py             models known by name
     initial.py           new heads and new models
-    flops.py             floating-point operations of a pass
-    memory.py            memory of a run on each rank
+    costs/               floating-point operations of a pass, memory of a run on each rank
 
 A new parallel layer goes into `tensor_parallel.py`. Everyone above may import from here; this room
 imports from `mlm_eval.checkpoints` only, and knows nothing of files, tasks or how ranks start.

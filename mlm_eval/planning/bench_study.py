@@ -20,8 +20,8 @@ from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.parameters import allowed_tp, check_tp
-from mlm_eval.model.flops import forward_flops
-from mlm_eval.model.memory import OUTSIDE, TrainingBatch, evaluation_memory, training_memory
+from mlm_eval.model.costs.flops import forward_flops
+from mlm_eval.model.costs.memory import OUTSIDE, TrainingBatch, evaluation_memory, training_memory
 from mlm_eval.model.sizes import DIVISIBLE_BY, named_config
 from mlm_eval.planning.bench_options import BenchOptions, cores
 from mlm_eval.planning.plan import BACKWARD

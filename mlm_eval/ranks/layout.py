@@ -22,7 +22,7 @@ import torch
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.parameters import allowed_tp, check_tp
-from mlm_eval.model.memory import OUTSIDE, Memory
+from mlm_eval.model.costs.memory import OUTSIDE, Memory
 from mlm_eval.ranks.mesh import fill_ranks
 
 if TYPE_CHECKING:

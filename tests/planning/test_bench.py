@@ -23,8 +23,8 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
 from mlm_eval.checkpoints.parameters import allowed_tp, num_parameters, parameters
 from mlm_eval.cli import bench as command
+from mlm_eval.model.costs.memory import evaluation_memory
 from mlm_eval.model.initial import initial_tensor
-from mlm_eval.model.memory import evaluation_memory
 from mlm_eval.model.sizes import named_config
 from mlm_eval.planning import bench_run, bench_study
 from mlm_eval.planning.bench_options import BenchOptions, parse_scale, parse_sizes

@@ -23,15 +23,15 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.parameters import parameters
 from mlm_eval.engine.engine import Engine
 from mlm_eval.engine.score import Request
-from mlm_eval.model.dropout import Dropout, sample_keys
-from mlm_eval.model.initial import new_checkpoint, with_head
-from mlm_eval.model.memory import (
+from mlm_eval.model.costs.memory import (
     OUTSIDE,
     TrainingBatch,
     evaluation_memory,
     local_parameters,
     training_memory,
 )
+from mlm_eval.model.dropout import Dropout, sample_keys
+from mlm_eval.model.initial import new_checkpoint, with_head
 from mlm_eval.model.sizes import named_config
 from mlm_eval.planning.plan import parse_throughput, plan_record
 from mlm_eval.tasks.workloads import workloads

@@ -18,7 +18,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.model.memory import (
+from mlm_eval.model.costs.memory import (
     OUTSIDE,
     EvaluationNeed,
     TrainingBatch,
