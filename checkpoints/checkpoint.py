@@ -23,8 +23,9 @@ class Provenance:
     path: Path
     """The folder or file that holds the weights (below the root that was given)."""
     format: str
-    """`megatron-torch`, `megatron-torch-dist`, `megatron-zarr`, `megatron-bridge`, `nemo`, `verl`,
-    `huggingface`, or `memory` where no file is."""
+    """`megatron-torch`, `megatron-torch-dist`, `megatron-torch-dcp`, `megatron-fsdp-dtensor`,
+    `megatron-zarr`, `megatron-bridge`, `nemo`, `verl`, `huggingface`, or `memory` where no file
+    is."""
     names: str | None = None
     """Whose parameter names the files have: `core` (megatron-core's) or `legacy` (Megatron's code
     before it); None: neither's."""

@@ -21,6 +21,9 @@ from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import Concat, Index, LazyTensor, Selected
 
+WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
+"""The table that every model has; its rows are the vocabulary, its dtype the model's."""
+
 
 @dataclass(frozen=True)
 class ShardRule:
@@ -159,7 +162,7 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
 
 
 def _all(c: ModelConfig) -> Iterator[Parameter]:
-    yield Parameter("embedding.word_embeddings.weight", (c.vocab_size, c.hidden_size), VOCAB)
+    yield Parameter(WORD_EMBEDDINGS, (c.vocab_size, c.hidden_size), VOCAB)
     if c.learned_positions:
         shape = (c.max_position_embeddings, c.hidden_size)
         yield Parameter("embedding.position_embeddings.weight", shape, REPLICATED)

@@ -48,7 +48,7 @@ from mlm_eval.checkpoints.huggingface.tokenizer import (
     tokenizer_files,
 )
 from mlm_eval.checkpoints.lazy import LazyTensor
-from mlm_eval.checkpoints.parameters import parameters
+from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS, parameters
 from mlm_eval.checkpoints.tokenizer import (
     LARGEST_PADDING,
     Tokenizer,
@@ -436,7 +436,7 @@ def _tensors(
 ) -> dict[str, LazyTensor]:
     """Return the tensors to write; zeros where the family has a parameter that the source lacks."""
     table = parameters(written)
-    kept = source.tensors["embedding.word_embeddings.weight"].dtype
+    kept = source.tensors[WORD_EMBEDDINGS].dtype
     tensors: dict[str, LazyTensor] = {}
     filled, done = [], set()
     for entry in entries(family, written.num_layers, switches):

@@ -29,6 +29,7 @@ from mlm_eval.checkpoints.megatron import family_args
 from mlm_eval.checkpoints.megatron.family_args import Shapes
 from mlm_eval.checkpoints.megatron.fields import ARG_FIELDS, RunCode
 from mlm_eval.checkpoints.megatron.layout import SaveLayout, needs_openai_gelu
+from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS
 from mlm_eval.checkpoints.projects.settings import ACTIVATION_ARGS, BESIDE, PASSED_ON
 
 # Setting -> Megatron's default.
@@ -369,7 +370,7 @@ def _layer_shape(shapes: Shapes, suffix: str) -> tuple[int, ...] | None:
 def _sizes(b: _ArgsReader, shapes: Shapes) -> None:
     args, where = b.args, b.where
     layers = layer_indices(shapes)
-    if not layers or "embedding.word_embeddings.weight" not in shapes:
+    if not layers or WORD_EMBEDDINGS not in shapes:
         missing = "transformer layers" if not layers else "word embeddings"
         raise InputError(f"{where} holds no {missing}; it is not a whole GPT or BERT model")
     if layers != list(range(len(layers))):
@@ -386,7 +387,7 @@ def _sizes(b: _ArgsReader, shapes: Shapes) -> None:
             f"these, use --set num_layers={len(layers)}"
         )
     b.set("num_layers", len(layers), "shapes")
-    vocab, hidden = shapes["embedding.word_embeddings.weight"]
+    vocab, hidden = shapes[WORD_EMBEDDINGS]
     b.set("vocab_size", vocab, "shapes")
     b.set("hidden_size", hidden, "shapes")
     if args.get("hidden_size") not in (None, hidden):

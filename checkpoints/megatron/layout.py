@@ -14,11 +14,9 @@ import torch
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.parameters import allowed_tp, check_tp
+from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS, allowed_tp, check_tp
 from mlm_eval.checkpoints.tokenizer import check_entries
 from mlm_eval.checkpoints.tokenizers.tokenizer_type import LEGACY_TYPES
-
-WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 
 NAMES = ("core", "legacy")
 

@@ -13,7 +13,7 @@ import re
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.state_dict import unwrapped
 from mlm_eval.checkpoints.megatron.fields import RunCode
-from mlm_eval.checkpoints.parameters import TASK_HEADS
+from mlm_eval.checkpoints.parameters import TASK_HEADS, WORD_EMBEDDINGS
 
 # Old name of a layer's part (a prefix of the key below `layers.N.`) -> canonical name.
 LAYER_ALIASES: dict[str, str] = {
@@ -71,7 +71,7 @@ EXPERT = re.compile(
 
 # Whole keys outside the layers, after `language_model.` has been taken off.
 TOP_ALIASES: dict[str, str] = {
-    "word_embeddings.weight": "embedding.word_embeddings.weight",
+    "word_embeddings.weight": WORD_EMBEDDINGS,
     "position_embeddings.weight": "embedding.position_embeddings.weight",
     "tokentype_embeddings.weight": "embedding.tokentype_embeddings.weight",
     "lm_head.layernorm.weight": "lm_head.layer_norm.weight",

@@ -42,7 +42,7 @@ from mlm_eval.checkpoints.megatron.args import build_config, saved_args
 from mlm_eval.checkpoints.megatron.fields import ARG_FIELDS
 from mlm_eval.checkpoints.megatron.files import stack_experts
 from mlm_eval.checkpoints.megatron.iteration import saved_iteration
-from mlm_eval.checkpoints.megatron.layout import WORD_EMBEDDINGS
+from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS
 from mlm_eval.checkpoints.projects.settings import (
     BESIDE,
     OF_PROVIDERS,
@@ -101,12 +101,25 @@ def read_distributed(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
         keys,
         common,
         overrides,
-        format="megatron-torch-dist",
+        format=_format_of(files, common, nested=nested),
         digest=lambda: _digest(files, records, common),
         files_used=[files.path / METADATA, *common_file, *used],
         warnings=warnings,
         notes=_notes(files, keys, nested=nested),
     )
+
+
+def _format_of(files: DistributedFolder, common: Common, *, nested: bool) -> str:
+    """Return the format by its name: the args say it, and so do the keys.
+
+    Megatron-FSDP's keys have the wrapper's `module.` below `model.`; torch_dcp's have none.
+    """
+    if not nested:
+        return "megatron-torch-dist"
+    said = saved_args(common.values.get("args"), str(files.path)).get("ckpt_format")
+    wrapped = any(key.startswith("model.module.") for key in files.tensors)
+    is_fsdp = said == "fsdp_dtensor" or (said != "torch_dcp" and wrapped)
+    return "megatron-fsdp-dtensor" if is_fsdp else "megatron-torch-dcp"
 
 
 def read_arrays(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
@@ -345,7 +358,7 @@ def _version(where: Path, common: Mapping[str, Any], overrides: Mapping[str, Any
 
 def _notes(files: DistributedFolder, keys: list[str], *, nested: bool) -> list[str]:
     if nested:
-        return ["a folder of torch.distributed.checkpoint's own layout (torch_dcp or fsdp_dtensor)"]
+        return ["a folder of torch.distributed.checkpoint's own layout"]
     notes = []
     if not any(_STACKED.fullmatch(names.strip_prefixes(key)) for key in keys):
         notes.append("every layer has keys of its own (no stacked layers)")

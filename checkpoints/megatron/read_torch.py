@@ -47,8 +47,7 @@ from mlm_eval.checkpoints.megatron.files import (
     stacked_shapes,
 )
 from mlm_eval.checkpoints.megatron.iteration import folder_of_ranks, saved_iteration
-from mlm_eval.checkpoints.megatron.layout import WORD_EMBEDDINGS
-from mlm_eval.checkpoints.parameters import Parameter, cut_dim, parameters
+from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS, Parameter, cut_dim, parameters
 
 DRIFT = 0.1
 """Largest difference between copies on different ranks, relative to their largest value."""

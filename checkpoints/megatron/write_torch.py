@@ -21,14 +21,9 @@ from mlm_eval.checkpoints.files.torch_save import write_torch_file
 from mlm_eval.checkpoints.lazy import Computed, LazyTensor
 from mlm_eval.checkpoints.megatron.args import rank_args
 from mlm_eval.checkpoints.megatron.iteration import iteration_folder, write_tracker
-from mlm_eval.checkpoints.megatron.layout import (
-    WORD_EMBEDDINGS,
-    LayoutOptions,
-    SaveLayout,
-    save_layout,
-)
+from mlm_eval.checkpoints.megatron.layout import LayoutOptions, SaveLayout, save_layout
 from mlm_eval.checkpoints.megatron.names import HEAD_COPY
-from mlm_eval.checkpoints.parameters import Parameter, parameters
+from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS, Parameter, parameters
 from mlm_eval.checkpoints.vocabulary import with_rows
 
 # Canonical part of a layer -> its name in legacy checkpoints of version 3.0 (tag v2.5).

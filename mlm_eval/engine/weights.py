@@ -26,7 +26,7 @@ from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.huggingface.folds import is_gain, with_halved_rotary, with_plain_gains
 from mlm_eval.checkpoints.lazy import LazyTensor, Mapped
-from mlm_eval.checkpoints.parameters import parameters
+from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS, parameters
 
 BLOCK = 16 << 20
 """Bytes of one side that are compared at a time."""
@@ -272,7 +272,7 @@ def _tensor(checkpoint: Checkpoint, name: str) -> LazyTensor | _Missing | None:
         return checkpoint.tensors[name]
     module, _, leaf = name.rpartition(".")
     if name == "output_layer.weight" and checkpoint.config.lm_head:
-        return checkpoint.tensors["embedding.word_embeddings.weight"]
+        return checkpoint.tensors[WORD_EMBEDDINGS]
     if leaf == "bias" and f"{module}.weight" in checkpoint.tensors:
         return None
     if module in ("embedding.position_embeddings", "embedding.tokentype_embeddings"):

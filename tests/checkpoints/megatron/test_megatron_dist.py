@@ -274,7 +274,22 @@ def test_folders_of_torch_dcp_and_fsdp(prefix: str, tmp_path: Path):
     assert checkpoint.config == LLAMA
     assert checkpoint.provenance.iteration == 5
     assert not checkpoint.provenance.warnings
-    assert "torch_dcp" in checkpoint.provenance.notes[0]
+    expected = "megatron-fsdp-dtensor" if prefix else "megatron-torch-dcp"
+    assert checkpoint.provenance.format == expected
+
+
+@pytest.mark.filterwarnings(OUTPUT_OF_TORCH)
+@pytest.mark.parametrize("said", ["torch_dcp", "fsdp_dtensor"])
+def test_args_tell_torch_dcp_from_fsdp_dtensor(said: str, tmp_path: Path):
+    """Wrappers leave `module.` in either's keys; what the run says of itself comes first."""
+    weights = random_models.state_dict(LLAMA)
+    state = {
+        "model": {f"module.{key}": tensor for key, tensor in weights.items()},
+        "args": megatron_args(LLAMA, tensor_model_parallel_size=1, ckpt_format=said),
+    }
+    dcp.save(state, checkpoint_id=tmp_path / "c", no_dist=True)
+    found = open_checkpoint(tmp_path / "c").provenance.format
+    assert found == f"megatron-{said.replace('_', '-')}"
 
 
 # --- reading late, and only what is asked for ---------------------------------------------------
