@@ -50,6 +50,11 @@ _RANGES = (
     ("rotary_base", 1.0, 1e12),
     ("rotary_seq_len_interpolation_factor", 1e-3, 1e6),
     ("softmax_scale", 1e-6, 1e6),
+    ("rotary_base_local", 1.0, 1e12),
+    ("attn_logit_softcapping", 1e-3, 1e6),
+    ("final_logit_softcapping", 1e-3, 1e6),
+    ("embedding_multiplier", 1e-6, 1e6),
+    ("logit_multiplier", 1e-6, 1e6),
     ("layernorm_epsilon", 0.0, 1.0),
     ("hidden_dropout", 0.0, 1.0),
     ("attention_dropout", 0.0, 1.0),
@@ -136,14 +141,27 @@ class ModelConfig:
     rotary_seq_len_interpolation_factor: float | None = None
     rope_scaling: RopeScaling | None = None
     yarn: YarnScaling | None = None
+    rotary_base_local: float | None = None
+    """Rotary base of `window_layers`, whose frequencies are then not scaled; None: as elsewhere."""
     no_rope_layers: tuple[int, ...] = ()
     """Layers without rotary positions."""
     window_size: int = 0
     """Keys before its own position that a query of `window_layers` sees; 0: all of them."""
     window_layers: tuple[int, ...] = ()
     softmax_type: str = "vanilla"
+    attn_logit_softcapping: float | None = None
+    """Attention scores become c tanh(score / c)."""
+    final_logit_softcapping: float | None = None
+    """The same of the output's logits, after their multiplier."""
+    embedding_multiplier: float = 1.0
+    """Multiplies the sum of the embeddings (Gemma's sqrt(hidden_size), muP)."""
+    logit_multiplier: float = 1.0
+    """Multiplies the output's logits."""
     attention_output_gate: bool = False
     """The attention's output is multiplied by the sigmoid of gates, heads beside the queries."""
+    branch_layernorm: bool = False
+    """Attention and MLP have a norm of their own for what their last matrix gives, before its bias
+    and before the residual."""
     normalization: str = "LayerNorm"
     layernorm_epsilon: float = 1e-5
     layernorm_zero_centered_gamma: bool = False
@@ -280,6 +298,16 @@ class ModelConfig:
                     f"{name} is {','.join(map(str, layers))}, but must hold numbers of the "
                     f"{self.num_layers} layers, ascending from 0; correct it with --set {name}=0,2"
                 )
+        if self.rotary_base_local is not None and not (self.window_layers and self.rotary):
+            raise InputError(
+                f"rotary_base_local is {self.rotary_base_local}, but the model has no rotary layers "
+                "with a window; set window_size and window_layers too, with --set"
+            )
+        if self.branch_layernorm and (self.num_experts or self.family == "bert"):
+            raise InputError(
+                "branch_layernorm is true, but only dense GPT models have norms of their branches; "
+                "correct it with --set branch_layernorm=false"
+            )
         if bool(self.window_size) != bool(self.window_layers):
             raise InputError(
                 f"window_size is {self.window_size} for {len(self.window_layers)} layer(s); set "
@@ -386,6 +414,12 @@ class ModelConfig:
             "latent attention": self.multi_latent_attention,
             "windows of attention": bool(self.window_layers),
             "layers without rotary positions": bool(self.no_rope_layers),
+            "capped attention scores or logits": self.attn_logit_softcapping is not None
+            or self.final_logit_softcapping is not None,
+            "scaled embeddings or logits": (self.embedding_multiplier, self.logit_multiplier)
+            != (1.0, 1.0),
+            "norms of its branches": self.branch_layernorm,
+            "a rotary base of its windowed layers": self.rotary_base_local is not None,
             "attention sinks": self.softmax_type != "vanilla",
             "gates of the attention's output": self.attention_output_gate,
             "L2-normed queries and keys": self.qk_l2_norm,
@@ -408,7 +442,9 @@ class ModelConfig:
 
 
 NEWER_SETTINGS = frozenset(
-    """yarn no_rope_layers window_size window_layers softmax_type attention_output_gate
+    """yarn rotary_base_local no_rope_layers window_size window_layers softmax_type
+    attn_logit_softcapping final_logit_softcapping embedding_multiplier logit_multiplier
+    branch_layernorm attention_output_gate
     activation_func_clamp_value glu_linear_offset qk_l2_norm num_experts moe_layers
     moe_ffn_hidden_size moe_router_topk moe_router_score_function moe_router_pre_softmax
     moe_router_num_groups moe_router_group_topk moe_router_topk_scaling_factor

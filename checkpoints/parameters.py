@@ -190,6 +190,8 @@ def layer_parameters(c: ModelConfig, layer: int) -> Iterator[Parameter]:
         yield from _experts(c, f"{prefix}mlp.")
     else:
         yield from _mlp(c, f"{prefix}mlp.", c.ffn_hidden_size, bias=c.add_bias_linear)
+        if c.branch_layernorm:
+            yield from _norm(c, f"{prefix}mlp.linear_fc2.post_layernorm")
 
 
 def _attention(c: ModelConfig, prefix: str) -> Iterator[Parameter]:
@@ -241,6 +243,8 @@ def _sinks(c: ModelConfig, prefix: str) -> Iterator[Parameter]:
 
 def _projection(c: ModelConfig, prefix: str) -> Iterator[Parameter]:
     yield Parameter(f"{prefix}linear_proj.weight", (c.hidden_size, c.attention_width), ROW)
+    if c.branch_layernorm:
+        yield from _norm(c, f"{prefix}linear_proj.post_layernorm")
     if c.add_bias_linear:
         yield Parameter(f"{prefix}linear_proj.bias", (c.hidden_size,), REPLICATED)
 

@@ -50,6 +50,9 @@ LAYER_ALIASES: dict[str, str] = {
     "mlp.shared_experts.linear_fc2.": "mlp.shared_experts.linear_fc2.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
     "post_self_attn_layernorm.": "pre_mlp_layernorm.",  # spring 2023
+    # Megatron-Bridge's Gemma: norms of the branches' outputs
+    "self_attention.linear_proj.post_layernorm.": "self_attention.linear_proj.post_layernorm.",
+    "mlp.linear_fc2.post_layernorm.": "mlp.linear_fc2.post_layernorm.",
 }
 # Canonical names stand for themselves.
 LAYER_ALIASES.update({part: part for part in LAYER_ALIASES.values()})

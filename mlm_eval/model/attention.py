@@ -7,6 +7,7 @@ Source: docs/megatron.md, "Attention", "Norms and rotary positions"; megatron/co
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,13 +19,17 @@ from torch import Tensor, nn
 from mlm_eval.checkpoints.config import ModelConfig, YarnScaling
 from mlm_eval.checkpoints.parameters import local_groups
 from mlm_eval.model.dropout import Dropout
-from mlm_eval.model.layers import Norm
+from mlm_eval.model.layers import Norm, norm
 from mlm_eval.model.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     TensorParallel,
     copy_to_region,
 )
+
+
+SCORE_CHUNK_ELEMENTS = 1 << 24
+"""Scores computed at a time where they are capped (64 MB in float32)."""
 
 
 class KeyValueCache:
@@ -111,6 +116,7 @@ class Context:
         cos: Rotary cosines `[seq, rotated channels]`, where texts stand at different positions
             `[batch, 1, seq, rotated channels]`, or None.
         sin: Rotary sines, or None.
+        local: Cosines and sines of the layers with a window, where theirs are others.
         dropout: The masks of a training step; None for evaluation.
         cache: Keys and values of texts that are being generated; None where texts are whole.
         positions: Position of each text's one query `[batch]`, where keys come from the cache.
@@ -120,6 +126,7 @@ class Context:
     key_mask: Tensor | None = None
     cos: Tensor | None = None
     sin: Tensor | None = None
+    local: tuple[Tensor, Tensor] | None = None
     dropout: Dropout | None = None
     cache: KeyValueCache | None = None
     positions: Tensor | None = None
@@ -175,6 +182,25 @@ def rotary_tables(
         angles = torch.cat([angles, angles], dim=-1)
     factor = 1.0 if config.yarn is None else config.yarn.attention_factor
     return angles.cos() * factor, angles.sin() * factor
+
+
+def local_rotary_tables(
+    config: ModelConfig, length: int, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
+    """Return cosines and sines of the layers with a window; None where they are as elsewhere."""
+    if config.rotary_base_local is None:
+        return None
+    plain = dataclasses.replace(
+        config,
+        rotary_base=config.rotary_base_local,
+        rotary_base_local=None,
+        rotary_seq_len_interpolation_factor=None,
+        rope_scaling=None,
+        yarn=None,
+    )
+    cos, sin = rotary_tables(plain, length, device)
+    assert cos is not None and sin is not None
+    return cos, sin
 
 
 def _stretch(frequencies: Tensor, config: ModelConfig) -> Tensor:
@@ -238,6 +264,7 @@ class _Attention(nn.Module):
         self.heads = heads  # this rank's, by their global numbers
         self.window = config.window_size if number in config.window_layers else 0
         self.rotary = number not in config.no_rope_layers
+        self.cap = config.attn_logit_softcapping
         self.core_attention = _Sinks(config, len(heads))
         self.linear_proj = RowParallelLinear(
             len(heads) * (config.attention_width // config.num_attention_heads),
@@ -245,6 +272,8 @@ class _Attention(nn.Module):
             bias=config.add_bias_linear,
             tp=tp,
         )
+        if config.branch_layernorm:
+            self.linear_proj.post_layernorm = norm(config)
         channels = config.kv_channels
         if config.multi_latent_attention:
             channels = config.qk_head_dim + config.qk_pos_emb_head_dim
@@ -252,10 +281,12 @@ class _Attention(nn.Module):
 
     def rotated(self, x: Tensor, context: Context, query_from: int, *, pairs: bool) -> Tensor:
         """Return queries or keys `[batch, heads, seq, channels]` rotated by position."""
-        if context.cos is None or context.sin is None or not self.rotary:
+        cos, sin = context.cos, context.sin
+        if self.window and context.local is not None:
+            cos, sin = context.local
+        if cos is None or sin is None or not self.rotary:
             return x
-        cos, sin = context.cos[..., query_from:, :], context.sin[..., query_from:, :]
-        return rotate(x, cos, sin, interleaved=pairs)
+        return rotate(x, cos[..., query_from:, :], sin[..., query_from:, :], interleaved=pairs)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, context: Context, query_from: int
@@ -266,7 +297,12 @@ class _Attention(nn.Module):
         dropout = context.dropout
         assert dropout is None or query_from == 0, "masks count positions from 0"
         if dropout is not None and dropout.attention > 0.0:
-            return self._with_dropout(query, key, value, mask, causal, dropout)
+            return self._by_steps(query, key, value, mask, causal, dropout)
+        if self.cap is not None:
+            if mask is None and causal:
+                shape = (query.shape[2], key.shape[2])
+                mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
+            return self._some_queries_at_a_time(query, key, value, mask)
         sinks = self.core_attention()
         if sinks is not None:
             # One more key that every query sees: its logit is the sink's, its value 0.
@@ -277,18 +313,36 @@ class _Attention(nn.Module):
             query, key, value, attn_mask=mask, is_causal=causal, scale=self.softmax_scale
         )
 
-    def _with_dropout(
+    def _some_queries_at_a_time(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Attention step by step, with scores of a bounded number of elements at a time."""
+        batch, heads, queries, _ = query.shape
+        rows = max(1, SCORE_CHUNK_ELEMENTS // (batch * heads * key.shape[2]))
+        pieces = []
+        for start in range(0, queries, rows):
+            part = slice(start, start + rows)
+            seen = mask if mask is None or mask.shape[-2] == 1 else mask[..., part, :]
+            pieces.append(self._by_steps(query[:, :, part], key, value, seen, False, None))
+        return torch.cat(pieces, dim=2)
+
+    def _by_steps(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
         causal: bool,
-        dropout: Dropout,
+        dropout: Dropout | None,
     ) -> Tensor:
-        """Attention step by step: SDPA would draw masks of its own, another set on every layout."""
+        """Attention step by step, for caps and dropout.
+
+        SDPA has no cap, and would draw masks of its own, another set on every layout.
+        """
         # The query is scaled, not the scores: those of float16 could be beyond its range.
         scores = (query * self.softmax_scale) @ key.transpose(-1, -2)  # [B, H, T, T]
+        if self.cap is not None:
+            scores = self.cap * torch.tanh(scores / self.cap)
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         if causal:
@@ -301,7 +355,9 @@ class _Attention(nn.Module):
             scores = torch.cat([scores, column], dim=-1)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
         weights = weights[..., : key.shape[2]]
-        return dropout.attention_weights(weights, self.number, self.heads) @ value
+        if dropout is not None:
+            weights = dropout.attention_weights(weights, self.number, self.heads)
+        return weights @ value
 
 
 class _Sinks(nn.Module):

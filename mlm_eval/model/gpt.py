@@ -11,6 +11,7 @@ from mlm_eval.model.attention import (
     KeyValueCache,
     LatentAttention,
     SelfAttention,
+    local_rotary_tables,
     rotary_tables,
 )
 from mlm_eval.model.dropout import Dropout
@@ -39,9 +40,16 @@ class GPT(nn.Module):
 
         Sequences are padded on the right: no position sees a later one, so padding needs no mask.
         """
-        cos, sin = rotary_tables(self.config, tokens.shape[1], tokens.device)
-        context = Context(causal=True, cos=cos, sin=sin, dropout=dropout)
+        context = self._context(tokens, dropout=dropout)
         return self.decoder(self.embedding(tokens), context, query_from)  # type: ignore[no-any-return]
+
+    def _context(
+        self, tokens: Tensor, *, dropout: Dropout | None = None, cache: KeyValueCache | None = None
+    ) -> Context:
+        """Return what the layers share where texts start at position 0."""
+        cos, sin = rotary_tables(self.config, tokens.shape[1], tokens.device)
+        local = local_rotary_tables(self.config, tokens.shape[1], tokens.device)
+        return Context(causal=True, cos=cos, sin=sin, local=local, dropout=dropout, cache=cache)
 
     @property
     def cache_width(self) -> tuple[int, int, int]:
@@ -67,8 +75,7 @@ class GPT(nn.Module):
             width=self.cache_width,
             like=self.embedding.word_embeddings.weight,
         )
-        cos, sin = rotary_tables(self.config, tokens.shape[1], tokens.device)
-        context = Context(causal=True, cos=cos, sin=sin, cache=cache)
+        context = self._context(tokens, cache=cache)
         first = min(lengths) - 1
         states = self.decoder(self.embedding(tokens), context, first)
         last = torch.tensor(lengths, device=tokens.device) - 1 - first
@@ -80,8 +87,17 @@ class GPT(nn.Module):
         cos, sin = rotary_tables(self.config, seen.shape[-1], tokens.device)
         if cos is not None and sin is not None:
             cos, sin = cos[positions, None, None], sin[positions, None, None]  # [B, 1, 1, d]
+        local = local_rotary_tables(self.config, seen.shape[-1], tokens.device)
+        if local is not None:
+            local = local[0][positions, None, None], local[1][positions, None, None]
         context = Context(
-            causal=False, key_mask=seen, cos=cos, sin=sin, cache=cache, positions=positions
+            causal=False,
+            key_mask=seen,
+            cos=cos,
+            sin=sin,
+            local=local,
+            cache=cache,
+            positions=positions,
         )
         x = self.embedding(tokens[:, None], positions=positions[:, None])
         return self.decoder(x, context)[:, 0]  # type: ignore[no-any-return]

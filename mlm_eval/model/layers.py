@@ -107,6 +107,8 @@ class MLP(nn.Module):
         rows = 2 * local if config.gated else local
         self.linear_fc1 = ColumnParallelLinear(config.hidden_size, rows, bias=bias, tp=tp)
         self.linear_fc2 = RowParallelLinear(local, config.hidden_size, bias=bias, tp=tp)
+        if config.branch_layernorm:
+            self.linear_fc2.post_layernorm = norm(config)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[batch, seq, hidden]`."""

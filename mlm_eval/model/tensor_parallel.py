@@ -106,19 +106,25 @@ class RowParallelLinear(nn.Module):
     """A linear layer of which this rank holds some inputs: `[..., in / tp]` -> `[..., out]`.
 
     One all-reduce forward. The bias is replicated and added once, after the sum.
+
+    Attributes:
+        post_layernorm: A norm of the sum, before the bias; replicated. None: there is none.
     """
 
     def __init__(self, local_inputs: int, outputs: int, *, bias: bool, tp: TensorParallel) -> None:
         super().__init__()
         self.tp = tp
+        self.post_layernorm: nn.Module | None = None
         self.weight = nn.Parameter(torch.empty(outputs, local_inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the whole output, the same on every rank."""
-        if self.tp.size == 1:
+        if self.tp.size == 1 and self.post_layernorm is None:
             return F.linear(x, self.weight, self.bias)
         total = reduce_from_region(F.linear(x, self.weight), self.tp)
+        if self.post_layernorm is not None:
+            total = self.post_layernorm(total)
         return total if self.bias is None else total + self.bias
 
 
@@ -197,7 +203,14 @@ class VocabHead(nn.Module):
     """
 
     def __init__(
-        self, vocab_size: int, embedding: VocabParallelEmbedding, *, tied: bool, biased: bool
+        self,
+        vocab_size: int,
+        embedding: VocabParallelEmbedding,
+        *,
+        tied: bool,
+        biased: bool,
+        multiplier: float = 1.0,
+        cap: float | None = None,
     ) -> None:
         """Cut the table as the embeddings are.
 
@@ -206,8 +219,11 @@ class VocabHead(nn.Module):
             embedding: The word embeddings.
             tied: Their rows are the output table.
             biased: There is a bias for each token.
+            multiplier: Of the logits.
+            cap: The logits then become cap tanh(logit / cap); None: they stay as they are.
         """
         super().__init__()
+        self.multiplier, self.cap = multiplier, cap
         self.vocab_size = vocab_size
         self.tp, self.first_row = embedding.tp, embedding.first_row
         rows, width = embedding.weight.shape
@@ -238,7 +254,10 @@ class VocabHead(nn.Module):
         return states.to(dtype), self.table.to(dtype)
 
     def _own_logits(self, states: Tensor, table: Tensor) -> Tensor:
-        return float32_product(states, table, self.bias)  # [N, V/p]
+        logits = float32_product(states, table, self.bias)  # [N, V/p]
+        if self.multiplier != 1.0:
+            logits = logits * self.multiplier
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
     @torch.no_grad()
     def log_probs(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -119,6 +119,9 @@ class Embedding(nn.Module):
         if self.config.num_tokentypes:
             types = torch.zeros_like(tokens) if tokentypes is None else tokentypes
             x = x + self.tokentype_embeddings(types)
+        if self.config.embedding_multiplier != 1.0:
+            # Rounded to the dtype of what it multiplies, as Gemma was trained.
+            x = x * torch.tensor(self.config.embedding_multiplier, dtype=x.dtype, device=x.device)
         return x  # type: ignore[no-any-return]
 
 
@@ -129,4 +132,6 @@ def output_layer(config: ModelConfig, embedding: Embedding) -> VocabHead:
         embedding.word_embeddings,
         tied=not (config.untie_embeddings_and_output_weights and config.lm_head),
         biased=config.family == "bert" and config.lm_head,
+        multiplier=config.logit_multiplier,
+        cap=config.final_logit_softcapping,
     )

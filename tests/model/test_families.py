@@ -91,6 +91,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gates": {"attention_output_gate": True, "no_rope_layers": (0,), "qk_l2_norm": True},
     "off by one": {"softmax_type": "off-by-one", "activation": "geglu_tanh"},
+    "caps, multipliers and norms of branches": {
+        "attn_logit_softcapping": 0.7,
+        "final_logit_softcapping": 1.5,
+        "embedding_multiplier": 3.0,
+        "logit_multiplier": 0.5,
+        "branch_layernorm": True,
+        "layernorm_zero_centered_gamma": True,
+        "window_size": 3,
+        "window_layers": (0,),
+        "softmax_type": "learnable",
+    },
+    "two rotary bases": {
+        "window_size": 3,
+        "window_layers": (0,),
+        "rotary_base_local": 30.0,
+        "rotary_seq_len_interpolation_factor": 4.0,
+        "branch_layernorm": True,
+        "add_bias_linear": True,
+        "add_qkv_bias": True,
+    },
 }
 
 
