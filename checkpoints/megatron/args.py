@@ -30,7 +30,12 @@ from mlm_eval.checkpoints.megatron.family_args import Shapes
 from mlm_eval.checkpoints.megatron.fields import ARG_FIELDS, RunCode
 from mlm_eval.checkpoints.megatron.layout import SaveLayout, needs_openai_gelu
 from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS
-from mlm_eval.checkpoints.projects.settings import ACTIVATION_ARGS, BESIDE, PASSED_ON
+from mlm_eval.checkpoints.projects.settings import (
+    ACTIVATION_ARGS,
+    BESIDE,
+    GATED_GELU,
+    PASSED_ON,
+)
 
 # Setting -> Megatron's default.
 _SETTINGS: dict[str, Any] = {
@@ -220,6 +225,7 @@ def build_config(
     if code == "core":
         family_args.read_layer_patterns(b, args)
         family_args.read_attention(b, args, shapes)
+        family_args.read_scaling(b, args, shapes)
         family_args.read_experts(b, args, shapes)
         family_args.read_l2_norm(b, args)
         if b.values.get("multi_latent_attention"):
@@ -631,6 +637,8 @@ def _activation_from_args(b: _ArgsReader) -> tuple[str, str]:
     for name in ("swiglu", "squared_relu", "quick_geglu"):
         if args.get(name):
             return name, f"args.{name}"
+    if args.get(GATED_GELU) in ("geglu", "geglu_tanh"):
+        return args[GATED_GELU], f"args.{GATED_GELU}"
     activation, source = _ungated_from_args(b)
     if args.get("gated_linear_unit") and activation != "swiglu" and "activation" not in b.overrides:
         raise InputError(

@@ -13,6 +13,7 @@ from typing import Any
 
 from mlm_eval.checkpoints.config import ConfigBuilder, ModelConfig, YarnScaling, yarn_mscale
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.projects.settings import GATED_GELU
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Canonical name -> full shape."""
@@ -43,6 +44,13 @@ _CORE_ONLY: dict[str, tuple[Any, ...]] = {
     "activation_func_clamp_value": (),
     "glu_linear_offset": (0,),
     "multi_latent_attention": (False,),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "query_pre_attn_scalar": (),
+    "use_mup": (False,),
+    "embedding_multiplier": (1,),
+    "logit_multiplier": (1,),
+    "rotary_base_local": (),
 }
 """What legacy layers do not have -> values that ask for none of it."""
 
@@ -151,6 +159,52 @@ def read_attention(b: ConfigBuilder, args: Mapping[str, Any], shapes: Shapes) ->
         )
     gate = bool(args.get("attention_output_gate"))
     b.set("attention_output_gate", gate, _source(args, "attention_output_gate"))
+
+
+def read_scaling(b: ConfigBuilder, args: Mapping[str, Any], shapes: Shapes) -> None:
+    """Take what is scaled or capped, and norms of branches: Gemma, and maximal-update scaling.
+
+    Source: docs/megatron.md, "Dense variants".
+
+    Raises:
+        InputError: A setting is no number.
+    """
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        b.set(name, _positive(b, args, name), _source(args, name))
+    normed = any(name.endswith(".linear_proj.post_layernorm.weight") for name in shapes)
+    b.set("branch_layernorm", normed, "shapes")
+    for name in ("embedding_multiplier", "logit_multiplier"):
+        b.set(name, _positive(b, args, name) or 1.0, _source(args, name))
+    if args.get("use_mup"):
+        _read_mup(b, args)
+    scalar = _positive(b, args, "query_pre_attn_scalar")
+    if scalar is not None:
+        b.set("softmax_scale", scalar**-0.5, "args.query_pre_attn_scalar")
+    local = _positive(b, args, "rotary_base_local")
+    windowed = bool(b.values.get("window_layers")) and "rope" in b.values["position_embedding_type"]
+    b.set("rotary_base_local", local if windowed else None, _source(args, "rotary_base_local"))
+
+
+def _read_mup(b: ConfigBuilder, args: Mapping[str, Any]) -> None:
+    """Take maximal-update scaling, as megatron-core's config completes it (core 0.19)."""
+    width = b.values["hidden_size"] / (
+        _positive(b, args, "mup_base_hidden_size") or b.values["hidden_size"]
+    )
+    logits = _positive(b, args, "mup_output_mult") or 1.0
+    b.set("embedding_multiplier", _positive(b, args, "mup_embedding_mult") or 1.0, "args.use_mup")
+    b.set("logit_multiplier", 1.0 / width if logits == 1.0 else logits, "args.use_mup")
+    if args.get("softmax_scale") is None:
+        base = _positive(b, args, "mup_base_head_dim") or 1.0
+        power = float(_given(args, "mup_attn_scale_power", 1.0))
+        b.set("softmax_scale", base**0.5 / b.values["kv_channels"] ** power, "args.use_mup")
+
+
+def _positive(b: ConfigBuilder, args: Mapping[str, Any], name: str) -> float | None:
+    """Return a number of args; None where there is none, or 0."""
+    value = args.get(name)
+    if value is not None and type(value) not in (int, float):
+        raise InputError(f"{b.where} has args.{name} = {value!r}, expected a number")
+    return float(value) if value else None
 
 
 def read_l2_norm(b: ConfigBuilder, args: Mapping[str, Any]) -> None:
@@ -460,6 +514,18 @@ def args_of_family(c: ModelConfig) -> dict[str, Any]:
         args["attention_output_gate"] = True
     if c.qk_l2_norm:
         args["qk_l2_norm"] = True
+    for name in ("attn_logit_softcapping", "final_logit_softcapping", "rotary_base_local"):
+        if getattr(c, name) is not None:
+            args[name] = getattr(c, name)
+    if (c.embedding_multiplier, c.logit_multiplier) != (1.0, 1.0):
+        args |= {
+            "use_mup": True,
+            "mup_embedding_mult": c.embedding_multiplier,
+            "mup_output_mult": c.logit_multiplier,
+            "softmax_scale": c.kv_channels**-0.5 if c.softmax_scale is None else c.softmax_scale,
+        }
+    if c.activation in ("geglu", "geglu_tanh"):
+        args[GATED_GELU] = c.activation
     if c.activation_func_clamp_value is not None:
         args["activation_func_clamp_value"] = c.activation_func_clamp_value
     if c.glu_linear_offset:

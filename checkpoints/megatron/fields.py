@@ -240,6 +240,19 @@ _GROUPS: tuple[tuple[str, ArgField], ...] = (
         "quick_geglu activation_func_clamp_value glu_linear_offset",
         _read("The gated activation, and what is clamped and added in it."),
     ),
+    (
+        "attn_logit_softcapping final_logit_softcapping",
+        _read("Caps of attention scores and of logits: Gemma's, in Megatron-Bridge and in forks."),
+    ),
+    ("query_pre_attn_scalar", _read("The factor of attention scores, as 1 / its root.")),
+    (
+        """use_mup mup_embedding_mult mup_output_mult mup_base_hidden_size mup_base_head_dim
+        mup_attn_scale_power""",
+        _read("Maximal-update scaling: factors of embeddings, logits and attention scores."),
+    ),
+    ("embedding_multiplier logit_multiplier", _read("Factors of embeddings and of logits.")),
+    ("rotary_base_local", _read("The rotary base of the layers with a window, in Gemma 3.")),
+    ("gated_gelu", _read("A name of our own for a GELU with a gate, which no arg says.")),
     # ---- refused ---------------------------------------------------------------------------------
     ("moe_latent_size", _refused("experts that work in a latent width", 0)),
     ("moe_expert_capacity_factor", _refused("experts that drop tokens beyond their capacity")),
@@ -272,13 +285,10 @@ _GROUPS: tuple[tuple[str, ArgField], ...] = (
     ("rotary_base_per_layer", _refused("rotary bases of each layer's own")),
     ("mrope_section", _only_with("position_embedding_type")),  # mrope, which is refused
     ("layernorm_mlp_bias", _refused("an unknown MLP norm", False)),
-    ("use_mup", _refused("maximal-update scaling", False)),
     ("enable_hyper_connections", _refused("hyper-connections", False)),
     # Of forks and of Megatron-Bridge, with their defaults: Megatron-DeepSpeed, Megatron-LLM,
     # MindSpeed-LLM. Where args hold one of another value, the fork's model heeded it.
-    ("attn_logit_softcapping", _refused("capped attention scores", 0)),
-    ("final_logit_softcapping output_logit_softcapping", _refused("capped logits", 0)),
-    ("query_pre_attn_scalar", _refused("an attention scale of a fork's", setting="softmax_scale")),
+    ("output_logit_softcapping", _refused("capped logits", 0)),
     ("glu_activation", _refused("a fork's gate, whose halves stand in another order", "")),
     ("geglu", _refused("the GEGLU activation", False)),
     ("gelu_tanh", _refused("a fork's tanh GELU", False, setting="activation")),

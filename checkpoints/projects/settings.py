@@ -18,6 +18,7 @@ import yaml
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safe_pickle import is_scalar
 from mlm_eval.checkpoints.files.text_file import read_json_object, read_text
+from mlm_eval.checkpoints.projects.gemma import gemma_settings
 
 _LARGEST = 1 << 24
 """Bytes of a settings file."""
@@ -27,6 +28,9 @@ _LONGEST = 1 << 14
 
 _SILU = ("torch.nn.functional.silu", "torch.nn.functional.SiLU")
 _GELU = ("torch.nn.functional.gelu",)
+_TANH = ("fast_gelu", "openai_gelu", "gelu_impl")
+"""megatron-core's and Megatron-Bridge's functions that are the tanh GELU."""
+
 _WORDS = {
     "squared_relu": ("squared_relu",),
     "quick_geglu": ("quick_gelu",),
@@ -48,7 +52,10 @@ _RENAMED = {
 _PASSED_ON = ["use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor"]
 """Their models are built with these, which Megatron-LM's own never received."""
 
-ACTIVATION_ARGS = ("swiglu", "squared_relu", "quick_geglu", "activation_func")
+GATED_GELU = "gated_gelu"
+"""An arg of our own: the name of a GELU with a gate, for which Megatron-LM has no arg."""
+
+ACTIVATION_ARGS = ("swiglu", "squared_relu", "quick_geglu", "activation_func", GATED_GELU)
 """The args by which a settings file says which activation ran."""
 
 BESIDE = "settings_beside"
@@ -63,7 +70,8 @@ OF_PROVIDERS = frozenset(
     scatter_embedding_sequence_parallel seq_length max_position_embeddings low_freq_factor
     high_freq_factor old_context_len bias_activation_fusion gated_linear_unit data_step_fn
     forward_step_fn transformer_layer_spec use_transformer_engine_full_layer_spec
-    tp_comm_overlap_cfg tokenizer_id enable_autocast restore_modelopt_state""".split()
+    tp_comm_overlap_cfg tokenizer_id enable_autocast restore_modelopt_state
+    interleaved_attn_pattern is_vision_language""".split()
 )
 """Fields of providers beside megatron-core's, which change no output."""
 
@@ -128,13 +136,8 @@ def find_settings(folder: Path) -> SideSettings | None:
 
 
 def _of_file(path: Path, project: str, values: Mapping[str, Any]) -> SideSettings:
-    provider = str(values.get("_target_", ""))
-    if "gemma" in provider.lower():
-        raise InputError(
-            f"{path} is of {provider.rpartition('.')[2]}: Gemma scales its embeddings, which "
-            "mlm-eval does not compute; use the Hugging Face form of another model"
-        )
-    args = args_of_config(values)
+    gemma = gemma_settings(str(values.get("_target_", "")), values, str(path))
+    args = args_of_config(values if gemma is None else gemma)
     place = path.resolve()
     return SideSettings(place, project, args | {BESIDE: f"{place.parent.name}/{place.name}"})
 
@@ -224,12 +227,16 @@ def _activation(values: Mapping[str, Any]) -> dict[str, Any]:
     if function is None:
         return {}
     text = str(function)
+    of_target = values.get("activation_func")
+    tanh = isinstance(of_target, dict) and of_target.get("approximate") == "tanh"
+    if gated and (text.endswith(_TANH) or text in _GELU):
+        return {GATED_GELU: "geglu_tanh" if tanh or text.endswith(_TANH) else "geglu"}
     if text in _SILU and gated:
         return {"swiglu": True}
     if text.endswith(_WORDS["quick_geglu"]) and gated:
         return {"quick_geglu": True}
     if text.endswith(_WORDS["squared_relu"]) and not gated:
         return {"squared_relu": True, "gated_linear_unit": False}
-    if text in _GELU and not gated:
+    if text in _GELU and not gated and not tanh:
         return {"swiglu": False, "gated_linear_unit": False}
     return {"activation_func": text}  # refused by that name, with its way out

@@ -19,6 +19,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.megatron.write_dist import write_torch_dist
 from mlm_eval.checkpoints.open import open_checkpoint
 
+GEMMA3 = "megatron.bridge.models.gemma.gemma3_provider.Gemma3ModelProvider1B"
 MODEL = dataclasses.replace(LLAMA, layernorm_epsilon=1e-6, rotary_base=500000.0)
 
 
@@ -50,9 +51,9 @@ def fields(config: ModelConfig, **more: Any) -> dict[str, Any]:
     }
 
 
-def weights_in(folder: Path) -> Path:
+def weights_in(folder: Path, model: ModelConfig = MODEL) -> Path:
     """Write the model's weights into a folder, in torch_dist and without args."""
-    source = random_models.checkpoint(MODEL, seed=3)
+    source = random_models.checkpoint(model, seed=3)
     step = write_torch_dist(source, folder.parent / "made", iteration=7) / "iter_0000007"
     folder.parent.mkdir(parents=True, exist_ok=True)
     step.rename(folder)
@@ -124,8 +125,13 @@ def test_what_a_bridge_model_is_given_is_applied(tmp_path: Path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"_target_": "megatron.bridge.models.gemma.Gemma2ModelProvider"}, "Gemma2ModelProvider"),
-        ({"attn_logit_softcapping": 50.0}, "args.attn_logit_softcapping = 50.0"),
+        ({"_target_": "megatron.bridge.models.gemma.Gemma4ModelProvider"}, "Gemma4ModelProvider"),
+        ({"_target_": "megatron.bridge.models.Gemma3VLModelProvider"}, "is of Gemma3VLModelProv"),
+        ({"_target_": GEMMA3, "seq_len_interpolation_factor": 2.0}, "seq_len_interpolation_factor"),
+        ({"_target_": GEMMA3, "interleaved_attn_pattern": [5, "x"]}, "interleaved_attn_pattern"),
+        ({"_target_": GEMMA3, "num_layers": None}, "num_layers None"),
+        ({"_target_": GEMMA3, "hidden_size": "x"}, "hidden_size 'x'"),
+        ({"output_logit_softcapping": 50.0}, "args.output_logit_softcapping = 50.0"),
         ({"activation_func": {"_target_": "some.other.function"}}, "some.other.function"),
         (
             {"layernorm_epsilon": None},
@@ -143,9 +149,9 @@ def test_what_is_not_computed_or_not_said_is_refused(
 
 
 def test_settings_that_are_not_known_are_listed(tmp_path: Path):
-    bridge(tmp_path, embedding_multiplier=12.0, should_pad_vocab=True, hf_model_id="a/b")
+    bridge(tmp_path, residual_multiplier=12.0, should_pad_vocab=True, hf_model_id="a/b")
     [warning] = open_checkpoint(tmp_path).provenance.warnings
-    assert "run_config.yaml" in warning and "embedding_multiplier" in warning
+    assert "run_config.yaml" in warning and "residual_multiplier" in warning
     assert "should_pad_vocab" not in warning and "hf_model_id" not in warning
 
 

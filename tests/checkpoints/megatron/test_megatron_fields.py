@@ -24,6 +24,7 @@ from mlm_eval.checkpoints.convert import convert
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safe_pickle import Stub
 from mlm_eval.checkpoints.megatron.args import build_config
+from mlm_eval.checkpoints.megatron.family_args import args_of_family
 from mlm_eval.checkpoints.megatron.fields import ARG_FIELDS, RunCode
 from mlm_eval.checkpoints.megatron.layout import choose_names
 from mlm_eval.checkpoints.open import open_checkpoint
@@ -47,6 +48,7 @@ FAMILY_ARGS: dict[ModelConfig, dict[str, Any]] = {
     MLA: {"group_query_attention": False, "save_retain_interval": None},
 }
 YARN = {"rotary_scaling_factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.5}
+MUP = {"use_mup": True, "mup_attn_scale_power": 0.5}
 CLAMP = "activation_func_clamp_value"
 
 CORE, LEGACY, LEGACY_TE = "core", "legacy", "legacy with TransformerEngine"
@@ -286,6 +288,19 @@ READ: dict[str, tuple[ModelConfig, RunCode, dict[str, Any]]] = {
     "attention_output_gate": (LLAMA, CORE, {"attention_output_gate": True}),
     "no_rope_freq": (LLAMA, CORE, {"no_rope_freq": 2}),
     "quick_geglu": (LLAMA, CORE, {"swiglu": False, "quick_geglu": True}),
+    "attn_logit_softcapping": (LLAMA, CORE, {"attn_logit_softcapping": 50.0}),
+    "final_logit_softcapping": (LLAMA, CORE, {"final_logit_softcapping": 30.0}),
+    "query_pre_attn_scalar": (LLAMA, CORE, {"query_pre_attn_scalar": 224}),
+    "embedding_multiplier": (LLAMA, CORE, {"embedding_multiplier": 12.0}),
+    "logit_multiplier": (LLAMA, CORE, {"logit_multiplier": 0.5}),
+    "use_mup": (LLAMA, CORE, {"use_mup": True}),
+    "mup_embedding_mult": (LLAMA, CORE, MUP | {"mup_embedding_mult": 12.0}),
+    "mup_output_mult": (LLAMA, CORE, MUP | {"mup_output_mult": 0.5}),
+    "mup_base_hidden_size": (LLAMA, CORE, MUP | {"mup_base_hidden_size": 4}),
+    "mup_base_head_dim": (LLAMA, CORE, MUP | {"mup_base_head_dim": 64}),
+    "mup_attn_scale_power": (LLAMA, CORE, MUP | {"mup_attn_scale_power": 0.7}),
+    "rotary_base_local": (LLAMA, CORE, {"window_size": [2, 0], "rotary_base_local": 500.0}),
+    "gated_gelu": (LLAMA, CORE, {"swiglu": False, "gated_gelu": "geglu_tanh"}),
     CLAMP: (LLAMA, CORE, {CLAMP: 1.5}),
     "glu_linear_offset": (LLAMA, CORE, {"glu_linear_offset": 1.0}),
 }
@@ -415,6 +430,39 @@ def test_layers_from_elsewhere_are_told_of(spec: Any, foreign: bool):
     assert found.config == GPT
     assert len(found.warnings) == foreign
     assert all("(args.spec), which is no part of Megatron" in one for one in found.warnings)
+
+
+def test_maximal_update_scaling_is_as_cores_config_completes_it():
+    """Core 0.19: logits by 1 / width ratio unless set, scores by 1 / channels unless scaled."""
+    channels, base = LLAMA.kv_channels, LLAMA.hidden_size // 4
+    args = {"use_mup": True, "mup_embedding_mult": 12.0, "mup_base_hidden_size": base}
+    found = build(LLAMA, args_for(LLAMA, **args)).config
+    assert (found.embedding_multiplier, found.logit_multiplier) == (12.0, 0.25)
+    assert found.softmax_scale == 1 / channels
+    more = {"mup_output_mult": 0.5, "mup_base_head_dim": channels, "mup_attn_scale_power": 1.0}
+    assert build(LLAMA, args_for(LLAMA, **args, **more)).config == dataclasses.replace(
+        LLAMA, embedding_multiplier=12.0, logit_multiplier=0.5
+    )
+    given = build(LLAMA, args_for(LLAMA, **args, softmax_scale=0.4)).config
+    assert given.softmax_scale == 0.4
+    with pytest.raises(InputError, match=r"args\.mup_embedding_mult = 'x', expected a number"):
+        build(LLAMA, args_for(LLAMA, **args | {"mup_embedding_mult": "x"}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"embedding_multiplier": 12.0, "logit_multiplier": 0.5},
+        {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "branch_layernorm": True},
+        {"window_size": 2, "window_layers": (0, 2), "rotary_base_local": 500.0},
+        {"activation": "geglu_tanh", "softmax_scale": 0.4, "embedding_multiplier": 3.0},
+        {"activation": "geglu"},
+    ],
+)
+def test_args_of_the_newer_layers_are_read_back(change: dict[str, Any]):
+    config = dataclasses.replace(LLAMA, **change)
+    args = args_for(LLAMA, swiglu=config.activation == "swiglu") | args_of_family(config)
+    assert build(config, args).config == config
 
 
 def test_a_legacy_model_with_interleaved_pairs_is_refused():
