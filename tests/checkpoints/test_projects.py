@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from support import random_models
+from support import dcp_folders, random_models
 from support.synthetic import LLAMA
 
 from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
@@ -51,9 +52,9 @@ def fields(config: ModelConfig, **more: Any) -> dict[str, Any]:
     }
 
 
-def weights_in(folder: Path, model: ModelConfig = MODEL) -> Path:
+def weights_in(folder: Path) -> Path:
     """Write the model's weights into a folder, in torch_dist and without args."""
-    source = random_models.checkpoint(model, seed=3)
+    source = random_models.checkpoint(MODEL, seed=3)
     step = write_torch_dist(source, folder.parent / "made", iteration=7) / "iter_0000007"
     folder.parent.mkdir(parents=True, exist_ok=True)
     step.rename(folder)
@@ -120,6 +121,93 @@ def test_what_a_bridge_model_is_given_is_applied(tmp_path: Path):
     nemo_2(tmp_path / "c", scale_factor=8, old_context_len=4096)
     with pytest.raises(InputError, match="old_context_len = 4096, where Llama 3.1 has 8192"):
         open_checkpoint(tmp_path / "c")
+
+
+GEMMA = dataclasses.replace(
+    MODEL,
+    activation="geglu_tanh",
+    embedding_multiplier=MODEL.hidden_size**0.5,
+    layernorm_zero_centered_gamma=True,
+)
+GEMMAS: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
+    "gemma_provider.CodeGemmaModelProvider2B": (GEMMA, {}),
+    "gemma2_provider.Gemma2ModelProvider9B": (
+        dataclasses.replace(
+            GEMMA,
+            branch_layernorm=True,
+            window_size=5,
+            window_layers=(1, 3),
+            attn_logit_softcapping=50.0,
+            final_logit_softcapping=30.0,
+            softmax_scale=0.0625,
+        ),
+        {
+            "window_size": [5, 0],
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "query_pre_attn_scalar": 256,
+        },
+    ),
+    "gemma3_provider.Gemma3ModelProvider1B": (
+        dataclasses.replace(
+            GEMMA,
+            branch_layernorm=True,
+            qk_layernorm=True,
+            window_size=7,
+            window_layers=(0, 1, 3),
+            rotary_base=1e6,
+            rotary_base_local=10000.0,
+            rotary_seq_len_interpolation_factor=8.0,
+            softmax_scale=0.0625,
+        ),
+        {
+            "window_size": 8,
+            "interleaved_attn_pattern": [2, 1],
+            "rotary_base": [10000, 1000000],
+            "rope_scaling_factor": 8.0,
+            "softmax_scale": 0.0625,
+        },
+    ),
+    "model_config.Gemma3ModelConfig": (
+        dataclasses.replace(
+            GEMMA,
+            branch_layernorm=True,
+            window_size=7,
+            window_layers=(0, 1, 2, 3),
+            rotary_base=1e6,
+            rotary_base_local=20000.0,
+        ),
+        {"window_size": [7, 0], "rotary_base": 1000000, "rotary_base_local": 20000},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GEMMAS)
+def test_gemmas_classes_compute_more_than_their_fields_say(name: str, tmp_path: Path):
+    """The class is known by its name; the keys are TransformerEngine's, layers stacked."""
+    model, more = GEMMAS[name]
+    weights = random_models.state_dict(model, seed=3)
+    stacked: dict[str, list[torch.Tensor]] = {}
+    for key, tensor in weights.items():
+        key = key.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
+        key = key.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
+        stacked.setdefault(re.sub(r"layers\.\d+", "layers", key), []).append(tensor)
+    tensors = {
+        key: torch.stack(parts) if ".layers." in key else parts[0] for key, parts in stacked.items()
+    }
+    step = dcp_folders.save(tmp_path / "iter_0000007", tensors, common={"iteration": 7})
+    settings = {
+        "_target_": f"megatron.bridge.models.gemma.{name}",
+        "activation_func": {"_call_": False, "_target_": "megatron.core.activations.fast_gelu"},
+        "layernorm_zero_centered_gamma": True,
+        "qk_layernorm": model.qk_layernorm,
+        **more,
+    }
+    (step / "run_config.yaml").write_text(yaml.safe_dump({"model": fields(model, **settings)}))
+    found = open_checkpoint(tmp_path)
+    assert found.config == model
+    assert not found.provenance.warnings
+    assert all(torch.equal(found.tensors[name].read(), weights[name]) for name in weights)
 
 
 @pytest.mark.parametrize(
