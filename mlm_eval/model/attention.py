@@ -27,7 +27,6 @@ from mlm_eval.model.tensor_parallel import (
     copy_to_region,
 )
 
-
 SCORE_CHUNK_ELEMENTS = 1 << 24
 """Scores computed at a time where they are capped (64 MB in float32)."""
 
