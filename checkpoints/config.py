@@ -300,8 +300,8 @@ class ModelConfig:
                 )
         if self.rotary_base_local is not None and not (self.window_layers and self.rotary):
             raise InputError(
-                f"rotary_base_local is {self.rotary_base_local}, but the model has no rotary layers "
-                "with a window; set window_size and window_layers too, with --set"
+                f"rotary_base_local is {self.rotary_base_local}, but no rotary layer has a window; "
+                "set window_size and window_layers too, with --set"
             )
         if self.branch_layernorm and (self.num_experts or self.family == "bert"):
             raise InputError(
