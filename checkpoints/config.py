@@ -116,6 +116,11 @@ def yarn_mscale(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
+def mscale_of(factor: float, m: float) -> float:
+    """Return the mscale whose `yarn_mscale` is `m`."""
+    return (m - 1.0) / (0.1 * math.log(factor)) if factor > 1 else 0.0
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """One model. Names are Megatron's; sizes are those of the whole model, never of a shard.
@@ -261,6 +266,8 @@ class ModelConfig:
                 f"rope_scaling_factor is {self.rope_scaling.factor}, but must lie between 0.001 "
                 "and 1e+06; correct it with --set rope_scaling_factor=X"
             )
+        if self.yarn is not None:
+            self._check_yarn(self.yarn)
         if self.rotary and int(self.kv_channels * self.rotary_percent) % 2:
             raise InputError(
                 f"rotary_percent {self.rotary_percent} of heads of {self.kv_channels} channels is "
@@ -289,6 +296,21 @@ class ModelConfig:
                     f"{name} {getattr(self, name)!r} is not supported; known are "
                     f"{', '.join(known)}, to be chosen with --set {name}=..."
                 )
+
+    def _check_yarn(self, yarn: YarnScaling) -> None:
+        for name, value, low in (
+            ("the factor", yarn.factor, 1e-3),
+            ("the original length", yarn.original_max_position, 1.0),
+            ("beta_fast", yarn.beta_fast, 1e-3),
+            ("beta_slow", yarn.beta_slow, 1e-3),
+        ):
+            if not low <= value <= 1e9:
+                raise InputError(f"{name} of YaRN is {value}, but must lie between {low:g} and 1e9")
+        if not self.rotary_base > 1.0:
+            raise InputError(
+                f"rotary_base is {self.rotary_base}, but YaRN needs a base above 1; correct it "
+                "with --set rotary_base=X"
+            )
 
     def _check_layers(self) -> None:
         for name in ("no_rope_layers", "window_layers", "moe_layers"):
@@ -409,6 +431,11 @@ class ModelConfig:
     @property
     def beyond_dense(self) -> str | None:
         """What the model has that a plain dense model has not, in words; None: nothing."""
+        return next(iter(self.parts_beyond_dense), None)
+
+    @property
+    def parts_beyond_dense(self) -> tuple[str, ...]:
+        """All that the model has and a plain dense model has not, in words."""
         parts = {
             "a mixture of experts": bool(self.num_experts),
             "latent attention": self.multi_latent_attention,
@@ -428,7 +455,7 @@ class ModelConfig:
             "clamped or shifted activations": self.activation_func_clamp_value is not None
             or bool(self.glu_linear_offset),
         }
-        return next((what for what, there in parts.items() if there), None)
+        return tuple(what for what, there in parts.items() if there)
 
     @property
     def dense_layers(self) -> int:
@@ -572,7 +599,10 @@ class ConfigBuilder:
         if values.get("lm_head") is False:  # a head that is not there has no activation
             values.pop("head_activation", None)
         config = apply_overrides(ModelConfig(**values), self.overrides)
-        scale, usual = config.softmax_scale, config.kv_channels**-0.5
+        channels = config.kv_channels
+        if config.multi_latent_attention:
+            channels = config.qk_head_dim + config.qk_pos_emb_head_dim
+        scale, usual = config.softmax_scale, channels**-0.5
         if scale is not None and math.isclose(scale, usual, rel_tol=1e-6):
             config = dataclasses.replace(config, softmax_scale=None)
         if not config.rotary:

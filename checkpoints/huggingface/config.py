@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from mlm_eval.checkpoints.config import (
     SETTING_KINDS,
-    ConfigBuilder,
     ModelConfig,
     RopeScaling,
-    is_of_kind,
+    YarnScaling,
+    mscale_of,
+    yarn_mscale,
 )
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.huggingface.families.family import Family
 from mlm_eval.checkpoints.huggingface.fields import Use
+from mlm_eval.checkpoints.huggingface.reader import DEFAULT, Found, HubConfigReader
 
-DEFAULT = "transformers' default"
 ROPE_TYPES = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
 }
 """Kinds of rotary positions, and the settings without which transformers does not load them."""
 ROTARY_KEYS = (
@@ -33,54 +35,15 @@ ROTARY_KEYS = (
     "low_freq_factor",
     "high_freq_factor",
     "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "attention_factor",
+    "truncate",
 )
-
-
-@dataclass(frozen=True)
-class Found:
-    """What the weights themselves tell: the size of the vocabulary, dtype, heads, tying."""
-
-    vocab_size: int
-    params_dtype: str
-    untied: bool | None = None
-    """True where a tied model's output table differs from its embeddings all the same."""
-    heads: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class HubConfigReader(ConfigBuilder):
-    """Collects the settings of config.json."""
-
-    hf: Mapping[str, Any] = field(default_factory=dict)
-    family: Family = field(kw_only=True)
-    switches: dict[str, bool] = field(default_factory=dict)
-    """config.json's keys that say which modules have biases."""
-
-    def look(self, key: str, kind: str) -> tuple[Any, str]:
-        """Return the value of a key of the family's table, checked, and its source."""
-        row = self.family.table[key]
-        for name in (*row.aliases, row.key):
-            if name in self.hf:
-                value = self.hf[name]
-                if value is None and row.use is Use.TRAINING:
-                    break
-                if value is not None or not row.nullable:
-                    value = self.checked(name, value, kind)
-                return value, f"config.json {name}"
-        return row.default, DEFAULT
-
-    def checked(self, key: str, value: Any, kind: str) -> Any:
-        """Return a value of config.json, if it is of its kind.
-
-        Raises:
-            InputError: It is not.
-        """
-        if not is_of_kind(value, kind):
-            raise InputError(
-                f"{self.where}: {key} is {value!r}, expected a value of type {kind}; correct the "
-                "file"
-            )
-        return float(value) if kind == "float" else value
+YARN_NUMBERS = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
+"""What YaRN takes besides its factor and its original length; transformers has all defaults."""
 
 
 def read_config(
@@ -311,7 +274,7 @@ def _rotary(r: HubConfigReader, family: Family) -> None:
         return value, source
 
     base_key, share_key = family.rotary_keys
-    r.set("rotary_base", *lookup("rope_theta", base_key, 10000.0))
+    r.set("rotary_base", *lookup("rope_theta", base_key, family.theta))
     share, source = lookup("partial_rotary_factor", share_key, family.partial_rotary or 1.0)
     if share != 1.0 and family.partial_rotary is None:
         raise InputError(
@@ -342,7 +305,9 @@ def _rotary(r: HubConfigReader, family: Family) -> None:
         numbers[key] = r.checked(key, part[key], "float")
     original = "original_max_position_embeddings"
     passed_over = set(part) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    passed_over -= {*numbers, *([original] if kind == "llama3" else [])}
+    passed_over -= {*numbers, *([original] if kind in ("llama3", "yarn") else [])}
+    if kind == "yarn":
+        passed_over -= {*YARN_NUMBERS, "truncate"}
     if passed_over:
         r.warnings.append(
             f"config.json {within}: {', '.join(sorted(passed_over))} is not read for rotary "
@@ -359,13 +324,47 @@ def _rotary(r: HubConfigReader, family: Family) -> None:
             )
     if kind == "linear":
         r.set("rotary_seq_len_interpolation_factor", numbers["factor"], f"config.json {within}")
-    elif kind == "llama3":
+    elif kind in ("llama3", "yarn"):
         # The top level wins over rope_scaling; and it is the file's own length that stands in,
         # not one that a window or --set has shortened.
         positions, _ = r.look("max_position_embeddings", "int")
         positions = r.checked(original, r.hf.get(original, part.get(original, positions)), "int")
-        scaling = RopeScaling(**numbers, original_max_position=positions)
-        r.set("rope_scaling", scaling, f"config.json {within}")
+        if kind == "llama3":
+            scaling = RopeScaling(**numbers, original_max_position=positions)
+            r.set("rope_scaling", scaling, f"config.json {within}")
+        else:
+            yarn = _yarn(r, part, numbers["factor"], positions)
+            r.set("yarn", yarn, f"config.json {within}")
+
+
+def _yarn(
+    r: HubConfigReader, part: Mapping[str, Any], factor: float, positions: int
+) -> YarnScaling:
+    """Return YaRN's settings; the factor of the angles is kept as the mscale that gives it.
+
+    Source: `_compute_yarn_parameters` in transformers' modeling_rope_utils.py.
+    """
+    given = {key: r.checked(key, part[key], "float") for key in YARN_NUMBERS if part.get(key)}
+    mscale, mscale_all_dim = given.get("mscale"), given.get("mscale_all_dim")
+    if mscale is None or mscale_all_dim is None:  # transformers takes both or none
+        mscale = mscale_all_dim = None
+    if "attention_factor" in part:
+        angles = r.checked("attention_factor", part["attention_factor"], "float")
+        if factor <= 1 and angles != 1.0:
+            raise InputError(
+                f"{r.where}: attention_factor is {angles} with a factor of {factor:g}, at which "
+                "YaRN scales nothing; correct the file"
+            )
+        mscale, mscale_all_dim = mscale_of(factor, angles), 0.0
+    return YarnScaling(
+        factor=factor,
+        original_max_position=positions,
+        beta_fast=given.get("beta_fast", 32.0),
+        beta_slow=given.get("beta_slow", 1.0),
+        mscale=mscale,
+        mscale_all_dim=mscale_all_dim,
+        round_range=r.checked("truncate", part.get("truncate", True), "bool"),
+    )
 
 
 def write_config(
@@ -415,6 +414,8 @@ def _write_rotary(config: ModelConfig, family: Family) -> dict[str, Any]:
             "high_freq_factor": float(config.rope_scaling.high_freq_factor),
             "original_max_position_embeddings": config.rope_scaling.original_max_position,
         }
+    elif config.yarn is not None:
+        scaling = _write_yarn(config.yarn)
     elif config.rotary_seq_len_interpolation_factor is not None:
         factor = float(config.rotary_seq_len_interpolation_factor)
         scaling = {"rope_type": "linear", "factor": factor}
@@ -427,3 +428,20 @@ def _write_rotary(config: ModelConfig, family: Family) -> dict[str, Any]:
     if scaling:
         hf["rope_scaling"] = scaling
     return hf
+
+
+def _write_yarn(yarn: YarnScaling) -> dict[str, Any]:
+    """Return YaRN's settings as transformers reads them."""
+    part: dict[str, Any] = {
+        "rope_type": "yarn",
+        "factor": float(yarn.factor),
+        "original_max_position_embeddings": yarn.original_max_position,
+        "beta_fast": float(yarn.beta_fast),
+        "beta_slow": float(yarn.beta_slow),
+        "truncate": yarn.round_range,
+    }
+    if yarn.mscale and yarn.mscale_all_dim:
+        part |= {"mscale": float(yarn.mscale), "mscale_all_dim": float(yarn.mscale_all_dim)}
+    elif not math.isclose(yarn.attention_factor, yarn_mscale(yarn.factor, 1.0), rel_tol=1e-12):
+        part["attention_factor"] = yarn.attention_factor
+    return part

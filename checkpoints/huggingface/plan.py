@@ -8,6 +8,7 @@ needs `allow_approximate`; everything else is refused by name.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,10 @@ from typing import Any
 import torch
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
-from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.config import ModelConfig, YarnScaling
 from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.huggingface.config import (
-    Found,
     bias_settings,
     read_config,
     write_config,
@@ -42,6 +42,7 @@ from mlm_eval.checkpoints.huggingface.folds import (
     with_plain_gains,
 )
 from mlm_eval.checkpoints.huggingface.layout import zeros
+from mlm_eval.checkpoints.huggingface.reader import Found
 from mlm_eval.checkpoints.huggingface.tokenizer import (
     TokenizerFiles,
     no_tokenizer_files,
@@ -58,6 +59,9 @@ from mlm_eval.checkpoints.tokenizer import (
 from mlm_eval.checkpoints.vocabulary import with_rows
 
 WAY_OUT = "convert it --to megatron or --to torch_dist, which hold every model that mlm-eval reads"
+
+WRITTEN = ("YaRN",)
+"""What a plain dense model has not, and some family of transformers has: `parts_beyond_dense`."""
 
 
 @dataclass(frozen=True)
@@ -207,10 +211,11 @@ def choose_family(c: ModelConfig) -> Family:
     Raises:
         InputError: There is none.
     """
-    if c.beyond_dense:
+    unwritten = [what for what in c.parts_beyond_dense if what not in WRITTEN]
+    if unwritten:
         raise InputError(
-            f"a model with {c.beyond_dense} cannot be converted to Hugging Face: mlm-eval "
-            "evaluates such models and does not write them; give a dense model"
+            f"a model with {unwritten[0]} cannot be converted to Hugging Face: mlm-eval "
+            "evaluates such models and does not write them; give a model without"
         )
     family = _bert_family(c) if c.family == "bert" else _gpt_family(c)
     if c.activation not in family.activation.codes.values():
@@ -421,10 +426,19 @@ def _check_expressed(hf: Mapping[str, Any], family: Family, written: ModelConfig
         if setting.name in DROPOUT_AND_INIT:
             continue
         ours, theirs = getattr(written, setting.name), getattr(back, setting.name)
-        if ours != theirs:
+        if not _same_value(ours, theirs):
             raise _refused(
                 f"a model with {setting.name} {ours!r}", f"{family.model_type} has {theirs!r} there"
             )
+
+
+def _same_value(ours: Any, theirs: Any) -> bool:
+    """Whether two values of a setting are the same; of YaRN's factors, but for rounding."""
+    if isinstance(ours, YarnScaling) and isinstance(theirs, YarnScaling):
+        same = dataclasses.replace(ours, mscale=theirs.mscale, mscale_all_dim=theirs.mscale_all_dim)
+        factors = (ours.attention_factor, theirs.attention_factor)
+        return same == theirs and math.isclose(*factors, rel_tol=1e-9)
+    return bool(ours == theirs)
 
 
 def _tensors(

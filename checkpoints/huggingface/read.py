@@ -29,10 +29,11 @@ from mlm_eval.checkpoints.files.state_dict import common_prefix, plain_tensor, u
 from mlm_eval.checkpoints.files.text_file import read_json_object
 from mlm_eval.checkpoints.files.torch_file import read_torch_file
 from mlm_eval.checkpoints.folders.file_names import safe_name
-from mlm_eval.checkpoints.huggingface.config import Found, read_config
+from mlm_eval.checkpoints.huggingface.config import read_config
 from mlm_eval.checkpoints.huggingface.families import FAMILIES
 from mlm_eval.checkpoints.huggingface.families.family import IGNORED_TENSORS, Family, entries
 from mlm_eval.checkpoints.huggingface.layout import zeros
+from mlm_eval.checkpoints.huggingface.reader import Found
 from mlm_eval.checkpoints.lazy import LazyTensor, runs
 from mlm_eval.checkpoints.parameters import parameters
 

@@ -7,11 +7,16 @@ Source: docs/megatron.md, "Mixtures of experts", "Multi-latent attention", "Dens
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from mlm_eval.checkpoints.config import ConfigBuilder, ModelConfig, YarnScaling, yarn_mscale
+from mlm_eval.checkpoints.config import (
+    ConfigBuilder,
+    ModelConfig,
+    YarnScaling,
+    mscale_of,
+    yarn_mscale,
+)
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.projects.settings import GATED_GELU
 
@@ -464,7 +469,7 @@ def read_latent_positions(b: ConfigBuilder, args: Mapping[str, Any], era: str | 
         # The same factors of scores and of angles, in the newer terms.
         scores = yarn_mscale(factor, mscale)
         angles = scores / yarn_mscale(factor, mscale_all_dim)
-        mscale, mscale_all_dim = _mscale_of(factor, angles * scores), mscale
+        mscale, mscale_all_dim = mscale_of(factor, angles * scores), mscale
     yarn = YarnScaling(
         factor=factor,
         original_max_position=length,
@@ -476,11 +481,6 @@ def read_latent_positions(b: ConfigBuilder, args: Mapping[str, Any], era: str | 
     b.set("yarn", yarn, f"args.rotary_scaling_factor, as {MLA_YARN[new]} reads it")
     stretched = yarn_mscale(factor, mscale_all_dim)
     b.set("softmax_scale", scale * stretched**2, f"args.mscale, as {MLA_YARN[new]} reads it")
-
-
-def _mscale_of(factor: float, m: float) -> float:
-    """Return the mscale whose `yarn_mscale` is `m`."""
-    return (m - 1.0) / (0.1 * math.log(factor)) if factor > 1 else 0.0
 
 
 def _yarn_era(b: ConfigBuilder, args: Mapping[str, Any]) -> str:

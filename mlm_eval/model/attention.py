@@ -234,7 +234,7 @@ def _yarn(frequencies: Tensor, yarn: YarnScaling, base: float) -> Tensor:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, channels - 1)
     steps = torch.arange(len(frequencies), dtype=torch.float32, device=frequencies.device)
-    slowed = ((steps - low) / max(high - low, 1e-3)).clamp(0, 1)
+    slowed = ((steps - low) / (high - low or 1e-3)).clamp(0, 1)
     return frequencies / yarn.factor * slowed + frequencies * (1 - slowed)
 
 

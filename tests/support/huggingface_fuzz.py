@@ -264,7 +264,7 @@ def _rotary(draw: Draw, family: Family, head: int) -> dict[str, Any]:
     shares = [share for share in (1.0, 0.5, 0.25) if int(head * share) % 2 == 0]
     shares = shares if draw.chance(0.98) else [0.25]
     kind = draw.mostly(
-        draw.one_of("default", "linear", "llama3"), "dynamic", "yarn", "longrope", share=0.08
+        draw.one_of("default", "linear", "llama3", "yarn"), "dynamic", "longrope", share=0.08
     )
     part: dict[str, Any] = {draw.mostly("rope_type", "type", share=0.3): kind}
     if kind != "default":
@@ -273,6 +273,17 @@ def _rotary(draw: Draw, family: Family, head: int) -> dict[str, Any]:
         part |= {"low_freq_factor": draw.one_of(1.0, 2.0), "high_freq_factor": 4.0}
     if kind in ("llama3", "yarn") and draw.chance(0.6):
         part["original_max_position_embeddings"] = draw.one_of(8, 16, 40)
+    if kind == "yarn":
+        part |= _some(
+            draw,
+            0.4,
+            beta_fast=draw.one_of(32, 4.0, 0, None),
+            beta_slow=draw.one_of(1, 0.5, None),
+            mscale=draw.one_of(1.0, 0.707, 0.0, None),
+            mscale_all_dim=draw.one_of(1.0, 0.5, 0.0, None),
+            attention_factor=draw.one_of(None, 1.5, 0.8),
+            truncate=draw.one_of(True, False),
+        )
     if kind == "longrope":
         part |= {"short_factor": [1.0] * (head // 2), "long_factor": [2.0] * (head // 2)}
         part["original_max_position_embeddings"] = 8

@@ -26,6 +26,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "beta_fast": 4.0,
+    "mscale_all_dim": 0.5,
+}
 
 GPT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", GPT2),
@@ -43,6 +51,15 @@ GPT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Llama",
         LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 99.0}},
     ),
+    "qwen2-yarn": (
+        "Qwen2",
+        LLAMA
+        | {
+            "num_key_value_heads": 2,
+            "rope_parameters": YARN | {"attention_factor": 1.3, "truncate": False},
+        },
+    ),
+    "llama-yarn": ("Llama", LLAMA | {"rope_parameters": YARN | {"mscale": 0.7}}),
     "mistral": ("Mistral", LLAMA | {"num_key_value_heads": 2}),
     "qwen2": ("Qwen2", LLAMA | {"num_key_value_heads": 2}),
     "qwen3": ("Qwen3", LLAMA | {"num_key_value_heads": 2, "head_dim": 16}),

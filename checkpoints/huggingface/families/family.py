@@ -73,6 +73,8 @@ class Family:
     """ModelConfig settings that every model of the family has."""
     partial_rotary: float | None = None
     """transformers' default share of rotated channels; None where all are."""
+    theta: float = 10000.0
+    """transformers' default rotary base."""
     rotary_keys: tuple[str, str] = ("rope_theta", "partial_rotary_factor")
     """Base and share of rotated channels before transformers 5."""
 

@@ -12,15 +12,11 @@ from typing import Any
 import pytest
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.huggingface.config import (
-    Found,
-    HubConfigReader,
-    read_config,
-    write_config,
-)
+from mlm_eval.checkpoints.huggingface.config import read_config, write_config
 from mlm_eval.checkpoints.huggingface.families import FAMILIES
 from mlm_eval.checkpoints.huggingface.families.family import Family
 from mlm_eval.checkpoints.huggingface.fields import Field, Use
+from mlm_eval.checkpoints.huggingface.reader import Found, HubConfigReader
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 MODEL_CODE = ("transformers.utils.output_capturing",)
@@ -266,6 +262,22 @@ def test_the_original_length_is_the_files(
             "llama",
             {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}},
             "has no low_freq_factor",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"type": "yarn", "factor": 1, "attention_factor": 2}},
+            "attention_factor is 2.0 with a factor of 1",
+        ),
+        ("llama", {"rope_scaling": {"type": "yarn", "factor": 2, ORIGINAL: 0}}, "original length"),
+        (
+            "llama",
+            {"rope_theta": 1.0, "rope_scaling": {"type": "yarn", "factor": 2}},
+            "rotary_base is 1.0, but YaRN",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"type": "yarn", "factor": 2, "beta_slow": -1}},
+            "beta_slow of YaRN is -1",
         ),
         ("llama", {"hidden_act": None}, "hidden_act is None, expected a value of type str"),
         ("llama", {"attention_bias": None}, "attention_bias is None"),

@@ -22,7 +22,7 @@ from support.rounding import assert_same_but_for_rounding
 from torch import Tensor
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
-from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
+from mlm_eval.checkpoints.config import ModelConfig, RopeScaling, YarnScaling
 from mlm_eval.checkpoints.convert import Conversion, convert
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safetensors_file import PIECE_BYTES, write_safetensors
@@ -93,6 +93,14 @@ VARIANTS: dict[str, tuple[ModelConfig, str]] = {
     "llama-linear": (variant(LLAMA, rotary_seq_len_interpolation_factor=2), "LlamaForCausalLM"),
     "llama3": (
         variant(LLAMA, rope_scaling=RopeScaling(4.0, 1.0, 4.0, 8), rotary_base=500),
+        "LlamaForCausalLM",
+    ),
+    "llama-yarn": (
+        variant(LLAMA, yarn=YarnScaling(4.0, 8, 4.0, 0.5, round_range=False), rotary_base=500),
+        "LlamaForCausalLM",
+    ),
+    "llama-yarn-of-megatron": (
+        variant(LLAMA, yarn=YarnScaling(4.0, 8, 4.0, 0.5, 0.7, 0.0), rotary_base=500),
         "LlamaForCausalLM",
     ),
     "qwen2": (variant(LLAMA, add_qkv_bias=True), "Qwen2ForCausalLM"),
@@ -285,6 +293,7 @@ MODEL_BERT = random_models.BERT
             variant(LLAMA, rope_scaling=RopeScaling(), rotary_seq_len_interpolation_factor=2.0),
             "rotary_seq_len_interpolation_factor 2.0",
         ),
+        (variant(LLAMA, rope_scaling=RopeScaling(), yarn=YarnScaling(4.0, 8)), "yarn YarnScal"),
         (variant(MODEL_BERT, normalization="RMSNorm"), "BERT model with RMSNorm"),
         (variant(MODEL_BERT, activation="squared_relu"), "squared ReLU and the LM head the exact"),
         (variant(MODEL_BERT, num_classes=3), "ForSequenceClassification and ForPreTraining"),
