@@ -23,9 +23,12 @@ for each head (a sink), whose share is dropped."""
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
 """How a router turns logits into scores."""
 
-POSITION_TYPES = ("learned_absolute", "rope", "learned_absolute+rope", "none")
-"""Megatron's names; the sum stands for runs of spring 2023, when both could be on."""
+POSITION_TYPES = ("learned_absolute", "rope", "learned_absolute+rope", "alibi", "none")
+"""Megatron's names; the sum stands for runs of spring 2023, when both could be on. `alibi` adds a
+line to the scores, with a slope of its own for each head (arXiv 2108.12409)."""
 
+
+PARALLEL_RESIDUAL = "attention and MLP side by side (a parallel residual)"
 
 ROTARY_SETTINGS = (
     "rotary_percent",
@@ -228,6 +231,10 @@ class ModelConfig:
     untie_embeddings_and_output_weights: bool = False
     apply_residual_connection_post_layernorm: bool = False
     """Take the residual after the norm: the original BERT order, the paper's Figure 7 (a)."""
+    parallel_residual: bool = False
+    """Attention and MLP side by side: x + attention(norm(x)) + MLP(norm(x)), a norm for each."""
+    embedding_layernorm: bool = False
+    """A norm over the word embeddings, before anything is added to them."""
     num_tokentypes: int = 0
     lm_head: bool = True
     """False for fine-tuned BERT files, which hold a task head instead."""
@@ -275,6 +282,7 @@ class ModelConfig:
                 "rotary_percent=X"
             )
         self._check_layers()
+        self._check_arrangement()
         self._check_experts()
         self._check_latents()
         if self.num_query_groups < 1 or self.num_attention_heads % self.num_query_groups:
@@ -334,6 +342,20 @@ class ModelConfig:
             raise InputError(
                 f"window_size is {self.window_size} for {len(self.window_layers)} layer(s); set "
                 "both window_size and window_layers, or neither, with --set"
+            )
+
+    def _check_arrangement(self) -> None:
+        """Refuse parts that no model has together."""
+        if self.parallel_residual and self.apply_residual_connection_post_layernorm:
+            raise InputError(
+                "parallel_residual and apply_residual_connection_post_layernorm exclude one "
+                "another; turn one of them off with --set"
+            )
+        masked = self.window_layers or self.softmax_type != "vanilla"
+        if self.alibi and (masked or self.family == "bert" or self.multi_latent_attention):
+            raise InputError(
+                "position_embedding_type alibi goes with plain causal attention only, without "
+                "windows, sinks or latents; correct it with --set"
             )
 
     def _check_experts(self) -> None:
@@ -405,6 +427,11 @@ class ModelConfig:
         return "rope" in self.position_embedding_type
 
     @property
+    def alibi(self) -> bool:
+        """Whether a line over the keys' positions is added to the scores."""
+        return self.position_embedding_type == "alibi"
+
+    @property
     def block(self) -> str:
         """Canonical prefix of the layers, as in core: `decoder` for GPT, `encoder` for BERT."""
         return "decoder" if self.family == "gpt" else "encoder"
@@ -458,6 +485,16 @@ class ModelConfig:
         return tuple(what for what, there in parts.items() if there)
 
     @property
+    def beyond_megatron(self) -> str | None:
+        """What the model has that no model of Megatron-LM has, in words; None: nothing."""
+        parts = {
+            PARALLEL_RESIDUAL: self.parallel_residual,
+            "ALiBi positions": self.alibi,
+            "norm of the embeddings": self.embedding_layernorm,
+        }
+        return next((what for what, there in parts.items() if there), None)
+
+    @property
     def dense_layers(self) -> int:
         """Number of the layers that have a plain MLP."""
         return self.num_layers - len(self.moe_layers)
@@ -477,7 +514,8 @@ NEWER_SETTINGS = frozenset(
     moe_router_num_groups moe_router_group_topk moe_router_topk_scaling_factor
     moe_router_enable_expert_bias moe_router_bias moe_apply_probs_on_input
     moe_shared_expert_intermediate_size moe_shared_expert_gate multi_latent_attention q_lora_rank
-    kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim""".split()
+    kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim parallel_residual
+    embedding_layernorm""".split()
 )
 """Settings of megatron-core's newer layers, which most models have at their defaults."""
 

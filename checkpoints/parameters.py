@@ -163,6 +163,8 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
 
 def _all(c: ModelConfig) -> Iterator[Parameter]:
     yield Parameter(WORD_EMBEDDINGS, (c.vocab_size, c.hidden_size), VOCAB)
+    if c.embedding_layernorm:
+        yield from _norm(c, "embedding.word_embeddings_layernorm")
     if c.learned_positions:
         shape = (c.max_position_embeddings, c.hidden_size)
         yield Parameter("embedding.position_embeddings.weight", shape, REPLICATED)

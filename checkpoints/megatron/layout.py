@@ -191,6 +191,8 @@ def is_for_v25(config: ModelConfig, names: str | None, *, source: str | None = N
 
 def lacking_in_core(c: ModelConfig) -> str | None:
     """Return what megatron-core does not have, or None."""
+    if c.beyond_megatron:
+        return c.beyond_megatron
     if c.apply_residual_connection_post_layernorm:
         return "residual connection after the norm (BERT's original order)"
     if c.num_classes or c.multichoice_head or c.qa_head:
@@ -264,6 +266,8 @@ def _lacking_in_legacy(c: ModelConfig) -> str | None:
 
 
 def _lacking_anywhere(c: ModelConfig) -> str | None:
+    if c.beyond_megatron:
+        return c.beyond_megatron
     scaling = c.rope_scaling
     if scaling is not None and RopeScaling(factor=scaling.factor) != scaling:
         return "rotary scaling with other constants than Llama 3.1's"

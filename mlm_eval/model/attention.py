@@ -119,6 +119,8 @@ class Context:
         dropout: The masks of a training step; None for evaluation.
         cache: Keys and values of texts that are being generated; None where texts are whole.
         positions: Position of each text's one query `[batch]`, where keys come from the cache.
+        alibi: What is added to the scores, with minus infinity where a key may not be seen
+            `[batch or 1, heads, queries, keys]`, or None.
     """
 
     causal: bool
@@ -129,6 +131,7 @@ class Context:
     dropout: Dropout | None = None
     cache: KeyValueCache | None = None
     positions: Tensor | None = None
+    alibi: Tensor | None = None
 
     def mask(self, keys: int, query_from: int, window: int, like: Tensor) -> Tensor | None:
         """Return which keys each query sees, true where it does; None: as `causal` says alone.
@@ -200,6 +203,39 @@ def local_rotary_tables(
     cos, sin = rotary_tables(plain, length, device)
     assert cos is not None and sin is not None
     return cos, sin
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """Return the slope of each head: 2^(-8 i / heads), i = 1, 2, ..., for a power of two.
+
+    Else those of the next lower power, and for the rest every second one of twice that power.
+    Source: arXiv 2108.12409 and its authors' code.
+    """
+    power = 2 ** (heads.bit_length() - 1)
+    slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
+    return slopes + [2 ** (-4 * i / power) for i in range(1, 2 * (heads - power), 2)]
+
+
+def alibi_bias(config: ModelConfig, heads: Sequence[int], queries: Tensor, keys: int) -> Tensor:
+    """Return what ALiBi adds to the scores: minus slope x distance, and -inf for later keys.
+
+    The paper adds slope x position of the key: the same but for a number for each query, which the
+    softmax does not see. Distances are exact for the near keys also in half precision.
+
+    Args:
+        config: The model.
+        heads: This rank's, by their global numbers.
+        queries: Positions `[batch, queries]`.
+        keys: Number of keys.
+
+    Returns:
+        `[batch, heads, queries, keys]`, float32.
+    """
+    slopes = alibi_slopes(config.num_attention_heads)
+    ours = torch.tensor([slopes[head] for head in heads], device=queries.device)
+    distance = queries[:, None, :, None] - torch.arange(keys, device=queries.device)
+    bias = distance * -ours[:, None, None]
+    return bias.masked_fill_(distance < 0, -torch.inf)
 
 
 def _stretch(frequencies: Tensor, config: ModelConfig) -> Tensor:
@@ -292,6 +328,8 @@ class _Attention(nn.Module):
     ) -> Tensor:
         """Return `[batch, heads, queries, value channels]`."""
         mask = context.mask(key.shape[2], query_from, self.window, query)
+        if context.alibi is not None:  # it says too which keys are seen
+            mask = context.alibi[:, :, query_from:].to(query.dtype)
         causal = context.causal and mask is None
         dropout = context.dropout
         assert dropout is None or query_from == 0, "masks count positions from 0"
@@ -342,7 +380,9 @@ class _Attention(nn.Module):
         scores = (query * self.softmax_scale) @ key.transpose(-1, -2)  # [B, H, T, T]
         if self.cap is not None:
             scores = self.cap * torch.tanh(scores / self.cap)
-        if mask is not None:
+        if mask is not None and mask.dtype != torch.bool:  # it is added
+            scores = scores + mask
+        elif mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         if causal:
             length = scores.shape[-1]

@@ -11,6 +11,7 @@ from mlm_eval.model.attention import (
     KeyValueCache,
     LatentAttention,
     SelfAttention,
+    alibi_bias,
     local_rotary_tables,
     rotary_tables,
 )
@@ -49,14 +50,29 @@ class GPT(nn.Module):
         """Return what the layers share where texts start at position 0."""
         cos, sin = rotary_tables(self.config, tokens.shape[1], tokens.device)
         local = local_rotary_tables(self.config, tokens.shape[1], tokens.device)
-        return Context(causal=True, cos=cos, sin=sin, local=local, dropout=dropout, cache=cache)
+        alibi = self._alibi(torch.arange(tokens.shape[1], device=tokens.device)[None])
+        return Context(
+            causal=True, cos=cos, sin=sin, local=local, dropout=dropout, cache=cache, alibi=alibi
+        )
+
+    def _alibi(self, queries: Tensor, keys: int | None = None) -> Tensor | None:
+        """Return what is added to the scores of queries at positions `[batch, queries]`."""
+        if not self.config.alibi:
+            return None
+        bias = alibi_bias(self.config, self._attention.heads, queries, keys or queries.shape[1])
+        return bias.to(self.embedding.word_embeddings.weight.dtype)
 
     @property
     def cache_width(self) -> tuple[int, int, int]:
         """Heads that generation keeps of a layer on this rank, and channels of keys and values."""
+        return self._attention.cache_width
+
+    @property
+    def _attention(self) -> SelfAttention | LatentAttention:
+        """The first layer's: what is asked of it is the same in all of them."""
         attention = self.decoder.layers[0].self_attention
         assert isinstance(attention, SelfAttention | LatentAttention)
-        return attention.cache_width
+        return attention
 
     def start(
         self, tokens: Tensor, lengths: list[int], columns: int
@@ -98,6 +114,7 @@ class GPT(nn.Module):
             local=local,
             cache=cache,
             positions=positions,
+            alibi=self._alibi(positions[:, None], seen.shape[-1]),
         )
         x = self.embedding(tokens[:, None], positions=positions[:, None])
         return self.decoder(x, context)[:, 0]  # type: ignore[no-any-return]

@@ -24,12 +24,14 @@ from mlm_eval.model.tensor_parallel import TensorParallel, VocabHead, VocabParal
 class TransformerLayer(nn.Module):
     """Attention and MLP with residuals.
 
-    The residual is the norm's input, or its output in the original BERT order.
+    The residual is the norm's input, or its output in the original BERT order. A parallel residual
+    gives both the same input: x + attention(norm(x)) + MLP(norm(x)).
     """
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, number: int) -> None:
         super().__init__()
         self.number = number
+        self.parallel_residual = config.parallel_residual
         self.residual_after_norm = config.apply_residual_connection_post_layernorm
         self.input_layernorm = norm(config)
         attention = LatentAttention if config.multi_latent_attention else SelfAttention
@@ -43,6 +45,10 @@ class TransformerLayer(nn.Module):
         normed = self.input_layernorm(x)
         residual = normed if self.residual_after_norm else x
         branch = self.self_attention(normed, context, query_from)
+        if self.parallel_residual:
+            x = x[:, query_from:]
+            branch = self._drop(branch, 0, context)
+            return x + branch + self._drop(self.mlp(self.pre_mlp_layernorm(x)), 1, context)
         x = residual[:, query_from:] + self._drop(branch, 0, context)
         normed = self.pre_mlp_layernorm(x)
         residual = normed if self.residual_after_norm else x
@@ -87,7 +93,7 @@ class TransformerBlock(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Word, position and token-type embeddings; no norm on them.
+    """Word, position and token-type embeddings; a norm, where there is one, on the first.
 
     Source: docs/megatron.md, "Embeddings".
     """
@@ -97,6 +103,8 @@ class Embedding(nn.Module):
         start, stop = vocab_range(config.vocab_size, tp.rank, tp.size)
         width = config.hidden_size
         self.word_embeddings = VocabParallelEmbedding(stop - start, width, first_row=start, tp=tp)
+        if config.embedding_layernorm:
+            self.word_embeddings_layernorm = norm(config)
         if config.learned_positions:
             rows = config.max_position_embeddings
             self.position_embeddings = nn.Embedding(rows, width, _weight=torch.empty(rows, width))
@@ -113,6 +121,8 @@ class Embedding(nn.Module):
         `positions` `[batch, seq]` are 0, 1, ... unless given.
         """
         x = self.word_embeddings(tokens)
+        if self.config.embedding_layernorm:
+            x = self.word_embeddings_layernorm(x)
         if self.config.learned_positions:
             table = self.position_embeddings.weight
             x = x + (table[: tokens.shape[1]] if positions is None else table[positions])

@@ -87,10 +87,10 @@ def check_start(text: TextSettings, checkpoint: Checkpoint, tokenizer: Tokenizer
             f"{where} has no language-model head, as fine-tuned files have none; give the "
             "checkpoint that it was fine-tuned from"
         )
-    if config.beyond_dense:
+    if beyond := config.beyond_dense or config.beyond_megatron:
         raise InputError(
-            f"{where} has {config.beyond_dense}, which mlm-eval evaluates but does not write, so "
-            "it cannot train it; give a dense model"
+            f"{where} has {beyond}, which mlm-eval evaluates but does not write, so it cannot "
+            "train it; give a dense model of Megatron-LM's kind"
         )
     misfit = check_fits(tokenizer, config.vocab_size)
     return [] if misfit is None else [misfit]

@@ -18,7 +18,9 @@ from support.rounding import assert_same_but_for_rounding
 from torch import nn
 
 from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
-from mlm_eval.model.attention import rotary_tables, rotate
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.model.attention import alibi_bias, alibi_slopes, rotary_tables, rotate
+from mlm_eval.model.dropout import Dropout, sample_keys
 from mlm_eval.model.layers import Activation, Norm, activate
 
 POSITIONS, VOCAB = random_models.GPT.max_position_embeddings, random_models.GPT.vocab_size
@@ -40,6 +42,10 @@ VARIANTS = {
     "llama": llama(),
     "llama, partial and interleaved": llama(rotary_percent=0.5, rotary_interleaved=True),
     "llama, norms of queries and keys": llama(qk_layernorm=True),
+    "ALiBi and a norm of embeddings": gpt(
+        position_embedding_type="alibi", embedding_layernorm=True
+    ),
+    "parallel residual": gpt(parallel_residual=True),
     "positions of both kinds": gpt(position_embedding_type="learned_absolute+rope"),
 }
 
@@ -93,6 +99,52 @@ def test_rotary_tables_are_those_of_transformers():
         for table, wanted in zip(actual, expected, strict=True):
             # The angles go up to 64, and a frequency is known to an ulp.
             assert_same_but_for_rounding(table, wanted[0], ulp=2 * length)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 4, 6, 8, 12, 20])
+def test_alibi_is_that_of_transformers(heads):
+    """But for a number for each query, which the softmax does not see."""
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    config = gpt(num_attention_heads=heads, position_embedding_type="alibi")
+    theirs = build_alibi_tensor(torch.ones(1, 9), heads, torch.float32)  # [heads, 1, keys]
+    slopes = alibi_slopes(heads)
+    assert slopes == pytest.approx(theirs[:, 0, 1].tolist(), rel=1e-6)
+    ours = alibi_bias(config, range(heads), torch.arange(9)[None], 9)[0]
+    seen = torch.ones(9, 9, dtype=torch.bool).tril()
+    gap = (ours - theirs).masked_fill(~seen, 0.0)
+    first = gap[:, :, :1]  # what each query has more of, the same for all of its keys
+    assert_same_but_for_rounding(gap, first.expand_as(gap).masked_fill(~seen, 0.0))
+    assert (ours == -torch.inf).equal((~seen).expand_as(ours))
+
+
+def test_slopes_of_alibi_are_the_papers():
+    assert alibi_slopes(8) == [2.0**-i for i in range(1, 9)]
+    assert alibi_slopes(6) == pytest.approx([0.25, 0.0625, 2**-6, 2**-8, 0.5, 0.125])
+
+
+@pytest.mark.parametrize("variant", ["gpt", "ALiBi and a norm of embeddings", "parallel residual"])
+def test_dropout_that_drops_nothing_changes_nothing(variant):
+    config = VARIANTS[variant]
+    model = on_one_rank(config, random_models.state_dict(config))
+    tokens = torch.randint(VOCAB, (2, POSITIONS), generator=torch.Generator().manual_seed(6))
+    dropout = Dropout(sample_keys(1, 0, torch.arange(2)), 1e-9, 1e-9)
+    assert_same_but_for_rounding(model(tokens, 0, dropout), model(tokens), ulp=64)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"window_size": 3, "window_layers": (0,)},
+        {"softmax_type": "off-by-one"},
+        {"family": "bert"},
+    ],
+)
+def test_alibi_goes_with_plain_causal_attention_only(changes):
+    with pytest.raises(InputError, match="position_embedding_type alibi goes with plain causal"):
+        gpt(position_embedding_type="alibi", **changes)
+    with pytest.raises(InputError, match="parallel_residual and apply_residual"):
+        gpt(parallel_residual=True, apply_residual_connection_post_layernorm=True)
 
 
 def test_llama3_scaling_reaches_all_three_of_its_ranges():

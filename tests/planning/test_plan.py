@@ -111,9 +111,19 @@ def scoring_peak(checkpoint: Checkpoint, dtype: str, batch_tokens: int, length: 
         dataclasses.replace(WIDE, ffn_hidden_size=32),  # attention is what needs most
         LLAMA,
         dataclasses.replace(LLAMA, ffn_hidden_size=32),
+        dataclasses.replace(
+            WIDE,
+            position_embedding_type="alibi",
+            embedding_layernorm=True,
+            max_position_embeddings=256,
+        ),
+        dataclasses.replace(WIDE, parallel_residual=True),
         dataclasses.replace(WIDE, vocab_size=20_000, hidden_size=16, kv_channels=4),  # logits
     ],
-    ids=["gelu", "squared_relu", "swiglu", "attention", "rotary", "rotary-attention", "logits"],
+    ids=[
+        *("gelu", "squared_relu", "swiglu", "attention", "rotary", "rotary-attention"),
+        *("alibi", "parallel", "logits"),
+    ],
 )
 def test_evaluation_memory_is_what_lives(config: ModelConfig, dtype: str):
     found = scoring_peak(new_checkpoint(config, seed=1), dtype, 4096, 256)
@@ -186,7 +196,10 @@ def test_training_memory_is_what_lives(
     assert need.activations == pytest.approx(found, rel=0.2 if recompute else 0.1)
 
 
-@pytest.mark.parametrize("config", [WIDE, LLAMA], ids=["gpt", "llama"])
+ALIBI = dataclasses.replace(WIDE, position_embedding_type="alibi", parallel_residual=True)
+
+
+@pytest.mark.parametrize("config", [WIDE, LLAMA, ALIBI], ids=["gpt", "llama", "alibi"])
 def test_training_memory_of_a_language_model(config: ModelConfig):
     config = dataclasses.replace(config, vocab_size=4000)
     batch = TrainingBatch(rows=4, length=128, predicted=4 * 128, attention_dropout=0.0)

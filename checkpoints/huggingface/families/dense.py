@@ -5,6 +5,7 @@ Source: the modeling and configuration files of transformers 5.23.
 
 from __future__ import annotations
 
+from mlm_eval.checkpoints.config import PARALLEL_RESIDUAL
 from mlm_eval.checkpoints.huggingface.families.family import ATTENTION, DECODER_LAYER, Family, Row
 from mlm_eval.checkpoints.huggingface.families.llama import (
     HEAD_DIM,
@@ -28,8 +29,6 @@ from mlm_eval.checkpoints.huggingface.fields import (
     tied_field,
 )
 from mlm_eval.checkpoints.huggingface.layout import CONV1D, CONV1D_QKV
-
-PARALLEL = "attention and MLP side by side (a parallel residual)"
 
 GPT2 = Family(
     model_type="gpt2",
@@ -166,7 +165,7 @@ STABLELM = Family(
         setting_field("layernorm_epsilon", "layer_norm_eps", 1e-5),
         setting_field("hidden_dropout", "hidden_dropout", 0.0),
         bias_field("use_qkv_bias", False),
-        refused_field("use_parallel_residual", PARALLEL, False, default=False),
+        refused_field("use_parallel_residual", PARALLEL_RESIDUAL, False, default=False),
         refused_field("qk_layernorm", "a norm of its own for each head", False, default=False),
     ),
     rows=llama_rows("use_qkv_bias", norm_bias=True),
@@ -234,7 +233,7 @@ GPT_NEOX = Family(
         setting_field("init_method_std", "initializer_range", 0.02),
         tied_field(False),
         bias_field("attention_bias", True),
-        refused_field("use_parallel_residual", PARALLEL, False, default=True),
+        refused_field("use_parallel_residual", PARALLEL_RESIDUAL, False, default=True),
         read_field("rotary_emb_base", "the rotary base, where the rotary settings have none"),
         read_field("rotary_pct", "the share of rotated channels, alike"),
         read_field("rope_theta", "transformers 4's copy of rotary_emb_base; must agree"),

@@ -141,10 +141,25 @@ def evaluation_memory(
     local = _Local.of(config, tp)
     layers = batch_tokens * itemsize * max(_attention_widths(local, itemsize), _mlp_widths(local))
     logits = FLOAT32 * _logit_chunk(config, tp, scored_rows)
+    length = min(batch_tokens, config.max_position_embeddings)
+    kept, made = _alibi(config, tp, length, itemsize)
     return Memory(
         weights=itemsize * local_parameters(config, tp),
-        activations=round(max(layers, logits)) + cache,
+        activations=round(max(layers + kept, made, logits)) + cache,
     )
+
+
+def _alibi(config: ModelConfig, tp: int, length: int, itemsize: int) -> tuple[int, int]:
+    """Return the bytes of what ALiBi adds to the scores of all layers and texts.
+
+    As it is kept through the layers, and at the most while it is made.
+    """
+    if not config.alibi:
+        return 0, 0
+    heads, scores = config.num_attention_heads // tp, length * length
+    rounded = itemsize if itemsize < FLOAT32 else 0
+    # Beside it distances in int64, and which of them are negative.
+    return scores * heads * itemsize, scores * (heads * (FLOAT32 + rounded) + 9)
 
 
 @dataclass(frozen=True)
@@ -310,6 +325,7 @@ def training_memory(
     logits = (2 * FLOAT32 + (2 if batch.half else 0)) * _logit_chunk(config, tp, batch.predicted)
     largest = FLOAT32 * max(p.numel(tp) for p in parameters(config).values())
     start = saved + ends + max(_passing(local, batch), logits)
+    start += _alibi(config, tp, batch.length, FLOAT32)[0]
     own = -(-count // shards)
     gradients = FLOAT32 * own
     activations = start if batch.accumulates else max(start - gradients, ends)
