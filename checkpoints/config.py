@@ -23,9 +23,20 @@ for each head (a sink), whose share is dropped."""
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
 """How a router turns logits into scores."""
 
-POSITION_TYPES = ("learned_absolute", "rope", "learned_absolute+rope", "alibi", "none")
+MODEL_FAMILIES = ("gpt", "bert", "t5")
+"""Kinds of models: left to right, both ways, and an encoder with a decoder that looks at it."""
+
+POSITION_TYPES = (
+    "learned_absolute",
+    "rope",
+    "learned_absolute+rope",
+    "alibi",
+    "relative",
+    "none",
+)
 """Megatron's names; the sum stands for runs of spring 2023, when both could be on. `alibi` adds a
-line to the scores, with a slope of its own for each head (arXiv 2108.12409)."""
+line to the scores, with a slope of its own for each head (arXiv 2108.12409). `relative` is T5's: a
+bias for each head and each bucket of distances, added to the scores of self-attention."""
 
 
 PARALLEL_RESIDUAL = "attention and MLP side by side (a parallel residual)"
@@ -79,6 +90,9 @@ _RANGES = (
     ("qk_head_dim", 0, 1 << 30),
     ("qk_pos_emb_head_dim", 0, 1 << 30),
     ("v_head_dim", 0, 1 << 30),
+    ("decoder_num_layers", 0, 1 << 20),
+    ("relative_attention_num_buckets", 4, 1 << 20),
+    ("relative_attention_max_distance", 1, 1 << 30),
 )
 """A value outside is a typo or damage; NaN is outside of every range."""
 
@@ -133,8 +147,8 @@ class ModelConfig:
     queries. Where layers differ, a setting holds the numbers of the layers that have it, from 0.
     """
 
-    family: str  # "gpt" or "bert"
-    num_layers: int
+    family: str  # "gpt", "bert" or "t5"
+    num_layers: int  # of T5's encoder
     hidden_size: int
     num_attention_heads: int
     num_query_groups: int
@@ -228,6 +242,12 @@ class ModelConfig:
     """Rotated channels of a query head, and of the one key that all heads share."""
     v_head_dim: int = 0
     """Channels of a value head."""
+    decoder_num_layers: int = 0
+    """Layers of T5's decoder; 0 in the other families."""
+    relative_attention_num_buckets: int = 32
+    """Rows of the table of relative positions."""
+    relative_attention_max_distance: int = 128
+    """Distances from here on share the last bucket."""
     untie_embeddings_and_output_weights: bool = False
     apply_residual_connection_post_layernorm: bool = False
     """Take the residual after the norm: the original BERT order, the paper's Figure 7 (a)."""
@@ -285,13 +305,14 @@ class ModelConfig:
         self._check_arrangement()
         self._check_experts()
         self._check_latents()
+        self._check_stacks()
         if self.num_query_groups < 1 or self.num_attention_heads % self.num_query_groups:
             raise InputError(
                 f"num_query_groups {self.num_query_groups} does not divide "
                 f"num_attention_heads {self.num_attention_heads}; correct it with --set"
             )
         for name, known in (
-            ("family", ("gpt", "bert")),
+            ("family", MODEL_FAMILIES),
             ("activation", ACTIVATIONS),
             ("head_activation", ("gelu", "gelu_tanh")),
             ("position_embedding_type", POSITION_TYPES),
@@ -352,7 +373,7 @@ class ModelConfig:
                 "another; turn one of them off with --set"
             )
         masked = self.window_layers or self.softmax_type != "vanilla"
-        if self.alibi and (masked or self.family == "bert" or self.multi_latent_attention):
+        if self.alibi and (masked or self.family != "gpt" or self.multi_latent_attention):
             raise InputError(
                 "position_embedding_type alibi goes with plain causal attention only, without "
                 "windows, sinks or latents; correct it with --set"
@@ -411,6 +432,43 @@ class ModelConfig:
                 "pairs; correct it with --set qk_pos_emb_head_dim=N"
             )
 
+    def _check_stacks(self) -> None:
+        """Check what T5 has and the other families have not, and the other way round."""
+        t5 = self.family == "t5"
+        if t5 != bool(self.decoder_num_layers):
+            raise InputError(
+                f"decoder_num_layers is {self.decoder_num_layers}, but must be "
+                f"{'at least 1' if t5 else '0'} in a model of family {self.family}; correct it "
+                "with --set decoder_num_layers=N"
+            )
+        if self.position_embedding_type == "relative":
+            if not t5:
+                raise InputError(
+                    f"position_embedding_type is relative, which family {self.family} does not "
+                    "have; correct it with --set position_embedding_type=..."
+                )
+            # Half of the buckets are for keys behind the query, half of those for each distance.
+            exact = self.relative_attention_num_buckets // 2
+            if self.relative_attention_max_distance <= exact:
+                raise InputError(
+                    f"relative_attention_max_distance is {self.relative_attention_max_distance}, "
+                    f"but must be more than {exact}, half of the buckets; correct it with --set "
+                    "relative_attention_max_distance=N"
+                )
+        if t5 and self.num_query_groups != self.num_attention_heads:
+            raise InputError(
+                f"num_query_groups is {self.num_query_groups}, but cross-attention has a key head "
+                f"for each of {self.num_attention_heads} query heads; correct it with --set "
+                f"num_query_groups={self.num_attention_heads}"
+            )
+        known = (f"{self.activation} activations", "scaled embeddings or logits")
+        more = [what for what in self.parts_beyond_dense if what not in known]
+        more += [self.beyond_megatron] if self.beyond_megatron else []
+        more += ["norms of queries and keys"] * self.qk_layernorm
+        more += ["residuals after the norms"] * self.apply_residual_connection_post_layernorm
+        if t5 and more:
+            raise InputError(f"a T5 model with {more[0]} is not supported")
+
     @property
     def gated(self) -> bool:
         """Whether fc1 holds a gate and an up branch."""
@@ -432,8 +490,13 @@ class ModelConfig:
         return self.position_embedding_type == "alibi"
 
     @property
+    def relative_positions(self) -> bool:
+        """Whether self-attention adds a bias for the distance of query and key."""
+        return self.position_embedding_type == "relative"
+
+    @property
     def block(self) -> str:
-        """Canonical prefix of the layers, as in core: `decoder` for GPT, `encoder` for BERT."""
+        """Canonical prefix of the layers, as in core: `encoder` for BERT and T5's first stack."""
         return "decoder" if self.family == "gpt" else "encoder"
 
     @property
@@ -506,7 +569,8 @@ class ModelConfig:
 
 
 NEWER_SETTINGS = frozenset(
-    """yarn rotary_base_local no_rope_layers window_size window_layers softmax_type
+    """decoder_num_layers relative_attention_num_buckets relative_attention_max_distance
+    yarn rotary_base_local no_rope_layers window_size window_layers softmax_type
     attn_logit_softcapping final_logit_softcapping embedding_multiplier logit_multiplier
     branch_layernorm attention_output_gate
     activation_func_clamp_value glu_linear_offset qk_l2_norm num_experts moe_layers
@@ -647,5 +711,9 @@ class ConfigBuilder:
             defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
             unused = {name: defaults[name] for name in ROTARY_SETTINGS}
             config = dataclasses.replace(config, **unused)
+        if not config.relative_positions:
+            config = dataclasses.replace(
+                config, relative_attention_num_buckets=32, relative_attention_max_distance=128
+            )
         self.config = config
         return self

@@ -66,6 +66,13 @@ EXPERT_GATE_UP = ShardRule(1, blocks=2)
 EXPERT_ROW = ShardRule(2)
 """Experts stand along dim 0; each rank holds a part of the width of every one."""
 
+RELATIVE_BIASES = (
+    "encoder_relative_pos_emb.relative_attention_bias.weight",
+    "decoder_relative_pos_emb.relative_attention_bias.weight",
+)
+"""T5's tables of relative positions, one for all layers of a stack. Every rank has them whole and
+takes the columns of its heads."""
+
 TASK_HEADS = ("multichoice_head", "classification_head", "qa_head")
 """Heads of fine-tuned BERT models."""
 
@@ -171,10 +178,16 @@ def _all(c: ModelConfig) -> Iterator[Parameter]:
     if c.num_tokentypes:
         shape = (c.num_tokentypes, c.hidden_size)
         yield Parameter("embedding.tokentype_embeddings.weight", shape, REPLICATED)
+    if c.relative_positions:
+        shape = (c.relative_attention_num_buckets, c.num_attention_heads)
+        for name in RELATIVE_BIASES:
+            yield Parameter(name, shape, REPLICATED)
     for layer in range(c.num_layers):
         yield from layer_parameters(c, layer)
     yield from _norm(c, f"{c.block}.final_layernorm")
-    if c.family == "gpt":
+    if c.family == "t5":
+        yield from _t5_decoder(c)
+    elif c.family == "gpt":
         if c.untie_embeddings_and_output_weights:
             yield Parameter("output_layer.weight", (c.vocab_size, c.hidden_size), VOCAB)
     else:
@@ -194,6 +207,33 @@ def layer_parameters(c: ModelConfig, layer: int) -> Iterator[Parameter]:
         yield from _mlp(c, f"{prefix}mlp.", c.ffn_hidden_size, bias=c.add_bias_linear)
         if c.branch_layernorm:
             yield from _norm(c, f"{prefix}mlp.linear_fc2.post_layernorm")
+
+
+def _t5_decoder(c: ModelConfig) -> Iterator[Parameter]:
+    """Yield T5's second stack, each layer with cross-attention, and what follows it."""
+    for layer in range(c.decoder_num_layers):
+        prefix = f"decoder.layers.{layer}."
+        yield from _norm(c, f"{prefix}input_layernorm")
+        yield from _attention(c, f"{prefix}self_attention.")
+        yield from _norm(c, f"{prefix}pre_cross_attn_layernorm")
+        yield from _cross_attention(c, f"{prefix}cross_attention.")
+        yield from _norm(c, f"{prefix}pre_mlp_layernorm")
+        yield from _mlp(c, f"{prefix}mlp.", c.ffn_hidden_size, bias=c.add_bias_linear)
+    yield from _norm(c, "decoder.final_layernorm")
+    if c.untie_embeddings_and_output_weights:  # then it has no bias
+        yield Parameter("output_layer.weight", (c.vocab_size, c.hidden_size), VOCAB)
+    else:
+        yield Parameter("output_layer.bias", (c.vocab_size,), VOCAB)
+
+
+def _cross_attention(c: ModelConfig, prefix: str) -> Iterator[Parameter]:
+    """Yield queries of the decoder, keys and values of the encoder: of each head k, then v."""
+    h, width = c.hidden_size, c.attention_width
+    for name, rows in (("linear_q", width), ("linear_kv", 2 * width)):
+        yield Parameter(f"{prefix}{name}.weight", (rows, h), COLUMN)
+        if c.add_qkv_bias:
+            yield Parameter(f"{prefix}{name}.bias", (rows,), COLUMN)
+    yield from _projection(c, prefix)
 
 
 def _attention(c: ModelConfig, prefix: str) -> Iterator[Parameter]:
@@ -339,6 +379,7 @@ def _rules() -> dict[str, ShardRule]:
     for family, more in (
         ("gpt", {}),
         ("bert", {}),
+        ("t5", {"decoder_num_layers": 1}),
         ("gpt", experts),
         ("gpt", latents),
         ("gpt", latents | {"q_lora_rank": 1}),

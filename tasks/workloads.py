@@ -69,7 +69,9 @@ FINE_TUNING = {
 
 
 def tasks_of(family: str) -> list[str]:
-    """Return the names of the tasks of `gpt` or `bert` models."""
+    """Return the names of the tasks of `gpt` or `bert` models; T5 has none."""
+    if family == "t5":
+        return []
     if family == "bert":
         return [*FINE_TUNING, "mlm"]
     measured = [name for name, b in benchmarks().items() if b.workload(1024) is not None]
@@ -96,6 +98,11 @@ def workloads(
         InputError: There is no such task for this kind of model.
     """
     known = tasks_of(config.family)
+    if not known:
+        raise InputError(
+            f"a {config.family.upper()} model has no benchmark here, only `mlm-eval score`; plan "
+            "is for GPT and BERT models"
+        )
     names = known
     if task is not None:
         names = [name for name in names if name == task or name.rstrip("12") == task]

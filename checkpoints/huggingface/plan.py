@@ -211,6 +211,8 @@ def choose_family(c: ModelConfig) -> Family:
     Raises:
         InputError: There is none.
     """
+    if c.family == "t5":
+        raise InputError("a T5 model cannot be converted to Hugging Face yet")
     unwritten = [what for what in c.parts_beyond_dense if what not in WRITTEN]
     if unwritten:
         raise InputError(

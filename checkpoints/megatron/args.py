@@ -27,9 +27,9 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safe_pickle import Stub, attributes_of, printable
 from mlm_eval.checkpoints.megatron import family_args
 from mlm_eval.checkpoints.megatron.family_args import Shapes
-from mlm_eval.checkpoints.megatron.fields import ARG_FIELDS, RunCode
+from mlm_eval.checkpoints.megatron.fields import ARG_FIELDS, NOT_FOR_T5, T5_UNTIL, RunCode
 from mlm_eval.checkpoints.megatron.layout import SaveLayout, needs_openai_gelu
-from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS
+from mlm_eval.checkpoints.parameters import RELATIVE_BIASES, WORD_EMBEDDINGS
 from mlm_eval.checkpoints.projects.settings import (
     ACTIVATION_ARGS,
     BESIDE,
@@ -82,7 +82,8 @@ _FROM_SHAPES = (
 
 # Fields of args that are read as numbers here: one of another type comes from a damaged file.
 _WHOLE_NUMBERS = frozenset(
-    """num_layers encoder_num_layers hidden_size ffn_hidden_size num_attention_heads
+    """num_layers encoder_num_layers decoder_num_layers relative_attention_num_buckets
+    relative_attention_max_distance hidden_size ffn_hidden_size num_attention_heads
     num_query_groups kv_channels max_position_embeddings seq_length padded_vocab_size rank
     model_parallel_size tensor_model_parallel_size pipeline_model_parallel_size
     expert_model_parallel_size expert_tensor_parallel_size moe_router_topk moe_router_num_groups
@@ -151,11 +152,14 @@ class _ArgsReader(ConfigBuilder):
         """
         entry = ARG_FIELDS[name]
         ours = self.args.get(PASSED_ON)
-        if self.code not in entry.unreceived or (isinstance(ours, list) and name in ours):
+        t5 = self.values["family"] == "t5" and name in NOT_FOR_T5
+        received = self.code not in entry.unreceived and not t5
+        if received or (isinstance(ours, list) and name in ours):
             return True
+        models, until = ("T5 models", T5_UNTIL) if t5 else ("models", entry.until)
         self.warnings.append(
-            f"args.{name} is {self.args[name]}, but the models of Megatron's {self.code} code were "
-            f"built without it (up to {entry.until}), so it is not applied; if this run's code did "
+            f"args.{name} is {self.args[name]}, but the {models} of Megatron's {self.code} code "
+            f"were built without it (up to {until}), so it is not applied; if this run's code did "
             f"apply it, use --set {_HAND_NAMES.get(name, f'{name}={self.args[name]}')}"
         )
         return False
@@ -194,7 +198,7 @@ def build_config(
     Args:
         shapes: Full shapes of the parameters found, by canonical name.
         args: Megatron's saved args; empty for files without them.
-        family: `gpt` or `bert`.
+        family: `gpt`, `bert` or `t5`.
         code: Whose layers the parameter names are: legacy and core code read args differently.
         overrides: `--set` values; they win over everything.
         where: The checkpoint, for messages.
@@ -286,7 +290,7 @@ def _refuse_unstated(b: _ArgsReader, shapes: Shapes) -> None:
         InputError: A setting stands neither in args nor in the tensors nor in `--set`.
     """
     kind = b.overrides.get("position_embedding_type", b.args.get("position_embedding_type"))
-    no_table = "embedding.position_embeddings.weight" not in shapes
+    no_table = not {"embedding.position_embeddings.weight", RELATIVE_BIASES[0]} & set(shapes)
     rms = not any(name.endswith(".final_layernorm.bias") for name in shapes)
     fc1 = _layer_shape(shapes, "linear_fc1.weight")
     fc2 = _layer_shape(shapes, "linear_fc2.weight")
@@ -360,9 +364,9 @@ def check_dims(shapes: Shapes, where: str) -> None:
             )
 
 
-def layer_indices(shapes: Shapes) -> list[int]:
-    """Return the layer numbers that occur in canonical names, in order."""
-    found = {int(m[1]) for name in shapes if (m := re.match(r"\w+\.layers\.(\d+)\.", name))}
+def layer_indices(shapes: Shapes, block: str = r"\w+") -> list[int]:
+    """Return the layer numbers that occur in canonical names, in order; of one block, or of all."""
+    found = {int(m[1]) for name in shapes if (m := re.match(rf"{block}\.layers\.(\d+)\.", name))}
     return sorted(found)
 
 
@@ -375,24 +379,16 @@ def _layer_shape(shapes: Shapes, suffix: str) -> tuple[int, ...] | None:
 
 def _sizes(b: _ArgsReader, shapes: Shapes) -> None:
     args, where = b.args, b.where
-    layers = layer_indices(shapes)
+    t5 = b.values["family"] == "t5"
+    layers = layer_indices(shapes, "encoder") if t5 else layer_indices(shapes)
     if not layers or WORD_EMBEDDINGS not in shapes:
         missing = "transformer layers" if not layers else "word embeddings"
         raise InputError(f"{where} holds no {missing}; it is not a whole GPT or BERT model")
-    if layers != list(range(len(layers))):
-        gap = next(i for i, layer in enumerate(layers) if layer != i)
-        raise InputError(
-            f"{where} lacks layer {gap} of {layers[-1] + 1}; if a pipeline stage is missing, copy "
-            "all mp_rank folders of one save"
-        )
-    saved_layers = args.get("num_layers") or args.get("encoder_num_layers")
-    if saved_layers and saved_layers != len(layers) and "num_layers" not in b.overrides:
-        raise InputError(
-            f"{where} holds {len(layers)} layers where its args say {saved_layers}; if a pipeline "
-            "stage or file is missing, copy all of one save, and if the run built no more than "
-            f"these, use --set num_layers={len(layers)}"
-        )
-    b.set("num_layers", len(layers), "shapes")
+    first, second = args.get("num_layers"), args.get("encoder_num_layers")
+    _layers(b, "num_layers", layers, (second or first) if t5 else (first or second))
+    if t5:  # megatron-core takes num_layers for the decoder
+        saved = args.get("decoder_num_layers") or first
+        _layers(b, "decoder_num_layers", layer_indices(shapes, "decoder"), saved)
     vocab, hidden = shapes[WORD_EMBEDDINGS]
     b.set("vocab_size", vocab, "shapes")
     b.set("hidden_size", hidden, "shapes")
@@ -403,6 +399,24 @@ def _sizes(b: _ArgsReader, shapes: Shapes) -> None:
             "save"
         )
     _heads(b, shapes, hidden)
+
+
+def _layers(b: _ArgsReader, name: str, layers: list[int], saved: int | None) -> None:
+    """Set the number of a stack's layers, from the numbers of those that are there."""
+    where, stack = b.where, "decoder " if name == "decoder_num_layers" else ""
+    if layers != list(range(len(layers))):
+        gap = next(i for i, layer in enumerate(layers) if layer != i)
+        raise InputError(
+            f"{where} lacks {stack}layer {gap} of {layers[-1] + 1}; if a pipeline stage is "
+            "missing, copy all mp_rank folders of one save"
+        )
+    if saved and saved != len(layers) and name not in b.overrides:
+        raise InputError(
+            f"{where} holds {len(layers)} {stack}layers where its args say {saved}; if a pipeline "
+            "stage or file is missing, copy all of one save, and if the run built no more than "
+            f"these, use --set {name}={len(layers)}"
+        )
+    b.set(name, len(layers), "shapes")
 
 
 def _heads(b: _ArgsReader, shapes: Shapes, hidden: int) -> None:
@@ -475,7 +489,9 @@ def _positions(b: _ArgsReader, shapes: Shapes) -> None:
     if kind == "yarn" and b.code == "core" and not by_hand:
         kind = "rope"
         family_args.read_yarn(b, args)
-    if kind in ("relative", "mrope", "yarn", "alibi") and not by_hand:
+    if kind in (None, "relative") and b.values["family"] == "t5" and not by_hand:
+        kind = _relative_positions(b, shapes, kind)
+    elif kind in ("relative", "mrope", "yarn", "alibi") and not by_hand:
         raise InputError(
             f"{b.where} uses {kind} position embeddings, which mlm-eval does not compute; it reads "
             "models with learned_absolute or rope positions"
@@ -497,6 +513,25 @@ def _positions(b: _ArgsReader, shapes: Shapes) -> None:
                 "give --set max_position_embeddings=N"
             )
         b.set("max_position_embeddings", size, "args.max_position_embeddings")
+
+
+def _relative_positions(b: _ArgsReader, shapes: Shapes, kind: str | None) -> str | None:
+    """Take T5's buckets of distances; return the kind of positions, which their table tells."""
+    table = shapes.get(RELATIVE_BIASES[0])
+    if table is None:
+        return kind
+    saved = b.args.get("relative_attention_num_buckets")
+    if saved not in (None, table[0]):
+        raise InputError(
+            f"{b.where} has a table of {table[0]} relative positions where its args say "
+            f"relative_attention_num_buckets {saved}; two checkpoints may be mixed: copy all files "
+            "of one save"
+        )
+    b.set("relative_attention_num_buckets", table[0], "shapes")
+    furthest = b.args.get("relative_attention_max_distance")
+    source = "Megatron's default" if furthest is None else "args.relative_attention_max_distance"
+    b.set("relative_attention_max_distance", furthest or 128, source)
+    return "relative"
 
 
 def _rotary(b: _ArgsReader) -> None:

@@ -25,6 +25,12 @@ RunCode = Literal["core", "legacy", "legacy with TransformerEngine"]
 _LEGACY: tuple[RunCode, ...] = ("legacy", "legacy with TransformerEngine")
 
 
+NOT_FOR_T5 = ("rotary_base", "rotary_seq_len_interpolation_factor", "use_rope_scaling")
+"""What pretrain_t5.py does not pass on to its model: base 10000, and nothing that stretches."""
+
+T5_UNTIL = "core 0.19"
+
+
 @dataclass(frozen=True)
 class ArgField:
     """What one saved setting means.
@@ -78,7 +84,7 @@ def _training(reason: str) -> ArgField:
 _GROUPS: tuple[tuple[str, ArgField], ...] = (
     # ---- read: sizes -----------------------------------------------------------------------------
     (
-        """num_layers encoder_num_layers hidden_size kv_channels num_query_groups
+        """num_layers encoder_num_layers decoder_num_layers hidden_size kv_channels num_query_groups
         group_query_attention normalization""",
         _read("The weights' shapes say it; args that contradict them are refused."),
     ),
@@ -102,6 +108,10 @@ _GROUPS: tuple[tuple[str, ArgField], ...] = (
     (
         "position_embedding_type use_rotary_position_embeddings",
         _read("The kind of positions; core's BERT has a table whatever it says."),
+    ),
+    (
+        "relative_attention_num_buckets relative_attention_max_distance",
+        _read("T5's buckets of distances: the table tells how many, args how far they reach."),
     ),
     ("rotary_percent", _read("The share of the channels that are rotated.")),
     (
@@ -420,7 +430,7 @@ _GROUPS: tuple[tuple[str, ArgField], ...] = (
         reset_attention_mask eod_mask_loss""",
         _training("Losses, data and updates of the run."),
     ),
-    ("decoder_num_layers", _training("T5's second stack, whose parameters are refused by name.")),
+    ("encoder_seq_length decoder_seq_length", _training("How long the run's texts were.")),
     (
         """vocab_size vocab_extra_ids tokenizer_type vocab_file merge_file tokenizer_model""",
         _training("The run's tokenizer, by paths of another machine; --tokenizer names ours."),

@@ -9,11 +9,12 @@ Source: docs/megatron.md, "Legacy GPT", "Legacy BERT", "megatron-core names".
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.state_dict import unwrapped
 from mlm_eval.checkpoints.megatron.fields import RunCode
-from mlm_eval.checkpoints.parameters import TASK_HEADS, WORD_EMBEDDINGS
+from mlm_eval.checkpoints.parameters import RELATIVE_BIASES, TASK_HEADS, WORD_EMBEDDINGS
 
 # Old name of a layer's part (a prefix of the key below `layers.N.`) -> canonical name.
 LAYER_ALIASES: dict[str, str] = {
@@ -49,6 +50,10 @@ LAYER_ALIASES: dict[str, str] = {
     "mlp.shared_experts.linear_fc1.": "mlp.shared_experts.linear_fc1.",
     "mlp.shared_experts.linear_fc2.": "mlp.shared_experts.linear_fc2.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+    "pre_cross_attn_layernorm.": "pre_cross_attn_layernorm.",
+    "cross_attention.linear_q.": "cross_attention.linear_q.",
+    "cross_attention.linear_kv.": "cross_attention.linear_kv.",
+    "cross_attention.linear_proj.": "cross_attention.linear_proj.",
     "post_self_attn_layernorm.": "pre_mlp_layernorm.",  # spring 2023
     # Megatron-Bridge's Gemma: norms of the branches' outputs
     "self_attention.linear_proj.post_layernorm.": "self_attention.linear_proj.post_layernorm.",
@@ -82,8 +87,17 @@ TOP_ALIASES: dict[str, str] = {
     "lm_head.norm.weight": "lm_head.layer_norm.weight",
     "lm_head.norm.bias": "lm_head.layer_norm.bias",
     "lm_head.bias": "output_layer.bias",
+    "lm_head.output_layer.bias": "output_layer.bias",
+    "lm_head.output_layer.weight": "output_layer.weight",
 }
-TOP_NAMES = frozenset(
+SECOND_NAMES = {
+    "position_embeddings.weight": "embedding.position_embeddings.weight",
+    "output_layer.bias": "lm_head.output_layer.bias",
+    "output_layer.weight": "lm_head.output_layer.weight",
+}
+"""megatron-core's T5 has two modules under two names each: the second -> the first."""
+
+TOP_NAMES = frozenset(RELATIVE_BIASES) | frozenset(
     """embedding.word_embeddings.weight embedding.position_embeddings.weight
     embedding.tokentype_embeddings.weight output_layer.weight output_layer.bias lm_head.dense.weight
     lm_head.dense.bias lm_head.layer_norm.weight lm_head.layer_norm.bias pooler.dense.weight
@@ -105,7 +119,7 @@ REFUSED: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     for pattern, what in (
         (r"\.experts\.\d+\.dense_", "a fork's mixture of experts"),
         (r"\.fc[12]_latent_proj\.", "a mixture of experts that work in a latent width"),
-        (r"(inter_attention|cross_attention)\.", "an encoder-decoder model (T5)"),
+        (r"inter_attention\.", "an encoder-decoder model (T5) of Megatron's legacy code"),
         (r"\.mixer\.", "a Mamba or hybrid model"),
         (r"linear_qkv_down_proj", "latent attention with fused down projections"),
         (
@@ -122,7 +136,7 @@ REFUSED: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 
 
 def refuse_unsupported(keys: list[str], where: str) -> None:
-    """Refuse, by name, models that are neither GPT nor BERT.
+    """Refuse, by name, models that are neither GPT nor BERT nor megatron-core's T5.
 
     Raises:
         InputError: A key belongs to a kind of model that is not supported.
@@ -132,13 +146,12 @@ def refuse_unsupported(keys: list[str], where: str) -> None:
             if pattern.search(key):
                 raise InputError(
                     f"{where} holds {what} (parameter {key}), which mlm-eval does not compute; it "
-                    "reads GPT and BERT models only"
+                    "reads GPT and BERT models, and T5 of megatron-core's"
                 )
-    prefixes = {match["block"] for key in keys if (match := LAYER.search(key))}
-    if {"encoder", "decoder"} <= prefixes:
+    if family_of(keys) == "t5" and not any(is_core(key) for key in keys):
         raise InputError(
-            f"{where} holds an encoder-decoder model (T5): it has encoder and decoder layers; "
-            "mlm-eval reads GPT and BERT models only"
+            f"{where} holds an encoder-decoder model (T5) of Megatron's legacy code: it has "
+            "encoder and decoder layers; mlm-eval reads T5 with megatron-core's names only"
         )
 
 
@@ -176,25 +189,37 @@ def _top_name(key: str) -> str:
     return TOP_ALIASES.get(name, name)
 
 
-def canonical_name(key: str, block: str, layer_offset: int, where: str) -> str:
+def block_of(family: str) -> str | None:
+    """Return the canonical prefix of a family's layers; None where it is the keys' own (T5)."""
+    return {"gpt": "decoder", "bert": "encoder"}.get(family)
+
+
+def without_second_names(keys: Iterable[str], family: str) -> set[str]:
+    """Return the keys but those of a T5 that name a parameter again, under a second name."""
+    found = {strip_prefixes(key): key for key in keys}
+    again = {key for name, key in found.items() if SECOND_NAMES.get(name) in found}
+    return set(found.values()) - again if family == "t5" else set(found.values())
+
+
+def canonical_name(key: str, block: str | None, layer_offset: int, where: str) -> str:
     """Return the canonical name of a flat Megatron key.
 
     Args:
         key: Key below `model`, joined by dots.
-        block: `decoder` (GPT) or `encoder` (BERT).
+        block: `decoder` (GPT) or `encoder` (BERT); None: the key's own (T5).
         layer_offset: Global index of the file's layer 0 (pipeline stages count from 0).
         where: The file, for messages.
 
     Raises:
-        InputError: No GPT or BERT model has such a key.
+        InputError: No model that is read has such a key.
     """
     name = _top_name(key)
     if name in TOP_NAMES:
         return name
     if match := FINAL_NORM.fullmatch(name):
-        return f"{block}.final_layernorm.{match['leaf']}"
+        return f"{block or match['block']}.final_layernorm.{match['leaf']}"
     if match := LAYER.fullmatch(name):
-        layer = f"{block}.layers.{int(match['layer']) + layer_offset}."
+        layer = f"{block or match['block']}.layers.{int(match['layer']) + layer_offset}."
         if match["rest"] in LAYER_NAMES:
             return layer + match["rest"]
         if expert := EXPERT.fullmatch(match["rest"]):
@@ -207,13 +232,18 @@ def canonical_name(key: str, block: str, layer_offset: int, where: str) -> str:
             if leaf != match["rest"] and leaf in ("weight", "bias"):
                 return f"{layer}{LAYER_ALIASES[old]}{leaf}"
     raise InputError(
-        f"{where} has a parameter that no GPT or BERT model of Megatron-LM has: {key}; "
+        f"{where} has a parameter that no GPT, BERT or T5 model of Megatron-LM has: {key}; "
         "mlm-eval would compute something else than the model did, so it stops here"
     )
 
 
 def family_of(keys: list[str]) -> str:
-    """Return `bert` or `gpt`: some parameters only BERT has."""
+    """Return `t5` where there are layers of both stacks, else `bert` or `gpt`.
+
+    Some parameters only BERT has.
+    """
+    if {"encoder", "decoder"} <= {match["block"] for key in keys if (match := LAYER.search(key))}:
+        return "t5"
     bert = any(
         _top_name(key).startswith(BERT_ONLY + TASK_HEADS) or key.startswith("encoder.layers")
         for key in keys

@@ -311,9 +311,11 @@ def _canonical(
     where = str(files.path)
     names.refuse_unsupported(sorted(flat), where)
     family = names.family_of(sorted(flat))
-    block = "encoder" if family == "bert" else "decoder"
+    block, first_names = names.block_of(family), names.without_second_names(flat, family)
     tensors: dict[str, LazyTensor] = {}
     for name, tensor in flat.items():
+        if name not in first_names:
+            continue
         canonical = names.canonical_name(name, block, 0, where)
         check_weight_dtype(tensor, canonical, where)
         if canonical in tensors:

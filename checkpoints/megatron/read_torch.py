@@ -140,6 +140,12 @@ def _merge(
     names.refuse_unsupported(everything, str(where))
     family = names.family_of(everything)
     code = names.run_code(everything)
+    if family == "t5" and (pp > 1 or len(first.chunks) > 1):
+        raise InputError(
+            f"{where} holds a T5 model in pipeline stages, which mlm-eval does not read (nor does "
+            "Megatron's pretrain_t5 of core 0.13 and later); write it with Megatron as torch_dist, "
+            "or without pipeline stages"
+        )
     version = _version(first, code, overrides)
     warnings: list[str] = []
     if version == 0.0 and "checkpoint_version" not in overrides:
@@ -283,7 +289,7 @@ def _stage_tensors(stages: list[RankFile], family: str, ep: int) -> dict[str, La
     stage within a chunk, the global number is a running sum, `chunk * L/v + stage * c`.
     Source: docs/megatron.md, "Pipeline stages".
     """
-    block = "encoder" if family == "bert" else "decoder"
+    block = names.block_of(family)
     tensors: dict[str, LazyTensor] = {}
     offset = 0
     for chunk in range(max(len(file.chunks) for file in stages)):
@@ -294,7 +300,11 @@ def _stage_tensors(stages: list[RankFile], family: str, ep: int) -> dict[str, La
                     "have more; ranks of two checkpoints may be mixed: copy all ranks of one save"
                 )
             found = {}
-            for key, tensor in split_slabs(file.chunks[chunk], ep).items():
+            pieces = split_slabs(file.chunks[chunk], ep)
+            first_names = names.without_second_names(pieces, family)
+            for key, tensor in pieces.items():
+                if key not in first_names:
+                    continue
                 if names.strip_prefixes(key) == names.HEAD_COPY:
                     found[names.HEAD_COPY] = tensor
                     continue

@@ -121,6 +121,8 @@ def _source(options: BenchOptions, sizes: list[int] | None) -> Callable[[float],
         found: ModelConfig = apply_overrides(named_config(model, tp=max(sizes or [8])), overrides)
     else:
         found = open_checkpoint(str(ckpt), overrides).config
+    if found.family == "t5":
+        raise InputError(f"{ckpt} is a T5 checkpoint; bench measures GPT and BERT models")
     name = model or Path(str(ckpt)).name
     chosen = sizes or usual_sizes(options.device, found)
     return lambda scale: model_series(name, found, chosen, scale=scale)

@@ -168,8 +168,7 @@ def _size_of(config: ModelConfig) -> str | None:
     from mlm_eval.model.sizes import SIZES
 
     shape = (config.num_layers, config.hidden_size, config.num_attention_heads)
-    prefix = "gpt" if config.family == "gpt" else "bert"
-    names = [name for name, size in SIZES.items() if size == shape and name.startswith(prefix)]
+    names = [n for n, size in SIZES.items() if size == shape and n.startswith(config.family)]
     return names[0] if names else None
 
 

@@ -69,8 +69,8 @@ def run_benchmark(run: ModelRun, benchmark: ZeroShot[Any], own: Any, *, restart:
     options, config = run.options, run.checkpoint.config
     if config.family != "gpt":
         raise InputError(
-            f"{run.checkpoint.provenance.path} is a BERT checkpoint; {benchmark.name} needs a GPT "
-            "model (left to right)"
+            f"{run.checkpoint.provenance.path} is a {config.family.upper()} checkpoint; "
+            f"{benchmark.name} needs a GPT model (left to right)"
         )
     place = run.start()
     tokenizer = run.tokenizer()

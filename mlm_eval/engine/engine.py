@@ -28,6 +28,7 @@ from mlm_eval.model.bert import BERT
 from mlm_eval.model.costs.flops import forward_flops
 from mlm_eval.model.experts import Router
 from mlm_eval.model.gpt import GPT
+from mlm_eval.model.t5 import T5
 from mlm_eval.model.tensor_parallel import TensorParallel
 from mlm_eval.ranks.mesh import Mesh, make_mesh
 
@@ -37,7 +38,7 @@ class Engine:
     """One rank's part of a loaded model."""
 
     checkpoint: Checkpoint
-    model: GPT | BERT
+    model: GPT | BERT | T5
     mesh: Mesh
     device: torch.device
     dtype: torch.dtype
@@ -159,9 +160,10 @@ class Engine:
                 vocabulary.
         """
         if not isinstance(self.model, GPT):
+            what = "inputs of an encoder" if isinstance(self.model, T5) else "whole inputs"
             raise InputError(
-                "this is a BERT checkpoint: it scores whole inputs, not continuations; use "
-                "`mlm-eval score`"
+                f"this is a {self.config.family.upper()} checkpoint: it scores {what}, not "
+                "continuations; use `mlm-eval score`"
             )
         return score(
             self.model,
@@ -190,7 +192,10 @@ class Engine:
                 a table.
         """
         if not isinstance(self.model, BERT):
-            raise InputError("this is a GPT checkpoint; only BERT checkpoints encode whole inputs")
+            raise InputError(
+                f"this is a {self.config.family.upper()} checkpoint; only BERT checkpoints encode "
+                "whole inputs"
+            )
         return encode(
             self.model,
             inputs,
@@ -217,12 +222,16 @@ class Engine:
         }
 
 
+MODELS: dict[str, type[GPT | BERT | T5]] = {"gpt": GPT, "bert": BERT, "t5": T5}
+"""Family -> its model."""
+
+
 def load_model(
     checkpoint: Checkpoint, tp: TensorParallel, *, device: torch.device, dtype: torch.dtype
-) -> GPT | BERT:
+) -> GPT | BERT | T5:
     """Return the model with this rank's slices in it, read one tensor at a time."""
     config = checkpoint.config
-    kind = GPT if config.family == "gpt" else BERT
+    kind = MODELS[config.family]
     with torch.device("meta"):
         model = kind(config, tp).to(dtype)
         for module in model.modules():

@@ -136,7 +136,10 @@ def check_prompts(engine: Engine, prompts: Sequence[Prompt], tokenizer: Tokenize
         InputError: See `generate`.
     """
     if not isinstance(engine.model, GPT):
-        raise InputError("this is a BERT checkpoint; only a GPT model (left to right) writes text")
+        raise InputError(
+            f"this is a {engine.config.family.upper()} checkpoint; only a GPT model (left to "
+            "right) writes text"
+        )
     positions, rows = engine.config.max_position_embeddings, engine.vocab_size
     for index, prompt in enumerate(prompts):
         if not 1 <= len(prompt.tokens) <= positions:

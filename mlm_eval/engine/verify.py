@@ -41,6 +41,7 @@ from mlm_eval.engine.weights import (
 from mlm_eval.model.attention import Context, rotary_tables
 from mlm_eval.model.bert import BERT
 from mlm_eval.model.gpt import GPT
+from mlm_eval.model.t5 import T5
 
 TOLERANCE = 2e-4
 """Largest difference of a log-probability between right implementations in float32, as a share of
@@ -73,20 +74,25 @@ def probe(config: ModelConfig, vocab_size: int) -> dict[str, Tensor]:
     """Return fixed inputs: rows of random tokens, up to the last position that the model takes.
 
     Every id comes once before one comes twice. For BERT there are two rows, the second padded at
-    its end.
+    its end; for T5 the second row of the encoder's input is.
 
     Returns:
-        `tokens` `[rows, seq]`; for BERT also `padding_mask` and `tokentypes`; and, where not every
-        position fits, `positions` `[seq]`, spread evenly from the first to the last.
+        `tokens` `[rows, seq]`; for BERT also `padding_mask` and `tokentypes`, for T5, whose
+        decoder takes them, `encoder_tokens` and `encoder_mask`; and, where not every position fits,
+        `positions` `[seq]`, spread evenly from the first to the last, but for T5 the first ones.
     """
     generator = torch.Generator().manual_seed(1234)
     length = config.max_position_embeddings
     fitting = max(PROBE_BYTES // (4 * vocab_size), 8) if config.lm_head else 2 * PROBE_POSITIONS
-    rows = 2 if config.family == "bert" or 2 * length <= fitting else 1
+    rows = 2 if config.family != "gpt" or 2 * length <= fitting else 1
     taken = min(length, fitting // rows, PROBE_POSITIONS)
     repeats = -(-rows * taken // vocab_size)
     ids = torch.cat([torch.randperm(vocab_size, generator=generator) for _ in range(repeats)])
     inputs = {"tokens": ids[: rows * taken].view(rows, taken)}
+    if config.family == "t5":
+        mask = torch.ones(rows, taken, dtype=torch.int64)
+        mask[1, taken - taken // 4 :] = 0
+        return {"encoder_tokens": inputs["tokens"].flip(0, 1), "encoder_mask": mask, **inputs}
     if taken < length:
         inputs["positions"] = torch.linspace(0, length - 1, taken, dtype=torch.float64).long()
     if config.family == "bert":
@@ -109,6 +115,10 @@ def outputs(checkpoint: Checkpoint, inputs: Mapping[str, Tensor]) -> dict[str, T
         all, with `pooled` `[batch, hidden]` where it has a pooler.
     """
     model = Engine.load(checkpoint, dtype=torch.float32).model
+    if isinstance(model, T5):
+        states = model(inputs["encoder_tokens"], inputs["encoder_mask"], inputs["tokens"])
+        logits = model.output_layer.logits(states.flatten(0, 1))
+        return {"logits": logits.view(*states.shape[:2], -1)}
     states = _states(model, inputs)
     if isinstance(model, GPT):
         return {"logits": F.linear(states, model.output_layer.table)}

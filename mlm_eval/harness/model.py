@@ -107,8 +107,8 @@ class MegatronLM(TemplateLM):
         path = engine.checkpoint.provenance.path
         if not isinstance(engine.model, GPT):
             raise InputError(
-                f"{path} is a BERT checkpoint; lm-evaluation-harness needs a GPT model (left to "
-                "right)"
+                f"{path} is a {engine.config.family.upper()} checkpoint; lm-evaluation-harness "
+                "needs a GPT model (left to right)"
             )
         positions = engine.config.max_position_embeddings
         if max_length is not None and not 1 <= max_length <= positions:

@@ -1,4 +1,4 @@
-"""The model is mathematics: GPT and BERT over tensor-parallel layers.
+"""The model is mathematics: GPT, BERT and T5 over tensor-parallel layers.
 
     tensor_parallel.py   THE PAPER'S SECTION 3: column-, row- and vocabulary-parallel layers, and
                          every collective of the model
@@ -7,6 +7,7 @@
     experts.py           a mixture of experts in the place of an MLP
     layers.py            norms, activations, the MLP
     gpt.py, bert.py      the two models around it, with their heads
+    t5.py                the third: an encoder, and a decoder that looks at it
     dropout.py           masks that do not depend on the layout
     sizes.py             models known by name
     initial.py           new heads and new models

@@ -119,8 +119,8 @@ class Context:
         dropout: The masks of a training step; None for evaluation.
         cache: Keys and values of texts that are being generated; None where texts are whole.
         positions: Position of each text's one query `[batch]`, where keys come from the cache.
-        alibi: What is added to the scores, with minus infinity where a key may not be seen
-            `[batch or 1, heads, queries, keys]`, or None.
+        bias: What is added to the scores of this rank's heads, with minus infinity where a key may
+            not be seen `[batch or 1, heads, queries, keys]`, or None.
     """
 
     causal: bool
@@ -131,7 +131,7 @@ class Context:
     dropout: Dropout | None = None
     cache: KeyValueCache | None = None
     positions: Tensor | None = None
-    alibi: Tensor | None = None
+    bias: Tensor | None = None
 
     def mask(self, keys: int, query_from: int, window: int, like: Tensor) -> Tensor | None:
         """Return which keys each query sees, true where it does; None: as `causal` says alone.
@@ -328,8 +328,8 @@ class _Attention(nn.Module):
     ) -> Tensor:
         """Return `[batch, heads, queries, value channels]`."""
         mask = context.mask(key.shape[2], query_from, self.window, query)
-        if context.alibi is not None:  # it says too which keys are seen
-            mask = context.alibi[:, :, query_from:].to(query.dtype)
+        if context.bias is not None:  # it says too which keys are seen
+            mask = context.bias[:, :, query_from:].to(query.dtype)
         causal = context.causal and mask is None
         dropout = context.dropout
         assert dropout is None or query_from == 0, "masks count positions from 0"
@@ -487,6 +487,35 @@ class SelfAttention(_Attention):
         if gates:
             out = out * gate[:, query_from:].flatten(2).sigmoid()
         return self.linear_proj(out)  # type: ignore[no-any-return]
+
+
+class CrossAttention(_Attention):
+    """Queries of a decoder, keys and values of an encoder's states, over this rank's heads.
+
+    Source: megatron/core/transformer/attention.py (core 0.16), CrossAttention.
+    """
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel, number: int) -> None:
+        n, size = config.num_attention_heads, tp.size
+        heads = list(range(tp.rank * n // size, (tp.rank + 1) * n // size))
+        super().__init__(config, tp, number, heads)
+        h, bias, width = config.hidden_size, config.add_qkv_bias, len(heads) * config.kv_channels
+        self.linear_q = ColumnParallelLinear(h, width, bias=bias, tp=tp)
+        self.linear_kv = ColumnParallelLinear(h, 2 * width, bias=bias, tp=tp)
+
+    def forward(self, x: Tensor, encoded: Tensor, context: Context) -> Tensor:
+        """Return the attention output `[batch, seq, hidden]`.
+
+        Args:
+            x: The decoder's states `[batch, seq, hidden]`.
+            encoded: The encoder's `[batch, encoder seq, hidden]`.
+            context: Which of the encoder's positions may be seen.
+        """
+        query = self.linear_q(x).unflatten(-1, (len(self.heads), -1)).transpose(1, 2)
+        pairs = self.linear_kv(encoded).unflatten(-1, (len(self.heads), -1)).transpose(1, 2)
+        key, value = pairs.chunk(2, dim=-1)  # [B, H, S, d]
+        out = self.attend(query, key, value, context, 0)
+        return self.linear_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 def _unit(x: Tensor, epsilon: float) -> Tensor:

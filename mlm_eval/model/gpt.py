@@ -52,7 +52,7 @@ class GPT(nn.Module):
         local = local_rotary_tables(self.config, tokens.shape[1], tokens.device)
         alibi = self._alibi(torch.arange(tokens.shape[1], device=tokens.device)[None])
         return Context(
-            causal=True, cos=cos, sin=sin, local=local, dropout=dropout, cache=cache, alibi=alibi
+            causal=True, cos=cos, sin=sin, local=local, dropout=dropout, cache=cache, bias=alibi
         )
 
     def _alibi(self, queries: Tensor, keys: int | None = None) -> Tensor | None:
@@ -114,7 +114,7 @@ class GPT(nn.Module):
             local=local,
             cache=cache,
             positions=positions,
-            alibi=self._alibi(positions[:, None], seen.shape[-1]),
+            bias=self._alibi(positions[:, None], seen.shape[-1]),
         )
         x = self.embedding(tokens[:, None], positions=positions[:, None])
         return self.decoder(x, context)[:, 0]  # type: ignore[no-any-return]

@@ -42,8 +42,8 @@ def with_head(
     old = checkpoint.config
     if old.family != "bert":
         raise InputError(
-            f"{checkpoint.provenance.path} is a GPT checkpoint; fine-tuning needs a BERT model, "
-            "which reads both ways"
+            f"{checkpoint.provenance.path} is a {old.family.upper()} checkpoint; fine-tuning needs "
+            "a BERT model, which reads both ways"
         )
     config = dataclasses.replace(
         old,

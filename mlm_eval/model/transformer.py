@@ -136,12 +136,15 @@ class Embedding(nn.Module):
 
 
 def output_layer(config: ModelConfig, embedding: Embedding) -> VocabHead:
-    """Return the output table, tied or not, with BERT's output bias."""
+    """Return the output table, tied or not, with the bias of BERT's and of a tied T5's."""
+    biased = config.family == "bert" and config.lm_head
+    if config.family == "t5":
+        biased = not config.untie_embeddings_and_output_weights
     return VocabHead(
         config.vocab_size,
         embedding.word_embeddings,
         tied=not (config.untie_embeddings_and_output_weights and config.lm_head),
-        biased=config.family == "bert" and config.lm_head,
+        biased=biased,
         multiplier=config.logit_multiplier,
         cap=config.final_logit_softcapping,
     )

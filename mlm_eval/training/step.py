@@ -12,6 +12,7 @@ from torch import Tensor
 from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.engine.engine import Engine
 from mlm_eval.model.dropout import Dropout, sample_keys
+from mlm_eval.model.t5 import T5
 from mlm_eval.ranks.collectives import sum_over_dp, sum_over_ranks
 from mlm_eval.training.data import Sample, collate, deal, sample_length
 from mlm_eval.training.objectives import Objective
@@ -76,6 +77,7 @@ class Stepper:
         settings = settings.on(engine.device.type)
         self.engine, self.mesh, self.data = engine, engine.mesh, data
         self.objective, self.settings, self.schedule = objective, settings, schedule
+        assert not isinstance(engine.model, T5), "the commands refuse to train a T5"
         self.replicas = Replicas(
             engine.model,
             objective,

@@ -116,8 +116,8 @@ class _Finetuning:
         config = self.checkpoint.config
         if config.family != "bert":
             raise InputError(
-                f"{self.checkpoint.provenance.path} is a GPT checkpoint; fine-tuning needs a BERT "
-                f"model, which reads both ways"
+                f"{self.checkpoint.provenance.path} is a {config.family.upper()} checkpoint; "
+                "fine-tuning needs a BERT model, which reads both ways"
             )
         special_ids(self.tokenizer)
         misfit = check_fits(self.tokenizer, config.vocab_size)

@@ -22,6 +22,7 @@ from mlm_eval.checkpoints.tokenizers.tokenizer_type import added_entries
 from mlm_eval.engine.batching import map_batches, pack
 from mlm_eval.engine.engine import Engine
 from mlm_eval.model.bert import BERT
+from mlm_eval.model.gpt import GPT
 from mlm_eval.model.initial import new_checkpoint
 from mlm_eval.model.sizes import initial_config
 from mlm_eval.ranks.collectives import on_main
@@ -79,9 +80,10 @@ def check_start(text: TextSettings, checkpoint: Checkpoint, tokenizer: Tokenizer
     config, where = checkpoint.config, checkpoint.provenance.path
     if config.family != text.family:
         other = {"bert": "lm", "gpt": "mlm"}[text.family]
-        raise InputError(
-            f"{where} is a {config.family.upper()} model; train it with mlm-eval {other}"
-        )
+        way_out = "which mlm-eval does not train"
+        if config.family != "t5":
+            way_out = f"train it with mlm-eval {other}"
+        raise InputError(f"{where} is a {config.family.upper()} model; {way_out}")
     if not config.lm_head:
         raise InputError(
             f"{where} has no language-model head, as fine-tuned files have none; give the "
@@ -302,6 +304,7 @@ def text_metrics(
             if isinstance(engine.model, BERT):
                 losses, hits, count, order = MaskedLM().parts(engine.model, batch, None)
             else:
+                assert isinstance(engine.model, GPT)
                 losses, hits, count = CausalLM().loss_and_hits(engine.model, batch, None)
         found = [losses.sum(), hits.sum(), torch.tensor(count, device=engine.device)]
         if order is not None:

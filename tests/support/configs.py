@@ -1,4 +1,4 @@
-"""The three small models of the tests: one of each kind that the parameter table knows."""
+"""The small models of the tests: one of each kind that the parameter table knows."""
 
 from __future__ import annotations
 
@@ -29,6 +29,15 @@ LLAMA = dataclasses.replace(
     untie_embeddings_and_output_weights=True,
 )
 BERT = dataclasses.replace(GPT, family="bert", num_tokentypes=2, pooler=True, binary_head=True)
+
+T5 = dataclasses.replace(
+    GPT,
+    family="t5",
+    decoder_num_layers=3,
+    position_embedding_type="relative",
+    relative_attention_num_buckets=8,
+    relative_attention_max_distance=12,
+)
 
 
 def config(base: ModelConfig = GPT, **changes: Any) -> ModelConfig:

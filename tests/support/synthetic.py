@@ -31,8 +31,9 @@ SIZES = {
     "vocab_size": 32,
     "max_position_embeddings": 8,
 }
-GPT, LLAMA, BERT = (
-    dataclasses.replace(base, **SIZES) for base in (configs.GPT, configs.LLAMA, configs.BERT)
+GPT, LLAMA, BERT, T5 = (
+    dataclasses.replace(base, **SIZES)
+    for base in (configs.GPT, configs.LLAMA, configs.BERT, configs.T5)
 )
 
 
@@ -63,6 +64,12 @@ def args_of(config: ModelConfig, **more: Any) -> Namespace:
         "untie_embeddings_and_output_weights": config.untie_embeddings_and_output_weights,
         "params_dtype": torch.float32,
     }
+    if config.family == "t5":
+        args["num_layers"] = config.decoder_num_layers
+        args["encoder_num_layers"] = config.num_layers
+    if config.relative_positions:
+        args["relative_attention_num_buckets"] = config.relative_attention_num_buckets
+        args["relative_attention_max_distance"] = config.relative_attention_max_distance
     if args["group_query_attention"]:
         args["num_query_groups"] = config.num_query_groups
     return Namespace(**args | more)

@@ -482,9 +482,9 @@ def point_outside(folder: Path) -> None:
         (point_outside, r"outside of the folder"),
         (add_keys("decoder.layers.mlp.router.weight"), "router.weight has shape .*, expected 2"),
         (leave_out("embedding.word_embeddings.weight"), "iter_0000007 holds no word embeddings"),
-        (add_keys("encoder.layers.mlp.linear_fc2.bias"), "an encoder-decoder model"),
+        (add_keys("encoder.layers.mlp.linear_fc2.bias"), "lacks the parameter encoder.layers.0"),
         (add_keys("decoder.layers.self_attention.linear_q_proj.bias"), "lacks|do not call for"),
-        (add_keys("decoder.layers.mlp.linear_fc3.bias"), "that no GPT or BERT model"),
+        (add_keys("decoder.layers.mlp.linear_fc3.bias"), "that no GPT, BERT or T5 model"),
     ],
 )
 def test_faults_are_named(change: Callable[[Path], None], message: str, tmp_path: Path):

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from support import random_models
 from support.paths import PROJECT
-from support.synthetic import BERT, GPT, LLAMA, args_of
+from support.synthetic import BERT, GPT, LLAMA, T5, args_of
 
 from mlm_eval.checkpoints.config import ConfigBuilder, ModelConfig, RopeScaling
 from mlm_eval.checkpoints.convert import convert
@@ -25,7 +25,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safe_pickle import Stub
 from mlm_eval.checkpoints.megatron.args import build_config
 from mlm_eval.checkpoints.megatron.family_args import args_of_family
-from mlm_eval.checkpoints.megatron.fields import ARG_FIELDS, RunCode
+from mlm_eval.checkpoints.megatron.fields import ARG_FIELDS, NOT_FOR_T5, RunCode
 from mlm_eval.checkpoints.megatron.layout import choose_names
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import parameters
@@ -195,6 +195,9 @@ READ: dict[str, tuple[ModelConfig, RunCode, dict[str, Any]]] = {
     # Name -> a model, the code that ran it, and args that make another model of it or contradict.
     "num_layers": (GPT, CORE, {"num_layers": 3}),
     "encoder_num_layers": (GPT, CORE, {"num_layers": ..., "encoder_num_layers": 3}),
+    "decoder_num_layers": (T5, CORE, {"decoder_num_layers": 2}),
+    "relative_attention_num_buckets": (T5, CORE, {"relative_attention_num_buckets": 9}),
+    "relative_attention_max_distance": (T5, CORE, {"relative_attention_max_distance": 99}),
     "hidden_size": (GPT, CORE, {"hidden_size": 8}),
     "kv_channels": (GPT, CORE, {"kv_channels": 8}),
     "num_query_groups": (LLAMA, CORE, {"num_query_groups": 4}),
@@ -354,6 +357,26 @@ UNRECEIVED = [
     for code in entry.unreceived
     if name in SWITCHED_ON and not (name == "rope_scaling_factor" and code != CORE)
 ]
+
+
+@pytest.mark.parametrize("name", NOT_FOR_T5)
+def test_t5_is_not_given_what_gpt_is(name: str):
+    """pretrain_t5.py passes no rotary setting on but the share of channels and their pairs."""
+    config = dataclasses.replace(
+        T5,
+        position_embedding_type="rope",
+        relative_attention_num_buckets=32,
+        relative_attention_max_distance=128,
+    )
+    value, setting, applied = SWITCHED_ON[name]
+    found = build(config, args_for(config, **{name: value}))
+    assert found.config == config
+    assert [line.split(",")[0] for line in found.warnings] == [f"args.{name} is {value}"]
+    assert "T5 models of Megatron's core code" in found.warnings[0]
+    by_hand = {"rope_scaling_factor": 8.0} if name == "use_rope_scaling" else {name: applied}
+    assert getattr(build(config, args_for(config), **by_hand).config, setting) == applied or (
+        name == "use_rope_scaling"
+    )
 
 
 @pytest.mark.parametrize(("name", "code"), UNRECEIVED)
