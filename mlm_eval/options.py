@@ -34,6 +34,8 @@ class Option:
     flag: str | None = None
     """The spelling, where it does not follow from the field's name; for a switch that nobody would
     switch off, the only one."""
+    short: str | None = None
+    """Another spelling, of one letter."""
     shown: str | None = None
     """What the help says for a default of None."""
     group: str | None = None

@@ -7,7 +7,7 @@
     checkpoints.py   inspect, convert, verify        zero_shot.py   wikitext103, lambada, score
     training.py      race, mnli, qqp, squad, mlm, lm, ensemble
     report.py        report, plan, catalog           harness.py     harness
-    bench.py         bench
+    bench.py         bench                           generate.py    generate
 
 Only the modules of this room print. They may import everything, and do so inside functions where
 that is heavy, so that `--help` and `inspect` stay quick. Nothing imports from here.

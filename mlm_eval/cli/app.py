@@ -36,6 +36,7 @@ SUMMARIES = {
     "verify": "Compare two checkpoints by their logits on the same tokens.",
     "harness": "Any task of lm-evaluation-harness, on the checkpoint as it is.",
     "score": "Log-probabilities of given sequences.",
+    "generate": "Text that continues given prompts: greedy, or drawn at a temperature.",
     "report": "Show measured figures among the paper's: differences, and what is not comparable.",
     "plan": "Show what runs will need: memory of each rank, floating-point operations, time.",
     "catalog": "List the public checkpoints we know, how to get them, and what to expect of them.",
@@ -61,6 +62,7 @@ def commands() -> dict[str, Listed]:
         ("report", REPORTS, ("report", "plan", "catalog")),
         ("training", TRAINING, ("race", "mnli", "qqp", "squad", "mlm", "lm", "ensemble")),
         ("zero_shot", ZERO_SHOT, (*BENCHMARKS, "score")),
+        ("generate", ZERO_SHOT, ("generate",)),
         ("bench", REPORTS, ("bench",)),
     )
     texts = SUMMARIES | BENCHMARKS

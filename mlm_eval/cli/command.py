@@ -128,7 +128,7 @@ def _parameter(
         default = inspect.Parameter.empty
     make: Any = typer.Argument if entry.positional else typer.Option
     info = make(
-        *filter(None, [entry.flag]),
+        *filter(None, [entry.flag, entry.short]),
         help=entry.help,
         min=entry.least,
         max=entry.most,

@@ -1,16 +1,16 @@
 """Text from a GPT model, greedy or sampled, token by token with a cache of what was seen.
 
 Prompts are packed under the engine's token budget and dealt to the data-parallel ranks. All
-tensor-parallel ranks choose the same token: a greedy one from two small all-reduces, a sampled one
-from the gathered logits of one position. Every prompt has a random number generator of its own,
+tensor-parallel ranks choose the same token: a greedy one from three small all-reduces, a sampled
+one from the gathered logits of one position. Every prompt has a random number generator of its own,
 which gives one number for each token, so that neither the layout nor the other prompts of a batch
 change its text beyond the rounding of the forward itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +23,12 @@ from mlm_eval.model.gpt import GPT
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.tokenizer import Tokenizer
+
+OnToken = Callable[[int, Sequence[int]], None]
+"""Is told a prompt's number and its new tokens so far."""
+
+CONTEXT = 8
+"""Tokens of a prompt that are decoded with what follows it."""
 
 CACHE_BYTES = 4 << 30
 """Keys and values of a batch, on each rank: more prompts than fit wait for the next batch."""
@@ -85,11 +91,14 @@ class Continuation:
 
     Attributes:
         tokens: The new tokens, those of a stop string included.
+        logprobs: Of each, in nats: what the model gives it among the whole vocabulary, whatever
+            the temperature and the choice were. Two texts are equal whatever their last bits are.
         text: Them as text up to the stop string; None without a tokenizer.
         ended_by: `stop token`, `stop string` or `length`.
     """
 
     tokens: list[int]
+    logprobs: list[float] = field(compare=False)
     text: str | None
     ended_by: str
 
@@ -101,6 +110,7 @@ def generate(
     *,
     tokenizer: Tokenizer | None = None,
     on_progress: OnProgress | None = None,
+    on_token: OnToken | None = None,
 ) -> list[Continuation]:
     """Return a continuation of each prompt, on every rank the same.
 
@@ -111,6 +121,7 @@ def generate(
         prompts: Each goes its own way: their settings may differ.
         tokenizer: For stop strings, and for texts beside the tokens.
         on_progress: Told about finished prompts, on rank 0.
+        on_token: Told about each token at once, on the ranks that write its text.
 
     Raises:
         InputError: The model is not a GPT, a prompt is empty, too long or of another vocabulary, or
@@ -121,7 +132,7 @@ def generate(
     widths = [min(len(p.tokens) + p.max_new_tokens, limit) for p in prompts]
 
     def run(indices: list[int]) -> list[Continuation]:
-        texts = [_Text(prompts[i], widths[i], tokenizer) for i in indices]
+        texts = [_Text(i, prompts[i], widths[i], tokenizer, on_token) for i in indices]
         _write(engine, texts)
         return [text.finish() for text in texts]
 
@@ -163,11 +174,21 @@ def check_prompts(engine: Engine, prompts: Sequence[Prompt], tokenizer: Tokenize
 class _Text:
     """A prompt and what has been written so far."""
 
-    def __init__(self, prompt: Prompt, width: int, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self,
+        number: int,
+        prompt: Prompt,
+        width: int,
+        tokenizer: Tokenizer | None,
+        on_token: OnToken | None,
+    ) -> None:
+        self.number = number
         self.prompt = prompt
         self.room = width - len(prompt.tokens)
         self.tokenizer = tokenizer
+        self.on_token = on_token
         self.tokens: list[int] = []
+        self.logprobs: list[float] = []
         self.ended_by: str | None = None
         self.random = torch.Generator().manual_seed(prompt.seed)
         # A stop string ends with the newest token. Each token is a byte at least; some more are
@@ -175,12 +196,15 @@ class _Text:
         longest = max((len(stop.encode()) for stop in prompt.stop), default=0)
         self.looked_at = longest + 8
 
-    def add(self, token: int) -> bool:
+    def add(self, token: int, logprob: float) -> bool:
         """Take the next token; return whether the text continues."""
         if token in self.prompt.stop_tokens:
             self.ended_by = "stop token"
             return False
         self.tokens.append(token)
+        self.logprobs.append(logprob)
+        if self.on_token is not None:
+            self.on_token(self.number, self.tokens)
         if self.prompt.stop:
             newest = self._decode(self.tokens[-self.looked_at :])
             if any(stop in newest for stop in self.prompt.stop):
@@ -195,16 +219,27 @@ class _Text:
         """Return the result."""
         assert self.ended_by is not None
         if self.tokenizer is None:
-            return Continuation(self.tokens, None, self.ended_by)
-        text = self._decode(self.tokens)
+            return Continuation(self.tokens, self.logprobs, None, self.ended_by)
+        text = text_after(self.tokenizer, self.prompt.tokens, self.tokens)
         ends = [text.find(stop) for stop in self.prompt.stop]
         end = min((place for place in ends if place >= 0), default=len(text))
-        return Continuation(self.tokens, text[:end], self.ended_by)
+        return Continuation(self.tokens, self.logprobs, text[:end], self.ended_by)
 
     def _decode(self, tokens: list[int]) -> str:
         assert self.tokenizer is not None
-        size = self.tokenizer.vocab_size  # beyond it are rows that only pad the model's table
-        return self.tokenizer.decode([token for token in tokens if token < size])
+        return _decode(self.tokenizer, tokens)
+
+
+def text_after(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """Return the text of `tokens` as it stands after a prompt: sentencepiece keeps its space."""
+    before = list(prompt[-CONTEXT:])
+    start, whole = _decode(tokenizer, before), _decode(tokenizer, [*before, *tokens])
+    return whole[len(start) :] if whole.startswith(start) else _decode(tokenizer, tokens)
+
+
+def _decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    size = tokenizer.vocab_size  # beyond it are rows that only pad the model's table
+    return tokenizer.decode(token for token in tokens if token < size)
 
 
 def _write(engine: Engine, texts: Sequence[_Text]) -> None:
@@ -218,8 +253,9 @@ def _write(engine: Engine, texts: Sequence[_Text]) -> None:
     states, cache = model.start(tokens.to(engine.device), lengths, columns)
     running = list(texts)
     while True:
-        chosen = choose(model, states, running)
-        going = [row for row, token in enumerate(chosen.tolist()) if running[row].add(token)]
+        chosen, logprobs = choose(model, states, running)
+        pairs = zip(chosen.tolist(), logprobs.tolist(), strict=True)
+        going = [row for row, pair in enumerate(pairs) if running[row].add(*pair)]
         if not going:
             return
         if len(going) < len(running):
@@ -229,30 +265,34 @@ def _write(engine: Engine, texts: Sequence[_Text]) -> None:
         states = model.step(chosen, cache)
 
 
-def choose(model: GPT, states: Tensor, texts: Sequence[_Text]) -> Tensor:
-    """Return the next token of each text, int64 `[batch]`, given the states `[batch, hidden]`.
+def choose(model: GPT, states: Tensor, texts: Sequence[_Text]) -> tuple[Tensor, Tensor]:
+    """Return the next token of each text, given its states `[batch, hidden]`.
+
+    Returns:
+        Token ids, int64 `[batch]`, and their log-probabilities in nats, float32 `[batch]`.
 
     Raises:
         InputError: The logits are not finite.
     """
+    head = model.output_layer
     chosen = torch.empty(len(texts), dtype=torch.int64, device=states.device)
+    logprobs = torch.empty(len(texts), dtype=torch.float32, device=states.device)
     for sampling in dict.fromkeys(text.prompt.sampling for text in texts):
         rows = [row for row, text in enumerate(texts) if text.prompt.sampling == sampling]
         if sampling.temperature == 0.0:
-            best, chosen[rows] = model.output_layer.argmax(states[rows])
-        else:
-            logits = model.output_layer.logits(states[rows])
-            numbers = [
-                torch.rand((), generator=texts[row].random, dtype=torch.float64) for row in rows
-            ]
-            best = logits.amax(dim=-1)
-            chosen[rows] = draw(logits, torch.stack(numbers).to(logits.device), sampling)
-        if not best.isfinite().all():
-            raise InputError(
-                "the model's logits are not finite: the checkpoint is damaged, or its numbers are "
-                "too large for this --dtype; try float32"
-            )
-    return chosen
+            chosen[rows], logprobs[rows] = head.argmax(states[rows])
+            continue
+        logits = head.logits(states[rows])
+        numbers = [torch.rand((), generator=texts[row].random, dtype=torch.float64) for row in rows]
+        drawn = draw(logits, torch.stack(numbers).to(logits.device), sampling)
+        chosen[rows] = drawn
+        logprobs[rows] = logits.log_softmax(dim=-1).gather(1, drawn[:, None]).squeeze(1)
+    if not logprobs.isfinite().all():
+        raise InputError(
+            "the model's logits are not finite: the checkpoint is damaged, or its numbers are "
+            "too large for this --dtype; try float32"
+        )
+    return chosen, logprobs
 
 
 def draw(logits: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:

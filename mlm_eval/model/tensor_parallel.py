@@ -308,14 +308,17 @@ class VocabHead(nn.Module):
 
     @torch.no_grad()
     def argmax(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each state's largest logit, float32, and its token id, the lowest on a tie.
+        """Return each state's likeliest token, the lowest id on a tie, and its log-probability.
 
-        Two small all-reduces, after which every rank has the same ids. A NaN among the logits comes
-        out as the largest.
+        Three small all-reduces, after which every rank has the same ids, int64 `[rows]`. The
+        log-probabilities, in nats, float32 `[rows]`, are NaN where a logit is not finite.
         """
-        own_best, index = _own_argmax(self._own_logits(*self._operands(states)), self.first_row)
+        logits = self._own_logits(*self._operands(states))
+        own_best, index = _own_argmax(logits, self.first_row)
         best = _all_reduce(own_best.clone(), self.tp, dist.ReduceOp.MAX)
-        return best, _lowest_argmax(index, own_best, best, self.tp)
+        ids = _lowest_argmax(index, own_best, best, self.tp)
+        sums = logits.sub_(best.unsqueeze(1)).exp_().sum(dim=-1)
+        return ids, -_all_reduce(sums, self.tp).log()
 
     @torch.no_grad()
     def logits(self, states: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
     wikitext103.py   word-level perplexity, as in the paper's appendix E
     lambada.py       accuracy of the last word of a passage
     score.py         log-probabilities of given lines, for `mlm-eval score`
+    generation.py    continuations of given prompts, for `mlm-eval generate`
 
 To add one: a file like `lambada.py`, and its name in `BENCHMARKS` below. Its command, its record,
 its rows on the terminal and in the reports, and its entry in `mlm-eval plan` come from its object.

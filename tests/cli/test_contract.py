@@ -125,6 +125,10 @@ def zero_shot(run: Run, folder: Path) -> dict[str, set[str]]:
         files = ["--input", folder / "in.jsonl", "--output", output]
         assert run("score", "--ckpt", model, *files).code == 0
         found[f"score {model.name}"] = of_lines(output)
+    output = folder / "generate.jsonl"
+    short = ["--prompt", "A", "--max-new-tokens", 2, "--output", output]
+    assert run("generate", "--ckpt", gpt, *short).code == 0
+    found["generate"] = of_lines(output)
     output = folder / "verify.json"
     assert run("verify", "--ckpt", gpt, "--against", gpt, "--output", output).code == 0
     found["verify"] = keys(read(output))

@@ -11,6 +11,7 @@ from support import random_models
 from support.huggingface_models import POSITIONS, VOCAB, gpt_model, tokens
 from support.paths import PROJECT
 from support.ranks import run_ranks
+from support.sentencepiece_models import train_pieces
 from torch import Tensor
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
@@ -19,7 +20,15 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from mlm_eval.engine.engine import Engine
-from mlm_eval.engine.generate import Continuation, Prompt, Sampling, draw, generate
+from mlm_eval.engine.generate import (
+    Continuation,
+    Prompt,
+    Sampling,
+    draw,
+    generate,
+    text_after,
+)
+from mlm_eval.engine.score import Request
 from mlm_eval.model.gpt import GPT
 
 SAMPLE = PROJECT / "checkpoints" / "samples" / "gpt"
@@ -186,9 +195,9 @@ def test_positions_end_a_text(alone: Any) -> None:
 
 def over_the_vocabulary(rows: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     head = random_models.vocab_head(table)
-    best, ids = head.argmax(rows)
+    ids, logprobs = head.argmax(rows)
     logits = head.logits(rows)
-    return best, ids, logits
+    return ids, logprobs, logits
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -202,10 +211,24 @@ def test_argmax_and_logits_of_a_cut_vocabulary(size: int, entries: int) -> None:
     top = expected.max(dim=-1, keepdim=True).values
     lowest = [row.nonzero()[0].item() for row in expected == top]
     assert ((expected == top).sum(dim=-1) > 1).any()
-    for best, ids, logits in run_ranks(size, over_the_vocabulary, rows, table):
+    for ids, logprobs, logits in run_ranks(size, over_the_vocabulary, rows, table):
         assert torch.equal(logits, expected)
-        assert torch.equal(best, top.squeeze(1))
         assert ids.tolist() == lowest
+        torch.testing.assert_close(logprobs, expected.log_softmax(-1).amax(-1))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_log_probabilities_are_those_of_scoring(tp: int) -> None:
+    """Each token's, given the prompt and the tokens before it, drawn or not."""
+    (first, *_) = run_ranks(tp, mixed_texts, random_models.LLAMA, tp, 1)
+    engine = engine_on_ranks(random_models.LLAMA, 1, 1)
+    whole = [
+        Request(torch.tensor([*prompt.tokens, *text.tokens]), len(text.tokens))
+        for prompt, text in zip(MIXED, first[0], strict=True)
+    ]
+    expected = engine.score(whole).logprobs
+    found = torch.tensor([value for text in first[0] for value in text.logprobs])
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
 # --- Sampling -----------------------------------------------------------------------------------
@@ -315,6 +338,14 @@ def test_a_stop_token_is_no_part_of_the_text(writer: Any) -> None:
     assert (second.text, second.ended_by) == ("wx", "length")
 
 
+def test_sentencepiece_keeps_the_space_before_a_text(tmp_path: Path) -> None:
+    """Its decoder drops the space of the first piece, which is here in the middle of a text."""
+    words = load_tokenizer(directory=train_pieces(tmp_path, 300).parent)
+    before, after = words.encode("a list"), words.encode("is made")
+    assert words.decode(after) == "is made"
+    assert text_after(words, before, after) == " is made"
+
+
 def test_rows_that_pad_the_table_have_no_text(writer: Any) -> None:
     engine, tokenizer = writer
     (found,) = _spelling(engine, tokenizer, [tokenizer.encode("a")[0], 258], [Prompt([0], 2)])
@@ -333,7 +364,7 @@ def _spelling(
     def argmax(rows: Tensor) -> tuple[Tensor, Tensor]:
         token = ids[min(taken["steps"], len(ids) - 1)]
         taken["steps"] += 1
-        return torch.zeros(len(rows)), torch.full((len(rows),), token)
+        return torch.full((len(rows),), token), torch.zeros(len(rows))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model.output_layer, "argmax", argmax)

@@ -51,16 +51,16 @@ WORDS = {
     "hf", "megatron", "torch_dist", "cpu", "true", "last-token", "bfloat16", "500MB", "gpt2-8.3b",
     "gpt2-tiny", "wikitext103", "megatron-gpt2-345m", "megatron-bert-345m-uncased",
     "race-megatron-336m", "checkpoint_version=2.0", "wikitext", "lambada_openai", "wiki_sample",
-    "weak", "train", "core", "legacy",
+    "weak", "train", "core", "legacy", "Once upon a time",
 }  # fmt: skip
-"""Names of formats, sizes, recipes, settings and tasks: no files."""
+"""Names of formats, sizes, recipes, settings and tasks, and texts: no files."""
 SMALL = {
     "bench": "--steps 1 --warmup-steps 1 --seq-length 16 --batch 1 --device cpu",
     "race": "--max-steps 1 --train-limit 32 --dev-limit 2 --test-limit 2 --seq-length 32",
     "lm": "--max-steps 1 --seq-length 16 --global-batch 2",
 }
 """Options that keep a run short; the last one of a kind counts."""
-ON_RANKS = {"wikitext103", "lambada", "score", "harness", "race", "lm"}
+ON_RANKS = {"wikitext103", "lambada", "score", "generate", "harness", "race", "lm"}
 """Commands whose --tp and --dp are ranks. They run on one, but for transcripts and torchrun."""
 FOREIGN_OPTIONS = {
     "--overlapping-eval", "--strict-lambada", "--dist-ckpt-format", "--no-load-optim",
