@@ -139,7 +139,8 @@ class ScoreOptions(RunOptions):
 
     input: Path = option(
         'JSON lines: {"tokens": [...]} or {"text": "..."}; for BERT also with '
-        '"tokentypes" and "padding_mask", or {"choices": [[...], [...]]}.'
+        '"tokentypes" and "padding_mask", or {"choices": [[...], [...]]}; for T5 '
+        '{"encoder_tokens": [...], "encoder_mask": [...], "tokens": [...]}.'
     )
     output: Path = option('JSON lines: {"tokens", "logprobs", "greedy"}.', writes=FILE)
     stride: int | None = option(
@@ -151,14 +152,19 @@ class ScoreOptions(RunOptions):
 
 @command("score", ScoreOptions, order=("ckpt", "input", "output", "stride"))
 def score_command(options: ScoreOptions) -> None:
-    """GPT: each token given the ones before. BERT: each token given the whole input.
+    """GPT: each token given the ones before. BERT: each given the whole input. T5: the decoder's.
 
     Example: mlm-eval score --ckpt gpt2_345m --input sequences.jsonl --output scores.jsonl --tp 2
     """
     from mlm_eval.tasks.zero_shot.score import read_lines, score_lines, write_lines
 
     run = ModelRun(options)
-    lines = read_lines(options.input, chosen_tokenizer(options.ckpt, options), limit=options.limit)
+    lines = read_lines(
+        options.input,
+        chosen_tokenizer(options.ckpt, options),
+        family=run.checkpoint.config.family,
+        limit=options.limit,
+    )
 
     def body(engine: Engine) -> None:
         with progress(run.is_main) as on_progress:

@@ -2,7 +2,7 @@
 
     engine.py               `Engine`: this rank's shard of a model in memory
     batching.py             THE ONE LOOP: items packed by length, dealt to the ranks, run, joined
-    score.py                GPT's log-probabilities of requests
+    score.py                GPT's and T5's log-probabilities of requests
     encode.py               BERT's states, masked-LM scores and head outputs of whole inputs
     generate.py             text, token by token
     resume.py               scores of an interrupted run

@@ -153,17 +153,16 @@ class Engine:
         on_progress: OnProgress | None = None,
         partial: PartialScores | None = None,
     ) -> Scores:
-        """Return the log-probabilities of the scored tokens of a GPT model; see `score.score`.
+        """Return the log-probabilities of the scored tokens; see `score.score`.
 
         Raises:
-            InputError: The model is not a GPT, a request is too long, or a token id is outside the
+            InputError: The model is a BERT, a request is too long, or a token id is outside the
                 vocabulary.
         """
-        if not isinstance(self.model, GPT):
-            what = "inputs of an encoder" if isinstance(self.model, T5) else "whole inputs"
+        if isinstance(self.model, BERT):
             raise InputError(
-                f"this is a {self.config.family.upper()} checkpoint: it scores {what}, not "
-                "continuations; use `mlm-eval score`"
+                "this is a BERT checkpoint: it scores whole inputs, not continuations; use "
+                "`mlm-eval score`"
             )
         return score(
             self.model,

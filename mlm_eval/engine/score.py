@@ -1,4 +1,4 @@
-"""Log-probabilities of the last tokens of sequences, from a GPT model."""
+"""Log-probabilities of the last tokens of sequences, from a GPT or T5 model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.engine.batching import OnProgress, map_batches, pack, pad_rows, to_device
 from mlm_eval.engine.resume import PartialScores
 from mlm_eval.model.gpt import GPT
+from mlm_eval.model.t5 import T5
 from mlm_eval.ranks.mesh import Mesh
 
 
@@ -32,6 +33,27 @@ class Request:
     def length(self) -> int:
         """Input positions of the forward pass: all tokens but the last."""
         return self.tokens.numel() - 1
+
+    @property
+    def width(self) -> int:
+        """Positions that it takes in a batch."""
+        return self.length
+
+
+@dataclass(frozen=True)
+class PairRequest(Request):
+    """A sequence that a decoder is given, of which all tokens but the first are scored."""
+
+    encoder_tokens: Tensor
+    """What its encoder is given, ids `[m]`, int64 on the CPU."""
+
+    encoder_mask: Tensor
+    """1 where a token may be seen, `[m]`; one at least."""
+
+    @property
+    def width(self) -> int:
+        """Positions that it takes in a batch: the longer side counts for both."""
+        return 2 * max(self.length, self.encoder_tokens.numel())
 
 
 @dataclass(frozen=True)
@@ -66,7 +88,9 @@ class Scores:
 
 
 def same_input(one: Request, other: Request) -> bool:
-    """Return whether two requests differ at most in the token that is only predicted."""
+    """Return whether two requests of a GPT differ at most in the token that is only predicted."""
+    if isinstance(one, PairRequest) or isinstance(other, PairRequest):
+        return False
     return one.length == other.length and torch.equal(one.tokens[:-1], other.tokens[:-1])
 
 
@@ -113,7 +137,7 @@ class ScoringBatch:
 
 @torch.inference_mode()
 def score(
-    model: GPT,
+    model: GPT | T5,
     requests: Sequence[Request],
     *,
     mesh: Mesh,
@@ -128,7 +152,7 @@ def score(
 
     Args:
         model: This rank's shard.
-        requests: What to score; each at most positions + 1 tokens.
+        requests: What to score; each at most positions + 1 tokens; `PairRequest`s of a T5.
         mesh: The layout.
         device: Where the model is.
         batch_tokens: Padded tokens of a forward pass.
@@ -155,7 +179,11 @@ def score(
             )
 
     def run(indices: list[int]) -> tuple[Tensor, Tensor]:
-        logprobs, greedy = score_batch(model, ScoringBatch.of(requests, indices), device)
+        if isinstance(model, T5):
+            pairs = [request for i in indices if isinstance(request := requests[i], PairRequest)]
+            logprobs, greedy = score_pairs(model, pairs, device)
+        else:
+            logprobs, greedy = score_batch(model, ScoringBatch.of(requests, indices), device)
         if partial is not None and mesh.tp_rank == 0:
             partial.add(indices, [counts[i] for i in indices], logprobs, greedy)
         return logprobs, greedy
@@ -188,7 +216,7 @@ def _pending_batches(
     """Return batches of the requests that are not done."""
     indices = [index for index in range(len(requests)) if index not in done]
     pending = [requests[index] for index in indices]
-    packed = pack([request.length for request in pending], batch_tokens, riders(pending))
+    packed = pack([request.width for request in pending], batch_tokens, riders(pending))
     return [[indices[i] for i in batch] for batch in packed]
 
 
@@ -200,6 +228,22 @@ def score_batch(model: GPT, batch: ScoringBatch, device: torch.device) -> tuple[
     states = model(tokens, batch.query_from)  # [B, T - from, h]
     scored = states.flatten(0, 1).index_select(0, rows)  # [N, h]
     return model.log_probs(scored, targets)
+
+
+def score_pairs(
+    model: T5, requests: Sequence[PairRequest], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities (float32, nats) and greedy flags of all tokens but each first."""
+    tokens = pad_rows(request.tokens[:-1] for request in requests)  # [B, T]
+    encoder_tokens = pad_rows(request.encoder_tokens for request in requests)  # [B, S]
+    encoder_mask = pad_rows(request.encoder_mask for request in requests)
+    inputs = (to_device(x, device) for x in (encoder_tokens, encoder_mask, tokens))
+    states = model(*inputs)  # [B, T, h]
+    line = tokens.shape[1]
+    rows = torch.cat([torch.arange(i * line, i * line + r.length) for i, r in enumerate(requests)])
+    targets = torch.cat([request.tokens[1:] for request in requests])
+    scored = states.flatten(0, 1).index_select(0, to_device(rows, device))  # [N, h]
+    return model.log_probs(scored, to_device(targets, device))
 
 
 def check_requests(requests: Sequence[Request], config: ModelConfig) -> None:
@@ -220,9 +264,40 @@ def check_requests(requests: Sequence[Request], config: ModelConfig) -> None:
                 f"sequence {index} has {request.tokens.numel()} tokens, the model takes at most "
                 f"{config.max_position_embeddings + 1}; cut it, or score it by windows"
             )
+        if (config.family == "t5") != isinstance(request, PairRequest):
+            raise InputError(
+                f"sequence {index} {'lacks' if config.family == 't5' else 'has'} an encoder's "
+                f"input, but this is a {config.family.upper()} checkpoint"
+            )
+        if isinstance(request, PairRequest):
+            fault = find_encoder_fault(request.encoder_tokens, request.encoder_mask, config)
+            if fault is not None:
+                raise InputError(f"sequence {index}: {fault}")
         low, high = map(int, request.tokens.aminmax())
         if low < 0 or high >= config.vocab_size:
             raise InputError(
                 f"token id {low if low < 0 else high} is outside the model's vocabulary of "
                 f"{config.vocab_size} rows; the tokenizer does not belong to this checkpoint"
             )
+
+
+def find_encoder_fault(tokens: Tensor, mask: Tensor, config: ModelConfig) -> str | None:
+    """Return in words why a T5's encoder cannot take an input; None: it can."""
+    count, positions = tokens.numel(), config.max_position_embeddings
+    if not count:
+        return "encoder_tokens holds no token; give at least one"
+    if count > positions:
+        return f"encoder_tokens has {count} tokens, the model takes at most {positions}; cut it"
+    low, high = map(int, tokens.aminmax())
+    if low < 0 or high >= config.vocab_size:
+        return (
+            f"encoder_tokens holds id {low if low < 0 else high}, outside the model's vocabulary "
+            f"of {config.vocab_size} rows; the tokenizer does not belong to this checkpoint"
+        )
+    if mask.numel() != count:
+        return "encoder_mask and encoder_tokens differ in length; give one number each"
+    if not ((mask == 0) | (mask == 1)).all():
+        return "encoder_mask holds a number that is neither 1 (keep) nor 0"
+    if not mask.any():
+        return "encoder_mask keeps no token; leave it out, or put 1 where one may be seen"
+    return None

@@ -19,11 +19,14 @@ from mlm_eval.checkpoints.files.text_file import read_text
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.engine.encode import BertInput, find_fault
 from mlm_eval.engine.engine import Engine
-from mlm_eval.engine.score import Request
+from mlm_eval.engine.score import PairRequest, Request, find_encoder_fault
 from mlm_eval.tasks.data.text import check_text
 from mlm_eval.tasks.zero_shot.wikitext103 import strided_windows
 
 FORM = '{"tokens": [...]} or {"text": "..."}, one JSON object a line'
+
+PAIR_FORM = '{"encoder_tokens": [...], "encoder_mask": [...] (1: keep; optional), "tokens": [...]}'
+"""A line for a T5."""
 
 LOGITS = {"binary_head": "binary_logits", "classification_head": "head_logits"}
 """Heads of a BERT, and what their logits are called in a record."""
@@ -39,12 +42,20 @@ class InputLine:
     choices: bool = False
     tokentypes: list[list[int]] | None = None
     padding_mask: list[list[int]] | None = None
+    encoder_tokens: list[int] | None = None
+    encoder_mask: list[int] | None = None
 
 
 def read_lines(
-    path: Path, tokenizer: Tokenizer | None, *, limit: int | None = None
+    path: Path, tokenizer: Tokenizer | None, *, family: str = "gpt", limit: int | None = None
 ) -> list[InputLine]:
     """Return the lines of a JSON-lines file.
+
+    Args:
+        path: The file.
+        tokenizer: The model's, for lines of text.
+        family: The model's: a T5 has no lines of text.
+        limit: Keep the first lines only.
 
     Raises:
         InputError: The file cannot be read, or a line is not of the form that `mlm-eval
@@ -54,13 +65,15 @@ def read_lines(
     lines: list[InputLine] = []
     for number, content in enumerate(text.split("\n"), 1):
         if content.strip() and (limit is None or len(lines) < limit):
-            lines.append(_parse(content, number, path, tokenizer))
+            lines.append(_parse(content, number, path, tokenizer, family))
     if not lines:
         raise InputError(f"{path} holds no lines; expected one JSON object a line")
     return lines
 
 
-def _parse(content: str, number: int, path: Path, tokenizer: Tokenizer | None) -> InputLine:
+def _parse(
+    content: str, number: int, path: Path, tokenizer: Tokenizer | None, family: str
+) -> InputLine:
     where = f"{path}, line {number}"
     try:
         record = json.loads(content)
@@ -74,6 +87,8 @@ def _parse(content: str, number: int, path: Path, tokenizer: Tokenizer | None) -
     elif "tokens" in record:
         rows = _lists([record["tokens"]], "tokens", where)
     elif isinstance(record.get("text"), str):
+        if family == "t5":
+            raise InputError(f"{where} holds text, but a T5 takes ids; expected {PAIR_FORM}")
         if tokenizer is None:
             raise InputError(f"{where} holds text, which needs --tokenizer DIR or --vocab-file F")
         rows = [tokenizer.encode(check_text(record["text"], where))]
@@ -88,7 +103,13 @@ def _parse(content: str, number: int, path: Path, tokenizer: Tokenizer | None) -
                 raise InputError(f"{where}: {name} and tokens differ in length; give one each")
     if any(not row for row in rows):
         raise InputError(f"{where} holds an empty sequence; give at least one token")
-    return InputLine(where, rows, choices, extras.get("tokentypes"), extras.get("padding_mask"))
+    for name in ("encoder_tokens", "encoder_mask"):
+        if record.get(name) is not None:
+            extras[name] = _lists([record[name]], name, where)
+    first = {name: rows[0] for name, rows in extras.items() if rows and name.startswith("encoder")}
+    return InputLine(
+        where, rows, choices, extras.get("tokentypes"), extras.get("padding_mask"), **first
+    )
 
 
 def _lists(value: Any, name: str, where: str) -> list[list[int]]:
@@ -112,7 +133,7 @@ def score_lines(
     """Yield the output records in the order of the input.
 
     Args:
-        engine: The loaded model, GPT or BERT.
+        engine: The loaded model, GPT, BERT or T5.
         lines: The input.
         stride: For GPT sequences of more than positions + 1 tokens: how many tokens each further
             window scores; None: half the positions.
@@ -125,12 +146,19 @@ def score_lines(
         _check_line(line, engine.config)
     if engine.config.family == "bert":
         yield from _score_bert(engine, lines)
+    elif engine.config.family == "t5":
+        yield from _score_t5(engine, lines, on_progress)
     else:
         yield from _score_gpt(engine, lines, stride, on_progress)
 
 
 def _check_line(line: InputLine, config: ModelConfig) -> None:
     """Refuse a line that the model cannot score, by its place in the file."""
+    if config.family != "t5" and (line.encoder_tokens or line.encoder_mask):
+        raise InputError(
+            f"{line.where} has T5 fields (encoder_tokens or encoder_mask), but this is a "
+            f"{config.family.upper()} checkpoint; leave them out"
+        )
     if config.family == "bert":
         for item in _bert_inputs(line):
             fault = find_fault(item, config)
@@ -140,8 +168,10 @@ def _check_line(line: InputLine, config: ModelConfig) -> None:
     if line.choices or line.tokentypes or line.padding_mask:
         raise InputError(
             f"{line.where} has BERT fields (choices, tokentypes or padding_mask), but this is a "
-            "GPT checkpoint; leave them out"
+            f"{config.family.upper()} checkpoint; leave them out"
         )
+    if config.family == "t5":
+        _check_pair(line, config)
     rows = config.vocab_size
     outside = next((token for token in line.rows[0] if not 0 <= token < rows), None)
     if outside is not None:
@@ -149,6 +179,53 @@ def _check_line(line: InputLine, config: ModelConfig) -> None:
             f"{line.where} holds token id {outside}, outside the model's vocabulary of {rows} "
             "rows; the tokenizer does not belong to this checkpoint"
         )
+
+
+def _check_pair(line: InputLine, config: ModelConfig) -> None:
+    """Refuse a line that a T5 cannot score."""
+    if line.encoder_tokens is None:
+        raise InputError(
+            f"{line.where} has no encoder_tokens, but this is a T5 checkpoint; expected {PAIR_FORM}"
+        )
+    tokens, mask = _encoder_input(line)
+    fault = find_encoder_fault(tokens, mask, config)
+    if fault is not None:
+        raise InputError(f"{line.where}: {fault}")
+    positions = config.max_position_embeddings
+    if len(line.rows[0]) > positions + 1:
+        raise InputError(
+            f"{line.where} has {len(line.rows[0])} tokens, the decoder takes at most "
+            f"{positions + 1}; cut them"
+        )
+
+
+def _encoder_input(line: InputLine) -> tuple[Tensor, Tensor]:
+    tokens = torch.tensor(line.encoder_tokens or [], dtype=torch.int64)
+    mask = torch.ones_like(tokens)
+    if line.encoder_mask is not None:
+        mask = torch.tensor(line.encoder_mask, dtype=torch.int64)
+    return tokens, mask
+
+
+def _score_t5(
+    engine: Engine,
+    lines: Sequence[InputLine],
+    on_progress: Callable[[int, int], None] | None,
+) -> Iterator[dict[str, Any]]:
+    requests = [
+        PairRequest(torch.tensor(row, dtype=torch.int64), len(row) - 1, *_encoder_input(line))
+        for line in lines
+        if len(row := line.rows[0]) > 1  # a first token alone has no score
+    ]
+    scores = engine.score(requests, on_progress=on_progress)
+    first = 0
+    for line in lines:
+        span = slice(first, first := first + len(line.rows[0]) - 1)
+        yield {
+            "tokens": line.rows[0],
+            "logprobs": [None, *map(_number, scores.logprobs[span].tolist())],
+            "greedy": [None, *scores.greedy[span].tolist()],
+        }
 
 
 def _score_gpt(

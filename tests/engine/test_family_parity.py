@@ -18,7 +18,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import allowed_tp
 from mlm_eval.engine.engine import Engine
-from mlm_eval.engine.score import Request
+from mlm_eval.engine.score import PairRequest, Request
 from mlm_eval.model.t5 import T5
 
 FAMILIES = SHARED / "oracles" / "families"
@@ -67,11 +67,12 @@ def gaps(families: Path, tp: int) -> dict[str, float]:
             states = engine.model(*inputs).flatten(0, 1)
             ours = engine.model.output_layer.logits(states).view(logits.shape).log_softmax(-1)
         theirs = logits.log_softmax(-1)
-        if isinstance(engine.model, T5):
-            found[name] = (ours - theirs).abs().max().item()
-            continue
         rows = torch.cat([tokens, labels[:, -1:]], dim=1)  # [2, T + 1]
-        scores = engine.score([Request(row, tokens.shape[1]) for row in rows])
+        requests = [Request(row, tokens.shape[1]) for row in rows]
+        if isinstance(engine.model, T5):
+            sides = zip(rows, golden["encoder_tokens"], golden["encoder_mask"], strict=True)
+            requests = [PairRequest(row, len(row) - 1, *encoder) for row, *encoder in sides]
+        scores = engine.score(requests)
         of_labels = theirs.gather(-1, labels[..., None]).squeeze(-1)
         worst = [ours - theirs, scores.logprobs.view(labels.shape) - of_labels]
         found[name] = max(difference.abs().max().item() for difference in worst)
