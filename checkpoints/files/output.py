@@ -13,7 +13,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from mlm_eval.checkpoints.errors import InputError
@@ -24,6 +24,7 @@ from mlm_eval.checkpoints.folders.checkpoint_files import (
     weight_files,
 )
 from mlm_eval.checkpoints.folders.locks import Lock
+from mlm_eval.checkpoints.folders.unfinished import forget_unfinished, unfinished
 
 STDOUT = Path("-")
 """How the options that name a file spell stdout."""
@@ -40,9 +41,10 @@ def output_folder(
 ) -> Iterator[Path]:
     """Yield an empty folder next to `target`, renamed to `target` when the block succeeds.
 
-    A block that raises leaves the target as it was. A killed process leaves a hidden folder
-    `.NAME.partial-*` next to it, never a target with half of the files; the next call for this
-    target removes it, and gives back an earlier checkpoint that was on its way out.
+    A block that raises, and a signal that ends this process, leave the target as it was. A killed
+    process leaves a hidden folder `.NAME.partial-*` next to it, never a target with half of the
+    files; the next call for this target removes it, and gives back an earlier checkpoint that was
+    on its way out.
 
     Args:
         target: The folder to create, with its parents.
@@ -72,17 +74,19 @@ def output_folder(
             f"{target} cannot be written ({error.strerror}); choose another output folder"
         ) from None
     try:
-        free = shutil.disk_usage(partial).free
-        if free < needs:
-            raise InputError(
-                f"{target} needs {needs / 1e9:.2f} GB where its disk has {free / 1e9:.2f} GB free; "
-                "make room or choose another output folder"
-            )
-        yield partial
-        if finish is not None:
-            finish(partial)
-        check_folder(target, overwrite=overwrite)  # it may have come meanwhile
-        _replace(partial, target)
+        with unfinished(partial):
+            free = shutil.disk_usage(partial).free
+            if free < needs:
+                raise InputError(
+                    f"{target} needs {needs / 1e9:.2f} GB where its disk has {free / 1e9:.2f} GB "
+                    "free; make room or choose another output folder"
+                )
+            yield partial
+            if finish is not None:
+                finish(partial)
+            check_folder(target, overwrite=overwrite)  # it may have come meanwhile
+            forget_unfinished(partial)  # whole: not to go after what it replaces
+            _replace(partial, target)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
             raise
@@ -91,7 +95,6 @@ def output_folder(
             "there, make room or choose another output folder"
         ) from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
         lock.release()
 
 
@@ -99,10 +102,10 @@ def output_folder(
 def atomic_file(target: Path, *, sync: bool = False, option: str | None = None) -> Iterator[Path]:
     """Yield a path next to `target` to write to, renamed to `target` when the block succeeds.
 
-    A block that raises leaves the target as it was. A killed process leaves a hidden file
-    `.NAME.partial-*`, without the target's suffix. A symbolic link stays: what it leads to is
-    replaced. A pipe, a device or a descriptor (`is_stream`) gets the contents at the end; `-` is
-    stdout.
+    A block that raises, and a signal that ends this process, leave the target as it was. A killed
+    process leaves a hidden file `.NAME.partial-*`, without the target's suffix. A symbolic link
+    stays: what it leads to is replaced. A pipe, a device or a descriptor (`is_stream`) gets the
+    contents at the end; `-` is stdout.
 
     Args:
         target: The file to create or replace; its folders are created.
@@ -118,29 +121,27 @@ def atomic_file(target: Path, *, sync: bool = False, option: str | None = None) 
     try:
         if not stream:
             target.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        if target == STDOUT:
-            sys.stdout.flush()
-            sys.stdout.buffer.write(partial.read_bytes())
-            sys.stdout.buffer.flush()
-            return
-        if stream:
-            with partial.open("rb") as source, target.open("ab") as sink:
-                shutil.copyfileobj(source, sink)
-            return
-        if sync:
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
-        os.replace(partial, target)
+        with unfinished(partial):
+            yield partial
+            if target == STDOUT:
+                sys.stdout.flush()
+                sys.stdout.buffer.write(partial.read_bytes())
+                sys.stdout.buffer.flush()
+                return
+            if stream:
+                with partial.open("rb") as source, target.open("ab") as sink:
+                    shutil.copyfileobj(source, sink)
+                return
+            if sync:
+                with partial.open("rb+") as file:
+                    os.fsync(file.fileno())
+            os.replace(partial, target)
     except OSError as error:
         if option is None:
             raise
         raise InputError(
             f"{target} cannot be written ({error.strerror}); name another file with {option}"
         ) from error
-    finally:
-        with suppress(OSError):  # renamed by now, unless something above failed
-            partial.unlink()
 
 
 def check_writable(target: Path, option: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import cache_root
 from mlm_eval.checkpoints.files.safe_pickle import printable
+from mlm_eval.checkpoints.folders.unfinished import unfinished
 
 
 def is_archive(path: Path) -> bool:
@@ -106,12 +107,13 @@ def _extract(
             f"{path} cannot be unpacked into {folder.parent} ({error.strerror}); {advice}"
         ) from None
     try:
-        for member in members:
-            target = partial / member.filename
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with archive.open(member) as source, target.open("wb") as sink:
-                shutil.copyfileobj(source, sink, 1 << 22)
-        os.replace(partial, folder)
+        with unfinished(partial):
+            for member in members:
+                target = partial / member.filename
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(member) as source, target.open("wb") as sink:
+                    shutil.copyfileobj(source, sink, 1 << 22)
+            os.replace(partial, folder)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise InputError(f"{path} is damaged ({error}); download it again") from None
     except OSError as error:
@@ -119,8 +121,6 @@ def _extract(
             raise InputError(
                 f"{path} cannot be unpacked into {folder.parent} ({error.strerror}); {advice}"
             ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _checkpoint_folder(folder: Path) -> Path:

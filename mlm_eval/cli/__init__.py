@@ -18,18 +18,20 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import signal
 import sys
 import traceback
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.app import app
 from mlm_eval.ranks.faults import lost_peers, named_fault
+from mlm_eval.ranks.signals import STOPPED, interrupted_by_signals, stopped_by
 from mlm_eval.ranks.world import detect_world
 
 __all__ = ["app", "entry", "main"]
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C: 128 and the signal's number, as shells have it."""
+INTERRUPTED = STOPPED + signal.SIGINT
+"""Exit code after Ctrl-C."""
 
 
 def main() -> None:
@@ -54,7 +56,8 @@ def _main() -> int:
     try:
         world = detect_world()
         if world is None:
-            code = app(standalone_mode=False)
+            with interrupted_by_signals():
+                code = app(standalone_mode=False)
         else:
             from mlm_eval.ranks.launch import prepare_worker, reporting_errors
 
@@ -103,12 +106,14 @@ def _main() -> int:
 
 
 def _interrupted() -> int:
+    number = stopped_by()
+    what = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
     print(
-        "mlm-eval: interrupted; no result was written, but the same command continues from what "
-        "was kept, where it keeps anything",
+        f"mlm-eval: {what}; no result was written, but the same command continues from what was "
+        "kept, where it keeps anything",
         file=sys.stderr,
     )
-    return INTERRUPTED
+    return STOPPED + number
 
 
 def _have_met() -> bool:

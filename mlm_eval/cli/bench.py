@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,7 +14,14 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.command import command
 from mlm_eval.cli.run import print_beside
 from mlm_eval.planning.bench_options import BenchOptions, cores
-from mlm_eval.ranks.launch import LaunchResult, init_process_group, launch, shutdown
+from mlm_eval.ranks.launch import (
+    STOP_CODES,
+    LaunchResult,
+    init_process_group,
+    launch,
+    shutdown,
+)
+from mlm_eval.ranks.signals import STOPPED, raise_stopped
 from mlm_eval.ranks.world import World, detect_world
 
 if TYPE_CHECKING:
@@ -194,8 +200,8 @@ def _on_fresh_ranks(
             path.write_text(json.dumps(job, default=str), encoding="utf-8")
             argv = ["bench", "--job", str(path)]
             result = launch(argv, ranks=point.tp, device=options.device, threads=threads)
-            if result.exit_code == 128 + signal.SIGINT:
-                raise KeyboardInterrupt
+            if result.exit_code in STOP_CODES:
+                raise_stopped(result.exit_code - STOPPED)
             if result.exit_code:
                 return measured, result
             answer: dict[str, Any] = json.loads(_answer(path).read_text(encoding="utf-8"))

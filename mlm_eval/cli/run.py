@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.options import RunOptions, TokenizerOptions
 from mlm_eval.ranks.faults import advising_on_memory
-from mlm_eval.ranks.launch import init_process_group, launch, shutdown
+from mlm_eval.ranks.launch import STOP_CODES, init_process_group, launch, shutdown
+from mlm_eval.ranks.signals import STOPPED, raise_stopped
 from mlm_eval.ranks.world import detect_world
 
 if TYPE_CHECKING:
@@ -273,8 +274,8 @@ def start_ranks(tp: int, dp: int, device: str) -> None:
     end = argv.index("--") if "--" in argv else len(argv)
     argv[end:end] = ["--tp", str(tp), "--dp", str(dp), "--device", device]
     result = launch(argv, ranks=tp * dp, device=device)
-    if result.exit_code == 130:
-        raise KeyboardInterrupt
+    if result.exit_code in STOP_CODES:
+        raise_stopped(result.exit_code - STOPPED)
     if result.message is not None:
         print(f"mlm-eval: {result.message}", file=sys.stderr)
     raise SystemExit(result.exit_code)

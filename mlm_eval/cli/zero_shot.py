@@ -20,23 +20,28 @@ from mlm_eval.tasks.zero_shot import benchmarks
 if TYPE_CHECKING:
     from mlm_eval.engine.engine import Engine
     from mlm_eval.engine.resume import PartialScores
-    from mlm_eval.tasks.zero_shot.benchmark import Work, ZeroShot
+    from mlm_eval.tasks.zero_shot.benchmark import ZeroShot
 
 
-def register(benchmark: ZeroShot[Any]) -> None:
-    """Add the command of a benchmark."""
-    resume = option(
+@dataclass(frozen=True, kw_only=True)
+class ResumeOptions:
+    """What becomes of the scores that an interrupted run has kept beside its output."""
+
+    resume: bool = option(
         "An interrupted run of the same --output is resumed with and without this.",
         False,
         flag="--resume",
     )
-    restart = option("Discard what an interrupted run has kept.", False, flag="--restart")
+    restart: bool = option("Discard what an interrupted run has kept.", False, flag="--restart")
+
+
+def register(benchmark: ZeroShot[Any]) -> None:
+    """Add the command of a benchmark."""
     kind = dataclasses.make_dataclass(
         benchmark.name,
         [
             ("own", Any, nested(benchmark.options)),
-            ("resume", bool, resume),
-            ("restart", bool, restart),
+            ("resuming", ResumeOptions, nested(ResumeOptions)),
             ("run", RunOptions, nested(RunOptions)),
         ],
         kw_only=True,
@@ -44,7 +49,8 @@ def register(benchmark: ZeroShot[Any]) -> None:
 
     @command(benchmark.name, kind, help=inspect.getdoc(benchmark), order=("ckpt",))
     def run(options: Any) -> None:
-        run_benchmark(ModelRun(options.run), benchmark, options.own, restart=options.restart)
+        restart = options.resuming.restart
+        run_benchmark(ModelRun(options.run), benchmark, options.own, restart=restart)
 
 
 for _benchmark in benchmarks().values():
@@ -80,7 +86,7 @@ def run_benchmark(run: ModelRun, benchmark: ZeroShot[Any], own: Any, *, restart:
         tokens = sum(request.length for request in work.requests)
         run.log(work_text(benchmark.unit, len(work.requests), tokens, engine.flops(work.requests)))
         parts = benchmark.resume_parts(engine, work, tokenizer)
-        with _kept(run, work, parts, restart=restart) as partial:
+        with _kept(run, len(work.requests), parts, restart=restart) as partial:
             with progress(run.is_main) as on_progress:
                 result = benchmark.score(
                     engine, work, tokenizer=tokenizer, on_progress=on_progress, partial=partial
@@ -103,9 +109,9 @@ def run_benchmark(run: ModelRun, benchmark: ZeroShot[Any], own: Any, *, restart:
 
 @contextmanager
 def _kept(
-    run: ModelRun, work: Work, parts: dict[str, Any], *, restart: bool
+    run: ModelRun, count: int, parts: dict[str, Any], *, restart: bool
 ) -> Iterator[PartialScores | None]:
-    """Yield the scores kept beside the output; None where no file is written.
+    """Yield the scores of `count` requests kept beside the output; None without a file.
 
     On Ctrl-C in a single process, what is done is written before leaving.
     """
@@ -120,11 +126,11 @@ def _kept(
     folder = output.with_name(output.name + ".partial")
     partial = PartialScores(folder, parts, restart=restart, replace=run.options.overwrite)
     with closing(partial):
-        known = sum(index < len(work.requests) for index in partial.finished())
+        known = sum(index < count for index in partial.finished())
         if known:
             run.log(
-                f"resumes at {100 * known / len(work.requests):.0f} %: {known:,} of "
-                f"{len(work.requests):,} are done, kept in {folder.name}"
+                f"resumes at {100 * known / count:.0f} %: {known:,} of {count:,} are done, kept in "
+                f"{folder.name}"
             )
         try:
             yield partial
@@ -134,7 +140,7 @@ def _kept(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreOptions(RunOptions):
+class ScoreOptions(ResumeOptions, RunOptions):
     """The options of `score`."""
 
     input: Path = option(
@@ -156,24 +162,37 @@ def score_command(options: ScoreOptions) -> None:
 
     Example: mlm-eval score --ckpt gpt2_345m --input sequences.jsonl --output scores.jsonl --tp 2
     """
-    from mlm_eval.tasks.zero_shot.score import read_lines, score_lines, write_lines
-
-    run = ModelRun(options)
-    lines = read_lines(
-        options.input,
-        chosen_tokenizer(options.ckpt, options),
-        family=run.checkpoint.config.family,
-        limit=options.limit,
+    from mlm_eval.checkpoints.files.text_file import read_text
+    from mlm_eval.tasks.zero_shot.score import (
+        count_requests,
+        parse_lines,
+        resume_parts,
+        score_lines,
+        write_lines,
     )
 
+    run = ModelRun(options)
+    tokenizer = chosen_tokenizer(options.ckpt, options)
+    family, text = run.checkpoint.config.family, read_text(options.input)
+    lines = parse_lines(text, options.input, tokenizer, family=family, limit=options.limit)
+
     def body(engine: Engine) -> None:
-        with progress(run.is_main) as on_progress:
-            records = list(
-                score_lines(engine, lines, stride=options.stride, on_progress=on_progress)
-            )
-        if run.is_main:
-            write_lines(options.output, records)
-            limited = f" (LIMITED to the first {options.limit})" if options.limit else ""
-            run.print_result(f"{len(records):,} line(s) scored{limited}: {options.output}")
+        stride = options.stride
+        count = count_requests(engine, lines, stride)
+        parts = resume_parts(engine, text, tokenizer, stride)
+        with _kept(run, count, parts, restart=options.restart) as partial:
+            unit = "rows" if family == "bert" else "tok"
+            with progress(run.is_main, unit) as on_progress:
+                records = list(
+                    score_lines(
+                        engine, lines, stride=stride, on_progress=on_progress, partial=partial
+                    )
+                )
+            if run.is_main:
+                write_lines(options.output, records)
+                limited = f" (LIMITED to the first {options.limit})" if options.limit else ""
+                run.print_result(f"{len(records):,} line(s) scored{limited}: {options.output}")
+                if partial is not None:
+                    partial.remove(count)
 
     run.on_ranks(body)

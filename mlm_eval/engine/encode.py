@@ -12,6 +12,7 @@ from torch import Tensor
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.engine.batching import OnProgress, in_order, map_batches, pack, pad_rows, to_device
+from mlm_eval.engine.resume import KeptScores, PartialScores
 from mlm_eval.model.bert import BERT
 from mlm_eval.ranks.mesh import Mesh
 
@@ -66,6 +67,7 @@ def encode(
     head: str | None = None,
     autocast: torch.dtype | None = None,
     on_progress: OnProgress | None = None,
+    partial: PartialScores | None = None,
 ) -> list[BertOutput]:
     """Return the outputs of all inputs in order, on every rank the same.
 
@@ -82,34 +84,57 @@ def encode(
         head: Keep the logits of this head alone; None: of each sentence-level head there is.
         autocast: Compute matrix products in this dtype; None: in the model's.
         on_progress: Called with (inputs done, inputs in all), on rank 0.
+        partial: Results of an interrupted run, and where to keep those of this one; not for states
+            or one head alone.
 
     Raises:
-        InputError: An input is empty or too long, or an id is outside a table.
+        InputError: An input is empty or too long, or an id is outside a table; or `partial` holds
+            other numbers of scores.
     """
     lengths = check_inputs(inputs, model.config)
+    scores = score and model.config.lm_head
+    done: dict[int, BertOutput] = {}
+    if partial is not None:
+        assert not states and head is None
+        partial.check_counts([length * scores for length in lengths])
+        kept = partial.finished().items()
+        done = {i: _from_kept(values, scores) for i, values in kept if i < len(inputs)}
 
     # Copying a batch's results waits for the device: it is done when the next batch is on its way.
-    waiting: deque[tuple[list[BertInput], _Values, list[BertOutput]]] = deque()
+    waiting: deque[tuple[list[int], list[BertInput], _Values, list[BertOutput]]] = deque()
 
     def finish(left: int) -> None:
         while len(waiting) > left:
-            items, values, outputs = waiting.popleft()
+            indices, items, values, outputs = waiting.popleft()
             outputs += _outputs(items, values)
+            if partial is not None and mesh.tp_rank == 0:
+                _keep(partial, indices, outputs)
 
     def run(indices: list[int]) -> list[BertOutput]:
         items = [inputs[i] for i in indices]
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             values = _run_batch(model, items, device, keep_states=states, score=score, head=head)
         outputs: list[BertOutput] = []  # filled later
-        waiting.append((items, values, outputs))
+        waiting.append((indices, items, values, outputs))
         finish(left=1)
         return outputs
 
-    batches = pack(lengths, batch_tokens)
+    def finish_all() -> None:
+        finish(left=0)
+        if partial is not None:
+            partial.flush()
+
+    pending = [index for index in range(len(inputs)) if index not in done]
+    packed = pack([lengths[index] for index in pending], batch_tokens)
     results = map_batches(
-        run, batches, mesh, on_progress=on_progress, before_join=lambda: finish(left=0)
+        run,
+        [[pending[i] for i in batch] for batch in packed],
+        mesh,
+        already_done=len(done),
+        on_progress=on_progress,
+        before_join=finish_all,
     )
-    return in_order(results)
+    return in_order([*results, (list(done), list(done.values()))])
 
 
 @dataclass(frozen=True)
@@ -171,6 +196,24 @@ def _outputs(inputs: list[BertInput], values: _Values) -> list[BertOutput]:
             )
         )
     return outputs
+
+
+def _keep(partial: PartialScores, indices: list[int], outputs: list[BertOutput]) -> None:
+    """Keep a batch's scores and the logits of its heads."""
+    logprobs = [torch.zeros(0) if o.logprobs is None else o.logprobs for o in outputs]
+    greedy = [torch.zeros(0, dtype=torch.bool) if o.greedy is None else o.greedy for o in outputs]
+    partial.add(
+        indices,
+        [values.numel() for values in logprobs],
+        torch.cat(logprobs),
+        torch.cat(greedy),
+        {name: torch.stack([o.heads[name] for o in outputs]) for name in outputs[0].heads},
+    )
+
+
+def _from_kept(kept: KeptScores, scores: bool) -> BertOutput:
+    logprobs, greedy = (kept.logprobs, kept.greedy) if scores else (None, None)
+    return BertOutput(None, None, logprobs, greedy, kept.heads)
 
 
 def _own(values: Tensor | None, line: int, length: int | None = None) -> Tensor | None:

@@ -183,6 +183,7 @@ class Engine:
         head: str | None = None,
         autocast: torch.dtype | None = None,
         on_progress: OnProgress | None = None,
+        partial: PartialScores | None = None,
     ) -> list[BertOutput]:
         """Return a BERT model's states and head logits for whole inputs; see `encode.encode`.
 
@@ -206,6 +207,7 @@ class Engine:
             head=head,
             autocast=autocast,
             on_progress=on_progress,
+            partial=partial,
         )
 
     def describe(self) -> dict[str, Any]:

@@ -12,10 +12,10 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,11 +28,24 @@ from mlm_eval.ranks.mesh import this_rank
 
 FLUSH_SECONDS = 20.0
 
-Finished = dict[int, tuple[Tensor, Tensor]]
-"""Request index -> (log-probabilities, greedy flags)."""
+
+class KeptScores(NamedTuple):
+    """The scores of one request."""
+
+    logprobs: Tensor
+    """`[tokens]` float32, nats; of a BERT without a masked-LM head none."""
+    greedy: Tensor
+    """Same shape, bool."""
+    heads: dict[str, Tensor]
+    """Logits of a BERT's sentence-level heads, `[outputs]` float32 each."""
+
+
+Finished = dict[int, KeptScores]
+"""By the number of the request."""
 
 ScoreChunk = dict[str, Tensor]
-"""`indices` and `counts` `[requests]`, `logprobs` and `greedy` `[sum of counts]`."""
+"""`indices` and `counts` `[requests]`, `logprobs` and `greedy` `[sum of counts]`; of a BERT also
+`head.NAME` `[requests, outputs]`."""
 
 _CHUNK = re.compile(r"(\d+-\d+\.safetensors)|\.\d+-\d+\.safetensors\.partial-[0-9a-f]{12}")
 """Names of chunks, and of those that a killed process was writing."""
@@ -43,7 +56,10 @@ _DTYPES = {
     "logprobs": (torch.float32, torch.float64),
     "greedy": (torch.bool,),
 }
-"""The tensors of a chunk, and the dtypes that they may have."""
+"""The tensors of each chunk, and the dtypes that they may have."""
+
+_HEAD = "head."
+"""How the names of a chunk's other tensors begin, those of heads."""
 
 _IDENTITIES = {
     "digest": "another checkpoint",
@@ -99,7 +115,7 @@ class PartialScores:
         self.parts = json.loads(json.dumps(parts, default=str))
         self.key = resume_key(self.parts)
         self._lock: Lock | None = None
-        self._buffer: list[tuple[list[int], list[int], Tensor, Tensor]] = []
+        self._buffer: list[ScoreChunk] = []
         self._last_flush = time.monotonic()
         # Rank 0 reads for all: the ranks must agree on what is left to do.
         try:
@@ -152,9 +168,34 @@ class PartialScores:
         """Return the scores of earlier runs."""
         return self._finished
 
-    def add(self, indices: list[int], counts: list[int], logprobs: Tensor, greedy: Tensor) -> None:
-        """Keep one batch's scores, of `counts` tokens of each request; written in chunks."""
-        self._buffer.append((indices, counts, logprobs, greedy))
+    def add(
+        self,
+        indices: list[int],
+        counts: list[int],
+        logprobs: Tensor,
+        greedy: Tensor,
+        heads: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Keep one batch's scores, of `counts` tokens of each request; written in chunks.
+
+        The tensors may be on a GPU: they are copied when they are written.
+
+        Args:
+            indices: The requests.
+            counts: Scored tokens of each.
+            logprobs: `[sum of counts]`, nats.
+            greedy: Same shape.
+            heads: Logits by head, `[requests, outputs]` each.
+        """
+        self._buffer.append(
+            {
+                "indices": torch.tensor(indices, dtype=torch.int64),
+                "counts": torch.tensor(counts, dtype=torch.int64),
+                "logprobs": logprobs,
+                "greedy": greedy,
+                **{_HEAD + name: logits for name, logits in (heads or {}).items()},
+            }
+        )
         if time.monotonic() - self._last_flush > FLUSH_SECONDS:
             self.flush()
 
@@ -166,16 +207,12 @@ class PartialScores:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        indices, counts, logprobs, greedy = zip(*self._buffer, strict=True)
-        self._buffer = []
+        parts, self._buffer = self._buffer, []
         # The time keeps the chunks of a resumed run apart from the earlier ones; in a container
         # every run may have the same process id.
         path = self.folder / f"{time.time_ns()}-{this_rank()}.safetensors"
         chunk: ScoreChunk = {
-            "indices": torch.tensor([i for part in indices for i in part]),
-            "counts": torch.tensor([n for part in counts for n in part]),
-            "logprobs": torch.cat([part.cpu() for part in logprobs]),
-            "greedy": torch.cat([part.cpu() for part in greedy]),
+            name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]
         }
         said = {"key": self.key, "parts": json.dumps(self.parts)}
         try:
@@ -186,6 +223,19 @@ class PartialScores:
                 f"the scores so far cannot be kept in {self.folder} ({error}); "
                 "give --output a place with room"
             ) from None
+
+    def check_counts(self, counts: Sequence[int]) -> None:
+        """Refuse scores that are not as many as these requests have.
+
+        Raises:
+            InputError: They are not.
+        """
+        for index, kept in self._finished.items():
+            if index < len(counts) and len(kept.logprobs) != counts[index]:
+                raise InputError(
+                    f"{self.folder} holds {len(kept.logprobs)} score(s) of sequence {index}, which "
+                    f"has {counts[index]}; it is damaged, discard it with --restart"
+                )
 
     def remove(self, count: int) -> None:
         """Delete the chunks: a run of `count` requests is complete. Rank 0.
@@ -232,17 +282,20 @@ def _check_chunk(chunk: ScoreChunk) -> None:
     Raises:
         ValueError: They do not.
     """
-    if set(chunk) != set(_DTYPES):
+    heads = {name for name in chunk if name.startswith(_HEAD)}
+    if set(chunk) - heads != set(_DTYPES):
         raise ValueError(f"it holds {', '.join(sorted(chunk)) or 'nothing'}")
     indices, counts = chunk["indices"], chunk["counts"]
     for name, value in chunk.items():
-        kinds = _DTYPES[name]
-        if value.dim() != 1 or value.dtype not in kinds:
+        dims, kinds = (2, _DTYPES["logprobs"]) if name in heads else (1, _DTYPES[name])
+        if value.dim() != dims or value.dtype not in kinds:
             raise ValueError(f"its {name} are {value.dtype} {list(value.shape)}")
     if len(indices) != len(counts) or (counts < 0).any() or (indices < 0).any():
         raise ValueError("its indices and counts do not add up")
     if not len(chunk["logprobs"]) == len(chunk["greedy"]) == int(counts.sum()):
         raise ValueError("its scores and counts do not add up")
+    if any(len(chunk[name]) != len(indices) for name in heads):
+        raise ValueError("its heads and indices do not add up")
 
 
 def _taken_apart(chunks: list[ScoreChunk]) -> Finished:
@@ -251,7 +304,10 @@ def _taken_apart(chunks: list[ScoreChunk]) -> Finished:
     for chunk in chunks:
         counts = chunk["counts"].tolist()
         parts = zip(chunk["logprobs"].split(counts), chunk["greedy"].split(counts), strict=True)
-        finished.update(zip(chunk["indices"].tolist(), parts, strict=True))
+        heads = {k.removeprefix(_HEAD): v for k, v in chunk.items() if k.startswith(_HEAD)}
+        for row, (index, scores) in enumerate(zip(chunk["indices"].tolist(), parts, strict=True)):
+            own = {name: logits[row] for name, logits in heads.items()}
+            finished[index] = KeptScores(*scores, own)
     return finished
 
 

@@ -169,14 +169,9 @@ def score(
     lengths = [request.length for request in requests]
     # An interrupted run with a higher --limit may have done more than is asked for now.
     done = {} if partial is None else partial.finished()
-    found = {index: scores for index, scores in done.items() if index < len(requests)}
-    for index, (logprobs, _) in found.items():
-        if len(logprobs) != counts[index]:
-            assert partial is not None
-            raise InputError(
-                f"{partial.folder} holds {len(logprobs)} score(s) of sequence {index}, which has "
-                f"{counts[index]}; it is damaged, discard it with --restart"
-            )
+    found = {i: (kept.logprobs, kept.greedy) for i, kept in done.items() if i < len(requests)}
+    if partial is not None:
+        partial.check_counts(counts)
 
     def run(indices: list[int]) -> tuple[Tensor, Tensor]:
         if isinstance(model, T5):

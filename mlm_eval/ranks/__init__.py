@@ -3,6 +3,7 @@
     world.py         this process's place: torchrun, Slurm, or ranks that we started
     launch.py        starts ranks, waits for them, reports the first cause of a failure
     causes.py        the first cause of a failure, for ranks without a parent of ours
+    signals.py       what signals do: a process ends and leaves nothing unfinished
     faults.py        lack of memory, full disks, lost ranks, named as such
     mesh.py          the layout dp x tp of the running ranks, kept as a DeviceMesh
     layout.py        which layout fits the free memory, and which GPU each rank gets

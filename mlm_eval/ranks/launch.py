@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.ranks.causes import CauseWatch
 from mlm_eval.ranks.faults import lost_peers, named_fault
+from mlm_eval.ranks.signals import STOPPED, end_by_signals, stopped_by
 from mlm_eval.ranks.world import LAUNCHED, RANKS, SOURCE, World
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ RENDEZVOUS_SECONDS = "MLM_EVAL_RENDEZVOUS_SECONDS"  # another such time
 
 DONE_CODES = (0, 3)  # 3 is an answer (`verify` found a difference), not a failure
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+STOP_CODES = tuple(STOPPED + number for number in STOP_SIGNALS)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -67,13 +69,8 @@ class LaunchResult:
 
 
 def prepare_worker() -> None:
-    """Make this process a rank that ends with its job; call it before torch is imported.
-
-    The default signal actions end a rank inside a collective or any other C call, where a Python
-    handler would never get to run.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Make this process a rank that ends with its job; call it before torch is imported."""
+    end_by_signals()
     faulthandler.disable()  # the parent says which rank died of what; stacks of all would bury it
     if os.environ.get(LAUNCHED) == "1":
         _die_with_parent(int(os.environ[PARENT]))
@@ -285,10 +282,10 @@ def launch(
             codes, stopped = _wait(context, until=noted)
             if noted and any(code < 0 for code in codes.values()):
                 message = None if noted[0] == signal.SIGINT else f"stopped by {noted[0].name}"
-                return LaunchResult(128 + noted[0], message)
+                return LaunchResult(STOPPED + noted[0], message)
             return _outcome(Path(error_dir), codes, stopped=stopped)
     except KeyboardInterrupt:  # before any rank was started
-        return LaunchResult(128 + signal.SIGINT)
+        return LaunchResult(STOPPED + stopped_by())
 
 
 def _check_gpus(ranks: int) -> None:

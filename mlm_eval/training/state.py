@@ -24,6 +24,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,11 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.distcp import check_coverage, open_folder
 from mlm_eval.checkpoints.files.output import write_text
 from mlm_eval.checkpoints.folders.locks import LOCK_FILE
+from mlm_eval.checkpoints.folders.unfinished import unfinished
 from mlm_eval.checkpoints.lazy import Computed, LazyTensor
 from mlm_eval.checkpoints.parameters import Parameter, parameters
 from mlm_eval.ranks.collectives import local, on_main, whole_over_dp
-from mlm_eval.ranks.mesh import Mesh, num_ranks, object_group
+from mlm_eval.ranks.mesh import Mesh, num_ranks, object_group, this_rank
 from mlm_eval.training.replicas import Replicas
 from mlm_eval.training.settings import Counters
 
@@ -140,11 +142,26 @@ class StateFolder:
             before_switch: Called on rank 0 with the folder when the tensors are in it; a kill
                 before its end leaves the state before this one the latest.
         """
-        from torch.distributed import checkpoint as dcp
-
         partial = self.folder / UNFINISHED
         target = self.folder / f"step-{step:08d}"
-        on_main(lambda: self._prepare(partial, needs))
+        with unfinished(partial) if this_rank() == 0 else nullcontext():
+            self._write_tensors(partial, tensors)
+
+            def switch() -> None:
+                _write_json(partial / PROGRESS, dict(progress))
+                if before_switch is not None:
+                    before_switch(partial)
+                _sync(partial)
+                os.rename(partial, target)
+                _sync(self.folder)
+                self._remove(but=target.name)
+
+            on_main(switch)
+        return target
+
+    def _write_tensors(self, partial: Path, tensors: Callable[[str], Mapping[str, Tensor]]) -> None:
+        from torch.distributed import checkpoint as dcp
+
         alone = num_ranks() == 1
         try:
             with warnings.catch_warnings():  # one process is no reason to warn
@@ -161,18 +178,6 @@ class StateFolder:
                 f"the training state could not be written to {self.folder} "
                 f"({_first_line(failure)}); make room, and repeat the command to resume"
             ) from failure
-
-        def switch() -> None:
-            _write_json(partial / PROGRESS, dict(progress))
-            if before_switch is not None:
-                before_switch(partial)
-            _sync(partial)
-            os.rename(partial, target)
-            _sync(self.folder)
-            self._remove(but=target.name)
-
-        on_main(switch)
-        return target
 
     def _prepare(self, partial: Path, needs: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import atomic_file, cache_root
+from mlm_eval.checkpoints.folders.unfinished import unfinished
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 
 FORMAT = 3
@@ -87,8 +88,9 @@ def token_cache() -> Iterator[Path]:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError:
-        with tempfile.TemporaryDirectory(prefix="mlm-eval-tokens-") as temporary:
-            yield Path(temporary)
+        temporary = Path(tempfile.mkdtemp(prefix="mlm-eval-tokens-"))
+        with unfinished(temporary):
+            yield temporary
     else:
         yield folder
 

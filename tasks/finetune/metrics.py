@@ -20,11 +20,14 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
+
+from mlm_eval.checkpoints.folders.unfinished import note_unfinished
 
 # ---- classes -----------------------------------------------------------------------------------
 
@@ -223,6 +226,7 @@ class LocalMetric(evaluate.Metric):
             folder = tempfile.TemporaryDirectory(prefix="mlm-eval-metric-")
             cache_dir = folder.name
             weakref.finalize(self, folder.cleanup)
+            note_unfinished(Path(cache_dir))
         super().__init__(config_name, *args, cache_dir=cache_dir, **options)
 
     def _info(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from mlm_eval.checkpoints.files.text_file import read_text
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.engine.encode import BertInput, find_fault
 from mlm_eval.engine.engine import Engine
+from mlm_eval.engine.resume import PartialScores
 from mlm_eval.engine.score import PairRequest, Request, find_encoder_fault
 from mlm_eval.tasks.data.text import check_text
 from mlm_eval.tasks.zero_shot.wikitext103 import strided_windows
@@ -61,7 +63,18 @@ def read_lines(
         InputError: The file cannot be read, or a line is not of the form that `mlm-eval
             score --help` shows.
     """
-    text = read_text(path)
+    return parse_lines(read_text(path), path, tokenizer, family=family, limit=limit)
+
+
+def parse_lines(
+    text: str,
+    path: Path,
+    tokenizer: Tokenizer | None,
+    *,
+    family: str = "gpt",
+    limit: int | None = None,
+) -> list[InputLine]:
+    """Return the lines of the text of a file; see `read_lines`."""
     lines: list[InputLine] = []
     for number, content in enumerate(text.split("\n"), 1):
         if content.strip() and (limit is None or len(lines) < limit):
@@ -129,6 +142,7 @@ def score_lines(
     *,
     stride: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    partial: PartialScores | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the output records in the order of the input.
 
@@ -137,7 +151,8 @@ def score_lines(
         lines: The input.
         stride: For GPT sequences of more than positions + 1 tokens: how many tokens each further
             window scores; None: half the positions.
-        on_progress: See `Engine.score`.
+        on_progress: Called with (done, in all), on rank 0: tokens, or inputs of a BERT.
+        partial: Scores kept of an interrupted run, and where to keep those of this one.
 
     Raises:
         InputError: A line does not fit the model; the message names it.
@@ -145,11 +160,36 @@ def score_lines(
     for line in lines:
         _check_line(line, engine.config)
     if engine.config.family == "bert":
-        yield from _score_bert(engine, lines)
+        yield from _score_bert(engine, lines, on_progress, partial)
     elif engine.config.family == "t5":
-        yield from _score_t5(engine, lines, on_progress)
+        yield from _score_t5(engine, lines, on_progress, partial)
     else:
-        yield from _score_gpt(engine, lines, stride, on_progress)
+        yield from _score_gpt(engine, lines, stride, on_progress, partial)
+
+
+def count_requests(engine: Engine, lines: Sequence[InputLine], stride: int | None) -> int:
+    """Return how many sequences of their own the model will see for these lines."""
+    if engine.config.family == "bert":
+        return sum(len(line.rows) for line in lines)
+    if engine.config.family == "t5":
+        return sum(len(line.rows[0]) > 1 for line in lines)
+    return sum(len(windows) for windows in _windows(engine, lines, stride))
+
+
+def resume_parts(
+    engine: Engine, text: str, tokenizer: Tokenizer | None, stride: int | None
+) -> dict[str, Any]:
+    """Return all that decides the scores of the lines of a file with this text."""
+    return {
+        "task": "score",
+        "digest": engine.checkpoint.provenance.digest,
+        "config": engine.config.to_dict(),
+        "data": hashlib.sha256(text.encode()).hexdigest(),
+        "tokenizer": None if tokenizer is None else tokenizer.sha256,
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "vocab": engine.vocab,
+        "settings": {"stride": stride},
+    }
 
 
 def _check_line(line: InputLine, config: ModelConfig) -> None:
@@ -211,13 +251,14 @@ def _score_t5(
     engine: Engine,
     lines: Sequence[InputLine],
     on_progress: Callable[[int, int], None] | None,
+    partial: PartialScores | None,
 ) -> Iterator[dict[str, Any]]:
     requests = [
         PairRequest(torch.tensor(row, dtype=torch.int64), len(row) - 1, *_encoder_input(line))
         for line in lines
         if len(row := line.rows[0]) > 1  # a first token alone has no score
     ]
-    scores = engine.score(requests, on_progress=on_progress)
+    scores = engine.score(requests, on_progress=on_progress, partial=partial)
     first = 0
     for line in lines:
         span = slice(first, first := first + len(line.rows[0]) - 1)
@@ -233,22 +274,16 @@ def _score_gpt(
     lines: Sequence[InputLine],
     stride: int | None,
     on_progress: Callable[[int, int], None] | None,
+    partial: PartialScores | None,
 ) -> Iterator[dict[str, Any]]:
-    positions = engine.config.max_position_embeddings
-    stride = max(positions // 2, 1) if stride is None else stride
-    if not 1 <= stride <= positions:
-        raise InputError(f"--stride {stride} must lie in 1 to {positions}, the model's positions")
     requests: list[Request] = []
     spans = []
-    for line in lines:
+    for line, windows in zip(lines, _windows(engine, lines, stride), strict=True):
         tokens = torch.tensor(line.rows[0], dtype=torch.int64)
         first = len(requests)
-        requests += [
-            Request(tokens[a:b], n)
-            for a, b, n in strided_windows(tokens.numel(), positions, stride)
-        ]
+        requests += [Request(tokens[a:b], n) for a, b, n in windows]
         spans.append((first, len(requests)))
-    scores = engine.score(requests, on_progress=on_progress)
+    scores = engine.score(requests, on_progress=on_progress, partial=partial)
     for line, (first, last) in zip(lines, spans, strict=True):
         span = slice(int(scores.offsets[first]), int(scores.offsets[last]))
         logprobs, greedy = scores.logprobs[span].tolist(), scores.greedy[span].tolist()
@@ -259,9 +294,31 @@ def _score_gpt(
         }
 
 
-def _score_bert(engine: Engine, lines: Sequence[InputLine]) -> Iterator[dict[str, Any]]:
+def _windows(
+    engine: Engine, lines: Sequence[InputLine], stride: int | None
+) -> list[list[tuple[int, int, int]]]:
+    """Return each line's windows for a GPT; see `strided_windows`.
+
+    Raises:
+        InputError: The stride leaves gaps.
+    """
+    positions = engine.config.max_position_embeddings
+    stride = max(positions // 2, 1) if stride is None else stride
+    if not 1 <= stride <= positions:
+        raise InputError(f"--stride {stride} must lie in 1 to {positions}, the model's positions")
+    return [strided_windows(len(line.rows[0]), positions, stride) for line in lines]
+
+
+def _score_bert(
+    engine: Engine,
+    lines: Sequence[InputLine],
+    on_progress: Callable[[int, int], None] | None,
+    partial: PartialScores | None,
+) -> Iterator[dict[str, Any]]:
     inputs = [item for line in lines for item in _bert_inputs(line)]
-    outputs = iter(engine.encode(inputs, states=False, score=True))
+    outputs = iter(
+        engine.encode(inputs, states=False, score=True, on_progress=on_progress, partial=partial)
+    )
     for line in lines:
         mine = [next(outputs) for _ in line.rows]
         figures: dict[str, list[Any]] = {

@@ -269,7 +269,7 @@ def test_chunks_hold_each_requests_own_scores(tmp_path):
     partial.close()
     partial = PartialScores(tmp_path / "kept", PARTS)
     found = partial.finished()
-    assert {i: (a.tolist(), b.tolist()) for i, (a, b) in found.items()} == {
+    assert {i: (kept.logprobs.tolist(), kept.greedy.tolist()) for i, kept in found.items()} == {
         1: ([-1.0], [True]),
         0: ([-2.0, -3.0], [False, True]),
     }

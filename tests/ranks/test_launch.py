@@ -229,6 +229,23 @@ def test_a_signal_to_the_parent_stops_the_ranks(
     assert survivors(pids) == []
 
 
+@pytest.mark.parametrize(
+    ("number", "code", "message"),
+    [(signal.SIGINT, 130, ""), (signal.SIGTERM, 143, "stopped by SIGTERM\n")],
+)
+def test_ranks_that_are_stopped_leave_nothing_unfinished(
+    number: signal.Signals, code: int, message: str, start: Start, tmp_path: Path
+) -> None:
+    """Not even from inside a collective, or another call that never returns."""
+    job = start("--ranks", 2, "writing", tmp_path)
+    facts(tmp_path, 2)
+    places = [tmp_path / "results" / str(rank) for rank in range(2)]
+    assert [len(list(place.iterdir())) for place in places] == [2, 2]
+    job.send_signal(number)
+    assert ended(job) == (code, message)
+    assert [list(place.iterdir()) for place in places] == [[], []]
+
+
 def test_ctrl_c_while_the_ranks_are_starting_says_nothing(start: Start, tmp_path: Path) -> None:
     job = start("--ranks", 2, "wait_for_test", tmp_path)
     children = Path(f"/proc/{job.pid}/task/{job.pid}/children")

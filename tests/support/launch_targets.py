@@ -13,8 +13,15 @@ from datetime import timedelta
 from pathlib import Path
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.output import atomic_file, output_folder
 from mlm_eval.ranks import launch
 from mlm_eval.ranks.world import World, detect_world
+
+
+def hang() -> None:
+    """Wait in a C call, and again where a handled signal has ended it."""
+    while True:
+        ctypes.CDLL(None).pause()
 
 
 def all_reduce(folder: Path, world: World, *sizes: str) -> None:
@@ -58,7 +65,25 @@ def fault(folder: Path, world: World) -> None:
 def wait_for_test(folder: Path, world: World) -> None:
     """Hang: rank 1 in a C call, the others in a collective that it never joins."""
     join_and_wait(folder, world, absent=1)
-    ctypes.CDLL(None).pause()
+    hang()
+
+
+def writing(folder: Path, world: World) -> None:
+    """Hang as `wait_for_test` while a file and a folder are being written; rank 1 has a child."""
+    place = folder / "results" / str(world.rank)
+    with atomic_file(place / "file") as file, output_folder(place / "folder") as parts:
+        file.write_text("half of it")
+        (parts / "part").write_text("half of it")
+        if world.rank == 1:
+            ready, told = os.pipe()
+            child = os.fork()
+            if child == 0:
+                os.write(told, b"1")
+                hang()
+            os.read(ready, 1)
+            os.kill(child, signal.SIGTERM)
+            assert os.waitpid(child, 0)[1] == signal.SIGTERM
+        wait_for_test(folder, world)
 
 
 def watched(folder: Path, world: World, failing: str) -> None:
@@ -71,7 +96,7 @@ def watched(folder: Path, world: World, failing: str) -> None:
     )
     leave(folder, world)
     if world.rank != int(failing):
-        ctypes.CDLL(None).pause()
+        hang()
     time.sleep(0.5)
     raise InputError("wrong.pt holds no model")
 
@@ -81,7 +106,7 @@ def deaf(folder: Path, world: World) -> None:
     if world.rank == 0:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         leave(folder, world)
-        ctypes.CDLL(None).pause()
+        hang()
     while not (folder / "rank0.json").exists():
         time.sleep(0.01)
     os._exit(5)
