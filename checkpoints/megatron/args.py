@@ -669,9 +669,15 @@ def _activation_from_args(b: _ArgsReader) -> tuple[str, str]:
             return "gelu_tanh", "args.openai_gelu"
         if args.get("onnx_safe"):
             return "gelu", "args.onnx_safe"
-    for name in ("swiglu", "squared_relu", "quick_geglu"):
-        if args.get(name):
-            return name, f"args.{name}"
+    on = [name for name in ("swiglu", "squared_relu", "quick_geglu") if args.get(name)]
+    contradictory = on[:1] == ["swiglu"] and len(on) > 1 and b.code == "core"
+    if contradictory and "activation" not in b.overrides:
+        raise InputError(
+            f"{b.where} has {' and '.join(f'args.{name} = {args[name]}' for name in on)}, which "
+            f"Megatron refuses together; choose with --set activation={on[0]} or {on[1]}"
+        )
+    if on:
+        return on[0], f"args.{on[0]}"
     if args.get(GATED_GELU) in ("geglu", "geglu_tanh"):
         return args[GATED_GELU], f"args.{GATED_GELU}"
     activation, source = _ungated_from_args(b)

@@ -193,8 +193,10 @@ def transformer_config(args: Namespace) -> TransformerConfig:
     else:
         values["bias_activation_fusion"] = args.bias_gelu_fusion
     if args.squared_relu:
+        assert not args.swiglu
         values["activation_func"] = squared_relu
     elif args.quick_geglu:
+        assert not args.swiglu
         values["gated_linear_unit"] = True
         values["activation_func"] = quick_gelu
     return TransformerConfig(**values)

@@ -101,6 +101,18 @@ def test_the_activation_that_ran(args: dict, legacy: str, core: str):
         assert source == "Megatron's default" or source.removeprefix("args.") in args
 
 
+@pytest.mark.parametrize("other", ["squared_relu", "quick_geglu"])
+def test_two_activations_at_once_are_refused(other: str):
+    """Megatron-LM asserts it for megatron-core; its legacy layers took swiglu first."""
+    args = args_for(GPT) | {"swiglu": True, other: True}
+    with pytest.raises(InputError, match=f"args.swiglu = True and args.{other} = True, which"):
+        build(GPT, args, core=True)
+    chosen = build(GPT, args, core=True, activation=other).config
+    assert chosen.activation == other
+    if other == "squared_relu":
+        assert build(GPT, args, core=False).config.activation == "swiglu"
+
+
 def test_the_fused_kernel_needs_a_bias():
     config = dataclasses.replace(GPT, add_bias_linear=False)
     args = args_for(config, bias_gelu_fusion=True)
