@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -93,6 +93,13 @@ _RANGES = (
     ("decoder_num_layers", 0, 1 << 20),
     ("relative_attention_num_buckets", 4, 1 << 20),
     ("relative_attention_max_distance", 1, 1 << 30),
+    ("mamba_num_heads", 0, 1 << 20),
+    ("mamba_head_dim", 0, 1 << 20),
+    ("mamba_num_groups", 0, 1 << 20),
+    ("mamba_state_dim", 0, 1 << 20),
+    ("mamba_conv_width", 0, 1 << 10),
+    ("mamba_norm_epsilon", 0.0, 1.0),
+    ("mamba_min_time_step", 0.0, 1e6),
 )
 """A value outside is a typo or damage; NaN is outside of every range."""
 
@@ -248,6 +255,33 @@ class ModelConfig:
     """Rows of the table of relative positions."""
     relative_attention_max_distance: int = 128
     """Distances from here on share the last bucket."""
+    no_mixer_layers: tuple[int, ...] = ()
+    """Layers without a mixer, which is attention or what stands in its place."""
+    linear_mixer_layers: tuple[int, ...] = ()
+    """Layers with one square matrix in attention's place."""
+    mamba_layers: tuple[int, ...] = ()
+    """Layers with Mamba-2 (arXiv 2405.21060) in attention's place."""
+    no_mlp_layers: tuple[int, ...] = ()
+    """Layers without an MLP or anything in its place."""
+    linear_mlp_layers: tuple[int, ...] = ()
+    """Layers with one square matrix in the MLP's place."""
+    layer_query_groups: tuple[int, ...] = ()
+    """Query groups of each layer, 0 where it has no attention; empty: `num_query_groups` in all."""
+    layer_ffn_hidden_sizes: tuple[int, ...] = ()
+    """Width of each layer's MLP, 0 where it has no plain one; empty: `ffn_hidden_size` in all."""
+    mamba_num_heads: int = 0
+    mamba_head_dim: int = 0
+    """Channels of a head of Mamba-2."""
+    mamba_num_groups: int = 0
+    """Heads of one group share what goes into the state, and what is read from it."""
+    mamba_state_dim: int = 0
+    """Numbers in the state of a channel."""
+    mamba_conv_width: int = 0
+    """Positions that the convolution before the scan looks at, its own included."""
+    mamba_norm_epsilon: float | None = None
+    """Epsilon of the gated norm behind the scan; None: 1e-5, Megatron's."""
+    mamba_min_time_step: float = 0.0
+    """Time steps are no shorter; transformers has a bound, Megatron none."""
     untie_embeddings_and_output_weights: bool = False
     apply_residual_connection_post_layernorm: bool = False
     """Take the residual after the norm: the original BERT order, the paper's Figure 7 (a)."""
@@ -303,6 +337,7 @@ class ModelConfig:
             )
         self._check_layers()
         self._check_arrangement()
+        self._check_branches()
         self._check_experts()
         self._check_latents()
         self._check_stacks()
@@ -342,7 +377,16 @@ class ModelConfig:
             )
 
     def _check_layers(self) -> None:
-        for name in ("no_rope_layers", "window_layers", "moe_layers"):
+        for name in (
+            "no_rope_layers",
+            "window_layers",
+            "moe_layers",
+            "no_mixer_layers",
+            "linear_mixer_layers",
+            "mamba_layers",
+            "no_mlp_layers",
+            "linear_mlp_layers",
+        ):
             layers = getattr(self, name)
             if list(layers) != sorted({n for n in layers if 0 <= n < self.num_layers}):
                 raise InputError(
@@ -377,6 +421,60 @@ class ModelConfig:
             raise InputError(
                 "position_embedding_type alibi goes with plain causal attention only, without "
                 "windows, sinks or latents; correct it with --set"
+            )
+
+    def _check_branches(self) -> None:
+        """Check that each branch of a layer is of one kind, and has the sizes of its kind."""
+        for names in (
+            ("no_mixer_layers", "linear_mixer_layers", "mamba_layers"),
+            ("no_mlp_layers", "linear_mlp_layers", "moe_layers"),
+        ):
+            numbers = [number for name in names for number in getattr(self, name)]
+            if twice := sorted({number for number in numbers if numbers.count(number) > 1}):
+                raise InputError(
+                    f"layer {twice[0]} is in several of {', '.join(names)}; correct them with --set"
+                )
+        self._check_widths("layer_query_groups", "num_query_groups", self.mixer, "attention")
+        self._check_widths(
+            "layer_ffn_hidden_sizes", "ffn_hidden_size", self.feed_forward, "plain MLP"
+        )
+        for groups in self.layer_query_groups:
+            if groups and self.num_attention_heads % groups:
+                raise InputError(
+                    f"layer_query_groups holds {groups}, which does not divide "
+                    f"num_attention_heads {self.num_attention_heads}; correct it with --set"
+                )
+        special = self.branches_differ or bool(self.mamba_layers)
+        if special and (self.family != "gpt" or self.alibi or self.parallel_residual):
+            raise InputError(
+                "layers without attention or MLP, with other things in their place or of widths of "
+                "their own go with GPT models only, without ALiBi and parallel residuals; correct "
+                "it with --set"
+            )
+        heads, kinds = self.mamba_num_heads, ("num_heads", "head_dim", "num_groups", "state_dim")
+        for name in (*(f"mamba_{kind}" for kind in kinds), "mamba_conv_width"):
+            if self.mamba_layers and getattr(self, name) < 1:
+                raise InputError(
+                    f"{name} is {getattr(self, name)}, but Mamba layers need at least 1; correct "
+                    f"it with --set {name}=N"
+                )
+        if self.mamba_layers and heads % self.mamba_num_groups:
+            raise InputError(
+                f"mamba_num_groups {self.mamba_num_groups} does not divide mamba_num_heads {heads};"
+                " correct it with --set"
+            )
+
+    def _check_widths(self, name: str, most: str, kind: Callable[[int], str], counted: str) -> None:
+        """Check that a setting of each layer fits the layers, and the setting of the whole."""
+        values = getattr(self, name)
+        if not values:
+            return
+        layers = [kind(number) == counted for number in range(self.num_layers)]
+        if [value > 0 for value in values] != layers or max(values) != getattr(self, most):
+            raise InputError(
+                f"{name} is {','.join(map(str, values))}, but must hold a number for each of "
+                f"{self.num_layers} layers, 0 for those without {counted}, and {most} as the "
+                "largest; correct it with --set"
             )
 
     def _check_experts(self) -> None:
@@ -518,6 +616,62 @@ class ModelConfig:
         channels = self.v_head_dim if self.multi_latent_attention else self.kv_channels
         return self.num_attention_heads * channels
 
+    def mixer(self, layer: int) -> str:
+        """Return what a layer has first: `attention`, `mamba`, `linear` or `none`."""
+        kinds = {
+            "none": self.no_mixer_layers,
+            "linear": self.linear_mixer_layers,
+            "mamba": self.mamba_layers,
+        }
+        return next((kind for kind, layers in kinds.items() if layer in layers), "attention")
+
+    def feed_forward(self, layer: int) -> str:
+        """Return what a layer has second: `plain MLP`, `experts`, `linear` or `none`."""
+        kinds = {
+            "none": self.no_mlp_layers,
+            "linear": self.linear_mlp_layers,
+            "experts": self.moe_layers,
+        }
+        return next((kind for kind, layers in kinds.items() if layer in layers), "plain MLP")
+
+    def of_layer(self, layer: int) -> ModelConfig:
+        """Return the settings of a model all of whose layers are as wide as this one."""
+        if not self.layer_query_groups and not self.layer_ffn_hidden_sizes:
+            return self
+        widths = {}
+        if self.layer_query_groups and self.layer_query_groups[layer]:
+            widths["num_query_groups"] = self.layer_query_groups[layer]
+        if self.layer_ffn_hidden_sizes and self.layer_ffn_hidden_sizes[layer]:
+            widths["ffn_hidden_size"] = self.layer_ffn_hidden_sizes[layer]
+        return dataclasses.replace(self, layer_query_groups=(), layer_ffn_hidden_sizes=(), **widths)
+
+    @property
+    def branches_differ(self) -> bool:
+        """Whether layers lack a branch, have a matrix in its place, or are of other widths."""
+        return bool(
+            self.no_mixer_layers
+            or self.linear_mixer_layers
+            or self.no_mlp_layers
+            or self.linear_mlp_layers
+            or self.layer_query_groups
+            or self.layer_ffn_hidden_sizes
+        )
+
+    @property
+    def mamba_width(self) -> int:
+        """Channels of all heads of Mamba-2."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def mamba_parts(self) -> tuple[tuple[int, int], ...]:
+        """Packed rows of Mamba-2's first matrix, z, x, B, C, dt: of each its size and its units.
+
+        A unit is a head, or of B and C a group. The convolution has x, B and C.
+        """
+        heads, groups, width = self.mamba_num_heads, self.mamba_num_groups, self.mamba_width
+        states = (groups * self.mamba_state_dim, groups)
+        return ((width, heads), (width, heads), states, states, (heads, heads))
+
     @property
     def beyond_dense(self) -> str | None:
         """What the model has that a plain dense model has not, in words; None: nothing."""
@@ -529,6 +683,8 @@ class ModelConfig:
         parts = {
             "a mixture of experts": bool(self.num_experts),
             "latent attention": self.multi_latent_attention,
+            "Mamba layers": bool(self.mamba_layers),
+            "layers of different kinds": self.branches_differ,
             "windows of attention": bool(self.window_layers),
             "layers without rotary positions": bool(self.no_rope_layers),
             "capped attention scores or logits": self.attn_logit_softcapping is not None
@@ -560,7 +716,8 @@ class ModelConfig:
     @property
     def dense_layers(self) -> int:
         """Number of the layers that have a plain MLP."""
-        return self.num_layers - len(self.moe_layers)
+        others = (*self.moe_layers, *self.no_mlp_layers, *self.linear_mlp_layers)
+        return self.num_layers - len(others)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
@@ -579,7 +736,10 @@ NEWER_SETTINGS = frozenset(
     moe_router_enable_expert_bias moe_router_bias moe_apply_probs_on_input
     moe_shared_expert_intermediate_size moe_shared_expert_gate multi_latent_attention q_lora_rank
     kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim parallel_residual
-    embedding_layernorm""".split()
+    embedding_layernorm no_mixer_layers linear_mixer_layers
+    mamba_layers no_mlp_layers linear_mlp_layers layer_query_groups layer_ffn_hidden_sizes
+    mamba_num_heads mamba_head_dim mamba_num_groups mamba_state_dim mamba_conv_width
+    mamba_norm_epsilon mamba_min_time_step""".split()
 )
 """Settings of megatron-core's newer layers, which most models have at their defaults."""
 
@@ -622,7 +782,7 @@ _KINDS = {
     "float": "a number",
     "bool": "true or false",
     "str": "a word",
-    "tuple[int, ...]": "comma-separated numbers of layers, from 0",
+    "tuple[int, ...]": "comma-separated whole numbers",
 }
 
 

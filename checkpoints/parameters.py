@@ -33,8 +33,8 @@ class ShardRule:
     """The dim that is cut; None for a replicated parameter."""
     unit: str = "even"
     """What must stay whole: `even` (any equal cut), `vocab` (rows of ceil(V / tp), the last rank
-    has the rest) or `qkv` (whole query groups; key and value heads are copied where tp exceeds
-    them)."""
+    has the rest), `qkv` (whole query groups; key and value heads are copied where tp exceeds
+    them) or `parts` (the units of each packed part; copied where tp exceeds them)."""
     blocks: int = 1
     """Packed equal blocks along `dim`, each cut on its own: 2 for `[gate; up]`."""
     heads: int = 0
@@ -43,16 +43,19 @@ class ShardRule:
     """Key/value heads, for `qkv`."""
     gates: bool = False
     """Each group of `qkv` has as many heads of gates after its queries."""
+    parts: tuple[tuple[int, int], ...] = ()
+    """Of each packed part along `dim` its size and its units, for `parts`; cut on its own."""
 
     def merge(self, parts: Sequence[LazyTensor]) -> LazyTensor:
         """Return the whole parameter from equal parts, in rank order: the inverse of `part`."""
         if self.dim is None or len(parts) == 1:
             return parts[0]
-        if self.blocks == 1:
+        if self.blocks == 1 and not self.parts:
             return Concat(parts, self.dim)
         assert self.dim == 0, "packed blocks stand along dim 0 of what files hold"
-        size = parts[0].shape[0] // self.blocks
-        rows = [torch.arange(b * size, (b + 1) * size) for b in range(self.blocks)]
+        sizes = [size // len(parts) for size, _ in self.parts]
+        sizes = sizes or [parts[0].shape[0] // self.blocks] * self.blocks
+        rows = torch.arange(sum(sizes)).split(sizes)
         return Concat([Selected(part, block) for block in rows for part in parts], 0)
 
 
@@ -72,6 +75,9 @@ RELATIVE_BIASES = (
 )
 """T5's tables of relative positions, one for all layers of a stack. Every rank has them whole and
 takes the columns of its heads."""
+
+MAMBA_VECTORS = ("A_log", "D", "dt_bias")
+"""Numbers of the heads of Mamba-2, whose names end neither with weight nor with bias."""
 
 TASK_HEADS = ("multichoice_head", "classification_head", "qa_head")
 """Heads of fine-tuned BERT models."""
@@ -130,6 +136,8 @@ class Parameter:
             return [range(*vocab_range(self.shape[self.dim], tp_rank, tp_size))]
         if rule.unit == "even":
             return self._equal_runs(tp_rank, tp_size)
+        if rule.unit == "parts":
+            return self._runs_of_units(tp_rank, tp_size)
         per_group = rule.heads // rule.groups
         own = per_group * (2 if rule.gates else 1)  # slots of a group before its key and value
         channels = self.shape[self.dim] // ((own + 2) * rule.groups)
@@ -141,7 +149,23 @@ class Parameter:
             slots += [base + own, base + own + 1]
         return [range(slot * channels, (slot + 1) * channels) for slot in slots]
 
+    def _runs_of_units(self, tp_rank: int, tp_size: int) -> list[range]:
+        runs, start = [], 0
+        for size, units in self.rule.parts:
+            width = size // units
+            own = local_units(units, tp_rank, tp_size)
+            runs.append(range(start + own.start * width, start + own.stop * width))
+            start += size
+        return runs
+
     def _equal_runs(self, tp_rank: int, tp_size: int) -> list[range]:
+        if self.rule.parts:
+            if lost := next((units for _, units in self.rule.parts if units % tp_size), None):
+                raise InputError(
+                    f"cannot split {self.name} over tp={tp_size}: a part of it has {lost} heads or "
+                    f"groups, which {tp_size} does not divide"
+                )
+            return self._runs_of_units(tp_rank, tp_size)
         size, blocks = self.shape[self.dim], self.rule.blocks
         block = size // blocks
         if block % tp_size:
@@ -196,17 +220,50 @@ def _all(c: ModelConfig) -> Iterator[Parameter]:
 
 def layer_parameters(c: ModelConfig, layer: int) -> Iterator[Parameter]:
     """Yield the parameters of one transformer layer."""
-    prefix = f"{c.block}.layers.{layer}."
-    yield from _norm(c, f"{prefix}input_layernorm")
-    attention = _latent_attention if c.multi_latent_attention else _attention
-    yield from attention(c, f"{prefix}self_attention.")
-    yield from _norm(c, f"{prefix}pre_mlp_layernorm")
-    if layer in c.moe_layers:
+    prefix, own = f"{c.block}.layers.{layer}.", c.of_layer(layer)
+    mixer, feed_forward = c.mixer(layer), c.feed_forward(layer)
+    if mixer != "none":
+        yield from _norm(c, f"{prefix}input_layernorm")
+    if mixer == "mamba":
+        yield from _mamba(c, f"{prefix}mixer.")
+    elif mixer == "linear":
+        yield from _square(c, f"{prefix}self_attention")
+    elif mixer == "attention":
+        attention = _latent_attention if c.multi_latent_attention else _attention
+        yield from attention(own, f"{prefix}self_attention.")
+    if feed_forward != "none":
+        yield from _norm(c, f"{prefix}pre_mlp_layernorm")
+    if feed_forward == "experts":
         yield from _experts(c, f"{prefix}mlp.")
-    else:
-        yield from _mlp(c, f"{prefix}mlp.", c.ffn_hidden_size, bias=c.add_bias_linear)
+    elif feed_forward == "linear":
+        yield from _square(c, f"{prefix}mlp")
+    elif feed_forward == "plain MLP":
+        yield from _mlp(c, f"{prefix}mlp.", own.ffn_hidden_size, bias=c.add_bias_linear)
         if c.branch_layernorm:
             yield from _norm(c, f"{prefix}mlp.linear_fc2.post_layernorm")
+
+
+def _square(c: ModelConfig, name: str) -> Iterator[Parameter]:
+    yield Parameter(f"{name}.weight", (c.hidden_size, c.hidden_size), COLUMN)
+    if c.add_bias_linear:
+        yield Parameter(f"{name}.bias", (c.hidden_size,), COLUMN)
+
+
+def _mamba(c: ModelConfig, prefix: str) -> Iterator[Parameter]:
+    packed, convolved = c.mamba_parts, c.mamba_parts[1:4]
+    rows, channels = (sum(size for size, _ in parts) for parts in (packed, convolved))
+    yield Parameter(f"{prefix}in_proj.weight", (rows, c.hidden_size), _parts(packed))
+    shape = (channels, 1, c.mamba_conv_width)
+    yield Parameter(f"{prefix}conv1d.weight", shape, _parts(convolved))
+    yield Parameter(f"{prefix}conv1d.bias", (channels,), _parts(convolved))
+    for name in MAMBA_VECTORS:
+        yield Parameter(f"{prefix}{name}", (c.mamba_num_heads,), COLUMN)
+    yield Parameter(f"{prefix}norm.weight", (c.mamba_width,), COLUMN)
+    yield Parameter(f"{prefix}out_proj.weight", (c.hidden_size, c.mamba_width), ROW)
+
+
+def _parts(parts: tuple[tuple[int, int], ...]) -> ShardRule:
+    return ShardRule(0, "parts", parts=parts)
 
 
 def _t5_decoder(c: ModelConfig) -> Iterator[Parameter]:
@@ -376,10 +433,21 @@ def _rules() -> dict[str, ShardRule]:
         qk_pos_emb_head_dim=2,
         v_head_dim=1,
     )
+    mamba = dict(
+        mamba_layers=(0,),
+        linear_mlp_layers=(0,),
+        mamba_num_heads=1,
+        mamba_head_dim=1,
+        mamba_num_groups=1,
+        mamba_state_dim=1,
+        mamba_conv_width=1,
+    )
     for family, more in (
         ("gpt", {}),
         ("bert", {}),
         ("t5", {"decoder_num_layers": 1}),
+        ("gpt", mamba),
+        ("gpt", {"linear_mixer_layers": (0,)}),
         ("gpt", experts),
         ("gpt", latents),
         ("gpt", latents | {"q_lora_rank": 1}),
@@ -403,12 +471,12 @@ def num_parameters(config: ModelConfig) -> int:
 
 def allowed_tp(config: ModelConfig, limit: int = 1024) -> list[int]:
     """Return the tensor-parallel sizes that a model can be cut into."""
-    cut = _cut_widths(config)
-    heads = config.num_attention_heads
+    cut = _cut_widths(config).values()
+    groups = config.mamba_num_groups if config.mamba_layers else 1
     return [
         n
-        for n in range(1, min(heads, limit) + 1)
-        if all(w % n == 0 for w in (heads, *cut.values()))
+        for n in range(1, min(max(cut, default=1), limit) + 1)
+        if all(w % n == 0 for w in cut) and (groups % n == 0 or n % groups == 0)
     ]
 
 
@@ -416,27 +484,49 @@ def check_tp(config: ModelConfig, tp_size: int) -> None:
     """Refuse a tensor-parallel size that does not divide the model.
 
     Raises:
-        InputError: `tp_size` does not divide the attention heads or the width of an MLP.
+        InputError: `tp_size` does not divide the heads or a width that ranks share equally.
     """
     allowed = allowed_tp(config)
     if tp_size not in allowed:
-        widths = [f"{what} of width {width}" for what, width in _cut_widths(config).items()]
+        cut = list(_cut_widths(config))
+        every = {1: "it", 2: "both"}.get(len(cut), "all of them")
         raise InputError(
-            f"cannot split this model over tp={tp_size}: it has {config.num_attention_heads} "
-            f"attention heads and {' and '.join(widths)}, and tp must divide "
-            f"{'both' if len(widths) == 1 else 'all of them'}; it allows tp in "
-            f"{', '.join(map(str, allowed))}"
+            f"cannot split this model over tp={tp_size}: it has {' and '.join(cut)}, and tp must "
+            f"divide {every}; it allows tp in {', '.join(map(str, allowed))}"
         )
 
 
 def _cut_widths(config: ModelConfig) -> dict[str, int]:
-    """Return the widths that ranks share equally, besides the heads."""
-    widths = {
-        "an MLP": config.ffn_hidden_size if config.dense_layers else 0,
-        "experts": config.moe_ffn_hidden_size,
-        "a shared expert": config.moe_shared_expert_intermediate_size,
+    """Return what ranks share equally, in words and by number: heads and widths."""
+    layers = range(config.num_layers)
+    attends = any(config.mixer(layer) == "attention" for layer in layers)
+    heads = {
+        "attention heads": config.num_attention_heads if attends else 0,
+        "Mamba heads": config.mamba_num_heads if config.mamba_layers else 0,
     }
-    return {what: width for what, width in widths.items() if width}
+    widths: dict[str, set[int]] = {
+        "an MLP": set(config.layer_ffn_hidden_sizes or [config.ffn_hidden_size]),
+        "experts": {config.moe_ffn_hidden_size},
+        "a shared expert": {config.moe_shared_expert_intermediate_size},
+        "a matrix in a branch's place": {config.hidden_size},
+    }
+    if not config.dense_layers:
+        del widths["an MLP"]
+    if not config.linear_mixer_layers and not config.linear_mlp_layers:
+        del widths["a matrix in a branch's place"]
+    found = {f"{count} {what}": count for what, count in heads.items() if count}
+    for what, values in widths.items():
+        found |= {f"{what} of width {width}": width for width in sorted(values) if width}
+    return found
+
+
+def local_units(units: int, tp_rank: int, tp_size: int) -> range:
+    """Return which of some units one rank has: an equal share, or the one that it shares."""
+    if units % tp_size == 0:
+        return range(tp_rank * units // tp_size, (tp_rank + 1) * units // tp_size)
+    assert tp_size % units == 0, (units, tp_size)
+    own = tp_rank * units // tp_size
+    return range(own, own + 1)
 
 
 def local_groups(

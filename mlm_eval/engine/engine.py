@@ -17,7 +17,7 @@ from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.dtypes import dtype_name, evaluation_dtype
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.parameters import check_tp, parameters
+from mlm_eval.checkpoints.parameters import MAMBA_VECTORS, check_tp, parameters
 from mlm_eval.checkpoints.tokenizer import check_entries
 from mlm_eval.checkpoints.vocabulary import with_rows
 from mlm_eval.engine.batching import DEFAULT_BATCH_TOKENS, OnProgress
@@ -28,6 +28,7 @@ from mlm_eval.model.bert import BERT
 from mlm_eval.model.costs.flops import forward_flops
 from mlm_eval.model.experts import Router
 from mlm_eval.model.gpt import GPT
+from mlm_eval.model.mamba import MambaMixer
 from mlm_eval.model.t5 import T5
 from mlm_eval.model.tensor_parallel import TensorParallel
 from mlm_eval.ranks.mesh import Mesh, make_mesh
@@ -238,6 +239,9 @@ def load_model(
         for module in model.modules():
             if isinstance(module, Router) and module.expert_bias is not None:
                 module.expert_bias.data = module.expert_bias.data.float()  # it decides close calls
+            if isinstance(module, MambaMixer):  # exponents, which Megatron keeps in float32 too
+                for name in MAMBA_VECTORS:
+                    module.get_parameter(name).data = module.get_parameter(name).data.float()
     # All memory is taken before anything is read: what is read for a moment, put between weights
     # that stay, would leave holes that malloc cannot give back (a quarter of the shard).
     model.to_empty(device=device)

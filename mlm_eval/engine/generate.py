@@ -19,6 +19,7 @@ from torch import Tensor
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.engine.batching import OnProgress, in_order, map_batches, pack, pad_rows
 from mlm_eval.engine.engine import Engine
+from mlm_eval.model.costs.memory import FLOAT32
 from mlm_eval.model.gpt import GPT
 
 if TYPE_CHECKING:
@@ -136,7 +137,12 @@ def generate(
         _write(engine, texts)
         return [text.finish() for text in texts]
 
-    batches = pack(widths, min(engine.batch_tokens, _tokens_in_cache(engine)))
+    most = _texts_in_cache(engine)
+    batches = [
+        batch[start : start + most]
+        for batch in pack(widths, min(engine.batch_tokens, _tokens_in_cache(engine)))
+        for start in range(0, len(batch), most)
+    ]
     return in_order(map_batches(run, batches, engine.mesh, on_progress=on_progress))
 
 
@@ -320,6 +326,12 @@ def draw(logits: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:
 def _tokens_in_cache(engine: Engine) -> int:
     """Return how many tokens' keys and values `CACHE_BYTES` hold."""
     assert isinstance(engine.model, GPT)
-    heads, keys, values = engine.model.cache_width  # as many on every rank
-    token = engine.config.num_layers * heads * (keys + values) * engine.dtype.itemsize
-    return max(CACHE_BYTES // token, 1)
+    kept = engine.model.cache_widths.values()  # as many on every rank
+    token = sum(heads * (keys + values) for heads, keys, values in kept) * engine.dtype.itemsize
+    return CACHE_BYTES if not token else max(CACHE_BYTES // token, 1)
+
+
+def _texts_in_cache(engine: Engine) -> int:
+    """Return how many texts' states, float32, `CACHE_BYTES` hold."""
+    assert isinstance(engine.model, GPT)
+    return max(CACHE_BYTES // max(FLOAT32 * engine.model.state_size, 1), 1)

@@ -4,6 +4,7 @@
                          every collective of the model
     transformer.py       the transformer layer, top to bottom
     attention.py         self-attention, latent attention, rotary positions, the cache of generation
+    mamba.py             Mamba-2 in the place of attention: convolution, scan, gated norm
     experts.py           a mixture of experts in the place of an MLP
     layers.py            norms, activations, the MLP
     gpt.py, bert.py      the two models around it, with their heads

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,9 @@ SCORE_CHUNK_ELEMENTS = 1 << 24
 
 
 class KeyValueCache:
-    """Keys and values of a batch of texts that grow by one token at a time.
+    """What layers keep of a batch of texts that grow by one token at a time.
+
+    Attention keeps keys and values of every position, Mamba its last inputs and one state.
 
     Texts are aligned on the left: position t is column t in every text, whatever its length. The
     columns behind a shorter prompt hold what its padding gave; the text's own tokens overwrite
@@ -47,8 +49,7 @@ class KeyValueCache:
         lengths: Sequence[int],
         columns: int,
         *,
-        layers: int,
-        width: tuple[int, int, int],
+        widths: Mapping[int, tuple[int, int, int]],
         like: Tensor,
     ) -> None:
         """Make room.
@@ -56,16 +57,21 @@ class KeyValueCache:
         Args:
             lengths: Of the prompts.
             columns: Positions that the longest text may take.
-            layers: Of the model.
-            width: Heads that are kept on this rank, and the channels of their keys and values.
+            widths: Of each layer with attention the heads that are kept on this rank, and the
+                channels of their keys and values.
             like: Has the device and dtype of the keys and values.
         """
         self.lengths = list(lengths)
         self._positions: Tensor | None = None  # of the tokens that come in, one for each text
-        shape = (len(self.lengths), width[0], columns)  # [B, G, T]
+        self._device = like.device
         # Zeros, because what is masked is still multiplied, by 0: it must not be NaN.
-        self._keys = [like.new_zeros(*shape, width[1]) for _ in range(layers)]
-        self._values = [like.new_zeros(*shape, width[2]) for _ in range(layers)]
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {
+            layer: (
+                like.new_zeros(len(self.lengths), heads, columns, keys),  # [B, G, T, d]
+                like.new_zeros(len(self.lengths), heads, columns, values),
+            )
+            for layer, (heads, keys, values) in widths.items()
+        }
 
     def advance(self) -> tuple[Tensor, Tensor]:
         """Make the next token of each text the one that comes in.
@@ -73,7 +79,7 @@ class KeyValueCache:
         Returns:
             Its position `[batch]`, and which columns it may see, bool `[batch, 1, 1, longest]`.
         """
-        device = self._keys[0].device
+        device = self._device
         self._positions = torch.tensor(self.lengths, device=device)
         self.lengths = [length + 1 for length in self.lengths]
         columns = torch.arange(max(self.lengths), device=device)
@@ -86,7 +92,7 @@ class KeyValueCache:
             Those that the new queries look at: prompts at themselves, later tokens at all columns
             up to the longest text's last.
         """
-        keys, values = self._keys[layer], self._values[layer]
+        keys, values = self._kept[layer]
         if self._positions is None:
             keys[:, :, : key.shape[2]], values[:, :, : key.shape[2]] = key, value
             return key, value
@@ -99,10 +105,17 @@ class KeyValueCache:
     def keep(self, texts: Sequence[int]) -> None:
         """Drop all texts but some, given by their places in the batch."""
         self.lengths = [self.lengths[text] for text in texts]
-        index = torch.tensor(texts, device=self._keys[0].device)
-        for layer in range(len(self._keys)):  # one at a time: the copies need little room
-            self._keys[layer] = self._keys[layer][index]
-            self._values[layer] = self._values[layer][index]
+        index = torch.tensor(texts, device=self._device)
+        for layer, (keys, values) in self._kept.items():  # the copies of one need little room
+            self._kept[layer] = keys[index], values[index]
+
+    def recurrent(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return what a layer without attention has kept with `store_recurrent`."""
+        return self._kept[layer]
+
+    def store_recurrent(self, layer: int, inputs: Tensor, state: Tensor) -> None:
+        """Keep a layer's last inputs and its state, of each text `[batch, ...]`."""
+        self._kept[layer] = inputs, state
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from mlm_eval.model.attention import (
     rotary_tables,
 )
 from mlm_eval.model.dropout import Dropout
+from mlm_eval.model.mamba import MambaMixer
 from mlm_eval.model.tensor_parallel import SINGLE, TensorParallel
 from mlm_eval.model.transformer import Embedding, TransformerBlock, output_layer
 
@@ -63,9 +64,20 @@ class GPT(nn.Module):
         return bias.to(self.embedding.word_embeddings.weight.dtype)
 
     @property
-    def cache_width(self) -> tuple[int, int, int]:
+    def cache_widths(self) -> dict[int, tuple[int, int, int]]:
         """Heads that generation keeps of a layer on this rank, and channels of keys and values."""
-        return self._attention.cache_width
+        mixers = {layer.number: layer.first for layer in self.decoder.layers}
+        return {
+            number: mixer.cache_width
+            for number, mixer in mixers.items()
+            if isinstance(mixer, SelfAttention | LatentAttention)
+        }
+
+    @property
+    def state_size(self) -> int:
+        """Numbers that generation keeps of a text on this rank, however long the text is."""
+        mixers = (layer.first for layer in self.decoder.layers)
+        return sum(mixer.state_size for mixer in mixers if isinstance(mixer, MambaMixer))
 
     @property
     def _attention(self) -> SelfAttention | LatentAttention:
@@ -87,8 +99,7 @@ class GPT(nn.Module):
         cache = KeyValueCache(
             lengths,
             columns,
-            layers=len(self.decoder.layers),
-            width=self.cache_width,
+            widths=self.cache_widths,
             like=self.embedding.word_embeddings.weight,
         )
         context = self._context(tokens, cache=cache)

@@ -13,6 +13,7 @@ from mlm_eval.model.tensor_parallel import (
     RowParallelLinear,
     TensorParallel,
     copy_to_region,
+    reduce_from_region,
 )
 
 
@@ -113,3 +114,21 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return `[batch, seq, hidden]`."""
         return self.linear_fc2(self.activation(self.linear_fc1(x)))  # type: ignore[no-any-return]
+
+
+class LinearBranch(nn.Module):
+    """One square matrix in the place of attention or MLP; each rank computes some outputs."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp = tp
+        rows = config.hidden_size // tp.size
+        self.weight = nn.Parameter(torch.empty(rows, config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(rows)) if config.add_bias_linear else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `[batch, seq, hidden]`; one all-reduce, of zeros but on one rank."""
+        out = F.linear(copy_to_region(x, self.tp), self.weight, self.bias)
+        before = self.tp.rank * out.shape[-1]
+        padded = F.pad(out, (before, x.shape[-1] - before - out.shape[-1]))
+        return reduce_from_region(padded, self.tp)

@@ -17,15 +17,17 @@ from mlm_eval.checkpoints.parameters import vocab_range
 from mlm_eval.model.attention import Context, LatentAttention, SelfAttention
 from mlm_eval.model.dropout import EMBEDDING
 from mlm_eval.model.experts import MixtureOfExperts
-from mlm_eval.model.layers import MLP, norm
+from mlm_eval.model.layers import MLP, LinearBranch, norm
+from mlm_eval.model.mamba import MambaMixer
 from mlm_eval.model.tensor_parallel import TensorParallel, VocabHead, VocabParallelEmbedding
 
 
 class TransformerLayer(nn.Module):
-    """Attention and MLP with residuals.
+    """Attention and MLP with residuals, or what stands in their places.
 
     The residual is the norm's input, or its output in the original BERT order. A parallel residual
-    gives both the same input: x + attention(norm(x)) + MLP(norm(x)).
+    gives both the same input: x + attention(norm(x)) + MLP(norm(x)). A branch may be missing, with
+    its norm: the states then pass by.
     """
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, number: int) -> None:
@@ -33,26 +35,55 @@ class TransformerLayer(nn.Module):
         self.number = number
         self.parallel_residual = config.parallel_residual
         self.residual_after_norm = config.apply_residual_connection_post_layernorm
-        self.input_layernorm = norm(config)
-        attention = LatentAttention if config.multi_latent_attention else SelfAttention
-        self.self_attention = attention(config, tp, number)
-        self.pre_mlp_layernorm = norm(config)
-        experts = number in config.moe_layers
-        self.mlp = MixtureOfExperts(config, tp) if experts else MLP(config, tp)
+        own, kind = config.of_layer(number), config.mixer(number)
+        if kind != "none":
+            self.input_layernorm = norm(config)
+        if kind == "mamba":
+            self.mixer = MambaMixer(config, tp, number)
+        elif kind == "linear":
+            self.self_attention: nn.Module = LinearBranch(config, tp)
+        elif kind == "attention":
+            attention = LatentAttention if config.multi_latent_attention else SelfAttention
+            self.self_attention = attention(own, tp, number)
+        kind = config.feed_forward(number)
+        if kind != "none":
+            self.pre_mlp_layernorm = norm(config)
+        if kind == "experts":
+            self.mlp: nn.Module = MixtureOfExperts(config, tp)
+        elif kind == "linear":
+            self.mlp = LinearBranch(config, tp)
+        elif kind == "plain MLP":
+            self.mlp = MLP(own, tp)
+
+    @property
+    def first(self) -> nn.Module | None:
+        """Attention, or what stands in its place; None: the layer has neither."""
+        mixer = self._modules.get("mixer")
+        return self._modules.get("self_attention") if mixer is None else mixer
+
+    @property
+    def second(self) -> nn.Module | None:
+        """The MLP, or what stands in its place; None: the layer has neither."""
+        return self._modules.get("mlp")
 
     def forward(self, x: Tensor, context: Context, query_from: int = 0) -> Tensor:
         """Return the states of the positions from `query_from` on."""
-        normed = self.input_layernorm(x)
+        rows, first, second = x[:, query_from:], self.first, self.second
+        if first is not None:
+            normed = self.input_layernorm(x)
+            residual = normed[:, query_from:] if self.residual_after_norm else rows
+            if isinstance(first, LinearBranch):
+                branch = first(normed[:, query_from:])
+            else:
+                branch = first(normed, context, query_from)
+            x = residual + self._drop(branch, 0, context)
+        else:
+            x = rows
+        if second is None:
+            return x
+        normed = self.pre_mlp_layernorm(rows if self.parallel_residual else x)
         residual = normed if self.residual_after_norm else x
-        branch = self.self_attention(normed, context, query_from)
-        if self.parallel_residual:
-            x = x[:, query_from:]
-            branch = self._drop(branch, 0, context)
-            return x + branch + self._drop(self.mlp(self.pre_mlp_layernorm(x)), 1, context)
-        x = residual[:, query_from:] + self._drop(branch, 0, context)
-        normed = self.pre_mlp_layernorm(x)
-        residual = normed if self.residual_after_norm else x
-        return residual + self._drop(self.mlp(normed), 1, context)
+        return residual + self._drop(second(normed), 1, context)
 
     def _drop(self, x: Tensor, branch: int, context: Context) -> Tensor:
         if context.dropout is None:

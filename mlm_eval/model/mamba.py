@@ -1,0 +1,238 @@
+"""Mamba-2: a convolution over few positions, a scan over all before, a gated norm.
+
+The scan runs over chunks of positions, by matrix products: within a chunk every position looks at
+the earlier ones through a triangle of decays, and what a chunk leaves behind is one state for each
+head. Ranks share heads; the groups of B and C are cut with them, and copied where there are more
+ranks. Everything between the two linear layers is computed in float32 at least.
+Source: arXiv 2405.21060, section 6; megatron/core/ssm/mamba_mixer.py (core 0.16);
+docs/megatron.md, "Mamba-2 and hybrids".
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.parameters import local_units
+from mlm_eval.model.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    TensorParallel,
+    copy_to_region,
+    reduce_from_region,
+    without_autocast,
+)
+
+if TYPE_CHECKING:
+    from mlm_eval.model.attention import Context
+
+CHUNK = 64
+"""Positions whose triangle of decays is computed at a time: a quarter of the work is in it."""
+
+SPAN_ELEMENTS = 1 << 24
+"""Decays of the chunks that are computed together (64 MB in float32), however long the texts."""
+
+
+def scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return `y` `[batch, seq, heads, channels]`, and the state behind the last position.
+
+    With s_t = exp(dt_t A) s_(t-1) + dt_t B_t x_t, y_t is C_t s_t. Positions with dt = 0 leave the
+    state as it is. Where exponents are sums over positions they are kept in twice the precision:
+    the difference of two of them is then as exact as its own size allows.
+
+    Args:
+        x: `[batch, seq, heads, channels]`.
+        dt: Time steps, at least 0, `[batch, seq, heads]`.
+        A: Of each head, negative, `[heads]`.
+        B: `[batch, seq, groups, states]`.
+        C: As B.
+        state: Before the first position, `[batch, groups, states, heads / groups, channels]`.
+    """
+    batch, length, heads, _ = x.shape
+    size = min(CHUNK, length)
+    span = size * max(1, SPAN_ELEMENTS // (batch * heads * size * size))
+    pieces = []
+    with without_autocast(x):
+        for start in range(0, length, span):
+            part = slice(start, min(start + span, length))
+            y, state = _scan_span(x[:, part], dt[:, part], A, B[:, part], C[:, part], state, size)
+            pieces.append(y)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1), state
+
+
+def _scan_span(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """Return `scan` of some chunks of `size` positions; the last one may be shorter."""
+    length, groups = x.shape[1], B.shape[2]
+    if missing := -length % size:  # positions with dt = 0
+        x, B, C = (F.pad(part, (0, 0, 0, 0, 0, missing)) for part in (x, B, C))
+        dt = F.pad(dt, (0, 0, 0, missing))
+    x = x.unflatten(2, (groups, -1)).unflatten(1, (-1, size))  # [b, c, q, g, r, p]
+    dt = dt.unflatten(2, (groups, -1)).unflatten(1, (-1, size))  # [b, c, q, g, r]
+    B = B.unflatten(1, (-1, size)).transpose(2, 3)  # [b, c, g, q, n]
+    C = C.unflatten(1, (-1, size)).transpose(2, 3)
+
+    exponents = (dt * A.unflatten(0, (groups, -1))).double().cumsum(dim=2)  # [b, c, q, g, r]
+    rounded = exponents.to(x.dtype)
+    inputs = x * dt[..., None]
+    decays = _triangle(rounded, (exponents - rounded).to(x.dtype))  # [b, c, g, r, q, q]
+    overlaps = (C @ B.transpose(-1, -2))[:, :, :, None]  # [b, c, g, 1, q, q]
+    # exp keeps its result for the gradient, so that it may be written over without one only.
+    weights = decays * overlaps if decays.requires_grad else decays.mul_(overlaps)
+    within = weights @ inputs.permute(0, 1, 3, 4, 2, 5)  # [b, c, g, r, q, p]
+
+    to_end = (exponents[:, :, -1:] - exponents).to(x.dtype).exp()
+    kept = (inputs * to_end[..., None]).transpose(2, 3).flatten(4)  # [b, c, g, q, r p]
+    added = (B.transpose(-1, -2) @ kept).unflatten(-1, x.shape[-2:])  # [b, c, g, n, r, p]
+    through = rounded[:, :, -1].exp()[:, :, :, None, :, None]  # [b, c, g, 1, r, 1]
+    before = []
+    for chunk in range(x.shape[1]):
+        before.append(state)
+        state = torch.addcmul(added[:, chunk], state, through[:, chunk])
+    past = C @ torch.stack(before, dim=1).flatten(4)  # [b, c, g, q, r p]
+    past = past.unflatten(-1, x.shape[-2:]).transpose(2, 3)  # [b, c, q, g, r, p]
+    y = torch.addcmul(within.permute(0, 1, 4, 2, 3, 5), past, rounded.exp()[..., None])
+    return y.flatten(1, 2).flatten(2, 3)[:, :length], state
+
+
+def _triangle(exponents: Tensor, rest: Tensor) -> Tensor:
+    """Return exp(e_i - e_j) for j up to i, else 0, `[..., q, q]`, of sums `[b, c, q, g, r]`.
+
+    `rest` is what rounding has left of the sums.
+    """
+    exponents, rest = (part.permute(0, 1, 3, 4, 2) for part in (exponents, rest))
+    differences = exponents[..., :, None] - exponents[..., None, :]
+    differences = differences.add_(rest[..., :, None]).sub_(rest[..., None, :])
+    size = exponents.shape[-1]
+    future = torch.ones(size, size, dtype=torch.bool, device=exponents.device).triu(1)
+    return differences.masked_fill_(future, -torch.inf).exp_()
+
+
+class MambaMixer(nn.Module):
+    """Mamba-2 over this rank's heads; what stands in attention's place."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel, number: int) -> None:
+        super().__init__()
+        self.number = number  # of the layer
+        self.heads = config.mamba_num_heads // tp.size
+        self.channels, self.states = config.mamba_head_dim, config.mamba_state_dim
+        self.groups = len(local_units(config.mamba_num_groups, tp.rank, tp.size))
+        self.min_time_step = config.mamba_min_time_step
+        width, shared = self.heads * self.channels, self.groups * self.states
+        self.sizes = [width, width + 2 * shared, self.heads]  # z; x, B and C; dt
+        self.in_proj = ColumnParallelLinear(config.hidden_size, sum(self.sizes), bias=False, tp=tp)
+        self.conv1d = _CausalConvolution(self.sizes[1], config.mamba_conv_width)
+        self.A_log = nn.Parameter(torch.empty(self.heads))
+        self.D = nn.Parameter(torch.empty(self.heads))
+        self.dt_bias = nn.Parameter(torch.empty(self.heads))
+        self.norm = _GatedNorm(config, width, tp)
+        self.out_proj = RowParallelLinear(width, config.hidden_size, bias=False, tp=tp)
+
+    @property
+    def state_size(self) -> int:
+        """Numbers that generation keeps of a text on this rank, however long the text is."""
+        before = (self.conv1d.width - 1) * self.sizes[1]
+        return before + self.heads * self.channels * self.states
+
+    def forward(self, x: Tensor, context: Context, query_from: int) -> Tensor:
+        """Return the output `[batch, seq - query_from, hidden]` of the last positions."""
+        dtype = x.dtype
+        z, mixed, dt = self.in_proj(x).split(self.sizes, dim=-1)
+        wide = torch.promote_types(mixed.dtype, torch.float32)
+        mixed, dt = mixed.to(wide), F.softplus(dt.to(wide) + self.dt_bias.to(wide))
+        dt = dt.clamp(min=self.min_time_step) if self.min_time_step else dt
+        y = self._scan(mixed, dt, context)[:, query_from:]
+        y = self.norm(y.flatten(2), z[:, query_from:].to(wide))
+        return self.out_proj(y.to(dtype))  # type: ignore[no-any-return]
+
+    def _scan(self, mixed: Tensor, dt: Tensor, context: Context) -> Tensor:
+        """Return what the heads give, `[batch, seq, heads, channels]`; the cache gets the state."""
+        batch, length, _ = mixed.shape
+        A, D = -self.A_log.to(mixed.dtype).exp(), self.D.to(mixed.dtype)
+        shape = (batch, self.groups, self.states, self.heads // self.groups, self.channels)
+        cache, before, state = context.cache, None, mixed.new_zeros(shape)
+        if cache is not None and context.positions is not None:
+            before, state = cache.recurrent(self.number)
+        elif cache is not None:
+            # Texts are padded on the right: what pads them must not touch the state.
+            ends = torch.tensor(cache.lengths, device=mixed.device)
+            dt = dt * (torch.arange(length, device=mixed.device) < ends[:, None])[..., None]
+        convolved, after = self.conv1d(mixed, before, None if cache is None else cache.lengths)
+        x, B, C = convolved.split(
+            [self.heads * self.channels, *[self.groups * self.states] * 2], dim=-1
+        )
+        x = x.unflatten(-1, (self.heads, self.channels))
+        B, C = (part.unflatten(-1, (self.groups, self.states)) for part in (B, C))
+        y, state = scan(x, dt, A, B, C, state)
+        if cache is not None:
+            assert after is not None
+            cache.store_recurrent(self.number, after, state)
+        return torch.addcmul(y, x, D[:, None])
+
+
+class _CausalConvolution(nn.Module):
+    """A convolution of each channel over its last positions, then silu."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.weight = nn.Parameter(torch.empty(channels, 1, width))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    def forward(
+        self, x: Tensor, before: Tensor | None, lengths: list[int] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return `[batch, seq, channels]`, and the last inputs of each text.
+
+        Args:
+            x: Inputs, `[batch, seq, channels]`.
+            before: Those that came before, `[batch, width - 1, channels]`; None: zeros.
+            lengths: Of the texts, `x` included; None: the last inputs are not asked for.
+        """
+        length, kept = x.shape[1], self.width - 1
+        padded = F.pad(x, (0, 0, kept, 0)) if before is None else torch.cat([before, x], dim=1)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        out = torch.addcmul(bias, padded[:, :length], weight[:, 0, 0])
+        for tap in range(1, self.width):
+            out = torch.addcmul(out, padded[:, tap : tap + length], weight[:, 0, tap])
+        if lengths is None:
+            return F.silu(out), None
+        if before is not None:
+            return F.silu(out), padded[:, length:]
+        # Where a text ends, its padding begins.
+        ends = torch.tensor(lengths, device=x.device)[:, None]
+        places = ends + torch.arange(kept, device=x.device)
+        after = padded.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
+        return F.silu(out), after
+
+
+class _GatedNorm(nn.Module):
+    """RMSNorm over groups of channels of what silu(z) gates."""
+
+    def __init__(self, config: ModelConfig, width: int, tp: TensorParallel) -> None:
+        super().__init__()
+        epsilon = config.mamba_norm_epsilon
+        self.epsilon = 1e-5 if epsilon is None else epsilon
+        self.size = config.mamba_width // config.mamba_num_groups
+        self.groups = config.mamba_num_groups
+        self.own = local_units(self.groups, tp.rank, tp.size)
+        self.tp = tp
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        """Return `[batch, seq, width]`; one all-reduce where several ranks share a group."""
+        y = (y * F.silu(z)).unflatten(-1, (len(self.own), -1))
+        squares = y.square().sum(dim=-1)  # [b, t, groups of this rank]
+        if self.tp.size > self.groups:
+            rest = (self.own.start, self.groups - self.own.stop)
+            total = reduce_from_region(F.pad(squares, rest), self.tp)
+            squares = copy_to_region(total, self.tp)[..., self.own.start : self.own.stop]
+        y = y * torch.rsqrt(squares / self.size + self.epsilon)[..., None]
+        return y.flatten(-2) * self.weight.to(y.dtype)
