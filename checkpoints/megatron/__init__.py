@@ -4,6 +4,7 @@
     fields.py       every saved argument: read, refused, or without effect on the function, and why
     args.py         saved arguments <-> `ModelConfig`
     family_args.py  the same of newer layers: experts, latent attention, windows, YaRN
+    layers/         layers that differ in what they consist of: hybrids, heterogeneous layers
     iteration.py    the folders below a root, and the file that names the latest
     relatives.py    layouts of other projects, refused by name
     files.py        the files of the `torch` format, what must agree in all of them, and where

@@ -40,6 +40,32 @@ LATENTS = {
     "v_head_dim": 6,
     "qk_layernorm": True,
 }
+HYBRID = {
+    "num_layers": 4,
+    "position_embedding_type": "none",
+    "activation": "squared_relu",
+    "no_mixer_layers": (1, 3),
+    "no_mlp_layers": (0, 2),
+    "mamba_layers": (0,),
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 6,
+    "mamba_num_groups": 2,
+    "mamba_state_dim": 5,
+    "mamba_conv_width": 4,
+}
+HETEROGENEOUS = {
+    "num_layers": 5,
+    "num_query_groups": 4,
+    "layer_query_groups": (2, 0, 4, 0, 0),
+    "ffn_hidden_size": 64,
+    "layer_ffn_hidden_sizes": (24, 64, 0, 0, 0),
+    "no_mixer_layers": (1, 4),
+    "no_mlp_layers": (2, 4),
+    "linear_mixer_layers": (3,),
+    "linear_mlp_layers": (3,),
+    "add_bias_linear": True,
+    "add_qkv_bias": True,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": EXPERTS,
     "pre-softmax, shared and gated": {
@@ -110,6 +136,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "parallel, ALiBi, grouped": {"parallel_residual": True, "position_embedding_type": "alibi"},
     "off by one": {"softmax_type": "off-by-one", "activation": "geglu_tanh"},
+    "hybrid": HYBRID,
+    "hybrid with experts": {
+        **HYBRID,
+        **EXPERTS,
+        "moe_layers": (3,),
+        "activation": "gelu",
+        "mamba_min_time_step": 0.5,
+        "mamba_norm_epsilon": 0.1,
+    },
+    "heterogeneous": HETEROGENEOUS,
     "caps, multipliers and norms of branches": {
         "attn_logit_softcapping": 0.7,
         "final_logit_softcapping": 1.5,
