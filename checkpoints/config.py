@@ -638,7 +638,7 @@ class ModelConfig:
         """Return the settings of a model all of whose layers are as wide as this one."""
         if not self.layer_query_groups and not self.layer_ffn_hidden_sizes:
             return self
-        widths = {}
+        widths: dict[str, Any] = {}
         if self.layer_query_groups and self.layer_query_groups[layer]:
             widths["num_query_groups"] = self.layer_query_groups[layer]
         if self.layer_ffn_hidden_sizes and self.layer_ffn_hidden_sizes[layer]:

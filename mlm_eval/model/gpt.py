@@ -66,7 +66,7 @@ class GPT(nn.Module):
     @property
     def cache_widths(self) -> dict[int, tuple[int, int, int]]:
         """Heads that generation keeps of a layer on this rank, and channels of keys and values."""
-        mixers = {layer.number: layer.first for layer in self.decoder.layers}
+        mixers = dict(enumerate(layer.first for layer in self.decoder.layers))
         return {
             number: mixer.cache_width
             for number, mixer in mixers.items()
