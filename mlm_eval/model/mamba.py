@@ -30,10 +30,10 @@ from mlm_eval.model.tensor_parallel import (
 if TYPE_CHECKING:
     from mlm_eval.model.attention import Context
 
-CHUNK = 64
+SCAN_CHUNK = 64
 """Positions whose triangle of decays is computed at a time: a quarter of the work is in it."""
 
-SPAN_ELEMENTS = 1 << 24
+SCAN_ELEMENTS = 1 << 24
 """Decays of the chunks that are computed together (64 MB in float32), however long the texts."""
 
 
@@ -55,8 +55,8 @@ def scan(
         state: Before the first position, `[batch, groups, states, heads / groups, channels]`.
     """
     batch, length, heads, _ = x.shape
-    size = min(CHUNK, length)
-    span = size * max(1, SPAN_ELEMENTS // (batch * heads * size * size))
+    size = min(SCAN_CHUNK, length)
+    span = size * max(1, SCAN_ELEMENTS // (batch * heads * size * size))
     pieces = []
     with without_autocast(x):
         for start in range(0, length, span):

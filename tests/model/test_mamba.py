@@ -68,7 +68,7 @@ def draw(batch: int, length: int, heads: int, channels: int, groups: int, states
 def test_the_scan_is_its_recurrence(
     length: int, groups: int, span: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mamba, "SPAN_ELEMENTS", span)
+    monkeypatch.setattr(mamba, "SCAN_ELEMENTS", span)
     inputs = draw(2, length, 6, 4, groups, 5)
     y, state = mamba.scan(*inputs)
     expected, left = by_positions(*inputs)

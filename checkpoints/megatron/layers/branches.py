@@ -18,8 +18,8 @@ from typing import Any
 from mlm_eval.checkpoints.config import ConfigBuilder, ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 
-Shapes = Mapping[str, tuple[int, ...]]
-Args = Mapping[str, Any]
+_Shapes = Mapping[str, tuple[int, ...]]
+_Args = Mapping[str, Any]
 
 JSON_CONTENT = "heterogeneous_layers_config_encoded_json"
 JSON_PATH = "heterogeneous_layers_config_path"
@@ -75,7 +75,7 @@ class Branches:
         return " and ".join(name for name in found if name != "none") or "nothing"
 
 
-def described_layers(args: Args, where: str) -> list[Branches] | None:
+def described_layers(args: _Args, where: str) -> list[Branches] | None:
     """Return what args say that each layer consists of; None: they describe no such model.
 
     Raises:
@@ -95,7 +95,7 @@ def described_layers(args: Args, where: str) -> list[Branches] | None:
     return None
 
 
-def _described_by_json(args: Args, where: str) -> list[Branches]:
+def _described_by_json(args: _Args, where: str) -> list[Branches]:
     try:
         blocks = json.loads(args[JSON_CONTENT])["block_configs"]
         return [_of_block(block, args) for block in blocks]
@@ -106,7 +106,7 @@ def _described_by_json(args: Args, where: str) -> list[Branches]:
         ) from None
 
 
-def _of_block(block: Mapping[str, Any], args: Args) -> Branches:
+def _of_block(block: Mapping[str, Any], args: _Args) -> Branches:
     attention, ffn = block["attention"], block.get("ffn") or block["mlp"]
     mixer, feed_forward = _kind(attention, "attention"), _kind(ffn, "plain MLP")
     per_group, heads = attention.get("n_heads_in_group"), args.get("num_attention_heads")
@@ -124,7 +124,7 @@ def _kind(part: Mapping[str, Any], usual: str) -> str:
     return "linear" if part.get("replace_with_linear") else usual
 
 
-def count_layers(numbers: list[int], args: Args, where: str) -> int:
+def count_layers(numbers: list[int], args: _Args, where: str) -> int:
     """Return the number of layers, given the numbers of those that hold anything.
 
     Raises:
@@ -142,7 +142,7 @@ def count_layers(numbers: list[int], args: Args, where: str) -> int:
     return count
 
 
-def read_branches(b: ConfigBuilder, args: Args, shapes: Shapes, layers: int) -> None:
+def read_branches(b: ConfigBuilder, args: _Args, shapes: _Shapes, layers: int) -> None:
     """Take which layers have which branches, and Mamba-2's sizes.
 
     Models all of whose layers have attention and an MLP are left as they are.
@@ -192,7 +192,7 @@ def _check(
             )
 
 
-def _found(shapes: Shapes, layer: int) -> Branches:
+def _found(shapes: _Shapes, layer: int) -> Branches:
     def first(kinds: Mapping[str, str]) -> str:
         found = (kind for suffix, kind in kinds.items() if prefix + suffix in shapes)
         return next(found, "none")
@@ -204,7 +204,7 @@ def _found(shapes: Shapes, layer: int) -> Branches:
 def read_widths(b: ConfigBuilder, name: str, of_layers: Mapping[int, int]) -> int:
     """Take `num_query_groups` or `ffn_hidden_size`, in each layer where they differ.
 
-    Args:
+    _Args:
         b: Takes the settings.
         name: The setting of each layer.
         of_layers: The value of each layer that has one.
@@ -220,7 +220,7 @@ def read_widths(b: ConfigBuilder, name: str, of_layers: Mapping[int, int]) -> in
     return most
 
 
-def _read_mamba(b: ConfigBuilder, args: Args, shapes: Shapes) -> None:
+def _read_mamba(b: ConfigBuilder, args: _Args, shapes: _Shapes) -> None:
     prefix = next(name for name in shapes if name.endswith(".mixer.A_log")).removesuffix("A_log")
     heads, width = shapes[f"{prefix}A_log"][0], shapes[f"{prefix}out_proj.weight"][1]
     channels, _, conv = shapes[f"{prefix}conv1d.weight"]
