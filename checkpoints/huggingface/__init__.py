@@ -5,6 +5,7 @@
     layout.py      how a family's tensors pack a canonical parameter
     folds.py       gains and rotary pairs from one form to the other
     config.py      config.json <-> `ModelConfig`
+    windows.py     layers that attend within a window, and their rotary base
     reader.py      the builder that collects the settings of a config.json
     read.py        a folder -> `Checkpoint`
     plan.py        which class a model becomes, what changes form, what is refused

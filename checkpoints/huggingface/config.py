@@ -18,6 +18,12 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.huggingface.families.family import Family
 from mlm_eval.checkpoints.huggingface.fields import Use
 from mlm_eval.checkpoints.huggingface.reader import DEFAULT, Found, HubConfigReader
+from mlm_eval.checkpoints.huggingface.windows import (
+    read_windows,
+    rotary_of_full_layers,
+    write_two_bases,
+    write_windows,
+)
 
 ROPE_TYPES = {
     "default": (),
@@ -77,7 +83,7 @@ def read_config(
         r.set(name, value, f"every {family.model_type} model")
     _sizes(r, family)
     if family.kind == "gpt":
-        _window(r, family)
+        read_windows(r, family)
     r.switches = {key: bool(r.look(key, "bool")[0]) for key in family.switches}
     for name, value in bias_settings(family, r.switches).items():
         r.set(name, value, "config.json")
@@ -85,7 +91,8 @@ def read_config(
         r.set(name, value, "weights")
     _activation(r, family)
     if family.rotary:
-        _rotary(r, family)
+        one_base = family.local_theta is None
+        _rotary(r if one_base else rotary_of_full_layers(r, family), family)
     tied, source = r.look("tie_word_embeddings", "bool")
     if found.untied:
         tied, source = False, "weights"
@@ -175,6 +182,13 @@ def _sizes(r: HubConfigReader, family: Family) -> None:
             _agrees(r, "head_dim", "int", r.values["kv_channels"], "hidden size / heads")
     if r.values["ffn_hidden_size"] is None:
         r.set("ffn_hidden_size", 4 * hidden, f"{DEFAULT}: 4 x hidden size")
+    if family.scaled_embeddings:
+        r.set("embedding_multiplier", hidden**0.5, f"every {family.model_type} model")
+    if "query_pre_attn_scalar" in family.table:
+        scalar, source = r.look("query_pre_attn_scalar", "int")
+        if scalar < 1:
+            raise InputError(f"{r.where}: query_pre_attn_scalar is {scalar}, expected 1 or more")
+        r.set("softmax_scale", scalar**-0.5, source)
 
 
 def _agrees(r: HubConfigReader, key: str, kind: str, value: Any, source: str) -> None:
@@ -185,47 +199,6 @@ def _agrees(r: HubConfigReader, key: str, kind: str, value: Any, source: str) ->
             f"{r.where}: {key} is {stated!r}, but {source} is {value!r}; {r.family.model_type} "
             "models have one value for both, correct the file"
         )
-
-
-def _window(r: HubConfigReader, family: Family) -> None:
-    """Limit the positions to the sliding window: up to there a window changes nothing."""
-    window, _ = r.look("sliding_window", "int")
-    layers = r.values["num_layers"]
-    windowed = window is not None
-    if "use_sliding_window" in family.table:
-        window = window if r.look("use_sliding_window", "bool")[0] else None
-        windowed = window is not None and r.look("max_window_layers", "int")[0] < layers
-    types = r.hf.get("layer_types")
-    if types is not None:
-        known = {"full_attention", "attention", *(["sliding_attention"] if window else [])}
-        names = types if isinstance(types, list) else []
-        if len(names) != layers or not all(name in list(known) for name in names):
-            raise InputError(
-                f"{r.where}: layer_types is {types!r}, expected {layers} of "
-                f"{', '.join(sorted(known))}; mlm-eval does not compute other layers"
-            )
-        if "use_sliding_window" in family.table:  # elsewhere transformers does not ask
-            windowed = "sliding_attention" in types
-    positions = r.values["max_position_embeddings"]
-    if not windowed or window is None or positions <= window:
-        return
-    if window < 1:
-        raise InputError(f"{r.where}: sliding_window is {window}, expected at least 1 position")
-    if not family.rotary:
-        raise InputError(
-            f"{r.where} describes a model with a sliding window (sliding_window is {window}), "
-            f"which mlm-eval does not compute for {family.model_type} models"
-        )
-    if "max_position_embeddings" in r.overrides:
-        raise InputError(
-            f"{r.where}: attention is limited to a window of {window} positions, which mlm-eval "
-            f"computes only up to that length; use --set max_position_embeddings={window} or less"
-        )
-    r.set("max_position_embeddings", window, "config.json sliding_window")
-    r.warnings.append(
-        f"the model attends within a sliding window of {window} positions; it is used up to that "
-        f"length, where the window changes nothing, and not up to {positions}"
-    )
 
 
 def _activation(r: HubConfigReader, family: Family) -> None:
@@ -382,19 +355,19 @@ def write_config(
             hf[row.key] = names[config.activation]
         elif row.setting:
             value = getattr(config, row.setting)
-            hf[row.key] = float(value) if SETTING_KINDS[row.setting] == "float" else value
+            wide = SETTING_KINDS[row.setting] == "float" and value is not None
+            hf[row.key] = float(value) if wide else value
         elif row.use is Use.REFUSED and row.default is not None:
             hf[row.key] = row.harmless[0]
     hf.update(switches)
     hf["tie_word_embeddings"] = not config.untie_embeddings_and_output_weights
-    keys = {row.key for row in family.fields}
-    if "sliding_window" in keys:
-        hf["sliding_window"] = None
-    if "use_sliding_window" in keys:
-        hf["use_sliding_window"] = False
-        hf["max_window_layers"] = config.num_layers
+    hf.update(write_windows(config, family))
+    if "query_pre_attn_scalar" in family.table:
+        scale = config.kv_channels**-0.5 if config.softmax_scale is None else config.softmax_scale
+        hf["query_pre_attn_scalar"] = round(scale**-2)
     if config.rotary:
-        hf.update(_write_rotary(config, family))
+        rotary = _write_rotary(config, family)
+        hf.update(rotary if family.local_theta is None else write_two_bases(config, rotary))
     if config.num_classes:
         labels = [f"LABEL_{index}" for index in range(config.num_classes)]
         hf["id2label"] = {str(index): label for index, label in enumerate(labels)}

@@ -60,7 +60,17 @@ GELU = {
     "relu2": "squared_relu",
 }
 """config.json's activation -> ours; the first of each kind is the one that is written."""
-GATED = {"silu": "swiglu", "swish": "swiglu"}
+GATED = {
+    "silu": "swiglu",
+    "swish": "swiglu",
+    "gelu_pytorch_tanh": "geglu_tanh",
+    "gelu_new": "geglu_tanh",
+    "gelu_fast": "geglu_tanh",
+    "gelu": "geglu",
+    "gelu_python": "geglu",
+    "quick_gelu": "quick_geglu",
+}
+"""The same of MLPs with a gate."""
 
 DROPOUT_AND_INIT = ("hidden_dropout", "attention_dropout", "init_method_std")
 """Settings of ModelConfig that change no result; some families do not record them."""

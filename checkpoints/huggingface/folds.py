@@ -34,6 +34,22 @@ def with_plain_gains(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -
     return dataclasses.replace(checkpoint, config=config, tensors=tensors)
 
 
+def with_centred_gains(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Checkpoint:
+    """Return the checkpoint with zero-centred gains, not plain ones; see `with_plain_gains`."""
+    if checkpoint.config.layernorm_zero_centered_gamma:
+        return checkpoint
+    tensors = {
+        name: _less_one(stored, dtype or stored.dtype) if is_gain(name) else stored
+        for name, stored in checkpoint.tensors.items()
+    }
+    config = dataclasses.replace(checkpoint.config, layernorm_zero_centered_gamma=True)
+    return dataclasses.replace(checkpoint, config=config, tensors=tensors)
+
+
+def _less_one(gain: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    return Mapped(gain, lambda values: (values.float() - 1).to(dtype), dtype)
+
+
 def _add_one(gain: LazyTensor, dtype: torch.dtype) -> LazyTensor:
     return Mapped(gain, lambda values: (values.float() + 1).to(dtype), dtype)
 

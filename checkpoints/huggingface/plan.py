@@ -29,15 +29,18 @@ from mlm_eval.checkpoints.huggingface.families.dense import (
     GPT2,
     GPT_NEOX,
     LLAMA,
+    MISTRAL,
     QWEN2,
     QWEN3,
     STABLELM,
     STARCODER2,
 )
 from mlm_eval.checkpoints.huggingface.families.family import Family, entries
+from mlm_eval.checkpoints.huggingface.families.gemma import GEMMA, GEMMA2, GEMMA3
 from mlm_eval.checkpoints.huggingface.fields import DROPOUT_AND_INIT
 from mlm_eval.checkpoints.huggingface.folds import (
     is_gain,
+    with_centred_gains,
     with_halved_rotary,
     with_plain_gains,
 )
@@ -60,7 +63,17 @@ from mlm_eval.checkpoints.vocabulary import with_rows
 
 WAY_OUT = "convert it --to megatron or --to torch_dist, which hold every model that mlm-eval reads"
 
-WRITTEN = ("YaRN",)
+WRITTEN = (
+    "YaRN",
+    "windows of attention",
+    "capped attention scores or logits",
+    "scaled embeddings or logits",
+    "norms of its branches",
+    "a rotary base of its windowed layers",
+    "geglu activations",
+    "geglu_tanh activations",
+    "quick_geglu activations",
+)
 """What a plain dense model has not, and some family of transformers has: `parts_beyond_dense`."""
 
 
@@ -126,8 +139,8 @@ def plan_huggingface(
         )
         warnings += files.warnings
     source = _cut_padding(checkpoint, vocab, true_vocab_size, tokenizer, notes, warnings)
-    source = _fold_rotary(_fold_gains(source, dtype, notes), notes)
     family = choose_family(source.config)
+    source = _fold_rotary(_fold_gains(source, family, dtype, notes), notes)
     head = bert_head(source.config) if family.kind == "bert" else ""
     model_class = family.model_class + head
     approximations = _approximate_gelu(source.config, allow_approximate)
@@ -276,6 +289,8 @@ def _gpt_family(c: ModelConfig) -> Family:
             f"a model with rotary positions, RMSNorm and {c.activation} activations",
             "transformers' models with RMSNorm have gated MLPs",
         )
+    if rms and not plain and (c.branch_layernorm or c.embedding_multiplier != 1.0):
+        return _gemma(c)
     if rms and c.qk_layernorm:
         if c.add_bias_linear or c.qk_layernorm_bias:
             raise _refused(
@@ -284,8 +299,12 @@ def _gpt_family(c: ModelConfig) -> Family:
         return QWEN3
     if c.qk_layernorm:
         raise _refused("a model with LayerNorm over queries and keys", "transformers has none")
+    if rms and c.window_layers and not c.add_bias_linear:
+        everywhere = len(c.window_layers) == c.num_layers
+        return MISTRAL if everywhere and not c.add_qkv_bias else QWEN2
     if rms:
         return QWEN2 if c.add_qkv_bias and not c.add_bias_linear else LLAMA
+    grouped = c.num_query_groups != c.num_attention_heads
     if c.gated:
         if c.add_bias_linear:
             raise _refused(
@@ -293,7 +312,21 @@ def _gpt_family(c: ModelConfig) -> Family:
                 "StableLM, the model with LayerNorm and swiglu, has none there",
             )
         return STABLELM
-    return GPT_NEOX if c.num_query_groups == c.num_attention_heads else STARCODER2
+    return STARCODER2 if c.window_layers or grouped else GPT_NEOX
+
+
+def _gemma(c: ModelConfig) -> Family:
+    """Return the Gemma with the model's norms."""
+    if c.qk_layernorm_bias:
+        raise _refused("a model with biases of QK norms", "Gemma 3, which has such norms, has none")
+    if not c.branch_layernorm:
+        if c.qk_layernorm:
+            raise _refused(
+                "a model with scaled embeddings, QK norms and no norms of branches",
+                "Gemma 3, which has the two, has norms of branches too",
+            )
+        return GEMMA
+    return GEMMA3 if c.qk_layernorm else GEMMA2
 
 
 def _bert_family(c: ModelConfig) -> Family:
@@ -356,18 +389,25 @@ def _approximate_gelu(c: ModelConfig, allow: bool) -> list[str]:
     return [f"{what}: the LM head gets {kinds[c.activation]} too"]
 
 
-def _fold_gains(checkpoint: Checkpoint, dtype: torch.dtype | None, notes: list[str]) -> Checkpoint:
-    """Return the checkpoint with plain gains, and say what adding the 1 has rounded."""
-    folded = with_plain_gains(checkpoint, dtype)
+def _fold_gains(
+    checkpoint: Checkpoint, family: Family, dtype: torch.dtype | None, notes: list[str]
+) -> Checkpoint:
+    """Return the checkpoint with the family's kind of gains, and say what this has rounded."""
+    centred = bool(family.constants.get("layernorm_zero_centered_gamma"))
+    folded = (with_centred_gains if centred else with_plain_gains)(checkpoint, dtype)
     if folded is checkpoint:
         return checkpoint
     worst = 0.0
     for name, stored in checkpoint.tensors.items():
         if is_gain(name):
-            gap = folded.tensors[name].read().float() - (stored.read().float() + 1)
-            worst = max(worst, gap.abs().max().item())
+            exact = stored.read().float() + (-1 if centred else 1)
+            worst = max(worst, (folded.tensors[name].read().float() - exact).abs().max().item())
     rounding = f" (rounded by up to {worst:.1g})" if worst else ""
-    notes.append(f"the norms' gains were stored minus 1 (layernorm_1p): 1 is added{rounding}")
+    if centred:
+        kind = f"{family.model_type} stores the norms' gains minus 1: 1 is subtracted"
+    else:
+        kind = "the norms' gains were stored minus 1 (layernorm_1p): 1 is added"
+    notes.append(f"{kind}{rounding}")
     return folded
 
 
@@ -435,11 +475,13 @@ def _check_expressed(hf: Mapping[str, Any], family: Family, written: ModelConfig
 
 
 def _same_value(ours: Any, theirs: Any) -> bool:
-    """Whether two values of a setting are the same; of YaRN's factors, but for rounding."""
+    """Whether two values of a setting are the same, factors but for rounding."""
     if isinstance(ours, YarnScaling) and isinstance(theirs, YarnScaling):
         same = dataclasses.replace(ours, mscale=theirs.mscale, mscale_all_dim=theirs.mscale_all_dim)
         factors = (ours.attention_factor, theirs.attention_factor)
         return same == theirs and math.isclose(*factors, rel_tol=1e-9)
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return math.isclose(ours, theirs, rel_tol=1e-9)
     return bool(ours == theirs)
 
 

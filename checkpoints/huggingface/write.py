@@ -97,7 +97,8 @@ def _readme(plan: HuggingFacePlan) -> str:
         )
     if isinstance(p.iteration, int):
         facts.append(f"iteration {p.iteration}")
-    key = "activation_function" if "activation_function" in plan.hf else "hidden_act"
+    names = ("activation_function", "hidden_activation", "hidden_act")
+    key = next(name for name in names if name in plan.hf)
     activation = (
         f"`{c.activation}` (from {p.config_sources.get('activation', 'the model')}), "
         f"written as `{plan.hf[key]}`"

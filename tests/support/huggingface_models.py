@@ -35,6 +35,9 @@ YARN = {
     "mscale_all_dim": 0.5,
 }
 
+WINDOW = {"use_sliding_window": True, "sliding_window": 6}
+GEMMA = LLAMA | {"num_key_value_heads": 2, "head_dim": 12, "sliding_window": 6}
+
 GPT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", GPT2),
     "gpt2-untied": ("GPT2", GPT2 | {"tie_word_embeddings": False, "n_inner": 24}),
@@ -61,6 +64,43 @@ GPT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama-yarn": ("Llama", LLAMA | {"rope_parameters": YARN | {"mscale": 0.7}}),
     "mistral": ("Mistral", LLAMA | {"num_key_value_heads": 2}),
+    "mistral-window": ("Mistral", LLAMA | {"num_key_value_heads": 2, "sliding_window": 6}),
+    "qwen2-window": (
+        "Qwen2",
+        LLAMA | WINDOW | {"num_key_value_heads": 2, "max_window_layers": 1},
+    ),
+    "qwen3-window": (
+        "Qwen3",
+        LLAMA | WINDOW | {"num_key_value_heads": 2, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "llama-geglu": ("Llama", LLAMA | {"hidden_act": "gelu_pytorch_tanh"}),
+    "llama-erf-geglu": ("Llama", LLAMA | {"hidden_act": "gelu"}),
+    "llama-quick-geglu": ("Llama", LLAMA | {"hidden_act": "quick_gelu"}),
+    "gemma": ("Gemma", LLAMA | {"num_key_value_heads": 1, "head_dim": 12}),
+    "gemma-biases": ("Gemma", LLAMA | {"num_key_value_heads": 4, "attention_bias": True, "hidden_act": "gelu"}),
+    "gemma2": ("Gemma2", GEMMA | {"query_pre_attn_scalar": 9, "attn_logit_softcapping": 3.0}),
+    "gemma2-uncapped": (
+        "Gemma2",
+        GEMMA
+        | {
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma3": ("Gemma3", GEMMA | {"num_hidden_layers": 3, "sliding_window_pattern": 3}),
+    "gemma3-scaled": (
+        "Gemma3",
+        GEMMA
+        | {
+            "final_logit_softcapping": 2.0,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "rope_theta": 900.0,
+            "rope_local_base_freq": 50.0,
+        },
+    ),
     "qwen2": ("Qwen2", LLAMA | {"num_key_value_heads": 2}),
     "qwen3": ("Qwen3", LLAMA | {"num_key_value_heads": 2, "head_dim": 16}),
     "stablelm": ("StableLm", LLAMA | {"num_key_value_heads": 2, "use_qkv_bias": True}),
@@ -114,7 +154,8 @@ def theirs(name: str, settings: dict[str, Any]) -> Any:
         )
         if name.startswith(base)
     )
-    config = getattr(transformers, f"{architecture}Config")(**settings)
+    kind = {"Gemma3": "Gemma3Text"}.get(architecture, architecture)
+    config = getattr(transformers, f"{kind}Config")(**settings)
     model = getattr(transformers, name)(config).eval()
     randomize(model)
     return model

@@ -3,6 +3,7 @@
     family.py   `Family`, `Row`, and `entries`: the tensors that hold a model
     llama.py    the names and keys that most families share with Llama
     dense.py    GPT-2, GPT-NeoX and the dense families like Llama
+    gemma.py    Gemma, Gemma 2 and Gemma 3
     bert.py     BERT in Megatron's order and in the original one
 
 `FAMILIES` lists them by model_type. Only this room's neighbours in `huggingface/` import from here.
@@ -24,6 +25,7 @@ from mlm_eval.checkpoints.huggingface.families.dense import (
     STARCODER2,
 )
 from mlm_eval.checkpoints.huggingface.families.family import Family
+from mlm_eval.checkpoints.huggingface.families.gemma import GEMMA, GEMMA2, GEMMA3
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
@@ -36,6 +38,9 @@ FAMILIES: Mapping[str, Family] = {
         STABLELM,
         STARCODER2,
         GPT_NEOX,
+        GEMMA,
+        GEMMA2,
+        GEMMA3,
         MEGATRON_BERT,
         ORIGINAL_BERT,
     )

@@ -128,6 +128,7 @@ MISTRAL = Family(
         window_field(4096),
     ),
     rows=llama_rows(False),
+    windows="all",
 )
 QWEN2 = Family(
     model_type="qwen2",
@@ -141,6 +142,7 @@ QWEN2 = Family(
         refused_field("use_mrope", "rotary positions in three parts", False, None),
     ),
     rows=llama_rows(True),
+    windows="after",
 )
 QWEN3 = Family(
     model_type="qwen3",
@@ -154,6 +156,7 @@ QWEN3 = Family(
         *WINDOW_SWITCHES,
     ),
     rows=llama_rows("attention_bias", "attention_bias", qk_norm=True),
+    windows="after",
 )
 LAYER_NORM_ROPE = {"normalization": "LayerNorm", "position_embedding_type": "rope"}
 STABLELM = Family(
@@ -213,6 +216,7 @@ STARCODER2 = Family(
     rows=llama_rows(
         "use_bias", "use_bias", "use_bias", norm_bias=True, fc1=("c_fc",), fc2="c_proj"
     ),
+    windows="all",
 )
 GPT_NEOX = Family(
     model_type="gpt_neox",

@@ -75,6 +75,15 @@ class Family:
     """transformers' default share of rotated channels; None where all are."""
     theta: float = 10000.0
     """transformers' default rotary base."""
+    local_theta: float | None = None
+    """The same of layers with a window, whose settings then are their own; None: as of all."""
+    windows: str = ""
+    """Which layers attend within `sliding_window`: `all`, those `after` max_window_layers, or those
+    that `alternate` with others. Empty: transformers' class computes no window."""
+    window_period: int = 0
+    """Of windows that alternate: every so many layers one has none."""
+    scaled_embeddings: bool = False
+    """Embeddings are multiplied by the root of the hidden size."""
     rotary_keys: tuple[str, str] = ("rope_theta", "partial_rotary_factor")
     """Base and share of rotated channels before transformers 5."""
 

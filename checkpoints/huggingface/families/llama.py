@@ -102,7 +102,7 @@ def llama_rows(
 def window_field(default: int | None) -> Field:
     """Return the key of the sliding window."""
     return read_field(
-        "sliding_window", "limits the positions, with a warning", default, nullable=True
+        "sliding_window", "keys that a query sees, its own included", default, nullable=True
     )
 
 
