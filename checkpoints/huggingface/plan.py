@@ -317,6 +317,8 @@ def _gpt_family(c: ModelConfig) -> Family:
 
 def _gemma(c: ModelConfig) -> Family:
     """Return the Gemma with the model's norms."""
+    if c.add_bias_linear or c.add_qkv_bias:
+        raise _refused("a model with scaled embeddings and biases", "Gemma's MLP has none")
     if c.qk_layernorm_bias:
         raise _refused("a model with biases of QK norms", "Gemma 3, which has such norms, has none")
     if not c.branch_layernorm:

@@ -69,7 +69,9 @@ def _layer_types(r: HubConfigReader, family: Family, window: int | None) -> list
         if "sliding_window_pattern" in family.table:
             period, _ = r.look("sliding_window_pattern", "int")
             if period < 1:
-                raise InputError(f"{r.where}: sliding_window_pattern is {period}, expected 1 or more")
+                raise InputError(
+                    f"{r.where}: sliding_window_pattern is {period}, expected 1 or more"
+                )
         return [SLIDING if (number + 1) % period else FULL for number in range(layers)]
     return [FULL if window is None else SLIDING] * layers
 
@@ -105,6 +107,8 @@ def write_windows(config: ModelConfig, family: Family) -> dict[str, Any]:
         return {}
     windowed = bool(config.window_layers)
     hf: dict[str, Any] = {"sliding_window": config.window_size + 1 if windowed else None}
+    if family.windows == "alternate" and not windowed:  # transformers makes a mask of it anyway
+        hf["sliding_window"] = config.max_position_embeddings
     if "use_sliding_window" in keys:
         hf["use_sliding_window"] = windowed
         hf["max_window_layers"] = min(config.window_layers, default=config.num_layers)
@@ -132,8 +136,10 @@ def rotary_of_full_layers(r: HubConfigReader, family: Family) -> HubConfigReader
         full |= _part(r, {"rope_scaling": scaling}, "rope_scaling")
     base = r.hf.get("rope_theta", family.theta)
     full.setdefault("rope_theta", r.checked("rope_theta", base, "float"))
-    base = r.hf.get("rope_local_base_freq", family.local_theta)
-    local = sliding.get("rope_theta", r.checked("rope_local_base_freq", base, "float"))
+    source, local = "rope_parameters rope_theta", sliding.get("rope_theta")
+    if local is None:
+        source = "rope_local_base_freq"
+        local = r.hf.get(source, family.local_theta)
     kind = sliding.get("rope_type", sliding.get("type", "default"))
     others = sorted(set(sliding) - {"rope_type", "type", "rope_theta"})
     if kind != "default" or others:
@@ -141,9 +147,9 @@ def rotary_of_full_layers(r: HubConfigReader, family: Family) -> HubConfigReader
             f"{r.where}: the rotary positions of {SLIDING} (in rope_parameters) are scaled "
             f"({', '.join(others) or kind}), which mlm-eval does not compute"
         )
-    local = r.checked("rope_theta", local, "float")
+    local = r.checked(source, local, "float")
     if r.values.get("window_layers"):
-        r.set("rotary_base_local", local, "config.json rope_parameters")
+        r.set("rotary_base_local", local, f"config.json {source}")
     passed = ("rope_parameters", "rope_scaling", "rope_theta")
     hf = {key: value for key, value in r.hf.items() if key not in passed}
     one = HubConfigReader(r.overrides, r.where, hf=hf | {"rope_parameters": full}, family=family)

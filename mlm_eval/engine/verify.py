@@ -121,7 +121,8 @@ def outputs(checkpoint: Checkpoint, inputs: Mapping[str, Tensor]) -> dict[str, T
         return {"logits": logits.view(*states.shape[:2], -1)}
     states = _states(model, inputs)
     if isinstance(model, GPT):
-        return {"logits": F.linear(states, model.output_layer.table)}
+        logits = model.output_layer.logits(states.flatten(0, 1))
+        return {"logits": logits.view(*states.shape[:-1], -1)}
     found = model.head_logits(states)
     if model.config.qa_head:
         found["qa_head"] = model.qa_head(states)

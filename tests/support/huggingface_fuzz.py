@@ -21,7 +21,7 @@ from mlm_eval.checkpoints.convert import convert
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.huggingface.families import FAMILIES
 from mlm_eval.checkpoints.huggingface.families.family import Family
-from mlm_eval.checkpoints.huggingface.fields import GELU, Use
+from mlm_eval.checkpoints.huggingface.fields import GATED, GELU, Use
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.engine.plain_transformers import transformers_outputs
 from mlm_eval.engine.verify import outputs
@@ -30,7 +30,8 @@ from support.huggingface_models import BERT_MODELS, randomize
 READ, REFUSED, UNLOADABLE = "read", "refused", "transformers does not load it"
 TOLERANCE = 1e-4
 """Of the outputs' largest value; rounding of these sizes stays below 2e-5."""
-RMS = ("llama", "mistral", "qwen2", "qwen3")
+GEMMAS = ("gemma", "gemma2", "gemma3_text")
+RMS = ("llama", "mistral", "qwen2", "qwen3", *GEMMAS)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def draw_config(draw: Draw, family: Family) -> dict[str, Any]:
         hf |= _bert(draw, heads, head, positions)
     else:
         hf |= _llama_like(draw, family, heads, head, positions)
-        hf |= _rotary(draw, family, hf.get("head_dim") or head)
+        rotary = _rotary(draw, family, hf.get("head_dim") or head)
+        hf |= rotary if family.local_theta is None else _two_bases(draw, rotary)
     for row in family.table.values():
         if row.use is Use.REFUSED and row.key not in hf:
             if draw.chance(0.05):
@@ -204,13 +206,14 @@ def _llama_like(
             del hf["num_key_value_heads"]
         elif name in ("llama", "qwen2", "qwen3") and draw.chance(0.2):
             hf["num_key_value_heads"] = None
-    if name == "qwen3" or (name in (*RMS, "starcoder2") and draw.chance(0.5)):
+    if name in ("qwen3", *GEMMAS) or (name in (*RMS, "starcoder2") and draw.chance(0.5)):
         hf["head_dim"] = draw.one_of(4, 8, 10, 16, head)
     elif name in ("llama", "mistral", "starcoder2") and draw.chance(0.2):
         hf["head_dim"] = None
     elif name in ("stablelm", "gpt_neox") and draw.chance(0.2):
         hf["head_dim"] = draw.mostly(head, 2 * head, head + 1, share=0.1)
     usual, rare = (("silu", "swish"), ("gelu", "relu")) if plain else ((*GELU,), ("relu", "silu"))
+    usual = (*GATED,) if name in GEMMAS or draw.chance(0.1) and plain else usual
     activations = draw.mostly(draw.one_of(*usual), *rare)
     norm = "rms_norm_eps" if name in RMS else "norm_epsilon"
     norm = norm if name in (*RMS, "starcoder2") else "layer_norm_eps"
@@ -219,11 +222,20 @@ def _llama_like(
         draw,
         0.75,
         max_position_embeddings=positions,
-        hidden_act=activations,
+        **{family.activation.key: activations},
         tie_word_embeddings=draw.one_of(True, False),
         **{norm: draw.one_of(1e-6, 1e-5, 1e-2, 1e-1)},
         **switches,
     )
+    if name in ("gemma2", "gemma3_text"):
+        hf |= _some(
+            draw,
+            0.7,
+            query_pre_attn_scalar=draw.mostly(draw.one_of(5, head, 256), 0),
+            final_logit_softcapping=draw.one_of(None, 3.0, 30),
+        )
+    if name == "gemma2":
+        hf |= _some(draw, 0.7, attn_logit_softcapping=draw.mostly(draw.one_of(None, 2.0, 50), 0.0))
     if name == "stablelm":
         hf |= _some(draw, 0.5, qk_layernorm=draw.mostly(False, True))
         hf |= _some(draw, 0.5, use_parallel_residual=draw.mostly(False, True))
@@ -245,6 +257,10 @@ def _windows(draw: Draw, family: Family, layers: int, positions: int) -> dict[st
             sliding_window=draw.one_of(None, 7, 4096),
             max_window_layers=draw.one_of(0, 1, 28),
         )
+    elif family.windows == "alternate":
+        hf |= _some(draw, 0.8, sliding_window=draw.mostly(draw.one_of(7, positions, 4096), None, 1))
+        if "sliding_window_pattern" in family.table:
+            hf |= _some(draw, 0.6, sliding_window_pattern=draw.mostly(draw.one_of(2, 3), 0))
     elif draw.chance(0.1):
         hf["sliding_window"] = draw.one_of(None, 7)
     if draw.chance(0.15):
@@ -304,6 +320,21 @@ def _rotary(draw: Draw, family: Family, head: int) -> dict[str, Any]:
         copies = {"rope_theta": hf.get(base_key), "partial_rotary_factor": hf.get(share_key)}
         hf |= {key: value for key, value in copies.items() if value and draw.chance(0.1)}
     return hf
+
+
+def _two_bases(draw: Draw, one_base: dict[str, Any]) -> dict[str, Any]:
+    """Gemma 3's rotary settings: a set for either kind of layers, or the older keys beside them."""
+    hf = {key: value for key, value in one_base.items() if key != "rope_parameters"}
+    hf |= _some(draw, 0.5, rope_local_base_freq=draw.one_of(10000, 50.0))
+    both = {}
+    if "rope_parameters" in one_base:
+        both["full_attention"] = one_base["rope_parameters"]
+    if draw.chance(0.5):
+        base = _some(draw, 0.7, rope_theta=draw.one_of(10000.0, 99.0))
+        both["sliding_attention"] = {"rope_type": "default", **base}
+        if draw.chance(0.02):
+            both["sliding_attention"] |= {"rope_type": "linear", "factor": 2.0}
+    return hf | ({"rope_parameters": both} if both else {})
 
 
 LINEAR = {"type": "linear", "factor": 3.0}

@@ -71,13 +71,17 @@ GPT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3-window": (
         "Qwen3",
-        LLAMA | WINDOW | {"num_key_value_heads": 2, "layer_types": ["sliding_attention", "full_attention"]},
+        LLAMA
+        | WINDOW
+        | {"num_key_value_heads": 2, "layer_types": ["sliding_attention", "full_attention"]},
     ),
     "llama-geglu": ("Llama", LLAMA | {"hidden_act": "gelu_pytorch_tanh"}),
     "llama-erf-geglu": ("Llama", LLAMA | {"hidden_act": "gelu"}),
     "llama-quick-geglu": ("Llama", LLAMA | {"hidden_act": "quick_gelu"}),
-    "gemma": ("Gemma", LLAMA | {"num_key_value_heads": 1, "head_dim": 12}),
-    "gemma-biases": ("Gemma", LLAMA | {"num_key_value_heads": 4, "attention_bias": True, "hidden_act": "gelu"}),
+    "gemma": (
+        "Gemma",
+        LLAMA | {"num_key_value_heads": 1, "head_dim": 12, "hidden_act": "gelu"},
+    ),
     "gemma2": ("Gemma2", GEMMA | {"query_pre_attn_scalar": 9, "attn_logit_softcapping": 3.0}),
     "gemma2-uncapped": (
         "Gemma2",

@@ -39,15 +39,18 @@ def _later_fields(
 ) -> tuple[Field, ...]:
     """Return the keys of Gemma 2 and 3."""
     fields = llama_fields(2304, 26, 8, 4, 9216, positions, tied=True)
+    cap = setting_field(
+        "final_logit_softcapping", "final_logit_softcapping", logit_cap, nullable=True
+    )
     return (
         *(field for field in fields if field.setting != "activation"),
         setting_field("activation", "hidden_activation", "gelu_pytorch_tanh", codes=GATED),
         _HEAD_DIM,
         RMS_EPSILON,
-        refused_field("attention_bias", "biases within the norms of branches", False, default=False),
+        refused_field("attention_bias", "biases in normed branches", False, default=False),
         read_field("query_pre_attn_scalar", "attention scores are divided by its root", 256),
         *attention_cap,
-        setting_field("final_logit_softcapping", "final_logit_softcapping", logit_cap, nullable=True),
+        cap,
         window_field(4096),
         *other_fields(Use.METADATA, "an older name of hidden_activation, unread", "hidden_act"),
     )
@@ -147,8 +150,11 @@ GEMMA3 = Family(
             Use.METADATA,
             "of the model of text and images, or kept from sliding_window_pattern",
             "_sliding_window_pattern",
+            "image_size",
             "image_token_id",
+            "layer_norm_eps",
             "mm_tokens_per_image",
+            "patch_size",
             "text_config",
             "vision_config",
         ),

@@ -180,8 +180,8 @@ def test_norms_named_gamma_and_beta(tmp_path: Path) -> None:
     assert all(torch.equal(tensors[key].read(), expected[key].read()) for key in expected)
 
 
-def test_a_sliding_window_limits_the_positions(tmp_path: Path) -> None:
-    gpt_model("mistral").save_pretrained(tmp_path)
+def test_a_sliding_window_of_another_class_limits_the_positions(tmp_path: Path) -> None:
+    gpt_model("llama").save_pretrained(tmp_path)
     edit_config(tmp_path, sliding_window=16)
     checkpoint = read_folder(tmp_path)
     assert checkpoint.config.max_position_embeddings == 16
@@ -234,7 +234,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("gpt2", {"n_head": 5}, "do not divide the hidden size"),
         ("gpt2", {"vocab_size": 41}, "says vocab_size 41, the embeddings have 40 rows"),
         ("gpt2", {"quantization_config": {"bits": 4}}, "quantized weights"),
-        ("llama", {"hidden_act": "gelu"}, "'gelu' is not supported for llama"),
+        ("llama", {"hidden_act": "relu"}, "'relu' is not supported for llama"),
         (
             "llama",
             {"rope_scaling": {"type": "dynamic", "factor": 2.0}},

@@ -165,6 +165,9 @@ def test_each_key_says_why(family: Family) -> None:
     assert len(set(settings)) == len(settings)
 
 
+NO_WINDOW = {"sliding_window": 24}
+"""A window of all positions is none."""
+
 HONEST = {
     "_name_or_path": "./model",
     "architectures": None,
@@ -191,16 +194,14 @@ HONEST = {
 def test_an_honest_file_is_read_without_a_word(family: Family) -> None:
     hf = small(family, **HONEST)
     hf["architectures"] = [family.model_class + ("ForMaskedLM" if family.kind == "bert" else "")]
-    if family.model_type == "mistral":
-        hf["sliding_window"] = None
     assert read(family, hf).warnings == []
 
 
 @FAMILY
 def test_a_key_of_no_table_is_listed(family: Family) -> None:
-    hf = small(family, attn_logit_softcapping=50.0, curated_by="us", sliding_window=None)
+    hf = small(family, residual_multiplier=50.0, curated_by="us", **NO_WINDOW)
     [warning] = read(family, hf).warnings[-1:]
-    assert "attn_logit_softcapping, curated_by" in warning and family.model_type in warning
+    assert "curated_by, residual_multiplier" in warning and family.model_type in warning
     assert "use_cache" not in warning
 
 
@@ -289,6 +290,19 @@ def test_the_original_length_is_the_files(
         ("llama", {"layer_types": ["full_attention"]}, "layer_types is"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "layer_types is"),
         ("mistral", {"sliding_window": 0}, "sliding_window is 0"),
+        ("mistral", {"sliding_window": 1}, "sliding_window is 1, expected at least 2 positions"),
+        ("llama", {"sliding_window": 0}, "sliding_window is 0"),
+        ("gemma2", {"sliding_window": None}, "layer_types is .*but sliding_window is null"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0"),
+        ("gemma2", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping is 0"),
+        ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
+        ("gemma3_text", {"rope_parameters": {"rope_type": "default"}}, "full_attention"),
+        ("gemma3_text", {"rope_parameters": {"full_attention": 3}}, "full_attention is 3"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "of sliding_attention .in rope_parameters. are scaled .factor",
+        ),
         ("gpt2", {"sliding_window": 6}, "sliding_window is 6.*not compute for gpt2"),
         ("mistral", {"sliding_window": "all"}, "sliding_window is 'all'"),
     ],
@@ -302,12 +316,12 @@ def test_contradictions_are_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "positions"),
+    ("name", "changes", "layers"),
     [
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}, 6),
-        ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}, 24),
-        ("qwen3", {"use_sliding_window": True, "sliding_window": None}, 24),
-        ("qwen2", {"use_sliding_window": False, "sliding_window": 6, "max_window_layers": 0}, 24),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}, (1,)),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}, ()),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": None}, ()),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 6, "max_window_layers": 0}, ()),
         (
             "qwen2",
             {
@@ -315,7 +329,7 @@ def test_contradictions_are_refused_by_name(
                 "sliding_window": 6,
                 "layer_types": ["full_attention", "sliding_attention"],
             },
-            6,
+            (1,),
         ),
         (
             "qwen3",
@@ -325,20 +339,54 @@ def test_contradictions_are_refused_by_name(
                 "max_window_layers": 0,
                 "layer_types": ["full_attention"] * 2,
             },
-            24,
+            (),
         ),
-        ("llama", {"sliding_window": 6}, 6),
-        ("mistral", {}, 24),
-        ("mistral", {"sliding_window": 6, "layer_types": ["full_attention"] * 2}, 6),
+        ("mistral", {}, ()),
+        ("mistral", {"sliding_window": 24}, ()),
+        ("mistral", {"sliding_window": 23}, (0, 1)),
+        ("mistral", {"sliding_window": 6, "layer_types": ["full_attention"] * 2}, (0, 1)),
+        ("gemma2", {"sliding_window": 6}, (0,)),
+        ("gemma3_text", {"sliding_window": 6}, (0, 1)),
+        ("gemma3_text", {"sliding_window": 6, "sliding_window_pattern": 2}, (0,)),
     ],
 )
-def test_positions_end_where_a_window_of_any_layer_begins(
-    name: str, changes: dict[str, Any], positions: int
+def test_which_layers_have_a_window(
+    name: str, changes: dict[str, Any], layers: tuple[int, ...]
 ) -> None:
+    """The number of transformers counts the query's own position; a window of all positions is none."""
     family = FAMILIES[name]
     built = read(family, small(family, **changes))
-    assert built.config.max_position_embeddings == positions
-    assert any("window" in warning for warning in built.warnings) == (positions < 24)
+    assert built.config.window_layers == layers
+    assert built.config.window_size == (changes["sliding_window"] - 1 if layers else 0)
+    assert built.config.max_position_embeddings == 24 and not built.warnings
+
+
+def test_positions_end_where_a_window_begins_that_no_layer_computes() -> None:
+    """Llama has no windows in transformers, but its cache heeds the key."""
+    built = read(FAMILIES["llama"], small(FAMILIES["llama"], sliding_window=6))
+    assert built.config.max_position_embeddings == 6 and not built.config.window_layers
+    assert any("window of 6" in warning for warning in built.warnings)
+
+
+def test_gemma_3_has_two_rotary_bases() -> None:
+    """As its config class completes them, from files of transformers 4 and 5."""
+    family = FAMILIES["gemma3_text"]
+    linear = {"rope_type": "linear", "factor": 8.0}
+    new = {
+        "full_attention": linear | {"rope_theta": 900.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    }
+    old = {"rope_scaling": linear, "rope_theta": 900.0, "rope_local_base_freq": 50.0}
+    for changes, expected in (
+        ({}, (1e6, 1e4, None)),
+        (old, (900.0, 50.0, 8.0)),
+        ({"rope_parameters": new}, (900.0, 50.0, 8.0)),
+        ({"rope_scaling": linear}, (1e6, 1e4, 8.0)),
+        ({"layer_types": ["full_attention"] * 2}, (1e6, None, None)),
+    ):
+        config = read(family, small(family, **changes)).config
+        factor = config.rotary_seq_len_interpolation_factor
+        assert (config.rotary_base, config.rotary_base_local, factor) == expected, changes
 
 
 LATER_KEYS = {
@@ -357,6 +405,20 @@ LATER_KEYS = {
         "activation_function": "gelu",
     },
     "gpt_neox": {"rotary_emb_base": 10000, "rotary_pct": 0.25, "rope_theta": 10000},
+    "gemma": {"hidden_activation": None, "rope_scaling": None, "rope_theta": 10000.0},
+    "gemma2": {
+        "hidden_act": "gelu_pytorch_tanh",
+        "cache_implementation": "hybrid",
+        "attn_logit_softcapping": 50.0,
+        "rope_theta": 10000.0,
+    },
+    "gemma3_text": {
+        "cache_implementation": "hybrid",
+        "rope_local_base_freq": 10000,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window_pattern": 6,
+    },
     "megatron-bert": {"position_embedding_type": "absolute"},
     "bert": {"directionality": "bidi", "pooler_type": "first_token_transform"},
 }
@@ -406,11 +468,15 @@ ROTARY_NAMES = {"rope_parameters", "rope_scaling"}
 
 @FAMILY
 def test_what_is_written_states_every_key_that_decides(family: Family) -> None:
-    built = read(family, small(family, sliding_window=None))
+    built = read(family, small(family, **NO_WINDOW))
     name = family.model_class + ("ForMaskedLM" if family.kind == "bert" else "")
     hf = write_config(built.config, family, name, switches=built.switches)
     fields = {row.name for row in dataclasses.fields(config_class(family))}
-    decisive = {row.key for row in family.table.values() if row.use in (Use.READ, Use.REFUSED)}
+    decisive = {
+        row.key
+        for row in family.table.values()
+        if row.use is Use.READ or (row.use is Use.REFUSED and row.default is not None)
+    }
     unsaid = (decisive & fields) - set(hf)
     # layer_types follows from use_sliding_window; an encoder and a decoder are no such class.
     assert unsaid <= {"layer_types", "is_encoder_decoder"}

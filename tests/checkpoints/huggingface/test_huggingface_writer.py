@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support import random_models
@@ -57,7 +56,8 @@ def load_theirs(report: Conversion) -> Any:
 def our_logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     model: Any = Engine.load(checkpoint, dtype="float32").model
     with torch.inference_mode():
-        return F.linear(model(ids), model.output_layer.table)
+        states = model(ids)
+        return model.output_layer.logits(states.flatten(0, 1)).view(*states.shape[:-1], -1)
 
 
 def bit_equal(one: Checkpoint, other: Checkpoint) -> bool:
@@ -73,6 +73,12 @@ def variant(base: ModelConfig, **changes: Any) -> ModelConfig:
 
 
 GPT, LLAMA = random_models.GPT, random_models.LLAMA
+GEMMA = variant(
+    LLAMA,
+    activation="geglu_tanh",
+    embedding_multiplier=LLAMA.hidden_size**0.5,
+    layernorm_zero_centered_gamma=True,
+)
 VARIANTS: dict[str, tuple[ModelConfig, str]] = {
     "gpt2": (variant(GPT, activation="gelu_tanh"), "GPT2LMHeadModel"),
     "gpt2-untied": (variant(GPT, untie_embeddings_and_output_weights=True), "GPT2LMHeadModel"),
@@ -102,6 +108,60 @@ VARIANTS: dict[str, tuple[ModelConfig, str]] = {
     "llama-yarn-of-megatron": (
         variant(LLAMA, yarn=YarnScaling(4.0, 8, 4.0, 0.5, 0.7, 0.0), rotary_base=500),
         "LlamaForCausalLM",
+    ),
+    "mistral": (
+        variant(LLAMA, window_size=5, window_layers=(0, 1)),
+        "MistralForCausalLM",
+    ),
+    "qwen2-window": (
+        variant(LLAMA, add_qkv_bias=True, window_size=5, window_layers=(1,)),
+        "Qwen2ForCausalLM",
+    ),
+    "qwen2-window-of-megatron": (
+        variant(LLAMA, window_size=5, window_layers=(0,)),
+        "Qwen2ForCausalLM",
+    ),
+    "qwen3-window": (
+        variant(LLAMA, qk_layernorm=True, window_size=5, window_layers=(0,)),
+        "Qwen3ForCausalLM",
+    ),
+    "starcoder2-window": (
+        variant(GPT, window_size=5, window_layers=(0, 1), position_embedding_type="rope"),
+        "Starcoder2ForCausalLM",
+    ),
+    "geglu": (variant(LLAMA, activation="geglu_tanh"), "LlamaForCausalLM"),
+    "quick-geglu": (variant(LLAMA, activation="quick_geglu"), "LlamaForCausalLM"),
+    "gemma": (variant(GEMMA), "GemmaForCausalLM"),
+    "gemma-plain-gains": (
+        variant(GEMMA, layernorm_zero_centered_gamma=False, rotary_interleaved=True),
+        "GemmaForCausalLM",
+    ),
+    "gemma2": (
+        variant(
+            GEMMA,
+            branch_layernorm=True,
+            window_size=5,
+            window_layers=(1,),
+            attn_logit_softcapping=3.0,
+            final_logit_softcapping=30.0,
+            softmax_scale=9**-0.5,
+        ),
+        "Gemma2ForCausalLM",
+    ),
+    "gemma2-no-windows": (variant(GEMMA, branch_layernorm=True), "Gemma2ForCausalLM"),
+    "gemma3": (
+        variant(
+            GEMMA,
+            branch_layernorm=True,
+            qk_layernorm=True,
+            window_size=5,
+            window_layers=(1,),
+            rotary_base=900.0,
+            rotary_base_local=50.0,
+            rotary_seq_len_interpolation_factor=8.0,
+            final_logit_softcapping=3.0,
+        ),
+        "Gemma3ForCausalLM",
     ),
     "qwen2": (variant(LLAMA, add_qkv_bias=True), "Qwen2ForCausalLM"),
     "qwen3": (variant(LLAMA, qk_layernorm=True), "Qwen3ForCausalLM"),
@@ -265,6 +325,7 @@ def test_two_activations_in_a_bert_need_consent(oracles: Path, tmp_path: Path) -
 
 
 MODEL_BERT = random_models.BERT
+WINDOW: dict[str, Any] = {"window_size": 5, "window_layers": (0,)}
 
 
 @pytest.mark.parametrize(
@@ -294,6 +355,19 @@ MODEL_BERT = random_models.BERT
             "rotary_seq_len_interpolation_factor 2.0",
         ),
         (variant(LLAMA, rope_scaling=RopeScaling(), yarn=YarnScaling(4.0, 8)), "yarn YarnScal"),
+        (variant(LLAMA, add_bias_linear=True, add_qkv_bias=True, **WINDOW), "window_size 5"),
+        (
+            variant(LLAMA, yarn=YarnScaling(4.0, 8), **WINDOW, rotary_base_local=9.0),
+            "rotary_base_l",
+        ),
+        (variant(GPT, **WINDOW), "window_size 5"),
+        (variant(LLAMA, attn_logit_softcapping=9.0), "attn_logit_softcapping 9.0"),
+        (variant(LLAMA, logit_multiplier=2.0), "logit_multiplier 2.0"),
+        (variant(GEMMA, embedding_multiplier=7.0), "embedding_multiplier 7.0"),
+        (variant(GEMMA, final_logit_softcapping=7.0), "final_logit_softcapping 7.0"),
+        (variant(GEMMA, branch_layernorm=True, softmax_scale=0.4), "softmax_scale 0.4"),
+        (variant(GEMMA, add_bias_linear=True, add_qkv_bias=True), "scaled embeddings and biases"),
+        (variant(GEMMA, qk_layernorm=True), "scaled embeddings, QK norms and no norms of"),
         (variant(MODEL_BERT, normalization="RMSNorm"), "BERT model with RMSNorm"),
         (variant(MODEL_BERT, activation="squared_relu"), "squared ReLU and the LM head the exact"),
         (variant(MODEL_BERT, num_classes=3), "ForSequenceClassification and ForPreTraining"),
