@@ -140,18 +140,17 @@ def _states(model: GPT | BERT, inputs: Mapping[str, Tensor]) -> Tensor:
     """Return the final states `[batch, seq, hidden]`, at the probe's positions."""
     tokens, config = inputs["tokens"], model.config
     positions = inputs.get("positions", torch.arange(tokens.shape[1]))
+    if isinstance(model, GPT):
+        return model.at_positions(tokens, positions)
     cos, sin = rotary_tables(config, int(positions[-1]) + 1, tokens.device)
     if cos is not None and sin is not None:
         cos, sin = cos[positions], sin[positions]
     types, mask = inputs.get("tokentypes"), inputs.get("padding_mask")
     embedded = model.embedding(tokens, types, positions.expand_as(tokens))
-    if isinstance(model, GPT):
-        states = model.decoder(embedded, Context(causal=True, cos=cos, sin=sin))
-    else:
-        assert mask is not None
-        key_mask = mask.bool()[:, None, None, :]
-        context = Context(causal=False, key_mask=key_mask, cos=cos, sin=sin)
-        states = model.encoder(embedded, context)
+    assert mask is not None
+    key_mask = mask.bool()[:, None, None, :]
+    context = Context(causal=False, key_mask=key_mask, cos=cos, sin=sin)
+    states = model.encoder(embedded, context)
     assert isinstance(states, Tensor)
     return states
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +57,21 @@ class GPT(nn.Module):
         return Context(
             causal=True, cos=cos, sin=sin, local=local, dropout=dropout, cache=cache, bias=alibi
         )
+
+    def at_positions(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Return the final states of tokens that stand at other positions `[seq]` than 0, 1, ..."""
+        context = self._context(tokens)
+        count = int(positions.max()) + 1
+        cos, sin = rotary_tables(self.config, count, tokens.device)
+        if cos is not None and sin is not None:
+            local = local_rotary_tables(self.config, count, tokens.device)
+            if local is not None:
+                local = local[0][positions], local[1][positions]
+            context = dataclasses.replace(
+                context, cos=cos[positions], sin=sin[positions], local=local
+            )
+        embedded = self.embedding(tokens, positions=positions.expand_as(tokens))
+        return self.decoder(embedded, context)  # type: ignore[no-any-return]
 
     def _alibi(self, queries: Tensor, keys: int | None = None) -> Tensor | None:
         """Return what is added to the scores of queries at positions `[batch, queries]`."""

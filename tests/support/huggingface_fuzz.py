@@ -232,10 +232,12 @@ def _llama_like(
             draw,
             0.7,
             query_pre_attn_scalar=draw.mostly(draw.one_of(5, head, 256), 0),
-            final_logit_softcapping=draw.one_of(None, 3.0, 30),
+            final_logit_softcapping=draw.one_of(None, 3.0, 30.0),
         )
     if name == "gemma2":
-        hf |= _some(draw, 0.7, attn_logit_softcapping=draw.mostly(draw.one_of(None, 2.0, 50), 0.0))
+        hf |= _some(
+            draw, 0.7, attn_logit_softcapping=draw.mostly(draw.one_of(None, 2.0, 50.0), 0.0)
+        )
     if name == "stablelm":
         hf |= _some(draw, 0.5, qk_layernorm=draw.mostly(False, True))
         hf |= _some(draw, 0.5, use_parallel_residual=draw.mostly(False, True))

@@ -353,7 +353,7 @@ def test_contradictions_are_refused_by_name(
 def test_which_layers_have_a_window(
     name: str, changes: dict[str, Any], layers: tuple[int, ...]
 ) -> None:
-    """The number of transformers counts the query's own position; a window of all positions is none."""
+    """Their number counts the query itself; a window of all positions is none."""
     family = FAMILIES[name]
     built = read(family, small(family, **changes))
     assert built.config.window_layers == layers
