@@ -20,6 +20,7 @@ laptop: no model, no process group.
     tokenizers/     added tokens, BERT's word pieces, what stands beside a vocabulary
     projects/       settings that other projects write beside Megatron's weights
     megatron/       the layouts of Megatron-LM                samples/   what ships
+    deepspeed/      gpt-neox's and Megatron-DeepSpeed's folders
     huggingface/    the layouts of Hugging Face
 
 To add a format: a room beside `megatron/` with a reader that returns a `Checkpoint`, called from

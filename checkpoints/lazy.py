@@ -216,6 +216,21 @@ class Concat(LazyTensor):
         return pieces
 
 
+class Summed(LazyTensor):
+    """The sum of tensors of one shape, made in float32 and rounded to their dtype."""
+
+    def __init__(self, parts: Sequence[LazyTensor]) -> None:
+        assert len({(part.shape, part.dtype) for part in parts}) == 1, "unequal parts"
+        self.parts = list(parts)
+        self.shape, self.dtype = parts[0].shape, parts[0].dtype
+
+    def read(self, dim: int = 0, index: Index = None) -> Tensor:
+        """See `LazyTensor.read`."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        parts = [part.read(dim, index).to(wide) for part in self.parts]
+        return torch.stack(parts).sum(dim=0).to(self.dtype)
+
+
 class Stacked(LazyTensor):
     """Tensors of one shape on a new first dim, such as the experts of a layer."""
 

@@ -14,6 +14,7 @@ from typing import Any
 from mlm_eval.checkpoints.catalog import is_catalog_name, resolve
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import check_overrides
+from mlm_eval.checkpoints.deepspeed.folder import find_step
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.stand_in import describe_missing, refuse_stand_in
 from mlm_eval.checkpoints.files.text_file import read_json_object, read_text
@@ -92,6 +93,7 @@ def _open(target: Path, overrides: dict[str, Any]) -> Checkpoint:
 
 def _open_file(file: Path, overrides: dict[str, Any]) -> Checkpoint:
     """Return the checkpoint that a file is, or that it is a part of."""
+    from mlm_eval.checkpoints.deepspeed.read import read_step
     from mlm_eval.checkpoints.files.zarr_arrays import holds_arrays, is_array
     from mlm_eval.checkpoints.huggingface.read import WEIGHT_FILE, holds_weights, read_folder
     from mlm_eval.checkpoints.megatron.read_torch import read_model_file
@@ -109,6 +111,8 @@ def _open_file(file: Path, overrides: dict[str, Any]) -> Checkpoint:
         return _open_iteration(find_iteration(folder), overrides)
     if file.name in ("distrib_optim.pt", "optim.pt") and (ranks := folder_of_ranks(folder)):
         return _open_iteration(ranks, overrides)
+    if (found := find_step(file)) is not None:
+        return read_step(found, overrides)
     refuse_relative(file)
     if file.suffix == ".safetensors":
         refuse_stand_in(file)
@@ -130,6 +134,7 @@ def _snapshot(folder: Path) -> Path:
 
 def _open_folder(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     """Return the checkpoint of a folder: its weights decide which format it is."""
+    from mlm_eval.checkpoints.deepspeed.read import read_step
     from mlm_eval.checkpoints.huggingface.read import holds_weights, read_folder
 
     folder = _snapshot(folder)
@@ -142,9 +147,13 @@ def _open_folder(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     except InputError:
         if weights:
             return read_folder(folder, overrides)
+        if (found := find_step(folder)) is not None:
+            return read_step(found, overrides)
         refuse_relative(folder)
         raise
     if not holds_ranks(step) and not is_distributed(step):
+        if not weights and (found := find_step(folder)) is not None:
+            return read_step(found, overrides)
         if not weights:
             refuse_relative(folder)
         if hub:  # without weights too: its reader says what is missing

@@ -478,8 +478,8 @@ def _positions(b: _ArgsReader, shapes: Shapes) -> None:
     args = b.args
     table = shapes.get("embedding.position_embeddings.weight")
     kind = args.get("position_embedding_type")
-    if isinstance(kind, Stub):  # forks keep an enum: its value, or its class and the member's name
-        kind = str([kind, *kind.__dict__["stub_args"]][-1])
+    if isinstance(kind, Stub):
+        kind = _of_enum(kind)
     by_hand = "position_embedding_type" in b.overrides
     if b.code == "core" and b.values["family"] == "bert" and table is not None:
         # pretrain_bert.py never passes the kind on: megatron-core's BERT always has a table.
@@ -489,9 +489,10 @@ def _positions(b: _ArgsReader, shapes: Shapes) -> None:
     if kind == "yarn" and b.code == "core" and not by_hand:
         kind = "rope"
         family_args.read_yarn(b, args)
+    unknown = ("relative", "mrope", "yarn", *(["alibi"] if b.code == "core" else []))
     if kind in (None, "relative") and b.values["family"] == "t5" and not by_hand:
         kind = _relative_positions(b, shapes, kind)
-    elif kind in ("relative", "mrope", "yarn", "alibi") and not by_hand:
+    elif kind in unknown and not by_hand:
         raise InputError(
             f"{b.where} uses {kind} position embeddings, which mlm-eval does not compute; it reads "
             "models with learned_absolute or rope positions"
@@ -532,6 +533,23 @@ def _relative_positions(b: _ArgsReader, shapes: Shapes, kind: str | None) -> str
     source = "Megatron's default" if furthest is None else "args.relative_attention_max_distance"
     b.set("relative_attention_max_distance", furthest or 128, source)
     return "relative"
+
+
+# The enum of BigScience's fork: its members, and their values in a pickle.
+_FORK_POSITIONS = {
+    **dict.fromkeys(("rotary", "1"), "rope"),
+    **dict.fromkeys(("absolute", "2"), "learned_absolute"),
+    **dict.fromkeys(("alibi", "3"), "alibi"),
+}
+
+
+def _of_enum(member: Stub) -> str:
+    """Return the kind of positions that a fork's enum says, by value or by the member's name."""
+    kind = str([member, *member.__dict__["stub_args"]][-1])
+    names = [type(part).__name__ for part in [member, *member.__dict__["stub_args"]]]
+    names += [p.__name__ for p in member.__dict__["stub_args"] if isinstance(p, type)]
+    ours = any(name.endswith("PositionEmbeddingType") for name in names)
+    return _FORK_POSITIONS.get(kind, kind) if ours else kind
 
 
 def _rotary(b: _ArgsReader) -> None:
@@ -593,6 +611,8 @@ def _norms_and_biases(b: _ArgsReader, shapes: Shapes) -> None:
         ("qk_layernorm_bias", "self_attention.q_layernorm.bias"),
     ):
         b.set(name, _layer_shape(shapes, suffix) is not None, "shapes")
+    has_norm = "embedding.word_embeddings_layernorm.weight" in shapes
+    b.set("embedding_layernorm", has_norm, "shapes")
     if _layer_shape(shapes, "self_attention.kv_layernorm.weight") is not None:
         b.set("qk_layernorm", True, "shapes")
 

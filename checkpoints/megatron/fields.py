@@ -90,7 +90,7 @@ _GROUPS: tuple[tuple[str, ArgField], ...] = (
     ),
     (
         """ffn_hidden_size padded_vocab_size add_bias_linear disable_bias_linear add_qkv_bias
-        qk_layernorm bert_binary_head add_position_embedding""",
+        qk_layernorm bert_binary_head add_position_embedding embed_layernorm""",
         _read("The weights' shapes say it, whatever args say."),
     ),
     ("num_attention_heads", _read("How the attention's width is divided.")),

@@ -59,6 +59,13 @@ class RankFile:
     version: float | None
     """As saved; None where the file has none."""
     iteration: int | None
+    label: str = ""
+    """What messages call it; empty: by its folder's name."""
+
+    @property
+    def called(self) -> str:
+        """What messages call it."""
+        return self.label or self.path.parent.name
 
 
 def scan_ranks(folder: Path) -> dict[tuple[int, ...], Path]:
@@ -110,7 +117,7 @@ def read_rank(path: Path) -> RankFile:
         (key for key in value if isinstance(key, str) and re.fullmatch(r"model\d+", key)),
         key=lambda key: int(key[5:]),
     ) or [key for key in ("model", "sd") if key in value]
-    chunks = [_flatten(value[key], path) for key in chunk_keys if isinstance(value[key], dict)]
+    chunks = [flat_tensors(value[key], path) for key in chunk_keys if isinstance(value[key], dict)]
     if not any(chunks):
         refuse_state_dict(path, filter(is_scalar, map(str, value)))
         found = ", ".join(printable(str(key)) for key in list(value)[:5] if is_scalar(key))
@@ -139,7 +146,7 @@ def _number(value: Mapping[Any, Any], key: str, path: Path) -> float | None:
     )
 
 
-def _flatten(tree: Mapping[Any, Any], path: Path) -> dict[str, LazyTensor]:
+def flat_tensors(tree: Mapping[Any, Any], path: Path) -> dict[str, LazyTensor]:
     """Return the tensors in nested dicts under names joined by dots.
 
     Raises:
@@ -208,8 +215,8 @@ def check_same_run(files: dict[Rank, RankFile], tp: int, where: Path) -> None:
         for key, ours, theirs in pairs:
             if ours != theirs and is_scalar(ours) and is_scalar(theirs):
                 raise InputError(
-                    f"{where} mixes two checkpoints: {key} is {ours} in {first.path.parent.name} "
-                    f"and {theirs} in {file.path.parent.name}; copy all ranks of one save"
+                    f"{where} mixes two checkpoints: {key} is {ours} in {first.called} "
+                    f"and {theirs} in {file.called}; copy all ranks of one save"
                 )
         if file.args.get("rank") is not None:
             ranks[rank] = file.args["rank"]

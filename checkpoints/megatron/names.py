@@ -80,6 +80,10 @@ EXPERT = re.compile(
 # Whole keys outside the layers, after `language_model.` has been taken off.
 TOP_ALIASES: dict[str, str] = {
     "word_embeddings.weight": WORD_EMBEDDINGS,
+    "word_embeddings.norm.weight": "embedding.word_embeddings_layernorm.weight",
+    "word_embeddings.norm.bias": "embedding.word_embeddings_layernorm.bias",
+    "embedding.word_embeddings.norm.weight": "embedding.word_embeddings_layernorm.weight",
+    "embedding.word_embeddings.norm.bias": "embedding.word_embeddings_layernorm.bias",
     "position_embeddings.weight": "embedding.position_embeddings.weight",
     "tokentype_embeddings.weight": "embedding.tokentype_embeddings.weight",
     "lm_head.layernorm.weight": "lm_head.layer_norm.weight",
@@ -98,7 +102,8 @@ SECOND_NAMES = {
 """megatron-core's T5 has two modules under two names each: the second -> the first."""
 
 TOP_NAMES = frozenset(RELATIVE_BIASES) | frozenset(
-    """embedding.word_embeddings.weight embedding.position_embeddings.weight
+    """embedding.word_embeddings.weight embedding.word_embeddings_layernorm.weight
+    embedding.word_embeddings_layernorm.bias embedding.position_embeddings.weight
     embedding.tokentype_embeddings.weight output_layer.weight output_layer.bias lm_head.dense.weight
     lm_head.dense.bias lm_head.layer_norm.weight lm_head.layer_norm.bias pooler.dense.weight
     pooler.dense.bias binary_head.weight binary_head.bias classification_head.weight

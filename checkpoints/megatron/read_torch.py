@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from mlm_eval.checkpoints.checkpoint import (
     ends_of,
     training_state,
 )
-from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.config import ConfigBuilder, ModelConfig
 from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import Concat, LazyTensor, Selected, StoredTensor, runs
@@ -77,7 +77,7 @@ def read_model_file(path: Path, overrides: dict[str, Any]) -> Checkpoint:
             f"{path} is one of the {tp} tensor-parallel x {pp} pipeline files of a checkpoint; "
             "give --ckpt the folder that holds its mp_rank_XX folders"
         )
-    return _merge(path, {(0, 0, 0): rank_file}, ExpertLayout(1, 1, 1), 1, overrides)
+    return merge_ranks(path, {(0, 0, 0): rank_file}, ExpertLayout(1, 1, 1), 1, overrides)
 
 
 def read_ranks(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
@@ -122,16 +122,31 @@ def read_ranks(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     files = {
         rank: first if key == first_key else read_rank(paths[key]) for rank, key in keys.items()
     }
-    return _merge(folder, files, layout, pp, overrides)
+    return merge_ranks(folder, files, layout, pp, overrides)
 
 
-def _merge(
+def merge_ranks(
     where: Path,
     files: dict[Rank, RankFile],
     layout: ExpertLayout,
     pp: int,
     overrides: dict[str, Any],
+    *,
+    build: Callable[[Mapping[str, tuple[int, ...]], str], ConfigBuilder] | None = None,
 ) -> Checkpoint:
+    """Return the checkpoint of all ranks' files.
+
+    Args:
+        where: The checkpoint, for messages.
+        files: By rank; of a pipeline every stage's.
+        layout: Of the experts over the ranks.
+        pp: Pipeline stages.
+        overrides: `--set` values.
+        build: Makes the config from the full shapes and the stored dtype; None: from the args.
+
+    Raises:
+        InputError: The files are of two checkpoints, or the model is unsupported.
+    """
     first, tp = files[0, 0, 0], layout.tp
     everything = sorted({key for file in files.values() for chunk in file.chunks for key in chunk})
     left_out = [key for key in everything if names.is_left_out(key)]
@@ -167,16 +182,21 @@ def _merge(
     _check_same_keys(columns, files, where)
     shapes = {name: _full_shape(name, [shard[name] for shard in shards]) for name in shards[0]}
     shapes |= stacked_shapes(experts)
-    build = build_config(
-        shapes,
-        first.args,
-        family=family,
-        code=code,
-        overrides=overrides,
-        where=str(where),
-        params_dtype=dtype_name(shards[0][WORD_EMBEDDINGS].dtype),
+    params_dtype = dtype_name(shards[0][WORD_EMBEDDINGS].dtype)
+    built = (
+        build(shapes, params_dtype)
+        if build
+        else build_config(
+            shapes,
+            first.args,
+            family=family,
+            code=code,
+            overrides=overrides,
+            where=str(where),
+            params_dtype=params_dtype,
+        )
     )
-    config = build.config
+    config = built.config
     tied = not config.untie_embeddings_and_output_weights
     odd_copies = _drop_head_copies(columns.values(), where, tied=tied)
     warnings += [f"{what}; the first is used" for what in odd_copies]
@@ -189,7 +209,7 @@ def _merge(
         # A parameter that the table lacks is refused below.
         tensors[name] = table[name].rule.merge(parts) if name in table else parts[0]
     tensors |= merge_experts(experts, table, str(where))
-    warnings += build.warnings + _compare_replicas(columns, table, where)
+    warnings += built.warnings + _compare_replicas(columns, table, where)
     notes = _notes(files)
     if left_out:
         notes.append(LEFT_OUT)
@@ -201,7 +221,7 @@ def _merge(
         tensor_parallel=tp,
         pipeline_parallel=pp,
         iteration=saved_iteration(where, first.iteration),
-        config_sources=build.sources,
+        config_sources=built.sources,
         pickle_classes=sorted({c for file in files.values() for c in file.torch_file.classes}),
         hostile=sorted({c for file in files.values() for c in file.torch_file.hostile}),
         warnings=warnings,
@@ -390,9 +410,9 @@ def _check_same_keys(
     files: dict[Rank, RankFile],
     where: Path,
 ) -> None:
-    ours, first = columns[0, 0], files[0, 0, 0].path.parent.name
+    ours, first = columns[0, 0], files[0, 0, 0].called
     for (t, e), column in columns.items():
-        theirs = files[t, 0, e].path.parent.name
+        theirs = files[t, 0, e].called
         odd = sorted(set(column) ^ set(ours))
         if odd:
             raise InputError(

@@ -121,7 +121,7 @@ def find_settings(folder: Path) -> SideSettings | None:
     ):
         path = folder / name
         if path.is_file():
-            values = _read_yaml(path).get(within)
+            values = read_yaml(path).get(within)
             if not isinstance(values, dict):
                 raise InputError(f"{path} has no {within} with settings; copy the file again")
             return _of_file(path, project, values)
@@ -157,7 +157,12 @@ def _of_hub(hub: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file, read as plain data: a tag is an error.
+
+    Raises:
+        InputError: The file is unreadable, no plain YAML, or holds something else.
+    """
     if path.stat().st_size > _LARGEST:
         raise InputError(f"{path} is too large for a file of settings; copy it again")
     try:

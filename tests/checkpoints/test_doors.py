@@ -248,19 +248,13 @@ def _trainer(folder: Path) -> None:
 
 
 RELATIVES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str]] = {
-    "DeepSpeed": (
-        _files(
-            "latest",
-            "global_step10/mp_rank_00_model_states.pt",
-            "global_step10/layer_01-model_00-model_states.pt",
-            "global_step10/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
-        ),
+    "DeepSpeed, ZeRO's parts": (
+        _files("latest", "global_step10/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"),
         (
-            *(".", "global_step10", "global_step10/mp_rank_00_model_states.pt"),
-            "global_step10/layer_01-model_00-model_states.pt",
+            *(".", "global_step10"),
             "global_step10/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
         ),
-        "is a DeepSpeed checkpoint; use the tools",
+        "is a DeepSpeed checkpoint without the model's own files",
     ),
     "DeepSpeed, universal": (
         _files("global_step10_universal/zero/a.weight/fp32.pt"),

@@ -28,13 +28,11 @@ TOLERANCE = 1e-4  # absolute, in nats, at every position and entry of the vocabu
 BY_HAND = {"geglu": ["activation=geglu_tanh"]}
 
 REFUSED = {
-    "bloom_tp2": "DeepSpeed|no checkpoint that mlm-eval knows",
     "moe_tp2_etp1_incomplete": "only a part of its model.*torch_dist",
     "nas_tp2": "self_attention.weight",
     "nemo1_llama": "nemo",
     "nemotronh_dist": "Mamba",
     "nemotronh_tp2": "Mamba",
-    "neox_tp2": "DeepSpeed|no checkpoint that mlm-eval knows",
 }
 
 

@@ -27,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("mlm_eval.options",),
     ("mlm_eval.checkpoints",),
     ("mlm_eval.checkpoints.megatron", "mlm_eval.checkpoints.huggingface"),
+    ("mlm_eval.checkpoints.deepspeed",),
     ("mlm_eval.checkpoints.open", "mlm_eval.checkpoints.convert"),
     ("mlm_eval.model",),
     ("mlm_eval.ranks",),

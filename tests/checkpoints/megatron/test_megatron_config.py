@@ -347,12 +347,19 @@ def test_positions(config: ModelConfig, args: dict, expected: str):
     assert found.max_position_embeddings == 8
 
 
-@pytest.mark.parametrize("kind", ["relative", "mrope", "yarn", "alibi"])
+@pytest.mark.parametrize("kind", ["relative", "mrope", "yarn"])
 def test_positions_that_are_not_computed(kind: str):
     with pytest.raises(InputError, match=f"here uses {kind} position embeddings, which"):
         build(LLAMA, args_for(LLAMA, position_embedding_type=kind))
     args = args_for(LLAMA, position_embedding_type=kind)
     assert build(LLAMA, args, position_embedding_type="rope").config.rotary
+
+
+def test_alibi_is_of_forks_of_the_legacy_code():
+    args = args_for(LLAMA, position_embedding_type="alibi")
+    assert build(LLAMA, args).config.alibi
+    with pytest.raises(InputError, match="here uses alibi position embeddings, which"):
+        build(LLAMA, args, core=True)
 
 
 @pytest.mark.parametrize("kind", ["sinusoidal", 3, Stub()])

@@ -1,0 +1,157 @@
+"""gpt-neox's transformer blocks as Megatron's: names, gates, query groups, biases.
+
+Everything here is done rank by rank, before ranks are joined: a rank's packed rows belong together.
+Source: megatron/model/transformer.py of EleutherAI/gpt-neox; docs/megatron.md, "DeepSpeed".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from mlm_eval.checkpoints.deepspeed.settings import NeoxSettings
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.lazy import Computed, Concat, LazyTensor, Selected, Summed
+
+Tensors = dict[str, LazyTensor]
+
+_NAMES = (
+    ("attention.query_key_value.", "self_attention.linear_qkv."),
+    ("attention.dense.", "self_attention.linear_proj."),
+    ("post_attention_layernorm.", "pre_mlp_layernorm."),
+    ("mlp.dense_h_to_4h.", "mlp.linear_fc1."),
+    ("mlp.dense_4h_to_h.", "mlp.linear_fc2."),
+    ("mlp.linear1.", "mlp.linear_fc1."),
+    ("mlp.linear2.", "mlp.linear_fc2."),
+    ("mlp.w2.", "mlp.linear_fc2."),
+    # TransformerEngine's LayerNormMLP
+    ("mlp.layer_norm_", "pre_mlp_layernorm."),
+    ("mlp.fc1_", "mlp.linear_fc1."),
+    ("mlp.fc2_", "mlp.linear_fc2."),
+)
+_BUFFERS = re.compile(r"attention\.(rotary_emb\.inv_freq|alibi_embed\.slopes|(masked_)?bias)")
+_FC1, _QKV = "mlp.linear_fc1.", "self_attention.linear_qkv."
+_ROW_BIASES = ("self_attention.linear_proj.bias", "mlp.linear_fc2.bias")
+
+
+def megatron_blocks(blocks: Sequence[Tensors], settings: NeoxSettings, where: str) -> list[Tensors]:
+    """Return the block of each tensor-parallel rank under megatron-core's names and in its order.
+
+    - A gated matrix is `[up; gate]` here, `[gate; up]` there.
+    - With grouped queries a rank's rows are all its queries, all its keys, all its values.
+    - With the parallel residual every rank adds its own bias of the row-parallel layers before the
+      sum over ranks: the true bias is the sum. With the sequential one each has a copy.
+    - Biases that only some of the linear layers have, or the norms have not, are zeros.
+
+    Args:
+        blocks: By rank, under gpt-neox's names below the block.
+        settings: Of the run.
+        where: The checkpoint, for messages.
+    """
+    renamed = [_renamed(block, where) for block in blocks]
+    for block in renamed:
+        _order_gate(block, where)
+        _order_groups(block, settings, len(blocks), where)
+        if settings.tied_norms:
+            for leaf in ("weight", "bias"):
+                block.pop(f"pre_mlp_layernorm.{leaf}", None)
+                if f"input_layernorm.{leaf}" in block:
+                    block[f"pre_mlp_layernorm.{leaf}"] = block[f"input_layernorm.{leaf}"]
+        _fill_biases(block, layer_norm=settings.layer_norm)
+    if settings.parallel and len(blocks) > 1:
+        for name in _ROW_BIASES:
+            parts = [block[name] for block in renamed if name in block]
+            if len(parts) == len(renamed):
+                whole = Summed(parts)
+                for block in renamed:
+                    block[name] = whole
+    return renamed
+
+
+def megatron_norm(tensors: Mapping[str, LazyTensor], *, layer_norm: bool) -> Tensors:
+    """Return a norm's parameters by Megatron's names: gpt-neox's RMSNorm has a `scale`."""
+    norm = {("weight" if leaf == "scale" else leaf): tensor for leaf, tensor in tensors.items()}
+    if layer_norm and "weight" in norm and "bias" not in norm:
+        norm["bias"] = _zeros(norm["weight"].shape[:1], norm["weight"].dtype)
+    return norm
+
+
+def _renamed(block: Mapping[str, LazyTensor], where: str) -> Tensors:
+    found: Tensors = {}
+    for key, tensor in block.items():
+        if _BUFFERS.fullmatch(key):
+            continue
+        name = key.removesuffix("scale") + "weight" if key.endswith("norm.scale") else key
+        for old, new in _NAMES:
+            if name.startswith(old):
+                name = new + name.removeprefix(old)
+                break
+        if name in found:
+            raise InputError(
+                f"{where} has {name} under two names, one of them {key}; the files may be of two "
+                "models: copy all files of one save"
+            )
+        found[name] = tensor
+    for leaf in ("weight", "bias"):  # Llama's in gpt-neox: gate and up branch
+        gate, up = found.pop(f"mlp.w1.{leaf}", None), found.pop(f"mlp.w3.{leaf}", None)
+        if gate is not None and up is not None:
+            found[f"{_FC1}{leaf}"] = Concat([up, gate], 0)
+    return found
+
+
+def _order_gate(block: Tensors, where: str) -> None:
+    fc1, fc2 = block.get(f"{_FC1}weight"), block.get("mlp.linear_fc2.weight")
+    if fc1 is None or fc2 is None or len(fc2.shape) != 2:
+        raise InputError(f"{where} holds layers without an MLP; it is not a whole model")
+    width = fc2.shape[1]
+    if fc1.shape[0] != 2 * width:
+        return
+    order = torch.cat([torch.arange(width, 2 * width), torch.arange(width)])
+    for leaf in ("weight", "bias"):
+        if f"{_FC1}{leaf}" in block:
+            block[f"{_FC1}{leaf}"] = Selected(block[f"{_FC1}{leaf}"], order)
+
+
+def _order_groups(block: Tensors, settings: NeoxSettings, ranks: int, where: str) -> None:
+    heads, groups = settings.heads, settings.groups
+    if heads is None or groups is None or groups == heads:
+        return  # [heads, 3, channels]: group order as it is
+    qkv = block.get(f"{_QKV}weight")
+    if qkv is None or groups < 1 or heads % groups or groups % ranks:
+        raise InputError(
+            f"{where}: {groups} key and value heads of {heads} query heads are not shared evenly "
+            f"by {ranks} tensor-parallel ranks; correct it with --set num_query_groups=N"
+        )
+    heads, groups = heads // ranks, groups // ranks
+    channels, rest = divmod(qkv.shape[0], heads + 2 * groups)
+    if rest:
+        raise InputError(
+            f"{where}: {qkv.shape[0]} QKV rows of a rank do not fit {heads} query heads and "
+            f"{groups} key and value heads; correct it with --set num_query_groups=N"
+        )
+    query = torch.arange(heads * channels).view(groups, heads // groups, channels)
+    key = torch.arange(groups * channels).view(groups, 1, channels) + heads * channels
+    order = torch.cat([query, key, key + groups * channels], dim=1).reshape(-1)
+    for leaf in ("weight", "bias"):
+        if f"{_QKV}{leaf}" in block:
+            block[f"{_QKV}{leaf}"] = Selected(block[f"{_QKV}{leaf}"], order)
+
+
+def _fill_biases(block: Tensors, *, layer_norm: bool) -> None:
+    if layer_norm:
+        for name in ("input_layernorm", "pre_mlp_layernorm"):
+            weight = block.get(f"{name}.weight")
+            if weight is not None and f"{name}.bias" not in block:
+                block[f"{name}.bias"] = _zeros(weight.shape, weight.dtype)
+    linear = ("self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+    if any(f"{name}.bias" in block for name in linear):
+        for name in linear:
+            weight = block.get(f"{name}.weight")
+            if weight is not None and f"{name}.bias" not in block:
+                block[f"{name}.bias"] = _zeros(weight.shape[:1], weight.dtype)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
+    return Computed(shape, dtype, lambda: torch.zeros(shape, dtype=dtype))
