@@ -24,8 +24,8 @@ class Provenance:
     """The folder or file that holds the weights (below the root that was given)."""
     format: str
     """`megatron-torch`, `megatron-torch-dist`, `megatron-torch-dcp`, `megatron-fsdp-dtensor`,
-    `megatron-zarr`, `megatron-bridge`, `nemo`, `verl`, `huggingface`, or `memory` where no file
-    is."""
+    `megatron-zarr`, `megatron-bridge`, `nemo`, `verl`, `deepspeed`, `huggingface`, or `memory`
+    where no file is."""
     names: str | None = None
     """Whose parameter names the files have: `core` (megatron-core's) or `legacy` (Megatron's code
     before it); None: neither's."""
