@@ -35,8 +35,6 @@ from mlm_eval.checkpoints.megatron.files import ExpertLayout, Rank, RankFile, fl
 from mlm_eval.checkpoints.megatron.read_torch import merge_ranks
 from mlm_eval.checkpoints.projects.settings import PASSED_ON
 
-FORMAT = "deepspeed"
-
 _NORMS = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}
 
 Builder = Callable[[Mapping[str, tuple[int, ...]], str], ConfigBuilder]
@@ -217,8 +215,8 @@ def _places(ranks: Sequence[_Rank], where: str) -> dict[str, list[int]]:
         if kind not in found:
             raise InputError(
                 f"{where} has a layer that no GPT model of gpt-neox or Megatron-DeepSpeed has "
-                f"(place {place}: {printable(next(iter(layer)))}); mlm-eval would compute something else "
-                "than the model did, so it stops here"
+                f"(place {place}: {printable(next(iter(layer)))}); mlm-eval would compute something "
+                "else than the model did, so it stops here"
             )
         found[kind].append(place)
     blocks = found["block"]
@@ -354,7 +352,7 @@ def _with_provenance(checkpoint: Checkpoint, step: Step, ranks: Sequence[_Rank])
     extra = list(files.values())
     provenance = dataclasses.replace(
         checkpoint.provenance,
-        format=FORMAT,
+        format="deepspeed",
         names=None,
         pickle_classes=sorted({c for file in extra for c in file.classes}),
         hostile=sorted({c for file in extra for c in file.hostile}),

@@ -16,12 +16,11 @@ from typing import Any
 from mlm_eval.checkpoints.config import ConfigBuilder, is_of_kind
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safe_pickle import is_scalar, printable
+from mlm_eval.checkpoints.megatron.family_args import Shapes
 from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS
 from mlm_eval.checkpoints.projects.settings import read_yaml
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-READ = frozenset(
+NEOX_READ = frozenset(
     """num_layers hidden_size num_attention_heads num_kv_heads seq_length max_position_embeddings
     norm layernorm_epsilon rms_norm_epsilon rmsnorm_fusion pos_emb rotary_pct rotary_emb_base
     no_weight_tying activation bias_gelu_fusion onnx_safe mlp_type gpt_j_residual gpt_j_tied
@@ -30,7 +29,7 @@ READ = frozenset(
 )
 """What is read; the shapes say the rest (`intermediate_size`, `use_bias_in_*`, ...)."""
 
-REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
+NEOX_REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "model_arch": ("another architecture than GPT", ("gpt2",)),
     "attention_config": ("attention that is not over all positions before", ()),
     "sliding_window_width": ("a sliding window", ()),
@@ -176,7 +175,7 @@ class NeoxSettings:
         Raises:
             InputError: There is one.
         """
-        for name, (what, harmless) in REFUSED.items():
+        for name, (what, harmless) in NEOX_REFUSED.items():
             value = self.values.get(name)
             if value is None or value in harmless or self._is_harmless(name, value):
                 continue
@@ -195,8 +194,7 @@ class NeoxSettings:
             raise InputError(
                 f"{where} has no configs/ folder with the run's .yml file, which says what "
                 f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'}; copy it too, or "
-                "give "
-                + " ".join(f"--set {name}={example}" for name, example in missing.items())
+                "give " + " ".join(f"--set {name}={example}" for name, example in missing.items())
             )
 
     def _is_harmless(self, name: str, value: Any) -> bool:
@@ -248,7 +246,7 @@ def _joined(files: list[Path]) -> dict[str, Any]:
     for file in files:
         for key, value in read_yaml(file).items():
             name = str(key).replace("-", "_")
-            plain = value if is_scalar(value) or name in REFUSED else None
+            plain = value if is_scalar(value) or name in NEOX_REFUSED else None
             if name in values and name in _KINDS and values[name] != plain:
                 raise InputError(
                     f"{file} has another {name} than the other files in {file.parent}; leave the "
@@ -341,7 +339,8 @@ def _sizes(b: ConfigBuilder, settings: NeoxSettings, shapes: Shapes) -> None:
     if heads < 1 or width % heads or rows != (heads + 2 * groups) * (width // heads):
         raise InputError(
             f"{b.where}: {rows} QKV rows and an attention width of {width} do not fit {heads} "
-            f"heads in {groups} groups; correct it with --set num_attention_heads=N or num_query_groups=N"
+            f"heads in {groups} groups; correct it with --set num_attention_heads=N or "
+            "num_query_groups=N"
         )
     b.set("num_attention_heads", heads, f"{settings.source} num_attention_heads")
     b.set("num_query_groups", groups, "shapes")

@@ -19,7 +19,7 @@ from support.deepspeed_folders import NEWER_NAMES, ROW_BIASES, neox_settings, wr
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig, parse_overrides
-from mlm_eval.checkpoints.deepspeed.settings import READ, REFUSED
+from mlm_eval.checkpoints.deepspeed.settings import NEOX_READ, NEOX_REFUSED
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.open import open_checkpoint
 
@@ -170,7 +170,7 @@ def test_settings_may_have_underscores_and_stand_in_several_files(tmp_path: Path
         open_checkpoint(root)
 
 
-@pytest.mark.parametrize("name", sorted(REFUSED))
+@pytest.mark.parametrize("name", sorted(NEOX_REFUSED))
 def test_settings_of_another_function_are_refused_by_name(name: str, tmp_path: Path):
     other: Any = {"attention_config": [[["global", "sparse_fixed"], 2]]}.get(name, 2)
     if name == "soft_prompt_tuning":
@@ -182,7 +182,7 @@ def test_settings_of_another_function_are_refused_by_name(name: str, tmp_path: P
         InputError, match=rf"\({name} in configs/run.yml\), which mlm-eval does not"
     ):
         open_checkpoint(root)
-    harmless = [*REFUSED[name][1], None]
+    harmless = [*NEOX_REFUSED[name][1], None]
     more = {"attention_config": [[["global"], "all"]], "soft_prompt_tuning": {"enabled": False}}
     for value in [*harmless, *([more[name]] if name in more else [])]:
         configs.write_text(yaml.safe_dump(neox_settings(PARALLEL, 1) | {name: value}))
@@ -263,4 +263,4 @@ def test_an_rmsnorm_with_a_large_epsilon_is_told_of(tmp_path: Path):
 
 
 def test_no_setting_is_both_read_and_refused():
-    assert not READ & set(REFUSED)
+    assert not NEOX_READ & set(NEOX_REFUSED)
