@@ -215,8 +215,8 @@ def _places(ranks: Sequence[_Rank], where: str) -> dict[str, list[int]]:
         if kind not in found:
             raise InputError(
                 f"{where} has a layer that no GPT model of gpt-neox or Megatron-DeepSpeed has "
-                f"(place {place}: {printable(next(iter(layer)))}); mlm-eval would compute something "
-                "else than the model did, so it stops here"
+                f"(place {place}: {printable(next(iter(layer)))}); mlm-eval would compute "
+                "something else than the model did, so it stops here"
             )
         found[kind].append(place)
     blocks = found["block"]

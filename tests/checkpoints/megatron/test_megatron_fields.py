@@ -312,7 +312,8 @@ READ: dict[str, tuple[ModelConfig, RunCode, dict[str, Any]]] = {
 ELSEWHERE = set(
     """ffn_hidden_size padded_vocab_size add_bias_linear disable_bias_linear add_qkv_bias
     qk_layernorm bert_binary_head add_position_embedding embed_layernorm
-    make_vocab_size_divisible_by model_parallel_size tensor_model_parallel_size pipeline_model_parallel_size
+    make_vocab_size_divisible_by model_parallel_size tensor_model_parallel_size
+    pipeline_model_parallel_size
     expert_model_parallel_size rank rope_scaling_factor transformer_impl yaml_cfg spec
     moe_ffn_hidden_size moe_shared_expert_intermediate_size moe_shared_expert_gate
     moe_router_enable_expert_bias expert_tensor_parallel_size q_lora_rank""".split()
