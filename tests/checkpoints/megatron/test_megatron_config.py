@@ -107,10 +107,12 @@ def test_two_activations_at_once_are_refused(other: str):
     args = args_for(GPT) | {"swiglu": True, other: True}
     with pytest.raises(InputError, match=f"args.swiglu = True and args.{other} = True, which"):
         build(GPT, args, core=True)
-    chosen = build(GPT, args, core=True, activation=other).config
-    assert chosen.activation == other
-    if other == "squared_relu":
-        assert build(GPT, args, core=False).config.activation == "swiglu"
+    model = dataclasses.replace(GPT, activation=other)
+    assert build(model, args, core=True, activation=other).config.activation == other
+    if other == "quick_geglu":
+        return  # legacy layers do not have it
+    gated = dataclasses.replace(GPT, activation="swiglu")
+    assert build(gated, args, core=False).config.activation == "swiglu"
 
 
 def test_the_fused_kernel_needs_a_bias():
