@@ -28,6 +28,7 @@ from mlm_eval.checkpoints.files.safe_pickle import Stub, attributes_of, printabl
 from mlm_eval.checkpoints.megatron import family_args
 from mlm_eval.checkpoints.megatron.family_args import Shapes
 from mlm_eval.checkpoints.megatron.fields import ARG_FIELDS, NOT_FOR_T5, T5_UNTIL, RunCode
+from mlm_eval.checkpoints.megatron.layers import branches
 from mlm_eval.checkpoints.megatron.layout import SaveLayout, needs_openai_gelu
 from mlm_eval.checkpoints.parameters import RELATIVE_BIASES, WORD_EMBEDDINGS
 from mlm_eval.checkpoints.projects.settings import (
@@ -88,7 +89,8 @@ _WHOLE_NUMBERS = frozenset(
     model_parallel_size tensor_model_parallel_size pipeline_model_parallel_size
     expert_model_parallel_size expert_tensor_parallel_size moe_router_topk moe_router_num_groups
     moe_router_group_topk q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim
-    yarn_original_max_position_embeddings original_max_position_embeddings""".split()
+    yarn_original_max_position_embeddings original_max_position_embeddings mamba_num_heads
+    mamba_head_dim mamba_num_groups mamba_state_dim""".split()
 )
 _NUMBERS = frozenset(
     """rotary_percent rotary_base rotary_seq_len_interpolation_factor rope_scaling_factor
@@ -144,6 +146,8 @@ def _check_numbers(args: Mapping[str, Any], where: str) -> None:
 class _ArgsReader(ConfigBuilder):
     args: Mapping[str, Any] = field(default_factory=dict)
     code: RunCode = "core"
+    layers_differ: bool = False
+    """The model is a hybrid, or its layers are heterogeneous."""
 
     def receives(self, name: str) -> bool:
         """Return whether the code that ran passed an arg on to its model; warn where it did not.
@@ -356,7 +360,7 @@ def check_dims(shapes: Shapes, where: str) -> None:
     for name, shape in shapes.items():
         module, _, leaf = name.rpartition(".")
         dims = 1 if leaf not in ("weight", "gate_weight") or module.endswith("norm") else 2
-        dims += ".mlp.experts." in name
+        dims += ".mlp.experts." in name or name.endswith(".conv1d.weight")
         if len(shape) != dims:
             raise InputError(
                 f"{where}: {name} has shape {list(shape)}, expected {dims} dim(s); the checkpoint "
@@ -384,11 +388,15 @@ def _sizes(b: _ArgsReader, shapes: Shapes) -> None:
     if not layers or WORD_EMBEDDINGS not in shapes:
         missing = "transformer layers" if not layers else "word embeddings"
         raise InputError(f"{where} holds no {missing}; it is not a whole GPT or BERT model")
+    if b.code == "core" and not t5:
+        layers = branches.with_empty_layers(layers, args, where)
     first, second = args.get("num_layers"), args.get("encoder_num_layers")
     _layers(b, "num_layers", layers, (second or first) if t5 else (first or second))
     if t5:  # megatron-core takes num_layers for the decoder
         saved = args.get("decoder_num_layers") or first
         _layers(b, "decoder_num_layers", layer_indices(shapes, "decoder"), saved)
+    if b.code == "core" and b.values["family"] == "gpt":
+        b.layers_differ = branches.read_branches(b, args, shapes)
     vocab, hidden = shapes[WORD_EMBEDDINGS]
     b.set("vocab_size", vocab, "shapes")
     b.set("hidden_size", hidden, "shapes")
@@ -426,6 +434,9 @@ def _heads(b: _ArgsReader, shapes: Shapes, hidden: int) -> None:
         return
     qkv = _layer_shape(shapes, "self_attention.linear_qkv.weight")
     proj = _layer_shape(shapes, "self_attention.linear_proj.weight")
+    if b.layers_differ and qkv is None and proj is None:
+        _heads_of_no_layer(b, hidden)
+        return
     if qkv is None or proj is None:
         raise InputError(f"{where} holds layers without attention weights; it is not a whole model")
     saved_heads = args.get("num_attention_heads")
@@ -451,8 +462,10 @@ def _heads(b: _ArgsReader, shapes: Shapes, hidden: int) -> None:
         )
     b.set("kv_channels", channels, "shapes")
     own = 2 * heads if args.get("attention_output_gate") else heads  # queries, and their gates
-    groups = (qkv[0] // channels - own) // 2
-    b.set("num_query_groups", groups, "shapes")
+    of_layers = branches.by_layer(shapes, ".self_attention.linear_qkv.weight")
+    rows = {n: shape[0] for n, shape in of_layers.items()} if b.layers_differ else {0: qkv[0]}
+    counts = {n: (count // channels - own) // 2 for n, count in rows.items()}
+    groups = branches.read_widths(b, "layer_query_groups", counts)
     # The field is 1 for plain attention too: it counts with the flag only, or without any flag
     # where the weights bear it out (docs/megatron.md, "Arguments").
     expected = {heads}
@@ -460,11 +473,14 @@ def _heads(b: _ArgsReader, shapes: Shapes, hidden: int) -> None:
         expected = {args.get("num_query_groups") or heads}
     elif args.get("group_query_attention") is None:
         expected.add(args.get("num_query_groups") or heads)
-    if (own + 2 * groups) * channels != qkv[0] or groups < 1:
-        raise InputError(
-            f"{where}: {qkv[0]} QKV rows do not fit {heads} heads of {channels}; "
-            "correct it with --set num_attention_heads=N"
-        )
+    for n, count in counts.items():
+        if (own + 2 * count) * channels != rows[n] or count < 1:
+            raise InputError(
+                f"{where}: {rows[n]} QKV rows do not fit {heads} heads of {channels}; "
+                "correct it with --set num_attention_heads=N"
+            )
+    if b.layers_differ and args.get(branches.JSON_PATH):
+        expected.add(groups)  # the JSON says it, and was compared
     by_hand = {"num_attention_heads", "num_query_groups", "kv_channels"} & set(b.overrides)
     if saved_heads and groups not in expected and not by_hand:
         raise InputError(
@@ -472,6 +488,13 @@ def _heads(b: _ArgsReader, shapes: Shapes, hidden: int) -> None:
             f"{max(expected)}; ranks of two checkpoints may be mixed: copy all ranks of one save, "
             f"or trust the weights with --set num_query_groups={groups}"
         )
+
+
+def _heads_of_no_layer(b: _ArgsReader, hidden: int) -> None:
+    """Set the sizes of attention of a model that has none."""
+    heads = b.set("num_attention_heads", b.args.get("num_attention_heads") or 1, "no attention")
+    b.set("num_query_groups", heads, "no attention")
+    b.set("kv_channels", b.args.get("kv_channels") or max(hidden // heads, 1), "no attention")
 
 
 def _positions(b: _ArgsReader, shapes: Shapes) -> None:
@@ -613,6 +636,11 @@ def _norms_and_biases(b: _ArgsReader, shapes: Shapes) -> None:
         b.set(name, _layer_shape(shapes, suffix) is not None, "shapes")
     has_norm = "embedding.word_embeddings_layernorm.weight" in shapes
     b.set("embedding_layernorm", has_norm, "shapes")
+    if b.layers_differ:
+        ends = ("linear_proj.bias", "linear_fc1.bias", "self_attention.bias", "mlp.bias")
+        b.set("add_bias_linear", any(name.endswith(ends) for name in shapes), "shapes")
+        if _layer_shape(shapes, "self_attention.linear_qkv.weight") is None:
+            b.set("add_qkv_bias", b.values["add_bias_linear"], "no attention")
     if _layer_shape(shapes, "self_attention.kv_layernorm.weight") is not None:
         b.set("qk_layernorm", True, "shapes")
 
@@ -636,10 +664,19 @@ def _activation(b: _ArgsReader, shapes: Shapes) -> None:
     if not dense:
         fc1 = _layer_shape(shapes, ".mlp.experts.linear_fc1.weight")
         fc2 = _layer_shape(shapes, ".mlp.experts.linear_fc2.weight")
+    if b.layers_differ and fc1 is None and fc2 is None:
+        b.set("ffn_hidden_size", args.get("ffn_hidden_size") or b.values["hidden_size"], "no MLP")
+        b.set("activation", *_activation_from_args(b))
+        return
     if fc1 is None or fc2 is None:
         raise InputError(f"{b.where} holds layers without an MLP; it is not a whole model")
     ffn = fc2[-1]
-    b.set("ffn_hidden_size", ffn, "shapes" if dense else "the experts' width")
+    if dense and b.layers_differ:
+        of_layers = branches.by_layer(shapes, ".mlp.linear_fc2.weight")
+        widths = {n: shape[1] for n, shape in of_layers.items()}
+        branches.read_widths(b, "layer_ffn_hidden_sizes", widths)
+    else:
+        b.set("ffn_hidden_size", ffn, "shapes" if dense else "the experts' width")
     gated = fc1[-2] == 2 * ffn
     if not args:
         guess = "swiglu" if gated else "gelu" if b.values["family"] == "bert" else "gelu_tanh"

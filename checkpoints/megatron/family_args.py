@@ -18,6 +18,7 @@ from mlm_eval.checkpoints.config import (
     yarn_mscale,
 )
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.megatron.layers.branches import JSON_PATH, PATTERNS, args_of_branches
 from mlm_eval.checkpoints.projects.settings import GATED_GELU
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -56,6 +57,8 @@ _CORE_ONLY: dict[str, tuple[Any, ...]] = {
     "embedding_multiplier": (1,),
     "logit_multiplier": (1,),
     "rotary_base_local": (),
+    "is_hybrid_model": (False,),
+    **dict.fromkeys((*PATTERNS, JSON_PATH), ("",)),
 }
 """What legacy layers do not have -> values that ask for none of it."""
 
@@ -312,7 +315,7 @@ def read_experts(b: ConfigBuilder, args: Mapping[str, Any], shapes: Shapes) -> N
 def _check_layer_freq(b: ConfigBuilder, args: Mapping[str, Any]) -> None:
     """Refuse layers with experts that are not those of `moe_layer_freq`."""
     freq = args.get("moe_layer_freq")
-    if freq is None:
+    if freq is None or b.values.get("no_mlp_layers"):  # a hybrid's pattern says it
         return
     layers = b.values["num_layers"]
     if isinstance(freq, int):
@@ -532,6 +535,7 @@ def args_of_family(c: ModelConfig) -> dict[str, Any]:
         args["glu_linear_offset"] = c.glu_linear_offset
     if c.num_experts:
         args |= _args_of_experts(c)
+    args |= args_of_branches(c)
     if c.multi_latent_attention:
         args |= _args_of_latents(c)
     elif c.yarn is not None:

@@ -263,6 +263,23 @@ _GROUPS: tuple[tuple[str, ArgField], ...] = (
     ("embedding_multiplier logit_multiplier", _read("Factors of embeddings and of logits.")),
     ("rotary_base_local", _read("The rotary base of the layers with a window, in Gemma 3.")),
     ("gated_gelu", _read("A name of our own for a GELU with a gate, which no arg says.")),
+    # ---- read: layers that differ in what they consist of (layers/branches.py) -------------------
+    (
+        "is_hybrid_model hybrid_override_pattern hybrid_layer_pattern",
+        _read("What each layer of a hybrid is: the parameters tell, and must agree."),
+    ),
+    (
+        "mamba_num_heads mamba_head_dim",
+        _read("Sizes of Mamba-2: the shapes tell, and must agree."),
+    ),
+    (
+        "mamba_num_groups mamba_state_dim",
+        _read("How Mamba-2's B and C are divided, of which the shapes tell the product."),
+    ),
+    (
+        "heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json",
+        _read("Branches and widths of each layer: the shapes tell, and must agree with the JSON."),
+    ),
     # ---- refused ---------------------------------------------------------------------------------
     ("moe_latent_size", _refused("experts that work in a latent width", 0)),
     ("moe_expert_capacity_factor", _refused("experts that drop tokens beyond their capacity")),
@@ -270,18 +287,6 @@ _GROUPS: tuple[tuple[str, ArgField], ...] = (
         "moe_mlp_glu_interleave_size moe_shared_expert_glu_interleave_size",
         _refused("gate and up branch in alternating blocks"),
     ),
-    ("is_hybrid_model", _refused("a hybrid (Mamba) model", False)),
-    ("hybrid_override_pattern hybrid_layer_pattern", _refused("a hybrid (Mamba) model", "")),
-    (
-        """mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads use_mamba_mem_eff_path
-        hybrid_attention_ratio hybrid_mlp_ratio""",
-        _only_with("is_hybrid_model"),
-    ),
-    (
-        "heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json",
-        _refused("heterogeneous layers", ""),
-    ),
-    ("heterogeneous_block_specs", _refused("heterogeneous layers", False)),
     ("head_wise_attn_gate", _refused("gates of whole heads", False)),
     ("experimental_attention_variant", _refused("an experimental attention variant", "")),
     (
@@ -320,6 +325,12 @@ _GROUPS: tuple[tuple[str, ArgField], ...] = (
     ),
     ("rope_theta", _refused("a fork's rotary base", 10000, setting="rotary_base")),
     ("rope_scaling_type", _refused("a fork's rotary scaling", "")),
+    # ---- numerics: layers that differ ------------------------------------------------------------
+    (
+        """use_mamba_mem_eff_path hybrid_attention_ratio hybrid_mlp_ratio
+        heterogeneous_block_specs""",
+        _numerics("Kernels, and ways to lay layers out that the parameters tell of."),
+    ),
     # ---- numerics: experts -----------------------------------------------------------------------
     (
         """moe_router_dtype moe_grouped_gemm moe_use_legacy_grouped_gemm moe_permute_fusion

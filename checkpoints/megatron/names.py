@@ -14,7 +14,12 @@ from collections.abc import Iterable
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.state_dict import unwrapped
 from mlm_eval.checkpoints.megatron.fields import RunCode
-from mlm_eval.checkpoints.parameters import RELATIVE_BIASES, TASK_HEADS, WORD_EMBEDDINGS
+from mlm_eval.checkpoints.parameters import (
+    MAMBA_VECTORS,
+    RELATIVE_BIASES,
+    TASK_HEADS,
+    WORD_EMBEDDINGS,
+)
 
 # Old name of a layer's part (a prefix of the key below `layers.N.`) -> canonical name.
 LAYER_ALIASES: dict[str, str] = {
@@ -50,6 +55,18 @@ LAYER_ALIASES: dict[str, str] = {
     "mlp.shared_experts.linear_fc1.": "mlp.shared_experts.linear_fc1.",
     "mlp.shared_experts.linear_fc2.": "mlp.shared_experts.linear_fc2.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+    # one matrix in the place of attention or MLP, with the norm before it
+    "self_attention.layer_norm_": "input_layernorm.",
+    "self_attention.": "self_attention.",
+    "mlp.layer_norm_": "pre_mlp_layernorm.",
+    "mlp.": "mlp.",
+    # Mamba-2
+    "mixer.in_proj.layer_norm_": "input_layernorm.",
+    "norm.": "input_layernorm.",
+    "mixer.in_proj.": "mixer.in_proj.",
+    "mixer.conv1d.": "mixer.conv1d.",
+    "mixer.norm.": "mixer.norm.",
+    "mixer.out_proj.": "mixer.out_proj.",
     "pre_cross_attn_layernorm.": "pre_cross_attn_layernorm.",
     "cross_attention.linear_q.": "cross_attention.linear_q.",
     "cross_attention.linear_kv.": "cross_attention.linear_kv.",
@@ -68,6 +85,7 @@ LAYER_NAMES = frozenset(
         "mlp.router.expert_bias",
         "mlp.shared_experts.gate_weight",
         "self_attention.core_attention.softmax_offset",
+        *(f"mixer.{name}" for name in MAMBA_VECTORS),
     )
 )
 
@@ -125,14 +143,18 @@ REFUSED: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\.experts\.\d+\.dense_", "a fork's mixture of experts"),
         (r"\.fc[12]_latent_proj\.", "a mixture of experts that work in a latent width"),
         (r"inter_attention\.", "an encoder-decoder model (T5) of Megatron's legacy code"),
-        (r"\.mixer\.", "a Mamba or hybrid model"),
+        (r"\.mixer\.(x_proj|dt_proj|in_proj\.bias)", "Mamba layers of the first kind"),
+        (
+            r"\.self_attention\.(in_proj|conv1d|out_proj|out_norm|A_log|dt_bias)(\.|$)",
+            "linear attention (a gated delta net)",
+        ),
         (r"linear_qkv_down_proj", "latent attention with fused down projections"),
         (
             r"(^|\.)(query_model|context_model|retriever|biencoder)\.",
             "a retrieval model (ICT, REALM)",
         ),
         (
-            r"(^|\.)(vision_model|backbone|cls_token|conv1|linear_encoder|vision_projection)",
+            r"(^|\.)(vision_model|backbone|cls_token|conv1(?!d)|linear_encoder|vision_projection)",
             "a vision model",
         ),
         (r"(lora_|\.adapter)", "a model with unmerged adapters"),
@@ -167,7 +189,7 @@ def is_ignored(key: str) -> bool:
 
 def is_core(key: str) -> bool:
     """Whether a key is one that only megatron-core's layers have."""
-    return ".linear_qkv." in key or ".linear_kv_up_proj." in key
+    return any(part in key for part in (".linear_qkv.", ".linear_kv_up_proj.", ".mixer."))
 
 
 def is_expert(key: str) -> bool:

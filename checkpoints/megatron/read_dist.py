@@ -62,6 +62,12 @@ _NO_WEIGHT = re.compile(
 )
 _STACKED = re.compile(r"(?P<block>encoder|decoder)\.layers\.(?!\d+\.)(?P<rest>.+)")
 _HALF = re.compile(r"(?P<name>.+\.linear_fc1\.(?:weight|bias)\d*)_(?P<half>[wv])")
+MAMBA_PARTS = {"in_proj": ("z", "x", "B", "C", "dt"), "conv1d": ("x", "B", "C")}
+"""The parts that Mamba's packed tensors are stored in, in their order."""
+
+_PART = re.compile(
+    r"(?P<name>.+\.mixer\.(?P<module>in_proj|conv1d)\.(?:weight|bias))\.(?:z|x|B|C|dt)"
+)
 _NESTED = ("args", "checkpoint_version", "iteration")
 """Entries of torch_dcp and fsdp_dtensor that hold what common.pt holds in torch_dist."""
 
@@ -307,7 +313,7 @@ def _canonical(
         else:
             flat[name] = files.tensor(key)
     flat = {name: tensor for name, tensor in flat.items() if not names.is_left_out(name)}
-    flat = _join_halves(flat, files.path)
+    flat = _join_parts(_join_halves(flat, files.path), files.path)
     where = str(files.path)
     names.refuse_unsupported(sorted(flat), where)
     family = names.family_of(sorted(flat))
@@ -344,6 +350,26 @@ def _join_halves(flat: Mapping[str, LazyTensor], where: Path) -> dict[str, LazyT
             # All experts in one tensor stand before the rows.
             ending = 2 if ".weight" in match["name"] else 1
             joined[match["name"]] = Concat([tensor, up], len(tensor.shape) - ending)
+    return joined
+
+
+def _join_parts(flat: Mapping[str, LazyTensor], where: Path) -> dict[str, LazyTensor]:
+    """Return the tensors with Mamba's packed ones whole: each part has a key of its own."""
+    joined: dict[str, LazyTensor] = {}
+    for name, tensor in flat.items():
+        match = _PART.fullmatch(name)
+        if not match:
+            joined[name] = tensor
+        elif match["name"] not in joined:
+            wanted = MAMBA_PARTS[match["module"]]
+            found = [flat.get(f"{match['name']}.{part}") for part in wanted]
+            parts = [part for part in found if part is not None]
+            if len(parts) < len(found) or len({part.shape[1:] for part in parts}) > 1:
+                raise InputError(
+                    f"{where} lacks one of {', '.join(wanted)} of {match['name']}, or they do not "
+                    "fit one another; copy the checkpoint again"
+                )
+            joined[match["name"]] = Concat(parts, 0)
     return joined
 
 

@@ -342,7 +342,8 @@ def _stage_tensors(stages: list[RankFile], family: str, ep: int) -> dict[str, La
                 # A tied embedding's copy in the last stage must not replace the first stage's.
                 found = {name: tensor for name, tensor in found.items() if name not in tensors}
             tensors.update(found)
-            offset = len(layer_indices({name: () for name in tensors}))
+            # The number of the last, not of all: a heterogeneous layer may hold nothing.
+            offset = max(layer_indices({name: () for name in tensors}), default=-1) + 1
             if WORD_EMBEDDINGS not in tensors:
                 swapped = (
                     len(stages) > 1 and "; the mp_rank folders may have been renamed or swapped"

@@ -66,7 +66,7 @@ class Branches:
             (self.query_groups, found.query_groups),
             (self.ffn_hidden_size, found.ffn_hidden_size),
         )
-        return ours != theirs or any(a not in (None, b) for a, b in pairs)
+        return ours != theirs or any(a not in (None, b) and b is not None for a, b in pairs)
 
     def __str__(self) -> str:
         widths = (self.query_groups, self.ffn_hidden_size)
@@ -124,28 +124,17 @@ def _kind(part: Mapping[str, Any], usual: str) -> str:
     return "linear" if part.get("replace_with_linear") else usual
 
 
-def count_layers(numbers: list[int], args: _Args, where: str) -> int:
-    """Return the number of layers, given the numbers of those that hold anything.
-
-    Raises:
-        InputError: A layer is missing.
-    """
+def with_empty_layers(numbers: list[int], args: _Args, where: str) -> list[int]:
+    """Return the numbers of a model's layers, given those that hold anything, in order."""
     described = described_layers(args, where) or []
-    empty = {n for n, one in enumerate(described) if str(one) == "nothing"}
-    count = max([*numbers, *(empty if numbers else ())], default=-1) + 1
-    gap = next((n for n in range(count) if n not in numbers and n not in empty), None)
-    if gap is not None:
-        raise InputError(
-            f"{where} lacks layer {gap} of {count}; if a pipeline stage is missing, copy all "
-            "mp_rank folders of one save"
-        )
-    return count
+    empty = {number for number, one in enumerate(described) if str(one) == "nothing"}
+    return sorted({*numbers, *empty})
 
 
-def read_branches(b: ConfigBuilder, args: _Args, shapes: _Shapes, layers: int) -> None:
-    """Take which layers have which branches, and Mamba-2's sizes.
+def read_branches(b: ConfigBuilder, args: _Args, shapes: _Shapes) -> bool:
+    """Take which layers have which branches, and Mamba-2's sizes; return whether they may differ.
 
-    Models all of whose layers have attention and an MLP are left as they are.
+    A model that neither its args nor its parameters say anything special of is left as it is.
 
     Raises:
         InputError: A layer holds something else than args say.
@@ -155,8 +144,8 @@ def read_branches(b: ConfigBuilder, args: _Args, shapes: _Shapes, layers: int) -
     hybrid = mamba or bool(args.get("is_hybrid_model"))
     matrices = any(re.search(r"\.(self_attention|mlp)\.weight$", name) for name in shapes)
     if described is None and not hybrid and not matrices:
-        return
-    found = [_found(shapes, layer) for layer in range(layers)]
+        return False
+    found = _found_layers(b, args, shapes)
     _check(b, described, found, hybrid=hybrid)
     for name, part, kind in (
         ("no_mixer_layers", "mixer", "none"),
@@ -168,6 +157,7 @@ def read_branches(b: ConfigBuilder, args: _Args, shapes: _Shapes, layers: int) -
         b.set(name, tuple(n for n, one in enumerate(found) if getattr(one, part) == kind), "shapes")
     if mamba:
         _read_mamba(b, args, shapes)
+    return True
 
 
 def _check(
@@ -192,13 +182,35 @@ def _check(
             )
 
 
-def _found(shapes: _Shapes, layer: int) -> Branches:
-    def first(kinds: Mapping[str, str]) -> str:
-        found = (kind for suffix, kind in kinds.items() if prefix + suffix in shapes)
-        return next(found, "none")
+def _found_layers(b: ConfigBuilder, args: _Args, shapes: _Shapes) -> list[Branches]:
+    mixers, feed_forwards = (
+        {n: kind for suffix, kind in kinds.items() for n in by_layer(shapes, suffix)}
+        for kinds in (_MIXERS, _FEED_FORWARDS)
+    )
+    widths = {n: shape[1] for n, shape in by_layer(shapes, ".mlp.linear_fc2.weight").items()}
+    heads = args.get("num_attention_heads")
+    groups: dict[int, int] = {}
+    rows = by_layer(shapes, ".self_attention.linear_qkv.weight")
+    for n, (_, width) in by_layer(shapes, ".self_attention.linear_proj.weight").items():
+        if heads and n in rows and width >= heads:
+            own = 2 * heads if args.get("attention_output_gate") else heads
+            groups[n] = (rows[n][0] // (width // heads) - own) // 2
+    return [
+        Branches(mixers.get(n, "none"), feed_forwards.get(n, "none"), groups.get(n), widths.get(n))
+        for n in range(b.values["num_layers"])
+    ]
 
-    prefix = f"decoder.layers.{layer}"
-    return Branches(first(_MIXERS), first(_FEED_FORWARDS))
+
+def by_layer(shapes: _Shapes, suffix: str) -> dict[int, tuple[int, ...]]:
+    """Return the shapes of a part of the decoder's layers, by layer number."""
+    found = {}
+    for name, shape in shapes.items():
+        head, layers, rest = name.partition("decoder.layers.")
+        if layers and not head and rest.endswith(suffix):
+            number = rest.partition(".")[0]
+            if rest == number + suffix:
+                found[int(number)] = shape
+    return found
 
 
 def read_widths(b: ConfigBuilder, name: str, of_layers: Mapping[int, int]) -> int:
