@@ -395,7 +395,7 @@ def _sizes(b: _ArgsReader, shapes: Shapes) -> None:
     if t5:  # megatron-core takes num_layers for the decoder
         saved = args.get("decoder_num_layers") or first
         _layers(b, "decoder_num_layers", layer_indices(shapes, "decoder"), saved)
-    if b.code == "core" and b.values["family"] == "gpt":
+    if b.code == "core":
         b.layers_differ = branches.read_branches(b, args, shapes)
     vocab, hidden = shapes[WORD_EMBEDDINGS]
     b.set("vocab_size", vocab, "shapes")

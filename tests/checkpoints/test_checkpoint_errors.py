@@ -327,7 +327,8 @@ def test_files_that_hold_no_model(contents: Any, message: str, tmp_path: Path):
     ("key", "what"),
     [
         ("decoder.layers.0.mlp.fc1_latent_proj.weight", "a mixture of experts that work in a la"),
-        ("decoder.layers.0.mixer.in_proj.weight", "a Mamba or hybrid model"),
+        ("decoder.layers.0.mixer.x_proj.weight", "Mamba layers of the first kind"),
+        ("decoder.layers.0.self_attention.in_proj.weight", "linear attention .a gated delta net"),
         ("decoder.layers.0.self_attention.linear_qkv_down_proj.weight", "fused down projections"),
         ("decoder.layers.0.self_attention.linear_qkv.lora_a", "unmerged adapters"),
         ("vision_model.class_token", "a vision model"),

@@ -29,10 +29,7 @@ BY_HAND = {"geglu": ["activation=geglu_tanh"]}
 
 REFUSED = {
     "moe_tp2_etp1_incomplete": "only a part of its model.*torch_dist",
-    "nas_tp2": "self_attention.weight",
     "nemo1_llama": "nemo",
-    "nemotronh_dist": "Mamba",
-    "nemotronh_tp2": "Mamba",
 }
 
 

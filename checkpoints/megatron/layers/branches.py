@@ -145,6 +145,11 @@ def read_branches(b: ConfigBuilder, args: _Args, shapes: _Shapes) -> bool:
     matrices = any(re.search(r"\.(self_attention|mlp)\.weight$", name) for name in shapes)
     if described is None and not hybrid and not matrices:
         return False
+    if b.values["family"] != "gpt":
+        raise InputError(
+            f"{b.where} was trained with layers that differ, by args.is_hybrid_model, "
+            f"{' or '.join(PATTERNS)} or {JSON_PATH}, which mlm-eval computes for GPT models only"
+        )
     found = _found_layers(b, args, shapes)
     _check(b, described, found, hybrid=hybrid)
     for name, part, kind in (

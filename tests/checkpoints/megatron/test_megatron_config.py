@@ -436,8 +436,6 @@ def test_the_vocabulary_is_what_is_stored():
         ("num_experts", 8, "a mixture of experts"),
         ("multi_latent_attention", True, ""),
         ("output_logit_softcapping", 30.0, "capped logits"),
-        ("is_hybrid_model", True, "a hybrid .Mamba. model"),
-        ("hybrid_override_pattern", "M*M*", "a hybrid .Mamba. model"),
         ("linear_attention_freq", 4, "linear attention"),
         ("num_experts", Stub("dict"), "a mixture of experts"),
     ],
