@@ -59,6 +59,9 @@ class Checkpoint:
     config: ModelConfig
     tensors: Mapping[str, LazyTensor]
     provenance: Provenance
+    prediction_heads: Mapping[str, LazyTensor] = field(default_factory=dict)
+    """The heads of multi-token prediction, which the model's function does not need; see
+    `parameters.prediction_parameters`."""
 
     @property
     def num_parameters(self) -> int:

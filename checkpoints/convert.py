@@ -19,6 +19,7 @@ from mlm_eval.checkpoints.megatron.layout import (
     is_for_v25,
     padded_vocabulary,
     save_layout,
+    saved_ep,
 )
 from mlm_eval.checkpoints.tokenizer import (
     Tokenizer,
@@ -59,6 +60,8 @@ def convert(
     names: str | None = None,
     tp: int | None = None,
     pp: int | None = None,
+    ep: int | None = None,
+    etp: int | None = None,
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str = "5GB",
     vocab: str | None = None,
@@ -85,6 +88,8 @@ def convert(
             `megatron`.
         tp: Tensor-parallel size of the result; None: the source's. Not for `hf`.
         pp: Pipeline size of the result; None: the source's. Not for `hf`.
+        ep: Expert-parallel size of the result; None: the source's. For mixtures of experts.
+        etp: Ranks that share an expert's width; None: see `LayoutOptions`.
         dtype: Dtype of the weights; None or `auto` keeps that of each.
         max_shard_size: Largest safetensors file (`hf`).
         vocab: `true` (the tokenizer's entries; Megatron's own padding of them for Megatron
@@ -110,9 +115,10 @@ def convert(
     if to not in TARGET_FORMATS:
         raise InputError(f"--to {to!r} is unknown; use {', '.join(TARGET_FORMATS)}")
     _check_names(names, to)
-    if to == "hf" and (tp not in (None, 1) or pp not in (None, 1)):
+    if to == "hf" and not {tp, pp, ep, etp} <= {None, 1}:
         raise InputError(
-            "--tp and --pp are for Megatron targets; a Hugging Face folder has no ranks"
+            "--tp, --pp, --ep and --etp are for Megatron targets; a Hugging Face folder has no "
+            "ranks"
         )
     if dtype == "auto":
         dtype = None
@@ -144,6 +150,8 @@ def convert(
     sizes: dict[str, Any] = {
         "tp": tp or checkpoint.provenance.tensor_parallel,
         "pp": pp or checkpoint.provenance.pipeline_parallel,
+        "ep": ep or saved_ep(checkpoint),
+        "etp": etp,
         "dtype": dtype,
         "true_vocab_size": true_vocab_size if vocab == "true" else None,
     }
@@ -217,6 +225,8 @@ def convert(
     if misfit is not None:
         warnings = [misfit, *warnings]
     write(target=Path(path), overwrite=overwrite, finish=finish, on_progress=on_progress)
+    if checkpoint.prediction_heads and to == "hf":
+        notes = [*notes, "the heads of multi-token prediction are left out"]
     if left := checkpoint.provenance.training_state:
         notes = [*notes, f"weights only: the source's {', '.join(left)} is not carried along"]
     return Conversion(Path(path), to, notes, approximations, warnings, comparison, missing)

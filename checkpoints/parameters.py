@@ -379,6 +379,26 @@ def _experts(c: ModelConfig, prefix: str) -> Iterator[Parameter]:
             yield Parameter(f"{prefix}shared_experts.gate_weight", (1, h), REPLICATED)
 
 
+def prediction_parameters(c: ModelConfig, heads: int) -> dict[str, Parameter]:
+    """Return the parameters of the heads of multi-token prediction, by name.
+
+    Each holds a layer like the model's last. No evaluation needs them: they are for conversions.
+    Source: docs/megatron.md, "Multi-token prediction".
+    """
+    found: list[Parameter] = []
+    last = f"{c.block}.layers.{c.num_layers - 1}."
+    for head in range(heads):
+        prefix = f"mtp.layers.{head}."
+        found += [*_norm(c, f"{prefix}enorm"), *_norm(c, f"{prefix}hnorm")]
+        shape = (c.hidden_size, 2 * c.hidden_size)
+        found.append(Parameter(f"{prefix}eh_proj.weight", shape, COLUMN))
+        for parameter in layer_parameters(c, c.num_layers - 1):
+            name = f"{prefix}transformer_layer.{parameter.name.removeprefix(last)}"
+            found.append(Parameter(name, parameter.shape, parameter.rule))
+        found += _norm(c, f"{prefix}final_layernorm")
+    return {parameter.name: parameter for parameter in found}
+
+
 def _norm(c: ModelConfig, name: str, width: int | None = None) -> Iterator[Parameter]:
     shape = (width or c.hidden_size,)
     yield Parameter(f"{name}.weight", shape, REPLICATED)

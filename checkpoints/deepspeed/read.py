@@ -31,7 +31,8 @@ from mlm_eval.checkpoints.files.state_dict import unwrapped
 from mlm_eval.checkpoints.files.torch_file import TorchFile, read_torch_file
 from mlm_eval.checkpoints.lazy import Concat, LazyTensor, Selected
 from mlm_eval.checkpoints.megatron.args import saved_args
-from mlm_eval.checkpoints.megatron.files import ExpertLayout, Rank, RankFile, flat_tensors
+from mlm_eval.checkpoints.megatron.files import Rank, RankFile, flat_tensors
+from mlm_eval.checkpoints.megatron.layout import ExpertLayout
 from mlm_eval.checkpoints.megatron.read_torch import merge_ranks
 from mlm_eval.checkpoints.projects.settings import PASSED_ON
 

@@ -7,6 +7,8 @@ and Megatron's own, must get the same model back. Source: docs/megatron.md, "Arg
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 from argparse import Namespace
 from collections.abc import Mapping
@@ -30,7 +32,8 @@ from mlm_eval.checkpoints.megatron.family_args import Shapes
 from mlm_eval.checkpoints.megatron.fields import ARG_FIELDS, NOT_FOR_T5, T5_UNTIL, RunCode
 from mlm_eval.checkpoints.megatron.layers import branches
 from mlm_eval.checkpoints.megatron.layout import SaveLayout, needs_openai_gelu
-from mlm_eval.checkpoints.parameters import RELATIVE_BIASES, WORD_EMBEDDINGS
+from mlm_eval.checkpoints.megatron.names import num_prediction_heads
+from mlm_eval.checkpoints.parameters import RELATIVE_BIASES, WORD_EMBEDDINGS, parameters
 from mlm_eval.checkpoints.projects.settings import (
     ACTIVATION_ARGS,
     BESIDE,
@@ -100,7 +103,7 @@ _NUMBERS = frozenset(
 
 _CARRIED_WORDS = frozenset(
     """tokenizer_type optimizer lr_decay_style weight_decay_incr_style dataloader_type data_impl
-    DDP_impl""".split()
+    DDP_impl moe_router_load_balancing_type""".split()
 )
 """Words that are kept. Any other string may name a place, a person or a machine."""
 
@@ -113,7 +116,10 @@ _NOT_CARRIED = frozenset(
     decoder_last_pipeline_num_layers account_for_embedding_in_pipeline_split
     account_for_loss_in_pipeline_split standalone_embedding_stage encoder_tensor_model_parallel_size
     encoder_pipeline_model_parallel_size use_cpu_initialization apply_layernorm_1p
-    disable_bias_linear num_classes use_mcore_models use_legacy_models""".split()
+    disable_bias_linear num_classes use_mcore_models use_legacy_models mtp_num_layers
+    moe_extended_tp moe_use_legacy_grouped_gemm moe_permute_fusion moe_enable_deepep
+    moe_shared_expert_overlap moe_layer_recompute moe_pad_expert_input_to_capacity
+    moe_router_topk_limited_devices""".split()
 )
 """About the machines and the layout of the run that saved the source, or said anew below."""
 
@@ -155,10 +161,9 @@ class _ArgsReader(ConfigBuilder):
         Nothing is said of one that is absent, or is set by hand.
         """
         entry = ARG_FIELDS[name]
-        ours = self.args.get(PASSED_ON)
         t5 = self.values["family"] == "t5" and name in NOT_FOR_T5
         received = self.code not in entry.unreceived and not t5
-        if received or (isinstance(ours, list) and name in ours):
+        if received or family_args.is_passed_on(self.args, name):
             return True
         models, until = ("T5 models", T5_UNTIL) if t5 else ("models", entry.until)
         self.warnings.append(
@@ -788,14 +793,64 @@ def _tying_and_heads(b: _ArgsReader, shapes: Shapes) -> None:
         b.set(name, f"{name}.weight" in shapes, "shapes")
 
 
-def rank_args(checkpoint: Checkpoint, layout: SaveLayout, tp_rank: int, pp_rank: int) -> Namespace:
-    """Return the `args` of one rank's file."""
+def rank_args(checkpoint: Checkpoint, layout: SaveLayout, column: int, pp_rank: int) -> Namespace:
+    """Return the `args` of one rank's file.
+
+    Args:
+        checkpoint: What is written, with the rows that are stored.
+        layout: Its sizes.
+        column: The file's number within its pipeline stage; see `ExpertLayout.folders`.
+        pp_rank: The stage.
+
+    Raises:
+        InputError: Args cannot say what the model computes.
+    """
     c = checkpoint.config
     saved = checkpoint.provenance.args
     values = {name: value for name, value in saved.items() if _is_carried(name, value)}
     values |= _args_of_settings(c, layout.names == "core", values.get("seq_length"))
-    values |= _args_of_layout(layout, tp_rank, pp_rank)
+    if c.num_experts and values.get("moe_router_load_balancing_type") in (None, "sinkhorn"):
+        values["moe_router_load_balancing_type"] = "none"  # what sinkhorn evaluates is written out
+    if checkpoint.prediction_heads:
+        values["mtp_num_layers"] = num_prediction_heads(checkpoint.prediction_heads)
+    values |= _args_of_layout(c, layout, column, pp_rank)
+    if layout.names == "core":
+        _check_args(values, checkpoint)
     return Namespace(**dict(sorted(values.items())))  # sorted: equal args are equal bytes
+
+
+def _check_args(values: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Refuse args from which another model would be read than the one that is written.
+
+    Raises:
+        InputError: A setting is lost.
+    """
+    c, where = checkpoint.config, checkpoint.provenance.path
+    read = build_config(
+        {name: parameter.shape for name, parameter in parameters(c).items()},
+        values,
+        family=c.family,
+        code="core",
+        overrides={},
+        where=str(where),
+        params_dtype=c.params_dtype,
+    ).config
+    lost = [
+        f.name
+        for f in dataclasses.fields(ModelConfig)
+        if not _is_alike(getattr(read, f.name), getattr(c, f.name))
+    ]
+    if lost:
+        raise InputError(
+            f"{where} has {lost[0]} = {getattr(c, lost[0])!r}, which Megatron's args cannot say, "
+            "so no file of Megatron's can hold this model; keep the format it has"
+        )
+
+
+def _is_alike(one: Any, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return bool(one == other)
 
 
 def _is_carried(name: str, value: Any) -> bool:
@@ -838,13 +893,18 @@ def _args_of_settings(c: ModelConfig, core: bool, run_length: int | None) -> dic
         "squared_relu": c.activation == "squared_relu",
         "openai_gelu": openai,
         "onnx_safe": None,
-        "bias_gelu_fusion": c.activation == "gelu_tanh" and not openai,
+        "bias_gelu_fusion": c.activation in ("gelu_tanh", "geglu_tanh") and not openai,
     }
-    if c.softmax_scale is None:  # no argument of Megatron-LM: absent in files of ordinary models
+    # No argument of Megatron-LM: absent in files of ordinary models. Latent attention has its own.
+    if c.softmax_scale is None or c.multi_latent_attention:
         del values["softmax_scale"]
     values |= family_args.args_of_family(c)
     if c.rope_scaling is not None:
         values["rope_scaling_factor"] = c.rope_scaling.factor
+    if c.activation in ("geglu", "geglu_tanh"):
+        values["gated_linear_unit"] = True
+    if c.activation_func_clamp_value is not None or c.glu_linear_offset:
+        values["bias_swiglu_fusion"] = False  # the fused kernel knows neither
     if core and (unheard := _unheard(c)):
         values[PASSED_ON] = sorted(unheard)
     if c.num_classes:
@@ -861,21 +921,59 @@ def _unheard(c: ModelConfig) -> dict[str, Any]:
         found["rotary_seq_len_interpolation_factor"] = c.rotary_seq_len_interpolation_factor
     if c.rope_scaling is not None and c.rope_scaling.factor != RopeScaling().factor:
         found["rope_scaling_factor"] = c.rope_scaling.factor
+    if c.qk_l2_norm and not c.num_experts:
+        found["qk_l2_norm"] = True
     return found
 
 
 def unheard_warnings(config: ModelConfig) -> list[str]:
     """Return what to tell whoever opens a megatron-core checkpoint of this model with Megatron."""
-    return [
+    warnings = [
         f"args.{name} is {value:g}, which Megatron-LM does not pass on to its model (up to "
         f"{ARG_FIELDS[name].until}): build the model with it by hand there; mlm-eval applies it"
         for name, value in _unheard(config).items()
+        if ARG_FIELDS[name].until
     ]
+    if config.qk_l2_norm and not config.num_experts:
+        warnings.append(
+            "args.qk_l2_norm is on, which Megatron-LM's local layers of a dense model leave out: "
+            "build the model with it by hand there; mlm-eval applies it"
+        )
+    if config.activation in ("geglu", "geglu_tanh"):
+        warnings.append(
+            "the gate beside a GELU stands in args.gated_linear_unit, for which Megatron-LM has no "
+            "option: it heeds the gate where it takes its args from the checkpoint's Namespace "
+            "only; mlm-eval applies it"
+        )
+    by_hand = {
+        "YaRN": config.yarn is not None and not config.multi_latent_attention,
+        "capped attention scores or logits": config.attn_logit_softcapping is not None
+        or config.final_logit_softcapping is not None,
+        "a rotary base of windowed layers": config.rotary_base_local is not None,
+        "norms of branches": config.branch_layernorm,
+        "scaled embeddings or logits": (config.embedding_multiplier, config.logit_multiplier)
+        != (1.0, 1.0),
+    }
+    warnings += [
+        f"the model has {what}, for which Megatron-LM has no option (up to core 0.17): the args "
+        "say it, but build the model with it by hand there; mlm-eval applies it"
+        for what, there in by_hand.items()
+        if there
+    ]
+    if config.num_experts and config.add_bias_linear and not config.moe_router_bias:
+        warnings.append(
+            "the routers have no bias beside linear layers that do, as up to core 0.14: newer "
+            "versions of Megatron-LM miss it when they load the files"
+        )
+    return warnings
 
 
-def _args_of_layout(layout: SaveLayout, tp_rank: int, pp_rank: int) -> dict[str, Any]:
-    core = layout.names == "core"
-    return {
+def _args_of_layout(
+    c: ModelConfig, layout: SaveLayout, column: int, pp_rank: int
+) -> dict[str, Any]:
+    core, experts = layout.names == "core", layout.experts
+    of_experts = {"expert_tensor_parallel_size": experts.etp} if c.num_experts else {}
+    return of_experts | {
         "padded_vocab_size": layout.vocab_size,
         "make_vocab_size_divisible_by": layout.divisible_by,
         "params_dtype": layout.params_dtype,
@@ -886,12 +984,12 @@ def _args_of_layout(layout: SaveLayout, tp_rank: int, pp_rank: int) -> dict[str,
         "transformer_pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": None,
         "context_parallel_size": 1,
-        "expert_model_parallel_size": 1,
+        "expert_model_parallel_size": experts.ep,
         "sequence_parallel": False,
-        "data_parallel_size": 1,
-        "world_size": layout.tp * layout.pp,
+        "data_parallel_size": experts.ranks // experts.tp,
+        "world_size": experts.ranks * layout.pp,
         # Tensor-parallel ranks count fastest. It tells when folders were swapped.
-        "rank": pp_rank * layout.tp + tp_rank,
+        "rank": pp_rank * experts.ranks + column,
         "transformer_impl": "local",
         "use_mcore_models": core,
         "use_legacy_models": not core,

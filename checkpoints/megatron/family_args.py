@@ -19,7 +19,7 @@ from mlm_eval.checkpoints.config import (
 )
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.megatron.layers.branches import JSON_PATH, PATTERNS, args_of_branches
-from mlm_eval.checkpoints.projects.settings import GATED_GELU
+from mlm_eval.checkpoints.projects.settings import GATED_GELU, PASSED_ON
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Canonical name -> full shape."""
@@ -61,6 +61,12 @@ _CORE_ONLY: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys((*PATTERNS, JSON_PATH), ("",)),
 }
 """What legacy layers do not have -> values that ask for none of it."""
+
+
+def is_passed_on(args: Mapping[str, Any], name: str) -> bool:
+    """Return whether a file says that the code which ran passed an arg on to its model."""
+    listed = args.get(PASSED_ON)
+    return isinstance(listed, list) and name in listed
 
 
 def refuse_in_legacy(args: Mapping[str, Any], where: str) -> None:
@@ -223,6 +229,7 @@ def read_l2_norm(b: ConfigBuilder, args: Mapping[str, Any]) -> None:
     asked = bool(args.get("qk_l2_norm"))
     fused = args.get("transformer_impl") not in (None, "local")
     acts = asked and (bool(b.values.get("num_experts")) or fused)
+    acts = acts or is_passed_on(args, "qk_l2_norm")
     if asked and not acts and "qk_l2_norm" not in b.overrides:
         b.warnings.append(
             "args.qk_l2_norm is on, but the local layers of a dense model do not heed it, so it is "
@@ -569,11 +576,15 @@ def _args_of_experts(c: ModelConfig) -> dict[str, Any]:
         "moe_router_group_topk": c.moe_router_group_topk or None,
         "moe_router_topk_scaling_factor": c.moe_router_topk_scaling_factor,
         "moe_router_enable_expert_bias": c.moe_router_enable_expert_bias,
-        "moe_router_load_balancing_type": "none",
         "moe_apply_probs_on_input": c.moe_apply_probs_on_input,
         "moe_shared_expert_intermediate_size": c.moe_shared_expert_intermediate_size or None,
         "moe_shared_expert_gate": c.moe_shared_expert_gate,
+        # Layouts and kernels that any run of Megatron's has, without TransformerEngine too.
+        "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": False,
+        "moe_use_legacy_grouped_gemm": False,
+        "moe_shared_expert_overlap": False,
+        "moe_permute_fusion": False,
     }
 
 

@@ -7,7 +7,7 @@ Source: docs/megatron.md, "Folders and files", "Top-level keys".
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -236,62 +236,12 @@ def check_same_run(files: dict[Rank, RankFile], tp: int, where: Path) -> None:
 
 # ---- experts -------------------------------------------------------------------------------------
 # In the `torch` format a rank holds some experts, by local numbers, and of each of them a part of
-# its width. Every folder is named after a tensor-parallel and an expert-parallel rank, but only the
-# ranks that come first among those with the same experts write: with expert-tensor size ETP and
-# expert size EP these are the first ETP x EP ranks of a pipeline stage.
-# Source: docs/megatron.md, "Mixtures of experts".
+# its width: see `layout.ExpertLayout`. Source: docs/megatron.md, "Mixtures of experts".
 
 NUMBERED = re.compile(r"(?P<head>.+\.mlp\.experts\.)(?P<number>\d+)\.(?P<tail>linear_fc[12]\.\w+)")
 """Canonical name of one expert's matrix, before the experts of a layer are stacked."""
 
 _SLABS = re.compile(r"(?P<head>.+\.mlp\.experts\.)weight(?P<number>[12])")
-
-
-@dataclass(frozen=True)
-class ExpertLayout:
-    """How a run laid its experts out over the tensor-parallel ranks of a pipeline stage."""
-
-    tp: int
-    ep: int
-    """Expert-parallel size: each rank holds one in so many experts, neighbours together."""
-    etp: int
-    """Expert-tensor-parallel size: so many ranks share the width of an expert."""
-
-    @classmethod
-    def of(cls, args: Mapping[str, Any], tp: int) -> ExpertLayout:
-        """Return the layout that args say; before core 0.10 experts were cut as all else is."""
-        ep = args.get("expert_model_parallel_size") or 1
-        return cls(tp, ep, args.get("expert_tensor_parallel_size") or tp)
-
-    def folders(self) -> Iterator[tuple[int, int]]:
-        """Yield the (tensor, expert) ranks of the folders that Megatron writes for a stage."""
-        for rank in range(self.etp * self.ep):
-            yield rank % self.tp, rank // self.etp
-
-    def holder(self, expert_rank: int, part: int) -> tuple[int, int]:
-        """Return the (tensor, expert) ranks of the folder with a part of some experts."""
-        return (expert_rank * self.etp + part) % self.tp, expert_rank
-
-    def check(self, where: str) -> None:
-        """Refuse a layout that leaves a part of the model on no disk.
-
-        Raises:
-            InputError: No folder of some tensor-parallel rank was ever written.
-        """
-        written = self.etp * self.ep
-        if written < self.tp:
-            raise InputError(
-                f"{where} is only a part of its model: with tensor-parallel size {self.tp}, "
-                f"expert-tensor size {self.etp} and expert size {self.ep} Megatron writes no "
-                f"folder of the tensor-parallel ranks from {written} on, so their attention is on "
-                "no disk; save the run in the torch_dist format, which is whole"
-            )
-        if written % self.tp:
-            raise InputError(
-                f"{where}: expert-tensor size {self.etp} x expert size {self.ep} is no multiple of "
-                f"the tensor-parallel size {self.tp} in its args; the file is damaged, copy it "
-                "again"
-            )
 
 
 def split_slabs(tensors: Mapping[str, LazyTensor], ep: int) -> dict[str, LazyTensor]:

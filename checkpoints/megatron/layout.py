@@ -6,13 +6,14 @@ What Megatron could not load again is refused here, before anything is written.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
-from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
+from mlm_eval.checkpoints.config import ModelConfig, RopeScaling, yarn_mscale
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS, allowed_tp, check_tp
 from mlm_eval.checkpoints.tokenizer import check_entries
@@ -20,8 +21,73 @@ from mlm_eval.checkpoints.tokenizers.tokenizer_type import LEGACY_TYPES
 
 NAMES = ("core", "legacy")
 
+UNWRITTEN = ("Mamba layers", "layers of different kinds")
+"""What no writer here knows yet, of `ModelConfig.parts_beyond_dense`."""
+
 DEFAULT_DIVISIBLE_BY = 128
 """Megatron's default of --make-vocab-size-divisible-by."""
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """How experts lie over the tensor-parallel ranks of a pipeline stage, in the `torch` format.
+
+    A rank holds one in `ep` experts, by local numbers, and of each of them one in `etp` parts of
+    its width. Its folder is named after its tensor-parallel and its expert-parallel rank. Megatron
+    writes those of the first `etp * ep` ranks alone, which hold all experts; what a run loads are
+    the folders of all its ranks.
+    Source: docs/megatron.md, "Mixtures of experts".
+    """
+
+    tp: int
+    ep: int
+    """Expert-parallel size: each rank holds one in so many experts, neighbours together."""
+    etp: int
+    """Expert-tensor-parallel size: so many ranks share the width of an expert."""
+
+    @classmethod
+    def of(cls, args: Mapping[str, Any], tp: int) -> ExpertLayout:
+        """Return the layout that args say; before core 0.10 experts were cut as all else is."""
+        ep = args.get("expert_model_parallel_size") or 1
+        return cls(tp, ep, args.get("expert_tensor_parallel_size") or tp)
+
+    @property
+    def ranks(self) -> int:
+        """The least number of ranks in a pipeline stage."""
+        return math.lcm(self.tp, self.etp * self.ep)
+
+    def folders(self) -> list[tuple[int, int]]:
+        """Return the (tensor, expert) ranks of a stage's folders, in the order of its ranks."""
+        return [(rank % self.tp, rank // self.etp % self.ep) for rank in range(self.ranks)]
+
+    def holder(self, expert_rank: int, part: int) -> tuple[int, int]:
+        """Return the (tensor, expert) ranks of the folder with a part of some experts."""
+        return (expert_rank * self.etp + part) % self.tp, expert_rank
+
+    def check(self, where: str, present: Collection[tuple[int, int]]) -> None:
+        """Refuse folders in which a part of the model is missing because none was written of it.
+
+        Args:
+            where: The checkpoint, for messages.
+            present: The (tensor, expert) ranks of the folders that are there.
+
+        Raises:
+            InputError: No folder of some tensor-parallel rank was ever written.
+        """
+        if self.etp < 1 or self.tp % self.etp:
+            raise InputError(
+                f"{where}: its args say expert-tensor size {self.etp} for a tensor-parallel size "
+                f"of {self.tp}, which it must divide; the file is damaged, copy it again"
+            )
+        written = self.folders()[: self.etp * self.ep]
+        lost = sorted({t for t, _ in self.folders()} - {t for t, _ in written})
+        if lost and not set(present) >= set(self.folders()):
+            raise InputError(
+                f"{where} is only a part of its model: with tensor-parallel size {self.tp}, "
+                f"expert-tensor size {self.etp} and expert size {self.ep} Megatron writes no "
+                f"folder of the tensor-parallel ranks from {lost[0]} on, so their attention is on "
+                "no disk; save the run in the torch_dist format, which is whole"
+            )
 
 
 @dataclass(frozen=True)
@@ -30,7 +96,8 @@ class SaveLayout:
 
     names: str
     """`core` (megatron-core's) or `legacy` (those of checkpoint version 3.0)."""
-    tp: int
+    experts: ExpertLayout
+    """Tensor-parallel size, and how experts lie over the ranks."""
     pp: int
     vocab_size: int
     """Rows of the vocabulary in all files together."""
@@ -45,7 +112,12 @@ class SaveLayout:
     notes: tuple[str, ...] = ()
     """Why the names are not the source's."""
     warnings: tuple[str, ...] = ()
-    """What keeps Megatron from loading legacy names."""
+    """What keeps Megatron from loading the files."""
+
+    @property
+    def tp(self) -> int:
+        """Tensor-parallel size."""
+        return self.experts.tp
 
 
 class LayoutOptions(TypedDict, total=False):
@@ -55,6 +127,11 @@ class LayoutOptions(TypedDict, total=False):
     """Tensor-parallel size, 1 by default; must divide the heads and the MLP's width."""
     pp: int
     """Pipeline stages, 1 by default; must divide the layers."""
+    ep: int
+    """Expert-parallel size, 1 by default; must divide the experts."""
+    etp: int | None
+    """Ranks that share an expert's width; None: `tp`, or 1 where experts have biases, because
+    megatron-core takes these whole only. Must divide `tp`."""
     dtype: torch.dtype | None
     """Dtype of the weights; None keeps that of each."""
     iteration: int | str | None
@@ -76,14 +153,17 @@ def save_layout(
         InputError: Megatron has no such model, or could not load it at these sizes.
     """
     config, source = checkpoint.config, checkpoint.provenance
-    if config.beyond_dense:
+    unwritten = [what for what in config.parts_beyond_dense if what in UNWRITTEN]
+    unwritten += ["an encoder and a decoder (T5)"] * (config.family == "t5")
+    if unwritten:
         raise InputError(
-            f"{source.path} has {config.beyond_dense}, which mlm-eval evaluates but does not "
-            "write; give a dense model, or evaluate this one where it is"
+            f"{source.path} has {unwritten[0]}, which mlm-eval evaluates but does not write; keep "
+            "the format it has"
         )
     chosen = choose_names(config, names, source=source.names)
     tp, pp, dtype = options.get("tp", 1), options.get("pp", 1), options.get("dtype")
     check_sizes(config, tp, pp, chosen)
+    experts = _expert_layout(config, tp, options.get("ep", 1), options.get("etp"))
     iteration = options.get("iteration")
     iteration = source.iteration if iteration is None else iteration
     true_size = options.get("true_vocab_size")
@@ -108,7 +188,7 @@ def save_layout(
         warnings = _doubts_of_v25(checkpoint, tp, rows, divisor, known=true_size is not None)
     return SaveLayout(
         names=chosen,
-        tp=tp,
+        experts=experts,
         pp=pp,
         vocab_size=rows,
         divisible_by=divisor,
@@ -118,6 +198,39 @@ def save_layout(
         notes=tuple(notes),
         warnings=tuple(warnings),
     )
+
+
+def _expert_layout(config: ModelConfig, tp: int, ep: int, etp: int | None) -> ExpertLayout:
+    """Return how the experts are laid out.
+
+    Raises:
+        InputError: There are none, or a size does not divide them.
+    """
+    count, width = config.num_experts, config.moe_ffn_hidden_size
+    if not count:
+        if ep != 1 or etp not in (None, tp):
+            raise InputError("--ep and --etp are for mixtures of experts; leave them out")
+        return ExpertLayout(tp, 1, tp)
+    if ep < 1 or count % ep:
+        allowed = [n for n in range(1, count + 1) if count % n == 0]
+        raise InputError(
+            f"cannot deal {count} experts to ep={ep} expert-parallel ranks; this model allows ep "
+            f"in {', '.join(map(str, allowed))}"
+        )
+    if config.add_bias_linear and etp not in (None, 1):
+        raise InputError(
+            f"cannot share an expert over etp={etp} ranks: megatron-core has experts with biases "
+            "on one rank only; leave --etp out"
+        )
+    if etp is None:
+        etp = 1 if config.add_bias_linear else tp
+    if etp < 1 or tp % etp or width % etp:
+        allowed = [n for n in range(1, tp + 1) if tp % n == 0 and width % n == 0]
+        raise InputError(
+            f"cannot share experts of width {width} over etp={etp} ranks at tp={tp}, of which etp "
+            f"must be a divisor; it allows etp in {', '.join(map(str, allowed))}"
+        )
+    return ExpertLayout(tp, ep, etp)
 
 
 def _doubts_of_v25(
@@ -140,6 +253,12 @@ def _doubts_of_v25(
             "--vocab padded"
         )
     return doubts
+
+
+def saved_ep(checkpoint: Checkpoint) -> int:
+    """Return the expert-parallel size of the run that saved a checkpoint."""
+    saved = checkpoint.provenance.args.get("expert_model_parallel_size")
+    return saved if checkpoint.config.num_experts and isinstance(saved, int) and saved > 0 else 1
 
 
 def choose_names(config: ModelConfig, names: str | None, *, source: str | None = None) -> str:
@@ -209,9 +328,47 @@ def lacking_in_core(c: ModelConfig) -> str | None:
         return "learned and rotary positions together"
     if c.family == "bert" and c.position_embedding_type != "learned_absolute":
         return "BERT without learned positions"
-    if c.qk_layernorm and c.qk_layernorm_bias != (c.normalization == "LayerNorm"):
+    latents = c.multi_latent_attention
+    if c.qk_layernorm and c.qk_layernorm_bias != (c.normalization == "LayerNorm") and not latents:
         return "norm of queries and keys that differs in kind from the other norms"
-    return _lacking_anywhere(c)
+    return _newer_lacking_in_core(c) or _lacking_anywhere(c)
+
+
+def _newer_lacking_in_core(c: ModelConfig) -> str | None:
+    """Return what megatron-core does not have of experts, latent attention and activations.
+
+    Source: megatron/core/transformer/transformer_config.py, mlp.py and moe (core 0.16).
+    """
+    usual = float((c.qk_head_dim + c.qk_pos_emb_head_dim or 1) ** -0.5)
+    lacking = {
+        "tanh GELU in experts": c.activation in ("gelu_tanh", "geglu_tanh") and c.num_experts,
+        "clamped or shifted tanh GEGLU": c.activation == "geglu_tanh"
+        and (c.activation_func_clamp_value is not None or c.glu_linear_offset),
+        "bias in a router beside linear layers without": c.moe_router_bias
+        and not c.add_bias_linear,
+        "softmax over one chosen expert": c.num_experts
+        and c.moe_router_topk == 1
+        and c.moe_router_score_function == "softmax"
+        and not c.moe_router_pre_softmax,
+        "latent attention with gates of its output": c.multi_latent_attention
+        and c.attention_output_gate,
+        "latent attention with L2-normed queries and keys": c.multi_latent_attention
+        and c.qk_l2_norm,
+        "latent attention with a factor of scores of its own": c.multi_latent_attention
+        and not math.isclose(c.softmax_scale or usual, _latent_scale(c), rel_tol=1e-6),
+    }
+    return next((what for what, lacks in lacking.items() if lacks), None)
+
+
+def _latent_scale(c: ModelConfig) -> float:
+    """Return the factor of scores that latent attention has of its sizes and its YaRN.
+
+    Source: docs/megatron.md, "Multi-latent attention".
+    """
+    usual = float((c.qk_head_dim + c.qk_pos_emb_head_dim) ** -0.5)
+    if c.yarn is None:
+        return usual
+    return usual * yarn_mscale(c.yarn.factor, c.yarn.mscale_all_dim or 0.0) ** 2
 
 
 def _lacking_in_v25(c: ModelConfig) -> str | None:
@@ -248,6 +405,8 @@ def _lacking_in_v25(c: ModelConfig) -> str | None:
 
 def _lacking_in_legacy(c: ModelConfig) -> str | None:
     """Return what no legacy model up to core 0.17 has, heads for question answering aside."""
+    if c.beyond_dense:
+        return c.beyond_dense
     if c.qk_layernorm:
         return "norm of queries and keys"
     if c.softmax_scale is not None:
@@ -307,12 +466,29 @@ def check_sizes(config: ModelConfig, tp: int, pp: int, names: str) -> None:
             f"cannot write tp={tp} files with {names} names: the model has "
             f"{groups} query groups, and {rule}; it allows tp in {', '.join(map(str, fitting))}"
         )
+    for what, width in _latent_widths(config).items():
+        if width % tp:
+            allowed = [n for n in allowed_tp(config) if width % n == 0]
+            raise InputError(
+                f"cannot write tp={tp} files: megatron-core's local layers cut {what} of width "
+                f"{width} over the ranks; it allows tp in {', '.join(map(str, allowed))}"
+            )
     if config.num_layers % pp:
         allowed = [n for n in range(1, config.num_layers + 1) if config.num_layers % n == 0]
         raise InputError(
             f"cannot split {config.num_layers} layers over pp={pp} pipeline stages; "
             f"this model allows pp in {', '.join(map(str, allowed))}"
         )
+
+
+def _latent_widths(c: ModelConfig) -> dict[str, int]:
+    if not c.multi_latent_attention:
+        return {}
+    return {
+        "the latent of keys and values, with its rotated key,": c.kv_lora_rank
+        + c.qk_pos_emb_head_dim,
+        "the latent of queries": c.q_lora_rank,
+    }
 
 
 def padded_vocabulary(

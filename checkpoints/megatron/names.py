@@ -205,6 +205,37 @@ def is_left_out(key: str) -> bool:
     return strip_prefixes(key).startswith("mtp.")
 
 
+_PREDICTION = re.compile(r"mtp\.layers\.(?P<head>\d+)\.(?P<rest>.+)")
+_PREDICTION_LAYER = ("transformer_layer.", "mtp_model_layer.")
+"""How a head of multi-token prediction names its layer: up to core 0.16, and later."""
+
+KEPT_IN_FLOAT32 = ".router.expert_bias"
+"""Ends the names of what Megatron keeps in float32, whatever the dtype of the weights."""
+
+
+def prediction_name(key: str, where: str) -> str:
+    """Return the canonical name of a key that belongs to a head of multi-token prediction.
+
+    Raises:
+        InputError: No GPT model has such a key.
+    """
+    name = strip_prefixes(key)
+    match = _PREDICTION.fullmatch(name)
+    if match:
+        for prefix in _PREDICTION_LAYER:
+            rest = match["rest"].removeprefix(prefix)
+            if rest != match["rest"]:
+                part = canonical_name(f"decoder.layers.0.{rest}", "decoder", 0, where)
+                part = part.removeprefix("decoder.layers.0.")
+                return f"mtp.layers.{match['head']}.transformer_layer.{part}"
+    return name
+
+
+def num_prediction_heads(names: Iterable[str]) -> int:
+    """Return the number of heads of multi-token prediction, given their parameters' names."""
+    return 1 + max((int(name.split(".")[2]) for name in names), default=-1)
+
+
 def strip_prefixes(key: str) -> str:
     """Return a flat key without what wrappers put into it, `model.` and `language_model.`."""
     return unwrapped(key).removeprefix("model.").removeprefix("language_model.")

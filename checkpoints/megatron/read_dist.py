@@ -42,6 +42,7 @@ from mlm_eval.checkpoints.megatron.args import build_config, saved_args
 from mlm_eval.checkpoints.megatron.fields import ARG_FIELDS
 from mlm_eval.checkpoints.megatron.files import stack_experts
 from mlm_eval.checkpoints.megatron.iteration import saved_iteration
+from mlm_eval.checkpoints.megatron.read_torch import prediction_heads
 from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS
 from mlm_eval.checkpoints.projects.settings import (
     BESIDE,
@@ -170,7 +171,10 @@ def _checkpoint(
     """Return the checkpoint of a folder's tensors and of what it records besides them."""
     folder = files.path
     args, beside = _settings(common, folder)
-    tensors, family = _canonical(files, keys)
+    flat = _flat(files, keys)
+    tensors, family = _canonical(
+        {name: tensor for name, tensor in flat.items() if not names.is_left_out(name)}, folder
+    )
     if WORD_EMBEDDINGS not in tensors:
         raise InputError(f"{folder} holds no word embeddings; it is not a whole GPT or BERT model")
     build = build_config(
@@ -182,6 +186,12 @@ def _checkpoint(
         where=str(folder),
         params_dtype=dtype_name(tensors[WORD_EMBEDDINGS].dtype),
     )
+    found = {
+        names.prediction_name(key, str(folder)): tensor
+        for key, tensor in flat.items()
+        if names.is_left_out(key)
+    }
+    heads, of_heads = prediction_heads(stack_experts(found, str(folder)), build.config, str(folder))
     provenance = Provenance(
         path=folder,
         format=format if beside is None else beside.format,
@@ -195,12 +205,12 @@ def _checkpoint(
         hostile=sorted({name for pickle in common.pickles for name in pickle.hostile}),
         warnings=[*warnings, *build.warnings, *_unknown_settings(beside)],
         training_state=training_state([*files.tensors, *files.objects, *common.values]),
-        notes=list(notes),
+        notes=[*notes, *of_heads],
         files=files_used,
         digest=digest(),  # now that the files are known to be there
         args=args,
     )
-    return Checkpoint(build.config, tensors, provenance).check()
+    return Checkpoint(build.config, tensors, provenance, heads).check()
 
 
 def _refuse_no_weights(files: DistributedFolder | ZarrFolder, keys: list[str]) -> None:
@@ -299,10 +309,8 @@ def _read_common(files: DistributedFolder | ZarrFolder) -> Common:
     return common
 
 
-def _canonical(
-    files: DistributedFolder | ZarrFolder, keys: list[str]
-) -> tuple[dict[str, LazyTensor], str]:
-    """Return the tensors under canonical names, and the family."""
+def _flat(files: DistributedFolder | ZarrFolder, keys: list[str]) -> dict[str, LazyTensor]:
+    """Return the tensors by key, each layer's under a name of its own."""
     flat: dict[str, LazyTensor] = {}
     for key in keys:
         name = names.strip_prefixes(key)
@@ -312,9 +320,12 @@ def _canonical(
                 flat[f"{match['block']}.layers.{layer}.{match['rest']}"] = tensor
         else:
             flat[name] = files.tensor(key)
-    flat = {name: tensor for name, tensor in flat.items() if not names.is_left_out(name)}
-    flat = _join_parts(_join_halves(flat, files.path), files.path)
-    where = str(files.path)
+    return _join_parts(_join_halves(flat, files.path), files.path)
+
+
+def _canonical(flat: Mapping[str, LazyTensor], folder: Path) -> tuple[dict[str, LazyTensor], str]:
+    """Return the tensors under canonical names, and the family."""
+    where = str(folder)
     names.refuse_unsupported(sorted(flat), where)
     family = names.family_of(sorted(flat))
     block, first_names = names.block_of(family), names.without_second_names(flat, family)

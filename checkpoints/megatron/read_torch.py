@@ -35,7 +35,6 @@ from mlm_eval.checkpoints.megatron.fields import RunCode
 from mlm_eval.checkpoints.megatron.files import (
     MODEL_FILES,
     NUMBERED,
-    ExpertLayout,
     Rank,
     RankFile,
     check_same_run,
@@ -47,12 +46,26 @@ from mlm_eval.checkpoints.megatron.files import (
     stacked_shapes,
 )
 from mlm_eval.checkpoints.megatron.iteration import folder_of_ranks, saved_iteration
-from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS, Parameter, cut_dim, parameters
+from mlm_eval.checkpoints.megatron.layout import ExpertLayout
+from mlm_eval.checkpoints.parameters import (
+    WORD_EMBEDDINGS,
+    Parameter,
+    cut_dim,
+    parameters,
+    prediction_parameters,
+)
 
 DRIFT = 0.1
 """Largest difference between copies on different ranks, relative to their largest value."""
 
-LEFT_OUT = "the heads of multi-token prediction are left out: the main head never sees them"
+PREDICTION_HEADS = (
+    "heads of multi-token prediction, which the main head never sees: kept by conversions to "
+    "Megatron's formats, left out elsewhere"
+)
+UNKNOWN_HEADS = (
+    "the heads of multi-token prediction are left out: their layer is of another kind than the "
+    "model's last"
+)
 
 UNVERSIONED = (
     "the files hold no checkpoint_version, so version 0 (QKV rows [3, heads, head]) is assumed, as "
@@ -94,7 +107,7 @@ def read_ranks(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     tp = tp or max(key[0] for key in paths) + 1
     layout = ExpertLayout.of(first.args, tp)
     if any(names.is_expert(key) for chunk in first.chunks for key in chunk):
-        layout.check(str(folder))
+        layout.check(str(folder), {(key[0], key[-1] if layout.ep > 1 else 0) for key in paths})
     pp = pp or max((key[1] if len(key) > 1 else 0) for key in paths) + 1
     keys: dict[Rank, tuple[int, ...]] = {}
     # Stop at the first missing rank: a damaged file may claim huge sizes.
@@ -106,7 +119,7 @@ def read_ranks(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
             parts = [p] * (pp > 1) + [e] * (layout.ep > 1)
             name = "_".join([f"mp_rank_{t:02d}", *(f"{number:03d}" for number in parts)])
             size = f" x {layout.ep} expert-parallel" if layout.ep > 1 else ""
-            count = (layout.ep * layout.etp if layout.ep > 1 else tp) * pp
+            count = len(set(layout.folders()) if layout.ep > 1 else range(tp)) * pp
             raise InputError(
                 f"{folder / name} has no model file: the checkpoint was saved by {tp} "
                 f"tensor-parallel{size} x {pp} pipeline ranks, and {len(paths)} of {count} files "
@@ -149,7 +162,6 @@ def merge_ranks(
     """
     first, tp = files[0, 0, 0], layout.tp
     everything = sorted({key for file in files.values() for chunk in file.chunks for key in chunk})
-    left_out = [key for key in everything if names.is_left_out(key)]
     everything = [key for key in everything if not names.is_left_out(key)]
     check_same_run(files, tp, where)
     names.refuse_unsupported(everything, str(where))
@@ -210,9 +222,10 @@ def merge_ranks(
         tensors[name] = table[name].rule.merge(parts) if name in table else parts[0]
     tensors |= merge_experts(experts, table, str(where))
     warnings += built.warnings + _compare_replicas(columns, table, where)
-    notes = _notes(files)
-    if left_out:
-        notes.append(LEFT_OUT)
+    heads, notes = prediction_heads(
+        _prediction_heads(files, layout, config, where), config, str(where)
+    )
+    notes = [*_notes(files), *notes]
     provenance = Provenance(
         path=where,
         format="megatron-torch",
@@ -232,7 +245,43 @@ def merge_ranks(
         digest=_digest(files),
         args=first.args,
     )
-    return Checkpoint(config, tensors, provenance).check()
+    return Checkpoint(config, tensors, provenance, heads).check()
+
+
+def _prediction_heads(
+    files: Mapping[Rank, RankFile], layout: ExpertLayout, config: ModelConfig, where: Path
+) -> dict[str, LazyTensor]:
+    """Return the heads of multi-token prediction, whole, under canonical names."""
+    columns: dict[tuple[int, int], dict[str, LazyTensor]] = {}
+    for (t, _, e), file in files.items():
+        found = columns.setdefault((t, e), {})
+        for chunk in file.chunks:
+            for key, tensor in split_slabs(chunk, layout.ep).items():
+                if names.is_left_out(key):
+                    found[names.prediction_name(key, str(file.path))] = tensor
+    experts = _expert_parts(columns, layout, where)
+    shards = [columns[t, min(e for u, e in columns if u == t)] for t in range(layout.tp)]
+    _join_down_projections(shards)
+    table = prediction_parameters(config, names.num_prediction_heads(shards[0]))
+    whole = {}
+    for name in shards[0]:
+        if not NUMBERED.fullmatch(name):
+            parts = [shard[name] for shard in shards]
+            whole[name] = table[name].rule.merge(parts) if name in table else parts[0]
+    return whole | merge_experts(experts, table, str(where))
+
+
+def prediction_heads(
+    found: Mapping[str, LazyTensor], config: ModelConfig, where: str
+) -> tuple[dict[str, LazyTensor], list[str]]:
+    """Return the heads of multi-token prediction that conversions keep, and notes about them."""
+    table = prediction_parameters(config, names.num_prediction_heads(found))
+    shapes = {name: tensor.shape for name, tensor in found.items()}
+    if shapes != {name: parameter.shape for name, parameter in table.items()}:
+        return {}, [UNKNOWN_HEADS]
+    for name, tensor in found.items():
+        check_weight_dtype(tensor, name, where)
+    return dict(found), [PREDICTION_HEADS] if found else []
 
 
 def _expert_parts(

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Unpack
@@ -40,8 +40,13 @@ from mlm_eval.checkpoints.files.torch_save import row_major_bytes, write_torch_f
 from mlm_eval.checkpoints.lazy import LazyTensor
 from mlm_eval.checkpoints.megatron.args import rank_args
 from mlm_eval.checkpoints.megatron.iteration import iteration_folder, write_tracker
-from mlm_eval.checkpoints.megatron.layout import LayoutOptions, lacking_in_core, save_layout
-from mlm_eval.checkpoints.megatron.write_torch import CORE_LINEARS, rank_tensors
+from mlm_eval.checkpoints.megatron.layout import (
+    ExpertLayout,
+    LayoutOptions,
+    lacking_in_core,
+    save_layout,
+)
+from mlm_eval.checkpoints.megatron.write_torch import CORE_LINEAR, rank_tensors
 from mlm_eval.checkpoints.vocabulary import with_rows
 
 DATA_FILE = "__0_0.distcp"
@@ -58,17 +63,21 @@ _FORMAT = {
     "common_backend_version": 1,
 }
 
-# megatron-core names norms in torch_dist by the TransformerEngine layer that they are part of.
+# megatron-core names norms in torch_dist by the TransformerEngine layer that holds them; those
+# of layers with latent attention keep their names.
 _NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
+_LAYER = re.compile(r"(?P<block>encoder|decoder)\.layers\.(?P<number>\d+)\.(?P<part>.+)")
+_PREDICTION_LAYER = re.compile(r"(?P<prefix>mtp\.layers\.\d+\.transformer_layer\.)(?P<part>.+)")
+_LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(?P<number>\d+)\.(?P<part>.+)")
 
-# Modules of a layer that have an `_extra_state`: Megatron asks for the entry and refuses to load
-# without it, whatever is in it. The local spec asks for the first four, TransformerEngine's for
-# more, depending on its version; what a run does not ask for is not read.
-_STATELESS = (*CORE_LINEARS, "self_attention.core_attention")
+# Norms that are modules of their own with TransformerEngine have an `_extra_state`.
 _STATELESS_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
+
+Axes = tuple[tuple[int, int], ...]
+"""Place and size of each axis that stands before a tensor's own: its layer's, its expert's."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +122,11 @@ def write_torch_dist(
         )
     layout = save_layout(checkpoint, "core", **options)
     padded = with_rows(checkpoint, layout.vocab_size)
-    whole = rank_tensors(padded, dataclasses.replace(layout, tp=1, pp=1), 0, 0)
-    entries = list(_entries(config, whole))
+    alone = dataclasses.replace(layout, experts=ExpertLayout(1, 1, 1), pp=1)
+    tensors = rank_tensors(padded, alone, 0, 0, 0)
+    entries, states = list(_entries(config, tensors)), list(_extra_states(config, tensors))
     _check_dtypes(entries, checkpoint)
-    args = rank_args(checkpoint, layout, 0, 0)
+    args = rank_args(padded, layout, 0, 0)
     args.ckpt_format = "torch_dist"
     common = {
         "args": args,
@@ -133,7 +143,7 @@ def write_torch_dist(
         folder = partial / iteration_folder(layout.iteration)
         folder.mkdir()
         write_torch_file(common, folder / "common.pt")
-        metadata = _write_data(folder / DATA_FILE, entries, config, ByteMeter(total, on_progress))
+        metadata = _write_data(folder / DATA_FILE, entries, states, ByteMeter(total, on_progress))
         (folder / ".metadata").write_bytes(pickle.dumps(metadata))
         # Megatron takes this file for the sign that a save has ended: it comes last.
         (folder / "metadata.json").write_text(json.dumps(_FORMAT))
@@ -153,38 +163,68 @@ def _check_dtypes(entries: list[StoredChunk], checkpoint: Checkpoint) -> None:
             )
 
 
+def _place(config: ModelConfig, name: str) -> tuple[str, Axes]:
+    """Return the key of a parameter or a module, and where it stands in the tensor of that key.
+
+    Layers are stacked where all are of one kind, the experts of a layer always.
+    Source: docs/megatron.md, "torch_dist keys".
+    """
+    axes: Axes = ()
+    if layer := _LAYER.fullmatch(name):
+        prefix, part = f"{layer['block']}.layers.", layer["part"]
+        number = int(layer["number"])
+        if len(config.moe_layers) in (0, config.num_layers):
+            axes = ((number, config.num_layers),)
+        else:
+            prefix += f"{number}."
+    elif layer := _PREDICTION_LAYER.fullmatch(name):
+        prefix, part = layer["prefix"], layer["part"]
+    else:
+        return name, axes
+    if expert := _LOCAL_EXPERT.fullmatch(part):
+        axes = (*axes, (int(expert["number"]), config.num_experts))
+        part = f"mlp.experts.experts.{expert['part']}"
+    if not config.multi_latent_attention:
+        for norm, linear in _NORMS.items():
+            part = part.replace(norm, linear, 1) if part.startswith(norm) else part
+    return prefix + part, axes
+
+
 def _entries(config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> Iterator[StoredChunk]:
     """Yield the chunks to write, in the order of the forward pass."""
     for name, tensor in tensors.items():
-        layer = re.fullmatch(r"(\w+\.layers\.)(\d+)\.(.+)", name)
-        if not layer:
-            yield StoredChunk(name, tensor.shape, (0,) * len(tensor.shape), tensor)
-            continue
-        part = layer[3]
-        for norm, linear in _NORMS.items():
-            part = part.replace(norm, linear, 1) if part.startswith(norm) else part
+        key, axes = _place(config, name)
         yield StoredChunk(
-            layer[1] + part,
-            (config.num_layers, *tensor.shape),
-            (int(layer[2]), *(0 for _ in tensor.shape)),
+            key,
+            (*(size for _, size in axes), *tensor.shape),
+            (*(place for place, _ in axes), *(0 for _ in tensor.shape)),
             tensor,
         )
 
 
-def _extra_states(config: ModelConfig) -> Iterator[tuple[str, Any]]:
+def _extra_states(config: ModelConfig, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
     """Yield keys and values of the entries that Megatron asks for beside the weights.
 
-    The value of a stateless linear is what megatron-core writes for it; that of a norm is the empty
-    tensor in which TransformerEngine keeps nothing.
+    Megatron refuses to load without them, whatever is in them. The local spec asks for those of
+    parallel linears, TransformerEngine's for more, depending on its version; what a run does not
+    ask for is not read. The value of a stateless linear is what megatron-core writes for it; that
+    of a norm is the empty tensor in which TransformerEngine keeps nothing.
     """
     empty = [torch.empty(0, dtype=torch.uint8)]
-    norms = _STATELESS_NORMS if config.qk_layernorm else ()
-    for layer in range(config.num_layers):
-        shard = f"_extra_state/shard_{layer}_{config.num_layers}"
-        for module in _STATELESS:
-            yield f"{config.block}.layers.{module}.{shard}", [None]
-        for module in norms:
-            yield f"{config.block}.layers.{module}.{shard}", empty
+    modules: dict[str, Any] = {}
+    for name in names:
+        module, _, leaf = name.rpartition(".")
+        if linear := CORE_LINEAR.fullmatch(name):
+            modules[linear[1]] = [None]
+            if module.endswith("self_attention.linear_proj"):
+                modules[module.replace("linear_proj", "core_attention")] = [None]
+        elif leaf == "weight" and module.endswith(_STATELESS_NORMS):
+            modules[module] = empty
+    for module, value in modules.items():
+        key, axes = _place(config, f"{module}._extra_state")
+        places = ".".join(str(place) for place, _ in axes) or "0"
+        sizes = ".".join(str(size) for _, size in axes) or "1"
+        yield f"{key}/shard_{places}_{sizes}", value
     yield f"{config.block}.final_layernorm._extra_state/shard_0_1", empty
     if config.family == "bert":
         yield "output_layer._extra_state/shard_0_1", [None]
@@ -193,14 +233,14 @@ def _extra_states(config: ModelConfig) -> Iterator[tuple[str, Any]]:
 def _write_data(
     path: Path,
     entries: list[StoredChunk],
-    config: ModelConfig,
+    states: list[tuple[str, Any]],
     meter: ByteMeter,
 ) -> Metadata:
     """Write every entry as an archive of its own, and return where each one stands."""
     table: dict[str, Any] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
     with path.open("wb") as stream:
-        for key, value in _extra_states(config):
+        for key, value in states:
             table[key] = BytesStorageMetadata()
             storage[MetadataIndex(key)] = _write_archive(stream, path.name, value)
         for entry in entries:

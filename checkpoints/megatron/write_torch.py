@@ -9,21 +9,30 @@ Source: docs/megatron.md, "Folders and files", "Pipeline stages", "Top-level key
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Unpack
 
+import torch
+
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.dtypes import cast
 from mlm_eval.checkpoints.files.output import ByteMeter, output_folder
 from mlm_eval.checkpoints.files.torch_save import write_torch_file
-from mlm_eval.checkpoints.lazy import Computed, LazyTensor
+from mlm_eval.checkpoints.lazy import Computed, Index, LazyTensor, Unstacked
 from mlm_eval.checkpoints.megatron.args import rank_args
 from mlm_eval.checkpoints.megatron.iteration import iteration_folder, write_tracker
 from mlm_eval.checkpoints.megatron.layout import LayoutOptions, SaveLayout, save_layout
-from mlm_eval.checkpoints.megatron.names import HEAD_COPY
-from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS, Parameter, parameters
+from mlm_eval.checkpoints.megatron.names import HEAD_COPY, KEPT_IN_FLOAT32, num_prediction_heads
+from mlm_eval.checkpoints.parameters import (
+    COLUMN,
+    WORD_EMBEDDINGS,
+    Parameter,
+    parameters,
+    prediction_parameters,
+)
 from mlm_eval.checkpoints.vocabulary import with_rows
 
 # Canonical part of a layer -> its name in legacy checkpoints of version 3.0 (tag v2.5).
@@ -36,13 +45,10 @@ _LEGACY_LAYER = {
     "mlp.linear_fc2": "mlp.dense_4h_to_h",
 }
 
-# Parallel linears of a megatron-core layer, which have an `_extra_state` (None in the local spec).
-CORE_LINEARS = (
-    "self_attention.linear_proj",
-    "self_attention.linear_qkv",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
+CORE_LINEAR = re.compile(r"(.+\.(?:linear_\w+|eh_proj))\.weight")
+"""A parallel linear of megatron-core, which has an `_extra_state` (None in the local spec)."""
+
+_ROUTED = re.compile(r"(?P<head>.+\.mlp\.experts\.)(?P<tail>linear_fc[12]\.\w+)")
 
 
 def write_megatron_torch(
@@ -80,21 +86,27 @@ def write_megatron_torch(
     target = Path(target)
     layout = save_layout(checkpoint, names, **options)
     folder = iteration_folder(layout.iteration)
-    ranks = [(t, p) for p in range(layout.pp) for t in range(layout.tp)]
+    columns = dict.fromkeys(layout.experts.folders())
+    ranks = [(t, e, p) for p in range(layout.pp) for t, e in columns]
     padded = with_rows(checkpoint, layout.vocab_size)
-    models = {rank: rank_tensors(padded, layout, *rank) for rank in ranks}
+    models = {(t, e, p): rank_tensors(padded, layout, t, e, p) for t, e, p in ranks}
+    args = {
+        (t, e, p): rank_args(padded, layout, layout.experts.folders().index((t, e)), p)
+        for t, e, p in ranks
+    }
     total = sum(lazy.nbytes for model in models.values() for lazy in model.values())
     progress = ByteMeter(total, on_progress)
     sources = checkpoint.provenance.files
     with output_folder(
         target, overwrite=overwrite, needs=total, sources=sources, finish=finish
     ) as partial:
-        for (t, p), model in models.items():
+        for (t, e, p), model in models.items():
             rank = f"mp_rank_{t:02d}" + (f"_{p:03d}" if layout.pp > 1 else "")
+            rank += f"_{e:03d}" if layout.experts.ep > 1 else ""
             path = partial / folder / rank / "model_optim_rng.pt"
             path.parent.mkdir(parents=True)
             contents = {
-                "args": rank_args(checkpoint, layout, t, p),
+                "args": args[t, e, p],
                 "checkpoint_version": 3.0,
                 "iteration": layout.iteration or 0,
                 "model": _core_model(model, last=p == layout.pp - 1)
@@ -107,45 +119,81 @@ def write_megatron_torch(
 
 
 def rank_tensors(
-    checkpoint: Checkpoint, layout: SaveLayout, tp_rank: int, pp_rank: int
+    checkpoint: Checkpoint, layout: SaveLayout, tp_rank: int, ep_rank: int, pp_rank: int
 ) -> dict[str, LazyTensor]:
-    """Return one file's tensors under canonical names, its layers numbered from 0.
+    """Return one file's tensors under canonical names, its layers and its experts from 0.
 
-    The last of several stages needs a copy of a tied embedding for its logits: `HEAD_COPY`.
+    The last of several stages needs a copy of a tied embedding for its logits, `HEAD_COPY`, and
+    copies of all embeddings for the heads of multi-token prediction.
     """
     config = checkpoint.config
     per_stage = config.num_layers // layout.pp
     last = layout.pp - 1
     tensors: dict[str, LazyTensor] = {}
     for name, parameter in parameters(config).items():
-        shard = _shard(checkpoint.tensors[name], parameter, tp_rank, layout)
+        source = checkpoint.tensors[name]
         layer = re.fullmatch(r"(\w+\.layers\.)(\d+)(\..+)", name)
+        local = name
         if layer:
-            stage, local = divmod(int(layer[2]), per_stage)
-            name = f"{layer[1]}{local}{layer[3]}"
+            stage, number = divmod(int(layer[2]), per_stage)
+            local = f"{layer[1]}{number}{layer[3]}"
         else:
             stage = 0 if name.startswith("embedding.") else last
-        if stage == pp_rank:
-            tensors[name] = shard
+        copied = name.startswith("embedding.") and checkpoint.prediction_heads and pp_rank == last
+        if stage == pp_rank or copied:
+            tensors |= _shards(local, source, parameter, tp_rank, ep_rank, layout)
         tied = config.lm_head and not config.untie_embeddings_and_output_weights
         if name == WORD_EMBEDDINGS and tied and pp_rank == last > 0:
-            tensors[HEAD_COPY] = shard
+            tensors |= _shards(HEAD_COPY, source, parameter, tp_rank, ep_rank, layout)
+    if pp_rank == last:
+        heads = prediction_parameters(config, num_prediction_heads(checkpoint.prediction_heads))
+        for name, parameter in heads.items():
+            source = checkpoint.prediction_heads[name]
+            tensors |= _shards(name, source, parameter, tp_rank, ep_rank, layout)
     return tensors
 
 
-def _shard(
-    source: LazyTensor, parameter: Parameter, tp_rank: int, layout: SaveLayout
-) -> LazyTensor:
-    """Return what one tensor-parallel rank's file holds of a parameter."""
-    index, shape = parameter.part(tp_rank, layout.tp), list(parameter.shape)
+def _shards(
+    name: str,
+    source: LazyTensor,
+    parameter: Parameter,
+    tp_rank: int,
+    ep_rank: int,
+    layout: SaveLayout,
+) -> dict[str, LazyTensor]:
+    """Return what one rank's file holds of a parameter: each of its experts' matrices alone."""
     to = layout.dtype or source.dtype
-    if index is None and to == source.dtype:
+    if name.endswith(KEPT_IN_FLOAT32):
+        to = torch.float32
+    match = _ROUTED.fullmatch(name)
+    if not match:
+        if name.endswith("_down_proj.weight"):  # whole in our tables, cut by rows in local layers
+            parameter = dataclasses.replace(parameter, rule=COLUMN)
+        index = parameter.part(tp_rank, layout.tp)
+        return {name: _cast(_part(source, parameter.dim, index), to, name)}
+    experts = layout.experts
+    held = source.shape[0] // experts.ep
+    index, dim = parameter.part(tp_rank % experts.etp, experts.etp), parameter.dim - 1
+    return {
+        f"{match['head']}local_experts.{number}.{match['tail']}": _cast(
+            _part(Unstacked(source, ep_rank * held + number), dim, index), to, name
+        )
+        for number in range(held)
+    }
+
+
+def _part(source: LazyTensor, dim: int, index: Index) -> LazyTensor:
+    if index is None:
         return source
-    if index is not None:
-        shape[parameter.dim] //= layout.tp
-    return Computed(
-        tuple(shape), to, lambda: cast(source.read(parameter.dim, index), to, parameter.name)
-    )
+    shape = list(source.shape)
+    shape[dim] = len(torch.arange(shape[dim])[index])
+    return Computed(tuple(shape), source.dtype, lambda: source.read(dim, index))
+
+
+def _cast(source: LazyTensor, to: torch.dtype, name: str) -> LazyTensor:
+    if source.dtype == to:
+        return source
+    return Computed(source.shape, to, lambda: cast(source.read(), to, name))
 
 
 def _core_model(tensors: dict[str, LazyTensor], *, last: bool) -> dict[str, LazyTensor | None]:
@@ -153,9 +201,8 @@ def _core_model(tensors: dict[str, LazyTensor], *, last: bool) -> dict[str, Lazy
     model: dict[str, LazyTensor | None] = {}
     for name, tensor in tensors.items():
         model["output_layer.weight" if name == HEAD_COPY else name] = tensor
-        module, _, leaf = name.rpartition(".")
-        if leaf == "weight" and module.endswith(CORE_LINEARS):
-            model[f"{module}._extra_state"] = None
+        if linear := CORE_LINEAR.fullmatch(name):
+            model[f"{linear[1]}._extra_state"] = None
     if last:
         model["output_layer._extra_state"] = None
     return model

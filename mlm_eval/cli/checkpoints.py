@@ -59,6 +59,15 @@ class TargetOptions(CheckpointOption):
         "Tensor-parallel size to write; default: as it was saved.", None, least=1
     )
     pp: int | None = option("Pipeline size to write; default: as it was saved.", None, least=1)
+    ep: int | None = option(
+        "Expert-parallel size to write; default: as it was saved.", None, least=1
+    )
+    etp: int | None = option(
+        "Tensor-parallel ranks that share an expert; default: --tp, or 1 where experts have "
+        "biases.",
+        None,
+        least=1,
+    )
     dtype: str = option("auto (as stored), float32, bfloat16 or float16.", "auto")
     vocab: str | None = option(
         "hf: true (the tokenizer's entries) or padded (all stored rows). Default: true where the "
@@ -115,6 +124,8 @@ def convert_checkpoint(options: ConvertOptions) -> None:
             names=options.names,
             tp=options.tp,
             pp=options.pp,
+            ep=options.ep,
+            etp=options.etp,
             dtype=options.dtype,
             max_shard_size=options.max_shard_size,
             vocab=options.vocab,

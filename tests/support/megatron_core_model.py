@@ -5,12 +5,13 @@ usage: python megatron_core_model.py SCRATCH FOLDER INPUTS OUTPUT [FOLDER INPUTS
 Each FOLDER is an `iter_*` folder in torch_dist format. The model is built from nothing but the
 args that megatron-core itself loads from it, the weights come in through
 `megatron.core.dist_checkpointing.load`, and the logits for the tokens in INPUTS (a torch.save file)
-go to OUTPUT. One rank over gloo, on the CPU.
+go to OUTPUT. One rank over gloo, on the CPU: the few calls of CUDA on the way are neutralised.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -22,13 +23,61 @@ torch.set_num_threads(1)
 torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
 
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from megatron.core.fusions.fused_bias_geglu import quick_gelu  # noqa: E402
+from megatron.core.models.backends import LocalSpecProvider  # noqa: E402
 from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec  # noqa: E402
 from megatron.core.models.bert.bert_model import BertModel  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from megatron.core.transformer import multi_latent_attention  # noqa: E402
+from megatron.core.transformer.dot_product_attention import DotProductAttention  # noqa: E402
+from megatron.core.transformer.moe import moe_utils  # noqa: E402
+from megatron.core.transformer.moe.token_dispatcher import (  # noqa: E402
+    MoEAlltoAllTokenDispatcher,
+)
+from megatron.core.transformer.transformer_config import (  # noqa: E402
+    MLATransformerConfig,
+    TransformerConfig,
+)
 from torch import Tensor, nn  # noqa: E402
+
+
+class Attention(DotProductAttention):
+    """The local attention, which latent attention tells its sizes; they are in the config too."""
+
+    def __init__(self, *args: Any, k_channels: int = 0, v_channels: int = 0, **more: Any) -> None:
+        super().__init__(*args, **more)
+
+
+class NoStream:
+    """Stands for a CUDA stream and its events, of which a CPU has none: nothing to wait for."""
+
+    def wait_stream(self, other: object) -> None:
+        """Return at once."""
+
+    def record_event(self) -> NoStream:
+        """Return what nobody has to wait for."""
+        return self
+
+    def synchronize(self) -> None:
+        """Return at once."""
+
+
+multi_latent_attention.HAVE_TE = False  # it compares classes that are not there
+moe_utils.te_general_gemm = None  # a name that is looked up without TransformerEngine too
+ones = torch.ones
+torch.ones = lambda *shape, device=None, **more: ones(  # type: ignore[assignment]
+    *shape, device=None if device == "cuda" else device, **more
+)
+LocalSpecProvider.core_attention = lambda self: Attention
+torch.cuda.current_stream = NoStream  # type: ignore[assignment]
+torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment, return-value]
+MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = NoStream()
 
 
 def start(scratch: Path) -> None:
@@ -40,32 +89,39 @@ def start(scratch: Path) -> None:
 
 
 def transformer_config(args: Namespace) -> TransformerConfig:
-    """Return megatron-core's config for saved args, as Megatron's training code derives it."""
-    silu, gelu = torch.nn.functional.silu, torch.nn.functional.gelu
-    return TransformerConfig(
-        num_layers=args.num_layers,
-        hidden_size=args.hidden_size,
-        num_attention_heads=args.num_attention_heads,
-        num_query_groups=args.num_query_groups if args.group_query_attention else None,
-        kv_channels=args.kv_channels,
-        ffn_hidden_size=args.ffn_hidden_size,
-        normalization=args.normalization,
-        layernorm_epsilon=args.layernorm_epsilon,
-        layernorm_zero_centered_gamma=args.layernorm_zero_centered_gamma,
-        qk_layernorm=args.qk_layernorm,
-        add_bias_linear=args.add_bias_linear,
-        add_qkv_bias=args.add_qkv_bias,
-        gated_linear_unit=args.swiglu,
-        activation_func=silu if args.swiglu else gelu,
-        bias_activation_fusion=args.bias_gelu_fusion,
-        rotary_interleaved=args.rotary_interleaved,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        params_dtype=torch.float32,
-        use_cpu_initialization=True,
-        persist_layer_norm=False,
-        bias_dropout_fusion=False,
-    )
+    """Return megatron-core's config for saved args, as Megatron's training code derives it.
+
+    Whatever stands in args under the name of a field is copied (core_transformer_config_from_args
+    in megatron/training/arguments.py, core 0.16); the rest follows from other arguments.
+    """
+    kind = MLATransformerConfig if getattr(args, "multi_latent_attention", False) else None
+    kind = kind or TransformerConfig
+    values = {
+        field.name: getattr(args, field.name)
+        for field in dataclasses.fields(kind)
+        if hasattr(args, field.name)
+    }
+    values |= {
+        "num_query_groups": args.num_query_groups if args.group_query_attention else None,
+        "num_moe_experts": getattr(args, "num_experts", None),
+        "activation_func": torch.nn.functional.gelu,
+        "bias_activation_fusion": args.bias_gelu_fusion,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "params_dtype": torch.float32,
+        "use_cpu_initialization": True,
+        "persist_layer_norm": False,
+        "bias_dropout_fusion": False,
+    }
+    if args.swiglu:
+        values["activation_func"], values["gated_linear_unit"] = torch.nn.functional.silu, True
+    elif args.quick_geglu:
+        values["activation_func"], values["gated_linear_unit"] = quick_gelu, True
+    config = kind(**values)
+    for name, value in vars(args).items():  # YaRN of plain attention: no fields, set by hand
+        if name.startswith("yarn_"):
+            setattr(config, name, value)
+    return config
 
 
 def build(args: Namespace, *, bert: bool) -> nn.Module:
@@ -85,12 +141,29 @@ def build(args: Namespace, *, bert: bool) -> nn.Module:
             add_binary_head=args.bert_binary_head,
             **common,
         )
+    if config.num_moe_experts:
+        spec = get_gpt_decoder_block_spec(
+            config,
+            use_transformer_engine=False,
+            normalization=args.normalization,
+            qk_l2_norm=config.qk_l2_norm,
+        )
+    else:
+        spec = get_gpt_layer_local_spec(
+            qk_layernorm=args.qk_layernorm,
+            multi_latent_attention=config.multi_latent_attention,
+            normalization=args.normalization,
+        )
+    heads = None
+    if config.mtp_num_layers:
+        heads = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
     return GPTModel(
         config,
-        get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization),
+        spec,
         position_embedding_type=args.position_embedding_type,
         rotary_percent=args.rotary_percent,
         rotary_base=args.rotary_base,
+        mtp_block_spec=heads,
         **common,
     )
 
