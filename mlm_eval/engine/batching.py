@@ -106,13 +106,6 @@ def pad_rows(
     return F.pad(padded, (0, width + -width % multiple - padded.shape[1]), value=value)
 
 
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Return `x` on `device`; to a GPU through pinned memory, without waiting."""
-    if device.type != "cuda":
-        return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
-
-
 def _on_cpu(result: Any) -> Any:
     if isinstance(result, Tensor):
         return result.cpu()

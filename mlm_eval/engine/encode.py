@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.engine.batching import OnProgress, in_order, map_batches, pack, pad_rows, to_device
+from mlm_eval.engine.batching import OnProgress, in_order, map_batches, pack, pad_rows
 from mlm_eval.engine.resume import KeptScores, PartialScores
 from mlm_eval.model.bert import BERT
+from mlm_eval.model.layers import to_device
 from mlm_eval.ranks.mesh import Mesh
 
 QA_HEAD = "qa_head"

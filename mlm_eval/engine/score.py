@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.engine.batching import OnProgress, map_batches, pack, pad_rows, to_device
+from mlm_eval.engine.batching import OnProgress, map_batches, pack, pad_rows
 from mlm_eval.engine.resume import PartialScores
 from mlm_eval.model.gpt import GPT
+from mlm_eval.model.layers import to_device
 from mlm_eval.model.t5 import T5
 from mlm_eval.ranks.mesh import Mesh
 

@@ -6,7 +6,7 @@
     attention.py         self-attention, latent attention, rotary positions, the cache of generation
     mamba.py             Mamba-2 in the place of attention: convolution, scan, gated norm
     experts.py           a mixture of experts in the place of an MLP
-    layers.py            norms, activations, the MLP
+    layers.py            norms, activations, the MLP; copies from the host without a wait
     gpt.py, bert.py      the two models around it, with their heads
     t5.py                the third: an encoder, and a decoder that looks at it
     dropout.py           masks that do not depend on the layout

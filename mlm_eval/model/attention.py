@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mlm_eval.checkpoints.config import ModelConfig, YarnScaling
 from mlm_eval.checkpoints.parameters import local_groups
 from mlm_eval.model.dropout import Dropout
-from mlm_eval.model.layers import Norm, norm
+from mlm_eval.model.layers import Norm, norm, to_device
 from mlm_eval.model.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -80,7 +80,7 @@ class KeyValueCache:
             Its position `[batch]`, and which columns it may see, bool `[batch, 1, 1, longest]`.
         """
         device = self._device
-        self._positions = torch.tensor(self.lengths, device=device)
+        self._positions = to_device(torch.tensor(self.lengths), device)
         self.lengths = [length + 1 for length in self.lengths]
         columns = torch.arange(max(self.lengths), device=device)
         return self._positions, (columns <= self._positions[:, None])[:, None, None]
@@ -105,7 +105,7 @@ class KeyValueCache:
     def keep(self, texts: Sequence[int]) -> None:
         """Drop all texts but some, given by their places in the batch."""
         self.lengths = [self.lengths[text] for text in texts]
-        index = torch.tensor(texts, device=self._device)
+        index = to_device(torch.tensor(texts), self._device)
         for layer, (keys, values) in self._kept.items():  # the copies of one need little room
             self._kept[layer] = keys[index], values[index]
 
@@ -245,7 +245,7 @@ def alibi_bias(config: ModelConfig, heads: Sequence[int], queries: Tensor, keys:
         `[batch, heads, queries, keys]`, float32.
     """
     slopes = alibi_slopes(config.num_attention_heads)
-    ours = torch.tensor([slopes[head] for head in heads], device=queries.device)
+    ours = to_device(torch.tensor([slopes[head] for head in heads]), queries.device)
     distance = queries[:, None, :, None] - torch.arange(keys, device=queries.device)
     bias = distance * -ours[:, None, None]
     return bias.masked_fill_(distance < 0, -torch.inf)

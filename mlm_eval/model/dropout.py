@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mlm_eval.model.layers import to_device
+
 # Odd constants of 32-bit integer hashing (golden ratio; Wellons' lowbias32), as signed int32.
 _GOLDEN = 0x9E3779B9 - (1 << 32)
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
@@ -104,7 +106,7 @@ class Dropout:
         if self.attention == 0.0:
             return weights
         place = _combine(_combine(self.keys, layer), 2)
-        numbers = torch.tensor(list(heads), dtype=torch.int32, device=weights.device)
+        numbers = to_device(torch.tensor(list(heads), dtype=torch.int32), weights.device)
         positions = torch.arange(weights.shape[2], dtype=torch.int32, device=weights.device)
         rows = _combine(_combine(place[:, None], numbers)[:, :, None], positions)  # [B, H, T]
         return _drop(weights, rows, self.attention)

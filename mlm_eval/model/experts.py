@@ -165,7 +165,8 @@ class MixtureOfExperts(nn.Module):
 
         Each token stands once for each of its experts, all of an expert's tokens side by side; the
         outputs go back to the tokens' order before they are summed, so that the sum does not depend
-        on which other tokens there are.
+        on which other tokens there are. The host waits for the device once: it has to know the
+        sizes of the experts' parts.
         """
         flat = chosen.flatten()
         order = flat.argsort(stable=True)  # [N * k], by expert

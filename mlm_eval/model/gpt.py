@@ -18,6 +18,7 @@ from mlm_eval.model.attention import (
     rotary_tables,
 )
 from mlm_eval.model.dropout import Dropout
+from mlm_eval.model.layers import to_device
 from mlm_eval.model.mamba import MambaMixer
 from mlm_eval.model.tensor_parallel import SINGLE, TensorParallel
 from mlm_eval.model.transformer import Embedding, TransformerBlock, output_layer
@@ -122,7 +123,7 @@ class GPT(nn.Module):
         context = self._context(tokens, cache=cache)
         first = min(lengths) - 1
         states = self.decoder(self.embedding(tokens), context, first)
-        last = torch.tensor(lengths, device=tokens.device) - 1 - first
+        last = to_device(torch.tensor(lengths), tokens.device) - 1 - first
         return states[torch.arange(len(lengths), device=tokens.device), last], cache
 
     def step(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:

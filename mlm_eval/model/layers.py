@@ -1,4 +1,4 @@
-"""The small parts of a layer: norms, activations, the MLP."""
+"""The small parts of a layer: norms, activations, the MLP; and what they need of the host."""
 
 from __future__ import annotations
 
@@ -132,3 +132,15 @@ class LinearBranch(nn.Module):
         before = self.tp.rank * out.shape[-1]
         padded = F.pad(out, (before, x.shape[-1] - before - out.shape[-1]))
         return reduce_from_region(padded, self.tp)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Return `x` on `device`; to a GPU through pinned memory, without waiting.
+
+    What a forward pass needs of the host (ids, numbers of heads) goes through here: a copy of
+    pageable memory, as `torch.tensor(..., device=device)` makes one, waits until the device has
+    done all before, and leaves it idle.
+    """
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)

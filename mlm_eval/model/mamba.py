@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.parameters import local_units
+from mlm_eval.model.layers import to_device
 from mlm_eval.model.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -162,7 +163,7 @@ class MambaMixer(nn.Module):
             before, state = cache.recurrent(self.number)
         elif cache is not None:
             # Texts are padded on the right: what pads them must not touch the state.
-            ends = torch.tensor(cache.lengths, device=mixed.device)
+            ends = to_device(torch.tensor(cache.lengths), mixed.device)
             dt = dt * (torch.arange(length, device=mixed.device) < ends[:, None])[..., None]
         convolved, after = self.conv1d(mixed, before, None if cache is None else cache.lengths)
         x, B, C = convolved.split(
@@ -207,7 +208,7 @@ class _CausalConvolution(nn.Module):
         if before is not None:
             return F.silu(out), padded[:, length:]
         # Where a text ends, its padding begins.
-        ends = torch.tensor(lengths, device=x.device)[:, None]
+        ends = to_device(torch.tensor(lengths), x.device)[:, None]
         places = ends + torch.arange(kept, device=x.device)
         after = padded.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
         return F.silu(out), after

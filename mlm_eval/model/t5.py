@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.model.attention import Context, CrossAttention, SelfAttention, rotary_tables
-from mlm_eval.model.layers import MLP, norm
+from mlm_eval.model.layers import MLP, norm, to_device
 from mlm_eval.model.tensor_parallel import SINGLE, TensorParallel
 from mlm_eval.model.transformer import Embedding, TransformerBlock, output_layer
 
@@ -64,7 +64,8 @@ class RelativePositions(nn.Module):
         buckets = relative_buckets(
             length, length, both_ways=self.both_ways, buckets=len(table), furthest=self.furthest
         )
-        return table[:, heads][buckets.to(table.device)].permute(2, 0, 1)[None]
+        ours = table.index_select(1, to_device(torch.tensor(heads), table.device))
+        return ours[to_device(buckets, table.device)].permute(2, 0, 1)[None]
 
 
 class DecoderLayer(nn.Module):

@@ -298,7 +298,8 @@ class VocabHead(nn.Module):
         # Where the target's logit is not the largest nothing more is asked. On a GPU all rows are
         # looked at: choosing some would make the host wait for the device.
         is_best = target == best
-        asked = slice(None) if logits.is_cuda else is_best.nonzero().squeeze(1)
+        on_host = logits.device.type == "cpu"
+        asked = is_best.nonzero().squeeze(1) if on_host else slice(None)
         _, index = _own_argmax(logits[asked], self.first_row)
         lowest = _lowest_argmax(index, own_best[asked], best[asked], self.tp)
         greedy = is_best.clone()

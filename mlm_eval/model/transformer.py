@@ -162,7 +162,7 @@ class Embedding(nn.Module):
             x = x + self.tokentype_embeddings(types)
         if self.config.embedding_multiplier != 1.0:
             # Rounded to the dtype of what it multiplies, as Gemma was trained.
-            x = x * torch.tensor(self.config.embedding_multiplier, dtype=x.dtype, device=x.device)
+            x = x * torch.full((), self.config.embedding_multiplier, dtype=x.dtype, device=x.device)
         return x  # type: ignore[no-any-return]
 
 

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.engine.batching import pad_rows, to_device
+from mlm_eval.engine.batching import pad_rows
+from mlm_eval.model.layers import to_device
 from mlm_eval.training.settings import TrainSettings
 
 NO_LABEL = -100
@@ -69,6 +70,8 @@ class Batch:
         tokentypes: Same shape, 0 on padding.
         padding_mask: Same shape, 1 on real tokens.
         labels: `[samples]`; `[samples, 2]` for answers; `[samples, width]` for labels of tokens.
+        host_labels: The same in the host's memory: what depends on their values is decided there,
+            without a wait for the device.
         rows: Rows of a sample.
         indices: Numbers of the samples.
         mean_weight: Mean of `Objective.weight` over the samples of the whole global batch.
@@ -79,6 +82,7 @@ class Batch:
     tokentypes: Tensor
     padding_mask: Tensor
     labels: Tensor
+    host_labels: Tensor
     rows: int
     indices: Tensor
     mean_weight: float = 1.0
@@ -112,11 +116,13 @@ def collate(
     width = samples[0].width
     device = torch.device(device)
     sizes = {"multiple": multiple, "least": width}
+    labels = _labels(samples, multiple)
     return Batch(
         to_device(pad_rows(rows, **sizes), device),
         to_device(pad_rows(types, **sizes), device),
         to_device(pad_rows(map(torch.ones_like, rows), **sizes), device),
-        to_device(_labels(samples, multiple), device),
+        to_device(labels, device),
+        labels,
         len(samples[0].rows),
         to_device(torch.tensor([sample.index for sample in samples]), device),
         mean_weight,

@@ -18,6 +18,7 @@ from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.model.bert import BERT
 from mlm_eval.model.dropout import Dropout
 from mlm_eval.model.gpt import GPT
+from mlm_eval.model.layers import to_device
 from mlm_eval.training.data import NO_LABEL, Batch, Sample
 
 
@@ -146,8 +147,8 @@ class MaskedLM(Objective):
     ) -> tuple[Tensor, Tensor, int, Tensor | None]:
         """Return losses, hits, count of hidden tokens, and logits `[samples, 2]` of the order."""
         states = _states(model, batch, dropout)
-        hidden = batch.labels.clone()
-        hidden[:, 0] = NO_LABEL
+        hidden = batch.host_labels != NO_LABEL
+        hidden[:, 0] = False
         order = model.head_logits(states)["binary_head"] if model.config.binary_head else None
         return (*_token_losses(model, states, hidden, batch), order)
 
@@ -166,17 +167,27 @@ class CausalLM(Objective):
         self, model: GPT, batch: Batch, dropout: Dropout | None
     ) -> tuple[Tensor, Tensor, int]:
         """See `Objective.loss_and_hits`."""
-        return _token_losses(model, model(batch.tokens, 0, dropout), batch.labels, batch)
+        labelled = batch.host_labels != NO_LABEL
+        return _token_losses(model, model(batch.tokens, 0, dropout), labelled, batch)
 
 
 def _token_losses(
-    model: BERT | GPT, states: Tensor, labels: Tensor, batch: Batch
+    model: BERT | GPT, states: Tensor, wanted: Tensor, batch: Batch
 ) -> tuple[Tensor, Tensor, int]:
-    """Return the samples' sums over labelled tokens; losses divided by their mean number."""
-    wanted = labels != NO_LABEL
-    losses, greedy = model.losses(states[wanted], labels[wanted])
+    """Return the samples' sums over the wanted tokens; losses divided by their mean number.
+
+    Args:
+        model: The model.
+        states: Of all tokens, `[samples, width, hidden]`.
+        wanted: The tokens that are predicted, `[samples, width]`, in the host's memory: chosen by a
+            mask on a GPU, the host would wait for the device to count them.
+        batch: The samples.
+    """
+    places = to_device(wanted.flatten().nonzero().squeeze(1), states.device)
+    targets = batch.labels.flatten().index_select(0, places)
+    losses, greedy = model.losses(states.flatten(0, 1).index_select(0, places), targets)
     # Back to [samples, width] and summed by rows: an index_add would sum in any order on a GPU.
-    zeros = losses.new_zeros(labels.shape)
-    sums = zeros.masked_scatter(wanted, losses).sum(dim=1) / batch.mean_weight
-    hits = zeros.masked_scatter(wanted, greedy.float()).sum(dim=1)
+    zeros = losses.new_zeros(wanted.numel())
+    sums = zeros.index_copy(0, places, losses).view(wanted.shape).sum(dim=1) / batch.mean_weight
+    hits = zeros.index_copy(0, places, greedy.float()).view(wanted.shape).sum(dim=1)
     return sums, hits, losses.numel()

@@ -306,7 +306,7 @@ def text_metrics(
             else:
                 assert isinstance(engine.model, GPT)
                 losses, hits, count = CausalLM().loss_and_hits(engine.model, batch, None)
-        found = [losses.sum(), hits.sum(), torch.tensor(count, device=engine.device)]
+        found = [losses.sum(), hits.sum(), losses.new_full((), count)]
         if order is not None:
             exchanged = batch.labels[:, 0]
             found += [F.cross_entropy(order, exchanged, reduction="sum")]
