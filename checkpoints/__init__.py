@@ -15,7 +15,8 @@ laptop: no model, no process group.
     dtypes.py       names of dtypes, what `auto` means, a cast that refuses to overflow
     catalog.py      public checkpoints, one TOML file each in catalog/
     errors.py       `InputError`: what is wrong with the user's input
-    files/          kinds of files, whatever they hold: pickles, safetensors, .distcp, zip
+    files/          kinds of files, whatever they hold: pickles, safetensors, .distcp, zarr
+    archives/       checkpoints that come as one file: zip, tar
     folders/        folders that are written to: whose they are, and what may be removed
     tokenizers/     added tokens, BERT's word pieces, what stands beside a vocabulary
     projects/       settings that other projects write beside Megatron's weights

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -59,6 +60,7 @@ class MappedFile:
         self.path = path
         self.size = path.stat().st_size
         self._storage: torch.UntypedStorage | None = None
+        self._shift = 0
 
     def tensor(
         self, offset: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int]
@@ -71,7 +73,11 @@ class MappedFile:
         if self._storage is None:
             if self.path.stat().st_size != self.size:
                 raise InputError(f"{self.path} changed its size while being read; copy it again")
-            self._storage = _map(self.path, self.size)
+            if isinstance(self.path, Embedded):
+                self._storage, self._shift = _map_part(*self.path.place(), self.size)
+            else:
+                self._storage = _map(self.path, self.size)
+        offset += self._shift
         if offset % dtype.itemsize == 0:
             view = torch.empty(0, dtype=dtype)
             return view.set_(self._storage, offset // dtype.itemsize, tuple(shape), tuple(stride))
@@ -79,6 +85,23 @@ class MappedFile:
         extent = _extent(shape, stride) * dtype.itemsize
         raw = torch.empty(0, dtype=torch.uint8).set_(self._storage, offset, (extent,), (1,))
         return raw.clone().view(dtype).as_strided(tuple(shape), tuple(stride))
+
+
+@runtime_checkable
+class Embedded(Protocol):
+    """A path to a file that stands in another file, such as an archive."""
+
+    def place(self) -> tuple[Path, int]:
+        """Return the other file, and the offset in it at which this one's bytes begin."""
+
+
+def _map_part(path: Path, offset: int, size: int) -> tuple[torch.UntypedStorage, int]:
+    """Return a storage with the `size` bytes from `offset` of a file, and where they begin in it.
+
+    Only whole pages can be mapped, so that it may begin a little before them.
+    """
+    shift = offset % mmap.ALLOCATIONGRANULARITY
+    return _map_read_only(path, size + shift, offset - shift), shift
 
 
 def _map(path: Path, size: int) -> torch.UntypedStorage:
@@ -92,11 +115,19 @@ def _map(path: Path, size: int) -> torch.UntypedStorage:
         assert isinstance(mapped, torch.UntypedStorage)
         return mapped
     except RuntimeError:
-        pass
+        return _map_read_only(path, size, 0)
+
+
+def _map_read_only(path: Path, size: int, offset: int) -> torch.UntypedStorage:
+    """Return `size` bytes of a file from `offset`, which begins a page.
+
+    Raises:
+        InputError: The file's system cannot map it.
+    """
     try:
         with path.open("rb") as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "must not be written to": nothing does
-            buffer = mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ)
+            buffer = mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ, offset=offset)
             return torch.frombuffer(buffer, dtype=torch.uint8).untyped_storage()
     except OSError as error:
         raise InputError(

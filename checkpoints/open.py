@@ -20,12 +20,28 @@ from mlm_eval.checkpoints.files.stand_in import describe_missing, refuse_stand_i
 from mlm_eval.checkpoints.files.text_file import read_json_object, read_text
 from mlm_eval.checkpoints.megatron.iteration import (
     TRACKER,
+    TRAIN_STATE,
     find_iteration,
     folder_of_ranks,
     holds_ranks,
 )
 from mlm_eval.checkpoints.megatron.relatives import is_distributed, refuse_relative
-from mlm_eval.checkpoints.projects.settings import weights_folder
+from mlm_eval.checkpoints.projects.nemo_1 import NEMO_CONFIG, NEMO_FOLDER, nemo_root
+from mlm_eval.checkpoints.projects.settings import (
+    WEIGHT_PARTS,
+    weights_beside,
+    weights_folder,
+)
+
+_HUB_CONFIG = "config.json"
+
+_FORMATS = (
+    "Megatron's mp_rank_XX folders; .metadata with .distcp files (torch_dist, torch_dcp, "
+    "fsdp_dtensor, Megatron-Bridge, NeMo, verl); folders of zarr arrays; a .nemo archive or a "
+    "folder with model_config.yaml and model_weights; DeepSpeed's *-model_states.pt; a Hugging "
+    "Face config.json with its weights"
+)
+"""What is read, in words."""
 
 
 def open_checkpoint(
@@ -35,7 +51,8 @@ def open_checkpoint(
 
     Args:
         path: A checkpoint root with its tracker file, an `iter_*` or `release` folder, a single
-            `.pt`, a published zip archive, a Hugging Face folder, or `catalog:NAME`.
+            `.pt`, a published zip archive, a folder of Megatron-Bridge, NeMo or verl at any of its
+            doors, a `.nemo` file, a Hugging Face folder, or `catalog:NAME`.
         overrides: Settings that win over the file's and the catalog's (see `parse_overrides`).
         allow_hostile: Open a file even if its pickle names harmful callables (`inspect` does;
             nothing in a pickle ever runs either way).
@@ -78,17 +95,45 @@ def _open_entry(path: str | Path, overrides: dict[str, Any], *, allow_hostile: b
 
 
 def _open(target: Path, overrides: dict[str, Any]) -> Checkpoint:
-    from mlm_eval.checkpoints.files.zip_archive import is_archive, unpack
-
     if not target.exists():
         raise InputError(
             f"{describe_missing(target)}; give --ckpt the folder or file of a checkpoint"
         )
     if not target.is_file() and not target.is_dir():
         raise InputError(f"{target} is neither a file nor a folder; give --ckpt a checkpoint")
-    if is_archive(target):
-        target = unpack(target)
+    target = _unpacked(target)
+    if (root := nemo_root(target)) is not None:
+        return _open_nemo(root, overrides)
     return _open_file(target, overrides) if target.is_file() else _open_folder(target, overrides)
+
+
+def _unpacked(target: Path) -> Path:
+    """Return the folder that an archive is, also one that lies alone in a folder; else the path.
+
+    Raises:
+        InputError: It is damaged, holds what no checkpoint needs, or no checkpoint.
+    """
+    from mlm_eval.checkpoints.archives.tar_archive import is_tar, tar_folder
+    from mlm_eval.checkpoints.archives.zip_archive import is_archive, unpack
+
+    if target.is_dir():
+        held = list(target.iterdir())
+        archives = [entry for entry in held if entry.suffix == ".nemo"]
+        others = [entry for entry in held if entry.is_dir() or entry.name in (TRACKER, _HUB_CONFIG)]
+        if len(archives) != 1 or others:
+            return target
+        target = archives[0]
+    if is_archive(target):
+        return unpack(target)
+    if not is_tar(target):
+        return target
+    folder = tar_folder(target)
+    if nemo_root(folder) is None:
+        raise InputError(
+            f"{target} is a tar archive, and not of a NeMo model: it holds no {NEMO_CONFIG} "
+            "with weights beside it; unpack it, and give --ckpt the folder of the checkpoint"
+        )
+    return folder
 
 
 def _open_file(file: Path, overrides: dict[str, Any]) -> Checkpoint:
@@ -99,15 +144,17 @@ def _open_file(file: Path, overrides: dict[str, Any]) -> Checkpoint:
     from mlm_eval.checkpoints.megatron.read_torch import read_model_file
 
     folder = file.parent
-    hub_file = file.name == "config.json" or WEIGHT_FILE.fullmatch(file.name)
-    if hub_file and (folder / "config.json").is_file() and holds_weights(folder):
+    hub_file = file.name == _HUB_CONFIG or WEIGHT_FILE.fullmatch(file.name)
+    if hub_file and (folder / _HUB_CONFIG).is_file() and holds_weights(folder):
         return read_folder(folder, overrides)
-    part = file.suffix == ".distcp" or file.name in (".metadata", "common.pt", "metadata.json")
+    part = file.suffix == ".distcp" or file.name in WEIGHT_PARTS
     if part and (is_distributed(folder) or holds_arrays(folder)):
         return _open_iteration(folder, overrides)
     if is_array(folder):
         return _open_iteration(folder.parent, overrides)
-    if file.name == TRACKER:
+    if (inner := weights_beside(file)) is not None:
+        return _open_iteration(inner, overrides)
+    if file.name in (TRACKER, TRAIN_STATE):
         return _open_iteration(find_iteration(folder), overrides)
     if file.name in ("distrib_optim.pt", "optim.pt") and (ranks := folder_of_ranks(folder)):
         return _open_iteration(ranks, overrides)
@@ -123,6 +170,15 @@ def _open_file(file: Path, overrides: dict[str, Any]) -> Checkpoint:
     return read_model_file(file, overrides)
 
 
+def _open_nemo(root: Path, overrides: dict[str, Any]) -> Checkpoint:
+    """Return the checkpoint of a NeMo 1 folder, or of an archive of one."""
+    from mlm_eval.checkpoints.megatron.read_torch import read_nemo_ranks
+
+    if (root / NEMO_FOLDER).is_dir():
+        return _open_iteration(root / NEMO_FOLDER, overrides)
+    return read_nemo_ranks(root, overrides)
+
+
 def _snapshot(folder: Path) -> Path:
     """Return the model's own folder, where the Hugging Face hub's cache of it was given."""
     main = folder / "refs" / "main"
@@ -135,12 +191,14 @@ def _snapshot(folder: Path) -> Path:
 def _open_folder(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     """Return the checkpoint of a folder: its weights decide which format it is."""
     from mlm_eval.checkpoints.deepspeed.read import read_step
+    from mlm_eval.checkpoints.files.zarr_arrays import is_array
     from mlm_eval.checkpoints.huggingface.read import holds_weights, read_folder
 
     folder = _snapshot(folder)
-    if (inner := weights_folder(folder)) is not None:
+    inner = folder.parent if is_array(folder) else weights_folder(folder)
+    if inner is not None:
         return _open_iteration(inner, overrides)
-    hub = (folder / "config.json").is_file()
+    hub = (folder / _HUB_CONFIG).is_file()
     weights = hub and holds_weights(folder)
     try:
         step = find_iteration(folder)
@@ -162,7 +220,7 @@ def _open_folder(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     if weights:
         raise InputError(
             f"{folder} holds two checkpoints, a Hugging Face model (config.json and its weights) "
-            f"and Megatron's in {step}; give --ckpt {folder / 'config.json'} for the first, or "
+            f"and Megatron's in {step}; give --ckpt {folder / _HUB_CONFIG} for the first, or "
             f"{_door_of(step)} for the second"
         )
     return _open_iteration(step, overrides)
@@ -207,8 +265,8 @@ def _refuse_unreadable_format(folder: Path, names: set[str]) -> None:
     if not any(name.endswith(".distcp") for name in names):
         found = ", ".join(sorted(names)[:4]) or "nothing"
         raise InputError(
-            f"{folder} holds no checkpoint that mlm-eval knows (found {found}); expected "
-            "mp_rank_XX folders, a .metadata file with .distcp files, or a Hugging Face config.json"
+            f"{folder} holds no checkpoint that mlm-eval knows (found {found}); expected one of: "
+            f"{_FORMATS}"
         )
     if metadata.is_file():  # written after .metadata: the save had ended
         raise InputError(

@@ -135,8 +135,9 @@ class CheckpointOption:
     """The checkpoint of a command."""
 
     ckpt: str = option(
-        "Checkpoint: root folder with its tracker file, iter_* or release folder, .pt file, "
-        "published zip archive, or Hugging Face folder.",
+        "Checkpoint: root folder with its tracker file, iter_* or release folder (torch, "
+        "torch_dist, torch_dcp, fsdp_dtensor, zarr), .pt file, published zip archive, folder of "
+        "Megatron-Bridge, NeMo, verl or DeepSpeed, .nemo file, or Hugging Face folder.",
         reads=True,
     )
 

@@ -7,9 +7,9 @@
     zarr_arrays.py        reads folders of zarr arrays
     distcp.py             reads the folders of torch.distributed.checkpoint
     state_dict.py         wrappers' prefixes; tensors of kinds that are not read, by name
+    window.py             a byte range of a file as a file
     text_file.py          text and JSON: byte order marks, line ends, encodings
     stand_in.py           names what lies in the place of a file: Git LFS pointers, pages
-    zip_archive.py        published zip archives
     output.py             files and folders that appear whole; the cache folder
     byte_size.py          sizes such as 5GB
 

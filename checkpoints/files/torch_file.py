@@ -37,6 +37,7 @@ from mlm_eval.checkpoints.files.stand_in import (
     describe_missing,
     refuse_stand_in,
 )
+from mlm_eval.checkpoints.files.window import FileWindow
 from mlm_eval.checkpoints.lazy import MappedFile, StoredTensor
 
 STREAM_MAGIC = 0x1950A86A20F9469CFC6C
@@ -240,7 +241,7 @@ def read_torch_file(
     with _explained(path, "give the path of a checkpoint"):
         mapped = mapped or MappedFile(path)
         with path.open("rb") as stream:
-            window = _Window(stream, offset, mapped.size - offset if length is None else length)
+            window = FileWindow(stream, offset, mapped.size - offset if length is None else length)
             head = window.read(4)
             window.seek(0)
             if head.startswith(b"PK\x03\x04"):
@@ -308,38 +309,6 @@ def _first_line(error: Exception) -> str:
     return printable(lines[0][:120]) if lines else type(error).__name__
 
 
-class _Window(io.RawIOBase):
-    """A byte range of a file, as a file of its own."""
-
-    def __init__(self, stream: IO[bytes], start: int, length: int) -> None:
-        self._stream, self._start, self._length, self._at = stream, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        if base + offset < 0:
-            raise OSError("seek before the start")
-        self._at = base + offset
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(self._length - self._at, 0)
-        self._stream.seek(self._start + self._at)
-        data = self._stream.read(left if size is None or size < 0 else min(size, left))
-        self._at += len(data)
-        return data
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-
 class _ZipStorages:
     """The storages of one torch.save zip archive, by key."""
 
@@ -377,7 +346,7 @@ def _refuse_compressed(path: Path, record: zipfile.ZipInfo) -> None:
         )
 
 
-def _read_zip(path: Path, file: MappedFile, window: _Window, base: int) -> TorchFile:
+def _read_zip(path: Path, file: MappedFile, window: FileWindow, base: int) -> TorchFile:
     met: set[tuple[str, str]] = set()
     with zipfile.ZipFile(window) as archive:
         names = set(archive.namelist())
@@ -424,7 +393,7 @@ class _StreamStorages:
             raise pickle.UnpicklingError(f"storage {key} is not there")
         return _Storage(dtype, numel, self.file, 0 if self.starts is None else self.starts[key])
 
-    def locate(self, keys: Any, window: _Window, at: int, base: int) -> dict[str, int]:
+    def locate(self, keys: Any, window: FileWindow, at: int, base: int) -> dict[str, int]:
         """Return where each storage starts, given the keys in the order in which they stand."""
         if not isinstance(keys, list):
             raise pickle.UnpicklingError("no list of storages")
@@ -444,7 +413,7 @@ class _StreamStorages:
         return starts
 
 
-def _read_stream(path: Path, file: MappedFile, window: _Window, base: int) -> TorchFile:
+def _read_stream(path: Path, file: MappedFile, window: FileWindow, base: int) -> TorchFile:
     met: set[tuple[str, str]] = set()
     stream = io.BufferedReader(window)
     if SafeUnpickler(stream, met).load() != STREAM_MAGIC:

@@ -13,7 +13,6 @@ import re
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +37,10 @@ from mlm_eval.checkpoints.projects.settings import (
     ACTIVATION_ARGS,
     BESIDE,
     GATED_GELU,
+    OF_PROVIDERS,
     PASSED_ON,
+    RAN,
+    SideSettings,
 )
 
 # Setting -> Megatron's default.
@@ -328,32 +330,38 @@ def _refuse_unstated(b: _ArgsReader, shapes: Shapes) -> None:
     }
     if not missing:
         return
-    beside = settings_beside(Path(b.where))
     lacks = "its args lack it" if b.args else "no args"
     if BESIDE in b.args:
         lacks = f"{b.args[BESIDE]} lacks it"
-    where_else = f"they stand in {beside}, which mlm-eval does not read: " if beside else ""
     raise InputError(
         f"{b.where} does not say what {', '.join(missing)} "
         f"{'is' if len(missing) == 1 else 'are'}: {lacks} "
-        f"and no shape tells; {where_else}give "
+        "and no shape tells; give "
         + " ".join(f"--set {name}={example}" for name, example in missing.items())
     )
 
 
-_SETTINGS_FILES = (
-    "model_config.yaml",  # NeMo 1
-    "../model_config.yaml",
-)
+def unknown_settings(beside: SideSettings | None) -> list[str]:
+    """Return a warning that lists the settings of another project's file that nobody knows here."""
+    if beside is None:
+        return []
+    known = {*ARG_FIELDS, *OF_PROVIDERS, PASSED_ON, BESIDE, RAN}
+    unknown = sorted(name for name, value in beside.args.items() if value and name not in known)
+    if not unknown:
+        return []
+    more = f" and {len(unknown) - 6} more" if len(unknown) > 6 else ""
+    return [
+        f"{beside.path.name} has settings that mlm-eval does not know, which are not heeded: "
+        f"{', '.join(unknown[:6])}{more}"
+    ]
 
 
-def settings_beside(folder: Path) -> str | None:
-    """Return the file of another project, beside a checkpoint, that holds the model's settings."""
-    for name in _SETTINGS_FILES:
-        path = folder / name
-        if path.is_file():
-            return str(path.resolve())
-    return None
+def sources_beside(sources: Mapping[str, str], beside: SideSettings | None) -> Mapping[str, str]:
+    """Return where settings came from, with the file of another project in the place of args."""
+    if beside is None:
+        return sources
+    name = beside.path.name
+    return {key: text.replace("args.", f"{name}: ") for key, text in sources.items()}
 
 
 def check_dims(shapes: Shapes, where: str) -> None:
@@ -721,6 +729,8 @@ def _activation_from_args(b: _ArgsReader) -> tuple[str, str]:
         InputError: It is none of ours.
     """
     args = b.args
+    if args.get(RAN) is not None:
+        return str(args[RAN]), f"args.{RAN}"
     if b.code == "legacy with TransformerEngine":
         # Its layer takes no other word than gelu, the tanh form, and swiglu.
         if args.get("swiglu"):

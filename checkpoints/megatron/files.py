@@ -16,7 +16,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safe_pickle import Stub, is_scalar, printable
 from mlm_eval.checkpoints.files.state_dict import plain_tensor
 from mlm_eval.checkpoints.files.torch_file import TorchFile, read_torch_file
-from mlm_eval.checkpoints.lazy import LazyTensor, Stacked, StoredTensor, Transposed
+from mlm_eval.checkpoints.lazy import Concat, LazyTensor, Stacked, StoredTensor, Transposed
 from mlm_eval.checkpoints.megatron import names
 from mlm_eval.checkpoints.megatron.args import saved_args
 from mlm_eval.checkpoints.megatron.relatives import refuse_relative, refuse_state_dict
@@ -135,6 +135,37 @@ def read_rank(path: Path) -> RankFile:
         version=version,
         iteration=None if iteration is None else int(iteration),
     )
+
+
+_SECOND_BRANCH = re.compile(r"(?P<first>.+\.mlp\.dense_h_to_4h)_2\.(?P<leaf>weight|bias)")
+
+
+def read_flat_rank(path: Path, args: dict[str, Any], *, oldest: bool) -> RankFile:
+    """Return the contents of one file that holds a state dict and nothing else, as NeMo writes it.
+
+    Args:
+        path: The file.
+        args: What stands elsewhere.
+        oldest: Its QKV rows are in the order of version 0.
+
+    Raises:
+        InputError: The file is missing or damaged, or is not a state dict.
+    """
+    torch_file = read_torch_file(path)
+    value = torch_file.value
+    if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
+        value = value["state_dict"]
+    flat = flat_tensors(value, path) if isinstance(value, dict) else {}
+    if not flat:
+        raise InputError(f"{path} holds no weights; copy the file again")
+    for name in [name for name in flat if _SECOND_BRANCH.fullmatch(name)]:
+        match = _SECOND_BRANCH.fullmatch(name)
+        assert match
+        gate = f"{match['first']}.{match['leaf']}"
+        if gate not in flat:
+            raise InputError(f"{path} has {name} without {gate}; copy the file again")
+        flat[gate] = Concat([flat[gate], flat.pop(name)], 0)
+    return RankFile(path, torch_file, args, [flat], version=0.0 if oldest else 3.0, iteration=None)
 
 
 def _number(value: Mapping[Any, Any], key: str, path: Path) -> float | None:

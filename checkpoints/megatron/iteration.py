@@ -8,8 +8,13 @@ from pathlib import Path
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.text_file import read_text
+from mlm_eval.checkpoints.files.torch_file import read_torch_file
+from mlm_eval.checkpoints.lazy import StoredTensor
 
 TRACKER = "latest_checkpointed_iteration.txt"
+TRAIN_STATE = "latest_train_state.pt"
+"""What Megatron-Bridge kept before it had a tracker file, and keeps beside it."""
+
 RELEASE = "release"
 """What a checkpoint without an iteration is called."""
 
@@ -54,6 +59,17 @@ def folder_of_ranks(rank: Path) -> Path | None:
     return max(found, key=lambda pair: pair[0])[1] if found else None
 
 
+def _train_state(root: Path) -> str:
+    """Return the folder that Megatron-Bridge's record of the latest step names; '' without one."""
+    if not (root / TRAIN_STATE).is_file():
+        return ""
+    value = read_torch_file(root / TRAIN_STATE).value
+    step = value.get("step") if isinstance(value, dict) else None
+    if not isinstance(step, StoredTensor) or step.numel != 1 or step.dtype.is_floating_point:
+        return ""
+    return iteration_folder(int(step.read().item()))
+
+
 def find_iteration(root: Path) -> Path:
     """Return the folder that holds the weights: by the tracker file, or `root` itself.
 
@@ -72,6 +88,8 @@ def find_iteration(root: Path) -> Path:
     if not tracker.is_file():
         if len(steps) == 1:
             return root / steps[0]
+        if (saved := _train_state(root)) in steps:
+            return root / saved
         if steps:
             raise InputError(
                 f"{root} has no {TRACKER} and several checkpoints ({', '.join(steps[:5])}); "

@@ -38,19 +38,17 @@ from mlm_eval.checkpoints.files.torch_file import TorchFile, read_torch_file
 from mlm_eval.checkpoints.files.zarr_arrays import ZarrFolder, open_arrays
 from mlm_eval.checkpoints.lazy import Concat, LazyTensor
 from mlm_eval.checkpoints.megatron import names
-from mlm_eval.checkpoints.megatron.args import build_config, saved_args
-from mlm_eval.checkpoints.megatron.fields import ARG_FIELDS
+from mlm_eval.checkpoints.megatron.args import (
+    build_config,
+    saved_args,
+    sources_beside,
+    unknown_settings,
+)
 from mlm_eval.checkpoints.megatron.files import stack_experts
 from mlm_eval.checkpoints.megatron.iteration import saved_iteration
 from mlm_eval.checkpoints.megatron.read_torch import prediction_heads
 from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS
-from mlm_eval.checkpoints.projects.settings import (
-    BESIDE,
-    OF_PROVIDERS,
-    PASSED_ON,
-    SideSettings,
-    find_settings,
-)
+from mlm_eval.checkpoints.projects.settings import SideSettings, find_settings
 
 COMMON = "common.pt"
 SAVE_FINISHED = "metadata.json"
@@ -200,10 +198,10 @@ def _checkpoint(
         tensor_parallel=args.get("tensor_model_parallel_size") or 1,
         pipeline_parallel=args.get("pipeline_model_parallel_size") or 1,
         iteration=saved_iteration(folder, common.values.get("iteration")),
-        config_sources=_sources(build.sources, beside),
+        config_sources=sources_beside(build.sources, beside),
         pickle_classes=sorted({name for pickle in common.pickles for name in pickle.classes}),
         hostile=sorted({name for pickle in common.pickles for name in pickle.hostile}),
-        warnings=[*warnings, *build.warnings, *_unknown_settings(beside)],
+        warnings=[*warnings, *build.warnings, *unknown_settings(beside)],
         training_state=training_state([*files.tensors, *files.objects, *common.values]),
         notes=[*notes, *of_heads],
         files=files_used,
@@ -227,28 +225,6 @@ def _settings(common: Common, folder: Path) -> tuple[dict[str, Any], SideSetting
     args = saved_args(common.values.get("args"), str(folder))
     beside = None if args else find_settings(folder)
     return (args if beside is None else beside.args), beside
-
-
-def _unknown_settings(beside: SideSettings | None) -> list[str]:
-    """Return a warning that lists the settings of another project's file that nobody knows here."""
-    if beside is None:
-        return []
-    known = {*ARG_FIELDS, *OF_PROVIDERS, PASSED_ON, BESIDE}
-    unknown = sorted(name for name, value in beside.args.items() if value and name not in known)
-    if not unknown:
-        return []
-    more = f" and {len(unknown) - 6} more" if len(unknown) > 6 else ""
-    return [
-        f"{beside.path.name} has settings that mlm-eval does not know, which are not heeded: "
-        f"{', '.join(unknown[:6])}{more}"
-    ]
-
-
-def _sources(sources: Mapping[str, str], beside: SideSettings | None) -> Mapping[str, str]:
-    if beside is None:
-        return sources
-    name = beside.path.name
-    return {key: text.replace("args.", f"{name}: ") for key, text in sources.items()}
 
 
 def _check_finished(files: DistributedFolder, keys: list[str], *, nested: bool) -> list[str]:

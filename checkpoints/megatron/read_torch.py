@@ -30,7 +30,13 @@ from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import Concat, LazyTensor, Selected, StoredTensor, runs
 from mlm_eval.checkpoints.megatron import names
-from mlm_eval.checkpoints.megatron.args import build_config, check_dims, layer_indices
+from mlm_eval.checkpoints.megatron.args import (
+    build_config,
+    check_dims,
+    layer_indices,
+    sources_beside,
+    unknown_settings,
+)
 from mlm_eval.checkpoints.megatron.fields import RunCode
 from mlm_eval.checkpoints.megatron.files import (
     MODEL_FILES,
@@ -40,6 +46,7 @@ from mlm_eval.checkpoints.megatron.files import (
     check_same_run,
     merge_experts,
     parallel_sizes,
+    read_flat_rank,
     read_rank,
     scan_ranks,
     split_slabs,
@@ -54,6 +61,8 @@ from mlm_eval.checkpoints.parameters import (
     parameters,
     prediction_parameters,
 )
+from mlm_eval.checkpoints.projects.nemo_1 import NEMO_FILE, nemo_ranks
+from mlm_eval.checkpoints.projects.settings import SideSettings, nemo_settings
 
 DRIFT = 0.1
 """Largest difference between copies on different ranks, relative to their largest value."""
@@ -138,6 +147,34 @@ def read_ranks(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     return merge_ranks(folder, files, layout, pp, overrides)
 
 
+def read_nemo_ranks(root: Path, overrides: dict[str, Any]) -> Checkpoint:
+    """Return the checkpoint of a NeMo 1 folder whose ranks have a file each, a flat state dict.
+
+    Raises:
+        InputError: A rank is missing or damaged, or the model is unsupported.
+    """
+    settings, paths = nemo_settings(root), nemo_ranks(root)
+    one = list(paths.values()) == [root / NEMO_FILE]
+    tp, pp = (
+        1 if one else settings.args.get(name) or 1 + max(rank[dim] for rank in paths)
+        for dim, name in enumerate(("tensor_model_parallel_size", "pipeline_model_parallel_size"))
+    )
+    lost = next(((t, p) for p in range(pp) for t in range(tp) if (t, p) not in paths), None)
+    if lost or len(paths) != tp * pp:
+        what = (
+            f"that of rank {lost[0]} of stage {lost[1]} is missing" if lost else "some are others"
+        )
+        raise InputError(
+            f"{root} has {len(paths)} rank file(s), where {settings.path.name} says {tp} "
+            f"tensor-parallel x {pp} pipeline ranks: {what}; copy all folders of one save"
+        )
+    files = {
+        (t, p, 0): read_flat_rank(path, settings.args, oldest=settings.oldest_order)
+        for (t, p), path in paths.items()
+    }
+    return merge_ranks(root, files, ExpertLayout(tp, 1, tp), pp, overrides, beside=settings)
+
+
 def merge_ranks(
     where: Path,
     files: dict[Rank, RankFile],
@@ -146,6 +183,7 @@ def merge_ranks(
     overrides: dict[str, Any],
     *,
     build: Callable[[Mapping[str, tuple[int, ...]], str], ConfigBuilder] | None = None,
+    beside: SideSettings | None = None,
 ) -> Checkpoint:
     """Return the checkpoint of all ranks' files.
 
@@ -156,6 +194,7 @@ def merge_ranks(
         pp: Pipeline stages.
         overrides: `--set` values.
         build: Makes the config from the full shapes and the stored dtype; None: from the args.
+        beside: The file of another project that the args come from.
 
     Raises:
         InputError: The files are of two checkpoints, or the model is unsupported.
@@ -175,7 +214,7 @@ def merge_ranks(
         )
     version = _version(first, code, overrides)
     warnings: list[str] = []
-    if version == 0.0 and "checkpoint_version" not in overrides:
+    if version == 0.0 and beside is None and "checkpoint_version" not in overrides:
         warnings.append(UNVERSIONED)
 
     columns = {
@@ -222,19 +261,20 @@ def merge_ranks(
         tensors[name] = table[name].rule.merge(parts) if name in table else parts[0]
     tensors |= merge_experts(experts, table, str(where))
     warnings += built.warnings + _compare_replicas(columns, table, where)
+    warnings += unknown_settings(beside)
     heads, notes = prediction_heads(
         _prediction_heads(files, layout, config, where), config, str(where)
     )
     notes = [*_notes(files), *notes]
     provenance = Provenance(
         path=where,
-        format="megatron-torch",
+        format="megatron-torch" if beside is None else beside.format,
         names="core" if code == "core" else "legacy",
         checkpoint_version=version,
         tensor_parallel=tp,
         pipeline_parallel=pp,
         iteration=saved_iteration(where, first.iteration),
-        config_sources=built.sources,
+        config_sources=sources_beside(built.sources, beside),
         pickle_classes=sorted({c for file in files.values() for c in file.torch_file.classes}),
         hostile=sorted({c for file in files.values() for c in file.torch_file.hostile}),
         warnings=warnings,
@@ -560,7 +600,9 @@ def _everything_else(files: dict[Rank, RankFile], where: Path) -> set[str]:
         if isinstance(key, str) and value is not None
     }
     if where.is_dir():
-        found |= {path.name for path in where.glob("mp_rank_*/*.pt")} - set(MODEL_FILES)
+        folders = [path for path in where.iterdir() if path.name.startswith("mp_rank_")]
+        inside = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
+        found |= {path.name for path in inside if path.suffix == ".pt"} - set(MODEL_FILES)
     return found
 
 

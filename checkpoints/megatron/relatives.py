@@ -8,19 +8,18 @@ part is what to give. A reader of such a layout starts from its recogniser here.
 from __future__ import annotations
 
 import re
-import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.stand_in import refuse_stand_in
+from mlm_eval.checkpoints.projects.nemo_1 import NEMO_CONFIG, NEMO_FILE, NEMO_FOLDER
 
 STEP = re.compile(r"global_step_?\d+(_universal)?")
 _DEEPSPEED_FILE = re.compile(
     r"mp_rank_\d+_model_states\.pt|(.*_)?zero_pp_rank_\d+.*_(optim|model)_states\.pt"
     r"|layer_\d+-model_\d+-model_states\.pt|expert_\d+_mp_rank_\d+.*_states\.pt"
 )
-_NEMO_WEIGHTS = "model_weights.ckpt"
-_RANKS = re.compile(r"mp_rank_\d{2,}(_\d{3})*|tp_rank_\d+_pp_rank_\d+")
 _VERL_SHARD = re.compile(r"(model|optim|extra_state)_world_size_\d+_rank_\d+\.pt")
 _OTHERS: tuple[tuple[str, str, str], ...] = (
     ("adapter_model.safetensors|adapter_model.bin", "adapters (LoRA) without their base model",
@@ -102,24 +101,31 @@ def _nemo_2(folder: Path) -> str | None:
         return None
     if not is_distributed(folder / "weights"):
         return (
-            "is a NeMo 2 checkpoint whose weights/ is not torch_dist; export it with NeMo to the "
-            "Hugging Face form (llm.export_ckpt), and give --ckpt the result"
+            "is a NeMo 2 checkpoint whose weights/ holds neither torch_dist nor zarr; copy all of "
+            "it, or export it with NeMo to the Hugging Face form (llm.export_ckpt)"
         )
     return None
 
 
 def _nemo_1(folder: Path) -> str | None:
-    """`model_config.yaml` beside `model_weights`, in one of three forms."""
+    """NeMo's weights without `model_config.yaml`, or that file without weights."""
     names = _names(folder)
-    ranks = [name for name in _matching(names, _RANKS) if (folder / name).is_dir()]
-    holds = [n for n in (".", *ranks) if (folder / n / _NEMO_WEIGHTS).is_file()]
-    if not holds and not ("model_config.yaml" in names and "model_weights" in names):
-        return None
-    where = f"{holds[0]}/{_NEMO_WEIGHTS}" if ranks and holds else "model_weights"
-    return (
-        f"is an unpacked NeMo checkpoint ({where.removeprefix('./')}), which is not read; export "
-        "it with NeMo's converters to the Hugging Face form, and give --ckpt the result"
-    )
+    if NEMO_CONFIG in names:
+        return (
+            f"holds NeMo's {NEMO_CONFIG} without weights ({NEMO_FOLDER}/, or {NEMO_FILE} in it or "
+            "in a folder for each rank); copy these too"
+        )
+    ranks = [name for name in names if (folder / name / NEMO_FILE).is_file()]
+    if NEMO_FILE in names or ranks:
+        where = folder if NEMO_FILE in names else folder / ranks[0]
+        return f"is {NEMO_WITHOUT_SETTINGS} (found {where / NEMO_FILE})"
+    return None
+
+
+NEMO_WITHOUT_SETTINGS = (
+    f"a NeMo checkpoint without {NEMO_CONFIG}, which holds its settings; put that file of the "
+    f"same model above the weights, which are called {NEMO_FILE}"
+)
 
 
 def _deepspeed(folder: Path) -> str | None:
@@ -206,24 +212,11 @@ def _refuse_file(path: Path) -> None:
     for pattern, what, way_out in _OTHERS:
         if re.fullmatch(pattern, path.name):
             raise InputError(f"{path} holds {what}, which is not read; {way_out}")
-    if path.suffix == ".nemo" or _is_nemo_archive(path):
-        raise InputError(
-            f"{path} is a NeMo archive (a tar of model_config.yaml and weights), which is not "
-            "read; export it with NeMo's converters to the Hugging Face form, and give --ckpt the "
-            "result"
-        )
-
-
-def _is_nemo_archive(path: Path) -> bool:
-    try:
-        if not tarfile.is_tarfile(path):
-            return False
-        with tarfile.open(path) as archive:
-            members = [member for member, _ in zip(archive, range(16), strict=False)]
-    except (tarfile.TarError, OSError, EOFError):
-        return False
-    names = {Path(member.name).name for member in members}
-    return "model_config.yaml" in names or _NEMO_WEIGHTS in names
+    if path.name == NEMO_FILE:
+        raise InputError(f"{path} is {NEMO_WITHOUT_SETTINGS}")
+    if path.suffix == ".nemo":
+        refuse_stand_in(path)
+        raise InputError(f"{path} is not the tar archive that a .nemo file is; download it again")
 
 
 def refuse_state_dict(path: Path, keys: Iterable[str]) -> None:
@@ -238,12 +231,8 @@ def refuse_state_dict(path: Path, keys: Iterable[str]) -> None:
     """
     keys = set(keys)
     flat = any(key.startswith(("model.language_model.", "model.module.")) for key in keys)
-    if path.name == _NEMO_WEIGHTS or (flat and all(key.startswith("model.") for key in keys)):
-        raise InputError(
-            f"{path} is a NeMo state dict, whose settings stand in model_config.yaml; it is not "
-            "read: export it with NeMo's converters to the Hugging Face form, and give --ckpt the "
-            "result"
-        )
+    if path.name == NEMO_FILE or (flat and all(key.startswith("model.") for key in keys)):
+        raise InputError(f"{path} is {NEMO_WITHOUT_SETTINGS}")
     deepspeed = {"ds_config", "ds_version", "dp_world_size", "mp_world_size", "buffer_names"}
     if "module" in keys and keys & deepspeed:
         raise InputError(f"{path} {DEEPSPEED}")

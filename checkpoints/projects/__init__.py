@@ -1,7 +1,8 @@
 """Checkpoints that other projects write in Megatron's formats: where their settings stand.
 
-    settings.py   Megatron-Bridge, NeMo 2 and verl: files beside the weights -> Megatron's args
+    settings.py   Megatron-Bridge, NeMo and verl: files beside the weights -> Megatron's args
     gemma.py      what their Gemma classes compute beyond the fields of their settings
+    nemo_1.py     the folders and words of NeMo 1
 
 `megatron/` and `open.py` import from here. This room imports `errors` and `files` of `checkpoints`.
 """

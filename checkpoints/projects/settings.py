@@ -1,13 +1,14 @@
 """Settings that other projects write beside Megatron's weights, as Megatron's args would say them.
 
-Megatron-Bridge, NeMo 2 and verl save `torch_dist` without args. Their settings are the fields of
-megatron-core's config, as plain data: YAML is read without any tag, and what its `_target_` names
-is compared as text, never looked up.
+Megatron-Bridge, NeMo and verl save `torch_dist` without args. Their settings are the fields of
+megatron-core's config (NeMo 1 has words of its own, see `nemo_1.py`), as plain data: YAML is read
+without any tag, and what its `_target_` names is compared as text, never looked up.
 Source: docs/megatron.md, "Layouts without args".
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,20 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safe_pickle import is_scalar
 from mlm_eval.checkpoints.files.text_file import read_json_object, read_text
 from mlm_eval.checkpoints.projects.gemma import gemma_settings
+from mlm_eval.checkpoints.projects.nemo_1 import NEMO_CONFIG, has_oldest_order, nemo_fields
 
 _LARGEST = 1 << 24
 """Bytes of a settings file."""
 
 _LONGEST = 1 << 14
 """Entries of a list, such as one a layer."""
+
+_TRACKER = "latest_checkpointed_iteration.txt"
+_VERL_SETTINGS = "transformer_config.json"
+_BRIDGE_SETTINGS = "run_config.yaml"
+
+WEIGHT_PARTS = (".metadata", "common.pt", "metadata.json", "train_state.pt", _BRIDGE_SETTINGS)
+"""Files in a folder of distributed weights that are no weights."""
 
 _SILU = ("torch.nn.functional.silu", "torch.nn.functional.SiLU")
 _GELU = ("torch.nn.functional.gelu",)
@@ -49,13 +58,24 @@ _RENAMED = {
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
 }
 
-_PASSED_ON = ["use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor"]
+_PASSED_ON = [
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "rotary_seq_len_interpolation_factor",
+    "rotary_base",
+]
 """Their models are built with these, which Megatron-LM's own never received."""
 
 GATED_GELU = "gated_gelu"
 """An arg of our own: the name of a GELU with a gate, for which Megatron-LM has no arg."""
 
-ACTIVATION_ARGS = ("swiglu", "squared_relu", "quick_geglu", "activation_func", GATED_GELU)
+RAN = "activation"
+"""An arg of our own: the activation that ran, by our own word for it."""
+
+ACTIVATION_ARGS = (
+    *(RAN, GATED_GELU),
+    *("swiglu", "squared_relu", "quick_geglu", "activation_func"),
+)
 """The args by which a settings file says which activation ran."""
 
 BESIDE = "settings_beside"
@@ -85,6 +105,8 @@ class SideSettings:
     """`megatron-bridge`, `nemo` or `verl`."""
     args: dict[str, Any]
     """Under Megatron's names of arguments."""
+    oldest_order: bool = False
+    """Whether the QKV rows of NeMo's own layers are in the order of version 0."""
 
 
 def weights_folder(root: Path) -> Path | None:
@@ -92,8 +114,9 @@ def weights_folder(root: Path) -> Path | None:
 
     None where the folder is neither, or holds no such weights.
     """
-    if (root / "context").is_dir() and (root / "weights").is_dir():
-        return root / "weights"
+    for folder in (root, root.parent) if root.name == "context" else (root,):
+        if (folder / "context").is_dir() and (folder / "weights").is_dir():
+            return folder / "weights"
     steps = [entry for entry in root.iterdir() if entry.name.startswith("global_step_")]
     if len(steps) > 1:
         steps = [entry for entry in steps if entry.name == _latest(root)]
@@ -104,8 +127,20 @@ def weights_folder(root: Path) -> Path | None:
     return None
 
 
+def weights_beside(file: Path) -> Path | None:
+    """Return the folder with the weights of a NeMo 2 or verl checkpoint, given a file beside it.
+
+    None where the file belongs to neither.
+    """
+    if file.parent.name == "context":
+        return weights_folder(file.parent)
+    if file.name in (_VERL_SETTINGS, _TRACKER):
+        return weights_folder(file.parent)
+    return None
+
+
 def _latest(root: Path) -> str | None:
-    tracker = root / "latest_checkpointed_iteration.txt"
+    tracker = root / _TRACKER
     return f"global_step_{read_text(tracker).strip()}" if tracker.is_file() else None
 
 
@@ -116,7 +151,7 @@ def find_settings(folder: Path) -> SideSettings | None:
         InputError: The file cannot be read as plain data.
     """
     for name, within, project in (
-        ("run_config.yaml", "model", "megatron-bridge"),
+        (_BRIDGE_SETTINGS, "model", "megatron-bridge"),
         ("../context/model.yaml", "config", "nemo"),
     ):
         path = folder / name
@@ -125,7 +160,10 @@ def find_settings(folder: Path) -> SideSettings | None:
             if not isinstance(values, dict):
                 raise InputError(f"{path} has no {within} with settings; copy the file again")
             return _of_file(path, project, values)
-    path = folder / "../transformer_config.json"  # verl
+    for root in (folder, folder / ".."):
+        if (root / NEMO_CONFIG).is_file():
+            return nemo_settings(root)
+    path = folder / ".." / _VERL_SETTINGS
     if path.is_file():
         values = read_json_object(path)
         hub = folder / "../huggingface/config.json"
@@ -133,6 +171,18 @@ def find_settings(folder: Path) -> SideSettings | None:
             values = _of_hub(read_json_object(hub)) | values
         return _of_file(path, "verl", values)
     return None
+
+
+def nemo_settings(root: Path) -> SideSettings:
+    """Return the settings of a NeMo 1 checkpoint.
+
+    Raises:
+        InputError: They cannot be read as plain data, or ask for what is not computed.
+    """
+    path = root / NEMO_CONFIG
+    values = read_yaml(path)
+    found = _of_file(path, "nemo", nemo_fields(values, str(path.resolve())))
+    return dataclasses.replace(found, oldest_order=has_oldest_order(values))
 
 
 def _of_file(path: Path, project: str, values: Mapping[str, Any]) -> SideSettings:
@@ -224,6 +274,8 @@ def _plain(value: Any) -> Any:
 
 def _activation(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the args of a function and a gate."""
+    if values.get(RAN) is not None:
+        return {RAN: values[RAN]}
     function, gated = values.get("activation_func"), bool(values.get("gated_linear_unit"))
     if isinstance(function, dict):
         function = function.get("_target_")

@@ -27,8 +27,9 @@ from support.synthetic import (
     write,
 )
 
+from mlm_eval.checkpoints.archives import unpacking
+from mlm_eval.checkpoints.archives import zip_archive as archive
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.files import zip_archive as archive
 from mlm_eval.checkpoints.open import open_checkpoint
 
 SHIPPED = ORACLES
@@ -70,7 +71,7 @@ def test_something_that_is_no_file(tmp_path: Path):
 
 
 def test_folders_without_a_checkpoint(tmp_path: Path):
-    known = "expected mp_rank_XX folders, a .metadata file with .distcp files, or a Hugging Face"
+    known = "expected one of: Megatron.s mp_rank_XX folders; .metadata with .distcp files"
     with pytest.raises(InputError, match=f"{tmp_path} holds no checkpoint.*found nothing.*{known}"):
         open_checkpoint(tmp_path)
     for name in ("readme.txt", "weights.bin"):
@@ -615,7 +616,7 @@ def test_many_hostile_names_are_counted(tmp_path: Path):
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of this test's own, and temporary files that are its own too."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(archive.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(unpacking.tempfile, "tempdir", str(tmp_path))
     return tmp_path / "cache"
 
 
@@ -705,7 +706,7 @@ def test_an_archive_whose_names_clash(tmp_path: Path, cache: Path):
 def test_no_room_to_unpack(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
     path = published(tmp_path / "x.zip", random_model(BERT))
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(archive.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(unpacking.shutil, "disk_usage", lambda _: usage)
     refused(
         path, f"{path} needs 0.0 GB to be unpacked, .* has 0.0 GB free; make room, set XDG_CACH"
     )
@@ -733,7 +734,7 @@ def test_a_folder_of_another_user_is_not_used(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x.zip"))
     fallback = tmp_path / "mlm-eval-54321"
     fallback.mkdir()
-    monkeypatch.setattr(archive.os, "getuid", lambda: 54321)
+    monkeypatch.setattr(unpacking.os, "getuid", lambda: 54321)
     refused(path, f"neither the cache folder nor {fallback} can be written")
 
 

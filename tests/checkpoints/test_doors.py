@@ -288,16 +288,21 @@ RELATIVES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str]] = {
         _bridge, (".", "iter_0000001", "iter_0000001/common.pt"),
         "iter_0000001/run_config.yaml lacks it.*give --set",
     ),
-    "NeMo archive": (_nemo_archive, ("model.nemo", "renamed"), "is a NeMo archive"),
-    "NeMo unpacked": (
-        _files("model_config.yaml", "mp_rank_00/model_weights.ckpt"),
-        (".",), "is an unpacked NeMo checkpoint",
+    "NeMo archive without weights": (
+        _nemo_archive, ("model.nemo", "renamed"), "is a tar archive, and not of a NeMo model",
     ),
-    "NeMo unpacked, stages": (
-        _files("model_config.yaml", "tp_rank_00_pp_rank_000/model_weights.ckpt"),
-        (".",), "is an unpacked NeMo checkpoint",
+    "NeMo without settings": (
+        _files("mp_rank_00/model_weights.ckpt"),
+        (".", "mp_rank_00", "mp_rank_00/model_weights.ckpt"),
+        "is a NeMo checkpoint without model_config.yaml",
     ),
-    "NeMo state dict": (_nemo_dict, ("any.ckpt",), "is a NeMo state dict"),
+    "NeMo without settings, stages": (
+        _files("tp_rank_00_pp_rank_000/model_weights.ckpt"),
+        (".", "tp_rank_00_pp_rank_000"), "is a NeMo checkpoint without model_config.yaml",
+    ),
+    "NeMo state dict": (
+        _nemo_dict, ("any.ckpt",), "is a NeMo checkpoint without model_config.yaml",
+    ),
     "FSDP of a Trainer": (
         _files("config.json", "pytorch_model_fsdp_0/.metadata"),
         (".",), "accelerate merge-weights",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import time
 from pathlib import Path
@@ -13,103 +12,29 @@ import pytest
 import torch
 import yaml
 from support import dcp_folders, random_models
-from support.synthetic import LLAMA
+from support.layouts import LAYOUTS, MODEL, bridge, fields, nemo_2, weights_of
 
 from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.megatron.write_dist import write_torch_dist
 from mlm_eval.checkpoints.open import open_checkpoint
 
 GEMMA3 = "megatron.bridge.models.gemma.gemma3_provider.Gemma3ModelProvider1B"
-MODEL = dataclasses.replace(LLAMA, layernorm_epsilon=1e-6, rotary_base=500000.0)
 
 
-def fields(config: ModelConfig, **more: Any) -> dict[str, Any]:
-    """Return the fields of megatron-core's config for a model, as a provider dumps them."""
-    return {
-        "_target_": "megatron.bridge.models.llama.llama_provider.LlamaModelProvider",
-        "activation_func": {"_call_": False, "_target_": "torch.nn.functional.silu"},
-        "attention_backend": {"_args_": [1], "_target_": "megatron.core.enums.AttnBackend"},
-        "add_bias_linear": False,
-        "gated_linear_unit": True,
-        "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.ffn_hidden_size,
-        "kv_channels": config.kv_channels,
-        "layernorm_epsilon": config.layernorm_epsilon,
-        "normalization": "RMSNorm",
-        "num_attention_heads": config.num_attention_heads,
-        "num_layers": config.num_layers,
-        "num_moe_experts": None,
-        "num_query_groups": config.num_query_groups,
-        "position_embedding_type": "rope",
-        "rotary_base": int(config.rotary_base),
-        "rope_scaling": False,
-        "rope_scaling_factor": 1.0,
-        "seq_length": config.max_position_embeddings,
-        "share_embeddings_and_output_weights": False,
-        "vocab_size": config.vocab_size,
-        **more,
-    }
-
-
-def weights_in(folder: Path) -> Path:
-    """Write the model's weights into a folder, in torch_dist and without args."""
-    source = random_models.checkpoint(MODEL, seed=3)
-    step = write_torch_dist(source, folder.parent / "made", iteration=7) / "iter_0000007"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    step.rename(folder)
-    torch.save({"iteration": 7, "checkpoint_version": 3.0}, folder / "common.pt")
-    return folder
-
-
-def bridge(root: Path, **more: Any) -> list[str]:
-    step = weights_in(root / "iter_0000007")
-    (root / "latest_checkpointed_iteration.txt").write_text("7")
-    settings = {"model": fields(MODEL, **more), "tokenizer": {"tokenizer_model": "x"}}
-    (step / "run_config.yaml").write_text(yaml.safe_dump(settings))
-    return ["", "iter_0000007", "iter_0000007/.metadata", "iter_0000007/common.pt"]
-
-
-def nemo_2(root: Path, **more: Any) -> list[str]:
-    weights_in(root / "weights")
-    (root / "context").mkdir()
-    settings = {"config": fields(MODEL, **more)}
-    (root / "context/model.yaml").write_text(yaml.safe_dump(settings))
-    return ["", "weights", "weights/.metadata"]
-
-
-def verl(root: Path, **more: Any) -> list[str]:
-    actor = root / "global_step_20/actor"
-    weights_in(actor / "dist_ckpt")
-    (root / "global_step_10").mkdir()
-    (root / "latest_checkpointed_iteration.txt").write_text("20")
-    lost = ("activation_func", "position_embedding_type", "rotary_base", "seq_length", "_target_")
-    kept = {k: v for k, v in fields(MODEL, **more).items() if k not in lost}
-    del kept["share_embeddings_and_output_weights"]
-    (actor / "transformer_config.json").write_text(json.dumps(kept))
-    (actor / "huggingface").mkdir()
-    hub = {
-        "rope_theta": MODEL.rotary_base,
-        "max_position_embeddings": MODEL.max_position_embeddings,
-        "tie_word_embeddings": False,
-        "hidden_act": "silu",
-    }
-    (actor / "huggingface/config.json").write_text(json.dumps(hub))
-    step = "global_step_20"
-    return ["", step, f"{step}/actor", f"{step}/actor/dist_ckpt"]
-
-
-@pytest.mark.parametrize("make", [bridge, nemo_2, verl])
-def test_every_door_opens_the_model_with_its_settings(make: Any, tmp_path: Path):
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_door_of_every_layout_opens_the_model(layout: str, tmp_path: Path):
+    make, expected = LAYOUTS[layout]
     doors = make(tmp_path / "run")
-    weights = random_models.state_dict(MODEL, seed=3)
+    weights = weights_of()
     for door in doors:
         found = open_checkpoint(tmp_path / "run" / door)
-        assert found.config == MODEL
-        expected = {bridge: "megatron-bridge", nemo_2: "nemo", verl: "verl"}[make]
-        assert found.provenance.format == expected
-        assert all(torch.equal(found.tensors[name].read(), weights[name]) for name in weights)
-        assert "args." not in "".join(found.provenance.config_sources.values())
+        assert dataclasses.replace(found.config, hidden_dropout=0.1) == MODEL, door
+        assert found.provenance.format == expected, door
+        assert not found.provenance.warnings, door
+        assert all(torch.equal(found.tensors[name].read(), weights[name]) for name in weights), door
+        if not expected.startswith("megatron-") or expected == "megatron-bridge":
+            assert "args." not in "".join(found.provenance.config_sources.values())
 
 
 def test_what_a_bridge_model_is_given_is_applied(tmp_path: Path):
