@@ -117,11 +117,16 @@ def bias_settings(family: Family, switches: Mapping[str, bool]) -> dict[str, boo
 
     Where only some linear layers have one, the others get zeros: the same function.
     """
-    has_bias = {row.canonical.rpartition(".")[2]: row.has_bias(switches) for row in family.rows}
-    linear = ("linear_proj", "linear_fc1", "linear_fc2")
+    biased = {
+        row.canonical.rpartition(".")[2]
+        for row in family.rows
+        if row.has_bias(switches) and not row.tensor
+    }
+    linear = {"linear_proj", "linear_fc1", "linear_fc2"}
+    everywhere = bool(family.constants.get("add_bias_linear"))
     return {
-        "add_qkv_bias": has_bias["linear_qkv"],
-        "add_bias_linear": any(has_bias[name] for name in linear),
+        "add_qkv_bias": "linear_qkv" in biased,
+        "add_bias_linear": everywhere or bool(biased & linear),
     }
 
 
@@ -180,6 +185,9 @@ def _sizes(r: HubConfigReader, family: Family) -> None:
         r.set("kv_channels", hidden // heads, "hidden size / heads")
         if "head_dim" in family.table:
             _agrees(r, "head_dim", "int", r.values["kv_channels"], "hidden size / heads")
+    if "moe_ffn_hidden_size" in r.values and "ffn_hidden_size" not in r.values:
+        r.set("ffn_hidden_size", r.values["moe_ffn_hidden_size"], "the experts' width")
+        r.set("moe_layers", tuple(range(r.values["num_layers"])), "every layer has experts")
     if r.values["ffn_hidden_size"] is None:
         r.set("ffn_hidden_size", 4 * hidden, f"{DEFAULT}: 4 x hidden size")
     if family.scaled_embeddings:
@@ -224,7 +232,10 @@ def _rotary(r: HubConfigReader, family: Family) -> None:
     """Read the rotary settings, in the order of transformers' `convert_rope_params_to_dict`."""
     # rope_parameters is transformers 5's name; the older rope_scaling wins where there is one.
     within = "rope_scaling" if r.hf.get("rope_scaling") else "rope_parameters"
-    part = r.hf.get(within) or {}
+    part = r.hf.get(within)
+    if within == "rope_parameters" and part is None:
+        part = family.absent_rotary
+    part = part or {}
     if not isinstance(part, dict):
         raise InputError(f"{r.where}: {within} is {part!r}, expected an object; correct the file")
     part = {key: value for key, value in part.items() if value is not None}

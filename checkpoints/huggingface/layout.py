@@ -6,13 +6,22 @@ undoes the other exactly.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from mlm_eval.checkpoints.config import ModelConfig
-from mlm_eval.checkpoints.lazy import Computed, Concat, LazyTensor, Selected, Transposed
+from mlm_eval.checkpoints.lazy import (
+    Computed,
+    Concat,
+    LazyTensor,
+    Selected,
+    Stacked,
+    Transposed,
+    Unstacked,
+)
 
 Shape = tuple[int, ...]
 
@@ -99,8 +108,48 @@ class GateUp(Layout):
         return [Selected(tensor, rows) for rows in torch.arange(tensor.shape[0]).chunk(2)]
 
 
+class ExpertsTransposed(Layout):
+    """The matrices of all experts in one tensor `[experts, in, out]`."""
+
+    def shapes(self, shape: Shape, config: ModelConfig) -> list[Shape]:
+        """See `Layout`."""
+        return [(shape[0], *shape[:0:-1])]
+
+    def pack(self, parts: list[LazyTensor], config: ModelConfig) -> LazyTensor:
+        """See `Layout`."""
+        return self._each(parts[0], lambda part: part)
+
+    def unpack(self, tensor: LazyTensor, config: ModelConfig) -> list[LazyTensor]:
+        """See `Layout`."""
+        return [self._each(tensor, lambda part: part)]
+
+    def _each(
+        self, tensor: LazyTensor, rows: Callable[[LazyTensor], LazyTensor], *, before: bool = False
+    ) -> LazyTensor:
+        """Return each expert's part transposed, its rows reordered `before` or after that."""
+        parts = [Unstacked(tensor, number) for number in range(tensor.shape[0])]
+        if before:
+            return Stacked([_transpose(rows(part)) for part in parts])
+        return Stacked([rows(_transpose(part)) for part in parts])
+
+
+class ExpertsAlternating(ExpertsTransposed):
+    """The same, or their biases `[experts, out]`; gate and up alternate along the outputs."""
+
+    def pack(self, parts: list[LazyTensor], config: ModelConfig) -> LazyTensor:
+        """See `Layout`."""
+        order = torch.arange(2 * config.moe_ffn_hidden_size).view(-1, 2).t().reshape(-1)
+        return self._each(parts[0], lambda part: Selected(part, order))
+
+    def unpack(self, tensor: LazyTensor, config: ModelConfig) -> list[LazyTensor]:
+        """See `Layout`."""
+        order = torch.arange(2 * config.moe_ffn_hidden_size).view(2, -1).t().reshape(-1)
+        return [self._each(tensor, lambda part: Selected(part, order), before=True)]
+
+
 SAME, CONV1D, CONV1D_QKV = Layout(), Conv1D(), Conv1DQKV()
 SPLIT_QKV, GATE_UP = SplitQKV(), GateUp()
+EXPERTS_TRANSPOSED, EXPERTS_ALTERNATING = ExpertsTransposed(), ExpertsAlternating()
 
 
 def _transpose(tensor: LazyTensor) -> LazyTensor:

@@ -37,6 +37,7 @@ from mlm_eval.checkpoints.huggingface.families.dense import (
 )
 from mlm_eval.checkpoints.huggingface.families.family import Family, entries
 from mlm_eval.checkpoints.huggingface.families.gemma import GEMMA, GEMMA2, GEMMA3
+from mlm_eval.checkpoints.huggingface.families.gpt_oss import GPT_OSS
 from mlm_eval.checkpoints.huggingface.fields import DROPOUT_AND_INIT
 from mlm_eval.checkpoints.huggingface.folds import (
     is_gain,
@@ -73,6 +74,9 @@ WRITTEN = (
     "geglu activations",
     "geglu_tanh activations",
     "quick_geglu activations",
+    "a mixture of experts",
+    "attention sinks",
+    "clamped or shifted activations",
 )
 """What a plain dense model has not, and some family of transformers has: `parts_beyond_dense`."""
 
@@ -274,6 +278,10 @@ def _gpt_family(c: ModelConfig) -> Family:
         raise _refused(
             "a model with learned and rotary positions", "transformers has none with both"
         )
+    if c.num_experts and c.softmax_type == "learnable":
+        return _gpt_oss(c)
+    if c.num_experts:
+        raise _refused("a model with a mixture of experts", "no class has experts of this kind")
     rms, plain = c.normalization == "RMSNorm", not c.gated
     if not c.rotary:
         if rms or c.gated or c.qk_layernorm:
@@ -313,6 +321,24 @@ def _gpt_family(c: ModelConfig) -> Family:
             )
         return STABLELM
     return STARCODER2 if c.window_layers or grouped else GPT_NEOX
+
+
+def _gpt_oss(c: ModelConfig) -> Family:
+    """Return gpt-oss, the family with experts and sinks, if the model is one."""
+    for lacks, what in (
+        (c.normalization != "RMSNorm", "LayerNorm"),
+        (bool(c.dense_layers), "layers without experts"),
+        (not c.add_bias_linear or not c.moe_router_bias, "experts or routers without biases"),
+        (c.activation_func_clamp_value is None, "gates that are not clamped"),
+        (not c.rotary, "no rotary positions"),
+        (c.qk_layernorm, "norms of queries and keys"),
+    ):
+        if lacks:
+            raise _refused(
+                f"a model with experts, sinks and {what}",
+                "gpt-oss, the class of transformers with experts and sinks, has none such",
+            )
+    return GPT_OSS
 
 
 def _gemma(c: ModelConfig) -> Family:

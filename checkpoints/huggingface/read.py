@@ -32,7 +32,9 @@ from mlm_eval.checkpoints.folders.file_names import safe_name
 from mlm_eval.checkpoints.huggingface.config import read_config
 from mlm_eval.checkpoints.huggingface.families import FAMILIES
 from mlm_eval.checkpoints.huggingface.families.family import IGNORED_TENSORS, Family, entries
+from mlm_eval.checkpoints.huggingface.families.gpt_oss import GPT_OSS
 from mlm_eval.checkpoints.huggingface.layout import zeros
+from mlm_eval.checkpoints.huggingface.quantized.mxfp4 import with_mxfp4_unpacked
 from mlm_eval.checkpoints.huggingface.reader import Found
 from mlm_eval.checkpoints.lazy import LazyTensor, runs
 from mlm_eval.checkpoints.parameters import parameters
@@ -116,6 +118,9 @@ def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> Check
     hf = read_json_object(config_path)
     family = find_family(hf, config_path)
     weights = _open_weights(path, family.prefix)
+    if family is GPT_OSS and hf.get("quantization_config") is not None:
+        settings = hf["quantization_config"]
+        weights.tensors = with_mxfp4_unpacked(weights.tensors, settings, str(config_path))
     weights.marks["config.json"] = (config_path.stat().st_size, config_path.read_bytes())
     found = _inspect(weights, family, hf)
     build = read_config(hf, family, found=found, overrides=overrides, where=str(config_path))

@@ -38,6 +38,16 @@ YARN = {
 WINDOW = {"use_sliding_window": True, "sliding_window": 6}
 GEMMA = LLAMA | {"num_key_value_heads": 2, "head_dim": 12, "sliding_window": 6}
 
+GPT_OSS = LLAMA | {
+    "intermediate_size": 24,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 6,
+    "swiglu_limit": 0.5,
+}
+
 GPT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", GPT2),
     "gpt2-untied": ("GPT2", GPT2 | {"tie_word_embeddings": False, "n_inner": 24}),
@@ -103,6 +113,17 @@ GPT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_scaling": {"rope_type": "linear", "factor": 8.0},
             "rope_theta": 900.0,
             "rope_local_base_freq": 50.0,
+        },
+    ),
+    "gpt-oss": ("GptOss", GPT_OSS),
+    "gpt-oss-plain": (
+        "GptOss",
+        GPT_OSS
+        | {
+            "layer_types": ["full_attention"] * 2,
+            "attention_bias": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+            "tie_word_embeddings": True,
         },
     ),
     "qwen2": ("Qwen2", LLAMA | {"num_key_value_heads": 2}),

@@ -4,6 +4,7 @@
     llama.py    the names and keys that most families share with Llama
     dense.py    GPT-2, GPT-NeoX and the dense families like Llama
     gemma.py    Gemma, Gemma 2 and Gemma 3
+    gpt_oss.py  gpt-oss
     bert.py     BERT in Megatron's order and in the original one
 
 `FAMILIES` lists them by model_type. Only this room's neighbours in `huggingface/` import from here.
@@ -26,6 +27,7 @@ from mlm_eval.checkpoints.huggingface.families.dense import (
 )
 from mlm_eval.checkpoints.huggingface.families.family import Family
 from mlm_eval.checkpoints.huggingface.families.gemma import GEMMA, GEMMA2, GEMMA3
+from mlm_eval.checkpoints.huggingface.families.gpt_oss import GPT_OSS
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
@@ -41,6 +43,7 @@ FAMILIES: Mapping[str, Family] = {
         GEMMA,
         GEMMA2,
         GEMMA3,
+        GPT_OSS,
         MEGATRON_BERT,
         ORIGINAL_BERT,
     )

@@ -34,6 +34,8 @@ class Row:
     optional: bool = False
     """Present only in models that have it: heads, an untied output table, QK norms."""
     weight: bool = True
+    tensor: bool = False
+    """The names are those of single tensors, not of modules with weights and biases."""
 
     def has_bias(self, switches: Mapping[str, bool]) -> bool:
         """Return whether the module has a bias, where config.json says `switches`."""
@@ -75,6 +77,8 @@ class Family:
     """transformers' default share of rotated channels; None where all are."""
     theta: float = 10000.0
     """transformers' default rotary base."""
+    absent_rotary: Mapping[str, Any] = field(default_factory=dict)
+    """The rotary settings of a file that has none."""
     local_theta: float | None = None
     """The same of layers with a window, whose settings then are their own; None: as of all."""
     windows: str = ""
@@ -150,6 +154,9 @@ def _row_entries(
         re.sub(r"\{.*?\}", lambda place: places[place[0]], name)
         for name in (row.canonical, *row.names)
     )
+    if row.tensor:
+        yield Entry(canonical, tuple(names), row.layout, row.optional)
+        return
     for leaf, present in (("weight", row.weight), ("bias", row.has_bias(switches))):
         if present:
             filled = tuple(f"{name}.{leaf}" for name in names)
