@@ -363,13 +363,13 @@ class ModelConfig:
 
     def _check_yarn(self, yarn: YarnScaling) -> None:
         for name, value, low in (
-            ("the factor", yarn.factor, 1e-3),
-            ("the original length", yarn.original_max_position, 1.0),
+            ("factor", yarn.factor, 1e-3),
+            ("original_max_position_embeddings", yarn.original_max_position, 1.0),
             ("beta_fast", yarn.beta_fast, 1e-3),
             ("beta_slow", yarn.beta_slow, 1e-3),
         ):
             if not low <= value <= 1e9:
-                raise InputError(f"{name} of YaRN is {value}, but must lie between {low:g} and 1e9")
+                raise InputError(f"yarn {name} is {value}, but must lie between {low:g} and 1e9")
         if not self.rotary_base > 1.0:
             raise InputError(
                 f"rotary_base is {self.rotary_base}, but YaRN needs a base above 1; correct it "

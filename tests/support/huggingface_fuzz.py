@@ -31,7 +31,7 @@ READ, REFUSED, UNLOADABLE = "read", "refused", "transformers does not load it"
 TOLERANCE = 1e-4
 """Of the outputs' largest value; rounding of these sizes stays below 2e-5."""
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
-RMS = ("llama", "mistral", "qwen2", "qwen3", *GEMMAS)
+RMS = ("llama", "mistral", "qwen2", "qwen3", "gpt_oss", *GEMMAS)
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _llama_like(
             del hf["num_key_value_heads"]
         elif name in ("llama", "qwen2", "qwen3") and draw.chance(0.2):
             hf["num_key_value_heads"] = None
-    if name in ("qwen3", *GEMMAS) or (name in (*RMS, "starcoder2") and draw.chance(0.5)):
+    if name in ("qwen3", "gpt_oss", *GEMMAS) or (name in (*RMS, "starcoder2") and draw.chance(0.5)):
         hf["head_dim"] = draw.one_of(4, 8, 10, 16, head)
     elif name in ("llama", "mistral", "starcoder2") and draw.chance(0.2):
         hf["head_dim"] = None
@@ -227,6 +227,13 @@ def _llama_like(
         **{norm: draw.one_of(1e-6, 1e-5, 1e-2, 1e-1)},
         **switches,
     )
+    if name == "gpt_oss":
+        experts = draw.one_of(1, 4, 5)
+        chosen = draw.one_of(1, min(experts, 2), experts)
+        hf |= {draw.mostly("num_local_experts", "num_experts", share=0.2): experts}
+        hf |= {"num_experts_per_tok": chosen, "hidden_act": draw.mostly("silu", "gelu")}
+        hf |= _some(draw, 0.7, swiglu_limit=draw.one_of(7.0, 0.5))
+        hf |= _some(draw, 0.02, quantization_config=draw.one_of(None, {"quant_method": "fp8"}))
     if name in ("gemma2", "gemma3_text"):
         hf |= _some(
             draw,

@@ -40,6 +40,8 @@ def small(family: Family, **changes: Any) -> dict[str, Any]:
         "num_query_groups": 2,
         "kv_channels": 8,
         "ffn_hidden_size": 48,
+        "num_experts": 4,
+        "moe_ffn_hidden_size": 16,
         "max_position_embeddings": 24,
     }
     hf = {row.key: sizes[row.setting] for row in family.fields if row.setting in sizes}
@@ -418,6 +420,20 @@ LATER_KEYS = {
         "rope_scaling": None,
         "rope_theta": 1000000,
         "sliding_window_pattern": 6,
+    },
+    "gpt_oss": {
+        "experts_per_token": 4,
+        "initial_context_length": 4096,
+        "quantization_config": {"quant_method": "mxfp4"},
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "original_max_position_embeddings": 4096,
+            "truncate": False,
+        },
+        "router_aux_loss_coef": 0.9,
     },
     "megatron-bert": {"position_embedding_type": "absolute"},
     "bert": {"directionality": "bidi", "pooler_type": "first_token_transform"},

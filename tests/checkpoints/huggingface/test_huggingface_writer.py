@@ -73,6 +73,14 @@ def variant(base: ModelConfig, **changes: Any) -> ModelConfig:
 
 
 GPT, LLAMA = random_models.GPT, random_models.LLAMA
+WINDOW: dict[str, Any] = {"window_size": 5, "window_layers": (0,)}
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "moe_layers": (0, 1),
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 24,
+    "softmax_type": "learnable",
+}
 GEMMA = variant(
     LLAMA,
     activation="geglu_tanh",
@@ -163,6 +171,25 @@ VARIANTS: dict[str, tuple[ModelConfig, str]] = {
         ),
         "Gemma3ForCausalLM",
     ),
+    "gpt-oss": (
+        variant(
+            LLAMA,
+            add_bias_linear=True,
+            add_qkv_bias=True,
+            num_experts=4,
+            moe_layers=(0, 1),
+            moe_router_topk=2,
+            moe_ffn_hidden_size=LLAMA.ffn_hidden_size,
+            moe_router_bias=True,
+            softmax_type="learnable",
+            activation="quick_geglu",
+            activation_func_clamp_value=0.7,
+            glu_linear_offset=1.0,
+            yarn=YarnScaling(4.0, 8, round_range=False),
+            **WINDOW,
+        ),
+        "GptOssForCausalLM",
+    ),
     "qwen2": (variant(LLAMA, add_qkv_bias=True), "Qwen2ForCausalLM"),
     "qwen3": (variant(LLAMA, qk_layernorm=True), "Qwen3ForCausalLM"),
     "qwen3-1p-interleaved": (
@@ -230,7 +257,11 @@ def test_transformers_own_files_come_back_as_they_were(name: str, tmp_path: Path
     assert name == "mistral" or hf_config(report)["architectures"] == their_config["architectures"]
     before = load_file(tmp_path / "theirs" / "model.safetensors")
     after = load_file(tmp_path / "ours" / "model.safetensors")
-    if name in ("llama-attention-bias", "neox-half"):  # read as models with all biases, some zero
+    if name in (
+        "llama-attention-bias",
+        "neox-half",
+        "gpt-oss-plain",
+    ):  # read as models with all biases, some zero
         zeros = set(after) - set(before)
         assert zeros and not any(after.pop(key).any() for key in zeros)
     assert set(after) == set(before)
@@ -325,7 +356,6 @@ def test_two_activations_in_a_bert_need_consent(oracles: Path, tmp_path: Path) -
 
 
 MODEL_BERT = random_models.BERT
-WINDOW: dict[str, Any] = {"window_size": 5, "window_layers": (0,)}
 
 
 @pytest.mark.parametrize(
@@ -368,6 +398,10 @@ WINDOW: dict[str, Any] = {"window_size": 5, "window_layers": (0,)}
         (variant(GEMMA, branch_layernorm=True, softmax_scale=0.4), "softmax_scale 0.4"),
         (variant(GEMMA, add_bias_linear=True, add_qkv_bias=True), "scaled embeddings and biases"),
         (variant(GEMMA, qk_layernorm=True), "scaled embeddings, QK norms and no norms of"),
+        (variant(LLAMA, **EXPERTS), "experts, sinks and experts or routers without biases"),
+        (variant(GPT, **EXPERTS), "experts, sinks and LayerNorm"),
+        (variant(LLAMA, softmax_type="learnable"), "softmax_type 'learnable'"),
+        (variant(LLAMA, activation_func_clamp_value=7.0), "activation_func_clamp_value 7.0"),
         (variant(MODEL_BERT, normalization="RMSNorm"), "BERT model with RMSNorm"),
         (variant(MODEL_BERT, activation="squared_relu"), "squared ReLU and the LM head the exact"),
         (variant(MODEL_BERT, num_classes=3), "ForSequenceClassification and ForPreTraining"),
