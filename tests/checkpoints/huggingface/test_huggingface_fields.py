@@ -280,7 +280,7 @@ def test_the_original_length_is_the_files(
         (
             "llama",
             {"rope_scaling": {"type": "yarn", "factor": 2, "beta_slow": -1}},
-            "beta_slow of YaRN is -1",
+            "yarn beta_slow is -1",
         ),
         ("llama", {"hidden_act": None}, "hidden_act is None, expected a value of type str"),
         ("llama", {"attention_bias": None}, "attention_bias is None"),
