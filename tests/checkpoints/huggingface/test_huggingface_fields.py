@@ -271,7 +271,11 @@ def test_the_original_length_is_the_files(
             {"rope_scaling": {"type": "yarn", "factor": 1, "attention_factor": 2}},
             "attention_factor is 2.0 with a factor of 1",
         ),
-        ("llama", {"rope_scaling": {"type": "yarn", "factor": 2, ORIGINAL: 0}}, "original length"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "yarn", "factor": 2, ORIGINAL: 0}},
+            "original_max_position_embeddings is 0",
+        ),
         (
             "llama",
             {"rope_theta": 1.0, "rope_scaling": {"type": "yarn", "factor": 2}},
