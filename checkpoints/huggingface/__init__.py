@@ -1,6 +1,7 @@
 """Hugging Face folders, both ways. A family is a table that is read in either direction.
 
     families/      THE TABLES: parameter names and config.json keys of each family
+    quantized/     weights of few bits, dequantised while they are read
     fields.py      what a key of config.json does; the keys that families share
     layout.py      how a family's tensors pack a canonical parameter
     folds.py       gains and rotary pairs from one form to the other
