@@ -101,13 +101,23 @@ def initial_tensor(config: ModelConfig, parameter: Parameter, *, seed: int) -> L
 
 def _draw(config: ModelConfig, parameter: Parameter, seed: int) -> Tensor:
     name, shape = parameter.name, parameter.shape
-    if name.endswith(("bias", "softmax_offset")):
+    if name.endswith((".bias", "softmax_offset", "expert_bias")):
         return torch.zeros(shape)
+    if ".mixer.norm." in name or name.endswith(".mixer.D"):
+        return torch.ones(shape)
     if "norm" in name:
         return torch.full(shape, 0.0 if config.layernorm_zero_centered_gamma else 1.0)
     digest = hashlib.sha256(f"weights {seed} {name}".encode()).digest()
     noise = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+    if name.endswith(".A_log"):
+        return torch.empty(shape).uniform_(1, 16, generator=noise).log()
+    if name.endswith(".dt_bias"):  # time steps from 0.001 to 0.1
+        steps = torch.empty(shape).uniform_(math.log(1e-3), math.log(0.1), generator=noise).exp()
+        return steps + torch.log(-torch.expm1(-steps))
+    if name.endswith(".conv1d.weight"):
+        bound = 1 / math.sqrt(config.mamba_conv_width)
+        return torch.empty(shape).uniform_(-bound, bound, generator=noise)
     std = config.init_method_std
-    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight", "out_proj.weight")):
         std /= math.sqrt(2 * config.num_layers)
     return torch.randn(shape, generator=noise) * std

@@ -83,37 +83,57 @@ def _scan_span(
     exponents = (dt * A.unflatten(0, (groups, -1))).double().cumsum(dim=2)  # [b, c, q, g, r]
     rounded = exponents.to(x.dtype)
     inputs = x * dt[..., None]
-    decays = _triangle(rounded, (exponents - rounded).to(x.dtype))  # [b, c, g, r, q, q]
-    overlaps = (C @ B.transpose(-1, -2))[:, :, :, None]  # [b, c, g, 1, q, q]
-    # exp keeps its result for the gradient, so that it may be written over without one only.
-    weights = decays * overlaps if decays.requires_grad else decays.mul_(overlaps)
-    within = weights @ inputs.permute(0, 1, 3, 4, 2, 5)  # [b, c, g, r, q, p]
-
+    within = _within(rounded, (exponents - rounded).to(x.dtype), B, C, inputs)
     to_end = (exponents[:, :, -1:] - exponents).to(x.dtype).exp()
-    kept = (inputs * to_end[..., None]).transpose(2, 3).flatten(4)  # [b, c, g, q, r p]
-    added = (B.transpose(-1, -2) @ kept).unflatten(-1, x.shape[-2:])  # [b, c, g, n, r, p]
-    through = rounded[:, :, -1].exp()[:, :, :, None, :, None]  # [b, c, g, 1, r, 1]
-    before = []
-    for chunk in range(x.shape[1]):
-        before.append(state)
-        state = torch.addcmul(added[:, chunk], state, through[:, chunk])
-    past = C @ torch.stack(before, dim=1).flatten(4)  # [b, c, g, q, r p]
-    past = past.unflatten(-1, x.shape[-2:]).transpose(2, 3)  # [b, c, q, g, r, p]
-    y = torch.addcmul(within.permute(0, 1, 4, 2, 3, 5), past, rounded.exp()[..., None])
+    before, state = _carried(B, inputs, to_end, rounded[:, :, -1].exp(), state)
+    past = (C @ before.flatten(4)).unflatten(-1, x.shape[-2:])  # [b, c, g, q, r, p]
+    past, within = past.transpose(2, 3), within.permute(0, 1, 4, 2, 3, 5)  # [b, c, q, g, r, p]
+    y = torch.addcmul(within, past, rounded.exp()[..., None])
     return y.flatten(1, 2).flatten(2, 3)[:, :length], state
 
 
-def _triangle(exponents: Tensor, rest: Tensor) -> Tensor:
-    """Return exp(e_i - e_j) for j up to i, else 0, `[..., q, q]`, of sums `[b, c, q, g, r]`.
+def _within(exponents: Tensor, rest: Tensor, B: Tensor, C: Tensor, inputs: Tensor) -> Tensor:
+    """Return what each position has of the earlier ones in its chunk, `[b, c, g, r, q, p]`.
 
-    `rest` is what rounding has left of the sums.
+    Args:
+        exponents: Sums of dt A, `[b, c, q, g, r]`.
+        rest: What rounding has left of them.
+        B: `[b, c, g, q, n]`.
+        C: As B.
+        inputs: dt x, `[b, c, q, g, r, p]`.
     """
     exponents, rest = (part.permute(0, 1, 3, 4, 2) for part in (exponents, rest))
-    differences = exponents[..., :, None] - exponents[..., None, :]
-    differences = differences.add_(rest[..., :, None]).sub_(rest[..., None, :])
+    decays = exponents[..., :, None] - exponents[..., None, :]  # [b, c, g, r, q, q]
+    decays = decays.add_(rest[..., :, None]).sub_(rest[..., None, :])
     size = exponents.shape[-1]
     future = torch.ones(size, size, dtype=torch.bool, device=exponents.device).triu(1)
-    return differences.masked_fill_(future, -torch.inf).exp_()
+    decays = decays.masked_fill_(future, -torch.inf).exp_()
+    overlaps = (C @ B.transpose(-1, -2))[:, :, :, None]  # [b, c, g, 1, q, q]
+    # exp keeps its result for the gradient, so that it may be written over without one only.
+    weights = decays * overlaps if decays.requires_grad else decays.mul_(overlaps)
+    return weights @ inputs.permute(0, 1, 3, 4, 2, 5)
+
+
+def _carried(
+    B: Tensor, inputs: Tensor, to_end: Tensor, through: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the states before each chunk, `[b, c, g, n, r, p]`, and the one behind the last.
+
+    Args:
+        B: `[b, c, g, q, n]`.
+        inputs: dt x, `[b, c, q, g, r, p]`.
+        to_end: Decay from each position to the end of its chunk, `[b, c, q, g, r]`.
+        through: Decay from a chunk's start to its end, `[b, c, g, r]`.
+        state: Before the first chunk, `[b, g, n, r, p]`.
+    """
+    kept = (inputs * to_end[..., None]).transpose(2, 3).flatten(4)  # [b, c, g, q, r p]
+    added = (B.transpose(-1, -2) @ kept).unflatten(-1, inputs.shape[-2:])
+    through = through[:, :, :, None, :, None]
+    before = []
+    for chunk in range(inputs.shape[1]):
+        before.append(state)
+        state = torch.addcmul(added[:, chunk], state, through[:, chunk])
+    return torch.stack(before, dim=1), state
 
 
 class MambaMixer(nn.Module):

@@ -96,6 +96,19 @@ SHAPES = {
         random_models.LLAMA, rotary_interleaved=True, rotary_percent=0.5
     ),
     "norms of queries and keys": random_models.config(random_models.LLAMA, qk_layernorm=True),
+    "Mamba-2, attention and MLP": random_models.config(
+        random_models.LLAMA,
+        num_layers=3,
+        position_embedding_type="none",
+        mamba_layers=(0,),
+        no_mixer_layers=(2,),
+        no_mlp_layers=(0, 1),
+        mamba_num_heads=4,
+        mamba_head_dim=6,
+        mamba_num_groups=2,
+        mamba_state_dim=5,
+        mamba_conv_width=4,
+    ),
     "residual after the norm": random_models.config(apply_residual_connection_post_layernorm=True),
 }
 

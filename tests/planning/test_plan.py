@@ -14,6 +14,7 @@ from support import random_models
 from support.live_tensors import LiveTensors
 from support.paths import PROJECT
 from support.ranks import run_ranks
+from torch.utils.flop_counter import FlopCounterMode
 
 from mlm_eval import cli
 from mlm_eval.checkpoints.checkpoint import Checkpoint
@@ -23,6 +24,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.parameters import parameters
 from mlm_eval.engine.engine import Engine
 from mlm_eval.engine.score import Request
+from mlm_eval.model.costs.flops import forward_flops
 from mlm_eval.model.costs.memory import (
     OUTSIDE,
     TrainingBatch,
@@ -48,6 +50,11 @@ WIDE = random_models.config(
 LLAMA = random_models.config(
     random_models.LLAMA, hidden_size=64, kv_channels=16, ffn_hidden_size=160, vocab_size=128,
     max_position_embeddings=512,
+)  # fmt: skip
+HYBRID = dataclasses.replace(
+    LLAMA, position_embedding_type="none", mamba_layers=(0,), no_mixer_layers=(1,),
+    no_mlp_layers=(0,), mamba_num_heads=8, mamba_head_dim=16, mamba_num_groups=2,
+    mamba_state_dim=16, mamba_conv_width=4,
 )  # fmt: skip
 BERT = random_models.config(
     random_models.BERT, num_layers=3, hidden_size=64, kv_channels=16, ffn_hidden_size=256,
@@ -119,10 +126,12 @@ def scoring_peak(checkpoint: Checkpoint, dtype: str, batch_tokens: int, length: 
         ),
         dataclasses.replace(WIDE, parallel_residual=True),
         dataclasses.replace(WIDE, vocab_size=20_000, hidden_size=16, kv_channels=4),  # logits
+        HYBRID,
+        dataclasses.replace(HYBRID, mamba_state_dim=64, mamba_head_dim=64),
     ],
     ids=[
         *("gelu", "squared_relu", "swiglu", "attention", "rotary", "rotary-attention"),
-        *("alibi", "parallel", "logits"),
+        *("alibi", "parallel", "logits", "hybrid", "wide states"),
     ],
 )
 def test_evaluation_memory_is_what_lives(config: ModelConfig, dtype: str):
@@ -252,6 +261,26 @@ def planned(config: ModelConfig, **options: Any) -> dict[str, Any]:
         batch_tokens=4096,
         throughput=1e12,
     )
+
+
+def test_layers_that_differ_cost_what_their_products_cost():
+    """Mamba-2, a matrix in a branch's place and MLPs of other widths, as torch counts products."""
+    config = dataclasses.replace(
+        LLAMA, num_layers=4, position_embedding_type="none", mamba_layers=(0, 3),
+        linear_mixer_layers=(1,), no_mixer_layers=(2,), no_mlp_layers=(0,),
+        linear_mlp_layers=(3,), ffn_hidden_size=160, layer_ffn_hidden_sizes=(0, 96, 160, 0),
+        mamba_num_heads=8, mamba_head_dim=16, mamba_num_groups=2, mamba_state_dim=16,
+        mamba_conv_width=4,
+    )  # fmt: skip
+    engine = Engine.load(new_checkpoint(config, seed=1))
+    tokens = torch.arange(256)[None] % 128
+    for last in (256, 10):
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            engine.model(tokens, 256 - last)
+        found = forward_flops(config, 256, last_rows=last, head_rows=0)
+        # The convolution is no matrix product, and torch does not count it.
+        convolved = 2 * 2 * 256 * 4 * (8 * 16 + 2 * 2 * 16)
+        assert found - convolved == counter.get_total_flops()
 
 
 def test_wikitext_costs_what_its_windows_cost():

@@ -7,6 +7,7 @@ section 5.1 and in common practice. Only the rows that are computed count.
 from __future__ import annotations
 
 from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.model.mamba import SCAN_CHUNK
 
 
 def forward_flops(config: ModelConfig, length: int, *, last_rows: int, head_rows: int) -> float:
@@ -27,6 +28,17 @@ def forward_flops(config: ModelConfig, length: int, *, last_rows: int, head_rows
 
 def _layer_flops(c: ModelConfig, layer: int, length: int, rows: int) -> int:
     """Return the operations of a layer of which `rows` positions are needed."""
+    own, mixer = c.of_layer(layer), c.mixer(layer)
+    if mixer == "attention":
+        mixed = _attention_flops(own, length, rows)
+    elif mixer == "mamba":
+        mixed = _mamba_flops(c, length, rows)
+    else:
+        mixed = 2 * rows * c.hidden_size**2 if mixer == "linear" else 0
+    return mixed + 2 * rows * mlp_weights(own, layer)
+
+
+def _attention_flops(c: ModelConfig, length: int, rows: int) -> int:
     h, n = c.hidden_size, c.num_attention_heads
     if c.multi_latent_attention:
         keys, values = c.qk_head_dim + c.qk_pos_emb_head_dim, c.v_head_dim
@@ -41,14 +53,25 @@ def _layer_flops(c: ModelConfig, layer: int, length: int, rows: int) -> int:
         projections = length * c.qkv_size * h
     # Scores and weighted values; a causal kernel may skip half, which is not counted as saved.
     attention = rows * length * n * (keys + values)
-    per_row = c.attention_width * h + mlp_weights(c, layer)
-    return 2 * (projections + attention + rows * per_row)
+    return 2 * (projections + attention + rows * c.attention_width * h)
+
+
+def _mamba_flops(c: ModelConfig, length: int, rows: int) -> int:
+    packed, d = [size for size, _ in c.mamba_parts], c.mamba_width
+    convolved = sum(packed[1:4]) * c.mamba_conv_width
+    # Within a chunk each position meets all of it, once a group and once a channel; the states are
+    # written and read once a channel.
+    chunk = min(SCAN_CHUNK, length)
+    scanned = chunk * (c.mamba_num_groups * c.mamba_state_dim + d) + 2 * d * c.mamba_state_dim
+    per_position = sum(packed) * c.hidden_size + convolved + scanned
+    return 2 * (length * per_position + rows * d * c.hidden_size)
 
 
 def mlp_weights(c: ModelConfig, layer: int) -> int:
     """Return how many weights of a layer's MLP a token meets: of experts, those it is sent to."""
-    matrices = 3 if c.gated else 2
-    if layer not in c.moe_layers:
-        return matrices * c.ffn_hidden_size * c.hidden_size
+    matrices, kind = 3 if c.gated else 2, c.feed_forward(layer)
+    if kind != "experts":
+        width = {"plain MLP": matrices * c.ffn_hidden_size, "linear": c.hidden_size, "none": 0}
+        return width[kind] * c.hidden_size
     width = c.moe_router_topk * c.moe_ffn_hidden_size + c.moe_shared_expert_intermediate_size
     return (matrices * width + c.num_experts + c.moe_shared_expert_gate) * c.hidden_size

@@ -15,10 +15,13 @@ from dataclasses import dataclass
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.parameters import (
+    MAMBA_VECTORS,
     layer_parameters,
     local_groups,
+    local_units,
     parameters,
 )
+from mlm_eval.model.mamba import SCAN_CHUNK, SCAN_ELEMENTS
 from mlm_eval.model.tensor_parallel import LOGIT_CHUNK_ELEMENTS
 
 FLOAT32 = 4
@@ -139,12 +142,16 @@ def evaluation_memory(
         cache: Bytes of keys and values of texts that are being generated.
     """
     local = _Local.of(config, tp)
-    layers = batch_tokens * itemsize * max(_attention_widths(local, itemsize), _mlp_widths(local))
+    kinds = {config.mixer(layer) for layer in range(config.num_layers)}
+    attention = _attention_widths(local, itemsize) if "attention" in kinds else 0.0
+    layers = batch_tokens * itemsize * max(attention, _mlp_widths(local))
+    if "mamba" in kinds:
+        layers = max(layers, _mamba_bytes(config, tp, itemsize, batch_tokens))
     logits = FLOAT32 * _logit_chunk(config, tp, scored_rows)
     length = min(batch_tokens, config.max_position_embeddings)
     kept, made = _alibi(config, tp, length, itemsize)
     return Memory(
-        weights=itemsize * local_parameters(config, tp),
+        weights=itemsize * local_parameters(config, tp) + _kept_wide(config, tp, itemsize),
         activations=round(max(layers + kept, made, logits)) + cache,
     )
 
@@ -203,6 +210,32 @@ def _attention_widths(local: _Local, itemsize: int) -> float:
         held_turning = held + local.attention + 3 * local.attention * FLOAT32 / itemsize
     output = local.attention + local.sums * local.hidden
     return max(held_turning, held + rotated + local.copies + output)
+
+
+def _kept_wide(config: ModelConfig, tp: int, itemsize: int) -> int:
+    """Return the bytes of weights that stay float32 in a model of less, beyond those counted."""
+    count = len(MAMBA_VECTORS) * config.mamba_num_heads * len(config.mamba_layers) // tp
+    return (FLOAT32 - itemsize) * count if itemsize < FLOAT32 else 0
+
+
+def _mamba_bytes(config: ModelConfig, tp: int, itemsize: int, tokens: int) -> float:
+    """Return the bytes that live in a Mamba layer, at the most; all of it is about its scan."""
+    d, heads = config.mamba_width // tp, config.mamba_num_heads // tp
+    groups = len(local_units(config.mamba_num_groups, 0, tp))
+    shared, states = groups * config.mamba_state_dim, config.mamba_state_dim
+    mixed = d + 2 * shared
+    # The layer's input, its norm, what the first matrix gives; in float32 what is convolved, before
+    # and behind.
+    half = itemsize < FLOAT32
+    outside = itemsize * (2 * config.hidden_size + d + mixed + heads)
+    outside += FLOAT32 * ((1 + half) * mixed + 4 * heads)
+    # Of the tokens in a span: dt x, and either the triangle of decays with what it is multiplied
+    # by, or the states of chunks.
+    span = min(tokens, max(SCAN_CHUNK, SCAN_ELEMENTS // (heads * SCAN_CHUNK)))
+    triangle = SCAN_CHUNK * (heads + groups) + 2 * d
+    carried = 2 * d + 3 * d * states / SCAN_CHUNK
+    scanned = FLOAT32 * span * (d + max(triangle, carried))
+    return tokens * outside + scanned
 
 
 def _mlp_widths(local: _Local) -> float:
