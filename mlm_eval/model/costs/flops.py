@@ -71,7 +71,7 @@ def mlp_weights(c: ModelConfig, layer: int) -> int:
     """Return how many weights of a layer's MLP a token meets: of experts, those it is sent to."""
     matrices, kind = 3 if c.gated else 2, c.feed_forward(layer)
     if kind != "experts":
-        width = {"plain MLP": matrices * c.ffn_hidden_size, "linear": c.hidden_size, "none": 0}
-        return width[kind] * c.hidden_size
+        rows = {"plain MLP": matrices * c.ffn_hidden_size, "linear": c.hidden_size, "none": 0}
+        return rows[kind] * c.hidden_size
     width = c.moe_router_topk * c.moe_ffn_hidden_size + c.moe_shared_expert_intermediate_size
     return (matrices * width + c.num_experts + c.moe_shared_expert_gate) * c.hidden_size
