@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.text_file import read_text
 from mlm_eval.tasks.data.sources import DatasetName
+from mlm_eval.tasks.data.tables import DataTable
 from mlm_eval.tasks.data.text import digest, json_field, sha256
 from mlm_eval.tasks.finetune.features import clean_text
 from mlm_eval.tasks.finetune.task import ChoiceTask, Example, ExampleSet
@@ -82,7 +83,9 @@ class Glue(ChoiceTask):
             lines.append(f"{record['id']}\t{names[shares.index(max(shares))]}")
         return {".tsv": "\n".join(lines) + "\n"}
 
-    def parse(self, rows: Sequence[list[str]], path: str) -> tuple[list[Pair], list[str]]:
+    def parse(
+        self, rows: Sequence[list[str]], path: str, *, first_line: int = 2
+    ) -> tuple[list[Pair], list[str]]:
         """Return what a file's rows hold, and warnings.
 
         The header names the columns: files of one benchmark differ in their number and order. A
@@ -92,6 +95,7 @@ class Glue(ChoiceTask):
         Args:
             rows: The header first.
             path: The file, for messages.
+            first_line: Number of the line of the first row.
 
         Raises:
             InputError: The header names no texts, or a row has no text or no known label.
@@ -114,7 +118,7 @@ class Glue(ChoiceTask):
         pairs: list[Pair] = []
         skipped: list[int] = []
         undecided: list[int] = []
-        for line, row in enumerate(rows[1:], start=2):
+        for line, row in enumerate(rows[1:], start=first_line):
             whole = len(row) == len(header)
             if len(row) > len(header) and label == len(header) - 1:
                 # More labels of single annotators than the header names: the last one is the
@@ -141,7 +145,7 @@ class Glue(ChoiceTask):
             known = None
             if label is not None:
                 known = self._label(row[label].strip(), header[label], f"{path}, line {line}")
-            name = str(line - 2) if key is None else row[key].strip()
+            name = str(line - first_line) if key is None else row[key].strip()
             pairs.append((name, sides[0], sides[1], known))
         if skipped:
             warnings.append(
@@ -183,6 +187,32 @@ class Glue(ChoiceTask):
             raise InputError(f"{path} holds no rows; expected a header and rows of {self.folder}")
         pairs, warnings = self.parse(rows, str(path))
         found = pair_set(pairs, set_name(path.name), role, path=str(path), sha256=sha256([text]))
+        return dataclasses.replace(found, warnings=warnings)
+
+    def read_columns(
+        self, rows: DataTable, name: str, *, role: str, path: Path
+    ) -> ExampleSet | None:
+        """See `Task.read_columns`: rows by the names of their columns, as in a .tsv file.
+
+        These are SNLI's and MultiNLI's JSON lines, and their sets on the Hub, where a label of -1
+        says that the annotators did not agree, or that all labels are hidden.
+        """
+        places = [self._place(rows.column_names, names) for names in self.columns]
+        if places[1] is None or places[2] is None:
+            return None
+        header = [rows.column_names[place] for place in places if place is not None]
+        label = None if places[3] is None else header[-1]
+        table = [_cells(row, header, f"{path}, row {i}") for i, row in enumerate(rows, start=1)]
+        if label is not None:
+            known = [row[-1] for row in table]
+            if all(text == str(UNKNOWN) for text in known):
+                header, table = header[:-1], [row[:-1] for row in table]
+            elif label != "gold_label":
+                table = [
+                    [*row[:-1], NO_GOLD if row[-1] == str(UNKNOWN) else row[-1]] for row in table
+                ]
+        pairs, warnings = self.parse([header, *table], str(path), first_line=1)
+        found = pair_set(pairs, name, role, path=str(path), sha256=digest(table))
         return dataclasses.replace(found, warnings=warnings)
 
     def hub_sets(self, rows: Any, name: str, *, role: str, where: str) -> Iterator[ExampleSet]:
@@ -269,6 +299,18 @@ def pair_set(pairs: Sequence[Pair], name: str, role: str, *, path: str, sha256: 
         ],
         labelled=bool(pairs) and pairs[0][3] is not None,
     )
+
+
+def _cells(row: Mapping[str, Any], columns: Sequence[str], where: str) -> list[str]:
+    """Return some columns of a row as the text that a .tsv file would have.
+
+    Raises:
+        InputError: One is neither a text nor a number.
+    """
+    for name in columns:
+        if type(row[name]) not in (str, int):
+            raise InputError(f"{where}: {name} is {row[name]!r:.60}; expected a text or a number")
+    return [str(row[name]) for name in columns]
 
 
 def _lines(numbers: Sequence[int]) -> str:

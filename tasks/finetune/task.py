@@ -19,7 +19,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.folders.file_names import safe_name
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.tasks.data.sources import HUB_SPLITS, DatasetName, dataset_splits, is_dataset
-from mlm_eval.tasks.data.tables import is_table, read_table, split_of
+from mlm_eval.tasks.data.tables import DataTable, is_table, read_table, split_of
 from mlm_eval.tasks.data.tokens import tokens_of
 from mlm_eval.tasks.finetune.features import Outputs, PairFeatures
 from mlm_eval.tasks.finetune.settings import Recipe
@@ -239,9 +239,11 @@ class Task(ABC):
         path = Path(source).expanduser()
         if path.is_file() and is_table(path):
             rows = read_table(path)
+            name = split_of(path).replace("validation", "dev").replace("_", "-")
             if set(self.hub_columns) <= set(rows.column_names):
-                name = split_of(path).replace("validation", "dev").replace("_", "-")
                 return list(self.hub_sets(rows, name, role=role, where=source))
+            if (found := self.read_columns(rows, name, role=role, path=path)) is not None:
+                return [found]
             if path.suffix == ".parquet":
                 raise InputError(
                     f"{path} has the columns {', '.join(rows.column_names)}; expected "
@@ -258,6 +260,15 @@ class Task(ABC):
         if path.is_dir():
             return self.read_folder(path, [role])
         return [self.read_file(path, role)]
+
+    def read_columns(
+        self, rows: DataTable, name: str, *, role: str, path: Path
+    ) -> ExampleSet | None:
+        """Return the set of a parquet or JSON-lines file without the Hub's columns.
+
+        None: such a file is no table of the task, and `read_path` reads it.
+        """
+        return None
 
     def read_file(self, path: Path, role: str) -> ExampleSet:
         """Return the set of one file; not called where a task has its own `read_path`."""

@@ -8,6 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from support import tiny_bert
 from support.tiny_bert import CLS, SEP, ids
@@ -427,3 +429,70 @@ def test_numbers_as_labels_count_as_the_hub_does(tmp_path):
     header[2] = "gold_label"
     with pytest.raises(InputError, match="label '0'; expected one of .*column gold_label"):
         Mnli().read_part(str(write(tmp_path / "dev.tsv", [header, *rows])), "dev")
+
+
+# --- tables with other columns than GLUE's on the Hub ---
+
+
+def json_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("file", ["snli_1.0_dev.jsonl", "multinli_1.0_dev_matched.jsonl"])
+def test_json_lines_of_snli_and_multinli_are_their_text_files(file, tmp_path):
+    """As published, with lists of the annotators' labels and parses beside what counts."""
+    rows: list[dict[str, Any]] = [
+        {
+            "annotator_labels": [label, "neutral"],
+            "captionID": f"{number}.jpg#0",
+            "gold_label": label,
+            "pairID": f"{number}.jpg#0r1n",
+            "sentence1": f' A "person" on\ta horse {number}. ',
+            "sentence1_parse": "(ROOT (S))",
+            "sentence2": f"Someone rides {number}\u2028",
+        }
+        for number, label in enumerate(("neutral", "entailment", "-", "contradiction"))
+    ]
+    (found,) = Mnli().read_part(str(json_lines(tmp_path / file, rows)), "dev")
+    header = [name for name in rows[0] if name != "annotator_labels"]
+    cells = [[row[name].replace("\t", " ") for name in header] for row in rows]
+    text = write(tmp_path / file.replace(".jsonl", ".txt"), [header, *cells])
+    (expected,) = Mnli().read_part(str(text), "dev")
+    assert content(found) == content(expected) and len(content(found)) == 3
+    assert (found.name, found.labelled) == (expected.name, True)
+    left_out = "1 row(s) without a gold label (-) are left out, as is the custom (line 3)"
+    assert found.warnings == [f"{tmp_path / file}: {left_out}"]
+
+
+def test_numbers_of_a_table_count_as_the_hub_does(tmp_path):
+    """SNLI of the Hub: -1 where the annotators did not agree, or in all rows of a hidden set."""
+    rows = [{"premise": f"p {n}", "hypothesis": f"h {n}", "label": n} for n in (0, -1, 1, 2)]
+    path = tmp_path / "validation-00000-of-00001.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    (part,) = Mnli().read_part(str(path), "dev")
+    assert part.name == "dev" and len(part.warnings) == 1
+    assert [(id, first, Mnli.classes[label or 0]) for id, first, _, label in content(part)] == [
+        ("0", "p 0", "entailment"),
+        ("2", "p 1", "neutral"),
+        ("3", "p 2", "contradiction"),
+    ]
+    hidden = [{**row, "label": -1} for row in rows]
+    (part,) = Mnli().read_part(str(json_lines(tmp_path / "test.jsonl", hidden)), "test")
+    assert not part.labelled and len(content(part)) == 4 and part.warnings == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sentence1": ["a"]}, r"row 2: sentence1 is \['a'\]; expected a text or a number"),
+        ({"sentence2": " "}, "line 2 has an empty sentence1 or sentence2"),
+        ({"gold_label": "perhaps"}, "line 2 has the label 'perhaps'"),
+        ({"gold_label": None}, "row 2: gold_label is None"),
+    ],
+)
+def test_a_damaged_row_of_a_table_is_named(change, message, tmp_path):
+    row = {"gold_label": "neutral", "sentence1": "a", "sentence2": "b"}
+    path = json_lines(tmp_path / "dev.jsonl", [row, row | change])
+    with pytest.raises(InputError, match=message):
+        Mnli().read_part(str(path), "dev")
