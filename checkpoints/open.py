@@ -113,16 +113,14 @@ def _unpacked(target: Path) -> Path:
     Raises:
         InputError: It is damaged, holds what no checkpoint needs, or no checkpoint.
     """
-    from mlm_eval.checkpoints.archives.tar_archive import is_tar, tar_folder
+    from mlm_eval.checkpoints.archives.tar_archive import archive_in, is_tar, tar_folder
     from mlm_eval.checkpoints.archives.zip_archive import is_archive, unpack
 
     if target.is_dir():
-        held = list(target.iterdir())
-        archives = [entry for entry in held if entry.suffix == ".nemo"]
-        others = [entry for entry in held if entry.is_dir() or entry.name in (TRACKER, _HUB_CONFIG)]
-        if len(archives) != 1 or others:
+        archive = archive_in(target)
+        if archive is None:
             return target
-        target = archives[0]
+        target = archive
     if is_archive(target):
         return unpack(target)
     if not is_tar(target):

@@ -33,6 +33,7 @@ from mlm_eval.checkpoints.tokenizers.side_files import (
     SideFiles,
     own_pieces,
     read_side_files,
+    refuse_tiktoken,
     special_piece,
 )
 from mlm_eval.checkpoints.tokenizers.wordpiece import (
@@ -338,6 +339,8 @@ def load_tokenizer(
         return _load_file(folder, None)
     tokenizer = _load_folder(folder)
     if tokenizer is None:
+        for file in sorted(folder.iterdir()):
+            refuse_tiktoken(file)
         raise InputError(f"{folder} holds no tokenizer; expected {ACCEPTED}")
     return tokenizer
 
@@ -346,20 +349,56 @@ def find_tokenizer(checkpoint_path: str | Path) -> Tokenizer | None:
     """Return the tokenizer stored with a checkpoint, None if there is none.
 
     Looks in the checkpoint's folder and in its `tokenizer/` subfolder, then, where the path is a
-    part of a Megatron checkpoint (`iter_*`, `release`, `mp_rank_*`), in the folders up to its root.
+    part of a Megatron checkpoint (`iter_*`, `release`, `mp_rank_*`), in the folders up to its root;
+    then where Megatron-Bridge, NeMo 2 and verl keep it. A NeMo 1 model's own comes first.
+
+    Raises:
+        InputError: The one that is there cannot be read.
     """
+    # Imported here to load a tokenizer without torch.
+    from mlm_eval.checkpoints.projects.tokenizer_places import tokenizer_folders
+
     if is_catalog_name(checkpoint_path):
         _, checkpoint_path = resolve(checkpoint_path)
-    folder = Path(checkpoint_path).absolute()
-    if not folder.is_dir():
-        folder = folder.parent
-    while True:
+    path = Path(checkpoint_path).absolute()
+    if (tokenizer := _nemo_tokenizer(path)) is not None:
+        return tokenizer
+    folder = path if path.is_dir() else path.parent
+    while folder.is_dir():
         for candidate in (folder, folder / "tokenizer"):
             if candidate.is_dir() and (tokenizer := _load_folder(candidate)) is not None:
                 return tokenizer
         if not (folder.name == "release" or folder.name.startswith(("iter_", "mp_rank_"))):
-            return None
+            break
         folder = folder.parent
+    for candidate in tokenizer_folders(path):
+        if (tokenizer := _load_folder(candidate)) is not None:
+            return tokenizer
+    return None
+
+
+def _nemo_tokenizer(path: Path) -> Tokenizer | None:
+    """Return the tokenizer in a NeMo 1 folder or archive, given any of its doors."""
+    from mlm_eval.checkpoints.archives.tar_archive import (
+        archive_in,
+        is_tar,
+        real_file,
+        tar_folder,
+    )
+    from mlm_eval.checkpoints.projects.nemo_1 import nemo_root
+    from mlm_eval.checkpoints.projects.tokenizer_places import nemo_tokenizer
+
+    if path.is_dir():
+        path = archive_in(path) or path
+    if path.is_file() and is_tar(path):
+        path = tar_folder(path)
+    root = nemo_root(path)
+    files = None if root is None else nemo_tokenizer(root)
+    if files is None:
+        return None
+    vocabulary, merges = files
+    found = _load_file(real_file(vocabulary), None if merges is None else real_file(merges))
+    return dataclasses.replace(found, source=str(vocabulary))
 
 
 def check_entries(entries: int, rows: int, tokenizer: str = "the tokenizer") -> None:
@@ -436,6 +475,7 @@ def _load_file(path: Path, merges: Path | None) -> Tokenizer:
         return _load_bert(path)
     if path.suffix == ".model":
         return _load_sentencepiece(path)
+    refuse_tiktoken(path)
     if path.suffix != ".json":
         raise InputError(f"{path} is not a known form of a tokenizer; expected {ACCEPTED}")
     if "model" in read_json_object(path):
@@ -637,6 +677,7 @@ def _load_sentencepiece(path: Path) -> Tokenizer:
         backend = SentencePieceProcessor(model_file=str(path))
     except Exception as error:  # RuntimeError, OSError or a protobuf error, by version
         refuse_stand_in(path)
+        refuse_tiktoken(path)
         raise InputError(
             f"{path} is not a sentencepiece model that can be read: {error}"
         ) from error

@@ -38,6 +38,7 @@ LARGEST_RATIO = 20
 """A compressed archive may unpack to so many times its size, and 64 MB: weights shrink little."""
 
 _SMALL = 1 << 26
+_LARGEST_FILE = 1 << 28
 _MOST_MEMBERS = 1 << 20
 _GZIP = b"\x1f\x8b"
 _DAMAGE = (tarfile.TarError, zlib.error, EOFError, ValueError, OverflowError, gzip.BadGzipFile)
@@ -68,6 +69,39 @@ def tar_folder(path: Path) -> Path:
         return only_folder(_unpack_gzip(path), stop="model_weights")
     _contents(path)
     return only_folder(MemberPath(path), stop="model_weights")
+
+
+def archive_in(folder: Path) -> Path | None:
+    """Return the one .nemo file of a folder that holds no other folder; None where there is none.
+
+    A folder with a tracker file or a config.json is a checkpoint of its own.
+    """
+    held = list(folder.iterdir())
+    archives = [entry for entry in held if entry.suffix == ".nemo"]
+    others = ("latest_checkpointed_iteration.txt", "config.json")
+    if len(archives) != 1 or any(entry.is_dir() or entry.name in others for entry in held):
+        return None
+    return archives[0]
+
+
+def real_file(path: Path) -> Path:
+    """Return a file that other libraries can open: a member's content is put into the cache.
+
+    Raises:
+        InputError: It is larger than any tokenizer, or cannot be written.
+    """
+    if not isinstance(path, MemberPath):
+        return path
+    size = path.stat().st_size
+    if size > _LARGEST_FILE:
+        raise InputError(f"{path} has {size:,} bytes, more than any tokenizer; {UNPACK_IT}")
+    content = path.read_bytes()
+
+    def write(folder: Path) -> None:
+        (folder / path.name).write_bytes(content)
+
+    name = hashlib.sha256(path.name.encode() + b"\0" + content).hexdigest()[:24]
+    return unpacked(path, name, size, write) / path.name
 
 
 @dataclass

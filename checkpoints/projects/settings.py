@@ -28,11 +28,11 @@ _LARGEST = 1 << 24
 _LONGEST = 1 << 14
 """Entries of a list, such as one a layer."""
 
-_TRACKER = "latest_checkpointed_iteration.txt"
+STEP_TRACKER = "latest_checkpointed_iteration.txt"
 _VERL_SETTINGS = "transformer_config.json"
-_BRIDGE_SETTINGS = "run_config.yaml"
+BRIDGE_SETTINGS = "run_config.yaml"
 
-WEIGHT_PARTS = (".metadata", "common.pt", "metadata.json", "train_state.pt", _BRIDGE_SETTINGS)
+WEIGHT_PARTS = (".metadata", "common.pt", "metadata.json", "train_state.pt", BRIDGE_SETTINGS)
 """Files in a folder of distributed weights that are no weights."""
 
 _SILU = ("torch.nn.functional.silu", "torch.nn.functional.SiLU")
@@ -134,13 +134,13 @@ def weights_beside(file: Path) -> Path | None:
     """
     if file.parent.name == "context":
         return weights_folder(file.parent)
-    if file.name in (_VERL_SETTINGS, _TRACKER):
+    if file.name in (_VERL_SETTINGS, STEP_TRACKER):
         return weights_folder(file.parent)
     return None
 
 
 def _latest(root: Path) -> str | None:
-    tracker = root / _TRACKER
+    tracker = root / STEP_TRACKER
     return f"global_step_{read_text(tracker).strip()}" if tracker.is_file() else None
 
 
@@ -151,7 +151,7 @@ def find_settings(folder: Path) -> SideSettings | None:
         InputError: The file cannot be read as plain data.
     """
     for name, within, project in (
-        (_BRIDGE_SETTINGS, "model", "megatron-bridge"),
+        (BRIDGE_SETTINGS, "model", "megatron-bridge"),
         ("../context/model.yaml", "config", "nemo"),
     ):
         path = folder / name

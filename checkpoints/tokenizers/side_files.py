@@ -10,6 +10,7 @@ tokenizer.model; which of them are special stands in `special_tokens_map.json` o
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -179,3 +180,28 @@ def _entry(token: Any, index: Any, where: Path) -> AddedEntry:
             )
     given.setdefault("normalized", not given.get("special", False))
     return AddedEntry(content, index, **given)
+
+
+_RANKED = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
+
+
+def refuse_tiktoken(file: Path) -> None:
+    """Refuse a vocabulary of tiktoken, by name: pieces with ranks, and no rule how text is cut.
+
+    Llama 3's own release calls such a file tokenizer.model, Mistral's is tekken.json.
+
+    Raises:
+        InputError: It is one.
+    """
+    if not file.is_file():
+        return
+    with file.open("rb") as stream:
+        head = stream.read(256)
+    listed = file.suffix == ".json" and (
+        file.name == "tekken.json" or b'"token_bytes"' in head and head.lstrip()[:1] == b"["
+    )
+    if listed or (file.suffix in (".tiktoken", ".model", ".bpe") and _RANKED.match(head)):
+        raise InputError(
+            f"{file} is a vocabulary of tiktoken, without the rule by which its model cuts text "
+            "into words; it is not read: give the tokenizer.json of the model"
+        )
