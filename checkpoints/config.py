@@ -83,8 +83,10 @@ _RANGES = (
     ("moe_router_topk", 0, 1 << 16),
     ("moe_router_num_groups", 0, 1 << 16),
     ("moe_router_group_topk", 0, 1 << 16),
+    ("moe_router_group_experts", 0, 1 << 16),
     ("moe_router_topk_scaling_factor", 0.0, 1e6),
     ("moe_shared_expert_intermediate_size", 0, 1 << 30),
+    ("latent_layernorm_epsilon", 0.0, 1.0),
     ("q_lora_rank", 0, 1 << 30),
     ("kv_lora_rank", 0, 1 << 30),
     ("qk_head_dim", 0, 1 << 30),
@@ -133,6 +135,12 @@ class YarnScaling:
         if self.mscale is None or self.mscale_all_dim is None:
             return yarn_mscale(self.factor, 1.0)
         return yarn_mscale(self.factor, self.mscale) / yarn_mscale(self.factor, self.mscale_all_dim)
+
+    def same_as(self, other: YarnScaling) -> bool:
+        """Whether both stretch and scale alike, whichever mscales they say it with."""
+        factors = (self.attention_factor, other.attention_factor)
+        alike = dataclasses.replace(other, mscale=self.mscale, mscale_all_dim=self.mscale_all_dim)
+        return self == alike and math.isclose(*factors, rel_tol=1e-9)
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -225,6 +233,9 @@ class ModelConfig:
     moe_router_num_groups: int = 0
     """Experts are chosen within `moe_router_group_topk` of so many groups; 0: among all."""
     moe_router_group_topk: int = 0
+    moe_router_group_experts: int = 0
+    """A group counts by the sum of so many of its best experts (DeepSeek V2: 1, V3: 2); 0:
+    `moe_router_topk // moe_router_group_topk`, as Megatron has it."""
     moe_router_topk_scaling_factor: float | None = None
     """Multiplies the weights of the chosen experts; None: 1."""
     moe_router_enable_expert_bias: bool = False
@@ -249,6 +260,8 @@ class ModelConfig:
     """Rotated channels of a query head, and of the one key that all heads share."""
     v_head_dim: int = 0
     """Channels of a value head."""
+    latent_layernorm_epsilon: float | None = None
+    """Of the norms of latents; None: `layernorm_epsilon`."""
     decoder_num_layers: int = 0
     """Layers of T5's decoder; 0 in the other families."""
     relative_attention_num_buckets: int = 32
@@ -329,7 +342,8 @@ class ModelConfig:
             )
         if self.yarn is not None:
             self._check_yarn(self.yarn)
-        if self.rotary and int(self.kv_channels * self.rotary_percent) % 2:
+        latent = self.multi_latent_attention  # which has a check of its own
+        if self.rotary and not latent and self.rotated_channels % 2:
             raise InputError(
                 f"rotary_percent {self.rotary_percent} of heads of {self.kv_channels} channels is "
                 "an odd number of them, but they are rotated in pairs; correct it with --set "
@@ -483,6 +497,7 @@ class ModelConfig:
                 raise InputError("moe_layers needs num_experts; set it with --set num_experts=N")
             return
         groups, kept = self.moe_router_num_groups, self.moe_router_group_topk
+        within = self.num_experts // groups if groups else 0  # experts of one group
         rules = (
             (1 <= self.moe_router_topk <= self.num_experts, "moe_router_topk", "1 to num_experts"),
             (self.moe_ffn_hidden_size >= 1, "moe_ffn_hidden_size", "at least 1"),
@@ -493,9 +508,14 @@ class ModelConfig:
                 "a divisor of num_experts, and no less than moe_router_group_topk",
             ),
             (
-                not kept or 1 <= self.moe_router_topk // kept <= self.num_experts // groups,
+                not kept or 1 <= self.group_experts <= within,
                 "moe_router_group_topk",
                 "at most moe_router_topk, with as many experts in the kept groups",
+            ),
+            (
+                not kept or self.moe_router_topk <= kept * within,
+                "moe_router_topk",
+                "at most the number of experts in the kept groups",
             ),
             (
                 not self.moe_apply_probs_on_input or self.moe_router_topk == 1,
@@ -596,6 +616,12 @@ class ModelConfig:
     def block(self) -> str:
         """Canonical prefix of the layers, as in core: `encoder` for BERT and T5's first stack."""
         return "decoder" if self.family == "gpt" else "encoder"
+
+    @property
+    def group_experts(self) -> int:
+        """Best experts of a group of experts that it counts by; 0 without groups."""
+        usual = self.moe_router_topk // max(self.moe_router_group_topk, 1)
+        return (self.moe_router_group_experts or usual) if self.moe_router_num_groups else 0
 
     @property
     def qkv_size(self) -> int:
@@ -732,7 +758,8 @@ NEWER_SETTINGS = frozenset(
     branch_layernorm attention_output_gate
     activation_func_clamp_value glu_linear_offset qk_l2_norm num_experts moe_layers
     moe_ffn_hidden_size moe_router_topk moe_router_score_function moe_router_pre_softmax
-    moe_router_num_groups moe_router_group_topk moe_router_topk_scaling_factor
+    moe_router_num_groups moe_router_group_topk moe_router_group_experts
+    moe_router_topk_scaling_factor latent_layernorm_epsilon
     moe_router_enable_expert_bias moe_router_bias moe_apply_probs_on_input
     moe_shared_expert_intermediate_size moe_shared_expert_gate multi_latent_attention q_lora_rank
     kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim parallel_residual
@@ -861,12 +888,15 @@ class ConfigBuilder:
         if values.get("lm_head") is False:  # a head that is not there has no activation
             values.pop("head_activation", None)
         config = apply_overrides(ModelConfig(**values), self.overrides)
-        channels = config.kv_channels
-        if config.multi_latent_attention:
+        channels, latent = config.kv_channels, config.multi_latent_attention
+        if latent:
             channels = config.qk_head_dim + config.qk_pos_emb_head_dim
         scale, usual = config.softmax_scale, channels**-0.5
         if scale is not None and math.isclose(scale, usual, rel_tol=1e-6):
             config = dataclasses.replace(config, softmax_scale=None)
+        config = dataclasses.replace(config, **_unused_routing(config))
+        if config.latent_layernorm_epsilon == config.layernorm_epsilon or not latent:
+            config = dataclasses.replace(config, latent_layernorm_epsilon=None)
         if not config.rotary:
             defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
             unused = {name: defaults[name] for name in ROTARY_SETTINGS}
@@ -877,3 +907,22 @@ class ConfigBuilder:
             )
         self.config = config
         return self
+
+
+def _unused_routing(c: ModelConfig) -> dict[str, Any]:
+    """Return settings of a router that act on nothing, at their defaults."""
+    unused: dict[str, Any] = {}
+    if not c.num_experts:
+        defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+        return {name: value for name, value in defaults.items() if name.startswith("moe_")}
+    if c.moe_router_score_function == "sigmoid":
+        unused["moe_router_pre_softmax"] = False
+    if c.moe_router_topk_scaling_factor == 1.0:
+        unused["moe_router_topk_scaling_factor"] = None
+    if c.moe_router_num_groups == c.moe_router_group_topk:  # all groups are kept
+        unused |= dict.fromkeys(
+            ("moe_router_num_groups", "moe_router_group_topk", "moe_router_group_experts"), 0
+        )
+    elif c.moe_router_group_experts == c.moe_router_topk // c.moe_router_group_topk:
+        unused["moe_router_group_experts"] = 0
+    return unused

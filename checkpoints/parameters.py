@@ -479,6 +479,11 @@ def _rules() -> dict[str, ShardRule]:
     return rules
 
 
+def stays_float32(name: str) -> bool:
+    """Whether a parameter is float32 whatever the dtype of the others: it decides close calls."""
+    return name.endswith(".router.expert_bias")
+
+
 def cut_dim(name: str) -> int | None:
     """Return the dim that tensor parallelism cuts of a parameter, whatever the model's config."""
     return _rules().get(re.sub(r"\.layers\.\d+\.", ".layers.0.", name), REPLICATED).dim

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +119,7 @@ class _Piece:
     tensor: LazyTensor
     rows: slice | None
     offset: int
+    dtype: torch.dtype | None
 
 
 def write_safetensors(
@@ -126,6 +127,7 @@ def write_safetensors(
     tensors: Mapping[str, LazyTensor],
     *,
     dtype: torch.dtype | None = None,
+    kept: Collection[str] = (),
     on_bytes: Callable[[int], None] | None = None,
 ) -> int:
     """Return the size of the file written, of which a few tensors or runs of rows were in memory.
@@ -134,6 +136,7 @@ def write_safetensors(
         path: A file to create.
         tensors: What to write, in this order. Several threads read them, each a tensor at a time.
         dtype: Convert to this dtype; None keeps each tensor's own.
+        kept: Names of tensors that keep their own all the same.
         on_bytes: Told how many bytes of values each write added; in the order of `tensors`.
 
     Raises:
@@ -141,9 +144,10 @@ def write_safetensors(
     """
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
+    targets = {name: None if name in kept else dtype for name in tensors}
     at = 0
     for name, tensor in tensors.items():
-        target = dtype or tensor.dtype
+        target = targets[name] or tensor.dtype
         size = tensor.numel * target.itemsize
         header[name] = {
             "dtype": names[target],
@@ -157,26 +161,25 @@ def write_safetensors(
     pieces = (
         piece
         for name, tensor in tensors.items()
-        for piece in _pieces(name, tensor, base + header[name]["data_offsets"][0], dtype)
+        for piece in _pieces(name, tensor, base + header[name]["data_offsets"][0], targets[name])
     )
     with path.open("xb", buffering=0) as stream:
         _write_at(stream.fileno(), memoryview(struct.pack("<Q", len(text)) + text), 0)
-        _write_pieces(stream.fileno(), pieces, dtype, on_bytes)
+        _write_pieces(stream.fileno(), pieces, on_bytes)
     return base + at
 
 
 def _write_pieces(
     file: int,
     pieces: Iterator[_Piece],
-    dtype: torch.dtype | None,
     on_bytes: Callable[[int], None] | None,
 ) -> None:
     """Read, convert and write pieces, each by one of a few threads."""
 
     def write(piece: _Piece) -> int:
         torch.set_num_threads(1)  # one intra-op thread per writer; the pool uses the other cores
-        values = cast(piece.tensor.read(0, piece.rows), dtype, piece.name).contiguous()
-        kept = dtype or piece.tensor.dtype
+        values = cast(piece.tensor.read(0, piece.rows), piece.dtype, piece.name).contiguous()
+        kept = piece.dtype or piece.tensor.dtype
         assert values.dtype == kept, f"{piece.name} was read as {values.dtype}, declared {kept}"
         # numpy has no bfloat16: write the bytes as they are.
         _write_at(file, values.view(-1).view(torch.uint8).numpy().data, piece.offset)
@@ -204,10 +207,10 @@ def _pieces(
 ) -> Iterator[_Piece]:
     """Yield a tensor as runs of rows where the whole would be large."""
     if tensor.nbytes <= PIECE_BYTES or len(tensor.shape) < 2:
-        yield _Piece(name, tensor, None, offset)
+        yield _Piece(name, tensor, None, offset, dtype)
         return
     rows = max(1, PIECE_BYTES * tensor.shape[0] // tensor.nbytes)
     row_bytes = tensor.numel // tensor.shape[0] * (dtype or tensor.dtype).itemsize
     for start in range(0, tensor.shape[0], rows):
         run = slice(start, min(start + rows, tensor.shape[0]))
-        yield _Piece(name, tensor, run, offset + start * row_bytes)
+        yield _Piece(name, tensor, run, offset + start * row_bytes, dtype)

@@ -15,6 +15,7 @@ from mlm_eval.checkpoints.config import (
     yarn_mscale,
 )
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.huggingface.experts import read_latent_sizes, read_mixture, write_mixture
 from mlm_eval.checkpoints.huggingface.families.family import Family
 from mlm_eval.checkpoints.huggingface.fields import Use
 from mlm_eval.checkpoints.huggingface.reader import DEFAULT, Found, HubConfigReader
@@ -82,6 +83,7 @@ def read_config(
     for name, value in family.constants.items():
         r.set(name, value, f"every {family.model_type} model")
     _sizes(r, family)
+    read_mixture(r, family)
     if family.kind == "gpt":
         read_windows(r, family)
     r.switches = {key: bool(r.look(key, "bool")[0]) for key in family.switches}
@@ -176,6 +178,7 @@ def _sizes(r: HubConfigReader, family: Family) -> None:
     hidden, heads = r.values["hidden_size"], r.values["num_attention_heads"]
     if r.values.get("num_query_groups") is None:
         r.set("num_query_groups", heads, "one per attention head")
+    read_latent_sizes(r, family)
     if r.values.get("kv_channels") is None:
         if heads < 1 or hidden % heads:
             raise InputError(
@@ -185,10 +188,7 @@ def _sizes(r: HubConfigReader, family: Family) -> None:
         r.set("kv_channels", hidden // heads, "hidden size / heads")
         if "head_dim" in family.table:
             _agrees(r, "head_dim", "int", r.values["kv_channels"], "hidden size / heads")
-    if "moe_ffn_hidden_size" in r.values and "ffn_hidden_size" not in r.values:
-        r.set("ffn_hidden_size", r.values["moe_ffn_hidden_size"], "the experts' width")
-        r.set("moe_layers", tuple(range(r.values["num_layers"])), "every layer has experts")
-    if r.values["ffn_hidden_size"] is None:
+    if r.values.get("ffn_hidden_size", 0) is None:
         r.set("ffn_hidden_size", 4 * hidden, f"{DEFAULT}: 4 x hidden size")
     if family.scaled_embeddings:
         r.set("embedding_multiplier", hidden**0.5, f"every {family.model_type} model")
@@ -266,7 +266,7 @@ def _rotary(r: HubConfigReader, family: Family) -> None:
             "all channels; correct the file"
         )
     r.set("rotary_percent", share, source)
-    channels = r.values["kv_channels"]
+    channels = r.values["qk_pos_emb_head_dim" if family.latent else "kv_channels"]
     if 0 < share <= 1.0 and int(channels * share) % 2:
         raise InputError(
             f"{r.where}: {share_key} is {share} ({source}): of heads of {channels} channels that "
@@ -289,6 +289,9 @@ def _rotary(r: HubConfigReader, family: Family) -> None:
         numbers[key] = r.checked(key, part[key], "float")
     original = "original_max_position_embeddings"
     passed_over = set(part) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if family.latent and kind != "default":
+        passed_over -= {"mscale_all_dim"}
+        _scale_scores(r, part, within)
     passed_over -= {*numbers, *([original] if kind in ("llama3", "yarn") else [])}
     if kind == "yarn":
         passed_over -= {*YARN_NUMBERS, "truncate"}
@@ -321,6 +324,17 @@ def _rotary(r: HubConfigReader, family: Family) -> None:
             r.set("yarn", yarn, f"config.json {within}")
 
 
+def _scale_scores(r: HubConfigReader, part: Mapping[str, Any], within: str) -> None:
+    """Take the factor of latent attention's scores (`yarn_apply_mscale` of DeepSeek's classes)."""
+    if not part.get("mscale_all_dim"):
+        return
+    stretch = r.checked("mscale_all_dim", part["mscale_all_dim"], "float")
+    factor = r.checked("factor", part.get("factor", 1.0), "float")
+    channels = r.values["qk_head_dim"] + r.values["qk_pos_emb_head_dim"]
+    scale = channels**-0.5 * yarn_mscale(factor, stretch) ** 2
+    r.set("softmax_scale", scale, f"config.json {within} mscale_all_dim")
+
+
 def _yarn(
     r: HubConfigReader, part: Mapping[str, Any], factor: float, positions: int
 ) -> YarnScaling:
@@ -330,16 +344,24 @@ def _yarn(
     """
     given = {key: r.checked(key, part[key], "float") for key in YARN_NUMBERS if part.get(key)}
     mscale, mscale_all_dim = given.get("mscale"), given.get("mscale_all_dim")
-    if mscale is None or mscale_all_dim is None:  # transformers takes both or none
-        mscale = mscale_all_dim = None
+    angles = None
     if "attention_factor" in part:
         angles = r.checked("attention_factor", part["attention_factor"], "float")
+    elif mscale is None or mscale_all_dim is None:  # transformers takes both or none
+        mscale = None
+        if r.family.latent:
+            angles = yarn_mscale(factor, 1.0)
+        else:
+            mscale_all_dim = None
+    if angles is not None:
         if factor <= 1 and angles != 1.0:
             raise InputError(
                 f"{r.where}: attention_factor is {angles} with a factor of {factor:g}, at which "
                 "YaRN scales nothing; correct the file"
             )
-        mscale, mscale_all_dim = mscale_of(factor, angles), 0.0
+        # Latent attention's scores take mscale_all_dim too, so that it stays.
+        mscale_all_dim = (mscale_all_dim or 0.0) if r.family.latent else 0.0
+        mscale = mscale_of(factor, angles * yarn_mscale(factor, mscale_all_dim))
     return YarnScaling(
         factor=factor,
         original_max_position=positions,
@@ -367,9 +389,10 @@ def write_config(
         elif row.setting:
             value = getattr(config, row.setting)
             wide = SETTING_KINDS[row.setting] == "float" and value is not None
-            hf[row.key] = float(value) if wide else value
+            hf[row.written or row.key] = float(value) if wide else value
         elif row.use is Use.REFUSED and row.default is not None:
             hf[row.key] = row.harmless[0]
+    hf.update(write_mixture(config, family))
     hf.update(switches)
     hf["tie_word_embeddings"] = not config.untie_embeddings_and_output_weights
     hf.update(write_windows(config, family))
@@ -426,6 +449,9 @@ def _write_yarn(yarn: YarnScaling) -> dict[str, Any]:
     }
     if yarn.mscale and yarn.mscale_all_dim:
         part |= {"mscale": float(yarn.mscale), "mscale_all_dim": float(yarn.mscale_all_dim)}
-    elif not math.isclose(yarn.attention_factor, yarn_mscale(yarn.factor, 1.0), rel_tol=1e-12):
+        return part
+    if yarn.mscale_all_dim:
+        part["mscale_all_dim"] = float(yarn.mscale_all_dim)
+    if not math.isclose(yarn.attention_factor, yarn_mscale(yarn.factor, 1.0), rel_tol=1e-12):
         part["attention_factor"] = yarn.attention_factor
     return part

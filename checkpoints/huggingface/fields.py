@@ -39,6 +39,8 @@ class Field:
     """ModelConfig's name, where the key holds just that."""
     aliases: tuple[str, ...] = ()
     """Other names of the key; where a file has both, transformers takes these."""
+    written: str = ""
+    """The name that is written, where it is not `key`."""
     nullable: bool = False
     """Whether null is a value; elsewhere transformers stops there, and so does the reader."""
     switch: bool = False
@@ -93,7 +95,7 @@ def setting_field(
         default,
         setting,
         (alias,) if alias else (),
-        nullable,
+        nullable=nullable,
         codes=codes or {},
     )
 

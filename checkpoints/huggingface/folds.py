@@ -61,7 +61,7 @@ def with_halved_rotary(checkpoint: Checkpoint) -> Checkpoint:
     same in both, which leaves their products as they are.
     """
     c = checkpoint.config
-    if not (c.rotary and c.rotary_interleaved):
+    if not (c.rotary and c.rotary_interleaved) or c.multi_latent_attention:
         return checkpoint
     rotated = int(c.kv_channels * c.rotary_percent)
     channels = torch.cat(
@@ -81,3 +81,23 @@ def with_halved_rotary(checkpoint: Checkpoint) -> Checkpoint:
             tensors[name] = Selected(tensor, channels)
     config = dataclasses.replace(c, rotary_interleaved=False)
     return dataclasses.replace(checkpoint, config=config, tensors=tensors)
+
+
+def with_paired_latents(checkpoint: Checkpoint) -> Checkpoint:
+    """Return latent attention's weights for rotary pairs (2i, 2i + 1) in place of (i, i + d/2).
+
+    Only those of DeepSeek V3 with `rope_interleave` off have the latter.
+    """
+    c = checkpoint.config
+    turned = c.qk_pos_emb_head_dim
+    pairs = torch.arange(turned).view(2, -1).t().reshape(-1)  # 0, d/2, 1, d/2 + 1, ...
+    width = c.qk_head_dim + turned
+    head = torch.cat([torch.arange(c.qk_head_dim), c.qk_head_dim + pairs])
+    queries = (torch.arange(c.num_attention_heads)[:, None] * width + head).reshape(-1)
+    keys = torch.cat([torch.arange(c.kv_lora_rank), c.kv_lora_rank + pairs])
+    orders = {"linear_q_proj": queries, "linear_q_up_proj": queries, "linear_kv_down_proj": keys}
+    tensors = dict(checkpoint.tensors)
+    for name, tensor in checkpoint.tensors.items():
+        if (module := name.split(".")[-2]) in orders:
+            tensors[name] = Selected(tensor, orders[module])
+    return dataclasses.replace(checkpoint, tensors=tensors)

@@ -147,9 +147,39 @@ class ExpertsAlternating(ExpertsTransposed):
         return [self._each(tensor, lambda part: Selected(part, order), before=True)]
 
 
+class OfExperts(Layout):
+    """All experts of a layer, each in tensors of its own, in the layout of a single MLP."""
+
+    def __init__(self, single: Layout) -> None:
+        self.single = single
+
+    def shapes(self, shape: Shape, config: ModelConfig) -> list[Shape]:
+        """See `Layout`."""
+        return self.single.shapes(shape[1:], config) * shape[0]
+
+    def pack(self, parts: list[LazyTensor], config: ModelConfig) -> LazyTensor:
+        """See `Layout`."""
+        each = len(parts) // config.num_experts
+        return Stacked(
+            [
+                self.single.pack(parts[first : first + each], config)
+                for first in range(0, len(parts), each)
+            ]
+        )
+
+    def unpack(self, tensor: LazyTensor, config: ModelConfig) -> list[LazyTensor]:
+        """See `Layout`."""
+        if isinstance(tensor, Stacked):
+            experts = tensor.parts
+        else:
+            experts = [Unstacked(tensor, number) for number in range(tensor.shape[0])]
+        return [part for expert in experts for part in self.single.unpack(expert, config)]
+
+
 SAME, CONV1D, CONV1D_QKV = Layout(), Conv1D(), Conv1DQKV()
 SPLIT_QKV, GATE_UP = SplitQKV(), GateUp()
 EXPERTS_TRANSPOSED, EXPERTS_ALTERNATING = ExpertsTransposed(), ExpertsAlternating()
+EXPERTS, EXPERTS_GATE_UP = OfExperts(SAME), OfExperts(GATE_UP)
 
 
 def _transpose(tensor: LazyTensor) -> LazyTensor:

@@ -24,6 +24,11 @@ from mlm_eval.checkpoints.huggingface.config import (
     read_config,
     write_config,
 )
+from mlm_eval.checkpoints.huggingface.experts import (
+    LATENT_EPSILON,
+    choose_mixture,
+    in_terms_of,
+)
 from mlm_eval.checkpoints.huggingface.families.bert import MEGATRON_BERT, ORIGINAL_BERT
 from mlm_eval.checkpoints.huggingface.families.dense import (
     GPT2,
@@ -52,8 +57,8 @@ from mlm_eval.checkpoints.huggingface.tokenizer import (
     no_tokenizer_files,
     tokenizer_files,
 )
-from mlm_eval.checkpoints.lazy import LazyTensor
-from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS, parameters
+from mlm_eval.checkpoints.lazy import LazyTensor, Mapped
+from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS, parameters, stays_float32
 from mlm_eval.checkpoints.tokenizer import (
     LARGEST_PADDING,
     Tokenizer,
@@ -66,6 +71,8 @@ WAY_OUT = "convert it --to megatron or --to torch_dist, which hold every model t
 
 WRITTEN = (
     "YaRN",
+    "a mixture of experts",
+    "latent attention",
     "windows of attention",
     "capped attention scores or logits",
     "scaled embeddings or logits",
@@ -94,6 +101,8 @@ class HuggingFacePlan:
     """config.json."""
     tensors: dict[str, LazyTensor]
     """What to write, by Hugging Face name."""
+    float32: frozenset[str]
+    """Those of `tensors` that are float32 whatever `dtype` says."""
     tokenizer: TokenizerFiles
     notes: list[str]
     """Changes of form that leave the function as it is."""
@@ -148,10 +157,11 @@ def plan_huggingface(
     head = bert_head(source.config) if family.kind == "bert" else ""
     model_class = family.model_class + head
     approximations = _approximate_gelu(source.config, allow_approximate)
+    approximations += _approximate_latents(source.config, family, allow_approximate)
     written, switches = _expressed(source.config, family, model_class, dtype, notes)
     hf = write_config(written, family, model_class, switches=switches)
     _check_expressed(hf, family, written)
-    tensors = _tensors(source, family, written, switches, notes)
+    tensors, float32 = _tensors(source, family, written, switches, notes)
     if head == "Model":  # a base model's names have no prefix
         tensors = {name.removeprefix(family.prefix): tensor for name, tensor in tensors.items()}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -163,11 +173,16 @@ def plan_huggingface(
         model_class=model_class,
         hf=hf,
         tensors=tensors,
+        float32=frozenset(float32),
         tokenizer=files,
         notes=notes,
         approximations=approximations,
         warnings=warnings,
-        approximate={"head_activation": written.head_activation} if approximations else {},
+        approximate={
+            name: getattr(written, name)
+            for name in ("head_activation", "latent_layernorm_epsilon")
+            if approximations
+        },
         left_out=["pooler"] if source.config.pooler and not written.pooler else [],
     )
 
@@ -241,13 +256,15 @@ def choose_family(c: ModelConfig) -> Family:
         raise _refused(
             f"a model with {c.activation} activations", f"{family.model_type} has none such"
         )
-    if c.rotary and c.rotary_percent != 1.0 and family.partial_rotary is None:
+    plain = not family.latent  # latent attention has channels of its own
+    if plain and c.rotary and c.rotary_percent != 1.0 and family.partial_rotary is None:
         raise _refused(
             f"a model that rotates {c.rotary_percent:.0%} of the channels",
             f"{family.model_type} models rotate all of them",
         )
     settings = {entry.setting for entry in family.fields}
-    if "kv_channels" not in settings and c.kv_channels * c.num_attention_heads != c.hidden_size:
+    odd = plain and "kv_channels" not in settings
+    if odd and c.kv_channels * c.num_attention_heads != c.hidden_size:
         raise _refused(
             f"a model with {c.num_attention_heads} heads of {c.kv_channels} and hidden size "
             f"{c.hidden_size}",
@@ -258,7 +275,7 @@ def choose_family(c: ModelConfig) -> Family:
             f"a model with {c.num_attention_heads} heads and hidden size {c.hidden_size}",
             "transformers wants heads that divide the hidden size",
         )
-    if "num_query_groups" not in settings and c.num_query_groups != c.num_attention_heads:
+    if plain and "num_query_groups" not in settings and c.num_query_groups != c.num_attention_heads:
         raise _refused("grouped-query attention here", f"{family.model_type} models have none")
     return family
 
@@ -280,8 +297,13 @@ def _gpt_family(c: ModelConfig) -> Family:
         )
     if c.num_experts and c.softmax_type == "learnable":
         return _gpt_oss(c)
-    if c.num_experts:
-        raise _refused("a model with a mixture of experts", "no class has experts of this kind")
+    if c.num_experts or c.multi_latent_attention:
+        family, why = choose_mixture(c)
+        if family is None:
+            parts = ("a mixture of experts", "latent attention")
+            has = " and ".join(part for part in parts if part in c.parts_beyond_dense)
+            raise _refused(f"this model with {has}", f"transformers has no class for it: {why}")
+        return family
     rms, plain = c.normalization == "RMSNorm", not c.gated
     if not c.rotary:
         if rms or c.gated or c.qk_layernorm:
@@ -417,6 +439,26 @@ def _approximate_gelu(c: ModelConfig, allow: bool) -> list[str]:
     return [f"{what}: the LM head gets {kinds[c.activation]} too"]
 
 
+def _approximate_latents(c: ModelConfig, family: Family, allow: bool) -> list[str]:
+    if not family.latent or _latent_epsilon(c) == LATENT_EPSILON:
+        return []
+    what = (
+        f"the norms of latents have epsilon {_latent_epsilon(c):g} in this model and "
+        f"{LATENT_EPSILON:g} in transformers' {family.model_type}"
+    )
+    if not allow:
+        raise InputError(
+            f"this model cannot be converted to Hugging Face exactly: {what}; --allow-approximate "
+            "converts it and records the measured difference"
+        )
+    return [what]
+
+
+def _latent_epsilon(c: ModelConfig) -> float:
+    own = c.latent_layernorm_epsilon
+    return c.layernorm_epsilon if own is None else own
+
+
 def _fold_gains(
     checkpoint: Checkpoint, family: Family, dtype: torch.dtype | None, notes: list[str]
 ) -> Checkpoint:
@@ -465,6 +507,10 @@ def _expressed(
     changes: dict[str, Any] = {"params_dtype": dtype_name(dtype)} if dtype else {}
     changes.update(bias_settings(family, switches))
     changes["head_activation"] = c.activation if c.lm_head and family.kind == "bert" else "gelu"
+    changes.update(in_terms_of(c, family))
+    if family.latent:
+        usual = c.layernorm_epsilon == LATENT_EPSILON
+        changes["latent_layernorm_epsilon"] = None if usual else LATENT_EPSILON
     if c.position_embedding_type == "none":
         changes["position_embedding_type"] = "learned_absolute"
     if not c.rotary:  # Megatron's args hold these settings whether or not anything is rotated
@@ -505,9 +551,7 @@ def _check_expressed(hf: Mapping[str, Any], family: Family, written: ModelConfig
 def _same_value(ours: Any, theirs: Any) -> bool:
     """Whether two values of a setting are the same, factors but for rounding."""
     if isinstance(ours, YarnScaling) and isinstance(theirs, YarnScaling):
-        same = dataclasses.replace(ours, mscale=theirs.mscale, mscale_all_dim=theirs.mscale_all_dim)
-        factors = (ours.attention_factor, theirs.attention_factor)
-        return same == theirs and math.isclose(*factors, rel_tol=1e-9)
+        return ours.same_as(theirs)
     if isinstance(ours, float) and isinstance(theirs, float):
         return math.isclose(ours, theirs, rel_tol=1e-9)
     return bool(ours == theirs)
@@ -519,13 +563,17 @@ def _tensors(
     written: ModelConfig,
     switches: Mapping[str, bool],
     notes: list[str],
-) -> dict[str, LazyTensor]:
-    """Return the tensors to write; zeros where the family has a parameter that the source lacks."""
+) -> tuple[dict[str, LazyTensor], set[str]]:
+    """Return the tensors to write, and which of them stay in float32.
+
+    They are zeros where the family has a parameter that the source lacks.
+    """
     table = parameters(written)
     kept = source.tensors[WORD_EMBEDDINGS].dtype
     tensors: dict[str, LazyTensor] = {}
+    wide: set[str] = set()
     filled, done = [], set()
-    for entry in entries(family, written.num_layers, switches):
+    for entry in entries(family, written.num_layers, switches, experts=written.num_experts):
         if entry.canonical not in table:
             assert entry.optional, entry.canonical
             continue
@@ -536,6 +584,9 @@ def _tensors(
             shapes = entry.layout.shapes(table[entry.canonical].shape, written)
             parts = [zeros(shape, kept) for shape in shapes]
             filled.append(entry.canonical)
+        if stays_float32(entry.canonical):
+            parts = [_widened(part) for part in parts]
+            wide.update(entry.names)
         tensors.update(zip(entry.names, parts, strict=True))
     lost = [name for name in source.tensors if name not in done and not name.startswith("pooler.")]
     assert not lost, lost
@@ -545,4 +596,10 @@ def _tensors(
             f"{len(filled)} parameter(s) that {family.model_type} has and this model lacks are "
             f"zeros ({', '.join(kinds[:4])})"
         )
-    return tensors
+    return tensors, wide
+
+
+def _widened(tensor: LazyTensor) -> LazyTensor:
+    if tensor.dtype == torch.float32:
+        return tensor
+    return Mapped(tensor, lambda values: values.float(), torch.float32)

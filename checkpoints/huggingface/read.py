@@ -33,9 +33,10 @@ from mlm_eval.checkpoints.huggingface.config import read_config
 from mlm_eval.checkpoints.huggingface.families import FAMILIES
 from mlm_eval.checkpoints.huggingface.families.family import IGNORED_TENSORS, Family, entries
 from mlm_eval.checkpoints.huggingface.families.gpt_oss import GPT_OSS
+from mlm_eval.checkpoints.huggingface.folds import with_paired_latents
 from mlm_eval.checkpoints.huggingface.layout import zeros
 from mlm_eval.checkpoints.huggingface.quantized.mxfp4 import with_mxfp4_unpacked
-from mlm_eval.checkpoints.huggingface.reader import Found
+from mlm_eval.checkpoints.huggingface.reader import Found, HubConfigReader
 from mlm_eval.checkpoints.lazy import LazyTensor, runs
 from mlm_eval.checkpoints.parameters import parameters
 
@@ -124,8 +125,9 @@ def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> Check
     weights.marks["config.json"] = (config_path.stat().st_size, config_path.read_bytes())
     found = _inspect(weights, family, hf)
     build = read_config(hf, family, found=found, overrides=overrides, where=str(config_path))
-    tensors, notes = _pack(weights, family, build.config, build.switches)
     warnings = list(build.warnings)
+    warnings += _leave_out_later_layers(weights, build)
+    tensors, notes = _pack(weights, family, build.config, build.switches)
     if found.untied:
         warnings.append(
             "config.json ties the output table to the embeddings, but the file holds two "
@@ -146,7 +148,31 @@ def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> Check
         files=[config_path, *weights.files],
         digest=cheap_digest(weights.marks),
     )
-    return Checkpoint(build.config, tensors, provenance).check()
+    checkpoint = Checkpoint(build.config, tensors, provenance).check()
+    if "rope_interleave" in family.table and not build.look("rope_interleave", "bool")[0]:
+        checkpoint = with_paired_latents(checkpoint)
+    return checkpoint
+
+
+def _leave_out_later_layers(weights: Weights, build: HubConfigReader) -> list[str]:
+    """Take out the layers for multi-token prediction behind a model's own, and say so."""
+    if "num_nextn_predict_layers" not in build.family.table:
+        return []
+    first = build.config.num_layers
+    count, _ = build.look("num_nextn_predict_layers", "int")
+    later = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+    names = [
+        name
+        for name in weights.tensors
+        if (found := later.search(name)) and first <= int(found[1]) < first + count
+    ]
+    if not names:
+        return []
+    weights.used.update(names)
+    return [
+        f"the {count} layer(s) behind layer {first - 1}, heads of multi-token prediction, take no "
+        "part in scoring and are left out"
+    ]
 
 
 def find_family(hf: Mapping[str, Any], where: Path) -> Family:
@@ -321,7 +347,8 @@ def _pack(
             f"{len(weights.tensors)} tensors in all; files of two models may be mixed"
         )
     table = parameters(config)
-    by_name = {entry.canonical: entry for entry in entries(family, config.num_layers, switches)}
+    known = entries(family, config.num_layers, switches, experts=config.num_experts)
+    by_name = {entry.canonical: entry for entry in known}
     tensors: dict[str, LazyTensor] = {}
     filled = []
     for name, parameter in table.items():
@@ -330,6 +357,9 @@ def _pack(
             assert name.endswith(".bias"), name
             tensors[name] = zeros(parameter.shape, getattr(torch, config.params_dtype))
             filled.append(name)
+            continue
+        if entry.whole and weights.find(entry.whole) is not None:
+            tensors[name] = _part(weights, entry.whole, parameter.shape, family)
             continue
         shapes = entry.layout.shapes(parameter.shape, config)
         parts = [

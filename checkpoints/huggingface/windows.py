@@ -59,11 +59,18 @@ def _layer_types(r: HubConfigReader, family: Family, window: int | None) -> list
                 f"{r.where}: layer_types is {stated!r}, expected {layers} of "
                 f"{', '.join(sorted(known))}; mlm-eval does not compute other layers"
             )
-        if family.windows in ("after", "alternate"):  # elsewhere transformers does not ask
+        if family.windows in (
+            "after",
+            "before",
+            "alternate",
+        ):  # elsewhere transformers does not ask
             return [str(name) for name in names]
     if family.windows == "after":
         first = r.look("max_window_layers", "int")[0] if window is not None else layers
         return [SLIDING if number >= first else FULL for number in range(layers)]
+    if family.windows == "before":
+        stop = r.look("max_window_layers", "int")[0] if window is not None else 0
+        return [SLIDING if n < stop and n % 2 == 0 else FULL for n in range(layers)]
     if family.windows == "alternate":
         period = family.window_period
         if "sliding_window_pattern" in family.table:
@@ -112,7 +119,7 @@ def write_windows(config: ModelConfig, family: Family) -> dict[str, Any]:
     if "use_sliding_window" in keys:
         hf["use_sliding_window"] = windowed
         hf["max_window_layers"] = min(config.window_layers, default=config.num_layers)
-    if family.windows == "alternate" or (windowed and family.windows == "after"):
+    if family.windows == "alternate" or (windowed and family.windows in ("after", "before")):
         flags = [number in config.window_layers for number in range(config.num_layers)]
         hf["layer_types"] = [SLIDING if flag else FULL for flag in flags]
     return hf

@@ -44,8 +44,11 @@ def write_huggingface(
     """
     from huggingface_hub import split_state_dict_into_shards_factory
 
+    kept = {plan.tensors[name] for name in plan.float32}
+
     def num_bytes(tensor: LazyTensor) -> int:
-        return tensor.numel * (plan.dtype or tensor.dtype).itemsize
+        dtype = None if tensor in kept else plan.dtype
+        return tensor.numel * (dtype or tensor.dtype).itemsize
 
     shards = split_state_dict_into_shards_factory(
         plan.tensors,
@@ -66,7 +69,9 @@ def write_huggingface(
             _write_json(folder / "generation_config.json", {"_from_model_config": True, **known})
         for file, names in shards.filename_to_tensors.items():
             tensors = {name: plan.tensors[name] for name in names}
-            write_safetensors(folder / file, tensors, dtype=plan.dtype, on_bytes=meter.add)
+            write_safetensors(
+                folder / file, tensors, dtype=plan.dtype, kept=plan.float32, on_bytes=meter.add
+            )
         if shards.is_sharded:
             count = sum(tensor.numel for tensor in plan.tensors.values())
             index = {

@@ -28,6 +28,7 @@ from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import LazyTensor
 from mlm_eval.checkpoints.open import open_checkpoint
+from mlm_eval.checkpoints.parameters import stays_float32
 from mlm_eval.engine.engine import Engine
 from mlm_eval.engine.weights import (
     Labels,
@@ -454,7 +455,8 @@ def rounded(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Checkpoint:
     if dtype is None:
         return checkpoint
     tensors: dict[str, LazyTensor] = {
-        name: cast_to(tensor, dtype) for name, tensor in checkpoint.tensors.items()
+        name: tensor if stays_float32(name) else cast_to(tensor, dtype)
+        for name, tensor in checkpoint.tensors.items()
     }
     return dataclasses.replace(checkpoint, tensors=tensors)
 

@@ -22,7 +22,7 @@ from mlm_eval.checkpoints.comparison import (
     PaddingComparison,
     WeightComparison,
 )
-from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.config import ModelConfig, YarnScaling
 from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.huggingface.folds import is_gain, with_halved_rotary, with_plain_gains
 from mlm_eval.checkpoints.lazy import LazyTensor, Mapped
@@ -39,6 +39,7 @@ BY_WEIGHTS = (
     *("add_bias_linear", "add_qkv_bias", "qk_layernorm_bias"),
     *("untie_embeddings_and_output_weights", "lm_head", "pooler", "binary_head", "num_classes"),
     *("multichoice_head", "qa_head"),
+    *("moe_router_enable_expert_bias", "moe_shared_expert_intermediate_size"),
 )
 """Settings that only say which tensors there are and how large: the tensors are compared."""
 
@@ -129,8 +130,17 @@ def compare_settings(
 
 def _in_use(name: str, config: ModelConfig) -> bool:
     """Whether a model has the part that a setting is about."""
+    if name in ("rotary_percent", "rotary_interleaved", "kv_channels", "num_query_groups"):
+        # Latent attention has channels of its own, all heads of keys, and pairs side by side.
+        return not config.multi_latent_attention and (config.rotary or name[:6] != "rotary")
+    if name == "latent_layernorm_epsilon":
+        return config.multi_latent_attention
+    if name == "moe_shared_expert_gate":
+        return bool(config.moe_shared_expert_intermediate_size)
     if name.startswith(("rotary_", "rope_")):
         return config.rotary
+    if name == "ffn_hidden_size":
+        return bool(config.dense_layers)
     return name != "head_activation" or (config.family == "bert" and config.lm_head)
 
 
@@ -139,12 +149,16 @@ def _meaning(name: str, config: ModelConfig) -> Any:
     value = getattr(config, name)
     if name == "rotary_percent":
         return int(config.kv_channels * value) / config.kv_channels
+    if name == "latent_layernorm_epsilon":
+        return config.layernorm_epsilon if value is None else value
     return None if name == "rotary_seq_len_interpolation_factor" and value == 1.0 else value
 
 
 def _equal_values(a: Any, b: Any) -> bool:
     if isinstance(a, float) and isinstance(b, float | int) and not isinstance(b, bool):
         return math.isclose(a, b, rel_tol=CLOSE)
+    if isinstance(a, YarnScaling) and isinstance(b, YarnScaling):
+        return a.same_as(b)
     return bool(a == b)
 
 
@@ -158,8 +172,8 @@ def compare_weights(
 ) -> tuple[WeightComparison, PaddingComparison | None]:
     """Return how far all weights of two models are apart, and their rows of padding.
 
-    An absent bias counts as zeros, and so does an absent table of positions or token types; the
-    absent output table of a tied model is its word embeddings.
+    An absent bias counts as zeros, and so does an absent table of positions or token types, or an
+    absent shared expert; the absent output table of a tied model is its word embeddings.
 
     Args:
         ours: A checkpoint in the form of the other; see `one_form`.
@@ -277,6 +291,10 @@ def _tensor(checkpoint: Checkpoint, name: str) -> LazyTensor | _Missing | None:
         return None
     if module in ("embedding.position_embeddings", "embedding.tokentype_embeddings"):
         return None
+    mlp, found, part = name.partition(".mlp.")
+    if part.startswith(("router.expert_bias", "shared_experts.")):
+        there = f"{mlp}{found}router.weight" in checkpoint.tensors
+        return None if there else _Missing()
     return _Missing()
 
 

@@ -554,12 +554,13 @@ class LatentAttention(_Attention):
         self.value, self.latent = config.v_head_dim, config.kv_lora_rank
         h, queries = config.hidden_size, len(heads) * (self.plain + self.turned)
         bias = config.normalization == "LayerNorm"
+        epsilon = config.latent_layernorm_epsilon
         self.narrow_queries = bool(config.q_lora_rank)
         self.normed = config.qk_layernorm
         if self.narrow_queries:
             self.linear_q_down_proj = _Replicated(h, config.q_lora_rank)
             if self.normed:
-                self.q_layernorm = Norm(config, config.q_lora_rank, bias=bias)
+                self.q_layernorm = Norm(config, config.q_lora_rank, bias=bias, epsilon=epsilon)
             self.linear_q_up_proj = ColumnParallelLinear(
                 config.q_lora_rank, queries, bias=False, tp=tp
             )
@@ -567,7 +568,7 @@ class LatentAttention(_Attention):
             self.linear_q_proj = ColumnParallelLinear(h, queries, bias=False, tp=tp)
         self.linear_kv_down_proj = _Replicated(h, self.latent + self.turned)
         if self.normed:
-            self.kv_layernorm = Norm(config, self.latent, bias=bias)
+            self.kv_layernorm = Norm(config, self.latent, bias=bias, epsilon=epsilon)
         rows = len(heads) * (self.plain + self.value)
         self.linear_kv_up_proj = ColumnParallelLinear(self.latent, rows, bias=False, tp=tp)
 

@@ -34,6 +34,7 @@ class Router(nn.Module):
         self.pre_softmax = config.moe_router_pre_softmax
         self.num_groups = config.moe_router_num_groups
         self.group_topk = config.moe_router_group_topk
+        self.group_experts = config.group_experts
         self.scaling_factor = config.moe_router_topk_scaling_factor or 1.0
         count = config.num_experts
         self.weight = nn.Parameter(torch.empty(count, config.hidden_size))
@@ -68,11 +69,11 @@ class Router(nn.Module):
     def _choose(self, preference: Tensor) -> Tensor:
         """Return the numbers of the preferred experts `[tokens, topk]`, within the best groups.
 
-        A group counts by the sum of its best `topk // group_topk` experts.
+        A group counts by the sum of its best experts, `topk // group_topk` in Megatron.
         """
         if self.num_groups:
             groups = preference.unflatten(1, (self.num_groups, -1))  # [N, groups, E / groups]
-            best = groups.topk(self.topk // self.group_topk, dim=-1).values.sum(dim=-1)
+            best = groups.topk(self.group_experts, dim=-1).values.sum(dim=-1)
             kept = torch.zeros_like(best, dtype=torch.bool)
             kept.scatter_(1, best.topk(self.group_topk, dim=-1).indices, True)
             preference = groups.masked_fill(~kept[:, :, None], -torch.inf).flatten(1)

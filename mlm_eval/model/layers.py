@@ -25,12 +25,18 @@ class Norm(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, width: int, *, bias: bool, tp: TensorParallel = SINGLE
+        self,
+        config: ModelConfig,
+        width: int,
+        *,
+        bias: bool,
+        tp: TensorParallel = SINGLE,
+        epsilon: float | None = None,
     ) -> None:
         super().__init__()
         self.tp = tp
         self.rms = config.normalization == "RMSNorm"
-        self.epsilon = config.layernorm_epsilon
+        self.epsilon = config.layernorm_epsilon if epsilon is None else epsilon
         self.centred = config.layernorm_zero_centered_gamma
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(width)) if bias else None

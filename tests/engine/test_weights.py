@@ -108,6 +108,13 @@ def test_the_last_stages_copy_of_a_tied_table_counts(tmp_path: Path, by: float):
     assert compare_checkpoints(theirs, theirs).same
 
 
+LATENTS: dict[str, Any] = {
+    "multi_latent_attention": True,
+    "kv_lora_rank": 6,
+    "qk_head_dim": 4,
+    "qk_pos_emb_head_dim": 2,
+    "v_head_dim": 4,
+}
 CHANGES: dict[str, Any] = {
     "family": "bert",
     "position_embedding_type": "rope",
@@ -116,6 +123,9 @@ CHANGES: dict[str, Any] = {
     "head_activation": "gelu_tanh",
     "rope_scaling": RopeScaling(),
     "rotary_percent": 0.5,
+    "moe_layers": (1,),
+    "no_mlp_layers": (1,),
+    "linear_mlp_layers": (1,),
 }
 """Values that the model of the test below does not have, where they do not follow from the type."""
 
@@ -124,6 +134,11 @@ CHANGES: dict[str, Any] = {
 def test_every_setting_counts_that_is_not_listed(name: str):
     """A new field counts without a word; one that does not has to be listed."""
     base = ALL_HEADS if name == "head_activation" else dataclasses.replace(LLAMA, num_layers=4)
+    parts: dict[str, dict[str, Any]] = {  # without which the setting is about nothing
+        "moe_shared_expert_gate": {"moe_shared_expert_intermediate_size": 8},
+        "latent_layernorm_epsilon": LATENTS,
+    }
+    base = dataclasses.replace(base, **parts.get(name, {}))
     value = getattr(base, name)
     other = not value if isinstance(value, bool) else CHANGES.get(name)
     if other is None:

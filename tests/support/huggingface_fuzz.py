@@ -31,7 +31,8 @@ READ, REFUSED, UNLOADABLE = "read", "refused", "transformers does not load it"
 TOLERANCE = 1e-4
 """Of the outputs' largest value; rounding of these sizes stays below 2e-5."""
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
-RMS = ("llama", "mistral", "qwen2", "qwen3", "gpt_oss", *GEMMAS)
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3")
+RMS = ("llama", "mistral", "qwen2", "qwen3", "gpt_oss", *GEMMAS, *MIXTURES)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,10 @@ def draw_config(draw: Draw, family: Family) -> dict[str, Any]:
         hf |= _bert(draw, heads, head, positions)
     else:
         hf |= _llama_like(draw, family, heads, head, positions)
-        rotary = _rotary(draw, family, hf.get("head_dim") or head)
+        if family.model_type in MIXTURES:
+            hf |= _mixture(draw, family, hf)
+        channels = hf["qk_rope_head_dim"] if family.latent else hf.get("head_dim") or head
+        rotary = _rotary(draw, family, channels)
         hf |= rotary if family.local_theta is None else _two_bases(draw, rotary)
     for row in family.table.values():
         if row.use is Use.REFUSED and row.key not in hf:
@@ -206,7 +210,13 @@ def _llama_like(
             del hf["num_key_value_heads"]
         elif name in ("llama", "qwen2", "qwen3") and draw.chance(0.2):
             hf["num_key_value_heads"] = None
-    if name in ("qwen3", "gpt_oss", *GEMMAS) or (name in (*RMS, "starcoder2") and draw.chance(0.5)):
+    if family.latent:
+        hf["num_key_value_heads"] = draw.mostly(heads, 2 * heads)
+        if name == "deepseek_v2":
+            hf |= _some(draw, 0.1, head_dim=head)
+    elif name in ("qwen3", "gpt_oss", *GEMMAS) or (
+        name in (*RMS, "starcoder2") and draw.chance(0.5)
+    ):
         hf["head_dim"] = draw.one_of(4, 8, 10, 16, head)
     elif name in ("llama", "mistral", "starcoder2") and draw.chance(0.2):
         hf["head_dim"] = None
@@ -253,12 +263,63 @@ def _llama_like(
     return hf | _windows(draw, family, layers, positions)
 
 
+def _mixture(draw: Draw, family: Family, hf: dict[str, Any]) -> dict[str, Any]:
+    """Experts, which layers have them, how they are chosen; and latents."""
+    experts, name = draw.one_of(4, 6, 8), family.model_type
+    chosen = draw.one_of(1, 2, 3, 4)
+    keys = {row.setting: row for row in family.fields if row.setting}
+    count = keys["num_experts"]
+    more: dict[str, Any] = {
+        draw.one_of(count.key, *count.aliases): experts,
+        "num_experts_per_tok": chosen,
+    }
+    if name == "mixtral":
+        return more
+    more["moe_intermediate_size"] = draw.one_of(8, 20)
+    layers = hf["num_hidden_layers"]
+    if not family.latent:
+        more |= _some(draw, 0.7, norm_topk_prob=draw.one_of(True, False))
+        more |= _some(draw, 0.3, decoder_sparse_step=draw.mostly(draw.one_of(1, 2), 0))
+        dense = [layer for layer in range(layers) if draw.chance(0.3)]
+        more |= _some(draw, 0.3, mlp_only_layers=draw.mostly(dense, None))
+        if name == "qwen2_moe":
+            more["shared_expert_intermediate_size"] = draw.one_of(12, 24)
+        return more
+    more |= {
+        "first_k_dense_replace": draw.one_of(0, 1, layers),
+        "n_shared_experts": draw.one_of(1, 2),
+        "q_lora_rank": draw.one_of(None, 12),
+        "kv_lora_rank": draw.one_of(6, 10),
+        "qk_nope_head_dim": draw.one_of(6, 8),
+        "qk_rope_head_dim": draw.one_of(4, 8),
+        "v_head_dim": draw.one_of(6, 9),
+    }
+    width = more["qk_nope_head_dim"] + more["qk_rope_head_dim"]
+    more |= _some(draw, 0.1, qk_head_dim=draw.mostly(width, width + 2))
+    more |= _some(draw, 0.5, routed_scaling_factor=draw.mostly(draw.one_of(1.0, 2.5), 0.0))
+    groups, kept = draw.mostly(draw.one_of((2, 1), (2, 2), (1, 1)), (None, None))
+    if name == "deepseek_v2":
+        grouped = groups and draw.chance(0.5)
+        if grouped or draw.chance(0.2):
+            more |= {"n_group": groups, "topk_group": kept}
+        method = "group_limited_greedy" if grouped else "greedy"
+        more |= _some(draw, 0.9 if grouped else 0.4, topk_method=method)
+        return more
+    more |= {"n_group": groups, "topk_group": kept}
+    more |= _some(draw, 0.5, rope_interleave=draw.one_of(True, False))
+    more |= _some(draw, 0.1, head_dim=draw.mostly(more["qk_rope_head_dim"], None, 2))
+    usual = chosen > 1  # of one expert's sigmoid score there is nothing to add up
+    more["norm_topk_prob"] = draw.mostly(usual, not usual)
+    predicted = draw.one_of("num_nextn_predict_layers", "num_mtp_layers")
+    return more | _some(draw, 0.2, **{predicted: draw.one_of(0, 1)})
+
+
 def _windows(draw: Draw, family: Family, layers: int, positions: int) -> dict[str, Any]:
     hf: dict[str, Any] = {}
     name = family.model_type
-    if name in ("mistral", "starcoder2"):
+    if name in ("mistral", "starcoder2", "mixtral"):
         hf |= _some(draw, 0.7, sliding_window=draw.one_of(None, 7, positions, 4096))
-    elif name in ("qwen2", "qwen3"):
+    elif name in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"):
         hf |= _some(
             draw,
             0.7,

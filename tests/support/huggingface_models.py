@@ -34,6 +34,25 @@ YARN = {
     "beta_fast": 4.0,
     "mscale_all_dim": 0.5,
 }
+MOE = LLAMA | {"num_key_value_heads": 2, "num_experts_per_tok": 2}
+MIXTRAL = MOE | {"num_local_experts": 4}
+QWEN_MOE = MOE | {"num_experts": 6, "moe_intermediate_size": 20, "num_hidden_layers": 3}
+DEEPSEEK = LLAMA | {
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 10,
+    "q_lora_rank": 12,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 7,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 12,
+    "n_shared_experts": 2,
+}
+GROUPED = {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}
+LATENT_YARN = {"rope_parameters": YARN | {"mscale": 0.707}}
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 6}
 GEMMA = LLAMA | {"num_key_value_heads": 2, "head_dim": 12, "sliding_window": 6}
@@ -138,6 +157,39 @@ GPT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_new"}
         | PARTIAL,
     ),
+    "mixtral": ("Mixtral", MIXTRAL | {"head_dim": 12}),
+    "mixtral-one": ("Mixtral", MIXTRAL | {"num_experts_per_tok": 1, "tie_word_embeddings": True}),
+    "qwen2-moe": ("Qwen2Moe", QWEN_MOE | {"shared_expert_intermediate_size": 28}),
+    "qwen2-moe-mixed": (
+        "Qwen2Moe",
+        QWEN_MOE | {"decoder_sparse_step": 2, "norm_topk_prob": True, "qkv_bias": False},
+    ),
+    "mixtral-window": ("Mixtral", MIXTRAL | {"sliding_window": 6}),
+    "qwen2-moe-window": (
+        "Qwen2Moe",
+        QWEN_MOE | WINDOW | {"max_window_layers": 3, "shared_expert_intermediate_size": 28},
+    ),
+    "qwen3-moe-window": ("Qwen3Moe", QWEN_MOE | WINDOW | {"hidden_act": "gelu"}),
+    "qwen3-moe": ("Qwen3Moe", QWEN_MOE | {"norm_topk_prob": True, "head_dim": 12}),
+    "qwen3-moe-mixed": ("Qwen3Moe", QWEN_MOE | {"mlp_only_layers": [0, 2]}),
+    "deepseek-v2": ("DeepseekV2", DEEPSEEK | {"routed_scaling_factor": 1.7} | LATENT_YARN),
+    "deepseek-v2-lite": ("DeepseekV2", DEEPSEEK | {"q_lora_rank": None, "rms_norm_eps": 1e-3}),
+    "deepseek-v2-groups": (
+        "DeepseekV2",
+        DEEPSEEK | GROUPED | {"topk_method": "group_limited_greedy"},
+    ),
+    "deepseek-v2-dense": ("DeepseekV2", DEEPSEEK | {"first_k_dense_replace": 3}),
+    "deepseek-v3": ("DeepseekV3", DEEPSEEK | GROUPED | LATENT_YARN),
+    "deepseek-v3-one-group": (
+        "DeepseekV3",
+        DEEPSEEK | {"n_group": 1, "topk_group": 1, "rope_parameters": YARN, "q_lora_rank": None},
+    ),
+    "deepseek-v3-three": ("DeepseekV3", DEEPSEEK | GROUPED | {"num_experts_per_tok": 3}),
+    "deepseek-v3-halves": ("DeepseekV3", DEEPSEEK | GROUPED | {"rope_interleave": False}),
+    "deepseek-v3-single": (
+        "DeepseekV3",
+        DEEPSEEK | GROUPED | {"num_experts_per_tok": 1, "norm_topk_prob": False},
+    ),
 }
 BERT_MODELS = [
     f"{family}{head}"
@@ -164,6 +216,9 @@ def randomize(model: torch.nn.Module, *, seed: int = 1) -> None:
                 ("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight", "ln.weight")
             ):
                 parameter += 1
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.2, generator=generator)
 
 
 def theirs(name: str, settings: dict[str, Any]) -> Any:

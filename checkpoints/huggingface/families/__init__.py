@@ -5,6 +5,7 @@
     dense.py    GPT-2, GPT-NeoX and the dense families like Llama
     gemma.py    Gemma, Gemma 2 and Gemma 3
     gpt_oss.py  gpt-oss
+    experts.py  mixtures of experts: Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek V2 and V3
     bert.py     BERT in Megatron's order and in the original one
 
 `FAMILIES` lists them by model_type. Only this room's neighbours in `huggingface/` import from here.
@@ -25,6 +26,13 @@ from mlm_eval.checkpoints.huggingface.families.dense import (
     STABLELM,
     STARCODER2,
 )
+from mlm_eval.checkpoints.huggingface.families.experts import (
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+)
 from mlm_eval.checkpoints.huggingface.families.family import Family
 from mlm_eval.checkpoints.huggingface.families.gemma import GEMMA, GEMMA2, GEMMA3
 from mlm_eval.checkpoints.huggingface.families.gpt_oss import GPT_OSS
@@ -44,6 +52,11 @@ FAMILIES: Mapping[str, Family] = {
         GEMMA2,
         GEMMA3,
         GPT_OSS,
+        MIXTRAL,
+        QWEN2_MOE,
+        QWEN3_MOE,
+        DEEPSEEK_V2,
+        DEEPSEEK_V3,
         MEGATRON_BERT,
         ORIGINAL_BERT,
     )

@@ -2,8 +2,9 @@
 
 A `Row` pairs a canonical module with its Hugging Face modules; `{i}` runs over the layers, `{i-1}`
 is the layer before and `{last}` the last one (BERT's original order has a norm after each layer
-where Megatron has it before the next one). `fields` says of each key of config.json what it does
-(see `fields.Field`), with the value that transformers takes where the key is absent.
+where Megatron has it before the next one), and `{e}` runs over a layer's experts. `fields` says of
+each key of config.json what it does (see `fields.Field`), with the value that transformers takes
+where the key is absent.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ class Row:
     weight: bool = True
     tensor: bool = False
     """The names are those of single tensors, not of modules with weights and biases."""
+    whole: str = ""
+    """Full name of the one tensor that holds all of it in canonical layout, which some files have
+    instead: the modules of transformers 5 hold a layer's experts in two."""
 
     def has_bias(self, switches: Mapping[str, bool]) -> bool:
         """Return whether the module has a bias, where config.json says `switches`."""
@@ -82,8 +86,9 @@ class Family:
     local_theta: float | None = None
     """The same of layers with a window, whose settings then are their own; None: as of all."""
     windows: str = ""
-    """Which layers attend within `sliding_window`: `all`, those `after` max_window_layers, or those
-    that `alternate` with others. Empty: transformers' class computes no window."""
+    """Which layers attend within `sliding_window`: `all`, those `after` max_window_layers, every
+    second one `before` it, or those that `alternate` with others. Empty: transformers' class
+    computes no window."""
     window_period: int = 0
     """Of windows that alternate: every so many layers one has none."""
     scaled_embeddings: bool = False
@@ -101,6 +106,11 @@ class Family:
     def rotary(self) -> bool:
         """Whether queries and keys are rotated; other models have a table of positions."""
         return self.constants.get("position_embedding_type") == "rope"
+
+    @property
+    def latent(self) -> bool:
+        """Whether keys and values come from a latent."""
+        return bool(self.constants.get("multi_latent_attention"))
 
     @cached_property
     def activation(self) -> Field:
@@ -131,33 +141,53 @@ class Entry:
     """One canonical parameter and the Hugging Face tensors that hold it."""
 
     canonical: str
-    names: tuple[str, ...]
+    patterns: tuple[str, ...]
+    """Names, in which `{e}` stands for the number of an expert."""
     layout: Layout
     optional: bool
+    whole: str = ""
+    """See `Row`."""
+    experts: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors' names; of experts, all parts of one before those of the next."""
+        if not any("{e}" in pattern for pattern in self.patterns):
+            return self.patterns
+        return tuple(
+            pattern.replace("{e}", str(expert))
+            for expert in range(self.experts)
+            for pattern in self.patterns
+        )
 
 
-def entries(family: Family, num_layers: int, switches: Mapping[str, bool]) -> Iterator[Entry]:
-    """Yield the parameters of a model, in the order of transformers' own files."""
+def entries(
+    family: Family, num_layers: int, switches: Mapping[str, bool], *, experts: int = 0
+) -> Iterator[Entry]:
+    """Yield the parameters of a model, in the order of transformers' own files.
+
+    Where layers differ (a plain MLP in some, experts in others), each has the entries of all kinds.
+    """
     for in_layers, group in itertools.groupby(family.rows, lambda row: "{i}" in row.canonical):
         rows = list(group)
         for layer in range(num_layers if in_layers else 1):
             places = {"{i}": str(layer), "{i-1}": str(layer - 1), "{last}": str(num_layers - 1)}
             for row in rows:
                 if layer > 0 or "{i-1}" not in "".join(row.names):
-                    yield from _row_entries(row, places, switches)
+                    yield from _row_entries(row, places, switches, experts)
 
 
 def _row_entries(
-    row: Row, places: Mapping[str, str], switches: Mapping[str, bool]
+    row: Row, places: Mapping[str, str], switches: Mapping[str, bool], experts: int
 ) -> Iterator[Entry]:
-    canonical, *names = (
-        re.sub(r"\{.*?\}", lambda place: places[place[0]], name)
-        for name in (row.canonical, *row.names)
+    canonical, whole, *names = (
+        re.sub(r"\{.*?\}", lambda place: places.get(place[0], place[0]), name)
+        for name in (row.canonical, row.whole, *row.names)
     )
     if row.tensor:
-        yield Entry(canonical, tuple(names), row.layout, row.optional)
+        yield Entry(canonical, tuple(names), row.layout, row.optional, whole, experts)
         return
     for leaf, present in (("weight", row.weight), ("bias", row.has_bias(switches))):
         if present:
             filled = tuple(f"{name}.{leaf}" for name in names)
-            yield Entry(f"{canonical}.{leaf}", filled, row.layout, row.optional)
+            yield Entry(f"{canonical}.{leaf}", filled, row.layout, row.optional, whole, experts)

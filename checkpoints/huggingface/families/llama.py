@@ -33,15 +33,19 @@ def llama_fields(
     tied: bool = False,
     activation: str = "silu",
     codes: Mapping[str, str] = GATED,
+    width: str = "ffn_hidden_size",
 ) -> tuple[Field, ...]:
-    """Return the keys that Llama introduced and many families share, with their defaults."""
+    """Return the keys that Llama introduced and many families share, with their defaults.
+
+    `intermediate_size` is our setting `width`, of an expert where no layer has a plain MLP.
+    """
     return (
         VOCAB_SIZE,
         setting_field("hidden_size", "hidden_size", hidden),
         setting_field("num_layers", "num_hidden_layers", layers),
         setting_field("num_attention_heads", "num_attention_heads", heads),
         setting_field("num_query_groups", "num_key_value_heads", groups, nullable=True),
-        setting_field("ffn_hidden_size", "intermediate_size", ffn),
+        setting_field(width, "intermediate_size", ffn),
         setting_field("activation", "hidden_act", activation, codes=codes),
         setting_field("max_position_embeddings", "max_position_embeddings", positions),
         setting_field("attention_dropout", "attention_dropout", 0.0),

@@ -221,8 +221,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (
             "gpt2",
-            {"model_type": "mixtral"},
-            "'mixtral', which mlm-eval does not compute; known are gpt2, llama",
+            {"model_type": "mamba"},
+            "'mamba', which mlm-eval does not compute; known are gpt2, llama",
         ),
         ("gpt2", {"scale_attn_weights": False}, "unscaled attention scores"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scores scaled by layer"),

@@ -40,13 +40,23 @@ def small(family: Family, **changes: Any) -> dict[str, Any]:
         "num_query_groups": 2,
         "kv_channels": 8,
         "ffn_hidden_size": 48,
-        "num_experts": 4,
-        "moe_ffn_hidden_size": 16,
         "max_position_embeddings": 24,
+        "num_experts": 8,
+        "moe_router_topk": 4,
+        "moe_ffn_hidden_size": 16,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 10,
+        "qk_head_dim": 6,
+        "qk_pos_emb_head_dim": 4,
+        "v_head_dim": 8,
     }
+    if family.latent:
+        sizes["num_query_groups"] = 4
     hf = {row.key: sizes[row.setting] for row in family.fields if row.setting in sizes}
     if "use_parallel_residual" in family.table:
         hf["use_parallel_residual"] = False
+    if "n_group" in family.table:
+        hf |= {"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}
     return {"model_type": family.model_type, **hf, **changes}
 
 
@@ -438,6 +448,42 @@ LATER_KEYS = {
             "truncate": False,
         },
         "router_aux_loss_coef": 0.9,
+    },
+    "mixtral": {"output_router_logits": False, "router_aux_loss_coef": 0.02, "rope_theta": 1e6},
+    "qwen2_moe": {
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": False,
+        "qkv_bias": True,
+        "mlp_only_layers": [],
+        "use_sliding_window": False,
+    },
+    "qwen3_moe": {
+        "head_dim": 8,
+        "norm_topk_prob": True,
+        "max_window_layers": 48,
+        "sliding_window": None,
+        "rope_scaling": None,
+    },
+    "deepseek_v2": {
+        "aux_loss_alpha": 0.001,
+        "ep_size": 1,
+        "moe_layer_freq": 1,
+        "norm_topk_prob": False,
+        "pretraining_tp": 1,
+        "scoring_func": "softmax",
+        "seq_aux": True,
+        "topk_method": "group_limited_greedy",
+    },
+    "deepseek_v3": {
+        "aux_loss_alpha": 0.001,
+        "ep_size": 1,
+        "moe_layer_freq": 1,
+        "num_nextn_predict_layers": 1,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "qk_head_dim": 10,
+        "head_dim": 4,
+        "rope_interleave": True,
     },
     "megatron-bert": {"position_embedding_type": "absolute"},
     "bert": {"directionality": "bidi", "pooler_type": "first_token_transform"},

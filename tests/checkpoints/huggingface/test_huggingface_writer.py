@@ -265,7 +265,10 @@ def test_transformers_own_files_come_back_as_they_were(name: str, tmp_path: Path
         zeros = set(after) - set(before)
         assert zeros and not any(after.pop(key).any() for key in zeros)
     assert set(after) == set(before)
-    assert all(torch.equal(after[key], before[key]) for key in before)
+    halves = name == "deepseek-v3-halves"  # whose rotary channels become pairs side by side
+    equal = {key for key in before if torch.equal(after[key], before[key])}
+    changed = {key.split(".")[-2] for key in set(before) - equal}
+    assert changed == {"q_b_proj", "kv_a_proj_with_mqa"} if halves else changed == set()
     load_theirs(report)
 
 
