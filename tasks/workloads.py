@@ -20,6 +20,7 @@ from mlm_eval.planning.plan import Passes, Training, Workload, spread
 from mlm_eval.tasks.finetune.settings import load_recipe
 from mlm_eval.tasks.paper import paper_recipe
 from mlm_eval.tasks.zero_shot import benchmarks
+from mlm_eval.training.settings import Hyperparameters
 
 if TYPE_CHECKING:
     from mlm_eval.tasks.finetune.settings import FinetuneOptions
@@ -131,9 +132,10 @@ def _language_modelling(name: str, positions: int, batch: TrainingBatch) -> Work
     count = -(-TEXT_TOKENS // positions)
     predicted = positions if name == "lm" else round(MLM_SHARE * positions)
     title = f"{name}, each million tokens of text, rows of {positions:,}"
-    batch = dataclasses.replace(batch, length=positions, predicted=batch.rows * predicted)
+    sample = dataclasses.replace(batch, rows=1, length=positions, predicted=predicted)
     passes = [Passes(count, positions, positions, predicted)]
-    return Workload(name, title, [], training=Training(passes, 1, batch, {}))
+    training = Training(passes, 1, sample, batch.rows, Hyperparameters.global_batch, {})
+    return Workload(name, title, [], training=training)
 
 
 def _fine_tuning(name: str, positions: int, size: str | None, batch: TrainingBatch) -> Workload:
@@ -142,19 +144,16 @@ def _fine_tuning(name: str, positions: int, size: str | None, batch: TrainingBat
     mean = min(task.length, longest)
     recipe = paper_recipe(name, size) or paper_recipe(name, "bert-336m")
     assert recipe is not None
-    batch = dataclasses.replace(
-        batch,
-        rows=batch.rows * task.rows,
-        length=longest,
-        accumulates=batch.rows < recipe["global_batch"],
-    )
+    sample = dataclasses.replace(batch, rows=task.rows, length=longest)
     epoch = list(_rows(task.train * task.rows, mean))
     title = f"{task.title}, {task.train:,} samples x {recipe['epochs']} epochs"
     return Workload(
         name,
         title,
         list(_rows(task.evaluated * task.rows, mean)),
-        training=Training(epoch, recipe["epochs"], batch, _heads(task)),
+        training=Training(
+            epoch, recipe["epochs"], sample, batch.rows, recipe["global_batch"], _heads(task)
+        ),
     )
 
 

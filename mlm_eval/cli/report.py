@@ -93,6 +93,10 @@ class PlanOptions:
         "Dropout of attention in training; 0 needs much less memory.", 0.1, least=0.0, most=1.0
     )
     recompute: bool = option("Train with activation checkpointing.", False, flag="--recompute")
+    dp: int = option("Copies of the model in training.", 1, least=1)
+    dp_mode: str = option(
+        "ddp, or fsdp2: shard weights, gradients and moments over the --dp copies.", "ddp"
+    )
     as_json: bool = again(InspectOptions, "as_json")
     overrides: tuple[str, ...] = again(RunOptions, "overrides")
 
@@ -112,11 +116,14 @@ def plan(options: PlanOptions) -> None:
     from mlm_eval.planning.plan import parse_throughput, plan_record
     from mlm_eval.planning.plan_text import plan_text
     from mlm_eval.tasks.workloads import workloads
+    from mlm_eval.training.settings import DP_MODES
 
     if (options.ckpt is None) == (options.model is None):
         raise InputError("give --ckpt C, or --model NAME for a size without a checkpoint")
     if options.device not in DEFAULT_BATCH_TOKENS:
         raise InputError(f"--device {options.device!r} is unknown; plan for cuda or cpu")
+    if options.dp_mode not in DP_MODES:
+        raise InputError(f"--dp-mode {options.dp_mode!r} is unknown; use {', '.join(DP_MODES)}")
     memory, rate = options.device_memory, options.throughput
     config_of, paper_count = _source(options)
     first = config_of(1)
@@ -138,10 +145,18 @@ def plan(options: PlanOptions) -> None:
         batch_tokens=options.batch_tokens or DEFAULT_BATCH_TOKENS[options.device],
         device=options.device,
         tp=options.tp,
+        dp=options.dp,
+        sharded=options.dp_mode == "fsdp2",
         device_memory=None if memory is None else parse_bytes(memory, "--device-memory"),
         throughput=None if rate is None else parse_throughput(rate),
         paper_parameters=paper_count,
-        settings={"dtype": precision, "micro_batch": options.micro_batch, **training},
+        settings={
+            "dtype": precision,
+            "micro_batch": options.micro_batch,
+            **training,
+            "dp": options.dp,
+            "dp_mode": options.dp_mode,
+        },
     )
     print(json.dumps(record, indent=2) if options.as_json else plan_text(record))
 

@@ -21,9 +21,9 @@ from mlm_eval.model.costs.memory import (
     OUTSIDE,
     Memory,
     TrainingBatch,
+    TrainingNeed,
     evaluation_memory,
     local_parameters,
-    training_memory,
 )
 
 BACKWARD = 2
@@ -57,10 +57,27 @@ class Training:
     passes: Sequence[Passes]
     """One epoch."""
     epochs: int
-    batch: TrainingBatch
-    """A rank's micro-batch."""
+    sample: TrainingBatch
+    """A forward pass over one sample."""
+    micro_batch: int
+    """Samples of a forward pass on a rank, at the most."""
+    global_batch: int
+    """Samples of a step, over all ranks."""
     heads: Mapping[str, Any]
     """Settings of the model with the task's head."""
+
+    def need(
+        self, config: ModelConfig, *, batch_tokens: int, sharded: bool = False
+    ) -> TrainingNeed:
+        """Return what each rank needs, as the run itself sees it when it chooses its layout."""
+        return TrainingNeed(
+            dataclasses.replace(config, **self.heads),
+            self.sample,
+            micro_batch=self.micro_batch,
+            global_batch=self.global_batch,
+            batch_tokens=batch_tokens,
+            sharded=sharded,
+        )
 
 
 @dataclass(frozen=True)
@@ -93,6 +110,8 @@ def plan_record(
     batch_tokens: int,
     device: str = "cuda",
     tp: int | None = None,
+    dp: int = 1,
+    sharded: bool = False,
     device_memory: float | None = None,
     throughput: float | None = None,
     paper_parameters: int | None = None,
@@ -104,7 +123,8 @@ def plan_record(
     each training task need there; `fits` is None if no device was given. `smallest_tp` is the
     smallest size that fits, for `evaluation` and each training task; {} without a device. `tasks`
     holds floating-point operations over all ranks: of one evaluation, and of a whole fine-tuning
-    with the evaluations after each epoch. Seconds are for `tp` ranks; None without a throughput.
+    with the evaluations after each epoch. Seconds are for `tp` x `dp` ranks; None without a
+    throughput.
 
     Args:
         name: Of the model, for people.
@@ -115,6 +135,8 @@ def plan_record(
         batch_tokens: Padded tokens of a forward pass in evaluation.
         device: `cuda` or `cpu`.
         tp: Only this size.
+        dp: Copies of the model in training.
+        sharded: The copies share weights, gradients and moments (FSDP2).
         device_memory: Bytes of a device.
         throughput: Floating-point operations a second that a device sustains.
         paper_parameters: The paper's count.
@@ -140,9 +162,7 @@ def plan_record(
             config, tp=size, itemsize=itemsize, batch_tokens=batch_tokens, scored_rows=scored
         )
         training = {
-            w.task: training_memory(
-                dataclasses.replace(config, **w.training.heads), w.training.batch, tp=size
-            )
+            w.task: w.training.need(config, batch_tokens=batch_tokens, sharded=sharded)(size, dp)
             for w in workloads
             if w.training is not None
         }
@@ -175,7 +195,7 @@ def plan_record(
         "left_free": OUTSIDE,
         "layouts": layouts,
         "smallest_tp": smallest,
-        "tasks": [_cost(config, work, smallest, default_tp, throughput) for work in workloads],
+        "tasks": [_cost(config, work, smallest, default_tp, dp, throughput) for work in workloads],
     }
 
 
@@ -197,17 +217,18 @@ def _cost(
     workload: Workload,
     smallest: Mapping[str, int | None],
     default_tp: int,
+    dp: int,
     throughput: float | None,
 ) -> dict[str, Any]:
     training = workload.training
     evaluation = _forward(config, workload.passes)
     trained = 0.0
     if training is not None:
-        epoch = _forward(config, training.passes) * (1 + BACKWARD + training.batch.recompute)
+        epoch = _forward(config, training.passes) * (1 + BACKWARD + training.sample.recompute)
         trained = training.epochs * (epoch + evaluation)
     # Times are for the size that fits the larger need.
     tp = smallest.get("evaluation" if training is None else workload.task) or default_tp
-    rate = None if throughput is None else throughput * tp
+    rate = None if throughput is None else throughput * tp * dp
     return {
         "task": workload.task,
         "title": workload.title,

@@ -46,7 +46,7 @@ def _memory_text(plan: Mapping[str, Any]) -> str:
     lines = [
         f"memory of each rank on {s['device']}, on top of the bare process ({s.get('dtype')}, "
         f"{s['batch_tokens']:,} tokens a batch; training: AdamW on float32 weights, "
-        f"micro-batch {s.get('micro_batch')})",
+        f"micro-batch {s.get('micro_batch')}{_copies(s)})",
         *aligned(rows),
     ]
     if plan["device_memory"] is not None:
@@ -57,6 +57,11 @@ def _memory_text(plan: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _copies(settings: Mapping[str, Any]) -> str:
+    copies = settings.get("dp", 1)
+    return "" if copies == 1 else f", {settings['dp_mode']} over dp {copies}"
+
+
 def _work_text(plan: Mapping[str, Any]) -> str:
     throughput = plan["settings"]["throughput"]
     title = "floating-point operations, all ranks together"
@@ -65,7 +70,9 @@ def _work_text(plan: Mapping[str, Any]) -> str:
         flops = [work["evaluation_flops"], work["training_flops"]]
         rows.append([work["title"], *map(_flops, flops)])
     if throughput is not None:
-        title += f"; time at {throughput / 1e12:,.6g} TFLOP/s on each of tp ranks"
+        copies = plan["settings"].get("dp", 1)
+        ranks = "tp ranks" if copies == 1 else f"tp x {copies} ranks"
+        title += f"; time at {throughput / 1e12:,.6g} TFLOP/s on each of {ranks}"
         rows[0] += ["time", "at tp"]
         for row, work in zip(rows[1:], plan["tasks"], strict=True):
             seconds = work["training_seconds"] or work["evaluation_seconds"]

@@ -352,9 +352,10 @@ def test_the_recipe_is_that_of_the_papers_size(size: str | None, epochs: int, ac
     (workload,) = workloads(BERT, task="qqp", size=size)
     assert workload.training is not None
     assert workload.training.epochs == epochs
-    assert workload.training.batch.accumulates is accumulates
+    assert (workload.training.micro_batch < workload.training.global_batch) is accumulates
     (whole,) = workloads(BERT, task="qqp", size=size, batch=TrainingBatch(rows=128, length=1))
-    assert whole.training is not None and not whole.training.batch.accumulates
+    assert whole.training is not None
+    assert whole.training.micro_batch == whole.training.global_batch
 
 
 def test_squad_means_both_versions_and_wrong_tasks_are_refused():
@@ -438,6 +439,19 @@ def test_the_command_plans_a_named_size(
     assert need["weights"] == 2 * layout["parameters_per_rank"]
 
 
+def test_the_command_plans_sharded_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    line = ("--model", "bert-3.9b", "--task", "race", "--device-memory", "50GB", "--dp", "8")
+    line += ("--micro-batch", "1", "--recompute", "--throughput", "100TFLOPS")
+    code, out, _ = run_cli(monkeypatch, capsys, *line)
+    assert code == 0 and "smallest tp that fits: evaluation: 1, race: 2" in out
+    assert "micro-batch 1, ddp over dp 8)" in out and "on each of tp x 8 ranks" in out
+    code, out, _ = run_cli(monkeypatch, capsys, *line, "--dp-mode", "fsdp2")
+    assert "smallest tp that fits: evaluation: 1, race: 1" in out
+    assert "micro-batch 1, fsdp2 over dp 8)" in out
+
+
 def test_the_command_plans_a_checkpoint(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -460,6 +474,7 @@ def test_the_command_plans_a_checkpoint(
         (("--model", "bert-336m", "--tp", "3"), "cannot split"),
         (("--model", "bert-336m", "--device", "tpu"), "plan for cuda or cpu"),
         (("--model", "bert-336m", "--dtype", "int8"), "--dtype 'int8' is unknown"),
+        (("--model", "bert-336m", "--dp-mode", "zero"), "--dp-mode 'zero' is unknown; use ddp"),
         (("--model", "bert-336m", "--device-memory", "much"), "is not a size"),
     ],
 )

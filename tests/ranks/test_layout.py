@@ -22,11 +22,10 @@ from mlm_eval.model.costs.memory import (
     OUTSIDE,
     EvaluationNeed,
     TrainingBatch,
-    TrainingNeed,
     local_parameters,
-    training_memory,
 )
 from mlm_eval.model.sizes import named_config
+from mlm_eval.planning.plan import plan_record
 from mlm_eval.ranks import layout
 from mlm_eval.ranks.layout import (
     RankDevice,
@@ -226,17 +225,38 @@ def test_a_training_is_laid_out_by_what_it_needs(name: str, found: tuple[int, in
     assert all(room(need, tp, 8 // tp) > 80.0 for tp in (1, 2, 4) if tp < found[0])
 
 
-def test_plan_and_the_runs_agree_about_a_training():
-    config = named_config("bert-336m")
-    (work,) = workloads(config, task="race", batch=TrainingBatch(rows=8, length=1, half=True))
-    assert work.training is not None
-    options = FinetuneOptions(data="x", output_dir=Path("x"))
-    need = finetuning_need("race", config, options, batch_tokens=1)
-    assert isinstance(need, TrainingNeed)
-    planned = training_memory(
-        dataclasses.replace(config, **work.training.heads), work.training.batch, tp=2
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("dp", [1, 8])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_plan_and_the_runs_agree_about_a_training(tp: int, dp: int, mode: str):
+    def planned(name: str, task: str) -> int:
+        config = named_config(name, tp=tp)
+        record = plan_record(
+            name,
+            lambda _: config,
+            workloads(config, task=task, batch=TrainingBatch(rows=4, length=1, half=True)),
+            itemsize=2,
+            batch_tokens=32_768,
+            tp=tp,
+            dp=dp,
+            sharded=mode == "fsdp2",
+        )
+        (layout,) = record["layouts"]
+        return int(layout["training"][task]["total"])
+
+    how = {"dp_mode": mode, "micro_batch": 4}
+    options = FinetuneOptions(
+        data="x", output_dir=Path("x"), recipe="race-megatron-336m", dtype="bfloat16", **how
     )
-    assert need(2, 1) == planned
+    config = named_config("bert-336m", tp=tp)
+    need = finetuning_need("race", config, options, batch_tokens=32_768)
+    assert planned("bert-336m", "race") == need(tp, dp).total
+
+    config = named_config("gpt2-355m", tp=tp)
+    settings = TrainSettings(lr=1e-4, global_batch=32, epochs=1, dtype="bfloat16", **how)
+    text = TextSettings(data=[Path("x")])
+    need = pretraining_need(config, text, settings, batch_tokens=32_768)
+    assert planned("gpt2-355m", "lm") == need(tp, dp).total
 
 
 def test_sharding_and_smaller_batches_need_less():
