@@ -774,7 +774,13 @@ SETTING_KINDS = {f.name: str(f.type).split(" | ")[0] for f in dataclasses.fields
 """The type of each setting: a key of `_KINDS`, but for `rope_scaling` and `yarn`."""
 
 # Also accepted by --set; the readers use them before there is a config.
-READER_SETTINGS = {"checkpoint_version": "float", "rope_scaling_factor": "float", "mla_yarn": "str"}
+READER_SETTINGS = {
+    "checkpoint_version": "float",
+    "rope_scaling_factor": "float",
+    "mla_yarn": "str",
+    "moe_aux_loss_coeff": "float",
+    "moe_z_loss_coeff": "float",
+}
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:

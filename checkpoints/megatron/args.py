@@ -137,6 +137,15 @@ def saved_args(value: Any, where: str) -> dict[str, Any]:
     return args
 
 
+def with_losses(args: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return args with the coefficients of auxiliary losses that `--set` gives.
+
+    They are no settings of a model: who trains it looks them up in the args.
+    """
+    names = ("moe_aux_loss_coeff", "moe_z_loss_coeff")
+    return dict(args) | {name: overrides[name] for name in names if name in overrides}
+
+
 def _check_numbers(args: Mapping[str, Any], where: str) -> None:
     for name in sorted(args):
         found = args[name]
@@ -825,30 +834,38 @@ def rank_args(checkpoint: Checkpoint, layout: SaveLayout, column: int, pp_rank: 
         values["mtp_num_layers"] = num_prediction_heads(checkpoint.prediction_heads)
     values |= _args_of_layout(c, layout, column, pp_rank)
     if layout.names == "core":
-        _check_args(values, checkpoint)
+        check_args(c, values, where=str(checkpoint.provenance.path))
     return Namespace(**dict(sorted(values.items())))  # sorted: equal args are equal bytes
 
 
-def _check_args(values: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+def check_args(
+    c: ModelConfig, values: Mapping[str, Any] | None = None, *, where: str = "the model"
+) -> None:
     """Refuse args from which another model would be read than the one that is written.
+
+    Args:
+        c: The model, under megatron-core's names.
+        values: The args; None: those of its settings.
+        where: The checkpoint, for messages.
 
     Raises:
         InputError: A setting is lost.
     """
-    c, where = checkpoint.config, checkpoint.provenance.path
+    values = _args_of_settings(c, True, None) if values is None else values
     read = build_config(
         {name: parameter.shape for name, parameter in parameters(c).items()},
         values,
         family=c.family,
         code="core",
         overrides={},
-        where=str(where),
+        where=where,
         params_dtype=c.params_dtype,
     ).config
+    unused = [] if c.dense_layers else ["ffn_hidden_size"]
     lost = [
         f.name
         for f in dataclasses.fields(ModelConfig)
-        if not _is_alike(getattr(read, f.name), getattr(c, f.name))
+        if f.name not in unused and not _is_alike(getattr(read, f.name), getattr(c, f.name))
     ]
     if lost:
         raise InputError(

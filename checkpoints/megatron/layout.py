@@ -153,12 +153,10 @@ def save_layout(
         InputError: Megatron has no such model, or could not load it at these sizes.
     """
     config, source = checkpoint.config, checkpoint.provenance
-    unwritten = [what for what in config.parts_beyond_dense if what in UNWRITTEN]
-    unwritten += ["an encoder and a decoder (T5)"] * (config.family == "t5")
-    if unwritten:
+    if part := unwritten_part(config):
         raise InputError(
-            f"{source.path} has {unwritten[0]}, which mlm-eval evaluates but does not write; keep "
-            "the format it has"
+            f"{source.path} has {part}, which mlm-eval evaluates but does not write; keep the "
+            "format it has"
         )
     chosen = choose_names(config, names, source=source.names)
     tp, pp, dtype = options.get("tp", 1), options.get("pp", 1), options.get("dtype")
@@ -198,6 +196,13 @@ def save_layout(
         notes=tuple(notes),
         warnings=tuple(warnings),
     )
+
+
+def unwritten_part(config: ModelConfig) -> str | None:
+    """Return what a model has that no writer of Megatron's formats knows yet, in words."""
+    parts = [what for what in config.parts_beyond_dense if what in UNWRITTEN]
+    parts += ["an encoder and a decoder (T5)"] * (config.family == "t5")
+    return next(iter(parts), None)
 
 
 def _expert_layout(config: ModelConfig, tp: int, ep: int, etp: int | None) -> ExpertLayout:

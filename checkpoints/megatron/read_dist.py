@@ -43,6 +43,7 @@ from mlm_eval.checkpoints.megatron.args import (
     saved_args,
     sources_beside,
     unknown_settings,
+    with_losses,
 )
 from mlm_eval.checkpoints.megatron.files import stack_experts
 from mlm_eval.checkpoints.megatron.iteration import saved_iteration
@@ -206,7 +207,7 @@ def _checkpoint(
         notes=[*notes, *of_heads],
         files=files_used,
         digest=digest(),  # now that the files are known to be there
-        args=args,
+        args=with_losses(args, overrides),
     )
     return Checkpoint(build.config, tensors, provenance, heads).check()
 

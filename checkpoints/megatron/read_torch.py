@@ -36,6 +36,7 @@ from mlm_eval.checkpoints.megatron.args import (
     layer_indices,
     sources_beside,
     unknown_settings,
+    with_losses,
 )
 from mlm_eval.checkpoints.megatron.fields import RunCode
 from mlm_eval.checkpoints.megatron.files import (
@@ -283,7 +284,7 @@ def merge_ranks(
         notes=notes,
         files=[file.path for file in files.values()],
         digest=_digest(files),
-        args=first.args,
+        args=with_losses(first.args, overrides),
     )
     return Checkpoint(config, tensors, provenance, heads).check()
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlm_eval.checkpoints.config import ModelConfig, apply_overrides
+from mlm_eval.checkpoints.config import SETTING_KINDS, ModelConfig, apply_overrides
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.parameters import num_parameters
 
@@ -81,6 +81,12 @@ def initial_config(
     if family == "bert":
         values |= {"num_tokentypes": 2, "pooler": True, "binary_head": True}
     values |= _named(name) | dict(overrides or {})
+    for loss in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
+        if values.pop(loss, 0):
+            raise InputError(
+                f"--init {name} with {loss}: mlm-eval trains experts on the task's loss alone; "
+                "leave it out"
+            )
     if values["family"] != family:
         raise InputError(
             f"--init {name} is a {values['family']} model, this command trains {family}"
@@ -95,6 +101,13 @@ def initial_config(
         values.setdefault("num_query_groups", heads)
         values.setdefault("kv_channels", hidden // max(heads, 1))
         values.setdefault("ffn_hidden_size", 4 * hidden)
+        if values.get("num_experts"):
+            values.setdefault("moe_layers", range(int(values["num_layers"])))
+            values.setdefault("moe_ffn_hidden_size", values["ffn_hidden_size"])
+            values.setdefault("moe_router_topk", 2)
+        for key, kind in SETTING_KINDS.items():
+            if kind.startswith("tuple") and key in values:
+                values[key] = tuple(values[key])
         config = ModelConfig(**{k: v for k, v in values.items() if k != "checkpoint_version"})
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):

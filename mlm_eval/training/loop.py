@@ -25,8 +25,13 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import clear_leftovers, set_aside
 from mlm_eval.checkpoints.folders.checkpoint_files import foreign_files, remove_checkpoint
 from mlm_eval.checkpoints.folders.locks import Lock, lock_folder, unlock_folder
+from mlm_eval.checkpoints.megatron.args import check_args
 from mlm_eval.checkpoints.megatron.iteration import TRACKER
-from mlm_eval.checkpoints.megatron.layout import choose_names, layout_with_same_rows
+from mlm_eval.checkpoints.megatron.layout import (
+    check_sizes,
+    choose_names,
+    layout_with_same_rows,
+)
 from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import num_parameters
@@ -157,13 +162,19 @@ class _Run:
             vocab_size=self.config.vocab_size,
             tokentypes=self.config.num_tokentypes,
         )
-        choose_names(self.config, None)  # fail now if the result cannot be saved
+        self._check_result()
         settings = self.settings
         self.plan = Plan.make(len(self.data), settings)
         self.schedule = Schedule(
             settings.lr, settings.min_lr, self.plan.total_steps, settings.warmup, settings.lr_decay
         )
         self.saved_at = time.monotonic()
+
+    def _check_result(self) -> None:
+        """Fail now if the result cannot be saved."""
+        if choose_names(self.config, None) == "core":
+            check_args(self.config)
+            check_sizes(self.config, self.mesh.tp, 1, "core")
 
     # ---- start -----------------------------------------------------------------------------------
 

@@ -31,13 +31,14 @@ class Trained:
 
 
 def make_optimizer(trained: Iterable[Trained], settings: Hyperparameters) -> torch.optim.AdamW:
-    """Return AdamW whose decay leaves out biases and norms: what has one dim.
+    """Return AdamW whose decay leaves out biases and norms: those of experts, and what has one dim.
 
     Source: docs/megatron.md, "Training loop".
     """
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for item in trained:
-        groups[item.parameter.dim() > 1].append(item.parameter)
+        decays = item.parameter.dim() > 1 and not item.name.endswith(".bias")
+        groups[decays].append(item.parameter)
     return torch.optim.AdamW(
         [
             {"params": groups[True], "weight_decay": settings.weight_decay},

@@ -83,8 +83,10 @@ class Replicas:
         unused = objective.unused(model.config)
         model.requires_grad_(True)
         for name, parameter in model.named_parameters():
-            # A rank may own no row of a small vocabulary: nothing to train there.
-            if name.startswith(unused) or parameter.numel() == 0:
+            # A rank may own no row of a small vocabulary: nothing to train there. The bias that
+            # chooses experts weighs nothing, so no gradient reaches it.
+            chooses = name.endswith(".router.expert_bias")
+            if name.startswith(unused) or parameter.numel() == 0 or chooses:
                 parameter.requires_grad_(False)
         worker = _sharded_twin(model, mesh, dtype) if self.sharded else model
         block: Any = worker.get_submodule(model.config.block)

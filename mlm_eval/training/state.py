@@ -12,7 +12,7 @@ process killed at any moment leaves the last whole state, and at most a folder t
 removes. Tensors are saved as those of the whole model. torch.distributed.checkpoint takes tensors
 of one name on several ranks for copies unless they are DTensors, and a DTensor assumes the sizes
 that torch.chunk gives: a vocabulary is cut into those (`parameters.vocab_range`), and a gated fc1
-is viewed as `[2, ffn, hidden]`, cut along dim 1.
+is viewed as `[2, ffn, hidden]`, cut along dim 1, that of experts as `[experts, 2, ffn, hidden]`.
 """
 
 from __future__ import annotations
@@ -243,14 +243,17 @@ def _whole(value: Tensor, parameter: Parameter, mesh: Mesh) -> Tensor:
     rule, shape = parameter.rule, list(parameter.shape)
     dim, over_dp = rule.dim, hasattr(value, "placements")
     part = local(value)
+    cut_over_dp = 0
     if rule.blocks > 1:
-        assert dim == 0, parameter
-        shape = [rule.blocks, shape[0] // rule.blocks, *shape[1:]]
-        # FSDP2 has cut the rows of both blocks as one: into parts that are no part of the view.
-        part = whole_over_dp(value, mesh) if over_dp else part
-        part = part.unflatten(0, (rule.blocks, part.shape[0] // rule.blocks))
-        dim = 1
-        if over_dp:
+        assert dim is not None, parameter
+        shape[dim : dim + 1] = [rule.blocks, shape[dim] // rule.blocks]
+        # FSDP2 cuts dim 0. Where that holds both blocks its parts are no parts of the view.
+        anew = over_dp and dim == 0
+        part = whole_over_dp(value, mesh) if anew else part
+        part = part.unflatten(dim, (rule.blocks, part.shape[dim] // rule.blocks))
+        dim += 1
+        if anew:
+            cut_over_dp = 1
             rows = -(-part.shape[1] // mesh.dp)  # of torch.chunk; the last ranks may have none
             part = part[:, mesh.dp_rank * rows : (mesh.dp_rank + 1) * rows].clone()
     if mesh.device_mesh is None:
@@ -263,7 +266,7 @@ def _whole(value: Tensor, parameter: Parameter, mesh: Mesh) -> Tensor:
         mesh.tp_first,
         [
             Replicate() if dim is None or mesh.tp == 1 else Shard(dim),
-            Shard(1 if rule.blocks > 1 else 0) if over_dp else Replicate(),
+            Shard(cut_over_dp) if over_dp else Replicate(),
         ],
         run_check=False,
         shape=torch.Size(shape),
@@ -289,7 +292,8 @@ def read_state(folder: Path, config: ModelConfig, kind: str) -> dict[str, LazyTe
         check_coverage(files.tensors[name], folder)
         lazy = files.tensor(name)
         if parameter.rule.blocks > 1:
-            lazy = Computed(parameter.shape, lazy.dtype, functools.partial(_flat, lazy))
+            dim = parameter.dim
+            lazy = Computed(parameter.shape, lazy.dtype, functools.partial(_flat, lazy, dim))
         if lazy.shape != parameter.shape:
             raise InputError(
                 f"{folder}: {name} has shape {list(lazy.shape)}, expected {list(parameter.shape)}; "
@@ -302,8 +306,8 @@ def read_state(folder: Path, config: ModelConfig, kind: str) -> dict[str, LazyTe
     return found
 
 
-def _flat(lazy: LazyTensor) -> Tensor:
-    return lazy.read().flatten(0, 1)
+def _flat(lazy: LazyTensor, dim: int) -> Tensor:
+    return lazy.read().flatten(dim, dim + 1)
 
 
 def fill(

@@ -17,6 +17,7 @@ from torch import Tensor
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.megatron.layout import unwritten_part
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits
 from mlm_eval.checkpoints.tokenizers.tokenizer_type import added_entries
 from mlm_eval.engine.batching import map_batches, pack
@@ -89,13 +90,53 @@ def check_start(text: TextSettings, checkpoint: Checkpoint, tokenizer: Tokenizer
             f"{where} has no language-model head, as fine-tuned files have none; give the "
             "checkpoint that it was fine-tuned from"
         )
-    if beyond := config.beyond_dense or config.beyond_megatron:
+    if beyond := unwritten_part(config) or config.beyond_megatron:
         raise InputError(
             f"{where} has {beyond}, which mlm-eval evaluates but does not write, so it cannot "
-            "train it; give a dense model of Megatron-LM's kind"
+            "train it; give a model of Megatron-LM's kind without"
         )
     misfit = check_fits(tokenizer, config.vocab_size)
-    return [] if misfit is None else [misfit]
+    return [*([] if misfit is None else [misfit]), *_check_experts(checkpoint)]
+
+
+AUXILIARY_LOSSES = {
+    "moe_aux_loss_coeff": "a loss that balances its experts",
+    "moe_z_loss_coeff": "a loss that keeps its router's logits small",
+}
+"""What a run of Megatron's may add to the loss of a mixture of experts, and mlm-eval does not."""
+
+
+def _check_experts(checkpoint: Checkpoint) -> list[str]:
+    """Return warnings about what of Megatron's training of experts is not done here.
+
+    Raises:
+        InputError: The run that saved the checkpoint added a loss for its experts.
+    """
+    args, where, warnings = checkpoint.provenance.args, checkpoint.provenance.path, []
+    if checkpoint.config.num_experts:
+        kinds = args.get("moe_router_load_balancing_type")
+        balanced = any(
+            "aux_loss" in str(kind) for kind in (kinds if isinstance(kinds, list) else [kinds])
+        )
+        for name, what in AUXILIARY_LOSSES.items():
+            coefficient = args.get(name)
+            coefficients = coefficient if isinstance(coefficient, list) else [coefficient]
+            acts = any(coefficients) and (balanced or name != "moe_aux_loss_coeff")
+            if acts:
+                raise InputError(
+                    f"{where} was trained with {what} (args.{name} = {coefficient}), which "
+                    f"mlm-eval does not compute; train on without it with --set {name}=0"
+                )
+    if checkpoint.config.moe_router_enable_expert_bias:
+        warnings.append(
+            "the biases that choose experts stay as they are: Megatron moves them after each step "
+            "(moe_router_bias_update_rate), mlm-eval does not"
+        )
+    if checkpoint.prediction_heads:
+        warnings.append(
+            "the heads of multi-token prediction are not trained, and the result has none"
+        )
+    return warnings
 
 
 def pretrain(

@@ -196,7 +196,6 @@ def test_sizes_that_do_not_fit_are_refused(
         ("deepseek", {"attention_output_gate": True}, "latent attention with gates"),
         ("deepseek", {"qk_l2_norm": True}, "latent attention with L2-normed"),
         ("deepseek", {"kv_lora_rank": 10, "q_lora_rank": 15}, "cut the latent of .* over the"),
-        ("deepseek", {"ffn_hidden_size": 64, "moe_layers": (0, 1, 2, 3)}, "ffn_hidden_size = 64"),
         (
             "latents, YaRN",
             {"yarn": YarnScaling(4.0, 8, mscale=0.7, mscale_all_dim=0.5, round_range=False)},
