@@ -210,6 +210,8 @@ def _agrees(r: HubConfigReader, key: str, kind: str, value: Any, source: str) ->
 
 
 def _activation(r: HubConfigReader, family: Family) -> None:
+    if family.activation is None:
+        return
     key, codes = family.activation.key, family.activation.codes
     name, source = r.look(key, "str")
     if name not in codes and "activation" not in r.overrides:

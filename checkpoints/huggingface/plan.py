@@ -32,7 +32,6 @@ from mlm_eval.checkpoints.huggingface.experts import (
 from mlm_eval.checkpoints.huggingface.families.bert import MEGATRON_BERT, ORIGINAL_BERT
 from mlm_eval.checkpoints.huggingface.families.dense import (
     GPT2,
-    GPT_NEOX,
     LLAMA,
     MISTRAL,
     QWEN2,
@@ -43,6 +42,7 @@ from mlm_eval.checkpoints.huggingface.families.dense import (
 from mlm_eval.checkpoints.huggingface.families.family import Family, entries
 from mlm_eval.checkpoints.huggingface.families.gemma import GEMMA, GEMMA2, GEMMA3
 from mlm_eval.checkpoints.huggingface.families.gpt_oss import GPT_OSS
+from mlm_eval.checkpoints.huggingface.families.neox import BLOOM, GPT_NEOX
 from mlm_eval.checkpoints.huggingface.fields import DROPOUT_AND_INIT
 from mlm_eval.checkpoints.huggingface.folds import (
     is_gain,
@@ -252,7 +252,7 @@ def choose_family(c: ModelConfig) -> Family:
             "evaluates such models and does not write them; give a model without"
         )
     family = _bert_family(c) if c.family == "bert" else _gpt_family(c)
-    if c.activation not in family.activation.codes.values():
+    if c.activation not in family.activations:
         raise _refused(
             f"a model with {c.activation} activations", f"{family.model_type} has none such"
         )
@@ -281,6 +281,8 @@ def choose_family(c: ModelConfig) -> Family:
 
 
 def _gpt_family(c: ModelConfig) -> Family:
+    if c.beyond_megatron:
+        return _neox_family(c)
     if c.apply_residual_connection_post_layernorm:
         raise _refused(
             "a GPT model whose residual is the norm's output "
@@ -361,6 +363,33 @@ def _gpt_oss(c: ModelConfig) -> Family:
                 "gpt-oss, the class of transformers with experts and sinks, has none such",
             )
     return GPT_OSS
+
+
+def _neox_family(c: ModelConfig) -> Family:
+    """Return the family with the parallel residual, or the one with ALiBi."""
+    bloom = c.alibi and c.embedding_layernorm and not c.parallel_residual
+    neox = c.rotary and c.parallel_residual and not c.embedding_layernorm
+    family = BLOOM if bloom else GPT_NEOX
+    lacking = {
+        "learned positions": c.learned_positions,
+        "RMSNorm": c.normalization != "LayerNorm",
+        f"{c.activation} activations": c.gated,
+        "grouped-query attention": c.num_query_groups != c.num_attention_heads,
+        "norms of queries and keys": c.qk_layernorm,
+        "windows of attention": bool(c.window_layers),
+        "token types": bool(c.num_tokentypes),
+        f"an MLP of {c.ffn_hidden_size}": bloom and c.ffn_hidden_size != 4 * c.hidden_size,
+    }
+    odd = next((what for what, there in lacking.items() if there), None)
+    if odd or not (bloom or neox):
+        odd = f"{c.beyond_megatron} and {odd}" if odd else c.beyond_megatron
+        raise InputError(
+            f"a model with {odd} cannot be converted to Hugging Face: with a parallel residual "
+            "transformers has GPT-NeoX (rotary positions, LayerNorm, an ungated MLP), with ALiBi "
+            "BLOOM (a norm of the embeddings, LayerNorm, an ungated MLP of four times the hidden "
+            "size), and no model of Megatron-LM has either; evaluate it where it is"
+        )
+    return family
 
 
 def _gemma(c: ModelConfig) -> Family:

@@ -103,10 +103,10 @@ def _readme(plan: HuggingFacePlan) -> str:
     if isinstance(p.iteration, int):
         facts.append(f"iteration {p.iteration}")
     names = ("activation_function", "hidden_activation", "hidden_act")
-    key = next(name for name in names if name in plan.hf)
+    words = [f"`{plan.hf[name]}`" for name in names if name in plan.hf]
     activation = (
         f"`{c.activation}` (from {p.config_sources.get('activation', 'the model')}), "
-        f"written as `{plan.hf[key]}`"
+        f"written as {words[0] if words else 'that of all such models'}"
     )
     rows = {
         "made from": f"{name}: {', '.join(facts)}",

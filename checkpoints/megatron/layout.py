@@ -282,6 +282,11 @@ def choose_names(config: ModelConfig, names: str | None, *, source: str | None =
         InputError: Megatron has no such model under the names asked for, or under any.
     """
     assert names in (None, *NAMES), names
+    if config.beyond_megatron:
+        raise InputError(
+            f"Megatron-LM has no model with {config.beyond_megatron}, so its formats cannot hold "
+            "this one; keep the format that it has, or convert it --to hf"
+        )
     not_core, not_v25, not_later = (
         lacking(config) for lacking in (lacking_in_core, _lacking_in_v25, _lacking_in_legacy)
     )
@@ -315,8 +320,6 @@ def is_for_v25(config: ModelConfig, names: str | None, *, source: str | None = N
 
 def lacking_in_core(c: ModelConfig) -> str | None:
     """Return what megatron-core does not have, or None."""
-    if c.beyond_megatron:
-        return c.beyond_megatron
     if c.apply_residual_connection_post_layernorm:
         return "residual connection after the norm (BERT's original order)"
     if c.num_classes or c.multichoice_head or c.qa_head:
@@ -430,8 +433,6 @@ def _lacking_in_legacy(c: ModelConfig) -> str | None:
 
 
 def _lacking_anywhere(c: ModelConfig) -> str | None:
-    if c.beyond_megatron:
-        return c.beyond_megatron
     scaling = c.rope_scaling
     if scaling is not None and RopeScaling(factor=scaling.factor) != scaling:
         return "rotary scaling with other constants than Llama 3.1's"

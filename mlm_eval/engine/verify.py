@@ -80,7 +80,8 @@ def probe(config: ModelConfig, vocab_size: int) -> dict[str, Tensor]:
     Returns:
         `tokens` `[rows, seq]`; for BERT also `padding_mask` and `tokentypes`, for T5, whose
         decoder takes them, `encoder_tokens` and `encoder_mask`; and, where not every position fits,
-        `positions` `[seq]`, spread evenly from the first to the last, but for T5 the first ones.
+        `positions` `[seq]`, spread evenly from the first to the last, but for T5 and with ALiBi,
+        where transformers takes none, the first ones.
     """
     generator = torch.Generator().manual_seed(1234)
     length = config.max_position_embeddings
@@ -94,7 +95,7 @@ def probe(config: ModelConfig, vocab_size: int) -> dict[str, Tensor]:
         mask = torch.ones(rows, taken, dtype=torch.int64)
         mask[1, taken - taken // 4 :] = 0
         return {"encoder_tokens": inputs["tokens"].flip(0, 1), "encoder_mask": mask, **inputs}
-    if taken < length:
+    if taken < length and not config.alibi:
         inputs["positions"] = torch.linspace(0, length - 1, taken, dtype=torch.float64).long()
     if config.family == "bert":
         mask = torch.ones(rows, taken, dtype=torch.int64)

@@ -274,6 +274,8 @@ def test_the_probe_reaches_the_last_position_and_takes_each_id_once() -> None:
     positions = inputs["positions"]
     assert (int(positions[0]), int(positions[-1])) == (0, 131_071)
     assert bool((positions.diff() > 0).all())
+    bloom = dataclasses.replace(long, position_embedding_type="alibi")
+    assert "positions" not in probe(bloom, bloom.vocab_size)
     gpt2 = dataclasses.replace(GPT, max_position_embeddings=1024, vocab_size=50_257)
     assert probe(gpt2, gpt2.vocab_size)["tokens"].shape == (1, 1024)
 

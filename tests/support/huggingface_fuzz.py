@@ -84,6 +84,8 @@ def draw_config(draw: Draw, family: Family) -> dict[str, Any]:
     positions = draw.one_of(17, 32, 40)
     if family.model_type == "gpt2":
         hf |= _gpt2(draw, heads, head, positions)
+    elif family.model_type == "bloom":
+        hf |= _bloom(draw, heads, head, positions)
     elif family.kind == "bert":
         hf |= _bert(draw, heads, head, positions)
     else:
@@ -168,6 +170,33 @@ def _gpt2(draw: Draw, heads: int, head: int, positions: int) -> dict[str, Any]:
     )
 
 
+def _bloom(draw: Draw, heads: int, head: int, positions: int) -> dict[str, Any]:
+    names = {
+        "hidden_size": ("n_embed", heads * head),
+        "n_layer": ("num_hidden_layers", draw.one_of(1, 2, 3)),
+        "n_head": ("num_attention_heads", heads),
+    }
+    hf: dict[str, Any] = {}
+    for name, (alias, value) in names.items():
+        kind = draw.mostly("own", "alias", "both", share=0.3)
+        if kind != "alias":
+            hf[name] = draw.one_of(1, 4) * value if kind == "both" else value
+        if kind != "own":
+            hf[alias] = value
+    hf |= _windows(draw, FAMILIES["bloom"], names["n_layer"][1], positions)
+    return hf | _some(
+        draw,
+        0.6,
+        seq_length=positions,
+        layer_norm_epsilon=draw.one_of(1e-5, 1e-3, 1e-1),
+        apply_residual_connection_post_layernorm=draw.one_of(True, False),
+        pretraining_tp=draw.one_of(1, 2),
+        slow_but_exact=False,
+        n_inner=None,
+        offset_alibi=100,
+    )
+
+
 def _bert(draw: Draw, heads: int, head: int, positions: int) -> dict[str, Any]:
     hf = {
         "hidden_size": heads * head,
@@ -232,7 +261,7 @@ def _llama_like(
         draw,
         0.75,
         max_position_embeddings=positions,
-        **{family.activation.key: activations},
+        **({family.activation.key: activations} if family.activation else {}),
         tie_word_embeddings=draw.one_of(True, False),
         **{norm: draw.one_of(1e-6, 1e-5, 1e-2, 1e-1)},
         **switches,
@@ -259,7 +288,7 @@ def _llama_like(
         hf |= _some(draw, 0.5, qk_layernorm=draw.mostly(False, True))
         hf |= _some(draw, 0.5, use_parallel_residual=draw.mostly(False, True))
     if name == "gpt_neox":
-        hf |= {"use_parallel_residual": draw.mostly(False, True)}
+        hf |= _some(draw, 0.8, use_parallel_residual=draw.one_of(True, False))
     return hf | _windows(draw, family, layers, positions)
 
 

@@ -16,6 +16,7 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "v
 LLAMA = SMALL | {"intermediate_size": 48, "max_position_embeddings": POSITIONS}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB, "n_positions": POSITIONS}
 GPT2 |= {"bos_token_id": None, "eos_token_id": None}
+BLOOM = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB, "seq_length": POSITIONS}
 BERT = SMALL | {"intermediate_size": 64, "max_position_embeddings": POSITIONS}
 PARTIAL = {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}
 LLAMA3 = {
@@ -150,6 +151,14 @@ GPT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("StableLm", LLAMA | {"num_key_value_heads": 2, "use_qkv_bias": True}),
     "stablelm-half": ("StableLm", LLAMA | {"num_key_value_heads": 4} | PARTIAL),
     "starcoder2": ("Starcoder2", LLAMA | {"num_key_value_heads": 2}),
+    "neox-parallel": ("GPTNeoX", LLAMA | {"layer_norm_eps": 1e-3} | PARTIAL),
+    "bloom": ("Bloom", BLOOM),
+    "bloom-untied": (
+        "Bloom",
+        BLOOM
+        | {"n_head": 6, "hidden_size": 48, "tie_word_embeddings": False}
+        | {"apply_residual_connection_post_layernorm": True, "layer_norm_epsilon": 1e-3},
+    ),
     "neox": ("GPTNeoX", LLAMA | {"use_parallel_residual": False}),
     "neox-half": (
         "GPTNeoX",

@@ -2,7 +2,8 @@
 
     family.py   `Family`, `Row`, and `entries`: the tensors that hold a model
     llama.py    the names and keys that most families share with Llama
-    dense.py    GPT-2, GPT-NeoX and the dense families like Llama
+    dense.py    GPT-2 and the dense families like Llama
+    neox.py     GPT-NeoX and BLOOM
     gemma.py    Gemma, Gemma 2 and Gemma 3
     gpt_oss.py  gpt-oss
     experts.py  mixtures of experts: Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek V2 and V3
@@ -18,7 +19,6 @@ from collections.abc import Mapping
 from mlm_eval.checkpoints.huggingface.families.bert import MEGATRON_BERT, ORIGINAL_BERT
 from mlm_eval.checkpoints.huggingface.families.dense import (
     GPT2,
-    GPT_NEOX,
     LLAMA,
     MISTRAL,
     QWEN2,
@@ -36,6 +36,7 @@ from mlm_eval.checkpoints.huggingface.families.experts import (
 from mlm_eval.checkpoints.huggingface.families.family import Family
 from mlm_eval.checkpoints.huggingface.families.gemma import GEMMA, GEMMA2, GEMMA3
 from mlm_eval.checkpoints.huggingface.families.gpt_oss import GPT_OSS
+from mlm_eval.checkpoints.huggingface.families.neox import BLOOM, GPT_NEOX
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
@@ -48,6 +49,7 @@ FAMILIES: Mapping[str, Family] = {
         STABLELM,
         STARCODER2,
         GPT_NEOX,
+        BLOOM,
         GEMMA,
         GEMMA2,
         GEMMA3,

@@ -1,4 +1,4 @@
-"""GPT-2, GPT-NeoX, and the dense families that take after Llama.
+"""GPT-2, and the dense families that take after Llama.
 
 Source: the modeling and configuration files of transformers 5.23.
 """
@@ -23,7 +23,6 @@ from mlm_eval.checkpoints.huggingface.fields import (
     Use,
     bias_field,
     other_fields,
-    read_field,
     refused_field,
     setting_field,
     tied_field,
@@ -217,49 +216,4 @@ STARCODER2 = Family(
         "use_bias", "use_bias", "use_bias", norm_bias=True, fc1=("c_fc",), fc2="c_proj"
     ),
     windows="all",
-)
-GPT_NEOX = Family(
-    model_type="gpt_neox",
-    model_class="GPTNeoXForCausalLM",
-    prefix="gpt_neox.",
-    constants=LAYER_NORM_ROPE,
-    fields=(
-        VOCAB_SIZE,
-        setting_field("hidden_size", "hidden_size", 6144),
-        setting_field("num_layers", "num_hidden_layers", 44),
-        setting_field("num_attention_heads", "num_attention_heads", 64),
-        setting_field("ffn_hidden_size", "intermediate_size", 24576),
-        setting_field("activation", "hidden_act", "gelu", codes=GELU),
-        setting_field("max_position_embeddings", "max_position_embeddings", 2048),
-        setting_field("layernorm_epsilon", "layer_norm_eps", 1e-5),
-        setting_field("hidden_dropout", "hidden_dropout", 0.0),
-        setting_field("attention_dropout", "attention_dropout", 0.0),
-        setting_field("init_method_std", "initializer_range", 0.02),
-        tied_field(False),
-        bias_field("attention_bias", True),
-        refused_field("use_parallel_residual", PARALLEL_RESIDUAL, False, default=True),
-        read_field("rotary_emb_base", "the rotary base, where the rotary settings have none"),
-        read_field("rotary_pct", "the share of rotated channels, alike"),
-        read_field("rope_theta", "transformers 4's copy of rotary_emb_base; must agree"),
-        read_field("partial_rotary_factor", "transformers 4's copy of rotary_pct; must agree"),
-    ),
-    partial_rotary=0.25,
-    rotary_keys=("rotary_emb_base", "rotary_pct"),
-    rows=(
-        Row("embedding.word_embeddings", ("gpt_neox.embed_in",), False),
-        Row(f"{DECODER_LAYER}.input_layernorm", ("gpt_neox.layers.{i}.input_layernorm",)),
-        Row(  # rows [heads, 3, head]: group order as it is
-            f"{ATTENTION}.linear_qkv",
-            ("gpt_neox.layers.{i}.attention.query_key_value",),
-            "attention_bias",
-        ),
-        Row(f"{ATTENTION}.linear_proj", ("gpt_neox.layers.{i}.attention.dense",), "attention_bias"),
-        Row(
-            f"{DECODER_LAYER}.pre_mlp_layernorm", ("gpt_neox.layers.{i}.post_attention_layernorm",)
-        ),
-        Row(f"{DECODER_LAYER}.mlp.linear_fc1", ("gpt_neox.layers.{i}.mlp.dense_h_to_4h",)),
-        Row(f"{DECODER_LAYER}.mlp.linear_fc2", ("gpt_neox.layers.{i}.mlp.dense_4h_to_h",)),
-        Row("decoder.final_layernorm", ("gpt_neox.final_layer_norm",)),
-        Row("output_layer", ("embed_out",), False, optional=True),
-    ),
 )

@@ -113,9 +113,16 @@ class Family:
         return bool(self.constants.get("multi_latent_attention"))
 
     @cached_property
-    def activation(self) -> Field:
-        """The key that names the activation."""
-        return next(row for row in self.fields if row.setting == "activation")
+    def activation(self) -> Field | None:
+        """The key that names the activation; None where all models of the family have one."""
+        return next((row for row in self.fields if row.setting == "activation"), None)
+
+    @cached_property
+    def activations(self) -> set[str]:
+        """The activations that its models can have, by ModelConfig's names."""
+        if self.activation is None:
+            return {self.constants["activation"]}
+        return set(self.activation.codes.values())
 
     @cached_property
     def classes(self) -> set[str]:

@@ -241,7 +241,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "'dynamic' .rope_scaling. are not",
         ),
         ("llama", {"attention_bias": True}, "lacks model.layers.0.self_attn.q_proj.bias"),
-        ("neox", {"use_parallel_residual": None}, "side by side"),
+        ("neox", {"use_parallel_residual": 3}, "use_parallel_residual is 3, expected a value of"),
         ("gpt2", {"n_layer": 10**9}, "says 1000000000 layers, the files hold"),
         ("llama", {"rope_parameters": {"mrope_section": [4]}}, "rotary setting mrope_section"),
         ("llama", {"rope_scaling": "linear"}, "rope_scaling is 'linear', expected an object"),

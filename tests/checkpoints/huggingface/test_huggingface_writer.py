@@ -33,6 +33,12 @@ from mlm_eval.checkpoints.tokenizer import find_tokenizer, load_tokenizer
 from mlm_eval.engine.engine import Engine
 
 LAYER_NORM_ROPE: dict[str, Any] = {"position_embedding_type": "rope", "rotary_percent": 0.5}
+BLOOM: dict[str, Any] = {
+    "position_embedding_type": "alibi",
+    "embedding_layernorm": True,
+    "activation": "gelu_tanh",
+    "ffn_hidden_size": 4 * random_models.GPT.hidden_size,
+}
 
 
 def hf_config(report: Conversion) -> dict[str, Any]:
@@ -207,6 +213,38 @@ VARIANTS: dict[str, tuple[ModelConfig, str]] = {
             LLAMA, normalization="LayerNorm", add_qkv_bias=True, layernorm_zero_centered_gamma=True
         ),
         "StableLmForCausalLM",
+    ),
+    "neox-parallel": (
+        variant(GPT, parallel_residual=True, **LAYER_NORM_ROPE),
+        "GPTNeoXForCausalLM",
+    ),
+    "neox-parallel-interleaved-1p": (
+        variant(
+            GPT,
+            parallel_residual=True,
+            rotary_interleaved=True,
+            layernorm_zero_centered_gamma=True,
+            add_bias_linear=False,
+            untie_embeddings_and_output_weights=True,
+            **LAYER_NORM_ROPE,
+        ),
+        "GPTNeoXForCausalLM",
+    ),
+    "bloom": (variant(GPT, **BLOOM), "BloomForCausalLM"),
+    "bloom-1p": (
+        variant(
+            GPT,
+            layernorm_zero_centered_gamma=True,
+            add_bias_linear=False,
+            add_qkv_bias=False,
+            untie_embeddings_and_output_weights=True,
+            **BLOOM,
+        ),
+        "BloomForCausalLM",
+    ),
+    "bloom-post-layernorm": (
+        variant(GPT, apply_residual_connection_post_layernorm=True, **BLOOM),
+        "BloomForCausalLM",
     ),
     "neox": (variant(GPT, activation="gelu_tanh", **LAYER_NORM_ROPE), "GPTNeoXForCausalLM"),
     "neox-no-bias-interleaved": (

@@ -130,6 +130,24 @@ def test_readers_say_whose_names_they_found(source: str) -> None:
     assert names == ("legacy" if source.startswith("v") else "core")
 
 
+@pytest.mark.parametrize("to", ["megatron", "torch_dist"])
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"parallel_residual": True}, "attention and MLP side by side"),
+        ({"position_embedding_type": "alibi"}, "ALiBi positions"),
+        ({"embedding_layernorm": True}, "norm of the embeddings"),
+    ],
+)
+def test_what_no_megatron_has_is_refused_by_name(
+    changes: dict[str, Any], what: str, to: str, tmp_path: Path
+) -> None:
+    source = new_checkpoint(config(GPT, **changes), seed=1)
+    with pytest.raises(InputError, match=f"no model with {what}.*convert it --to hf"):
+        convert(source, to, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # Every model that v2.5 cannot build, by the setting that it lacks.
 LACKING: dict[str, tuple[ModelConfig, str]] = {
     "rotary": (config(GPT, position_embedding_type="rope"), "rotary positions"),
