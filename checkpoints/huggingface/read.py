@@ -35,6 +35,7 @@ from mlm_eval.checkpoints.huggingface.families.family import IGNORED_TENSORS, Fa
 from mlm_eval.checkpoints.huggingface.families.gpt_oss import GPT_OSS
 from mlm_eval.checkpoints.huggingface.folds import with_paired_latents
 from mlm_eval.checkpoints.huggingface.layout import zeros
+from mlm_eval.checkpoints.huggingface.quantized.fp8 import is_fp8, with_fp8_unpacked
 from mlm_eval.checkpoints.huggingface.quantized.mxfp4 import with_mxfp4_unpacked
 from mlm_eval.checkpoints.huggingface.reader import Found, HubConfigReader
 from mlm_eval.checkpoints.lazy import LazyTensor, runs
@@ -122,6 +123,15 @@ def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> Check
     if family is GPT_OSS and hf.get("quantization_config") is not None:
         settings = hf["quantization_config"]
         weights.tensors = with_mxfp4_unpacked(weights.tensors, settings, str(config_path))
+    unpacked: list[str] = []
+    if is_fp8(settings := hf.get("quantization_config")):
+        stored = len(weights.tensors)
+        weights.tensors = with_fp8_unpacked(weights.tensors, settings, str(config_path))
+        hf = {key: value for key, value in hf.items() if key != "quantization_config"}
+        unpacked = [
+            f"{stored - len(weights.tensors)} weights stored as 8-bit floats with a scale for each "
+            "block become float32 as they are read"
+        ]
     weights.marks["config.json"] = (config_path.stat().st_size, config_path.read_bytes())
     found = _inspect(weights, family, hf)
     build = read_config(hf, family, found=found, overrides=overrides, where=str(config_path))
@@ -143,6 +153,7 @@ def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> Check
         training_state=training_state(entry.name for entry in path.iterdir()),
         notes=[
             f"{family.model_type} in {len(weights.files)} {weights.files[0].suffix} file(s)",
+            *unpacked,
             *notes,
         ],
         files=[config_path, *weights.files],

@@ -23,6 +23,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.huggingface.read import read_folder
 from mlm_eval.checkpoints.lazy import Index, InMemory
 from mlm_eval.checkpoints.open import open_checkpoint
+from mlm_eval.checkpoints.parameters import parameters
 from mlm_eval.engine.plain_transformers import transformers_outputs
 from mlm_eval.engine.verify import outputs, verify_conversion
 
@@ -337,6 +338,117 @@ def test_layers_of_multi_token_prediction_are_left_out_with_a_word(tmp_path: Pat
     (tmp_path / "config.json").write_text(json.dumps(hf | {"num_nextn_predict_layers": 0}))
     with pytest.raises(InputError, match=r"model\.layers\.3\."):
         open_checkpoint(tmp_path)
+
+
+# --- 8-bit weights ------------------------------------------------------------------------------
+
+BLOCK = (8, 16)  # neither divides what it is made of here evenly
+FP8: dict[str, Any] = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": list(BLOCK),
+}
+
+
+def quantised(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a matrix in 8-bit floats, its blocks' scales, and what the two stand for."""
+    rows, columns = BLOCK
+    values, plain = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty_like(weight)
+    scales = torch.empty(-(-weight.shape[0] // rows), -(-weight.shape[1] // columns))
+    for i in range(scales.shape[0]):
+        for j in range(scales.shape[1]):
+            part = (slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns))
+            scale = weight[part].abs().max() / 448
+            values[part] = (weight[part] / scale).to(torch.float8_e4m3fn)
+            plain[part] = values[part].float() * scale
+            scales[i, j] = scale
+    return values, scales, plain
+
+
+def write_quantised(kind: str, folder: Path, *, binary: bool = False) -> dict[str, Tensor]:
+    """Write a model as DeepSeek publishes its own; return its weights dequantised."""
+    gpt_model(kind).save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    stored, plain = dict(state), dict(state)
+    for name, weight in state.items():
+        if weight.dim() == 2 and "layers." in name and ".mlp.gate." not in name:
+            stored[name], stored[f"{name}_scale_inv"], plain[name] = quantised(weight)
+    assert len(stored) > 1.5 * len(state)
+    save_file(stored, folder / "model.safetensors")
+    if binary:
+        torch.save(stored, folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    hf = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(hf | {"quantization_config": FP8}))
+    return plain
+
+
+@pytest.mark.parametrize(("kind", "binary"), [("deepseek-v3", False), ("qwen3-moe", True)])
+def test_8_bit_weights_are_dequantised_while_they_are_read(
+    kind: str, binary: bool, tmp_path: Path
+) -> None:
+    expected = write_quantised(kind, tmp_path / "packed", binary=binary)
+    packed = open_checkpoint(tmp_path / "packed")
+    assert any("8-bit floats" in note for note in packed.provenance.notes)
+    shutil.copytree(tmp_path / "packed", tmp_path / "plain")
+    (tmp_path / "plain" / "pytorch_model.bin").unlink(missing_ok=True)
+    save_file(expected, tmp_path / "plain" / "model.safetensors")
+    hf = json.loads((tmp_path / "packed" / "config.json").read_text())
+    del hf["quantization_config"]
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(hf))
+    plain = open_checkpoint(tmp_path / "plain")
+    assert same_tensors(packed, plain)
+    for name, parameter in parameters(packed.config).items():  # and so are all slices
+        whole = plain.tensors[name].read()
+        for dim, size in enumerate(parameter.shape):
+            some = torch.tensor([size - 1, 0])
+            for index in (slice(size // 3, size), some):
+                rows = torch.arange(size)[index]
+                found = packed.tensors[name].read(dim, index)
+                assert torch.equal(found, whole.index_select(dim, rows)), (name, dim)
+    report = convert(packed, "hf", tmp_path / "out", dtype="bfloat16")
+    assert "quantization_config" not in json.loads((report.path / "config.json").read_text())
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert {key: value.bfloat16().tolist() for key, value in expected.items()} == {
+        key: value.bfloat16().tolist() for key, value in written.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight_block_size": None}, "weight_block_size .* is None"),
+        ({"weight_block_size": [8, 0]}, r"weight_block_size .* is \[8, 0\]"),
+        ({"weight_block_size": [4, 16]}, "files of two models may be mixed"),
+        ({"scale_fmt": "ue8m0"}, "scale_fmt .* is 'ue8m0'"),
+        ({"activation_scheme": "static"}, "activation_scheme .* is 'static'"),
+        ({"quant_method": "gptq"}, "quantized weights"),
+    ],
+)
+def test_other_8_bit_weights_are_refused_by_name(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write_quantised("qwen3-moe", tmp_path)
+    hf = json.loads((tmp_path / "config.json").read_text())
+    hf["quantization_config"] |= changes
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    with pytest.raises(InputError, match=message):
+        open_checkpoint(tmp_path)
+
+
+def test_8_bit_weights_without_their_scales_are_refused(tmp_path: Path) -> None:
+    write_quantised("qwen3-moe", tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    scale = "model.layers.1.self_attn.o_proj.weight_scale_inv"
+    for lost, message in (
+        (scale, "float8_e4m3fn, which mlm-eval does not read"),
+        (scale.removesuffix("_scale_inv"), f"{scale} but not"),
+    ):
+        save_file({key: t for key, t in state.items() if key != lost}, tmp_path / "x")
+        (tmp_path / "x").rename(tmp_path / "model.safetensors")
+        with pytest.raises(InputError, match=message):
+            open_checkpoint(tmp_path)
 
 
 class _Watched(InMemory):
