@@ -184,6 +184,17 @@ class TokenizerOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BosOption:
+    """The token that begins a text."""
+
+    bos: str = option(
+        "yes: the begin-of-text token stands before each text; no: it does not; auto: it does not, "
+        "with a warning where the tokenizer would put it there.",
+        "auto",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunOptions(TokenizerOptions, EngineOptions):
     """What every command that evaluates a model takes.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.command import command
 from mlm_eval.cli.run import ModelRun, chosen_tokenizer, progress
-from mlm_eval.options import FILE, RunOptions, again, option
+from mlm_eval.options import FILE, BosOption, RunOptions, again, option
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.tokenizer import Tokenizer
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(RunOptions):
+class GenerateOptions(BosOption, RunOptions):
     """The options of `generate`."""
 
     prompt: tuple[str, ...] = option("Text to continue (repeatable).", ())
@@ -49,6 +49,12 @@ class GenerateOptions(RunOptions):
     seed: int = again(
         RunOptions, "seed", help="Of random draws; prompt n, from 0, draws from this plus n."
     )
+    bos: str = again(
+        BosOption,
+        "bos",
+        help="yes: the begin-of-text token stands before each text; no: it does not; auto: where "
+        "the tokenizer's files say so.",
+    )
     output: Path | None = option(
         'JSON lines: {"prompt", "text", "tokens", "logprobs", "finish"}; - is stdout.',
         None,
@@ -66,6 +72,7 @@ def generate_command(options: GenerateOptions) -> None:
 
     Example: mlm-eval generate --ckpt gpt2_345m --tokenizer gpt2 --prompt "Once upon a time"
     """
+    from mlm_eval.checkpoints.tokenizers.begin_of_text import choose_begin
     from mlm_eval.engine.generate import CACHE_BYTES
 
     sources = (bool(options.prompt), options.input is not None, options.interactive)
@@ -78,13 +85,14 @@ def generate_command(options: GenerateOptions) -> None:
         tokenizer = run.tokenizer()  # names what is missing
     if options.stop and tokenizer is None:
         raise InputError("--stop needs the tokenizer; give --tokenizer DIR or --vocab-file F")
-    given = _given(options, tokenizer)
+    begin = choose_begin(options.bos, tokenizer, as_tokenizer=True).ids
+    given = _given(options, tokenizer, begin)
     place = run.start(lambda: run.scoring_need(cache=CACHE_BYTES))
 
     def body(engine: Engine) -> None:
         if options.interactive:
             assert tokenizer is not None
-            _converse(run, engine, tokenizer, options, sampling)
+            _converse(run, engine, tokenizer, options, sampling, begin)
             return
         made = _continue(run, engine, given, tokenizer, options, sampling)
         if run.is_main:
@@ -104,14 +112,16 @@ def _sampling(options: GenerateOptions) -> Sampling:
     return Sampling(options.temperature, options.top_k, options.top_p)
 
 
-def _given(options: GenerateOptions, tokenizer: Tokenizer | None) -> list[PromptLine]:
+def _given(
+    options: GenerateOptions, tokenizer: Tokenizer | None, begin: Sequence[int]
+) -> list[PromptLine]:
     """Return the prompts of the options or of the file; none where they are typed."""
     from mlm_eval.tasks.zero_shot.generation import prompt_line, read_prompts
 
     if options.input is not None:
-        return read_prompts(options.input, tokenizer, limit=options.limit)
+        return read_prompts(options.input, tokenizer, limit=options.limit, begin=begin)
     return [
-        prompt_line(text, tokenizer, f"--prompt {text!r:.40}")
+        prompt_line(text, tokenizer, f"--prompt {text!r:.40}", begin)
         for text in options.prompt[: options.limit]
     ]
 
@@ -178,6 +188,7 @@ def _converse(
     tokenizer: Tokenizer,
     options: GenerateOptions,
     sampling: Sampling,
+    begin: Sequence[int],
 ) -> None:
     """Continue each line that rank 0 reads, until its input ends."""
     from mlm_eval.ranks.collectives import from_main
@@ -187,7 +198,7 @@ def _converse(
     typed = _typed()
     while (text := from_main(next(typed, None) if run.is_main else None)) is not None:
         try:
-            line = prompt_line(text, tokenizer, "the text")
+            line = prompt_line(text, tokenizer, "the text", begin)
             made = _continue(run, engine, [line], tokenizer, options, sampling)
         except InputError as error:
             run.log(str(error))

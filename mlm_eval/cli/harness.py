@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.command import command
 from mlm_eval.cli.run import ModelRun, progress
-from mlm_eval.options import RunOptions, option
+from mlm_eval.options import BosOption, RunOptions, again, option
 
 if TYPE_CHECKING:
     from mlm_eval.engine.engine import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
-class HarnessOptions(RunOptions):
+class HarnessOptions(BosOption, RunOptions):
     """The options of `harness`; the harness has its own for what a field without one says."""
 
     arguments: tuple[str, ...] = option(
@@ -29,6 +29,12 @@ class HarnessOptions(RunOptions):
         metavar="-- LM_EVAL_ARGUMENTS",
     )
 
+    bos: str = again(
+        BosOption,
+        "bos",
+        help="yes: the begin-of-text token stands before each text; no: it does not; auto: where "
+        "the tokenizer's files say so.",
+    )
     output: None = None
     overwrite: bool = False
     limit: None = None
@@ -48,12 +54,22 @@ def harness(options: HarnessOptions) -> None:
         )
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the harness draws bars into log files, too
+    from mlm_eval.checkpoints.tokenizers.begin_of_text import BOS_CHOICES
     from mlm_eval.engine.generate import CACHE_BYTES
     from mlm_eval.harness.command import read_arguments, run_command_line
     from mlm_eval.harness.model import MegatronLM
 
     arguments = list(options.arguments)
     given = read_arguments(arguments)
+    if options.bos not in BOS_CHOICES:
+        raise InputError(f"--bos {options.bos} is unknown; choose {', '.join(BOS_CHOICES)}")
+    if options.bos != "auto":
+        asked = options.bos == "yes"
+        if given.setdefault("add_bos_token", asked) != asked:
+            raise InputError(
+                f"--bos {options.bos} and --model_args add_bos_token={given['add_bos_token']} "
+                "contradict each other; give one of them"
+            )
     run = ModelRun(options)
     tokenizer = run.tokenizer()
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.command import command
 from mlm_eval.cli.run import ModelRun, chosen_tokenizer, progress
-from mlm_eval.options import FILE, RunOptions, nested, option
+from mlm_eval.options import FILE, BosOption, RunOptions, nested, option
 from mlm_eval.tasks.zero_shot import benchmarks
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _kept(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreOptions(ResumeOptions, RunOptions):
+class ScoreOptions(ResumeOptions, BosOption, RunOptions):
     """The options of `score`."""
 
     input: Path = option(
@@ -163,6 +163,7 @@ def score_command(options: ScoreOptions) -> None:
     Example: mlm-eval score --ckpt gpt2_345m --input sequences.jsonl --output scores.jsonl --tp 2
     """
     from mlm_eval.checkpoints.files.text_file import read_text
+    from mlm_eval.checkpoints.tokenizers.begin_of_text import choose_begin
     from mlm_eval.tasks.zero_shot.score import (
         count_requests,
         parse_lines,
@@ -174,12 +175,19 @@ def score_command(options: ScoreOptions) -> None:
     run = ModelRun(options)
     tokenizer = chosen_tokenizer(options.ckpt, options)
     family, text = run.checkpoint.config.family, read_text(options.input)
-    lines = parse_lines(text, options.input, tokenizer, family=family, limit=options.limit)
+    if family != "gpt" and options.bos == "yes":
+        raise InputError(f"--bos yes is for GPT models; this is a {family.upper()} checkpoint")
+    begin = choose_begin(options.bos, tokenizer if family == "gpt" else None)
+    lines = parse_lines(
+        text, options.input, tokenizer, family=family, limit=options.limit, begin=begin.ids
+    )
+    if begin.warning is not None and any(line.is_text for line in lines):
+        run.warn([begin.warning])
 
     def body(engine: Engine) -> None:
         stride = options.stride
         count = count_requests(engine, lines, stride)
-        parts = resume_parts(engine, text, tokenizer, stride)
+        parts = resume_parts(engine, text, tokenizer, stride, begin.ids)
         with _kept(run, count, parts, restart=options.restart) as partial:
             unit = "rows" if family == "bert" else "tok"
             with progress(run.is_main, unit) as on_progress:

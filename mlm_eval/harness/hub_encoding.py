@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer
+from mlm_eval.checkpoints.tokenizers.begin_of_text import adds_begin, begin_id
 
 
 class HubEncoding:
@@ -22,11 +26,23 @@ class HubEncoding:
             self.backend = tokenizer.backend
             bos = int(self.backend.bos_id())
             self.bos_id = bos if bos >= 0 else None
-            self.adds_bos = bool(tokenizer.settings.get("add_bos_token", False))
+            self.adds_bos = adds_begin(tokenizer)
         else:
             self.backend = tokenizer.hub_backend()
             self.bos_id = tokenizer.special_id("bos")
             self.adds_bos = False  # beyond what the backend's own rules add
+        self.begin_id = begin_id(tokenizer)
+        if add_bos and self.begin_id is None:
+            raise InputError(
+                f"{tokenizer.source} has no begin-of-text token to put before each text; leave "
+                "out --bos yes (or add_bos_token)"
+            )
+
+    def begin(self) -> dict[str, Any]:
+        """Return what a record says of the token before each text."""
+        asked = {None: "auto", True: "yes", False: "no"}[self.add_bos]
+        adds = adds_begin(self.tokenizer) if self.add_bos is None else self.add_bos
+        return {"bos": asked, "bos_id": self.begin_id if adds else None}
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Return the ids of a text; `special`: with what the tokenizer adds to a text."""
@@ -38,8 +54,8 @@ class HubEncoding:
             by_rules = special and self.add_bos is None
             ids = list(self.backend.encode(text, add_special_tokens=by_rules).ids)
         add = self.adds_bos if self.add_bos is None else self.add_bos
-        if special and add and self.bos_id is not None:
-            ids.insert(0, self.bos_id)
+        if special and add and self.begin_id is not None:
+            ids.insert(0, self.begin_id)
         return ids
 
     def decode(self, ids: list[int]) -> str:

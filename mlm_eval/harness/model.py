@@ -373,6 +373,7 @@ class MegatronLM(TemplateLM):
                 "digest": provenance.digest,
                 **self.engine.describe(),
                 "tokenizer": self._tokenizer.record(),
+                **self.encoding.begin(),
                 "max_length": self.max_length,
                 "warnings": list(provenance.warnings),
             },

@@ -124,8 +124,8 @@ class ZeroShot(ABC, Generic[Own]):
         """Return the figures and the protocol as names and texts, for people."""
 
     def protocol(self, settings: Mapping[str, Any]) -> str:
-        """Return the record's protocol."""
-        return "megatron-paper"
+        """Return the record's protocol; with a begin-of-text token it is none of the paper's."""
+        return "megatron-paper" if settings.get("bos_id") is None else "megatron-paper, BOS"
 
     def megatron_line(self, result: Result) -> str | None:
         """Return the line that Megatron printed for these figures, if it had the benchmark."""
@@ -144,6 +144,7 @@ class ZeroShot(ABC, Generic[Own]):
             InputError: As `prepare`, or the tokenizer is not the model's.
         """
         from mlm_eval.checkpoints.tokenizer import check_fits
+        from mlm_eval.checkpoints.tokenizers.begin_of_text import choose_begin
 
         if limit is not None and limit < 1:
             raise InputError(f"--limit {limit}: choose 1 or more {self.unit}")
@@ -151,6 +152,11 @@ class ZeroShot(ABC, Generic[Own]):
         positions = config.max_position_embeddings
         work = self.prepare(options, tokenizer=tokenizer, positions=positions, limit=limit)
         work.settings["warnings"] += [misfit] if misfit is not None else []
+        asked: str | None = getattr(options, "bos", None)
+        if asked is not None:  # a benchmark of texts; see `BosOption`
+            begin = choose_begin(asked, tokenizer)
+            work.settings.update(begin.record())
+            work.settings["warnings"] += [begin.warning] if begin.warning is not None else []
         return work
 
     def evaluate(

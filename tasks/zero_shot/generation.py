@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,10 +28,20 @@ class PromptLine:
     tokens: list[int]
     fields: Mapping[str, Any] = field(default_factory=dict)
     """The line's fields, which come back beside the text."""
+    bos_id: int | None = None
+    """The begin-of-text token, where it was put before a text."""
 
 
-def prompt_line(text: str, tokenizer: Tokenizer | None, where: str) -> PromptLine:
+def prompt_line(
+    text: str, tokenizer: Tokenizer | None, where: str, begin: Sequence[int] = ()
+) -> PromptLine:
     """Return a text as a prompt.
+
+    Args:
+        text: The text.
+        tokenizer: The model's.
+        where: File and line number, or the option, for messages.
+        begin: What stands before it: the begin-of-text token, or nothing.
 
     Raises:
         InputError: There is no tokenizer, or it makes no tokens of the text.
@@ -40,13 +51,17 @@ def prompt_line(text: str, tokenizer: Tokenizer | None, where: str) -> PromptLin
     tokens = tokenizer.encode(check_text(text, where))
     if not tokens:
         raise InputError(f"{where} is empty; give at least one token to continue")
-    return PromptLine(where, text, tokens)
+    return PromptLine(where, text, [*begin, *tokens], bos_id=begin[0] if begin else None)
 
 
 def read_prompts(
-    path: Path, tokenizer: Tokenizer | None, *, limit: int | None = None
+    path: Path,
+    tokenizer: Tokenizer | None,
+    *,
+    limit: int | None = None,
+    begin: Sequence[int] = (),
 ) -> list[PromptLine]:
-    """Return the lines of a JSON-lines file.
+    """Return the lines of a JSON-lines file; `begin` stands before texts, not before ids.
 
     Raises:
         InputError: The file cannot be read, or a line is not of the form that `mlm-eval
@@ -55,13 +70,15 @@ def read_prompts(
     lines: list[PromptLine] = []
     for number, content in enumerate(read_text(path).split("\n"), 1):
         if content.strip() and (limit is None or len(lines) < limit):
-            lines.append(_parse(content, f"{path}, line {number}", tokenizer))
+            lines.append(_parse(content, f"{path}, line {number}", tokenizer, begin))
     if not lines:
         raise InputError(f"{path} holds no lines; expected {PROMPT_FORM}")
     return lines
 
 
-def _parse(content: str, where: str, tokenizer: Tokenizer | None) -> PromptLine:
+def _parse(
+    content: str, where: str, tokenizer: Tokenizer | None, begin: Sequence[int]
+) -> PromptLine:
     try:
         record = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -76,8 +93,8 @@ def _parse(content: str, where: str, tokenizer: Tokenizer | None) -> PromptLine:
         raise InputError(f"{where}: tokens must be a list of at least one integer")
     if not isinstance(record.get("prompt"), str):
         raise InputError(f'{where} has neither "prompt" nor "tokens"; expected {PROMPT_FORM}')
-    line = prompt_line(record["prompt"], tokenizer, where)
-    return PromptLine(where, line.text, line.tokens, record)
+    line = prompt_line(record["prompt"], tokenizer, where, begin)
+    return dataclasses.replace(line, fields=record)
 
 
 def as_prompts(
@@ -139,6 +156,7 @@ def record_of(line: PromptLine, made: Continuation) -> dict[str, Any]:
         "tokens": made.tokens,
         "logprobs": made.logprobs,
         "finish": "length" if made.ended_by == "length" else "stop",
+        **({} if line.bos_id is None else {"bos_id": line.bos_id}),
     }
 
 

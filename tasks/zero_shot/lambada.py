@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.text_file import parse_json
-from mlm_eval.options import option
+from mlm_eval.options import BosOption, option
 from mlm_eval.reporting.results import Result, exponential
 from mlm_eval.reporting.tables import Column
 from mlm_eval.tasks.data.sources import DatasetName, read_data
@@ -37,7 +37,7 @@ PAPER_PASSAGES, PAPER_READ_TOKENS, PAPER_TARGET_TOKENS = 5_153, 425_064, 6_542
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClozeOptions(DataOption):
+class ClozeOptions(BosOption, DataOption):
     """The options of `lambada`."""
 
     data: str | None = option(
@@ -79,11 +79,14 @@ class Lambada(ZeroShot[ClozeOptions]):
         """Return one request for each passage; the settings say what of them is scored."""
         import torch
 
+        from mlm_eval.checkpoints.tokenizers.begin_of_text import choose_begin
         from mlm_eval.engine.score import Request
 
         target = options.target
         if target not in ("word", "last-token"):
             raise InputError(f"--target {target} is unknown; choose word or last-token")
+        begin = list(choose_begin(options.bos, tokenizer).ids)
+        room = positions - len(begin)
         path, passages, digest = read_passages(options.data)
         requests = []
         truncated = 0
@@ -95,20 +98,20 @@ class Lambada(ZeroShot[ClozeOptions]):
                     f"{'word' if target == 'word' else 'token'}; expected a passage of several "
                     "words"
                 )
-            if len(label) > positions:
+            if len(label) > room:
                 raise InputError(
                     f"{path}, line {line}: the last word has {len(label)} tokens, but the model "
                     f"has {positions} positions; this task needs a larger model"
                 )
             tokens = context + label
-            truncated += len(tokens) > positions + 1
+            truncated += len(tokens) > room + 1
             # The last token is only predicted, never read, so positions + 1 tokens fit.
-            requests.append(Request(torch.tensor(tokens[-(positions + 1) :]), len(label)))
+            requests.append(Request(torch.tensor(begin + tokens[-(room + 1) :]), len(label)))
         warnings = self.limit_warnings(limit, len(requests), len(passages))
         if truncated:
             warnings.append(
                 f"{truncated} passages are longer than the model's {positions} positions: only "
-                f"their last {positions + 1} tokens are used"
+                f"their last {room + 1} tokens are used"
             )
         return Work(
             requests,
@@ -131,8 +134,11 @@ class Lambada(ZeroShot[ClozeOptions]):
         return cloze_metrics(num_correct, examples=len(work.requests), nll_sum=nll_sum)
 
     def protocol(self, settings: Mapping[str, Any]) -> str:
-        """Return `megatron-paper` for whole words."""
-        return "megatron-paper" if settings["target"] == "word" else "megatron-last-token"
+        """Return `megatron-paper` for whole words and nothing before a passage."""
+        usual = super().protocol(settings)
+        if settings["target"] == "word":
+            return usual
+        return usual.replace("megatron-paper", "megatron-last-token")
 
     def rows(self, result: Result) -> list[tuple[str, str]]:
         """Return the accuracy, and what counts as a hit."""

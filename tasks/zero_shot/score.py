@@ -46,6 +46,9 @@ class InputLine:
     padding_mask: list[list[int]] | None = None
     encoder_tokens: list[int] | None = None
     encoder_mask: list[int] | None = None
+    is_text: bool = False
+    begins: bool = False
+    """Whether its first token is the begin-of-text token, put before a text."""
 
 
 def read_lines(
@@ -73,19 +76,28 @@ def parse_lines(
     *,
     family: str = "gpt",
     limit: int | None = None,
+    begin: Sequence[int] = (),
 ) -> list[InputLine]:
-    """Return the lines of the text of a file; see `read_lines`."""
+    """Return the lines of the text of a file; see `read_lines`.
+
+    `begin` is what stands before each text; given tokens stay as they are.
+    """
     lines: list[InputLine] = []
     for number, content in enumerate(text.split("\n"), 1):
         if content.strip() and (limit is None or len(lines) < limit):
-            lines.append(_parse(content, number, path, tokenizer, family))
+            lines.append(_parse(content, number, path, tokenizer, family, begin))
     if not lines:
         raise InputError(f"{path} holds no lines; expected one JSON object a line")
     return lines
 
 
 def _parse(
-    content: str, number: int, path: Path, tokenizer: Tokenizer | None, family: str
+    content: str,
+    number: int,
+    path: Path,
+    tokenizer: Tokenizer | None,
+    family: str,
+    begin: Sequence[int],
 ) -> InputLine:
     where = f"{path}, line {number}"
     try:
@@ -94,7 +106,7 @@ def _parse(
         raise InputError(f"{where} is not JSON ({error}); expected {FORM}") from None
     if not isinstance(record, dict):
         raise InputError(f"{where} holds {content!r:.80}; expected {FORM}")
-    choices = "choices" in record
+    choices, is_text = "choices" in record, False
     if choices:
         rows = _lists(record["choices"], "choices", where)
     elif "tokens" in record:
@@ -104,7 +116,8 @@ def _parse(
             raise InputError(f"{where} holds text, but a T5 takes ids; expected {PAIR_FORM}")
         if tokenizer is None:
             raise InputError(f"{where} holds text, which needs --tokenizer DIR or --vocab-file F")
-        rows = [tokenizer.encode(check_text(record["text"], where))]
+        rows = [[*begin, *tokenizer.encode(check_text(record["text"], where))]]
+        is_text = True
     else:
         raise InputError(f'{where} has neither "tokens", "text" nor "choices"; expected {FORM}')
     extras: dict[str, list[list[int]] | None] = {}
@@ -121,7 +134,14 @@ def _parse(
             extras[name] = _lists([record[name]], name, where)
     first = {name: rows[0] for name, rows in extras.items() if rows and name.startswith("encoder")}
     return InputLine(
-        where, rows, choices, extras.get("tokentypes"), extras.get("padding_mask"), **first
+        where,
+        rows,
+        choices,
+        extras.get("tokentypes"),
+        extras.get("padding_mask"),
+        is_text=is_text,
+        begins=is_text and bool(begin),
+        **first,
     )
 
 
@@ -177,7 +197,11 @@ def count_requests(engine: Engine, lines: Sequence[InputLine], stride: int | Non
 
 
 def resume_parts(
-    engine: Engine, text: str, tokenizer: Tokenizer | None, stride: int | None
+    engine: Engine,
+    text: str,
+    tokenizer: Tokenizer | None,
+    stride: int | None,
+    begin: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Return all that decides the scores of the lines of a file with this text."""
     return {
@@ -188,7 +212,7 @@ def resume_parts(
         "tokenizer": None if tokenizer is None else tokenizer.sha256,
         "dtype": str(engine.dtype).removeprefix("torch."),
         "vocab": engine.vocab,
-        "settings": {"stride": stride},
+        "settings": {"stride": stride, "begin": list(begin)},
     }
 
 
@@ -281,7 +305,11 @@ def _score_gpt(
     for line, windows in zip(lines, _windows(engine, lines, stride), strict=True):
         tokens = torch.tensor(line.rows[0], dtype=torch.int64)
         first = len(requests)
-        requests += [Request(tokens[a:b], n) for a, b, n in windows]
+        for start, stop, scored in windows:
+            window = tokens[start:stop]
+            if line.begins and start:
+                window = torch.cat([tokens[:1], tokens[start + 1 : stop]])
+            requests.append(Request(window, scored))
         spans.append((first, len(requests)))
     scores = engine.score(requests, on_progress=on_progress, partial=partial)
     for line, (first, last) in zip(lines, spans, strict=True):
@@ -291,6 +319,7 @@ def _score_gpt(
             "tokens": line.rows[0],
             "logprobs": [None, *map(_number, logprobs)],
             "greedy": [None, *greedy],
+            **({"bos_id": line.rows[0][0]} if line.begins else {}),
         }
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.options import option
+from mlm_eval.options import BosOption, option
 from mlm_eval.reporting.results import Result, exponential
 from mlm_eval.reporting.tables import Column
 from mlm_eval.tasks.data.sources import DatasetName, read_data
@@ -27,6 +27,8 @@ from mlm_eval.tasks.data.text import sha256
 from mlm_eval.tasks.zero_shot.benchmark import DataOption, PaperFigure, Work, ZeroShot
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mlm_eval.checkpoints.tokenizer import Tokenizer
     from mlm_eval.engine.score import Scores
     from mlm_eval.planning.plan import Workload
@@ -67,7 +69,7 @@ AFTER_BRACKETS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class WikiTextOptions(DataOption):
+class WikiTextOptions(BosOption, DataOption):
     """The options of `wikitext103`."""
 
     data: str | None = option(
@@ -107,11 +109,14 @@ class WikiText103(ZeroShot[WikiTextOptions]):
         """Return the windows of the text, as views of one token tensor."""
         import torch
 
+        from mlm_eval.checkpoints.tokenizers.begin_of_text import choose_begin
         from mlm_eval.engine.score import Request
 
         stride, seq_length = options.stride, options.seq_length
         seq_length = min(MAX_SEQ_LENGTH, positions) if seq_length is None else seq_length
-        _check_settings(positions, seq_length, stride)
+        begin = torch.tensor(choose_begin(options.bos, tokenizer).ids, dtype=torch.int64)
+        room = seq_length - begin.numel()  # of a window, for the text
+        _check_settings(positions, seq_length, stride, room)
         raw = read_data(options.data, column="text", default=HUB_TEST_SET, tables=True)
         path = raw.path
         text = raw.text() if raw.rows is None else restore_text(raw.rows, path)
@@ -122,8 +127,11 @@ class WikiText103(ZeroShot[WikiTextOptions]):
                 f"{path} holds {original_tokens} word(s); expected a text of two or more, of which "
                 f"all but the first are predicted"
             )
-        found = strided_windows(tokens.numel(), seq_length, stride)
-        requests = [Request(tokens[start:stop], scored) for start, stop, scored in found[:limit]]
+        found = strided_windows(tokens.numel(), room, stride)
+        requests = [
+            Request(_window(begin, tokens[start:stop]), scored)
+            for start, stop, scored in found[:limit]
+        ]
         return Work(
             requests,
             counts={
@@ -201,6 +209,13 @@ class WikiText103(ZeroShot[WikiTextOptions]):
 
 
 WIKITEXT103 = WikiText103()
+
+
+def _window(begin: Tensor, tokens: Tensor) -> Tensor:
+    """Return a window's tokens, with what begins it; a view of the text where nothing does."""
+    import torch
+
+    return torch.cat([begin, tokens]) if begin.numel() else tokens
 
 
 def token_ratio(work: Work) -> float:
@@ -343,14 +358,16 @@ def _data_record(path: str, text: str, original_tokens: int, tokens: int) -> dic
     }
 
 
-def _check_settings(positions: int, seq_length: int, stride: int) -> None:
+def _check_settings(positions: int, seq_length: int, stride: int, room: int) -> None:
     if not 1 <= seq_length <= positions:
         raise InputError(
             f"--seq-length {seq_length}: the model has {positions} positions; choose 1 to "
             f"{positions}"
         )
-    if not 1 <= stride <= seq_length:
+    if not room:
+        raise InputError("--seq-length 1 has no room for the begin-of-text token of --bos yes")
+    if not 1 <= stride <= room:
         raise InputError(
-            f"--stride {stride}: windows read {seq_length} tokens; choose 1 to {seq_length}, or "
+            f"--stride {stride}: windows read {room} tokens; choose 1 to {room}, or "
             f"some targets would never be scored"
         )
