@@ -220,6 +220,8 @@ class ModelConfig:
     1 / sqrt(qk_head_dim + qk_pos_emb_head_dim)."""
     qk_l2_norm: bool = False
     """Queries and keys are divided by the root of their mean square."""
+    no_l2_norm_layers: tuple[int, ...] = ()
+    """Layers that leave this out."""
     num_experts: int = 0
     """Routed experts of the layers in `moe_layers`; 0: a dense model."""
     moe_layers: tuple[int, ...] = ()
@@ -400,6 +402,7 @@ class ModelConfig:
             "mamba_layers",
             "no_mlp_layers",
             "linear_mlp_layers",
+            "no_l2_norm_layers",
         ):
             layers = getattr(self, name)
             if list(layers) != sorted({n for n in layers if 0 <= n < self.num_layers}):
@@ -722,6 +725,7 @@ class ModelConfig:
             "attention sinks": self.softmax_type != "vanilla",
             "gates of the attention's output": self.attention_output_gate,
             "L2-normed queries and keys": self.qk_l2_norm,
+            "L2 norms in some layers only": bool(self.no_l2_norm_layers),
             "YaRN": self.yarn is not None,
             f"{self.activation} activations": self.gated and self.activation != "swiglu",
             "clamped or shifted activations": self.activation_func_clamp_value is not None
@@ -756,7 +760,8 @@ NEWER_SETTINGS = frozenset(
     yarn rotary_base_local no_rope_layers window_size window_layers softmax_type
     attn_logit_softcapping final_logit_softcapping embedding_multiplier logit_multiplier
     branch_layernorm attention_output_gate
-    activation_func_clamp_value glu_linear_offset qk_l2_norm num_experts moe_layers
+    activation_func_clamp_value glu_linear_offset qk_l2_norm no_l2_norm_layers
+    num_experts moe_layers
     moe_ffn_hidden_size moe_router_topk moe_router_score_function moe_router_pre_softmax
     moe_router_num_groups moe_router_group_topk moe_router_group_experts
     moe_router_topk_scaling_factor latent_layernorm_epsilon

@@ -95,6 +95,11 @@ def read_config(
     if family.rotary:
         one_base = family.local_theta is None
         _rotary(r if one_base else rotary_of_full_layers(r, family), family)
+        if r.values.get("qk_l2_norm") and r.values.get("yarn"):
+            raise InputError(
+                f"{where}: YaRN (in rope_parameters) before an L2 norm of queries and keys is not "
+                "computed by mlm-eval"
+            )
     tied, source = r.look("tie_word_embeddings", "bool")
     if found.untied:
         tied, source = False, "weights"

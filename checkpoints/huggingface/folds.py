@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import Tensor
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
+from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.lazy import LazyTensor, Mapped, Selected
 
 
@@ -63,14 +65,32 @@ def with_halved_rotary(checkpoint: Checkpoint) -> Checkpoint:
     c = checkpoint.config
     if not (c.rotary and c.rotary_interleaved) or c.multi_latent_attention:
         return checkpoint
+    return _with_channels(checkpoint, _halves(c))
+
+
+def with_paired_rotary(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint with rotary pairs (2i, 2i + 1): the inverse of `with_halved_rotary`."""
+    c = checkpoint.config
+    if not c.rotary or c.rotary_interleaved:
+        return checkpoint
+    return _with_channels(checkpoint, torch.argsort(_halves(c)))
+
+
+def _halves(c: ModelConfig) -> Tensor:
+    """Return the channels of a head: first ones of all pairs, second ones, those not rotated."""
     rotated = int(c.kv_channels * c.rotary_percent)
-    channels = torch.cat(
+    return torch.cat(
         [
             torch.arange(0, rotated, 2),
             torch.arange(1, rotated, 2),
             torch.arange(rotated, c.kv_channels),
         ]
     )
+
+
+def _with_channels(checkpoint: Checkpoint, channels: Tensor) -> Checkpoint:
+    """Return the checkpoint with the channels of queries and keys in another order."""
+    c = checkpoint.config
     rows = torch.arange(c.qkv_size).view(c.num_query_groups, -1, c.kv_channels)  # [G, q|k|v, hn]
     rows = torch.cat([rows[:, :-1, channels], rows[:, -1:]], dim=1).reshape(-1)
     tensors = dict(checkpoint.tensors)
@@ -79,7 +99,7 @@ def with_halved_rotary(checkpoint: Checkpoint) -> Checkpoint:
             tensors[name] = Selected(tensor, rows)
         elif ".q_layernorm." in name or ".k_layernorm." in name:
             tensors[name] = Selected(tensor, channels)
-    config = dataclasses.replace(c, rotary_interleaved=False)
+    config = dataclasses.replace(c, rotary_interleaved=not c.rotary_interleaved)
     return dataclasses.replace(checkpoint, config=config, tensors=tensors)
 
 

@@ -42,12 +42,14 @@ from mlm_eval.checkpoints.huggingface.families.dense import (
 from mlm_eval.checkpoints.huggingface.families.family import Family, entries
 from mlm_eval.checkpoints.huggingface.families.gemma import GEMMA, GEMMA2, GEMMA3
 from mlm_eval.checkpoints.huggingface.families.gpt_oss import GPT_OSS
+from mlm_eval.checkpoints.huggingface.families.llama4 import LLAMA4
 from mlm_eval.checkpoints.huggingface.families.neox import BLOOM, GPT_NEOX
 from mlm_eval.checkpoints.huggingface.fields import DROPOUT_AND_INIT
 from mlm_eval.checkpoints.huggingface.folds import (
     is_gain,
     with_centred_gains,
     with_halved_rotary,
+    with_paired_rotary,
     with_plain_gains,
 )
 from mlm_eval.checkpoints.huggingface.layout import zeros
@@ -83,6 +85,9 @@ WRITTEN = (
     "quick_geglu activations",
     "a mixture of experts",
     "attention sinks",
+    "layers without rotary positions",
+    "L2-normed queries and keys",
+    "L2 norms in some layers only",
     "clamped or shifted activations",
 )
 """What a plain dense model has not, and some family of transformers has: `parts_beyond_dense`."""
@@ -153,7 +158,7 @@ def plan_huggingface(
         warnings += files.warnings
     source = _cut_padding(checkpoint, vocab, true_vocab_size, tokenizer, notes, warnings)
     family = choose_family(source.config)
-    source = _fold_rotary(_fold_gains(source, family, dtype, notes), notes)
+    source = _fold_rotary(_fold_gains(source, family, dtype, notes), family, notes)
     head = bert_head(source.config) if family.kind == "bert" else ""
     model_class = family.model_class + head
     approximations = _approximate_gelu(source.config, allow_approximate)
@@ -299,6 +304,8 @@ def _gpt_family(c: ModelConfig) -> Family:
         )
     if c.num_experts and c.softmax_type == "learnable":
         return _gpt_oss(c)
+    if c.num_experts and c.moe_apply_probs_on_input and not c.multi_latent_attention:
+        return _llama4(c)
     if c.num_experts or c.multi_latent_attention:
         family, why = choose_mixture(c)
         if family is None:
@@ -345,6 +352,23 @@ def _gpt_family(c: ModelConfig) -> Family:
             )
         return STABLELM
     return STARCODER2 if c.window_layers or grouped else GPT_NEOX
+
+
+def _llama4(c: ModelConfig) -> Family:
+    """Return Llama 4, the family whose experts' inputs are weighed, if the model is one."""
+    for lacks, what in (
+        (c.normalization != "RMSNorm", "LayerNorm"),
+        (c.moe_router_bias, "biases of routers"),
+        (c.activation != "swiglu", f"{c.activation} activations"),
+        (not c.rotary, "no rotary positions"),
+        (c.qk_layernorm, "norms of queries and keys with gains"),
+    ):
+        if lacks:
+            raise _refused(
+                f"a model that weighs its experts' inputs, with {what}",
+                "Llama 4, the class of transformers that does so, has none such",
+            )
+    return LLAMA4
 
 
 def _gpt_oss(c: ModelConfig) -> Family:
@@ -394,8 +418,10 @@ def _neox_family(c: ModelConfig) -> Family:
 
 def _gemma(c: ModelConfig) -> Family:
     """Return the Gemma with the model's norms."""
-    if c.add_bias_linear or c.add_qkv_bias:
-        raise _refused("a model with scaled embeddings and biases", "Gemma's MLP has none")
+    if c.branch_layernorm and (c.add_bias_linear or c.add_qkv_bias):
+        raise _refused(
+            "a model with norms of its branches and biases", "Gemma 2 and 3 norm biases too"
+        )
     if c.qk_layernorm_bias:
         raise _refused("a model with biases of QK norms", "Gemma 3, which has such norms, has none")
     if not c.branch_layernorm:
@@ -510,13 +536,14 @@ def _fold_gains(
     return folded
 
 
-def _fold_rotary(checkpoint: Checkpoint, notes: list[str]) -> Checkpoint:
-    """Return the checkpoint with rotary pairs as transformers has them, and say so."""
-    folded = with_halved_rotary(checkpoint)
+def _fold_rotary(checkpoint: Checkpoint, family: Family, notes: list[str]) -> Checkpoint:
+    """Return the checkpoint with rotary pairs as the family has them, and say so."""
+    paired = bool(family.constants.get("rotary_interleaved"))
+    folded = (with_paired_rotary if paired else with_halved_rotary)(checkpoint)
     if folded is not checkpoint:
-        notes.append(
-            "rotary pairs (2i, 2i + 1) became (i, i + d/2): queries and keys are reordered alike"
-        )
+        kinds = ["(2i, 2i + 1)", "(i, i + d/2)"]
+        before, after = reversed(kinds) if paired else kinds
+        notes.append(f"rotary pairs {before} became {after}: queries and keys are reordered alike")
     return folded
 
 
@@ -618,7 +645,10 @@ def _tensors(
             wide.update(entry.names)
         tensors.update(zip(entry.names, parts, strict=True))
     lost = [name for name in source.tensors if name not in done and not name.startswith("pooler.")]
-    assert not lost, lost
+    # Where transformers has biases in the attention alone, those of the MLP were read as zeros.
+    for name in lost:
+        if not name.endswith(".bias") or source.tensors[name].read().any():
+            raise _refused(f"a model with {name}", f"{family.model_type} has no such parameter")
     if filled:
         kinds = sorted({".".join(name.split(".")[-2:]) for name in filled})
         notes.append(

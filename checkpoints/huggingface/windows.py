@@ -14,7 +14,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.huggingface.families.family import Family
 from mlm_eval.checkpoints.huggingface.reader import HubConfigReader
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 
 def read_windows(r: HubConfigReader, family: Family) -> None:
@@ -23,6 +23,9 @@ def read_windows(r: HubConfigReader, family: Family) -> None:
     Raises:
         InputError: The keys contradict each other, or ask for layers of another kind.
     """
+    if family.windows == "chunks":
+        _read_llama4(r)
+        return
     window, source = r.look("sliding_window", "int")
     if "use_sliding_window" in family.table:
         window = window if r.look("use_sliding_window", "bool")[0] else None
@@ -104,11 +107,133 @@ def _limit(r: HubConfigReader, family: Family, window: int) -> None:
     )
 
 
+# ---- Llama 4 -----------------------------------------------------------------------------------
+
+
+def _read_llama4(r: HubConfigReader) -> None:
+    """Take Llama 4's kinds of layers: with experts, with rotary positions, within chunks.
+
+    Positions end where chunks of attention or tuned temperatures begin.
+
+    Raises:
+        InputError: A list is none of layers, or a token is sent to several experts.
+    """
+    layers = r.values["num_layers"]
+    stated = _numbers(r, "moe_layers")
+    if stated is None:
+        step, source = r.look("interleave_moe_layer_step", "int")
+        if step < 1:
+            raise InputError(f"{r.where}: interleave_moe_layer_step is {step}, expected 1 or more")
+        stated = list(range(step - 1, layers, step))
+    else:
+        source = "config.json moe_layers"
+    sparse = tuple(sorted({number for number in stated if 0 <= number < layers}))
+    topk, width = r.values["moe_router_topk"], r.values["moe_ffn_hidden_size"]
+    r.set("moe_layers", sparse, source)
+    r.set("moe_shared_expert_intermediate_size", width if sparse else 0, "config.json")
+    if not sparse:
+        r.set("num_experts", 0, "no layer has experts")
+        r.set("moe_apply_probs_on_input", False, "no layer has experts")
+    elif topk != 1:
+        raise InputError(
+            f"{r.where}: num_experts_per_tok is {topk}; mlm-eval computes Llama 4 with one expert "
+            "for a token beside the shared one"
+        )
+    rotary = _numbers(r, "no_rope_layers")
+    if rotary and len(rotary) != layers:
+        raise InputError(
+            f"{r.where}: no_rope_layers is {rotary}, expected 0 or 1 for each of {layers} layers"
+        )
+    if not rotary:
+        interval, _ = r.look("no_rope_layer_interval", "int")
+        if interval < 1:
+            raise InputError(f"{r.where}: no_rope_layer_interval is {interval}, expected 1 or more")
+        rotary = [(number + 1) % interval for number in range(layers)]
+    plain = tuple(number for number in range(layers) if not rotary[number])
+    r.set("no_rope_layers", plain, "config.json no_rope_layers")
+    if r.values["qk_l2_norm"]:
+        r.set("no_l2_norm_layers", plain, "config.json no_rope_layers")
+    _limit_llama4(r, [CHUNKED if flag else FULL for flag in rotary], tuned=bool(plain))
+
+
+def _limit_llama4(r: HubConfigReader, types: list[str], *, tuned: bool) -> None:
+    stated = r.hf.get("layer_types")
+    if stated is not None:
+        names = stated if isinstance(stated, list) else []
+        if len(names) != r.values["num_layers"] or not set(map(str, names)) <= {FULL, CHUNKED}:
+            raise InputError(
+                f"{r.where}: layer_types is {stated!r}, expected {FULL} or {CHUNKED} for each "
+                "layer; mlm-eval does not compute other layers"
+            )
+        types = [str(name) for name in names]
+    positions = r.values["max_position_embeddings"]
+    limit = positions
+    if CHUNKED in types:
+        chunk, _ = r.look("attention_chunk_size", "int")
+        if chunk < 1:
+            raise InputError(f"{r.where}: attention_chunk_size is {chunk}, expected 1 or more")
+        limit = min(limit, chunk)
+    tuning = r.hf.get("attn_temperature_tuning", True)
+    if not isinstance(tuning, int):
+        raise InputError(
+            f"{r.where}: attn_temperature_tuning is {tuning!r}, expected true or false"
+        )
+    strength, _ = r.look("attn_scale", "float")
+    first, _ = r.look("floor_scale", "int")
+    if tuned and tuning and strength:
+        if first < 2:
+            raise InputError(f"{r.where}: floor_scale is {first}, expected 2 or more")
+        limit = min(limit, first - 1)
+    if limit == positions:
+        return
+    if "max_position_embeddings" in r.overrides:
+        raise InputError(
+            f"{r.where}: from position {limit} on attention_chunk_size or floor_scale act, which "
+            f"mlm-eval does not compute; use --set max_position_embeddings={limit} or less"
+        )
+    r.set("max_position_embeddings", limit, "config.json attention_chunk_size, floor_scale")
+    r.warnings.append(
+        f"the model attends within chunks and tunes temperatures from position {limit} on; it is "
+        f"used up to that length, where neither changes anything, and not up to {positions}"
+    )
+
+
+def _numbers(r: HubConfigReader, key: str) -> list[int] | None:
+    """Return a list of whole numbers; None where there is none."""
+    value = r.hf.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, list) or any(type(number) is not int for number in value):
+        raise InputError(f"{r.where}: {key} is {value!r}, expected a list of whole numbers")
+    return list(value)
+
+
+def _write_llama4(config: ModelConfig) -> dict[str, Any]:
+    """Return the keys of Llama 4's layers; chunks as long as the longest text change nothing."""
+    rotary = [int(number not in config.no_rope_layers) for number in range(config.num_layers)]
+    return {
+        "moe_layers": list(config.moe_layers),
+        "interleave_moe_layer_step": 1,
+        "no_rope_layers": rotary,
+        "no_rope_layer_interval": 4,
+        "layer_types": [CHUNKED if flag else FULL for flag in rotary],
+        "attention_chunk_size": config.max_position_embeddings,
+        "attn_temperature_tuning": False,
+        "floor_scale": 8192,
+        "attn_scale": 0.1,
+    }
+
+
+# ---- writing -----------------------------------------------------------------------------------
+
+
 def write_windows(config: ModelConfig, family: Family) -> dict[str, Any]:
     """Return the keys that say which layers have a window; none where the family has no such key.
 
     What they cannot say is lost, which `plan` finds by reading them back.
     """
+    if family.windows == "chunks":
+        return _write_llama4(config)
     keys = {row.key for row in family.fields}
     if "sliding_window" not in keys:
         return {}

@@ -236,6 +236,9 @@ def read_l2_norm(b: ConfigBuilder, args: Mapping[str, Any]) -> None:
             "not applied; if this run's code did apply it, use --set qk_l2_norm=true"
         )
     b.set("qk_l2_norm", acts, _source(args, "qk_l2_norm"))
+    left_out = args.get("no_l2_norm_layers")
+    if acts and isinstance(left_out, list | tuple):
+        b.set("no_l2_norm_layers", tuple(left_out), "args.no_l2_norm_layers")
 
 
 def read_yarn(b: ConfigBuilder, args: Mapping[str, Any]) -> None:
@@ -524,6 +527,8 @@ def args_of_family(c: ModelConfig) -> dict[str, Any]:
         args["attention_output_gate"] = True
     if c.qk_l2_norm:
         args["qk_l2_norm"] = True
+    if c.no_l2_norm_layers:
+        args["no_l2_norm_layers"] = list(c.no_l2_norm_layers)
     for name in ("attn_logit_softcapping", "final_logit_softcapping", "rotary_base_local"):
         if getattr(c, name) is not None:
             args[name] = getattr(c, name)

@@ -262,6 +262,7 @@ _GROUPS: tuple[tuple[str, ArgField], ...] = (
     ),
     ("embedding_multiplier logit_multiplier", _read("Factors of embeddings and of logits.")),
     ("rotary_base_local", _read("The rotary base of the layers with a window, in Gemma 3.")),
+    ("no_l2_norm_layers", _read("Layers without that norm, by a name of our own: Llama 4's.")),
     ("gated_gelu", _read("A name of our own for a GELU with a gate, which no arg says.")),
     # ---- read: layers that differ in what they consist of (layers/branches.py) -------------------
     (

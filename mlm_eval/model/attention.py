@@ -468,7 +468,8 @@ class SelfAttention(_Attention):
             self.q_layernorm = Norm(config, config.kv_channels, bias=bias, tp=tp)
             self.k_layernorm = Norm(config, config.kv_channels, bias=bias, tp=tp)
         self.qk_layernorm = config.qk_layernorm
-        self.l2_epsilon = config.layernorm_epsilon if config.qk_l2_norm else None
+        normed = config.qk_l2_norm and number not in config.no_l2_norm_layers
+        self.l2_epsilon = config.layernorm_epsilon if normed else None
 
     @property
     def cache_width(self) -> tuple[int, int, int]:

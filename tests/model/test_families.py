@@ -115,7 +115,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "glu_linear_offset": 1.0,
         "yarn": YarnScaling(8.0, 8, round_range=False),
     },
-    "gates": {"attention_output_gate": True, "no_rope_layers": (0,), "qk_l2_norm": True},
+    "gates": {
+        "attention_output_gate": True,
+        "no_rope_layers": (0,),
+        "qk_l2_norm": True,
+        "no_l2_norm_layers": (1,),
+    },
     "bloom": {
         "position_embedding_type": "alibi",
         "embedding_layernorm": True,

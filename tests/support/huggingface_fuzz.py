@@ -32,7 +32,7 @@ TOLERANCE = 1e-4
 """Of the outputs' largest value; rounding of these sizes stays below 2e-5."""
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3")
-RMS = ("llama", "mistral", "qwen2", "qwen3", "gpt_oss", *GEMMAS, *MIXTURES)
+RMS = ("llama", "mistral", "qwen2", "qwen3", "gpt_oss", "llama4_text", *GEMMAS, *MIXTURES)
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def _llama_like(
         hf["num_key_value_heads"] = draw.mostly(heads, 2 * heads)
         if name == "deepseek_v2":
             hf |= _some(draw, 0.1, head_dim=head)
-    elif name in ("qwen3", "gpt_oss", *GEMMAS) or (
+    elif name in ("qwen3", "gpt_oss", "llama4_text", *GEMMAS) or (
         name in (*RMS, "starcoder2") and draw.chance(0.5)
     ):
         hf["head_dim"] = draw.one_of(4, 8, 10, 16, head)
@@ -251,7 +251,8 @@ def _llama_like(
         hf["head_dim"] = None
     elif name in ("stablelm", "gpt_neox") and draw.chance(0.2):
         hf["head_dim"] = draw.mostly(head, 2 * head, head + 1, share=0.1)
-    usual, rare = (("silu", "swish"), ("gelu", "relu")) if plain else ((*GELU,), ("relu", "silu"))
+    usual: tuple[str, ...] = ("silu", "swish") if plain else (*GELU,)
+    rare = ("gelu", "relu") if plain else ("relu", "silu")
     usual = (*GATED,) if name in GEMMAS or draw.chance(0.1) and plain else usual
     activations = draw.mostly(draw.one_of(*usual), *rare)
     norm = "rms_norm_eps" if name in RMS else "norm_epsilon"
@@ -266,6 +267,25 @@ def _llama_like(
         **{norm: draw.one_of(1e-6, 1e-5, 1e-2, 1e-1)},
         **switches,
     )
+    if name == "llama4_text":
+        hf |= {
+            "intermediate_size_mlp": draw.one_of(16, 40),
+            "num_local_experts": draw.one_of(1, 4),
+            "num_experts_per_tok": draw.mostly(1, 2),
+        }
+        hf |= _some(
+            draw,
+            0.4,
+            use_qk_norm=draw.one_of(True, False),
+            moe_layers=draw.one_of(None, [], [0], [layers - 1]),
+            interleave_moe_layer_step=draw.mostly(draw.one_of(1, 2), 0),
+            no_rope_layers=draw.one_of(None, [], [draw.one_of(0, 1) for _ in range(layers)]),
+            no_rope_layer_interval=draw.one_of(1, 2, 4),
+            attention_chunk_size=draw.mostly(draw.one_of(7, 8192), None),
+            attn_temperature_tuning=draw.one_of(True, False),
+            floor_scale=draw.one_of(8, 8192),
+            attn_scale=draw.one_of(0.1, 0.5, 0.0),
+        )
     if name == "gpt_oss":
         experts = draw.one_of(1, 4, 5)
         chosen = draw.one_of(1, min(experts, 2), experts)

@@ -68,6 +68,17 @@ GPT_OSS = LLAMA | {
     "swiglu_limit": 0.5,
 }
 
+LLAMA4 = LLAMA | {
+    "intermediate_size": 24,
+    "intermediate_size_mlp": 40,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_local_experts": 4,
+    "num_hidden_layers": 3,
+    "interleave_moe_layer_step": 2,
+    "no_rope_layer_interval": 3,
+}
+
 GPT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", GPT2),
     "gpt2-untied": ("GPT2", GPT2 | {"tie_word_embeddings": False, "n_inner": 24}),
@@ -112,6 +123,7 @@ GPT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma",
         LLAMA | {"num_key_value_heads": 1, "head_dim": 12, "hidden_act": "gelu"},
     ),
+    "gemma-biases": ("Gemma", LLAMA | {"num_key_value_heads": 4, "attention_bias": True}),
     "gemma2": ("Gemma2", GEMMA | {"query_pre_attn_scalar": 9, "attn_logit_softcapping": 3.0}),
     "gemma2-uncapped": (
         "Gemma2",
@@ -145,6 +157,22 @@ GPT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
             "tie_word_embeddings": True,
         },
+    ),
+    "llama4": ("Llama4", LLAMA4),
+    "llama4-lists": (
+        "Llama4",
+        LLAMA4
+        | {
+            "moe_layers": [1],
+            "no_rope_layers": [1, 0, 1],
+            "rope_parameters": LLAMA3,
+            "attention_chunk_size": 30,
+            "floor_scale": 30,
+        },
+    ),
+    "llama4-unnormed": (
+        "Llama4",
+        LLAMA4 | {"use_qk_norm": False, "num_local_experts": 1, "attention_bias": True},
     ),
     "qwen2": ("Qwen2", LLAMA | {"num_key_value_heads": 2}),
     "qwen3": ("Qwen3", LLAMA | {"num_key_value_heads": 2, "head_dim": 16}),
@@ -243,7 +271,7 @@ def theirs(name: str, settings: dict[str, Any]) -> Any:
         )
         if name.startswith(base)
     )
-    kind = {"Gemma3": "Gemma3Text"}.get(architecture, architecture)
+    kind = {"Gemma3": "Gemma3Text", "Llama4": "Llama4Text"}.get(architecture, architecture)
     config = getattr(transformers, f"{kind}Config")(**settings)
     model = getattr(transformers, name)(config).eval()
     randomize(model)

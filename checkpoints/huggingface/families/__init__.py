@@ -7,6 +7,7 @@
     gemma.py    Gemma, Gemma 2 and Gemma 3
     gpt_oss.py  gpt-oss
     experts.py  mixtures of experts: Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek V2 and V3
+    llama4.py   Llama 4's language model
     bert.py     BERT in Megatron's order and in the original one
 
 `FAMILIES` lists them by model_type. Only this room's neighbours in `huggingface/` import from here.
@@ -36,6 +37,7 @@ from mlm_eval.checkpoints.huggingface.families.experts import (
 from mlm_eval.checkpoints.huggingface.families.family import Family
 from mlm_eval.checkpoints.huggingface.families.gemma import GEMMA, GEMMA2, GEMMA3
 from mlm_eval.checkpoints.huggingface.families.gpt_oss import GPT_OSS
+from mlm_eval.checkpoints.huggingface.families.llama4 import LLAMA4
 from mlm_eval.checkpoints.huggingface.families.neox import BLOOM, GPT_NEOX
 
 FAMILIES: Mapping[str, Family] = {
@@ -59,6 +61,7 @@ FAMILIES: Mapping[str, Family] = {
         QWEN3_MOE,
         DEEPSEEK_V2,
         DEEPSEEK_V3,
+        LLAMA4,
         MEGATRON_BERT,
         ORIGINAL_BERT,
     )

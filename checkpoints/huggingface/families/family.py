@@ -87,8 +87,8 @@ class Family:
     """The same of layers with a window, whose settings then are their own; None: as of all."""
     windows: str = ""
     """Which layers attend within `sliding_window`: `all`, those `after` max_window_layers, every
-    second one `before` it, or those that `alternate` with others. Empty: transformers' class
-    computes no window."""
+    second one `before` it, or those that `alternate` with others; `chunks` are Llama 4's. Empty:
+    transformers' class computes no window."""
     window_period: int = 0
     """Of windows that alternate: every so many layers one has none."""
     scaled_embeddings: bool = False

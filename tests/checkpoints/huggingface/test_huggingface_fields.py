@@ -52,6 +52,8 @@ def small(family: Family, **changes: Any) -> dict[str, Any]:
     }
     if family.latent:
         sizes["num_query_groups"] = 4
+    if family.windows == "chunks":
+        sizes["moe_router_topk"] = 1
     hf = {row.key: sizes[row.setting] for row in family.fields if row.setting in sizes}
     if "use_parallel_residual" in family.table:
         hf["use_parallel_residual"] = False
@@ -178,8 +180,10 @@ def test_each_key_says_why(family: Family) -> None:
     assert len(set(settings)) == len(settings)
 
 
-NO_WINDOW = {"sliding_window": 24}
-"""A window of all positions is none."""
+def no_window(family: Family) -> dict[str, Any]:
+    """Return a window of all positions, which is none; Llama 4 refuses the key."""
+    return {} if family.windows == "chunks" else {"sliding_window": 24}
+
 
 HONEST = {
     "_name_or_path": "./model",
@@ -212,7 +216,7 @@ def test_an_honest_file_is_read_without_a_word(family: Family) -> None:
 
 @FAMILY
 def test_a_key_of_no_table_is_listed(family: Family) -> None:
-    hf = small(family, residual_multiplier=50.0, curated_by="us", **NO_WINDOW)
+    hf = small(family, residual_multiplier=50.0, curated_by="us", **no_window(family))
     [warning] = read(family, hf).warnings[-1:]
     assert "curated_by, residual_multiplier" in warning and family.model_type in warning
     assert "use_cache" not in warning
@@ -312,6 +316,19 @@ def test_the_original_length_is_the_files(
         ("gemma2", {"sliding_window": None}, "layer_types is .*but sliding_window is null"),
         ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0"),
         ("gemma2", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping is 0"),
+        ("llama4_text", {"num_experts_per_tok": 2}, "num_experts_per_tok is 2"),
+        ("llama4_text", {"no_rope_layers": [1]}, "no_rope_layers is .1., expected 0 or 1"),
+        ("llama4_text", {"moe_layers": "all"}, "moe_layers is 'all'"),
+        ("llama4_text", {"interleave_moe_layer_step": 0}, "interleave_moe_layer_step is 0"),
+        ("llama4_text", {"no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
+        ("llama4_text", {"attention_chunk_size": 0}, "attention_chunk_size is 0"),
+        ("llama4_text", {"layer_types": ["sliding_attention"] * 2}, "layer_types is"),
+        ("llama4_text", {"attn_temperature_tuning": "x"}, "attn_temperature_tuning is 'x'"),
+        (
+            "llama4_text",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            "YaRN .in rope_parameters. before an L2 norm",
+        ),
         ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
         ("gemma3_text", {"rope_parameters": {"rope_type": "default"}}, "full_attention"),
         ("gemma3_text", {"rope_parameters": {"full_attention": 3}}, "full_attention is 3"),
@@ -383,6 +400,30 @@ def test_positions_end_where_a_window_begins_that_no_layer_computes() -> None:
     built = read(FAMILIES["llama"], small(FAMILIES["llama"], sliding_window=6))
     assert built.config.max_position_embeddings == 6 and not built.config.window_layers
     assert any("window of 6" in warning for warning in built.warnings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "positions"),
+    [
+        ({}, 24),
+        ({"attention_chunk_size": 10}, 10),
+        ({"attention_chunk_size": 10, "no_rope_layers": [0, 0]}, 24),
+        ({"floor_scale": 10}, 24),
+        ({"floor_scale": 10, "no_rope_layers": [1, 0]}, 9),
+        ({"floor_scale": 10, "no_rope_layers": [1, 0], "attn_temperature_tuning": False}, 24),
+        ({"floor_scale": 10, "no_rope_layers": [1, 0], "attn_scale": 0.0}, 24),
+    ],
+)
+def test_positions_of_llama_4_end_where_chunks_or_temperatures_begin(
+    changes: dict[str, Any], positions: int
+) -> None:
+    built = read(FAMILIES["llama4_text"], small(FAMILIES["llama4_text"], **changes))
+    assert built.config.max_position_embeddings == positions
+    assert len(built.warnings) == (positions < 24)
+    if positions < 24:
+        with pytest.raises(InputError, match=f"max_position_embeddings={positions} or less"):
+            hf = small(FAMILIES["llama4_text"], **changes)
+            read(FAMILIES["llama4_text"], hf, max_position_embeddings=24)
 
 
 def test_gemma_3_has_two_rotary_bases() -> None:
@@ -491,6 +532,16 @@ LATER_KEYS = {
         "head_dim": 4,
         "rope_interleave": True,
     },
+    "llama4_text": {
+        "attn_temperature_tuning": True,
+        "cache_implementation": "static",
+        "floor_scale": 8192,
+        "for_llm_compression": False,
+        "interleave_moe_layer_step": 1,
+        "moe_layers": None,
+        "no_rope_layers": [],
+        "router_jitter_noise": 0.0,
+    },
     "megatron-bert": {"position_embedding_type": "absolute"},
     "bert": {"directionality": "bidi", "pooler_type": "first_token_transform"},
 }
@@ -540,7 +591,7 @@ ROTARY_NAMES = {"rope_parameters", "rope_scaling"}
 
 @FAMILY
 def test_what_is_written_states_every_key_that_decides(family: Family) -> None:
-    built = read(family, small(family, **NO_WINDOW))
+    built = read(family, small(family, **no_window(family)))
     name = family.model_class + ("ForMaskedLM" if family.kind == "bert" else "")
     hf = write_config(built.config, family, name, switches=built.switches)
     fields = {row.name for row in dataclasses.fields(config_class(family))}

@@ -32,7 +32,7 @@ from mlm_eval.engine.score import Request
 
 # ---- over ranks --------------------------------------------------------------------------------
 
-CUT = ("mistral-window", "qwen2-window", "gemma2", "gemma3-scaled", "gpt-oss")
+CUT = ("mistral-window", "qwen2-window", "gemma2", "gemma3-scaled", "gpt-oss", "llama4")
 
 
 def scores(folder: Path, tp: int) -> dict[str, Tensor]:
@@ -69,7 +69,8 @@ UNLIKE = {
     "quickgeglu_clamp": "activation_func_clamp_value 1.0",
     "softmax_scale": "softmax_scale 0.4",
     "gate": "gates of the attention's output",
-    "nope_list_dist": "layers without rotary positions",
+    "nope_list_dist": "no_rope_layers",
+    "llama4": "no_l2_norm_layers",
     "moe_bias_gelu": "mixture of experts",
 }
 

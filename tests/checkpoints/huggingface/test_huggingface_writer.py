@@ -80,6 +80,14 @@ def variant(base: ModelConfig, **changes: Any) -> ModelConfig:
 
 GPT, LLAMA = random_models.GPT, random_models.LLAMA
 WINDOW: dict[str, Any] = {"window_size": 5, "window_layers": (0,)}
+ON_INPUT: dict[str, Any] = {
+    "num_experts": 4,
+    "moe_layers": (0, 1),
+    "moe_router_topk": 1,
+    "moe_router_score_function": "sigmoid",
+    "moe_ffn_hidden_size": 24,
+    "moe_apply_probs_on_input": True,
+}
 EXPERTS: dict[str, Any] = {
     "num_experts": 4,
     "moe_layers": (0, 1),
@@ -195,6 +203,23 @@ VARIANTS: dict[str, tuple[ModelConfig, str]] = {
             **WINDOW,
         ),
         "GptOssForCausalLM",
+    ),
+    "llama4": (
+        variant(
+            LLAMA,
+            num_experts=4,
+            moe_layers=(1,),
+            moe_router_topk=1,
+            moe_router_score_function="sigmoid",
+            moe_apply_probs_on_input=True,
+            moe_ffn_hidden_size=24,
+            moe_shared_expert_intermediate_size=24,
+            qk_l2_norm=True,
+            no_rope_layers=(0,),
+            no_l2_norm_layers=(0,),
+            rope_scaling=RopeScaling(4.0, 1.0, 4.0, 8),
+        ),
+        "Llama4ForCausalLM",
     ),
     "qwen2": (variant(LLAMA, add_qkv_bias=True), "Qwen2ForCausalLM"),
     "qwen3": (variant(LLAMA, qk_layernorm=True), "Qwen3ForCausalLM"),
@@ -437,8 +462,16 @@ MODEL_BERT = random_models.BERT
         (variant(GEMMA, embedding_multiplier=7.0), "embedding_multiplier 7.0"),
         (variant(GEMMA, final_logit_softcapping=7.0), "final_logit_softcapping 7.0"),
         (variant(GEMMA, branch_layernorm=True, softmax_scale=0.4), "softmax_scale 0.4"),
-        (variant(GEMMA, add_bias_linear=True, add_qkv_bias=True), "scaled embeddings and biases"),
+        (variant(GEMMA, add_bias_linear=True, add_qkv_bias=True), "linear_fc1.bias .* gemma has"),
+        (
+            variant(GEMMA, add_bias_linear=True, add_qkv_bias=True, branch_layernorm=True),
+            "norms of its branches and biases",
+        ),
         (variant(GEMMA, qk_layernorm=True), "scaled embeddings, QK norms and no norms of"),
+        (variant(LLAMA, no_rope_layers=(0,)), r"no_rope_layers \(0,\)"),
+        (variant(LLAMA, qk_l2_norm=True), "qk_l2_norm True"),
+        (variant(LLAMA, **ON_INPUT), "moe_shared_expert_intermediate_size 0"),
+        (variant(GPT, **ON_INPUT), "weighs its experts' inputs, with LayerNorm"),
         (variant(LLAMA, **EXPERTS), "experts, sinks and experts or routers without biases"),
         (variant(GPT, **EXPERTS), "experts, sinks and LayerNorm"),
         (variant(LLAMA, softmax_type="learnable"), "softmax_type 'learnable'"),

@@ -326,6 +326,7 @@ READ: dict[str, tuple[ModelConfig, RunCode, dict[str, Any]]] = {
     "mup_base_head_dim": (LLAMA, CORE, MUP | {"mup_base_head_dim": 64}),
     "mup_attn_scale_power": (LLAMA, CORE, MUP | {"mup_attn_scale_power": 0.7}),
     "rotary_base_local": (LLAMA, CORE, {"window_size": [2, 0], "rotary_base_local": 500.0}),
+    "no_l2_norm_layers": (MOE, CORE, {"qk_l2_norm": True, "no_l2_norm_layers": [1]}),
     "gated_gelu": (LLAMA, CORE, {"swiglu": False, "gated_gelu": "geglu_tanh"}),
     CLAMP: (LLAMA, CORE, {CLAMP: 1.5}),
     "glu_linear_offset": (LLAMA, CORE, {"glu_linear_offset": 1.0}),
