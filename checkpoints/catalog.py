@@ -18,6 +18,7 @@ from typing import Any
 from mlm_eval.checkpoints.errors import InputError
 
 PREFIX = "catalog:"
+SAMPLE_PREFIX = "sample:"
 FOLDER_VARIABLE = "MLM_EVAL_CATALOG"
 
 
@@ -78,6 +79,30 @@ def catalog_entries() -> dict[str, CatalogEntry]:
         expect = [Expectation(**item) for item in values.pop("expect", [])]
         found[name] = CatalogEntry(name=name, expect=expect, **values)
     return found
+
+
+def sample_folder(path: str | Path) -> Path | None:
+    """Return the folder of the sample that `sample:NAME` stands for; None for any other path.
+
+    Raises:
+        InputError: There is no such sample.
+    """
+    if not str(path).startswith(SAMPLE_PREFIX):
+        return None
+    name = str(path).removeprefix(SAMPLE_PREFIX)
+    if name not in sample_names():
+        known = ", ".join(SAMPLE_PREFIX + sample for sample in sample_names())
+        raise InputError(f"there is no sample {name!r}; the package holds {known}")
+    return _samples() / name
+
+
+def sample_names() -> list[str]:
+    """Return the checkpoints that ship with the package, for `sample:NAME`."""
+    return sorted(made.parent.name for made in _samples().glob("*/training.json"))
+
+
+def _samples() -> Path:
+    return Path(str(resources.files(__package__).joinpath("samples")))
 
 
 def is_catalog_name(path: str | Path) -> bool:

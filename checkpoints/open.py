@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlm_eval.checkpoints.catalog import is_catalog_name, resolve
+from mlm_eval.checkpoints.catalog import is_catalog_name, resolve, sample_folder
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import check_overrides
 from mlm_eval.checkpoints.deepspeed.folder import find_step
@@ -52,7 +52,7 @@ def open_checkpoint(
     Args:
         path: A checkpoint root with its tracker file, an `iter_*` or `release` folder, a single
             `.pt`, a published zip archive, a folder of Megatron-Bridge, NeMo or verl at any of its
-            doors, a `.nemo` file, a Hugging Face folder, or `catalog:NAME`.
+            doors, a `.nemo` file, a Hugging Face folder, `catalog:NAME` or `sample:NAME`.
         overrides: Settings that win over the file's and the catalog's (see `parse_overrides`).
         allow_hostile: Open a file even if its pickle names harmful callables (`inspect` does;
             nothing in a pickle ever runs either way).
@@ -64,7 +64,7 @@ def open_checkpoint(
     check_overrides(overrides)
     if is_catalog_name(path):
         return _open_entry(path, overrides, allow_hostile=allow_hostile)
-    target = Path(path).expanduser()
+    target = sample_folder(path) or Path(path).expanduser()
     try:
         checkpoint = _open(target, overrides)
     except PermissionError as error:

@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mlm_eval.checkpoints.catalog import is_catalog_name, resolve
+from mlm_eval.checkpoints.catalog import is_catalog_name, resolve, sample_folder
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.stand_in import refuse_stand_in
 from mlm_eval.checkpoints.files.text_file import read_json_object, read_text
@@ -360,7 +360,7 @@ def find_tokenizer(checkpoint_path: str | Path) -> Tokenizer | None:
 
     if is_catalog_name(checkpoint_path):
         _, checkpoint_path = resolve(checkpoint_path)
-    path = Path(checkpoint_path).absolute()
+    path = (sample_folder(checkpoint_path) or Path(checkpoint_path)).absolute()
     if (tokenizer := _nemo_tokenizer(path)) is not None:
         return tokenizer
     folder = path if path.is_dir() else path.parent

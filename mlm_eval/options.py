@@ -18,6 +18,10 @@ KEY = "option"
 FILE, PAGE, FOLDER = "file", "page", "folder"
 """What a command writes to the place that an option names: a result, a page of `report`, ..."""
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SOFTMAX_ROWS = ("padded", "true")
+"""Over what the softmax runs: all stored rows, or the entries of the tokenizer."""
+
 OPTIMIZER, DATA, TASK, RUN = "Optimizer", "Data", "Task", "Run"
 """Titles of groups in a command's help. The options of no group come first."""
 
@@ -158,9 +162,11 @@ class EngineOptions(CheckpointOption):
         parse=parallel_size,
         written="auto",
     )
-    device: str = option("auto, cpu or cuda.", "auto")
+    device: str = option("auto, cpu or cuda.", "auto", choices=("auto", "cpu", "cuda"))
     dtype: str = option(
-        "auto (the checkpoint's on CUDA, float32 on CPU), float32, bfloat16 or float16.", "auto"
+        "auto (the checkpoint's on CUDA, float32 on CPU), float32, bfloat16 or float16.",
+        "auto",
+        choices=DTYPES,
     )
     batch_tokens: int | None = option(
         "Tokens per forward pass and rank. Results do not depend on it.", None, least=1
@@ -169,6 +175,7 @@ class EngineOptions(CheckpointOption):
         "padded: softmax over all stored rows, as in Megatron; true: over the tokenizer's entries "
         "only.",
         "padded",
+        choices=SOFTMAX_ROWS,
     )
 
 

@@ -6,7 +6,7 @@
     run.py           checkpoint, ranks and engine for a command
     checkpoints.py   inspect, convert, verify        zero_shot.py   wikitext103, lambada, score
     training.py      race, mnli, qqp, squad, mlm, lm, ensemble
-    report.py        report, plan, catalog           harness.py     harness
+    report.py        report, plan, catalog, ls       harness.py     harness
     bench.py         bench                           generate.py    generate
 
 Only the modules of this room print. They may import everything, and do so inside functions where

@@ -40,6 +40,7 @@ SUMMARIES = {
     "report": "Show measured figures among the paper's: differences, and what is not comparable.",
     "plan": "Show what runs will need: memory of each rank, floating-point operations, time.",
     "catalog": "List the public checkpoints we know, how to get them, and what to expect of them.",
+    "ls": "List names: tasks, recipes, sizes, samples, catalog.",
     "race": "RACE: which of four answers does the article support? Trains on middle and high.",
     "mnli": "MNLI: does the premise entail the hypothesis? Reports matched and mismatched.",
     "qqp": "QQP: do two questions ask the same? Reports accuracy and F1.",
@@ -59,7 +60,7 @@ def commands() -> dict[str, Listed]:
     modules = (
         ("checkpoints", CHECKPOINTS, ("inspect", "convert", "verify")),
         ("harness", ZERO_SHOT, ("harness",)),
-        ("report", REPORTS, ("report", "plan", "catalog")),
+        ("report", REPORTS, ("report", "plan", "catalog", "ls")),
         ("training", TRAINING, ("race", "mnli", "qqp", "squad", "mlm", "lm", "ensemble")),
         ("zero_shot", ZERO_SHOT, (*BENCHMARKS, "score")),
         ("generate", ZERO_SHOT, ("generate",)),
@@ -96,11 +97,14 @@ class _Commands(TyperGroup):
         return name, listed if name is None else full_command(name), rest
 
 
+HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+"""How every command's help is asked for."""
+
 app = typer.Typer(
     cls=_Commands,
     help="Evaluate, reshard and convert Megatron-LM checkpoints, without Megatron.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings=HELP_NAMES,
     pretty_exceptions_enable=False,
 )
 

@@ -11,7 +11,16 @@ import typer
 
 from mlm_eval.cli.command import command
 from mlm_eval.cli.run import chosen_checkpoint, chosen_tokenizer, print_beside, progress
-from mlm_eval.options import FOLDER, CheckpointOption, RunOptions, TokenizerOptions, again, option
+from mlm_eval.options import (
+    DTYPES,
+    FOLDER,
+    SOFTMAX_ROWS,
+    CheckpointOption,
+    RunOptions,
+    TokenizerOptions,
+    again,
+    option,
+)
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.checkpoint import Checkpoint
@@ -48,12 +57,15 @@ def inspect(options: InspectOptions) -> None:
 class TargetOptions(CheckpointOption):
     """What `convert` writes, and how."""
 
-    to: str = option("hf, megatron (torch format) or torch_dist.")
+    to: str = option(
+        "hf, megatron (torch format) or torch_dist.", choices=("hf", "megatron", "torch_dist")
+    )
     output: Path = option("Folder to make; it appears whole or not at all.", writes=FOLDER)
     names: str | None = option(
         "megatron: core (megatron-core's parameter names) or legacy (Megatron v2.5's). Default: "
         "the source's, else core.",
         None,
+        choices=("core", "legacy"),
     )
     tp: int | None = option(
         "Tensor-parallel size to write; default: as it was saved.", None, least=1
@@ -68,11 +80,12 @@ class TargetOptions(CheckpointOption):
         None,
         least=1,
     )
-    dtype: str = option("auto (as stored), float32, bfloat16 or float16.", "auto")
+    dtype: str = option("auto (as stored), float32, bfloat16 or float16.", "auto", choices=DTYPES)
     vocab: str | None = option(
         "hf: true (the tokenizer's entries) or padded (all stored rows). Default: true where the "
         "tokenizer is known and the source is Megatron's, which pads.",
         None,
+        choices=SOFTMAX_ROWS,
     )
     max_shard_size: str = option("Largest safetensors file (hf).", "5GB")
     verify: bool = option(
@@ -154,6 +167,7 @@ class VerifyOptions(TokenizerOptions, CheckpointOption):
         "true: the verdict is about the tokenizer's entries; padded: also about the rows that pad "
         "the vocabulary. Default: true where the tokenizer is known.",
         None,
+        choices=SOFTMAX_ROWS,
     )
     tolerance: float = option(
         "Largest difference of an output that passes, as a share of the outputs' spread, where the "

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import typer
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.cli.app import MAKERS, commands, load_config
+from mlm_eval.cli.app import HELP_NAMES, MAKERS, commands, load_config
 from mlm_eval.cli.outputs import check_outputs
 from mlm_eval.options import DATA, KEY, OPTIMIZER, RUN, TASK, Nested, Option, option_name
 
@@ -74,7 +74,8 @@ def command(
             alone = typer.Typer(add_completion=False)
             entry = commands()[name]
             text = f"{entry.summary}\n\n{help or inspect.getdoc(body)}"
-            alone.command(name, rich_help_panel=entry.panel, help=text)(run)
+            panel = entry.panel
+            alone.command(name, rich_help_panel=panel, help=text, context_settings=HELP_NAMES)(run)
             return typer.main.get_command(alone)
 
         MAKERS[name] = with_options
@@ -136,6 +137,7 @@ def _parameter(
         show_default=shown or True,
         hidden=entry.hidden,
         metavar=entry.metavar,
+        autocompletion=(lambda: list(entry.choices)) if entry.choices else None,
     )
     return inspect.Parameter(
         field.name,

@@ -1,4 +1,4 @@
-"""Commands around the numbers: report, plan, catalog."""
+"""Commands around the numbers: report, plan, catalog, ls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.checkpoints import InspectOptions
 from mlm_eval.cli.command import command
 from mlm_eval.cli.run import print_beside
-from mlm_eval.options import PAGE, RunOptions, again, option
+from mlm_eval.options import DTYPES, PAGE, RunOptions, again, option
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.catalog import CatalogEntry
@@ -28,7 +28,11 @@ class ReportOptions:
     table: int | None = option(
         "3 (zero-shot) or 5 (fine-tuning); default: those of the records.", None
     )
-    format: str = option("md, latex, csv or html (one page, with plots).", "md")
+    format: str = option(
+        "md, latex, csv or html (one page, with plots).",
+        "md",
+        choices=("md", "latex", "csv", "html"),
+    )
     output: Path | None = option(
         "Write to this file instead of the terminal; a page of an earlier report is replaced.",
         None,
@@ -79,9 +83,11 @@ class PlanOptions:
         "Only this task: wikitext103, lambada, lm; race, mnli, qqp, squad, mlm.", None
     )
     dtype: str = option(
-        "auto (the checkpoint's; bfloat16 for a named size), float32, bfloat16, float16.", "auto"
+        "auto (the checkpoint's; bfloat16 for a named size), float32, bfloat16, float16.",
+        "auto",
+        choices=DTYPES,
     )
-    device: str = option("What to plan for: cuda or cpu.", "cuda")
+    device: str = option("What to plan for: cuda or cpu.", "cuda", choices=("cuda", "cpu"))
     batch_tokens: int | None = option(
         "Tokens of an evaluation's forward pass on a rank; default: the engine's.", None, least=1
     )
@@ -185,6 +191,57 @@ def _size_of(config: ModelConfig) -> str | None:
     shape = (config.num_layers, config.hidden_size, config.num_attention_heads)
     names = [n for n, size in SIZES.items() if size == shape and n.startswith(config.family)]
     return names[0] if names else None
+
+
+LISTS = ("tasks", "recipes", "sizes", "samples", "catalog")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListOptions:
+    """The options of `ls`."""
+
+    kind: str | None = option(
+        "tasks, recipes, sizes, samples or catalog; default: all.",
+        None,
+        positional=True,
+        choices=LISTS,
+    )
+
+
+@command("ls", ListOptions, config=False)
+def list_names(options: ListOptions) -> None:
+    """Names for the command line: one a line where one kind is asked for.
+
+    Example: mlm-eval ls recipes
+    """
+    if options.kind is not None and options.kind not in LISTS:
+        raise InputError(f"ls {options.kind!r} is unknown; use {', '.join(LISTS)}")
+    if options.kind is not None:
+        print("\n".join(_names(options.kind)))
+        return
+    for kind in LISTS:
+        print(f"{kind}: {', '.join(_names(kind))}")
+
+
+def _names(kind: str) -> list[str]:
+    from mlm_eval.checkpoints.catalog import SAMPLE_PREFIX, catalog_entries, sample_names
+
+    if kind == "tasks":
+        from mlm_eval.tasks.finetune.task import TASKS
+        from mlm_eval.tasks.zero_shot import BENCHMARKS
+
+        return [*BENCHMARKS, *TASKS, "mlm", "lm"]
+    if kind == "recipes":
+        from mlm_eval.tasks.finetune.settings import recipe_names
+
+        return recipe_names()
+    if kind == "sizes":
+        from mlm_eval.model.sizes import SIZES
+
+        return list(SIZES)
+    if kind == "samples":
+        return [SAMPLE_PREFIX + name for name in sample_names()]
+    return list(catalog_entries())
 
 
 @dataclass(frozen=True, kw_only=True)

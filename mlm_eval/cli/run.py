@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -250,11 +252,29 @@ def chosen_tokenizer(ckpt: str, options: TokenizerOptions) -> Tokenizer | None:
     return load_tokenizer(directory=folder, vocab_file=vocab_file, merge_file=merge_file)
 
 
+HEARTBEAT_SECONDS = 30.0
+"""Between two lines of progress, where there is no terminal to draw a bar on."""
+
+
 @contextmanager
-def progress(show: bool, unit: str = "tok") -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a progress callback that draws a bar with the time left, on a terminal only."""
-    if not (show and sys.stderr.isatty()):
+def progress(
+    show: bool, unit: str = "tok", what: str = "done"
+) -> Iterator[Callable[[int, int], None] | None]:
+    """Yield a callback that shows how far the work is, and the time left.
+
+    On a terminal it draws a bar; elsewhere it writes a line now and then, so that a log says that
+    the run is alive.
+
+    Args:
+        show: Whether to show anything.
+        unit: What is counted.
+        what: What is being done, for the lines.
+    """
+    if not show:
         yield None
+        return
+    if not sys.stderr.isatty():
+        yield heartbeat(what)
         return
     from tqdm import tqdm
 
@@ -265,6 +285,28 @@ def progress(show: bool, unit: str = "tok") -> Iterator[Callable[[int, int], Non
             bar.update(done - bar.n)
 
         yield update
+
+
+def heartbeat(what: str) -> Callable[[int, int], None]:
+    """Return a callback that writes a line to stderr every `HEARTBEAT_SECONDS`."""
+    started = last = time.monotonic()
+    first: int | None = None
+
+    def update(done: int, total: int) -> None:
+        nonlocal last, first
+        now = time.monotonic()
+        if first is None:
+            first = done  # what an earlier run has done took none of this one's time
+        if now - last < HEARTBEAT_SECONDS or not total:
+            return
+        last = now
+        left = ""
+        if done > first:
+            seconds = (now - started) / (done - first) * (total - done)
+            left = f", {timedelta(seconds=round(seconds))} left"
+        print(f"{what}: {100 * done / total:.0f} %{left}", file=sys.stderr, flush=True)
+
+    return update
 
 
 def start_ranks(tp: int, dp: int, device: str) -> None:

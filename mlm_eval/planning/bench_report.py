@@ -22,6 +22,7 @@ from mlm_eval.planning.bench_study import (
     attention_share,
     step_flops,
 )
+from mlm_eval.reporting.environment import run_record
 from mlm_eval.reporting.results import versions
 from mlm_eval.reporting.text import aligned
 
@@ -86,6 +87,7 @@ def bench_record(
         "limits": _limits(points, options.device, cores, failed),
         "not_as_in_the_paper": _differences(series, options, device_name) if series.paper else [],
         "versions": versions(),
+        "run": run_record(),
     }
 
 

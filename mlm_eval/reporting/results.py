@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.files.output import write_text
+from mlm_eval.reporting.environment import gpu_versions, run_record
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.checkpoint import Checkpoint
@@ -39,6 +40,8 @@ class Result:
     checkpoint: dict[str, Any]
     timing: dict[str, Any]
     versions: dict[str, str]
+    run: dict[str, Any] = dataclasses.field(default_factory=run_record, compare=False)
+    """When, where and by what command: no part of the result itself."""
 
     @property
     def warnings(self) -> list[str]:
@@ -93,7 +96,7 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return found | gpu_versions()
 
 
 def checkpoint_record(checkpoint: Checkpoint) -> dict[str, Any]:

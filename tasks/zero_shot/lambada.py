@@ -46,7 +46,9 @@ class ClozeOptions(BosOption, DataOption):
         reads=True,
     )
     target: str = option(
-        "word: all tokens of the last word (the paper's); last-token: only the last one.", "word"
+        "word: all tokens of the last word (the paper's); last-token: only the last one.",
+        "word",
+        choices=("word", "last-token"),
     )
 
 

@@ -441,7 +441,8 @@ def test_there_are_no_bars_off_a_terminal(capsys):
 
 # --- Results ------------------------------------------------------------------------------------
 
-RECORD = {"task", "protocol", "metrics", "counts", "settings", "checkpoint", "timing", "versions"}
+PARTS = ("task", "protocol", "metrics", "counts", "settings", "checkpoint", "timing")
+RECORD = {*PARTS, "versions", "run"}
 SETTINGS = {"vocab", "dtype", "tp", "dp", "limit", "data", "seed", "tokenizer", "batch_tokens"}
 TIMING = {"load_seconds", "eval_seconds", "tokens_per_second", "model_tflops"}
 

@@ -51,6 +51,7 @@ def test_record_has_the_names_of_the_contract_in_their_order():
     record = strict_loads(result(accuracy=0.5).to_json())
     assert list(record) == [
         "task", "protocol", "metrics", "counts", "settings", "checkpoint", "timing", "versions",
+        "run",
     ]  # fmt: skip
     assert record["metrics"] == {"accuracy": 0.5}
     assert record["settings"]["data"]["path"] == "caf\u00e9.jsonl"
