@@ -13,7 +13,7 @@ from mlm_eval.checkpoints.errors import InputError
 GATED_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "quick_geglu")
 """Of `[gate; up]`: silu, GELU or x sigmoid(1.702 x) of the gate, times the up branch."""
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "squared_relu", *GATED_ACTIVATIONS)
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "squared_relu", *GATED_ACTIVATIONS)
 """`gelu` and `geglu` take the exact erf form, `gelu_tanh` and `geglu_tanh` the approximation."""
 
 SOFTMAX_TYPES = ("vanilla", "off-by-one", "learnable")

@@ -349,6 +349,24 @@ class Mapped(LazyTensor):
         return self.function(self.source.read(dim, index))
 
 
+class ScaledRows(LazyTensor):
+    """A tensor whose entries along dim 0 are each multiplied by a factor, in float32."""
+
+    def __init__(self, source: LazyTensor, factors: Tensor) -> None:
+        assert factors.shape == source.shape[:1], (factors.shape, source.shape)
+        self.source = source
+        self.factors = factors
+        self.dtype = source.dtype
+        self.shape = source.shape
+
+    def read(self, dim: int = 0, index: Index = None) -> Tensor:
+        """See `LazyTensor.read`."""
+        factors = take(self.factors, 0, index) if dim == 0 else self.factors
+        values = self.source.read(dim, index)
+        factors = factors.view(-1, *(1 for _ in self.shape[1:]))
+        return (values.float() * factors).to(self.dtype)
+
+
 @dataclass(eq=False, repr=False)
 class Computed(LazyTensor):
     """A tensor that a function makes when it is read."""

@@ -4,6 +4,7 @@
     quantized/     weights of few bits, dequantised while they are read
     fields.py      what a key of config.json does; the keys that families share
     layout.py      how a family's tensors pack a canonical parameter
+    t5.py          what T5 says otherwise than the others, both ways
     folds.py       gains and rotary pairs from one form to the other
     config.py      config.json <-> `ModelConfig`
     windows.py     layers that attend within a window, and their rotary base

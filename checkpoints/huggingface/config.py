@@ -19,6 +19,7 @@ from mlm_eval.checkpoints.huggingface.experts import read_latent_sizes, read_mix
 from mlm_eval.checkpoints.huggingface.families.family import Family
 from mlm_eval.checkpoints.huggingface.fields import Use
 from mlm_eval.checkpoints.huggingface.reader import DEFAULT, Found, HubConfigReader
+from mlm_eval.checkpoints.huggingface.t5 import read_t5, write_t5
 from mlm_eval.checkpoints.huggingface.windows import (
     read_windows,
     rotary_of_full_layers,
@@ -103,6 +104,9 @@ def read_config(
     tied, source = r.look("tie_word_embeddings", "bool")
     if found.untied:
         tied, source = False, "weights"
+    if family.kind == "t5":
+        read_t5(r, family, found)
+        return _finish(r)
     if family.kind == "bert" and not tied:
         if r.values["lm_head"]:
             raise InputError(
@@ -112,11 +116,15 @@ def read_config(
             )
         tied = True  # there is no output table at all
     r.set("untie_embeddings_and_output_weights", not tied, source)
+    return _finish(r)
+
+
+def _finish(r: HubConfigReader) -> HubConfigReader:
     try:
         return r.finish()
     except InputError as error:  # it names our setting: name the file's key too
         setting = str(error).partition(" ")[0]
-        raise InputError(f"{where}: {r.sources.get(setting, setting)}: {error}") from None
+        raise InputError(f"{r.where}: {r.sources.get(setting, setting)}: {error}") from None
 
 
 def bias_settings(family: Family, switches: Mapping[str, bool]) -> dict[str, bool]:
@@ -402,6 +410,8 @@ def write_config(
     hf.update(write_mixture(config, family))
     hf.update(switches)
     hf["tie_word_embeddings"] = not config.untie_embeddings_and_output_weights
+    if family.kind == "t5":
+        hf.update(write_t5(config))
     hf.update(write_windows(config, family))
     if "query_pre_attn_scalar" in family.table:
         scale = config.kv_channels**-0.5 if config.softmax_scale is None else config.softmax_scale

@@ -92,6 +92,24 @@ class SplitQKV(Layout):
         return [Selected(tensor, rows) for rows in places]
 
 
+class SplitKV(Layout):
+    """Keys and values of cross-attention in two tensors; ours have each head's key, then value."""
+
+    def shapes(self, shape: Shape, config: ModelConfig) -> list[Shape]:
+        """See `Layout`."""
+        return [(shape[0] // 2, *shape[1:])] * 2
+
+    def pack(self, parts: list[LazyTensor], config: ModelConfig) -> LazyTensor:
+        """See `Layout`."""
+        rows = torch.arange(2 * parts[0].shape[0]).view(2, -1, config.kv_channels)  # [k|v, H, d]
+        return Selected(Concat(parts, 0), rows.transpose(0, 1).reshape(-1))
+
+    def unpack(self, tensor: LazyTensor, config: ModelConfig) -> list[LazyTensor]:
+        """See `Layout`."""
+        rows = torch.arange(tensor.shape[0]).view(-1, 2, config.kv_channels)  # [H, k|v, d]
+        return [Selected(tensor, rows[:, part].reshape(-1)) for part in (0, 1)]
+
+
 class GateUp(Layout):
     """The gate and the up branch of a gated MLP in two tensors."""
 
@@ -177,7 +195,7 @@ class OfExperts(Layout):
 
 
 SAME, CONV1D, CONV1D_QKV = Layout(), Conv1D(), Conv1DQKV()
-SPLIT_QKV, GATE_UP = SplitQKV(), GateUp()
+SPLIT_QKV, SPLIT_KV, GATE_UP = SplitQKV(), SplitKV(), GateUp()
 EXPERTS_TRANSPOSED, EXPERTS_ALTERNATING = ExpertsTransposed(), ExpertsAlternating()
 EXPERTS, EXPERTS_GATE_UP = OfExperts(SAME), OfExperts(GATE_UP)
 

@@ -54,6 +54,14 @@ from mlm_eval.checkpoints.huggingface.folds import (
 )
 from mlm_eval.checkpoints.huggingface.layout import zeros
 from mlm_eval.checkpoints.huggingface.reader import Found
+from mlm_eval.checkpoints.huggingface.t5 import (
+    OUTPUT_BIAS,
+    choose_t5,
+    output_bias,
+    queries_factor,
+    t5_tensors,
+    with_unscaled_scores,
+)
 from mlm_eval.checkpoints.huggingface.tokenizer import (
     TokenizerFiles,
     no_tokenizer_files,
@@ -116,7 +124,7 @@ class HuggingFacePlan:
     warnings: list[str]
     """What the user should know."""
     approximate: dict[str, Any]
-    """Settings that the approximations change, with the values that they get."""
+    """Settings that the approximations change, with the values that they get; and parameters."""
     left_out: list[str]
     """Parts of the model that no output needs and the target lacks: `pooler`."""
 
@@ -159,14 +167,20 @@ def plan_huggingface(
     source = _cut_padding(checkpoint, vocab, true_vocab_size, tokenizer, notes, warnings)
     family = choose_family(source.config)
     source = _fold_rotary(_fold_gains(source, family, dtype, notes), family, notes)
+    if family.kind == "t5":
+        source = with_unscaled_scores(source, notes)
     head = bert_head(source.config) if family.kind == "bert" else ""
     model_class = family.model_class + head
     approximations = _approximate_gelu(source.config, allow_approximate)
     approximations += _approximate_latents(source.config, family, allow_approximate)
+    if config.family == "t5":
+        approximations += output_bias(source, allow_approximate)
     written, switches = _expressed(source.config, family, model_class, dtype, notes)
     hf = write_config(written, family, model_class, switches=switches)
     _check_expressed(hf, family, written)
     tensors, float32 = _tensors(source, family, written, switches, notes)
+    if family.kind == "t5":
+        tensors = t5_tensors(tensors, written, keep_bias=bool(approximations))
     if head == "Model":  # a base model's names have no prefix
         tensors = {name.removeprefix(family.prefix): tensor for name, tensor in tensors.items()}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -183,13 +197,17 @@ def plan_huggingface(
         notes=notes,
         approximations=approximations,
         warnings=warnings,
-        approximate={
-            name: getattr(written, name)
-            for name in ("head_activation", "latent_layernorm_epsilon")
-            if approximations
-        },
+        approximate=_approximate(written) if approximations else {},
         left_out=["pooler"] if source.config.pooler and not written.pooler else [],
     )
+
+
+def _approximate(written: ModelConfig) -> dict[str, Any]:
+    """Return what an approximation changes: settings, and parameters that are taken for zeros."""
+    if written.family == "t5":
+        return {OUTPUT_BIAS: 0.0}
+    names = ("head_activation", "latent_layernorm_epsilon")
+    return {name: getattr(written, name) for name in names}
 
 
 def _cut_padding(
@@ -249,7 +267,7 @@ def choose_family(c: ModelConfig) -> Family:
         InputError: There is none.
     """
     if c.family == "t5":
-        raise InputError("a T5 model cannot be converted to Hugging Face yet")
+        return choose_t5(c)
     unwritten = [what for what in c.parts_beyond_dense if what not in WRITTEN]
     if unwritten:
         raise InputError(
@@ -573,6 +591,8 @@ def _expressed(
         for setting in dataclasses.fields(ModelConfig):
             if setting.name.startswith(("rotary_", "rope_")):
                 changes[setting.name] = setting.default
+    if family.kind == "t5":  # as it is read again
+        changes["softmax_scale"] = None if queries_factor(c.kv_channels) else 1.0
     if family.kind == "bert":
         changes["num_tokentypes"] = c.num_tokentypes or 2
         if c.pooler and model_class.endswith(("ForMaskedLM", "ForQuestionAnswering")):
@@ -591,6 +611,7 @@ def _check_expressed(hf: Mapping[str, Any], family: Family, written: ModelConfig
     found = Found(
         written.vocab_size,
         written.params_dtype,
+        untied=written.untie_embeddings_and_output_weights if family.kind == "t5" else None,
         heads={name: getattr(written, name) for name in heads},
     )
     back = read_config(hf, family, found=found, overrides={}, where="config.json").config
@@ -629,7 +650,13 @@ def _tensors(
     tensors: dict[str, LazyTensor] = {}
     wide: set[str] = set()
     filled, done = [], set()
-    for entry in entries(family, written.num_layers, switches, experts=written.num_experts):
+    for entry in entries(
+        family,
+        written.num_layers,
+        switches,
+        experts=written.num_experts,
+        decoder_layers=written.decoder_num_layers,
+    ):
         if entry.canonical not in table:
             assert entry.optional, entry.canonical
             continue

@@ -38,6 +38,7 @@ from mlm_eval.checkpoints.huggingface.layout import zeros
 from mlm_eval.checkpoints.huggingface.quantized.fp8 import is_fp8, with_fp8_unpacked
 from mlm_eval.checkpoints.huggingface.quantized.mxfp4 import with_mxfp4_unpacked
 from mlm_eval.checkpoints.huggingface.reader import Found, HubConfigReader
+from mlm_eval.checkpoints.huggingface.t5 import OUTPUT_BIAS, queries_factor, with_scaled_queries
 from mlm_eval.checkpoints.lazy import LazyTensor, runs
 from mlm_eval.checkpoints.parameters import parameters
 
@@ -138,7 +139,7 @@ def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> Check
     warnings = list(build.warnings)
     warnings += _leave_out_later_layers(weights, build)
     tensors, notes = _pack(weights, family, build.config, build.switches)
-    if found.untied:
+    if found.untied and family.kind != "t5":  # T5 v1.1 has two, whatever its file says
         warnings.append(
             "config.json ties the output table to the embeddings, but the file holds two "
             "different ones; both are used, as transformers does"
@@ -206,7 +207,12 @@ def find_family(hf: Mapping[str, Any], where: Path) -> Family:
             f"{where} describes {named}, which mlm-eval does not compute; known are "
             f"{', '.join(FAMILIES)}"
         )
-    return FAMILIES[model_type]
+    family = FAMILIES[model_type]
+    key = family.activation
+    word = "" if key is None else str(hf.get(key.key, key.default))
+    if family.gated is not None and word.startswith("gated-"):
+        return family.gated
+    return family
 
 
 def _classes(hf: Mapping[str, Any]) -> list[str]:
@@ -313,6 +319,9 @@ def _inspect(weights: Weights, family: Family, hf: Mapping[str, Any]) -> Found:
             f"{table.shape[0]} rows; files of two models may be mixed"
         )
     tied = hf.get("tie_word_embeddings", family.table["tie_word_embeddings"].default)
+    if family.kind == "t5":  # transformers asks the weights alone
+        tied = True
+        _drop_copies(weights, table)
     copy = weights.find(f"{names['output_layer']}.weight") if tied else None
     return Found(
         vocab_size=table.shape[0],
@@ -320,6 +329,21 @@ def _inspect(weights: Weights, family: Family, hf: Mapping[str, Any]) -> Found:
         untied=copy is not None and not _equal(copy, table),
         heads=_bert_heads(weights, hf) if family.kind == "bert" else {},
     )
+
+
+def _drop_copies(weights: Weights, table: LazyTensor) -> None:
+    """Pass over the copies of the embeddings that older versions stored for each stack of a T5.
+
+    Raises:
+        InputError: One is not a copy.
+    """
+    for stack in ("encoder", "decoder"):
+        copy = weights.find(f"{stack}.embed_tokens.weight")
+        if copy is not None and not _equal(copy, table):
+            raise InputError(
+                f"{weights.folder} has {stack}.embed_tokens.weight that is not shared.weight: the "
+                "two stacks have embeddings of their own, which mlm-eval does not compute"
+            )
 
 
 def _equal(one: LazyTensor, other: LazyTensor) -> bool:
@@ -352,18 +376,27 @@ def _pack(
     weights: Weights, family: Family, config: ModelConfig, switches: Mapping[str, bool]
 ) -> tuple[dict[str, LazyTensor], list[str]]:
     """Return the canonical tensors, and notes; every tensor of the files must be accounted for."""
-    if config.num_layers > len(weights.tensors):  # before anything is made for each of them
+    count = config.num_layers + config.decoder_num_layers
+    if count > len(weights.tensors):  # before anything is made for each of them
         raise InputError(
-            f"{weights.folder / 'config.json'} says {config.num_layers} layers, the files hold "
+            f"{weights.folder / 'config.json'} says {count} layers, the files hold "
             f"{len(weights.tensors)} tensors in all; files of two models may be mixed"
         )
     table = parameters(config)
-    known = entries(family, config.num_layers, switches, experts=config.num_experts)
+    known = entries(
+        family,
+        config.num_layers,
+        switches,
+        experts=config.num_experts,
+        decoder_layers=config.decoder_num_layers,
+    )
     by_name = {entry.canonical: entry for entry in known}
     tensors: dict[str, LazyTensor] = {}
     filled = []
     for name, parameter in table.items():
         entry = by_name.get(name)
+        if name == OUTPUT_BIAS and weights.find("lm_head.bias") is None:
+            entry = None if config.family == "t5" else entry
         if entry is None:  # a bias where only some linear layers have one
             assert name.endswith(".bias"), name
             tensors[name] = zeros(parameter.shape, getattr(torch, config.params_dtype))
@@ -386,6 +419,10 @@ def _pack(
             f"as {extra[0]}; mlm-eval would compute something else than the model does, "
             "so it stops here"
         )
+    if config.family == "t5" and config.softmax_scale is None:
+        factor = queries_factor(config.kv_channels)
+        assert factor is not None
+        tensors = with_scaled_queries(tensors, config, factor)
     notes = [f"{len(filled)} biases that the model lacks are read as zeros"] if filled else []
     return tensors, notes
 

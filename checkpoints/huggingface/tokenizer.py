@@ -42,6 +42,7 @@ NO_TOKENIZER = (
 INPUTS = {
     # Without this list the generic class also returns token types, which GPT-2 would embed.
     "gpt": ["input_ids", "attention_mask"],
+    "t5": ["input_ids", "attention_mask"],
     "bert": ["input_ids", "token_type_ids", "attention_mask"],
 }
 
@@ -71,7 +72,7 @@ def tokenizer_files(tokenizer: Tokenizer, *, family: str, max_length: int) -> To
 
     Args:
         tokenizer: Of any kind.
-        family: `gpt` or `bert`: which inputs the model takes.
+        family: `gpt`, `bert` or `t5`: which inputs the model takes.
         max_length: The model's positions.
 
     Raises:

@@ -433,6 +433,8 @@ def _lacking_in_legacy(c: ModelConfig) -> str | None:
 
 
 def _lacking_anywhere(c: ModelConfig) -> str | None:
+    if c.activation == "relu":
+        return "ReLU, only its square"
     scaling = c.rope_scaling
     if scaling is not None and RopeScaling(factor=scaling.factor) != scaling:
         return "rotary scaling with other constants than Llama 3.1's"

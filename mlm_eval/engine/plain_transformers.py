@@ -32,6 +32,14 @@ def transformers_outputs(folder: Path, probe: dict[str, Tensor]) -> dict[str, Te
     model: Any = getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32)
     model.eval()
     tokens = probe["tokens"]
+    if "encoder_tokens" in probe:
+        inputs = {
+            "input_ids": probe["encoder_tokens"],
+            "attention_mask": probe["encoder_mask"],
+            "decoder_input_ids": tokens,
+        }
+        with torch.inference_mode():
+            return {"logits": model(**inputs).logits.float().contiguous()}
     # A mask is given always: without one, positions with gaps would be taken for packed texts.
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if "positions" in probe:

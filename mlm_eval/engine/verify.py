@@ -26,7 +26,7 @@ from mlm_eval.checkpoints.comparison import Comparison, PaddingComparison, Weigh
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.lazy import LazyTensor
+from mlm_eval.checkpoints.lazy import LazyTensor, Mapped
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import stays_float32
 from mlm_eval.engine.engine import Engine
@@ -386,7 +386,8 @@ def verify_conversion(
         dtype: The dtype that the conversion was asked to write.
         entries: Rows of the vocabulary that the conversion was to keep; None: all of the source's.
         left_out: Parts of the source that it was to leave out (`pooler`).
-        approximate: Settings that it was to change, which changes the function.
+        approximate: Settings that it was to change, which changes the function; and parameters, by
+            name, that the target takes for zeros.
         approximations: What they change, a sentence each.
         tolerance: See `Comparison`.
 
@@ -396,7 +397,9 @@ def verify_conversion(
     source = _without(source, left_out)
     entries = source.config.vocab_size if entries is None else entries
     written = open_checkpoint(result)
-    changed = dataclasses.replace(source.config, **(approximate or {}))
+    approximate = approximate or {}
+    settings_changed = {name: value for name, value in approximate.items() if "." not in name}
+    changed = dataclasses.replace(source.config, **settings_changed)
     ours, theirs, forms = one_form(
         dataclasses.replace(source, config=changed), written, rounded=True
     )
@@ -419,12 +422,20 @@ def verify_conversion(
             found, answers, inputs, tolerance=tolerance, entries=entries, sides=CONVERTED
         )
 
-    exact = dataclasses.replace(against(ours), **told)
+    exact = dataclasses.replace(against(_with_zeros(ours, approximate)), **told)
     if not approximations or not exact.same:
         return exact
     measured = against(dataclasses.replace(ours, config=source.config))
     told["allowed"] = dict.fromkeys(measured.by_output, float("inf"))
     return dataclasses.replace(measured, **told, approximations=tuple(approximations))
+
+
+def _with_zeros(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
+    """Return a checkpoint with some of its parameters set to zero."""
+    tensors = dict(checkpoint.tensors)
+    for name in set(names) & set(tensors):
+        tensors[name] = Mapped(tensors[name], torch.zeros_like)
+    return dataclasses.replace(checkpoint, tensors=tensors)
 
 
 def _without(checkpoint: Checkpoint, parts: Collection[str]) -> Checkpoint:

@@ -25,6 +25,7 @@ from mlm_eval.checkpoints.comparison import (
 from mlm_eval.checkpoints.config import ModelConfig, YarnScaling
 from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.huggingface.folds import is_gain, with_halved_rotary, with_plain_gains
+from mlm_eval.checkpoints.huggingface.t5 import with_plain_logits, with_unscaled_scores
 from mlm_eval.checkpoints.lazy import LazyTensor, Mapped
 from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS, parameters
 
@@ -77,6 +78,13 @@ def one_form(
             "one side rotates channels 2i and 2i + 1, the other i and i + d/2: queries and keys "
             "are reordered alike"
         )
+    if a.family == b.family == "t5":
+        if not _equal_values(a.softmax_scale, b.softmax_scale):
+            ours, theirs = with_unscaled_scores(ours), with_unscaled_scores(theirs)
+            forms.append("one side scales the scores of attention, the other its queries")
+        if not _equal_values(a.logit_multiplier, b.logit_multiplier):
+            ours, theirs = with_plain_logits(ours), with_plain_logits(theirs)
+            forms.append("one side scales its logits, the other the decoder's last norm")
     return ours, theirs, forms
 
 

@@ -95,6 +95,8 @@ def activate(x: Tensor, kind: str) -> Tensor:
         return F.gelu(x)
     if kind in ("gelu_tanh", "geglu_tanh"):
         return F.gelu(x, approximate="tanh")
+    if kind == "relu":
+        return F.relu(x)
     if kind == "squared_relu":
         return F.relu(x).square()
     if kind == "quick_geglu":

@@ -21,6 +21,7 @@ from mlm_eval.checkpoints.convert import convert
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.huggingface.families import FAMILIES
 from mlm_eval.checkpoints.huggingface.families.family import Family
+from mlm_eval.checkpoints.huggingface.families.t5 import ACTIVATIONS_OF_T5
 from mlm_eval.checkpoints.huggingface.fields import GATED, GELU, Use
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.engine.plain_transformers import transformers_outputs
@@ -67,7 +68,7 @@ class Draw:
 
 
 def model_class(draw: Draw, family: Family) -> str:
-    if family.kind == "gpt":
+    if family.kind != "bert":
         return family.model_class
     names = [name for name in BERT_MODELS if name.startswith(family.model_class)]
     return str(draw.one_of(*names))
@@ -88,6 +89,8 @@ def draw_config(draw: Draw, family: Family) -> dict[str, Any]:
         hf |= _bloom(draw, heads, head, positions)
     elif family.kind == "bert":
         hf |= _bert(draw, heads, head, positions)
+    elif family.kind == "t5":
+        hf |= _t5(draw, family, heads, head, positions)
     else:
         hf |= _llama_like(draw, family, heads, head, positions)
         if family.model_type in MIXTURES:
@@ -217,6 +220,36 @@ def _bert(draw: Draw, heads: int, head: int, positions: int) -> dict[str, Any]:
         is_decoder=draw.mostly(False, True),
         is_causal=draw.mostly(None, False, True),
         tie_word_embeddings=draw.mostly(True, False),
+    )
+
+
+def _t5(draw: Draw, family: Family, heads: int, head: int, positions: int) -> dict[str, Any]:
+    names = {
+        "d_model": ("hidden_size", draw.one_of(12, 16, 24)),
+        "num_heads": ("num_attention_heads", heads),
+        "num_layers": ("num_hidden_layers", draw.one_of(1, 2, 3)),
+        "d_kv": ("head_dim", head),
+    }
+    hf: dict[str, Any] = {"d_ff": draw.one_of(24, 56)}
+    for name, (alias, value) in names.items():
+        hf[draw.mostly(name, alias)] = value
+    word = draw.one_of(*ACTIVATIONS_OF_T5)
+    gated, kind = word.startswith("gated-"), word.removeprefix("gated-")
+    kind = "gelu_new" if word == "gated-gelu" else kind
+    if draw.chance(0.7):
+        hf["feed_forward_proj"] = draw.mostly(word, "gated-relu", "tanh")
+        hf |= _some(draw, 0.3, is_gated_act=gated, dense_act_fn=draw.mostly(kind, "relu"))
+    return hf | _some(
+        draw,
+        0.6,
+        num_decoder_layers=draw.one_of(None, 1, 2, 3),
+        relative_attention_num_buckets=draw.one_of(8, 10, 32),
+        relative_attention_max_distance=draw.one_of(20, 64, 128),
+        layer_norm_epsilon=draw.one_of(1e-6, 1e-3, 1e-1),
+        n_positions=positions,
+        tie_word_embeddings=draw.one_of(True, False),
+        scale_decoder_outputs=draw.one_of(True, False),
+        is_encoder_decoder=True,
     )
 
 
@@ -493,6 +526,12 @@ def probe(checkpoint: Checkpoint, seed: int) -> dict[str, Tensor]:
     tokens = torch.randint(checkpoint.config.vocab_size, (2, length), generator=generator)
     if checkpoint.config.family == "gpt":
         return {"tokens": tokens}
+    if checkpoint.config.family == "t5":
+        shape = (2, longest)
+        encoder = torch.randint(checkpoint.config.vocab_size, shape, generator=generator)
+        seen = (torch.rand(shape, generator=generator) < 0.8).long()
+        seen[:, 0] = 1
+        return {"encoder_tokens": encoder, "encoder_mask": seen, "tokens": tokens}
     kinds = max(checkpoint.config.num_tokentypes, 1)
     mask = torch.ones_like(tokens)
     mask[1, length - length // 3 :] = 0

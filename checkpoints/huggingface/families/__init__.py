@@ -9,6 +9,7 @@
     experts.py  mixtures of experts: Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek V2 and V3
     llama4.py   Llama 4's language model
     bert.py     BERT in Megatron's order and in the original one
+    t5.py       T5, with its gated variant, and mT5
 
 `FAMILIES` lists them by model_type. Only this room's neighbours in `huggingface/` import from here.
 """
@@ -39,6 +40,7 @@ from mlm_eval.checkpoints.huggingface.families.gemma import GEMMA, GEMMA2, GEMMA
 from mlm_eval.checkpoints.huggingface.families.gpt_oss import GPT_OSS
 from mlm_eval.checkpoints.huggingface.families.llama4 import LLAMA4
 from mlm_eval.checkpoints.huggingface.families.neox import BLOOM, GPT_NEOX
+from mlm_eval.checkpoints.huggingface.families.t5 import MT5, PLAIN_T5
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
@@ -64,5 +66,7 @@ FAMILIES: Mapping[str, Family] = {
         LLAMA4,
         MEGATRON_BERT,
         ORIGINAL_BERT,
+        PLAIN_T5,
+        MT5,
     )
 }

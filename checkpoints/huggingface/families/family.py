@@ -93,6 +93,8 @@ class Family:
     """Of windows that alternate: every so many layers one has none."""
     scaled_embeddings: bool = False
     """Embeddings are multiplied by the root of the hidden size."""
+    gated: Family | None = None
+    """The same family's table where the activation's word begins with `gated-`."""
     rotary_keys: tuple[str, str] = ("rope_theta", "partial_rotary_factor")
     """Base and share of rotated channels before transformers 5."""
 
@@ -127,6 +129,10 @@ class Family:
     @cached_property
     def classes(self) -> set[str]:
         """Names of the classes whose function is read, in small letters."""
+        if self.kind == "t5":
+            stem = self.model_class.removesuffix("ForConditionalGeneration")
+            t5_ends = ("ForConditionalGeneration", "Model", "WithLMHeadModel")
+            return {f"{stem}{end}".lower() for end in t5_ends}
         stem = self.model_class.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
         ends = ("Model", "ForCausalLM", "LMHeadModel") if self.kind == "gpt" else BERT_ENDS
         return {f"{stem}{end}".lower() for end in ends}
@@ -139,8 +145,10 @@ class Family:
 
 IGNORED_TENSORS = re.compile(
     r"(^|\.)(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$|(^|\.)position_ids$"
+    r"|EncDecAttention\.relative_attention_bias\.weight$"
 )
-"""Buffers that older versions of transformers stored: causal masks, rotary tables, positions."""
+"""Buffers that older versions of transformers stored: causal masks, rotary tables, positions. And a
+table of the first T5 files that transformers ignores: cross-attention has no positions."""
 
 
 @dataclass(frozen=True)
@@ -169,14 +177,26 @@ class Entry:
 
 
 def entries(
-    family: Family, num_layers: int, switches: Mapping[str, bool], *, experts: int = 0
+    family: Family,
+    num_layers: int,
+    switches: Mapping[str, bool],
+    *,
+    experts: int = 0,
+    decoder_layers: int = 0,
 ) -> Iterator[Entry]:
     """Yield the parameters of a model, in the order of transformers' own files.
 
     Where layers differ (a plain MLP in some, experts in others), each has the entries of all kinds.
+    T5's `num_layers` are its encoder's.
     """
-    for in_layers, group in itertools.groupby(family.rows, lambda row: "{i}" in row.canonical):
+
+    def stack(row: Row) -> str:
+        return row.canonical.split(".")[0] if "{i}" in row.canonical else ""
+
+    for in_layers, group in itertools.groupby(family.rows, stack):
         rows = list(group)
+        if in_layers == "decoder" and decoder_layers:
+            num_layers = decoder_layers
         for layer in range(num_layers if in_layers else 1):
             places = {"{i}": str(layer), "{i-1}": str(layer - 1), "{last}": str(num_layers - 1)}
             for row in rows:

@@ -242,7 +242,7 @@ def _mlp_widths(local: _Local) -> float:
     """Return the values for each token that live in an MLP, at the most."""
     # The layer's input, the attention's output, their sum, and the norm of that.
     held = 4 * local.hidden
-    widths = {"gelu": 2, "gelu_tanh": 2, "squared_relu": 3, "swiglu": 4}
+    widths = {"gelu": 2, "gelu_tanh": 2, "relu": 2, "squared_relu": 3, "swiglu": 4}
     width = widths.get(local.activation, 6)
     dense = max(width * local.mlp, local.mlp + local.sums * local.hidden)
     # Each token's states once for each of its experts, their outputs by expert and by token.

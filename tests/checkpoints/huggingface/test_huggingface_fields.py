@@ -448,6 +448,8 @@ def test_gemma_3_has_two_rotary_bases() -> None:
 
 
 LATER_KEYS = {
+    "t5": {"n_positions": 512, "output_past": True, "num_decoder_layers": 2, "prefix": ""},
+    "mt5": {"tokenizer_class": "T5Tokenizer", "tie_word_embeddings": False, "d_kv": 64},
     "gpt2": {"n_ctx": 1024, "n_special": 0, "predict_special_tokens": True, "_num_labels": 1},
     "llama": {"pretraining_tp": 1, "max_sequence_length": 2048, "rope_scaling": None},
     "mistral": {"sliding_window": None, "head_dim": 8, "rope_theta": 1000000.0},

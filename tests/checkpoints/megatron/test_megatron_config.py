@@ -659,7 +659,7 @@ def test_overrides_from_python_are_checked_too(overrides: dict, message: str):
         ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
         ({"num_query_groups": 3}, "num_query_groups 3 does not divide num_attention_heads 4"),
         ({"num_query_groups": 0}, "num_query_groups 0"),
-        ({"activation": "relu"}, "activation 'relu' is not supported; known are gelu, gelu_tanh"),
+        ({"activation": "tanh"}, "activation 'tanh' is not supported; known are gelu, gelu_tanh"),
         ({"normalization": "BatchNorm"}, "normalization 'BatchNorm' is not supported"),
         ({"family": "bart"}, "family 'bart' is not supported; known are gpt, bert, t5"),
         ({"family": "t5"}, "decoder_num_layers is 0, but must be at least 1"),
