@@ -291,11 +291,12 @@ def _refuse_fields(args: Mapping[str, Any], overrides: Mapping[str, Any], where:
             continue
         if entry.is_harmless(args[name]) or entry.setting in overrides:
             continue
-        way_out = "it reads dense GPT and BERT models only"
+        way_out = "score it with the code that trained it"
         if entry.setting:
             way_out = f"where the model has the like of it here, say so with --set {entry.setting}="
+        said = f"{args[BESIDE]}: {name}" if BESIDE in args else f"args.{name}"
         raise InputError(
-            f"{where} was trained with {entry.reason} (args.{name} = {args[name]!r}), which "
+            f"{where} was trained with {entry.reason} ({said} = {args[name]!r}), which "
             f"mlm-eval does not compute; {way_out}"
         )
 

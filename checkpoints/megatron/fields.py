@@ -288,6 +288,8 @@ _GROUPS: tuple[tuple[str, ArgField], ...] = (
         "moe_mlp_glu_interleave_size moe_shared_expert_glu_interleave_size",
         _refused("gate and up branch in alternating blocks"),
     ),
+    ("moe_single_grouped_weight", _refused("all experts of a layer in one parameter", False)),
+    ("mla_down_proj_fusion", _refused("latent attention with fused down projections", False)),
     ("head_wise_attn_gate", _refused("gates of whole heads", False)),
     ("experimental_attention_variant", _refused("an experimental attention variant", "")),
     (

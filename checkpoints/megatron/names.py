@@ -137,6 +137,8 @@ FINAL_NORM = re.compile(
 HEAD_COPY = "word_embeddings_for_head.weight"
 """The tied embedding's copy in the last pipeline stage of a legacy checkpoint."""
 
+ADAPTERS = "unmerged adapters (LoRA)"
+
 REFUSED: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), what)
     for pattern, what in (
@@ -157,7 +159,7 @@ REFUSED: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             r"(^|\.)(vision_model|backbone|cls_token|conv1(?!d)|linear_encoder|vision_projection)",
             "a vision model",
         ),
-        (r"(lora_|\.adapter)", "a model with unmerged adapters"),
+        (r"(lora_|\.adapter)", ADAPTERS),
     )
 )
 
@@ -171,9 +173,12 @@ def refuse_unsupported(keys: list[str], where: str) -> None:
     for pattern, what in REFUSED:
         for key in keys:
             if pattern.search(key):
+                way_out = "it reads GPT and BERT models, and T5 of megatron-core's"
+                if what == ADAPTERS:
+                    way_out = "merge them into the weights first, with the project that made them"
                 raise InputError(
-                    f"{where} holds {what} (parameter {key}), which mlm-eval does not compute; it "
-                    "reads GPT and BERT models, and T5 of megatron-core's"
+                    f"{where} holds {what} (parameter {key}), which mlm-eval does not compute; "
+                    f"{way_out}"
                 )
     if family_of(keys) == "t5" and not any(is_core(key) for key in keys):
         raise InputError(

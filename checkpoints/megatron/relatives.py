@@ -95,6 +95,19 @@ def _verl(folder: Path) -> str | None:
     return None
 
 
+def _adapters(folder: Path) -> str | None:
+    """LoRA without its base: verl's `adapter_checkpoint/`, NeMo 2's `adapter_metadata.json`."""
+    for step in (folder, *(folder / name for name in reversed(_matching(_names(folder), STEP)))):
+        for part in (step, step / "actor", step / "weights"):
+            for name in ("adapter_checkpoint", "adapter_metadata.json"):
+                if (part / name).exists():
+                    return (
+                        f"holds adapters (LoRA) without their base model ({part / name}); merge "
+                        "them into it first, with the project that made them"
+                    )
+    return None
+
+
 def _nemo_2(folder: Path) -> str | None:
     """`weights/` beside `context/`, in another form than torch_dist."""
     if not {"weights", "context"} <= set(_names(folder)):
@@ -189,6 +202,7 @@ def _other_frameworks(folder: Path) -> str | None:
 
 _FOLDERS: tuple[Callable[[Path], str | None], ...] = (
     _zarr,
+    _adapters,
     _verl,
     _nemo_2,
     _nemo_1,

@@ -652,27 +652,3 @@ def test_core_args_that_lack_the_heads_or_the_positions_are_refused():
         build(GPT, args_for(GPT, num_attention_heads=...))
     with pytest.raises(InputError, match="what position_embedding_type is: its args lack it"):
         build(LLAMA, args_for(LLAMA, position_embedding_type=...))
-
-
-@pytest.mark.parametrize(
-    ("inner", "file"),
-    [
-        ("iter_0000100", "iter_0000100/model_config.yaml"),
-        ("model_weights", "model_config.yaml"),
-    ],
-)
-def test_the_file_that_holds_the_settings_is_named(tmp_path: Path, inner: str, file: str):
-    (tmp_path / inner).mkdir()
-    path = tmp_path / file
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("num_layers: 4\n")
-    with pytest.raises(InputError, match=re.escape(f"they stand in {path.resolve()}, which")):
-        build_config(
-            {name: parameter.shape for name, parameter in parameters(GPT).items()},
-            {},
-            family="gpt",
-            code="core",
-            overrides={},
-            where=str(tmp_path / inner),
-            params_dtype="float32",
-        )
