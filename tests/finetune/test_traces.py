@@ -33,9 +33,9 @@ from mlm_eval.training.step import Stepper
 pytestmark = pytest.mark.realdata
 
 # Rounding differs with the number of threads and with padding (ours is to the micro-batch's longest
-# row): up to 1.4e-5 in a late step of race. Decay on biases and norms would show as 9e-5, a
-# schedule one step off as 0.1.
-LOSS_TOLERANCE = {"rel": 1.5e-5}
+# row): up to 5e-6 in a late step of race, as Megatron's own losses do between tp 1 and 2. Decay on
+# biases and norms would show as 9e-5, a schedule one step off as 0.1.
+LOSS_TOLERANCE = {"rel": 0.0, "abs": 1.3e-5}
 NORM_TOLERANCE = {"rel": 1e-4}
 PROBABILITY_TOLERANCE = 4e-5
 

@@ -16,9 +16,11 @@ from support import random_models
 from support.random_models import all_log_probs, bert_inputs, on_one_rank
 from support.rounding import assert_same_but_for_rounding
 from torch import nn
+from torch.nn import functional as F
 
 from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.model import attention
 from mlm_eval.model.attention import alibi_bias, alibi_slopes, rotary_tables, rotate
 from mlm_eval.model.dropout import Dropout, sample_keys
 from mlm_eval.model.layers import Activation, Norm, activate
@@ -274,3 +276,37 @@ def test_heads_of_fine_tuned_models_read_the_pooled_state():
     for name, logits in heads.items():
         expected = pooled @ weights[f"{name}.weight"].t() + weights[f"{name}.bias"]
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["whole", "causal", "padded", "causal and padded"])
+def test_attention_of_training_is_sdpa_and_what_cancels_is_small(kind):
+    """All queries' shares of a key's bias cancel: what is left of its gradient is rounding."""
+    torch.manual_seed(0)
+    shape = (3, 2, 60, 12)
+    query, key, value, grad = (torch.randn(shape) for _ in range(4))
+    mask = None
+    if "padded" in kind:
+        mask = torch.arange(60) < torch.tensor([60, 41, 7])[:, None, None, None]
+    causal, scale = kind == "causal", 0.3
+    if kind == "causal and padded":
+        mask = mask & torch.ones(60, 60, dtype=torch.bool).tril()
+
+    def gradients(attend: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+        inputs = [x.to(dtype).requires_grad_() for x in (query, key, value)]
+        out = attend(*inputs)
+        return [out, *torch.autograd.grad(out, inputs, grad.to(dtype))]
+
+    def sdpa(*inputs: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(
+            *inputs, attn_mask=mask, is_causal=causal, scale=scale
+        )
+
+    exact = gradients(sdpa, torch.float64)
+    ours = gradients(
+        lambda *x: attention._PlainAttention.apply(*x, mask, causal, scale), torch.float32
+    )
+    for mine, wanted in zip(ours, exact, strict=True):
+        assert_same_but_for_rounding(mine, wanted.float())
+    # A key's bias adds one vector to all keys: by each query, the softmax's gradient sums to 0.
+    bias = ours[2].sum(dim=2)
+    assert bias.abs().max() < 1e-5 * ours[2].abs().max()
