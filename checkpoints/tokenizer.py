@@ -349,14 +349,15 @@ def find_tokenizer(checkpoint_path: str | Path) -> Tokenizer | None:
     """Return the tokenizer stored with a checkpoint, None if there is none.
 
     Looks in the checkpoint's folder and in its `tokenizer/` subfolder, then, where the path is a
-    part of a Megatron checkpoint (`iter_*`, `release`, `mp_rank_*`), in the folders up to its root;
-    then where Megatron-Bridge, NeMo 2 and verl keep it. A NeMo 1 model's own comes first.
+    part of a checkpoint (`iter_*`, `release`, `mp_rank_*`, `global_step*`), in the folders up to
+    its root; then where Megatron-Bridge, NeMo 2, verl and gpt-neox keep it. A NeMo 1 model's own
+    comes first.
 
     Raises:
         InputError: The one that is there cannot be read.
     """
     # Imported here to load a tokenizer without torch.
-    from mlm_eval.checkpoints.projects.tokenizer_places import tokenizer_folders
+    from mlm_eval.checkpoints.projects.tokenizer_places import neox_tokenizer, tokenizer_folders
 
     if is_catalog_name(checkpoint_path):
         _, checkpoint_path = resolve(checkpoint_path)
@@ -368,13 +369,15 @@ def find_tokenizer(checkpoint_path: str | Path) -> Tokenizer | None:
         for candidate in (folder, folder / "tokenizer"):
             if candidate.is_dir() and (tokenizer := _load_folder(candidate)) is not None:
                 return tokenizer
-        if not (folder.name == "release" or folder.name.startswith(("iter_", "mp_rank_"))):
+        parts = ("iter_", "mp_rank_", "global_step")
+        if not (folder.name == "release" or folder.name.startswith(parts)):
             break
         folder = folder.parent
     for candidate in tokenizer_folders(path):
         if (tokenizer := _load_folder(candidate)) is not None:
             return tokenizer
-    return None
+    files = neox_tokenizer(path)
+    return None if files is None else _load_file(*files)
 
 
 def _nemo_tokenizer(path: Path) -> Tokenizer | None:

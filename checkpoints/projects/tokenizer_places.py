@@ -1,7 +1,8 @@
 """Where other projects keep the tokenizer of a checkpoint.
 
 Megatron-Bridge: in the folder of the iteration; NeMo 2: in `context/nemo_tokenizer/`; NeMo 1: under
-hashed names beside model_config.yaml, which says which file is what; verl: in `huggingface/`.
+hashed names beside model_config.yaml, which says which file is what; verl: in `huggingface/`;
+gpt-neox: in the root, by the name that its .yml has, or as GPT-NeoX-20B was published.
 """
 
 from __future__ import annotations
@@ -41,6 +42,39 @@ def tokenizer_folders(path: Path) -> list[Path]:
     if len(steps) == 1:
         found += [steps[0], steps[0] / "tokenizer"]
     return [folder for folder in found if folder.is_dir()]
+
+
+_NEOX_20B = "20B_tokenizer.json"
+
+
+def neox_tokenizer(path: Path) -> tuple[Path, Path | None] | None:
+    """Return the files of a gpt-neox run's tokenizer, vocabulary and merges; None: there are none.
+
+    The run's .yml has them as paths of the machine that trained it: files of the same names in the
+    root, in the step, or in a folder `tokenizer` are taken for them.
+    """
+    start = path if path.is_dir() else path.parent
+    inside = start.name.startswith("global_step")
+    root = start.parent if inside else start
+    latest = root / "latest"
+    if not inside and not latest.is_file():
+        return None
+    named = start.name if inside else read_text(latest).strip()
+    if not is_file_name(named):
+        return None
+    step = root / named
+    names: dict[str, Any] = {}
+    for folder in (step / "configs", step, root / "configs", root):
+        for file in sorted(folder.glob("*.y*ml")) if folder.is_dir() else ():
+            names |= {str(key).replace("-", "_"): said for key, said in read_yaml(file).items()}
+        if names:
+            break
+    for folder in (root, step, root / "tokenizer"):
+        for said in (names.get("vocab_file"), _NEOX_20B):
+            if (vocabulary := _file(folder, said)) is not None:
+                merges = _file(folder, names.get("merge_file"))
+                return vocabulary, None if vocabulary.name.endswith("tokenizer.json") else merges
+    return None
 
 
 def nemo_tokenizer(root: Path) -> tuple[Path, Path | None] | None:
