@@ -727,7 +727,13 @@ def _activation(b: _ArgsReader, shapes: Shapes) -> None:
 
 
 # The words of --yaml-cfg, and what its code made of them.
-_YAML_ACTIVATIONS = {"gelu": "gelu", "squaredrelu": "squared_relu", "swiglu": "swiglu"}
+# No run of Megatron-LM has `relu`: files that are written here have it.
+_YAML_ACTIVATIONS = {
+    "gelu": "gelu",
+    "relu": "relu",
+    "squaredrelu": "squared_relu",
+    "swiglu": "swiglu",
+}
 
 
 def _activation_from_args(b: _ArgsReader) -> tuple[str, str]:
@@ -923,6 +929,10 @@ def _args_of_settings(c: ModelConfig, core: bool, run_length: int | None) -> dic
         "onnx_safe": None,
         "bias_gelu_fusion": c.activation in ("gelu_tanh", "geglu_tanh") and not openai,
     }
+    if c.family == "t5":
+        values |= {"num_layers": c.decoder_num_layers, "decoder_seq_length": length}
+    if c.activation == "relu":
+        values["activation_func"] = "relu"
     # No argument of Megatron-LM: absent in files of ordinary models. Latent attention has its own.
     if c.softmax_scale is None or c.multi_latent_attention:
         del values["softmax_scale"]
@@ -951,6 +961,10 @@ def _unheard(c: ModelConfig) -> dict[str, Any]:
         found["rope_scaling_factor"] = c.rope_scaling.factor
     if c.qk_l2_norm and not c.num_experts:
         found["qk_l2_norm"] = True
+    if c.family == "t5" and c.rotary_base != 10000.0:
+        found["rotary_base"] = c.rotary_base
+    if c.family == "t5" and c.rope_scaling is not None:
+        found["use_rope_scaling"] = True
     return found
 
 
@@ -973,7 +987,18 @@ def unheard_warnings(config: ModelConfig) -> list[str]:
             "option: it heeds the gate where it takes its args from the checkpoint's Namespace "
             "only; mlm-eval applies it"
         )
+    if config.relative_positions:
+        warnings.append(
+            "Megatron-LM has the biases of relative positions in TransformerEngine's layers only "
+            "(--transformer-impl transformer_engine)"
+        )
+    if config.softmax_scale is not None and config.family == "t5":
+        warnings.append(
+            f"args.softmax_scale is {config.softmax_scale:g}, for which pretrain_t5.py has no "
+            "option: build the model with it by hand there; mlm-eval applies it"
+        )
     by_hand = {
+        "the ReLU": config.activation == "relu",
         "YaRN": config.yarn is not None and not config.multi_latent_attention,
         "capped attention scores or logits": config.attn_logit_softcapping is not None
         or config.final_logit_softcapping is not None,

@@ -519,6 +519,9 @@ def args_of_family(c: ModelConfig) -> dict[str, Any]:
         args["window_size"] = (c.window_size, 0)
         every = len(c.window_layers) == c.num_layers
         args["window_attn_skip_freq"] = None if every else _pattern(c, c.window_layers)
+    if c.relative_positions:
+        args["relative_attention_num_buckets"] = c.relative_attention_num_buckets
+        args["relative_attention_max_distance"] = c.relative_attention_max_distance
     if c.no_rope_layers:
         args["no_rope_freq"] = _pattern(c, c.no_rope_layers)
     if c.softmax_type != "vanilla":

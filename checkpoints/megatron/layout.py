@@ -200,9 +200,7 @@ def save_layout(
 
 def unwritten_part(config: ModelConfig) -> str | None:
     """Return what a model has that no writer of Megatron's formats knows yet, in words."""
-    parts = [what for what in config.parts_beyond_dense if what in UNWRITTEN]
-    parts += ["an encoder and a decoder (T5)"] * (config.family == "t5")
-    return next(iter(parts), None)
+    return next((what for what in config.parts_beyond_dense if what in UNWRITTEN), None)
 
 
 def _expert_layout(config: ModelConfig, tp: int, ep: int, etp: int | None) -> ExpertLayout:
@@ -413,8 +411,12 @@ def _lacking_in_v25(c: ModelConfig) -> str | None:
 
 def _lacking_in_legacy(c: ModelConfig) -> str | None:
     """Return what no legacy model up to core 0.17 has, heads for question answering aside."""
+    if c.family == "t5":
+        return "T5 with the layers of megatron-core"
     if c.beyond_dense:
         return c.beyond_dense
+    if c.activation == "relu":
+        return "ReLU, only its square"
     if c.qk_layernorm:
         return "norm of queries and keys"
     if c.softmax_scale is not None:
@@ -433,8 +435,6 @@ def _lacking_in_legacy(c: ModelConfig) -> str | None:
 
 
 def _lacking_anywhere(c: ModelConfig) -> str | None:
-    if c.activation == "relu":
-        return "ReLU, only its square"
     scaling = c.rope_scaling
     if scaling is not None and RopeScaling(factor=scaling.factor) != scaling:
         return "rotary scaling with other constants than Llama 3.1's"
@@ -481,6 +481,11 @@ def check_sizes(config: ModelConfig, tp: int, pp: int, names: str) -> None:
                 f"cannot write tp={tp} files: megatron-core's local layers cut {what} of width "
                 f"{width} over the ranks; it allows tp in {', '.join(map(str, allowed))}"
             )
+    if config.family == "t5" and pp > 1:
+        raise InputError(
+            f"cannot write a T5 in pp={pp} pipeline stages: megatron-core's pretrain_t5.py has "
+            "none; leave --pp out"
+        )
     if config.num_layers % pp:
         allowed = [n for n in range(1, config.num_layers + 1) if config.num_layers % n == 0]
         raise InputError(

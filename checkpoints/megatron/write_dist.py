@@ -46,7 +46,7 @@ from mlm_eval.checkpoints.megatron.layout import (
     lacking_in_core,
     save_layout,
 )
-from mlm_eval.checkpoints.megatron.write_torch import CORE_LINEAR, rank_tensors
+from mlm_eval.checkpoints.megatron.write_torch import CORE_LINEAR, rank_tensors, with_second_names
 from mlm_eval.checkpoints.vocabulary import with_rows
 
 DATA_FILE = "__0_0.distcp"
@@ -124,6 +124,8 @@ def write_torch_dist(
     padded = with_rows(checkpoint, layout.vocab_size)
     alone = dataclasses.replace(layout, experts=ExpertLayout(1, 1, 1), pp=1)
     tensors = rank_tensors(padded, alone, 0, 0, 0)
+    if config.family == "t5":
+        tensors = with_second_names(tensors)
     entries, states = list(_entries(config, tensors)), list(_extra_states(config, tensors))
     _check_dtypes(entries, checkpoint)
     args = rank_args(padded, layout, 0, 0)
@@ -172,9 +174,11 @@ def _place(config: ModelConfig, name: str) -> tuple[str, Axes]:
     axes: Axes = ()
     if layer := _LAYER.fullmatch(name):
         prefix, part = f"{layer['block']}.layers.", layer["part"]
-        number = int(layer["number"])
+        number, count = int(layer["number"]), config.num_layers
+        if config.family == "t5" and layer["block"] == "decoder":
+            count = config.decoder_num_layers
         if len(config.moe_layers) in (0, config.num_layers):
-            axes = ((number, config.num_layers),)
+            axes = ((number, count),)
         else:
             prefix += f"{number}."
     elif layer := _PREDICTION_LAYER.fullmatch(name):
@@ -216,7 +220,7 @@ def _extra_states(config: ModelConfig, names: Iterable[str]) -> Iterator[tuple[s
         module, _, leaf = name.rpartition(".")
         if linear := CORE_LINEAR.fullmatch(name):
             modules[linear[1]] = [None]
-            if module.endswith("self_attention.linear_proj"):
+            if module.endswith("attention.linear_proj"):
                 modules[module.replace("linear_proj", "core_attention")] = [None]
         elif leaf == "weight" and module.endswith(_STATELESS_NORMS):
             modules[module] = empty
@@ -226,7 +230,10 @@ def _extra_states(config: ModelConfig, names: Iterable[str]) -> Iterator[tuple[s
         sizes = ".".join(str(size) for _, size in axes) or "1"
         yield f"{key}/shard_{places}_{sizes}", value
     yield f"{config.block}.final_layernorm._extra_state/shard_0_1", empty
-    if config.family == "bert":
+    if config.family == "t5":
+        yield "decoder.final_layernorm._extra_state/shard_0_1", empty
+        yield "lm_head.output_layer._extra_state/shard_0_1", [None]
+    if config.family != "gpt":
         yield "output_layer._extra_state/shard_0_1", [None]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -25,7 +25,12 @@ from mlm_eval.checkpoints.lazy import Computed, Index, LazyTensor, Unstacked
 from mlm_eval.checkpoints.megatron.args import rank_args
 from mlm_eval.checkpoints.megatron.iteration import iteration_folder, write_tracker
 from mlm_eval.checkpoints.megatron.layout import LayoutOptions, SaveLayout, save_layout
-from mlm_eval.checkpoints.megatron.names import HEAD_COPY, KEPT_IN_FLOAT32, num_prediction_heads
+from mlm_eval.checkpoints.megatron.names import (
+    HEAD_COPY,
+    KEPT_IN_FLOAT32,
+    SECOND_NAMES,
+    num_prediction_heads,
+)
 from mlm_eval.checkpoints.parameters import (
     COLUMN,
     WORD_EMBEDDINGS,
@@ -96,7 +101,7 @@ def write_megatron_torch(
     }
     total = sum(lazy.nbytes for model in models.values() for lazy in model.values())
     progress = ByteMeter(total, on_progress)
-    sources = checkpoint.provenance.files
+    sources, family = checkpoint.provenance.files, checkpoint.config.family
     with output_folder(
         target, overwrite=overwrite, needs=total, sources=sources, finish=finish
     ) as partial:
@@ -109,7 +114,7 @@ def write_megatron_torch(
                 "args": args[t, e, p],
                 "checkpoint_version": 3.0,
                 "iteration": layout.iteration or 0,
-                "model": _core_model(model, last=p == layout.pp - 1)
+                "model": _core_model(model, last=p == layout.pp - 1, family=family)
                 if layout.names == "core"
                 else _legacy_model(model),
             }
@@ -127,7 +132,7 @@ def rank_tensors(
     copies of all embeddings for the heads of multi-token prediction.
     """
     config = checkpoint.config
-    per_stage = config.num_layers // layout.pp
+    per_stage = max(config.num_layers, config.decoder_num_layers) // layout.pp  # T5: one stage
     last = layout.pp - 1
     tensors: dict[str, LazyTensor] = {}
     for name, parameter in parameters(config).items():
@@ -196,8 +201,12 @@ def _cast(source: LazyTensor, to: torch.dtype, name: str) -> LazyTensor:
     return Computed(source.shape, to, lambda: cast(source.read(), to, name))
 
 
-def _core_model(tensors: dict[str, LazyTensor], *, last: bool) -> dict[str, LazyTensor | None]:
+def _core_model(
+    tensors: dict[str, LazyTensor], *, last: bool, family: str
+) -> dict[str, LazyTensor | None]:
     """Return the flat `model` entry with megatron-core's keys, its empty extra states included."""
+    if family == "t5":
+        tensors = with_second_names(tensors)
     model: dict[str, LazyTensor | None] = {}
     for name, tensor in tensors.items():
         model["output_layer.weight" if name == HEAD_COPY else name] = tensor
@@ -205,7 +214,20 @@ def _core_model(tensors: dict[str, LazyTensor], *, last: bool) -> dict[str, Lazy
             model[f"{linear[1]}._extra_state"] = None
     if last:
         model["output_layer._extra_state"] = None
+    if last and family == "t5":
+        model["lm_head.output_layer._extra_state"] = None
     return model
+
+
+def with_second_names(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Return the tensors of a megatron-core T5 under the two names that some of them have.
+
+    Its output layer is a part of its head; Megatron asks for both names of each.
+    """
+    first = {name: f"lm_head.{name}" for name in tensors if name.startswith("output_layer.")}
+    found = {first.get(name, name): tensor for name, tensor in tensors.items()}
+    again = {second: found[name] for second, name in SECOND_NAMES.items() if name in found}
+    return found | again
 
 
 def _legacy_model(tensors: dict[str, LazyTensor]) -> dict[str, Any]:

@@ -101,6 +101,10 @@ def test_what_transformers_wrote_is_computed_and_written_bit_for_bit(kind: str, 
     assert torch.equal(transformers_outputs(tmp_path / "ours", probe)["logits"], expected)
     again = open_checkpoint(tmp_path / "ours")
     assert again.config == checkpoint.config and same_tensors(again, checkpoint)
+    convert(checkpoint, "megatron", tmp_path / "megatron", tp=2)
+    convert(open_checkpoint(tmp_path / "megatron"), "hf", tmp_path / "again")
+    file = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(tensor, file[name]) for name, tensor in files[0].items())
 
 
 def of_megatron(config: ModelConfig, *, bias: float = 0.0) -> Checkpoint:
