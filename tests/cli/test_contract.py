@@ -69,8 +69,6 @@ def shown_order(listed: dict[str, Any]) -> list[tuple[str | None, list[str]]]:
     """Return the groups of a help, and the options of each, in their order."""
     groups: dict[str | None, list[str]] = {}
     for name, entry in listed.items():
-        if entry.get("hidden"):  # no help shows it
-            continue
         groups.setdefault(entry.get("group"), []).append(name)
     return list(groups.items())
 

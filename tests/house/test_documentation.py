@@ -698,6 +698,30 @@ def test_the_front_pages_name_the_versions_that_are_used():
     assert len(pinned) == 3 and set(pinned) <= set(tested)
 
 
+def test_every_gate_calls_targets_of_the_makefile():
+    """The workflow, the gate and the hooks, none of which a test can run."""
+    makefile = (PROJECT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
+    variables = set(re.findall(r"^(\w+) *[?:]?=", makefile, re.MULTILINE))
+    workflow = (PROJECT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    steps = re.findall(r"- run: (.*)", workflow)
+    assert len(steps) >= 6
+    for step in steps:
+        make, target, *settings = step.split()
+        assert make == "make" and target in targets, step
+        assert {setting.partition("=")[0] for setting in settings} <= variables, step
+    gate = (PROJECT / ".ci" / "run").read_text(encoding="utf-8")
+    (called,) = re.findall(r"^for target in (.*); do$", gate, re.MULTILINE)
+    assert {step.split()[1] for step in steps} == set(called.split()) <= targets
+    tested = re.findall(r'"(3\.\d+)"', workflow)
+    project = (PROJECT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'requires-python = ">={tested[0]}"' in project
+    lint = re.findall(r"^lint:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)[0]
+    hooks = (PROJECT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    entries = re.findall(r"entry: (\w+(?: \w+)?)", hooks)
+    assert entries and all(entry in lint for entry in entries), entries
+
+
 def test_nothing_in_the_tables_is_left_over():
     texts = {shown.text for shown in SHOWN}
     words = {word.removeprefix("/") for shown in SHOWN for word in shown.words}
