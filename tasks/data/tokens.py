@@ -107,7 +107,13 @@ def kept_arrays(
         path: The file.
         make: Returns the arrays by name.
         whole: Returns whether the arrays of a file are what `make` would return.
+
+    Raises:
+        InputError: The path is a link, a device, a pipe or a folder, which is neither read nor
+            written.
     """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise InputError(f"{path} is kept tokens by its name, but no file; remove it")
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
     from safetensors.torch import load_file
