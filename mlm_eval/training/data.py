@@ -36,24 +36,21 @@ Label = int | tuple[int, int] | Tensor
 
 @dataclass(frozen=True)
 class Sample:
-    """One training sample.
-
-    Attributes:
-        rows: Token ids of each row, `[n]` int64 without padding: one row, or one for each choice.
-            All samples of a data set have the same number of rows.
-        tokentypes: Segment ids of each row, of the same shapes.
-        label: A class or the number of the right choice; the positions (start, end) of an answer in
-            the row; or a label for each token of the one row, `NO_LABEL` for none.
-        index: Number of the sample in its data set: the masks of dropout belong to it.
-        width: Tokens that its rows are padded to, whatever else is in the batch; 0: as many as the
-            batch's longest row has. The same for all samples of a data set.
-    """
+    """One training sample."""
 
     rows: list[Tensor]
+    """Token ids of each row, `[n]` int64 without padding: one row, or one for each choice. All
+    samples of a data set have the same number of rows."""
     tokentypes: list[Tensor]
+    """Segment ids of each row, of the same shapes."""
     label: Label
+    """A class or the number of the right choice; the positions (start, end) of an answer in the
+    row; or a label for each token of the one row, `NO_LABEL` for none."""
     index: int
+    """Number of the sample in its data set: the masks of dropout belong to it."""
     width: int = 0
+    """Tokens that its rows are padded to, whatever else is in the batch; 0: as many as the batch's
+    longest row has. The same for all samples of a data set."""
 
     @property
     def length(self) -> int:
@@ -63,30 +60,27 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """The padded samples of one forward pass; a sample's rows stand one after the other.
-
-    Attributes:
-        tokens: `[samples * rows, width]`, padded on the right with 0.
-        tokentypes: Same shape, 0 on padding.
-        padding_mask: Same shape, 1 on real tokens.
-        labels: `[samples]`; `[samples, 2]` for answers; `[samples, width]` for labels of tokens.
-        host_labels: The same in the host's memory: what depends on their values is decided there,
-            without a wait for the device.
-        rows: Rows of a sample.
-        indices: Numbers of the samples.
-        mean_weight: Mean of `Objective.weight` over the samples of the whole global batch.
-        stated_width: `Sample.width`, the tokens of every row with its padding where that is set.
-    """
+    """The padded samples of one forward pass; a sample's rows stand one after the other."""
 
     tokens: Tensor
+    """`[samples * rows, width]`, padded on the right with 0."""
     tokentypes: Tensor
+    """Same shape, 0 on padding."""
     padding_mask: Tensor
+    """Same shape, 1 on real tokens."""
     labels: Tensor
+    """`[samples]`; `[samples, 2]` for answers; `[samples, width]` for labels of tokens."""
     host_labels: Tensor
+    """The same in the host's memory: what depends on their values is decided there, without a wait
+    for the device."""
     rows: int
+    """Rows of a sample."""
     indices: Tensor
+    """Numbers of the samples."""
     mean_weight: float = 1.0
+    """Mean of `Objective.weight` over the samples of the whole global batch."""
     stated_width: int = 0
+    """`Sample.width`, the tokens of every row with its padding where that is set."""
 
     @property
     def samples(self) -> int:
@@ -148,21 +142,18 @@ def epoch_order(length: int, *, seed: int, epoch: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many steps a run has, and which samples each of them takes.
-
-    Attributes:
-        samples: Size of the data set.
-        global_batch: Samples of a step.
-        steps_per_epoch: Steps of one pass over the data.
-        total_steps: Steps of the run.
-        seed: Of the order.
-    """
+    """How many steps a run has, and which samples each of them takes."""
 
     samples: int
+    """Size of the data set."""
     global_batch: int
+    """Samples of a step."""
     steps_per_epoch: int
+    """Steps of one pass over the data."""
     total_steps: int
+    """Steps of the run."""
     seed: int
+    """Of the order."""
 
     @classmethod
     def make(cls, samples: int, settings: TrainSettings) -> Plan:

@@ -23,14 +23,11 @@ from mlm_eval.training.data import NO_LABEL, Batch, Sample
 
 
 class Objective(ABC):
-    """A loss, and what counts as correct.
-
-    Attributes:
-        head: The head that it trains: `multichoice_head`, `classification_head`, `qa_head`, `mlm`
-            or `lm`.
-    """
+    """A loss, and what counts as correct."""
 
     head: str
+    """The head that it trains: `multichoice_head`, `classification_head`, `qa_head`, `mlm` or
+    `lm`."""
 
     def weight(self, sample: Sample) -> float:
         """Return how much a sample counts in the mean loss: here 1."""

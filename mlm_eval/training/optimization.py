@@ -17,17 +17,14 @@ from mlm_eval.training.settings import Hyperparameters
 
 @dataclass(frozen=True)
 class Trained:
-    """A parameter under training.
-
-    Attributes:
-        name: Canonical name.
-        parameter: This rank's shard of it; a DTensor over the data-parallel ranks under FSDP2.
-        over_tp: Whether tensor-parallel ranks hold different parts of it.
-    """
+    """A parameter under training."""
 
     name: str
+    """Canonical name."""
     parameter: nn.Parameter
+    """This rank's shard of it; a DTensor over the data-parallel ranks under FSDP2."""
     over_tp: bool
+    """Whether tensor-parallel ranks hold different parts of it."""
 
 
 def make_optimizer(trained: Iterable[Trained], settings: Hyperparameters) -> torch.optim.AdamW:
@@ -58,20 +55,18 @@ class Schedule:
     It rises linearly from 0 (the first step has a rate of 0). Since v2.0 it then falls to `min_lr`,
     which it would reach one step after the last. v1.0's falls by `lr / total` a step, and stands
     still for the last `warmup * total` steps: it ends at `2 * warmup * lr`.
-
-    Attributes:
-        lr: The highest rate.
-        min_lr: The rate at the end; v1.0's never falls below it.
-        total: Steps of the run.
-        warmup: Share of the steps in which the rate rises.
-        decay: `linear`, `cosine`, or `linear-v1` for v1.0's.
     """
 
     lr: float
+    """The highest rate."""
     min_lr: float
+    """The rate at the end; v1.0's never falls below it."""
     total: int
+    """Steps of the run."""
     warmup: float
+    """Share of the steps in which the rate rises."""
     decay: str = "linear"
+    """`linear`, `cosine`, or `linear-v1` for v1.0's."""
 
     def __call__(self, step: int) -> float:
         """Return the rate of a step, counted from 0."""

@@ -29,27 +29,24 @@ from mlm_eval.training.settings import Counters, TrainSettings
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did, the same on every rank.
-
-    Attributes:
-        loss: Mean over the samples of the global batch.
-        hits: Correct predictions.
-        predictions: Predictions.
-        norm: Of the gradient, before clipping.
-        lr: Learning rate.
-        moved: Whether the weights moved: float16 skips a step whose gradient overflows.
-        broken: Loss or gradient is not finite, and no smaller loss scale can help.
-        save_due: Whether it is time to save a state, by rank 0's clock.
-    """
+    """What a step did, the same on every rank."""
 
     loss: float
+    """Mean over the samples of the global batch."""
     hits: float
+    """Correct predictions."""
     predictions: float
+    """Predictions."""
     norm: float
+    """Of the gradient, before clipping."""
     lr: float
+    """Learning rate."""
     moved: bool
+    """Whether the weights moved: float16 skips a step whose gradient overflows."""
     broken: bool
+    """Loss or gradient is not finite, and no smaller loss scale can help."""
     save_due: bool
+    """Whether it is time to save a state, by rank 0's clock."""
 
 
 class Stepper:

@@ -19,27 +19,24 @@ from mlm_eval.tasks.finetune.task import ROLES, ExampleSet, Task, check_names, m
 
 @dataclass(frozen=True)
 class Prepared:
-    """What rank 0 makes of the data.
-
-    Attributes:
-        recipe_name: Name or path of the recipe.
-        recipe: With the options that override it.
-        train: Training samples; None where nothing is trained.
-        evaluated: The sets to evaluate, by role and name.
-        version: Of their data; see `ExampleSet`.
-        counts: How much there is of everything, for the record.
-        data: What was read, for the record.
-        warnings: What a reader of the figures must know.
-    """
+    """What rank 0 makes of the data."""
 
     recipe_name: str
+    """Name or path of the recipe."""
     recipe: Recipe
+    """With the options that override it."""
     train: PairFeatures | None
+    """Training samples; None where nothing is trained."""
     evaluated: dict[str, dict[str, PairFeatures]]
+    """The sets to evaluate, by role and name."""
     version: str
+    """Of their data; see `ExampleSet`."""
     counts: dict[str, int]
+    """How much there is of everything, for the record."""
     data: dict[str, Any]
+    """What was read, for the record."""
     warnings: list[str]
+    """What a reader of the figures must know."""
 
 
 def prepare_sets(

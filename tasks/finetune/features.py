@@ -64,36 +64,33 @@ def special_ids(tokenizer: Tokenizer) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class PairFeatures(Sequence[Sample]):
-    """The samples of a data set, made when they are read.
-
-    Attributes:
-        firsts: The A's: `rows` in a row for each sample.
-        seconds: The texts that B's are parts of.
-        first: Number of each sample's first A, `[samples]`.
-        second: Number of each sample's text, `[samples]`.
-        start: Where B begins in its text, `[samples]`.
-        stop: Where B ends, exclusive, `[samples]`.
-        labels: `[samples]`, or `[samples, 2]` for an answer's first and last position in the row.
-            Where they are not known (a test set), 0.
-        rows: Rows of a sample: 4 for RACE, else 1.
-        max_first: A's beyond this length lose their end; None: none does.
-        max_length: Of a row.
-        cls_id: Id of [CLS].
-        sep_id: Id of [SEP].
-    """
+    """The samples of a data set, made when they are read."""
 
     firsts: Ragged
+    """The A's: `rows` in a row for each sample."""
     seconds: Ragged
+    """The texts that B's are parts of."""
     first: Integers
+    """Number of each sample's first A, `[samples]`."""
     second: Integers
+    """Number of each sample's text, `[samples]`."""
     start: Integers
+    """Where B begins in its text, `[samples]`."""
     stop: Integers
+    """Where B ends, exclusive, `[samples]`."""
     labels: Integers
+    """`[samples]`, or `[samples, 2]` for an answer's first and last position in the row. Where they
+    are not known (a test set), 0."""
     rows: int
+    """Rows of a sample: 4 for RACE, else 1."""
     max_first: int | None
+    """A's beyond this length lose their end; None: none does."""
     max_length: int
+    """Of a row."""
     cls_id: int
+    """Id of [CLS]."""
     sep_id: int
+    """Id of [SEP]."""
 
     @classmethod
     def of_whole_texts(
@@ -203,18 +200,15 @@ class RowInputs(Sequence[BertInput]):
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a head says about a set.
-
-    Attributes:
-        values: `[rows, outputs]` float32, a sample's rows one after the other; of a span head
-            `[tokens, 2]`, the tokens of all rows one after the other.
-        offsets: Span head: where each row's tokens start, and the end, `[rows + 1]`; else None.
-        rows: Rows of a sample.
-    """
+    """What a head says about a set."""
 
     values: NDArray[np.float32]
+    """`[rows, outputs]` float32, a sample's rows one after the other; of a span head `[tokens, 2]`,
+    the tokens of all rows one after the other."""
     offsets: NDArray[np.int64] | None
+    """Span head: where each row's tokens start, and the end, `[rows + 1]`; else None."""
     rows: int
+    """Rows of a sample."""
 
     def table(self) -> NDArray[np.float32]:
         """Return each sample's scores of its classes or choices, `[samples, classes]`."""

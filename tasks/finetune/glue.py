@@ -32,27 +32,24 @@ Pair = tuple[str, str, str, int | None]
 
 
 class Glue(ChoiceTask):
-    """A task of GLUE that takes two texts and gives a class.
-
-    Attributes:
-        folder: As GLUE names it.
-        files: Files of each role in that folder.
-        hub_labels: Our number of each label of the Hub.
-        columns: Names of the column of the id, of each text and of the label, the first that a
-            header has counts.
-        positions: Number of columns of GLUE's files -> the places of the same four, by which a
-            file is read whose header names neither text.
-        skips: Rows without all columns or without a text are left out, as Megatron does.
-    """
+    """A task of GLUE that takes two texts and gives a class."""
 
     head = "classification_head"
     objective = Classification
     folder: ClassVar[str]
+    """As GLUE names it."""
     files: ClassVar[dict[str, tuple[str, ...]]]
+    """Files of each role in that folder."""
     hub_labels: ClassVar[tuple[int, ...]]
+    """Our number of each label of the Hub."""
     columns: ClassVar[tuple[tuple[str, ...], ...]]
+    """Names of the column of the id, of each text and of the label, the first that a header has
+    counts."""
     positions: ClassVar[dict[int, tuple[int, int, int, int | None]]]
+    """Number of columns of GLUE's files -> the places of the same four, by which a file is read
+    whose header names neither text."""
     skips: ClassVar[bool] = False
+    """Rows without all columns or without a text are left out, as Megatron does."""
 
     def read_folder(self, path: Path, roles: Sequence[str]) -> list[ExampleSet]:
         """See `Task.read`: GLUE's folder of the task, or one that holds it."""

@@ -36,17 +36,14 @@ SUBMISSIONS = (".tsv", ".json", ".null_odds.json")
 
 @dataclass(frozen=True)
 class Predictions:
-    """One file of predictions.
-
-    Attributes:
-        path: Of the file.
-        header: What it says about itself; see `write_predictions`.
-        records: One for each example, in the order of the set.
-    """
+    """One file of predictions."""
 
     path: Path
+    """Of the file."""
     header: Mapping[str, Any]
+    """What it says about itself; see `write_predictions`."""
     records: Sequence[Mapping[str, Any]]
+    """One for each example, in the order of the set."""
 
     @property
     def set_name(self) -> str:

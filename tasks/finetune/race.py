@@ -36,21 +36,18 @@ ARCHIVES = (".tar.gz", ".tgz", ".tar")
 
 @dataclass(frozen=True)
 class Passage:
-    """An article with its questions, as one line of a file of RACE has them.
-
-    Attributes:
-        id: Such as `high1432.txt`.
-        article: The text.
-        questions: One or more.
-        options: Four for each question.
-        answers: Number of the right option of each question, from 0.
-    """
+    """An article with its questions, as one line of a file of RACE has them."""
 
     id: str
+    """Such as `high1432.txt`."""
     article: str
+    """The text."""
     questions: tuple[str, ...]
+    """One or more."""
     options: tuple[tuple[str, ...], ...]
+    """Four for each question."""
     answers: tuple[int, ...]
+    """Number of the right option of each question, from 0."""
 
 
 class Race(ChoiceTask):
@@ -217,21 +214,18 @@ def make_set(passages: Sequence[Passage], name: str, *, role: str, path: str) ->
 
 @dataclass(frozen=True)
 class PassageFile:
-    """A file of passages.
-
-    Attributes:
-        split: `train`, `dev` or `test`, as the path says; empty where it does not.
-        level: The folders below, with dashes; where there is no split, the folder's or file's name.
-        name: Of the file.
-        where: The file, for messages.
-        text: Its content.
-    """
+    """A file of passages."""
 
     split: str
+    """`train`, `dev` or `test`, as the path says; empty where it does not."""
     level: str
+    """The folders below, with dashes; where there is no split, the folder's or file's name."""
     name: str
+    """Of the file."""
     where: str
+    """The file, for messages."""
     text: str
+    """Its content."""
 
 
 def passage_files(path: Path) -> Iterator[PassageFile]:

@@ -39,29 +39,23 @@ Floats = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class SpanExample(Example):
-    """A question on a passage.
-
-    Attributes:
-        answers: The true answers and where each starts in the passage, in characters; empty where
-            there is none, or none is known.
-    """
+    """A question on a passage."""
 
     answers: tuple[tuple[str, int], ...] = ()
+    """The true answers and where each starts in the passage, in characters; empty where there is
+    none, or none is known."""
 
 
 @dataclass(frozen=True)
 class SpanFeatures(PairFeatures):
-    """The windows of all questions, a question's one after the other.
-
-    Attributes:
-        question: Number of each window's question, `[windows]`.
-        char_starts: Where each token of a passage starts, in characters.
-        char_stops: Where it ends, exclusive.
-    """
+    """The windows of all questions, a question's one after the other."""
 
     question: Integers
+    """Number of each window's question, `[windows]`."""
     char_starts: Ragged
+    """Where each token of a passage starts, in characters."""
     char_stops: Ragged
+    """Where it ends, exclusive."""
 
     @property
     def width(self) -> int:
@@ -151,17 +145,14 @@ def token_span(starts: Integers, stops: Integers, begin: int, end: int) -> tuple
 
 @dataclass(frozen=True)
 class Spans:
-    """The best spans of some windows, best first, as tokens of the passage.
-
-    Attributes:
-        scores: `[windows, n_best]`; minus infinity where a window has fewer spans.
-        first: Number of the first token, `[windows, n_best]`.
-        last: Number of the last token.
-    """
+    """The best spans of some windows, best first, as tokens of the passage."""
 
     scores: Floats
+    """`[windows, n_best]`; minus infinity where a window has fewer spans."""
     first: Integers
+    """Number of the first token, `[windows, n_best]`."""
     last: Integers
+    """Number of the last token."""
 
 
 def best_spans(

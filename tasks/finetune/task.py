@@ -41,48 +41,42 @@ CLOSE_CALL = 1e-4
 
 @dataclass(frozen=True)
 class Example:
-    """One question to be answered.
-
-    Attributes:
-        id: Names it in its set.
-        firsts: What stands before the text, one for each row.
-        second: Number of the text in `ExampleSet.texts`.
-        label: The right choice or class; None where it is not known.
-    """
+    """One question to be answered."""
 
     id: str
+    """Names it in its set."""
     firsts: tuple[str, ...]
+    """What stands before the text, one for each row."""
     second: int
+    """Number of the text in `ExampleSet.texts`."""
     label: int | None = None
+    """The right choice or class; None where it is not known."""
 
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """One named set of examples, such as dev-middle.
-
-    Attributes:
-        name: As Megatron named it: the path's end with dashes.
-        role: `train`, `dev` or `test`.
-        path: Where it was read.
-        sha256: Of its content.
-        texts: What the examples are about, each once.
-        examples: In the order of the data.
-        labelled: Whether the right answers are known.
-        total: Examples before any limit.
-        version: Of the data, where there are several: SQuAD's `1.1` or `2.0`.
-        warnings: What a reader of the figures must know.
-    """
+    """One named set of examples, such as dev-middle."""
 
     name: str
+    """As Megatron named it: the path's end with dashes."""
     role: str
+    """`train`, `dev` or `test`."""
     path: str
+    """Where it was read."""
     sha256: str
+    """Of its content."""
     texts: Sequence[str]
+    """What the examples are about, each once."""
     examples: Sequence[Any]
+    """In the order of the data."""
     labelled: bool = True
+    """Whether the right answers are known."""
     total: int = 0
+    """Examples before any limit."""
     version: str = ""
+    """Of the data, where there are several: SQuAD's `1.1` or `2.0`."""
     warnings: Sequence[str] = ()
+    """What a reader of the figures must know."""
 
     def limited(self, limit: int | None) -> ExampleSet:
         """Return the first `limit` examples with the texts that they need."""
@@ -149,35 +143,29 @@ def check_names(sets: Sequence[ExampleSet]) -> Sequence[ExampleSet]:
 
 @dataclass(frozen=True)
 class Answered:
-    """A set with the answers of a model, or of several together.
-
-    Attributes:
-        name: Of the set.
-        role: `train`, `dev` or `test`.
-        labelled: Whether the right answers are known.
-        version: See `ExampleSet`.
-        records: One for each example, in order, as JSON values: its `id`, the right answer (null
-            where it is not known), and what the model holds of the possible ones.
-    """
+    """A set with the answers of a model, or of several together."""
 
     name: str
+    """Of the set."""
     role: str
+    """`train`, `dev` or `test`."""
     labelled: bool
+    """Whether the right answers are known."""
     version: str
+    """See `ExampleSet`."""
     records: Sequence[Mapping[str, Any]]
+    """One for each example, in order, as JSON values: its `id`, the right answer (null where it is
+    not known), and what the model holds of the possible ones."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """The figures of some sets, and their predictions.
-
-    Attributes:
-        metrics: By set, and pooled ones by role.
-        predictions: By set: its records, with the answers that were decided on.
-    """
+    """The figures of some sets, and their predictions."""
 
     metrics: dict[str, Any] = field(default_factory=dict)
+    """By set, and pooled ones by role."""
     predictions: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """By set: its records, with the answers that were decided on."""
 
     def null_threshold(self, role: str) -> float | None:
         """Return the threshold of "no answer" that a role's sets were judged at; None: none."""
@@ -186,25 +174,22 @@ class Judgement:
 
 
 class Task(ABC):
-    """A benchmark that a model is fine-tuned for.
-
-    Attributes:
-        name: Of the command.
-        head: Name of the head that answers.
-        objective: The loss to train for.
-        classes: Names of a classification head's outputs, in order; empty for other heads.
-        hub: Its set of the Hub, in the `datasets` library.
-        hub_splits: Splits of each role there, by the name that their sets get.
-        hub_columns: Columns there.
-    """
+    """A benchmark that a model is fine-tuned for."""
 
     name: ClassVar[str]
+    """Of the command."""
     head: ClassVar[str]
+    """Name of the head that answers."""
     objective: ClassVar[type[Objective]]
+    """The loss to train for."""
     classes: ClassVar[tuple[str, ...]] = ()
+    """Names of a classification head's outputs, in order; empty for other heads."""
     hub: ClassVar[DatasetName]
+    """Its set of the Hub, in the `datasets` library."""
     hub_splits: ClassVar[Mapping[str, Mapping[str, str]]] = HUB_SPLITS
+    """Splits of each role there, by the name that their sets get."""
     hub_columns: ClassVar[tuple[str, ...]]
+    """Columns there."""
 
     def default_recipe(self, sets: Sequence[ExampleSet]) -> str:
         """Return the name of the recipe for these sets: the paper's for its smallest model."""
