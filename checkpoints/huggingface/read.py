@@ -34,6 +34,7 @@ from mlm_eval.checkpoints.huggingface.families import FAMILIES
 from mlm_eval.checkpoints.huggingface.families.family import IGNORED_TENSORS, Family, entries
 from mlm_eval.checkpoints.huggingface.families.gpt_oss import GPT_OSS
 from mlm_eval.checkpoints.huggingface.folds import with_paired_latents
+from mlm_eval.checkpoints.huggingface.images import text_config, text_tensors
 from mlm_eval.checkpoints.huggingface.layout import zeros
 from mlm_eval.checkpoints.huggingface.quantized.fp8 import is_fp8, with_fp8_unpacked
 from mlm_eval.checkpoints.huggingface.quantized.mxfp4 import with_mxfp4_unpacked
@@ -118,9 +119,14 @@ def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> Check
     """
     overrides = dict(overrides or {})
     config_path = path / "config.json"
-    hf = read_json_object(config_path)
+    whole = read_json_object(config_path)
+    text = text_config(whole, str(config_path))
+    hf = whole if text is None else text
     family = find_family(hf, config_path)
     weights = _open_weights(path, family.prefix)
+    of_images: list[str] = []
+    if text is not None:
+        weights.tensors, of_images = text_tensors(weights.tensors)
     if family is GPT_OSS and hf.get("quantization_config") is not None:
         settings = hf["quantization_config"]
         weights.tensors = with_mxfp4_unpacked(weights.tensors, settings, str(config_path))
@@ -138,6 +144,11 @@ def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> Check
     build = read_config(hf, family, found=found, overrides=overrides, where=str(config_path))
     warnings = list(build.warnings)
     warnings += _leave_out_later_layers(weights, build)
+    if text is not None:
+        warnings.append(
+            f"this is a {whole['model_type']} model of text and images: its language model is "
+            f"read, and its {len(of_images)} tensors for images are left out"
+        )
     tensors, notes = _pack(weights, family, build.config, build.switches)
     if found.untied and family.kind != "t5":  # T5 v1.1 has two, whatever its file says
         warnings.append(

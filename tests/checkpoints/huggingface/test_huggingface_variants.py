@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import SHARED
 from safetensors.torch import load_file, save_file
 from support.huggingface_models import (
+    GEMMA,
     GPT_OSS,
+    LLAMA4,
     gpt_model,
     our_log_probs,
+    randomize,
     their_log_probs,
     theirs,
     tokens,
@@ -104,6 +108,77 @@ def test_what_no_class_computes_is_refused_by_its_name(
     with pytest.raises(InputError, match=UNLIKE[name]):
         convert(open_checkpoint(families / name), "hf", tmp_path / "out", vocab="padded")
     assert not list(tmp_path.iterdir())
+
+
+# ---- models of text and images -----------------------------------------------------------------
+
+PICTURES: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+def model_of_images(kind: str) -> Any:
+    """Return a small random model of text and images."""
+    import transformers
+
+    text = {**(GEMMA if kind == "Gemma3" else LLAMA4)}
+    pictures = {**PICTURES}
+    if kind == "Llama4":
+        pictures |= {"vision_output_dim": 16, "projector_input_dim": 16}
+        pictures |= {"projector_output_dim": 16, "pixel_shuffle_ratio": 0.5}
+    more = {"mm_tokens_per_image": 4} if kind == "Gemma3" else {}
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=text, vision_config=pictures, **more
+    )
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+    randomize(model)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["Gemma3", "Llama4"])
+@pytest.mark.parametrize("names", ["as saved", "of its modules"])
+def test_the_language_model_of_a_model_of_images_is_read(
+    kind: str, names: str, tmp_path: Path
+) -> None:
+    model = model_of_images(kind)
+    model.save_pretrained(tmp_path)
+    if names == "of its modules":
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        if kind == "Gemma3":  # tied
+            del state["lm_head.weight"]
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path)
+    [warning] = [one for one in checkpoint.provenance.warnings if "images" in one]
+    assert "its language model is read" in warning
+    expected = their_log_probs(model, tokens())
+    torch.testing.assert_close(our_log_probs(checkpoint, tokens()), expected, rtol=0, atol=2e-4)
+    report = convert(checkpoint, "hf", tmp_path / "text")
+    written = json.loads((tmp_path / "text/config.json").read_text())
+    assert written["architectures"] == [f"{kind}ForCausalLM"]
+    found = transformers_outputs(report.path, {"tokens": tokens()})["logits"]
+    with torch.inference_mode():
+        torch.testing.assert_close(found, model(tokens()).logits, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text_config": None}, "model of text and images, but its text_config is None"),
+        ({"text_config": {"model_type": "llama"}}, "model_type 'llama', expected 'gemma3_text'"),
+    ],
+)
+def test_a_model_of_images_without_a_language_model_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3"} | changes))
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=message):
+        read_folder(tmp_path)
 
 
 # ---- packed weights ----------------------------------------------------------------------------
