@@ -9,7 +9,6 @@
     config.py      config.json <-> `ModelConfig`
     windows.py     layers that attend within a window, and their rotary base
     experts.py     experts and latents of config.json, and which class has a mixture
-    images.py      models of text and images, of which the language model is read
     reader.py      the builder that collects the settings of a config.json
     read.py        a folder -> `Checkpoint`
     plan.py        which class a model becomes, what changes form, what is refused

@@ -33,8 +33,8 @@ from mlm_eval.checkpoints.huggingface.config import read_config
 from mlm_eval.checkpoints.huggingface.families import FAMILIES
 from mlm_eval.checkpoints.huggingface.families.family import IGNORED_TENSORS, Family, entries
 from mlm_eval.checkpoints.huggingface.families.gpt_oss import GPT_OSS
+from mlm_eval.checkpoints.huggingface.families.images import text_config, text_tensors
 from mlm_eval.checkpoints.huggingface.folds import with_paired_latents
-from mlm_eval.checkpoints.huggingface.images import text_config, text_tensors
 from mlm_eval.checkpoints.huggingface.layout import zeros
 from mlm_eval.checkpoints.huggingface.quantized.fp8 import is_fp8, with_fp8_unpacked
 from mlm_eval.checkpoints.huggingface.quantized.mxfp4 import with_mxfp4_unpacked

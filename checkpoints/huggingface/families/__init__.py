@@ -8,6 +8,7 @@
     gpt_oss.py  gpt-oss
     experts.py  mixtures of experts: Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek V2 and V3
     llama4.py   Llama 4's language model
+    images.py   models of text and images, whose language model is of a family here
     bert.py     BERT in Megatron's order and in the original one
     t5.py       T5, with its gated variant, and mT5
 
