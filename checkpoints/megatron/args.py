@@ -1004,6 +1004,7 @@ def unheard_warnings(config: ModelConfig) -> list[str]:
         or config.final_logit_softcapping is not None,
         "a rotary base of windowed layers": config.rotary_base_local is not None,
         "norms of branches": config.branch_layernorm,
+        "L2 norms of queries and keys in some layers only": bool(config.no_l2_norm_layers),
         "scaled embeddings or logits": (config.embedding_multiplier, config.logit_multiplier)
         != (1.0, 1.0),
     }

@@ -110,6 +110,27 @@ def test_what_no_class_computes_is_refused_by_its_name(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("gemma2", ("capped attention scores", "norms of branches", "scaled embeddings")),
+        ("gemma3", ("a rotary base of windowed layers", "norms of branches")),
+        ("llama4", ("L2 norms of queries and keys in some layers only",)),
+        ("mistral-window", ()),
+    ],
+)
+def test_what_megatron_has_no_option_for_is_told(
+    kind: str, parts: tuple[str, ...], tmp_path: Path
+) -> None:
+    gpt_model(kind).save_pretrained(tmp_path / "hf")
+    source = open_checkpoint(tmp_path / "hf")
+    report = convert(source, "torch_dist", tmp_path / "out")
+    said = [one for one in report.warnings if "Megatron-LM has no option" in one]
+    assert all(any(part in one for one in said) for part in parts)
+    assert bool(said) == bool(parts)
+    assert open_checkpoint(report.path).config == source.config
+
+
 # ---- models of text and images -----------------------------------------------------------------
 
 PICTURES: dict[str, Any] = {

@@ -335,7 +335,21 @@ def test_transformers_own_files_come_back_as_they_were(name: str, tmp_path: Path
     load_theirs(report)
 
 
-@pytest.mark.parametrize("name", ["gpt2-untied", "llama-gqa", "qwen2", "neox", "BertModel"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt2-untied",
+        "llama-gqa",
+        "qwen2",
+        "neox",
+        "BertModel",
+        "mistral-window",
+        "gemma2",
+        "gemma3-scaled",
+        "gpt-oss",
+        "llama4",
+    ],
+)
 def test_through_two_megatron_ranks_and_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     model = gpt_model(name) if name in GPT_MODELS else theirs(name, BERT)
     model.save_pretrained(tmp_path / "theirs")
