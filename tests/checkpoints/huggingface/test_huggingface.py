@@ -90,7 +90,7 @@ def test_bert_heads_agree_with_transformers(name: str, tmp_path: Path) -> None:
             torch.testing.assert_close(heads["binary_head"], next_sentence, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama-gqa", "llama-biases", "neox"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama-gqa", "llama-biases", "neox", "deepseek-v3"])
 @pytest.mark.parametrize("tp_size", [2, 4])
 def test_slices_of_ranks_are_slices_of_the_whole(kind: str, tp_size: int, tmp_path: Path) -> None:
     gpt_model(kind).save_pretrained(tmp_path)

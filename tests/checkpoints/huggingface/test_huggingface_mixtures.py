@@ -26,6 +26,7 @@ from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import parameters
 from mlm_eval.engine.plain_transformers import transformers_outputs
 from mlm_eval.engine.verify import outputs, verify_conversion
+from mlm_eval.engine.weights import compare_settings
 
 FAMILIES = SHARED / "oracles" / "families"
 TOLERANCE = 2e-4  # absolute, of logits, as the acceptance of the conversions has it
@@ -266,6 +267,54 @@ def test_the_bias_of_a_choice_stays_float32(tmp_path: Path) -> None:
     convert(random_models.checkpoint(V3, half), "hf", tmp_path / "half", vocab="padded")
     stored = load_file(tmp_path / "half" / "model.safetensors")
     assert {key for key, tensor in stored.items() if tensor.dtype == torch.float32} == kept
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("to", ["megatron", "torch_dist"])
+@pytest.mark.parametrize("name", ["mixtral_tp2_ep2", "qwen2moe_tp2", "dsv2lite", "dsv3_bf16_tp2"])
+def test_megatrons_mixtures_go_to_hugging_face_and_back(name: str, to: str, tmp_path: Path) -> None:
+    """Megatron -> Hugging Face -> Megatron: the same weights and the same settings."""
+    if not FAMILIES.is_dir():
+        pytest.skip(f"{FAMILIES} is not here")
+    source = open_checkpoint(FAMILIES / name)
+    convert(source, "hf", tmp_path / "hf", vocab="padded")
+    convert(open_checkpoint(tmp_path / "hf"), to, tmp_path / "back")
+    back = open_checkpoint(tmp_path / "back")
+    assert same_tensors(back, source)
+    assert compare_settings(source.config, back.config, ("a", "b")) == ([], [])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize(
+    "kind", ["mixtral", "qwen2-moe-mixed", "qwen3-moe", "deepseek-v2", "deepseek-v3-one-group"]
+)
+def test_mixtures_go_through_megatrons_files_bit_for_bit(
+    kind: str, tp: int, tmp_path: Path
+) -> None:
+    gpt_model(kind).save_pretrained(tmp_path / "theirs")
+    source = open_checkpoint(tmp_path / "theirs")
+    convert(source, "megatron", tmp_path / "megatron", tp=tp, true_vocab_size=40)
+    convert(open_checkpoint(tmp_path / "megatron"), "hf", tmp_path / "ours", true_vocab_size=40)
+    before = load_file(tmp_path / "theirs" / "model.safetensors")
+    after = load_file(tmp_path / "ours" / "model.safetensors")
+    assert set(after) == set(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [
+        ("deepseek-v2-lite", "latent_layernorm_epsilon = 1e-06"),
+        ("deepseek-v2-groups", "moe_router_group_experts = 1"),
+    ],
+)
+def test_what_megatron_cannot_say_of_a_mixture_is_named(
+    kind: str, setting: str, tmp_path: Path
+) -> None:
+    gpt_model(kind).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(InputError, match=f"has {setting}, which Megatron's args cannot say"):
+        convert(open_checkpoint(tmp_path / "theirs"), "megatron", tmp_path / "out")
 
 
 # --- what stands in files -----------------------------------------------------------------------

@@ -37,6 +37,7 @@ from mlm_eval.engine.score import Request
 # ---- over ranks --------------------------------------------------------------------------------
 
 CUT = ("mistral-window", "qwen2-window", "gemma2", "gemma3-scaled", "gpt-oss", "llama4")
+CUT += ("mixtral", "qwen2-moe-mixed", "deepseek-v2-groups", "deepseek-v3")
 
 
 def scores(folder: Path, tp: int) -> dict[str, Tensor]:
