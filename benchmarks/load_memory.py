@@ -48,7 +48,7 @@ class Peak:
         self.bytes = max(self.bytes, anonymous_bytes(os.getpid()))
 
 
-def load_on_a_rank(source: Path, report: Path) -> None:
+def load_on_a_rank(source: Path, report: Path, *, dtype: str = "float32") -> None:
     """Load this rank's shard as `mlm-eval` does, and leave what it took in `report`."""
     world = detect_world()
     assert world is not None
@@ -60,7 +60,7 @@ def load_on_a_rank(source: Path, report: Path) -> None:
 
         before = anonymous_bytes(os.getpid())
         started = time.perf_counter()
-        engine = Engine.load(open_checkpoint(source), tp=LOADED_TP, dp=1)
+        engine = Engine.load(open_checkpoint(source), tp=LOADED_TP, dp=1, dtype=dtype)
         seconds = time.perf_counter() - started
         launch.shutdown()
     shard = sum(p.numel() * p.element_size() for p in engine.model.parameters())
@@ -79,19 +79,21 @@ def measure(scratch: Path) -> list[dict[str, float]]:
     from common.synthetic import write_gpt2
 
     source = write_gpt2("1.3b", scratch / "gpt2-1.3b", tp=SAVED_TP, vocab_size=VOCAB)
-    command = [sys.executable, __file__, "--rank", str(source), str(scratch)]
+    return measure_ranks(source, scratch, script=__file__)
+
+
+def measure_ranks(source: Path, scratch: Path, *, script: str) -> list[dict[str, float]]:
+    """Load a checkpoint on real ranks, by `script --rank`, and return what each reported."""
+    command = [sys.executable, script, "--rank", str(source), str(scratch)]
     result = launch.launch([], ranks=LOADED_TP, device="cpu", command=command)
     if result.exit_code:
         raise RuntimeError(f"the ranks ended with {result.exit_code}: {result.message}")
     return [json.loads((scratch / f"rank{r}.json").read_text()) for r in range(LOADED_TP)]
 
 
-def show(ranks: list[dict[str, float]]) -> bool:
+def show(ranks: list[dict[str, float]], how: str) -> bool:
     """Print a table; return whether every rank keeps to the bound."""
-    print(
-        f"{ranks[0]['parameters'] / 1e9:.2f} billion parameters, fp16 at tp {SAVED_TP} on disk, "
-        f"loaded in float32 at tp {LOADED_TP}; anonymous memory in MB"
-    )
+    print(f"{ranks[0]['parameters'] / 1e9:.2f} billion parameters, {how}; anonymous memory in MB")
     print(f"  {'rank':<6}{'shard':>8}{'before':>8}{'peak':>8}{'bound':>8}{'seconds':>9}")
     good = True
     for rank, facts in enumerate(ranks):
@@ -117,7 +119,8 @@ def main() -> int:
         load_on_a_rank(*map(Path, options.rank))
         return 0
     with tempfile.TemporaryDirectory(dir=options.dir) as scratch:
-        return 0 if show(measure(Path(scratch))) else 1
+        how = f"fp16 at tp {SAVED_TP} on disk, loaded in float32 at tp {LOADED_TP}"
+        return 0 if show(measure(Path(scratch)), how) else 1
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ from mlm_eval.checkpoints.lazy import Computed, LazyTensor
 from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
 from mlm_eval.checkpoints.parameters import Parameter, parameters
 
+_NOISE = 99_991
+"""Numbers that are drawn for a tensor."""
+
 SIZES = {"345m": (24, 1024, 16), "1.3b": (24, 2048, 16)}
 """Layers, hidden size, attention heads."""
 
@@ -32,6 +35,11 @@ def gpt2(size: str, *, vocab_size: int, dtype: torch.dtype = torch.float16) -> C
         activation="gelu_tanh",
         params_dtype=str(dtype).removeprefix("torch."),
     )
+    return as_checkpoint(config, dtype)
+
+
+def as_checkpoint(config: ModelConfig, dtype: torch.dtype) -> Checkpoint:
+    """Return a model with random weights, each tensor made when it is read."""
     tensors: dict[str, LazyTensor] = {
         name: _random(parameter, dtype) for name, parameter in parameters(config).items()
     }
@@ -42,9 +50,13 @@ def _random(parameter: Parameter, dtype: torch.dtype) -> LazyTensor:
     seed = sum(parameter.name.encode())
 
     def make() -> torch.Tensor:
-        values = torch.empty(parameter.shape)
-        values.normal_(0.0, 0.02, generator=torch.Generator().manual_seed(seed))
-        return values.to(dtype)
+        # A run of noise, again and again: drawing billions of numbers takes minutes.
+        noise = torch.empty(min(count, _NOISE))
+        noise.normal_(0.0, 0.02, generator=torch.Generator().manual_seed(seed))
+        values = noise.to(dtype).repeat(-(-count // _NOISE))
+        return values[:count].view(parameter.shape)
+
+    count = parameter.numel()
 
     return Computed(parameter.shape, dtype, make)
 
