@@ -52,7 +52,7 @@ class Provenance:
     """Megatron's saved args as plain values, for the writers; empty elsewhere."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkpoint:
     """One model, unread: `tensors[name].read()` touches the file."""
 
@@ -62,6 +62,13 @@ class Checkpoint:
     prediction_heads: Mapping[str, LazyTensor] = field(default_factory=dict)
     """The heads of multi-token prediction, which the model's function does not need; see
     `parameters.prediction_parameters`."""
+
+    def __repr__(self) -> str:
+        found = self.provenance
+        return (
+            f"Checkpoint({self.config.family}, {self.num_parameters:,} parameters, {found.format}, "
+            f"{str(found.path)!r})"
+        )
 
     @property
     def num_parameters(self) -> int:

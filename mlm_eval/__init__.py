@@ -34,18 +34,31 @@ if TYPE_CHECKING:
     from mlm_eval.checkpoints.convert import convert
     from mlm_eval.checkpoints.errors import InputError
     from mlm_eval.checkpoints.open import open_checkpoint
+    from mlm_eval.checkpoints.tokenizer import load_tokenizer
     from mlm_eval.engine.engine import Engine
+    from mlm_eval.engine.generate import Sampling
     from mlm_eval.tasks import evaluate
 
 __version__ = "0.1.0"
 
-__all__ = ["Engine", "InputError", "__version__", "convert", "evaluate", "open_checkpoint"]
+__all__ = [
+    "Engine",
+    "InputError",
+    "Sampling",
+    "__version__",
+    "convert",
+    "evaluate",
+    "load_tokenizer",
+    "open_checkpoint",
+]
 
 _HOME = {
     "Engine": "mlm_eval.engine.engine",
     "InputError": "mlm_eval.checkpoints.errors",
+    "Sampling": "mlm_eval.engine.generate",
     "convert": "mlm_eval.checkpoints.convert",
     "evaluate": "mlm_eval.tasks",
+    "load_tokenizer": "mlm_eval.checkpoints.tokenizer",
     "open_checkpoint": "mlm_eval.checkpoints.open",
 }
 
@@ -60,5 +73,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Return the names of the package, those not looked up yet included."""
-    return sorted({*globals(), *__all__})
+    """Return the public names, those not looked up yet included."""
+    return sorted(__all__)

@@ -48,19 +48,10 @@ def evaluate(
         InputError: No such benchmark, no tokenizer, or what the benchmark finds wrong.
     """
     # Imported here to keep `import mlm_eval` fast.
-    from mlm_eval.checkpoints.tokenizer import find_tokenizer
     from mlm_eval.tasks.zero_shot import benchmarks
 
     known = benchmarks()
     if task not in known:
         names = ", ".join(sorted(known))
         raise InputError(f"there is no benchmark {task!r}; evaluate knows {names}")
-    if tokenizer is None:
-        path = engine.checkpoint.provenance.path
-        tokenizer = find_tokenizer(path)
-        if tokenizer is None:
-            raise InputError(
-                f"no tokenizer is stored with {path}; give one, for example "
-                f"tokenizer=mlm_eval.checkpoints.tokenizer.load_tokenizer(directory=...)"
-            )
-    return known[task].evaluate(engine, data, tokenizer=tokenizer, **options)
+    return known[task].evaluate(engine, data, tokenizer=tokenizer or engine.tokenizer, **options)

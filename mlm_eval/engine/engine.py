@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.dtypes import dtype_name, evaluation_dtype
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.parameters import MAMBA_VECTORS, check_tp, parameters
-from mlm_eval.checkpoints.tokenizer import check_entries
+from mlm_eval.checkpoints.tokenizer import Tokenizer, check_entries, find_tokenizer
 from mlm_eval.checkpoints.vocabulary import with_rows
 from mlm_eval.engine.batching import DEFAULT_BATCH_TOKENS, OnProgress
 from mlm_eval.engine.encode import BertInput, BertOutput, encode
+from mlm_eval.engine.generate import GREEDY, Continuation, Prompt, Sampling, generate
 from mlm_eval.engine.resume import PartialScores
 from mlm_eval.engine.score import Request, Scores, score
 from mlm_eval.model.bert import BERT
@@ -31,7 +33,7 @@ from mlm_eval.model.gpt import GPT
 from mlm_eval.model.mamba import MambaMixer
 from mlm_eval.model.t5 import T5
 from mlm_eval.model.tensor_parallel import TensorParallel
-from mlm_eval.ranks.mesh import Mesh, make_mesh
+from mlm_eval.ranks.mesh import Mesh, default_device, make_mesh
 
 
 @dataclass(eq=False, repr=False)
@@ -46,9 +48,17 @@ class Engine:
     vocab: str
     batch_tokens: int
     load_seconds: float
+    given_tokenizer: Tokenizer | None = None
 
     def __post_init__(self) -> None:
         self.config: ModelConfig = self.model.config
+
+    def __repr__(self) -> str:
+        return (
+            f"Engine({self.config.family}, {self.checkpoint.num_parameters:,} parameters, "
+            f"{dtype_name(self.dtype)} on {self.device}, tp {self.tp} x dp {self.dp}, "
+            f"{str(self.checkpoint.provenance.path)!r})"
+        )
 
     @classmethod
     def load(
@@ -58,11 +68,12 @@ class Engine:
         tp: int | None = None,
         dp: int | None = None,
         dtype: torch.dtype | str = "auto",
-        device: str | torch.device = "cpu",
+        device: str | torch.device = "auto",
         vocab: str = "padded",
         true_vocab_size: int | None = None,
         batch_tokens: int | None = None,
         compile_model: bool = False,
+        tokenizer: Tokenizer | None = None,
     ) -> Engine:
         """Return an engine that holds this rank's shard of a checkpoint.
 
@@ -72,20 +83,22 @@ class Engine:
                 process group).
             dp: Data-parallel size.
             dtype: Compute dtype; `auto` is the checkpoint's on CUDA and float32 on the CPU.
-            device: Where to compute: `cpu`, `cuda` or `cuda:N`.
+            device: Where to compute: `cpu`, `cuda`, `cuda:N`, or `auto`: on a GPU where torch sees
+                one, on the CPU where the running ranks talk over gloo.
             vocab: `padded`: the softmax runs over all stored rows, as Megatron's does; `true`:
                 over the first `true_vocab_size` rows.
             true_vocab_size: Entries of the tokenizer; needed for `vocab="true"`.
             batch_tokens: Padded tokens per forward pass and rank; None: 4,096 on the CPU, 32,768
                 on CUDA.
             compile_model: Compile the layers with torch.compile.
+            tokenizer: The model's, for texts; None: the one stored with the checkpoint.
 
         Raises:
             InputError: The sizes do not divide, or the vocabulary size is unknown or too large.
         """
         started = time.perf_counter()
         mesh = make_mesh(tp, dp)
-        device = torch.device(device)
+        device = torch.device(default_device() if device == "auto" else device)
         if device.type == "cuda" and device.index is not None:
             # Events and object collectives go by the current device.
             torch.cuda.set_device(device)
@@ -113,7 +126,24 @@ class Engine:
             vocab=vocab,
             batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS[device.type],
             load_seconds=time.perf_counter() - started,
+            given_tokenizer=tokenizer,
         )
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer: the one given to `load`, or stored with the checkpoint.
+
+        Raises:
+            InputError: There is none.
+        """
+        path = self.checkpoint.provenance.path
+        found = self.given_tokenizer or find_tokenizer(path)
+        if found is None:
+            raise InputError(
+                f"no tokenizer is stored with {path}; give one: Engine.load(..., tokenizer="
+                "mlm_eval.load_tokenizer(directory=...))"
+            )
+        return found
 
     @property
     def tp(self) -> int:
@@ -149,16 +179,22 @@ class Engine:
 
     def score(
         self,
-        requests: Sequence[Request],
+        requests: Sequence[Request | str | Sequence[int]],
         *,
         on_progress: OnProgress | None = None,
         partial: PartialScores | None = None,
     ) -> Scores:
         """Return the log-probabilities of the scored tokens; see `score.score`.
 
+        Args:
+            requests: Texts or lists of token ids, of which every token but the first is scored, or
+                requests that say how many.
+            on_progress: Called with tokens done and tokens in all.
+            partial: Scores kept from an interrupted run.
+
         Raises:
-            InputError: The model is a BERT, a request is too long, or a token id is outside the
-                vocabulary.
+            InputError: The model is a BERT, a request is empty or too long, or a token id is
+                outside the vocabulary.
         """
         if isinstance(self.model, BERT):
             raise InputError(
@@ -167,13 +203,67 @@ class Engine:
             )
         return score(
             self.model,
-            requests,
+            [self._request(number, request) for number, request in enumerate(requests)],
             mesh=self.mesh,
             device=self.device,
             batch_tokens=self.batch_tokens,
             on_progress=on_progress,
             partial=partial,
         )
+
+    def _request(self, number: int, given: Request | str | Sequence[int]) -> Request:
+        if isinstance(given, Request):
+            return given
+        ids = self.tokenizer.encode(given) if isinstance(given, str) else list(given)
+        if len(ids) < 2 or not all(type(token) is int for token in ids):
+            raise InputError(
+                f"sequence {number} is {given!r:.60}; score takes texts, lists of at least two "
+                "token ids, or Requests"
+            )
+        return Request(torch.tensor(ids), len(ids) - 1)
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int] | Prompt],
+        *,
+        max_new_tokens: int = 128,
+        sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> list[Continuation]:
+        """Return a continuation of each prompt; see `generate.generate`.
+
+        Args:
+            prompts: Texts, lists of token ids, or prompts with settings of their own. What the
+                other arguments say holds for the first two.
+            max_new_tokens: Of each.
+            sampling: How tokens are chosen.
+            stop: Strings that end a text; the tokenizer's end of text does too.
+            seed: Prompt n draws from `seed` + n.
+
+        Raises:
+            InputError: The model is not a GPT, or a prompt is empty, too long or of another
+                vocabulary.
+        """
+        if isinstance(prompts, str):
+            raise InputError("generate takes a list of prompts; write generate([text])")
+        tokenizer = self.given_tokenizer or find_tokenizer(self.checkpoint.provenance.path)
+        end = None if tokenizer is None else tokenizer.eot_id
+
+        def prompt(number: int, given: str | Sequence[int] | Prompt) -> Prompt:
+            if isinstance(given, Prompt):
+                return given
+            return Prompt(
+                self.tokenizer.encode(given) if isinstance(given, str) else list(given),
+                max_new_tokens,
+                stop_tokens=frozenset(() if end is None else (end,)),
+                stop=tuple(stop),
+                sampling=sampling,
+                seed=seed + number,
+            )
+
+        asked = [prompt(number, given) for number, given in enumerate(prompts)]
+        return generate(self, asked, tokenizer=tokenizer)
 
     def encode(
         self,

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.engine.batching import OnProgress, in_order, map_batches, pack, pad_rows
-from mlm_eval.engine.engine import Engine
 from mlm_eval.model.costs.memory import FLOAT32
 from mlm_eval.model.gpt import GPT
+from mlm_eval.ranks.mesh import Mesh
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.tokenizer import Tokenizer
@@ -104,9 +105,28 @@ class Continuation:
     ended_by: str
 
 
+class Loaded(Protocol):
+    """What a text is written with: the `Engine`."""
+
+    @property
+    def model(self) -> torch.nn.Module: ...
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def mesh(self) -> Mesh: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def batch_tokens(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+
+
 @torch.inference_mode()
 def generate(
-    engine: Engine,
+    engine: Loaded,
     prompts: Sequence[Prompt],
     *,
     tokenizer: Tokenizer | None = None,
@@ -146,7 +166,7 @@ def generate(
     return in_order(map_batches(run, batches, engine.mesh, on_progress=on_progress))
 
 
-def check_prompts(engine: Engine, prompts: Sequence[Prompt], tokenizer: Tokenizer | None) -> None:
+def check_prompts(engine: Loaded, prompts: Sequence[Prompt], tokenizer: Tokenizer | None) -> None:
     """Refuse prompts that the model cannot continue.
 
     Raises:
@@ -248,7 +268,7 @@ def _decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     return tokenizer.decode(token for token in tokens if token < size)
 
 
-def _write(engine: Engine, texts: Sequence[_Text]) -> None:
+def _write(engine: Loaded, texts: Sequence[_Text]) -> None:
     """Write some texts to their ends, all of them one token at a time."""
     model = engine.model
     assert isinstance(model, GPT)
@@ -323,7 +343,7 @@ def draw(logits: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:
     return tokens.clamp(max=logits.shape[1] - 1)
 
 
-def _tokens_in_cache(engine: Engine) -> int:
+def _tokens_in_cache(engine: Loaded) -> int:
     """Return how many tokens' keys and values `CACHE_BYTES` hold."""
     assert isinstance(engine.model, GPT)
     kept = engine.model.cache_widths.values()  # as many on every rank
@@ -331,7 +351,7 @@ def _tokens_in_cache(engine: Engine) -> int:
     return CACHE_BYTES if not token else max(CACHE_BYTES // token, 1)
 
 
-def _texts_in_cache(engine: Engine) -> int:
+def _texts_in_cache(engine: Loaded) -> int:
     """Return how many texts' states, float32, `CACHE_BYTES` hold."""
     assert isinstance(engine.model, GPT)
     return max(CACHE_BYTES // max(FLOAT32 * engine.model.state_size, 1), 1)

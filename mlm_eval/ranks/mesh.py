@@ -185,6 +185,15 @@ def fill_ranks(running: int, *, tp: int | None, dp: int | None) -> tuple[int, in
     return tp, dp
 
 
+def default_device() -> str:
+    """Return where a model runs for whom no device is named: a GPU, unless the ranks use gloo."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    if dist.is_available() and dist.is_initialized() and "nccl" not in dist.get_backend():
+        return "cpu"
+    return f"cuda:{torch.cuda.current_device()}"
+
+
 def pick_device(device: str) -> str:
     """Return `cpu` or `cuda` for `--device`.
 
