@@ -719,11 +719,25 @@ def _activation(b: _ArgsReader, shapes: Shapes) -> None:
     if gated:
         for name in ("activation_func_clamp_value", "glu_linear_offset"):
             value = args.get(name)
-            if value is not None:
+            if value is not None and _acts_unfused(b, name, float(value)):
                 b.set(name, float(value), f"args.{name}")
     # GPT has no such head: left at its default, so that equal models have equal configs.
     openai = bool(args.get("openai_gelu")) and b.code != "core" and b.values["family"] == "bert"
     b.set("head_activation", "gelu_tanh" if openai else "gelu", "Megatron's LM head")
+
+
+def _acts_unfused(b: _ArgsReader, name: str, value: float) -> bool:
+    """Return whether a clamp or an offset acted: the fused SwiGLU kernel takes neither."""
+    fused = next(
+        (key for key in ("bias_swiglu_fusion", "bias_activation_fusion") if b.args.get(key)), None
+    )
+    if b.values["activation"] != "swiglu" or fused is None or not value or name in b.overrides:
+        return True
+    b.warnings.append(
+        f"args.{name} is {value:g}, which the fused kernel of args.{fused} ignores, so it is not "
+        f"applied; if this run's code did apply it, use --set {name}={value:g}"
+    )
+    return False
 
 
 # The words of --yaml-cfg, and what its code made of them.

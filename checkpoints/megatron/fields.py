@@ -250,6 +250,7 @@ _GROUPS: tuple[tuple[str, ArgField], ...] = (
         "quick_geglu activation_func_clamp_value glu_linear_offset",
         _read("The gated activation, and what is clamped and added in it."),
     ),
+    ("bias_swiglu_fusion", _read("Its kernel neither clamps nor adds.")),
     (
         "attn_logit_softcapping final_logit_softcapping",
         _read("Caps of attention scores and of logits: Gemma's, in Megatron-Bridge and in forks."),
@@ -353,7 +354,7 @@ _GROUPS: tuple[tuple[str, ArgField], ...] = (
     ),
     (
         """attention_backend masked_softmax_fusion persist_layer_norm memory_efficient_layer_norm
-        bias_dropout_fusion bias_swiglu_fusion apply_rope_fusion fused_single_qkv_rope
+        bias_dropout_fusion apply_rope_fusion fused_single_qkv_rope
         cross_entropy_loss_fusion cross_entropy_fusion_impl fp16_lm_cross_entropy use_flash_attn
         no_persist_layer_norm fused_residual_rmsnorm fallback_to_eager_attn""",
         _numerics("Kernels of the same function."),

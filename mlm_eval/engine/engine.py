@@ -214,13 +214,17 @@ class Engine:
     def _request(self, number: int, given: Request | str | Sequence[int]) -> Request:
         if isinstance(given, Request):
             return given
-        ids = self.tokenizer.encode(given) if isinstance(given, str) else list(given)
-        if len(ids) < 2 or not all(type(token) is int for token in ids):
+        ids = self.tokenizer.encode(given) if isinstance(given, str) else given
+        if (
+            not isinstance(ids, Sequence)
+            or len(ids) < 2
+            or not all(type(token) is int for token in ids)
+        ):
             raise InputError(
                 f"sequence {number} is {given!r:.60}; score takes texts, lists of at least two "
                 "token ids, or Requests"
             )
-        return Request(torch.tensor(ids), len(ids) - 1)
+        return Request(torch.tensor(list(ids)), len(ids) - 1)
 
     def generate(
         self,

@@ -109,19 +109,32 @@ class Loaded(Protocol):
     """What a text is written with: the `Engine`."""
 
     @property
-    def model(self) -> torch.nn.Module: ...
+    def model(self) -> torch.nn.Module:
+        """The model."""
+
     @property
-    def config(self) -> ModelConfig: ...
+    def config(self) -> ModelConfig:
+        """Its settings."""
+
     @property
-    def mesh(self) -> Mesh: ...
+    def mesh(self) -> Mesh:
+        """The ranks."""
+
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where it computes."""
+
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+
     @property
-    def batch_tokens(self) -> int: ...
+    def batch_tokens(self) -> int:
+        """Padded tokens of a forward pass."""
+
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Rows of its vocabulary."""
 
 
 @torch.inference_mode()

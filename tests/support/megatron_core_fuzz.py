@@ -56,6 +56,8 @@ LAYOUT = frozenset(
 ONE_RANK = {
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": 1,
     "world_size": 1,
     "rank": 0,
     "sequence_parallel": False,

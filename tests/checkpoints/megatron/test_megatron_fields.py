@@ -283,7 +283,7 @@ READ: dict[str, tuple[ModelConfig, RunCode, dict[str, Any]]] = {
     "moe_router_pre_softmax": (MOE, CORE, {"moe_router_pre_softmax": True}),
     "moe_router_score_function": (MOE, CORE, {"moe_router_score_function": "sigmoid"}),
     "moe_router_num_groups": (MOE, CORE, {"moe_router_num_groups": 2, "moe_router_group_topk": 1}),
-    "moe_router_group_topk": (MOE, CORE, {"moe_router_num_groups": 2, "moe_router_group_topk": 2}),
+    "moe_router_group_topk": (MOE, CORE, {"moe_router_num_groups": 4, "moe_router_group_topk": 2}),
     "moe_router_topk_scaling_factor": (MOE, CORE, {"moe_router_topk_scaling_factor": 2.5}),
     "moe_router_load_balancing_type": (MOE, CORE, {"moe_router_load_balancing_type": "sinkhorn"}),
     "moe_apply_probs_on_input": (
@@ -353,7 +353,7 @@ READ: dict[str, tuple[ModelConfig, RunCode, dict[str, Any]]] = {
 ELSEWHERE = set(
     """ffn_hidden_size padded_vocab_size add_bias_linear disable_bias_linear add_qkv_bias
     qk_layernorm bert_binary_head add_position_embedding embed_layernorm
-    make_vocab_size_divisible_by model_parallel_size tensor_model_parallel_size
+    make_vocab_size_divisible_by model_parallel_size tensor_model_parallel_size bias_swiglu_fusion
     pipeline_model_parallel_size
     expert_model_parallel_size rank rope_scaling_factor transformer_impl yaml_cfg spec
     moe_ffn_hidden_size moe_shared_expert_intermediate_size moe_shared_expert_gate
@@ -528,6 +528,20 @@ def test_args_of_the_newer_layers_are_read_back(change: dict[str, Any]):
     config = dataclasses.replace(LLAMA, **change)
     args = args_for(LLAMA, swiglu=config.activation == "swiglu") | args_of_family(config)
     assert build(config, args).config == config
+
+
+@pytest.mark.parametrize("kernel", ["bias_swiglu_fusion", "bias_activation_fusion"])
+def test_the_fused_swiglu_neither_clamps_nor_adds(kernel: str):
+    """megatron-core's kernel takes no such argument; quick-GEGLU's does."""
+    change = {CLAMP: 1.5, "glu_linear_offset": 1.0}
+    found = build(LLAMA, args_for(LLAMA, **change, **{kernel: True}))
+    assert (found.config.activation_func_clamp_value, found.config.glu_linear_offset) == (None, 0)
+    assert sum(f"args.{kernel} ignores" in warning for warning in found.warnings) == 2
+    plain = build(LLAMA, args_for(LLAMA, **change, **{kernel: False})).config
+    assert (plain.activation_func_clamp_value, plain.glu_linear_offset) == (1.5, 1.0)
+    quick = dataclasses.replace(LLAMA, activation="quick_geglu")
+    args = args_for(quick, **change, swiglu=False, quick_geglu=True, **{kernel: True})
+    assert build(quick, args).config.activation_func_clamp_value == 1.5
 
 
 def test_a_legacy_model_with_interleaved_pairs_is_refused():
