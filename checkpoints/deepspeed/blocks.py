@@ -33,6 +33,12 @@ _NAMES = (
 )
 _BUFFERS = re.compile(r"attention\.(rotary_emb\.inv_freq|alibi_embed\.slopes|(masked_)?bias)")
 _FC1, _QKV = "mlp.linear_fc1.", "self_attention.linear_qkv."
+_MATRICES = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
 _ROW_BIASES = ("self_attention.linear_proj.bias", "mlp.linear_fc2.bias")
 
 
@@ -43,7 +49,8 @@ def megatron_blocks(blocks: Sequence[Tensors], settings: NeoxSettings, where: st
     - With grouped queries a rank's rows are all its queries, all its keys, all its values.
     - With the parallel residual every rank adds its own bias of the row-parallel layers before the
       sum over ranks: the true bias is the sum. With the sequential one each has a copy.
-    - Biases that only some of the linear layers have, or the norms have not, are zeros.
+    - Biases that only some of the linear layers have, or the norms have not, are zeros, where the
+      settings say that they are not there.
 
     Args:
         blocks: By rank, under gpt-neox's names below the block.
@@ -52,14 +59,15 @@ def megatron_blocks(blocks: Sequence[Tensors], settings: NeoxSettings, where: st
     """
     renamed = [_renamed(block, where) for block in blocks]
     for block in renamed:
-        _order_gate(block, where)
+        _check_matrices(block, where)
+        _order_gate(block)
         _order_groups(block, settings, len(blocks), where)
         if settings.tied_norms:
             for leaf in ("weight", "bias"):
                 block.pop(f"pre_mlp_layernorm.{leaf}", None)
                 if f"input_layernorm.{leaf}" in block:
                     block[f"pre_mlp_layernorm.{leaf}"] = block[f"input_layernorm.{leaf}"]
-        _fill_biases(block, layer_norm=settings.layer_norm)
+        _fill_biases(block, settings)
     if settings.parallel and len(blocks) > 1:
         for name in _ROW_BIASES:
             parts = [block[name] for block in renamed if name in block]
@@ -70,10 +78,10 @@ def megatron_blocks(blocks: Sequence[Tensors], settings: NeoxSettings, where: st
     return renamed
 
 
-def megatron_norm(tensors: Mapping[str, LazyTensor], *, layer_norm: bool) -> Tensors:
+def megatron_norm(tensors: Mapping[str, LazyTensor], *, zero_bias: bool) -> Tensors:
     """Return a norm's parameters by Megatron's names: gpt-neox's RMSNorm has a `scale`."""
     norm = {("weight" if leaf == "scale" else leaf): tensor for leaf, tensor in tensors.items()}
-    if layer_norm and "weight" in norm and "bias" not in norm:
+    if zero_bias and "weight" in norm and "bias" not in norm:
         norm["bias"] = _zeros(norm["weight"].shape[:1], norm["weight"].dtype)
     return norm
 
@@ -96,16 +104,29 @@ def _renamed(block: Mapping[str, LazyTensor], where: str) -> Tensors:
         found[name] = tensor
     for leaf in ("weight", "bias"):  # Llama's in gpt-neox: gate and up branch
         gate, up = found.pop(f"mlp.w1.{leaf}", None), found.pop(f"mlp.w3.{leaf}", None)
+        if (gate and gate.shape) != (up and up.shape):
+            raise InputError(
+                f"{where}: mlp.w1.{leaf} and mlp.w3.{leaf}, gate and up branch, are not of one "
+                "shape; copy all files of one save"
+            )
         if gate is not None and up is not None:
             found[f"{_FC1}{leaf}"] = Concat([up, gate], 0)
     return found
 
 
-def _order_gate(block: Tensors, where: str) -> None:
-    fc1, fc2 = block.get(f"{_FC1}weight"), block.get("mlp.linear_fc2.weight")
-    if fc1 is None or fc2 is None or len(fc2.shape) != 2:
-        raise InputError(f"{where} holds layers without an MLP; it is not a whole model")
-    width = fc2.shape[1]
+def _check_matrices(block: Tensors, where: str) -> None:
+    for name in _MATRICES:
+        weight = block.get(f"{name}.weight")
+        if weight is None or len(weight.shape) != 2:
+            found = "none" if weight is None else f"one of shape {list(weight.shape)}"
+            raise InputError(
+                f"{where} should hold a matrix {name} (by Megatron's name) in each layer, and "
+                f"holds {found}; copy all files of one save"
+            )
+
+
+def _order_gate(block: Tensors) -> None:
+    fc1, width = block[f"{_FC1}weight"], block["mlp.linear_fc2.weight"].shape[1]
     if fc1.shape[0] != 2 * width:
         return
     order = torch.cat([torch.arange(width, 2 * width), torch.arange(width)])
@@ -118,8 +139,8 @@ def _order_groups(block: Tensors, settings: NeoxSettings, ranks: int, where: str
     heads, groups = settings.heads, settings.groups
     if heads is None or groups is None or groups == heads:
         return  # [heads, 3, channels]: group order as it is
-    qkv = block.get(f"{_QKV}weight")
-    if qkv is None or groups < 1 or heads % groups or groups % ranks:
+    qkv = block[f"{_QKV}weight"]
+    if groups < 1 or heads % groups or groups % ranks:
         raise InputError(
             f"{where}: {groups} key and value heads of {heads} query heads are not shared evenly "
             f"by {ranks} tensor-parallel ranks; correct it with --set num_query_groups=N"
@@ -139,18 +160,17 @@ def _order_groups(block: Tensors, settings: NeoxSettings, ranks: int, where: str
             block[f"{_QKV}{leaf}"] = Selected(block[f"{_QKV}{leaf}"], order)
 
 
-def _fill_biases(block: Tensors, *, layer_norm: bool) -> None:
-    if layer_norm:
-        for name in ("input_layernorm", "pre_mlp_layernorm"):
-            weight = block.get(f"{name}.weight")
-            if weight is not None and f"{name}.bias" not in block:
-                block[f"{name}.bias"] = _zeros(weight.shape, weight.dtype)
-    linear = ("self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
-    if any(f"{name}.bias" in block for name in linear):
-        for name in linear:
-            weight = block.get(f"{name}.weight")
-            if weight is not None and f"{name}.bias" not in block:
-                block[f"{name}.bias"] = _zeros(weight.shape[:1], weight.dtype)
+def _fill_biases(block: Tensors, settings: NeoxSettings) -> None:
+    absent = []
+    if settings.layer_norm and settings.may_lack_bias("norms"):
+        absent += ["input_layernorm", "pre_mlp_layernorm"]
+    if any(f"{name}.bias" in block for name in _MATRICES[1:]):
+        absent += _MATRICES[1:2] if settings.may_lack_bias("attn_linear") else ()
+        absent += _MATRICES[2:] if settings.may_lack_bias("mlp") else ()
+    for name in absent:
+        weight = block.get(f"{name}.weight")
+        if weight is not None and f"{name}.bias" not in block:
+            block[f"{name}.bias"] = _zeros(weight.shape[:1], weight.dtype)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:

@@ -9,6 +9,7 @@ holds tells what it is. Source: docs/megatron.md, "DeepSpeed".
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,8 @@ def read_step(step: Step, overrides: dict[str, Any]) -> Checkpoint:
     states = ranks[0].states
     args = saved_args(states.get("args"), where)
     _check_ranks(step, ranks, args)
-    if ranks[0].layers:
-        neox = any("attention.dense.weight" in layer for layer in ranks[0].layers.values())
-    else:
-        neox = False
-    if neox:
+    _check_same_layers(ranks, where)
+    if any(key.startswith("attention.") for layer in ranks[0].layers.values() for key in layer):
         settings = read_settings(step.path, args, overrides)
         settings.check(where)
         chunks = _neox_chunks(ranks, settings, where)
@@ -187,6 +185,27 @@ def _check_ranks(step: Step, ranks: Sequence[_Rank], args: Mapping[str, Any]) ->
             )
 
 
+def _check_same_layers(ranks: Sequence[_Rank], where: str) -> None:
+    """Refuse ranks whose layers are not alike, and what is neither a vector nor a matrix."""
+    for rank, place in itertools.product(ranks, ranks[0].layers):
+        ours, theirs = ranks[0].layers[place], rank.layers.get(place, {})
+        odd = sorted(ours.keys() ^ theirs.keys())
+        if odd:
+            raise InputError(
+                f"{where} mixes two checkpoints: {printable(odd[0])} (place {place}) is on some of "
+                "the tensor-parallel ranks only; copy all files of one save"
+            )
+        for name, tensor in theirs.items():
+            alike = (tensor.shape, tensor.dtype) == (ours[name].shape, ours[name].dtype)
+            if not alike or len(tensor.shape) not in (1, 2):
+                raise InputError(
+                    f"{where}: {printable(name)} (place {place}) is {list(tensor.shape)} "
+                    f"{tensor.dtype} on a tensor-parallel rank and {list(ours[name].shape)} "
+                    f"{ours[name].dtype} on the first, where vectors and matrices alike are "
+                    "expected; copy all files of one save"
+                )
+
+
 # ---- layers ------------------------------------------------------------------------------------
 
 
@@ -258,6 +277,7 @@ def _plain_chunk(rank: _Rank, where: str) -> Tensors:
 def _neox_chunks(ranks: Sequence[_Rank], settings: NeoxSettings, where: str) -> list[Tensors]:
     """Return the ranks of gpt-neox by megatron-core's names."""
     places = _places(ranks, where)
+    zero_bias = settings.layer_norm and settings.may_lack_bias("norms")
     chunks: list[Tensors] = [{} for _ in ranks]
     for number, place in enumerate(places["block"]):
         blocks = [rank.layers.get(place, {}) for rank in ranks]
@@ -270,7 +290,7 @@ def _neox_chunks(ranks: Sequence[_Rank], settings: NeoxSettings, where: str) -> 
         for name, tensor in rank.layers[places["embedding"][0]].items():
             chunk[f"embedding.{name}"] = tensor
         norm = {n.rpartition(".")[2]: t for n, t in rank.layers[places["norm"][0]].items()}
-        for leaf, tensor in megatron_norm(norm, layer_norm=settings.layer_norm).items():
+        for leaf, tensor in megatron_norm(norm, zero_bias=zero_bias).items():
             chunk[f"transformer.final_layernorm.{leaf}"] = tensor
         if tables:
             chunk["output_layer.weight"] = tables[index]

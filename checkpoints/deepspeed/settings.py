@@ -24,10 +24,11 @@ NEOX_READ = frozenset(
     """num_layers hidden_size num_attention_heads num_kv_heads seq_length max_position_embeddings
     norm layernorm_epsilon rms_norm_epsilon rmsnorm_fusion pos_emb rotary_pct rotary_emb_base
     no_weight_tying activation bias_gelu_fusion onnx_safe mlp_type gpt_j_residual gpt_j_tied
+    use_bias_in_norms use_bias_in_attn_linear use_bias_in_mlp
     model_parallel_size make_vocab_size_divisible_by hidden_dropout attention_dropout
     init_method_std""".split()
 )
-"""What is read; the shapes say the rest (`intermediate_size`, `use_bias_in_*`, ...)."""
+"""What is read; the shapes say the rest (`intermediate_size`, ...)."""
 
 NEOX_REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "model_arch": ("another architecture than GPT", ("gpt2",)),
@@ -89,6 +90,8 @@ _DEFAULTS: dict[str, Any] = {
     "init_method_std": 0.02,
 }
 
+_BIASES = ("use_bias_in_norms", "use_bias_in_attn_linear", "use_bias_in_mlp")
+
 _KINDS = {
     **dict.fromkeys(
         """num_layers hidden_size num_attention_heads num_kv_heads seq_length model_parallel_size
@@ -96,7 +99,7 @@ _KINDS = {
         "int",
     ),
     **{name: type(value).__name__ for name, value in _DEFAULTS.items()},
-    "rmsnorm_fusion": "bool",
+    **dict.fromkeys(("rmsnorm_fusion", *_BIASES), "bool"),
 }
 
 _UNSTATED = {
@@ -116,7 +119,9 @@ class NeoxSettings:
     values: dict[str, Any]
     """By gpt-neox's name, with underscores."""
     source: str
-    """Where they come from, for messages."""
+    """Where they come from."""
+    where: str
+    """The checkpoint, for messages."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     complete: bool = True
     """Whether what is absent has gpt-neox's default."""
@@ -136,8 +141,8 @@ class NeoxSettings:
             value = int(value)
         if not is_of_kind(value, kind):
             raise InputError(
-                f"{self.source}: {name} is {printable(str(value))!r}, expected a value of type "
-                f"{kind}; correct the file"
+                f"{self.where}: {name} is {printable(str(value))!r} in {self.source}, expected a "
+                f"value of type {kind}; correct the file"
             )
         return (float(value) if kind == "float" else value), f"{self.source} {name}"
 
@@ -156,6 +161,16 @@ class NeoxSettings:
     def layer_norm(self) -> bool:
         """Whether norms have a bias, be it of zeros."""
         return "rms" not in str(self.overrides.get("normalization", self.get("norm")[0])).lower()
+
+    def may_lack_bias(self, part: str) -> bool:
+        """Whether the run's norms, `attn_linear` or `mlp` have no biases, where others have some.
+
+        Then they are zeros; else one that is not there is lost.
+        """
+        if part == "mlp" and self.get("mlp_type")[0] == "llama":
+            return True
+        stated = self.get(f"use_bias_in_{part}")[0]
+        return not self.complete if stated is None else not stated
 
     @property
     def heads(self) -> int | None:
@@ -232,9 +247,9 @@ def read_settings(
     for folder in (step / "configs", step, step.parent / "configs", step.parent):
         files = sorted(folder.glob("*.y*ml")) if folder.is_dir() else []
         if files:
-            return NeoxSettings(_joined(files), _shown(files), overrides)
+            return NeoxSettings(_joined(files), _shown(files), str(step), overrides)
     values = {name.replace("-", "_"): value for name, value in saved.items()}
-    return NeoxSettings(values, "the rank's args", overrides, complete=False)
+    return NeoxSettings(values, "the rank's args", str(step), overrides, complete=False)
 
 
 def _shown(files: list[Path]) -> str:
@@ -246,7 +261,7 @@ def _joined(files: list[Path]) -> dict[str, Any]:
     for file in files:
         for key, value in read_yaml(file).items():
             name = str(key).replace("-", "_")
-            plain = value if is_scalar(value) or name in NEOX_REFUSED else None
+            plain = value if is_scalar(value) or name in NEOX_REFUSED else "a list or an object"
             if name in values and name in _KINDS and values[name] != plain:
                 raise InputError(
                     f"{file} has another {name} than the other files in {file.parent}; leave the "
@@ -307,8 +322,8 @@ def _word(settings: NeoxSettings, name: str, known: Mapping[str, str]) -> tuple[
     value, source = settings.get(name)
     if value not in known:
         raise InputError(
-            f"{settings.source}: {name} {printable(str(value))!r} is not supported; known are "
-            f"{', '.join(known)}"
+            f"{settings.where}: {name} {printable(str(value))!r} ({settings.source}) is not "
+            f"supported; known are {', '.join(known)}"
         )
     return known[value], source
 

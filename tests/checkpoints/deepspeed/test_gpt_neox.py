@@ -125,10 +125,18 @@ def test_one_norm_for_both(tmp_path: Path):
     assert_same(found, model)
 
 
-@pytest.mark.parametrize("lacking", ["attention.query_key_value", "attention.dense", "mlp", "norm"])
-def test_biases_that_are_not_there_are_zeros(lacking: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("lacking", "setting"),
+    [
+        ("attention.query_key_value", "use_bias_in_attn_linear"),
+        ("attention.dense", "use_bias_in_attn_linear"),
+        ("mlp", "use_bias_in_mlp"),
+        ("norm", "use_bias_in_norms"),
+    ],
+)
+def test_biases_that_a_run_does_not_have_are_zeros(lacking: str, setting: str, tmp_path: Path):
     model = random_model(PARALLEL)
-    root = write_neox(tmp_path, model, PARALLEL, tp=2)
+    root = write_neox(tmp_path, model, PARALLEL, tp=2, **{setting: False})
     for file in root.glob("global_step7/layer_*"):
         layer = torch.load(file)
         kept = {k: v for k, v in layer.items() if lacking not in k or not k.endswith("bias")}
@@ -139,6 +147,13 @@ def test_biases_that_are_not_there_are_zeros(lacking: str, tmp_path: Path):
     zeros = {n for n, t in found.tensors.items() if not t.read().any()}
     part = {"attention.dense": "linear_proj", "mlp": "linear_fc", "norm": "norm"}.get(lacking)
     assert zeros == {n for n in model if part and part in n and n.endswith("bias")}
+    configs = root / "global_step7/configs/run.yml"
+    configs.write_text(configs.read_text().replace(setting.replace("_", "-"), "something"))
+    if not qkv:  # where the run had them, they are lost
+        with pytest.raises(
+            InputError, match="lacks the parameter .*bias|do not call for, such as .*bias"
+        ):
+            open_checkpoint(root)
 
 
 def test_an_output_table_that_was_cut_by_columns(tmp_path: Path):
@@ -192,12 +207,15 @@ def test_settings_of_another_function_are_refused_by_name(name: str, tmp_path: P
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pos-emb": "rpe"}, "pos_emb 'rpe' is not supported; known are learned, rotary"),
-        ({"pos-emb": "sinusoidal"}, "pos_emb 'sinusoidal' is not supported"),
-        ({"norm": "scalenorm"}, "norm 'scalenorm' is not supported"),
+        ({"pos-emb": "rpe"}, "pos_emb 'rpe' .* is not supported; known are learned, rotary"),
+        ({"pos-emb": "sinusoidal"}, "pos_emb 'sinusoidal' .configs/run.yml. is not supported"),
+        ({"norm": "scalenorm"}, "norm 'scalenorm' .* is not supported"),
         ({"activation": "mish"}, "the activation mish .* is not computed here; known are gelu"),
         ({"num-layers": 5}, "num_layers 4 by its weights, where configs/run.yml says 5; copy all"),
-        ({"hidden-size": "wide"}, "hidden_size is 'wide', expected a value of type int"),
+        (
+            {"hidden-size": "wide"},
+            "hidden_size is 'wide' in configs/run.yml, expected a value of type int",
+        ),
         (
             {"num-attention-heads": 3},
             "do not fit 3 heads in 3 groups; correct it with --set num_at",
@@ -213,7 +231,7 @@ def test_settings_of_another_function_are_refused_by_name(name: str, tmp_path: P
         ),
         (
             {"layernorm-epsilon": "none"},
-            "layernorm_epsilon is 'none', expected a value of type flo",
+            "layernorm_epsilon is 'none' in .*, expected a value of type flo",
         ),
     ],
 )
