@@ -110,7 +110,7 @@ test-fast: $(DEV_STAMP) ## run those that start no process and take no seconds: 
 	$(PYTEST) -m 'not (process or long or slow or realdata)' $(PYTEST_ARGS)
 
 test-portable: $(DEV_STAMP) ## run them as other processors and numbers of threads would (hours)
-	$(BIN)/python tests/support/portable.py $(PYTEST_ARGS)
+	$(BIN)/python tests/support/house/portable.py $(PYTEST_ARGS)
 
 lint: $(DEV_STAMP) ## check style, formatting and spelling
 	$(BIN)/ruff check .
@@ -124,7 +124,7 @@ wheel: $(DEV_STAMP) ## build the wheel in dist/ and check what is in it
 	rm -rf build dist
 	$(BIN)/python -m build --wheel
 	rm -rf build
-	$(BIN)/python tests/support/check_wheel.py dist/*.whl
+	$(BIN)/python tests/support/house/check_wheel.py dist/*.whl
 
 # Without the tests' options: their markers are declared in tests/.
 notebooks: $(NB_STAMP) ## run the notebooks on the samples (minutes); they stay without outputs

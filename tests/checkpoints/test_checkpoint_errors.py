@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.paths import ORACLES
-from support.synthetic import (
+from support.folders.synthetic import (
     BERT,
     GPT,
     LLAMA,
@@ -26,6 +25,7 @@ from support.synthetic import (
     rank_file,
     write,
 )
+from support.paths import ORACLES
 
 from mlm_eval.checkpoints.archives import unpacking
 from mlm_eval.checkpoints.archives import zip_archive as archive

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.folders.synthetic import GPT, args_of, random_model, rank_file, write
 from support.huggingface_models import gpt_model
 from support.paths import ORACLES
-from support.synthetic import GPT, args_of, random_model, rank_file, write
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.errors import InputError

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from support import layouts, random_models
-from support.synthetic import GPT
+from support import random_models
+from support.folders import layouts
+from support.folders.synthetic import GPT
 
 from mlm_eval.checkpoints.archives.tar_archive import LARGEST_RATIO, MemberPath
 from mlm_eval.checkpoints.checkpoint import Checkpoint, full_digest

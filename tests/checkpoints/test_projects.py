@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from support import dcp_folders, random_models
-from support.layouts import LAYOUTS, MODEL, bridge, fields, nemo_2, weights_of
+from support import random_models
+from support.folders import dcp_folders
+from support.folders.layouts import LAYOUTS, MODEL, bridge, fields, nemo_2, weights_of
 
 from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
 from mlm_eval.checkpoints.errors import InputError

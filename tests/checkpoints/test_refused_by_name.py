@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import dcp_folders, layouts
-from support.synthetic import write
+from support.folders import dcp_folders, layouts
+from support.folders.synthetic import write
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.open import open_checkpoint

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.sentencepiece_models import train_pieces
+from support.folders.sentencepiece_models import train_pieces
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits, find_tokenizer, load_tokenizer

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from support import random_models
+from support.folders.sentencepiece_models import train_pieces
 from support.huggingface_models import POSITIONS, VOCAB, gpt_model, tokens
 from support.paths import PROJECT
 from support.ranks import run_ranks
-from support.sentencepiece_models import train_pieces
 from torch import Tensor
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint

@@ -17,7 +17,7 @@ from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.engine.encode import BertInput
 from mlm_eval.engine.engine import Engine
 
-pytest_plugins = ["support.minilm_fixtures"]
+pytest_plugins = ["support.folders.minilm_fixtures"]
 
 
 def sentences() -> list[list[int]]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.folders.real_race import first_passages
 from support.paths import PROJECT
-from support.real_race import first_passages
 from test_glue import MNLI_DEV, MNLI_TRAIN, QQP_DEV, mnli_of_textfooler, mnli_row, write
 
 from mlm_eval.checkpoints.open import open_checkpoint

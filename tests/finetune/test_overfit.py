@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.folders.real_race import first_passages
 from support.ranks import run_ranks
-from support.real_race import first_passages
 
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import load_tokenizer
@@ -20,7 +20,7 @@ from mlm_eval.engine.engine import Engine
 from mlm_eval.tasks.finetune.run import finetune
 from mlm_eval.tasks.finetune.settings import FinetuneOptions
 
-pytest_plugins = ["support.minilm_fixtures"]
+pytest_plugins = ["support.folders.minilm_fixtures"]
 
 QUESTIONS = 64
 EPOCHS = 12

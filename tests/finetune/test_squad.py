@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support import random_models, tiny_bert, training_runs
+from support import random_models, tiny_bert
+from support.runs import training_runs
 from support.tiny_bert import CLS, SEP, ids
 
 from mlm_eval.checkpoints.convert import convert

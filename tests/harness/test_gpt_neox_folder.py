@@ -17,7 +17,7 @@ import pytest
 import torch
 from support import random_models
 from support.command_line import Ended, Run, read
-from support.deepspeed_folders import write_neox
+from support.folders.deepspeed_folders import write_neox
 from support.paths import SAMPLES
 
 import mlm_eval

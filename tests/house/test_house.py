@@ -1,7 +1,7 @@
 """The rules that hold the house together: who imports whom, rooms, names, who talks.
 
-The rules themselves are in support/house_rules.py. Each is shown on a made-up source to be able to
-fail, and then applied to the whole product.
+The rules themselves are in support/house/house_rules.py. Each is shown on a made-up source to be
+able to fail, and then applied to the whole product.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import tomllib
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from support import house_rules
-from support.paths import PROJECT
+from support.house import house_rules
+from support.paths import PROJECT, TESTS
 
 PRODUCT = house_rules.sources(PROJECT)
 
@@ -199,6 +199,12 @@ def test_no_modules_import_each_other_in_a_circle():
 
 def test_a_room_holds_a_dozen_files_and_has_a_docstring_at_its_door():
     assert house_rules.room_faults(PRODUCT) == []
+
+
+def test_the_rooms_of_the_tests_hold_a_dozen_files():
+    for folder in [TESTS, *TESTS.rglob("*")]:
+        files = [file for file in folder.glob("*.py") if file.stem != "__init__"]
+        assert len(files) <= 12 or "oracles" in folder.parts, folder
 
 
 def test_doors_name_what_is_behind_them():

@@ -15,7 +15,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from support import check_wheel
+from support.house import check_wheel
 from support.paths import PROJECT
 
 

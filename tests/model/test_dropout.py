@@ -7,8 +7,9 @@ import itertools
 
 import pytest
 import torch
-from support import random_models, training_runs
+from support import random_models
 from support.ranks import run_ranks
+from support.runs import training_runs
 from torch import Tensor
 
 from mlm_eval.model.dropout import EMBEDDING, Dropout, sample_keys

@@ -12,9 +12,9 @@ from unittest import mock
 import pytest
 import torch
 from support import random_models
-from support.live_tensors import LiveTensors
 from support.paths import PROJECT
 from support.ranks import run_ranks
+from support.runs.live_tensors import LiveTensors
 from torch.utils.flop_counter import FlopCounterMode
 
 from mlm_eval import cli

@@ -26,7 +26,7 @@ from mlm_eval.ranks.faults import DISK_FAULTS, lost_peers, named_fault
 from mlm_eval.ranks.mesh import Mesh, fill_ranks, make_mesh
 from mlm_eval.ranks.world import OTHER_LAUNCHERS, SOURCE, World, detect_world, expand_nodelist
 
-TARGETS = TESTS / "support" / "launch_targets.py"
+TARGETS = TESTS / "support" / "runs" / "launch_targets.py"
 SECONDS = 15  # within which a job must end once something went wrong
 
 

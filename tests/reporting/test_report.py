@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.folders.result_records import RECIPES, fine_tuned, write, zero_shot
 from support.paths import GOLDEN, PROJECT, SAMPLES
-from support.result_records import RECIPES, fine_tuned, write, zero_shot
 
 from mlm_eval import cli
 from mlm_eval.checkpoints.errors import InputError

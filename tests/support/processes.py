@@ -40,21 +40,26 @@ def names_that_start(file: Path) -> frozenset[str]:
                 tainted |= set(names.values())
             elif node.module.startswith("mlm_eval."):
                 tainted |= {ours for name, ours in names.items() if name in OURS}
-            elif node.module.startswith("support."):
-                theirs = names_that_start(SUPPORT / f"{node.module[8:]}.py")
-                tainted |= {ours for name, ours in names.items() if name in theirs}
-            elif node.module == "support":  # `ranks.run_ranks`: its attributes are looked up below
-                for name in names:
-                    tainted |= names_that_start(SUPPORT / f"{name}.py")
+            elif node.module.partition(".")[0] == "support":
+                if source := _file(node.module):
+                    theirs = names_that_start(source)
+                    tainted |= {ours for name, ours in names.items() if name in theirs}
+                else:  # `ranks.run_ranks`: a module's attributes are looked up below
+                    modules = filter(None, map(_file, names))
+                    tainted = tainted.union(*map(names_that_start, modules))
         elif isinstance(node, ast.Constant) and str(node.value).startswith("support."):
-            plugins.add(str(node.value))  # pytest_plugins = ["support.minilm_fixtures"]
-    for plugin in plugins:
-        if (SUPPORT / f"{plugin[8:]}.py").is_file():
-            tainted |= names_that_start(SUPPORT / f"{plugin[8:]}.py")
+            plugins.add(str(node.value))  # pytest_plugins = ["support.folders.minilm_fixtures"]
+    for plugin in filter(None, map(_file, plugins)):
+        tainted |= names_that_start(plugin)
     uses = {name: _names_in(node) for node in tree.body for name in _defined_by(node)}
     while found := {name for name, used in uses.items() if name not in tainted and used & tainted}:
         tainted |= found
     return frozenset(tainted)
+
+
+def _file(module: str) -> Path | None:
+    """Return the file of a module of tests/support, whatever its room; None where there is none."""
+    return next(SUPPORT.rglob(f"{module.rpartition('.')[2]}.py"), None)
 
 
 def _defined_by(node: ast.stmt) -> list[str]:

@@ -124,7 +124,7 @@ def _serve(rank: int, connection: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from support import other_kernels
+    from support.house import other_kernels
 
     other_kernels.install_as_asked()
     group = None

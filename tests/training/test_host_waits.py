@@ -1,7 +1,7 @@
 """Scoring and training never wait for the device within a step or between batches.
 
 Each wait leaves a GPU idle until the host has queued work again. Here the device is one without
-values (`support.host_waits`): whatever would wait raises.
+values (`support.runs.host_waits`): whatever would wait raises.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support import configs, random_models, training_runs
-from support.host_waits import META, WaitError, engine_without_values, no_waits
+from support import configs, random_models
+from support.runs import training_runs
+from support.runs.host_waits import META, WaitError, engine_without_values, no_waits
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
-from support import training_runs
 from support.ranks import run_ranks
+from support.runs import training_runs
 
 from mlm_eval.checkpoints.parameters import parameters
 from mlm_eval.engine.engine import Engine

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import random_models, training_runs
+from support import random_models
 from support.ranks import run_ranks
+from support.runs import training_runs
 from torch import Tensor
 
 from mlm_eval.checkpoints.errors import InputError

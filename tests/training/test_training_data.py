@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support import training_runs
 from support.properties import thorough
+from support.runs import training_runs
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.tasks.language.data import SampleRange, TextWindows, TokenizedText

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import random_models, training_runs
-from support.family_models import FAMILY_MODELS
+from support import random_models
+from support.folders.family_models import FAMILY_MODELS
 from support.ranks import run_ranks
+from support.runs import training_runs
 from torch import Tensor
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint

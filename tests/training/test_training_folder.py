@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import training_runs
+from support.runs import training_runs
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.folders.locks import lock_folder, unlock_folder

@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from support import random_models, training_runs
+from support import random_models
 from support.ranks import run_ranks
+from support.runs import training_runs
 from torch import Tensor
 
 from mlm_eval.checkpoints.config import ModelConfig

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import random_models, training_runs, training_target
+from support import random_models
 from support.ranks import run_ranks
+from support.runs import training_runs, training_target
 from torch import Tensor
 
 from mlm_eval.checkpoints.config import ModelConfig

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import toy_benchmark
 from support.command_line import Run, assert_one_sentence, read
-from support.toy_benchmark import LAST_BYTES
+from support.house import toy_benchmark
+from support.house.toy_benchmark import LAST_BYTES
 
 import mlm_eval
 from mlm_eval.checkpoints.tokenizer import load_tokenizer

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.bos_tokenizers import tokenizer_json
-from support.scripted_engine import ScriptedEngine
+from support.runs.scripted_engine import ScriptedEngine
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer

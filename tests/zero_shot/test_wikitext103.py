@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from support.random_models import byte_vocabulary
-from support.scripted_engine import NothingDone, ScriptedEngine, log_prob
+from support.runs.scripted_engine import NothingDone, ScriptedEngine, log_prob
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.open import open_checkpoint

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import synthetic
-from support.deepspeed_folders import write_fork, write_neox
-from support.synthetic import args_of
+from support.folders import synthetic
+from support.folders.deepspeed_folders import write_fork, write_neox
+from support.folders.synthetic import args_of
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig, parse_overrides

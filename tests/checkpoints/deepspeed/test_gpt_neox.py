@@ -1,7 +1,7 @@
 """gpt-neox's folders: every kind of layer, cut over ranks, comes back bit by bit.
 
-The folders are made by tests/support/deepspeed_folders.py, which knows gpt-neox's names and orders
-apart from the reader.
+The folders are made by tests/support/folders/deepspeed_folders.py, which knows gpt-neox's names and
+orders apart from the reader.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from support import synthetic
-from support.deepspeed_folders import NEWER_NAMES, ROW_BIASES, neox_settings, write_neox
+from support.folders import synthetic
+from support.folders.deepspeed_folders import NEWER_NAMES, ROW_BIASES, neox_settings, write_neox
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig, parse_overrides

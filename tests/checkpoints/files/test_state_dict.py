@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.folders.synthetic import GPT, args_of, change, random_model, rank_file, write
 from support.huggingface_models import gpt_model
-from support.synthetic import GPT, args_of, change, random_model, rank_file, write
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safe_pickle import is_hostile

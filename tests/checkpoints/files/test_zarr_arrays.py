@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.synthetic import GPT, LLAMA, args_of, random_model
-from support.zarr_folders import DTYPES, write_array
+from support.folders.synthetic import GPT, LLAMA, args_of, random_model
+from support.folders.zarr_folders import DTYPES, write_array
 from torch import Tensor
 
 from mlm_eval.checkpoints.config import ModelConfig

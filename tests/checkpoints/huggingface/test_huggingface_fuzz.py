@@ -11,8 +11,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from support import conversion_fuzz
-from support import huggingface_fuzz as fuzz
+from support.fuzz import conversion_fuzz
+from support.fuzz import huggingface_fuzz as fuzz
 
 from mlm_eval.checkpoints.huggingface.families import FAMILIES
 from mlm_eval.checkpoints.huggingface.families.family import Family

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import random_models
-from support.sentencepiece_models import train_pieces
+from support.folders.sentencepiece_models import train_pieces
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from support import random_models
+from support.folders.synthetic import LLAMA, args_of
 from support.paths import ORACLES
-from support.synthetic import LLAMA, args_of
 
 from mlm_eval.checkpoints.config import ConfigBuilder, ModelConfig
 from mlm_eval.checkpoints.errors import InputError

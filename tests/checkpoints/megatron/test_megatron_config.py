@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.synthetic import BERT, GPT, LLAMA, args_of
+from support.folders.synthetic import BERT, GPT, LLAMA, args_of
 
 from mlm_eval.checkpoints.config import (
     ConfigBuilder,

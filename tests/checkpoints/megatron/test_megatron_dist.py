@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from support import dcp_folders, random_models
+from support import random_models
+from support.folders import dcp_folders
 from support.paths import ORACLES
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex

@@ -318,7 +318,7 @@ def run_megatron_core(scratch: Path, triples: list[Path]) -> subprocess.Complete
             sys.executable,
             "-W",
             "ignore",
-            SUPPORT / "megatron_core_model.py",
+            SUPPORT / "fuzz" / "megatron_core_model.py",
             scratch,
             *triples,
         ],

@@ -22,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 from conftest import SHARED
 from support import random_models
 from support.configs import LLAMA
-from support.family_models import FAMILY_MODELS
+from support.folders.family_models import FAMILY_MODELS
 from support.paths import SUPPORT
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
@@ -367,7 +367,7 @@ def shapes(root: Path) -> dict[str, tuple[int, ...] | None]:
 def run_core(script: str, scratch: Path, triples: list[Path]) -> None:
     quick = {"TORCHDYNAMO_DISABLE": "1", "PYTORCH_JIT": "0", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", SUPPORT / script, scratch, *triples],
+        [sys.executable, "-W", "ignore", SUPPORT / "fuzz" / script, scratch, *triples],
         capture_output=True,
         text=True,
         env=os.environ | quick,

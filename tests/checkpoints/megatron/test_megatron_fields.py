@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 from support import random_models
+from support.folders.synthetic import BERT, GPT, LLAMA, T5, args_of
 from support.paths import PROJECT
-from support.synthetic import BERT, GPT, LLAMA, T5, args_of
 
 from mlm_eval.checkpoints.config import ConfigBuilder, ModelConfig, RopeScaling
 from mlm_eval.checkpoints.convert import convert

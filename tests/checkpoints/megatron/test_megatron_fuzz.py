@@ -56,7 +56,8 @@ def outcomes() -> list[Case]:
 def make(folder: Path, first: int, last: int) -> list[Case]:
     """Have megatron-core make the cases of a range of seeds."""
     args = next(iter(sorted((ORACLES / "mcore016_gpt2_tp2_pp2").rglob("*.pt"))[1:]))
-    command = [sys.executable, "-W", "ignore", SUPPORT / "megatron_core_fuzz.py", folder, args]
+    script = SUPPORT / "fuzz" / "megatron_core_fuzz.py"
+    command = [sys.executable, "-W", "ignore", script, folder, args]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*map(str, command), str(first), str(last)],

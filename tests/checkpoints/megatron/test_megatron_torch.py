@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.paths import ORACLES
-from support.synthetic import (
+from support.folders.synthetic import (
     BERT,
     ERAS,
     GPT,
@@ -27,6 +26,7 @@ from support.synthetic import (
     rank_file,
     write,
 )
+from support.paths import ORACLES
 from torch import Tensor
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint, full_digest

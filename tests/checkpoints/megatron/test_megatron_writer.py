@@ -498,7 +498,7 @@ def test_megatron_core_loads_and_runs_the_files(
             sys.executable,
             "-W",
             "ignore",
-            SUPPORT / "megatron_core_torch.py",
+            SUPPORT / "fuzz" / "megatron_core_torch.py",
             tmp_path,
             *triples,
         ],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.sentencepiece_models import train_pieces
+from support.folders.sentencepiece_models import train_pieces
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.huggingface.tokenizer import tokenizer_files

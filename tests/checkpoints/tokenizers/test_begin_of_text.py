@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from support.bos_tokenizers import tokenizer_json
+from support.folders.sentencepiece_models import train_pieces
 from support.random_models import byte_vocabulary
-from support.sentencepiece_models import train_pieces
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer, load_tokenizer

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
-from support import layouts
+from support.folders import layouts
+from support.folders.sentencepiece_models import train_pieces
 from support.random_models import byte_vocabulary
-from support.sentencepiece_models import train_pieces
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.open import open_checkpoint

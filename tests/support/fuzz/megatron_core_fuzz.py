@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tests' folder
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the tests' folder
 from megatron.core.activations import squared_relu  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import (  # noqa: E402
     ShardedTensor,
@@ -40,7 +40,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 from torch import Tensor, nn  # noqa: E402
 
 from mlm_eval.checkpoints.megatron.fields import ARG_FIELDS  # noqa: E402
-from support.megatron_core_model import run, start  # noqa: E402
+from support.fuzz.megatron_core_model import run, start  # noqa: E402
 
 Changes = dict[str, Any]
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tests' folder
-from support.megatron_core_model import build, run, start  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the tests' folder
+from support.fuzz.megatron_core_model import build, run, start  # noqa: E402
 
 
 def main(scratch: str, *triples: str) -> None:

@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor
 
 from mlm_eval.checkpoints.config import ModelConfig
-from support.synthetic import Model, rank_tensors
+from support.folders.synthetic import Model, rank_tensors
 
 LAYER = "decoder.layers."
 ROW_BIASES = ("self_attention.linear_proj.bias", "mlp.linear_fc2.bias")

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.megatron.write_dist import write_torch_dist
-from support import dcp_folders, random_models
-from support.synthetic import LLAMA, args_of, era_name, rank_tensors, stage_tensors
-from support.zarr_folders import write_array
+from support import random_models
+from support.folders import dcp_folders
+from support.folders.synthetic import LLAMA, args_of, era_name, rank_tensors, stage_tensors
+from support.folders.zarr_folders import write_array
 
 MODEL = dataclasses.replace(LLAMA, layernorm_epsilon=1e-6, rotary_base=500000.0)
 SEED = 3

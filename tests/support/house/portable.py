@@ -1,11 +1,12 @@
 """Run the tests that compare numbers as other processors would: `make test-portable` (hours).
 
-usage: python tests/support/portable.py [--only WORD] [ARGUMENT of pytest, such as -n 2 ...]
+usage: python tests/support/house/portable.py [--only WORD] [ARGUMENT of pytest, such as -n 2 ...]
 
 Each run takes a set of instructions that the three libraries which multiply are held to, and a
 number of threads; last, the rounding of kernels that no such variable chooses is imitated
-(support/other_kernels.py). Without paths among the arguments all tests that compare numbers run;
---only takes the runs whose name has the word in it. The code is the number of runs that failed.
+(support/house/other_kernels.py). Without paths among the arguments all tests that compare numbers
+run; --only takes the runs whose name has the word in it. The code is the number of runs that
+failed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[2]
+PROJECT = Path(__file__).resolve().parents[3]
 NUMBERS = [
     *("tests/model", "tests/engine", "tests/ranks", "tests/training", "tests/harness"),
     *("tests/zero_shot", "tests/language", "tests/finetune", "tests/checkpoints", "tests/cli"),
@@ -48,7 +49,7 @@ def runs() -> dict[str, tuple[dict[str, str], list[str]]]:
             threads = {"OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count)}
             found[f"{name}, threads {count}"] = (variables | threads, [])
     for noise in ("1", "2"):
-        plugin = ["-p", "support.other_kernels", "--deselect", COUNTED]
+        plugin = ["-p", "support.house.other_kernels", "--deselect", COUNTED]
         found[f"other kernels, noise {noise}"] = ({"MLM_EVAL_OTHER_KERNELS": noise}, plugin)
     # What starts ranks must not depend on which of them is quicker.
     for time_of_ten in range(1, 11):

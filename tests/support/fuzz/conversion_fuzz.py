@@ -18,7 +18,7 @@ from mlm_eval.engine.plain_transformers import transformers_outputs
 from mlm_eval.engine.verify import outputs
 from support import random_models
 from support.configs import BERT, GPT
-from support.huggingface_fuzz import READ, REFUSED, Draw, Outcome, gap, probe
+from support.fuzz.huggingface_fuzz import READ, REFUSED, Draw, Outcome, gap, probe
 
 
 def draw_model(draw: Draw) -> ModelConfig:

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # started with -P
+sys.path.insert(0, str(Path(__file__).parents[2]))  # started with -P
 
 from mlm_eval.ranks import launch
 from mlm_eval.ranks.world import World, detect_world
@@ -22,7 +22,8 @@ def train(folder: Path, world: World, tp: int, dp: int) -> None:
     (folder / f"pid{world.rank}").write_text(str(os.getpid()))
     import torch
 
-    from support import other_kernels, training_runs
+    from support.house import other_kernels
+    from support.runs import training_runs
 
     torch.set_num_threads(1)  # as on the ranks of the test: the bytes are compared
     other_kernels.install_as_asked()
@@ -33,7 +34,7 @@ def train(folder: Path, world: World, tp: int, dp: int) -> None:
 def whole(folder: Path, tp: int, dp: int) -> dict[str, bytes]:
     """Train without a stop, on ranks that run already; return the bytes of the written weights."""
     from mlm_eval.checkpoints.open import open_checkpoint
-    from support import training_runs
+    from support.runs import training_runs
 
     report, _ = training_runs.run(tp, dp, "mlm", folder, SETTINGS)
     tensors = open_checkpoint(report.checkpoint).tensors

@@ -1,6 +1,6 @@
 """A pytest plugin that lets every matrix product round as on another machine: a test of the tests.
 
-    python -m pytest -p support.other_kernels tests/model
+    python -m pytest -p support.house.other_kernels tests/model
 
 Kernels for AVX2, AVX-512 and AMX, and those for other numbers of threads, add the same products
 in other orders; which of them a product takes depends on its shape. One machine cannot run them

@@ -1,6 +1,6 @@
 """Check a built wheel against the source tree: nothing missing, nothing stale, one top level.
 
-usage: python tests/support/check_wheel.py WHEEL
+usage: python tests/support/house/check_wheel.py WHEEL
 
 `make wheel` runs this on the wheel that it built; test_packaging.py makes the same check.
 """
@@ -51,7 +51,7 @@ def wheel_faults(wheel: Path, project: Path) -> list[str]:
 def main() -> None:
     """Check the wheel named on the command line; exit with 1 and the faults if it has any."""
     wheel = Path(sys.argv[1])
-    if faults := wheel_faults(wheel, Path(__file__).resolve().parents[2]):
+    if faults := wheel_faults(wheel, Path(__file__).resolve().parents[3]):
         sys.exit("\n".join(f"{wheel.name}: {fault}" for fault in faults))
     print(f"{wheel.name}: mlm_eval alone, every file of the source, {wheel.stat().st_size:,} bytes")
 

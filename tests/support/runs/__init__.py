@@ -1,0 +1,1 @@
+"""What ranks and engines are made to run, and how it is watched."""
