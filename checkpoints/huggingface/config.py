@@ -84,6 +84,7 @@ def read_config(
     for name, value in family.constants.items():
         r.set(name, value, f"every {family.model_type} model")
     _sizes(r, family)
+    found.check_layers(r.values["num_layers"], where)
     read_mixture(r, family)
     if family.kind == "gpt":
         read_windows(r, family)

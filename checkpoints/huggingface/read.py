@@ -339,6 +339,7 @@ def _inspect(weights: Weights, family: Family, hf: Mapping[str, Any]) -> Found:
         params_dtype=dtype_name(table.dtype),
         untied=copy is not None and not _equal(copy, table),
         heads=_bert_heads(weights, hf) if family.kind == "bert" else {},
+        tensors=len(weights.tensors),
     )
 
 

@@ -23,6 +23,20 @@ class Found:
     untied: bool | None = None
     """True where a tied model's output table differs from its embeddings all the same."""
     heads: Mapping[str, Any] = field(default_factory=dict)
+    tensors: int | None = None
+    """How many there are: no model has more layers. None: it is not known."""
+
+    def check_layers(self, count: int, where: str) -> None:
+        """Refuse more layers than tensors, before anything is made for each of them.
+
+        Raises:
+            InputError: There are more.
+        """
+        if self.tensors is not None and count > self.tensors:
+            raise InputError(
+                f"{where} says {count} layers, the files hold {self.tensors} tensors in all; "
+                "files of two models may be mixed"
+            )
 
 
 @dataclass
