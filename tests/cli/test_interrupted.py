@@ -69,8 +69,15 @@ def same_scores(found: Path, expected: Path) -> bool:
     return all(a == (pytest.approx(b, rel=1e-5) if type(b) is float else b) for a, b in pairs)
 
 
-@pytest.mark.parametrize(("number", "code", "said"), SIGNALS)
-@pytest.mark.parametrize("family", BATCHES)
+@pytest.mark.parametrize(
+    ("family", "number", "code", "said"),
+    [
+        pytest.param(family, *signal_, marks=[] if family == "bert" or n == 1 else pytest.mark.long)
+        for family in BATCHES
+        for n, signal_ in enumerate(SIGNALS)
+        if family == "gpt" or n == 0
+    ],
+)
 def test_score_keeps_what_it_has_done(
     run: Run, folder, bert, tmp_path, monkeypatch, family, number, code, said
 ):

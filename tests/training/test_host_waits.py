@@ -32,7 +32,7 @@ from mlm_eval.training.settings import Counters
 from mlm_eval.training.step import Stepper
 
 
-@pytest.fixture(params=[1, 2], ids=["tp 1", "tp 2"])
+@pytest.fixture(params=[1, pytest.param(2, marks=pytest.mark.long)], ids=["tp 1", "tp 2"])
 def mesh(request: pytest.FixtureRequest) -> Iterator[Mesh]:
     """The layout of one process, and of a second rank whose collectives send nothing."""
     if request.param == 1:
@@ -74,7 +74,9 @@ def test_what_waits_is_found():
 # --- Training -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize(
+    "recompute", [False, pytest.param(True, marks=pytest.mark.long)], ids=["", "recompute"]
+)
 @pytest.mark.parametrize("kind", training_runs.OBJECTIVES)
 def test_a_step_waits_for_nothing_before_its_end(kind, recompute, mesh, monkeypatch):
     config = training_runs.model_for(kind).config
