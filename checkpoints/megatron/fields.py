@@ -304,6 +304,7 @@ _GROUPS: tuple[tuple[str, ArgField], ...] = (
     ("rotary_base_per_layer", _refused("rotary bases of each layer's own")),
     ("mrope_section", _only_with("position_embedding_type")),  # mrope, which is refused
     ("layernorm_mlp_bias", _refused("an unknown MLP norm", False)),
+    ("retro_add_retriever", _refused("retrieved texts (RETRO)", False)),
     ("enable_hyper_connections", _refused("hyper-connections", False)),
     # Of forks and of Megatron-Bridge, with their defaults: Megatron-DeepSpeed, Megatron-LLM,
     # MindSpeed-LLM. Where args hold one of another value, the fork's model heeded it.

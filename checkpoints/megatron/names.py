@@ -150,13 +150,18 @@ REFUSED: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             r"\.self_attention\.(in_proj|conv1d|out_proj|out_norm|A_log|dt_bias)(\.|$)",
             "linear attention (a gated delta net)",
         ),
+        (r"\.indexer\.", "sparse attention (DSA)"),
+        (r"hyper_connection", "hyper-connections"),
+        (r"(^|\.)modality_submodules\.", "a model of several modalities (MIMO)"),
+        (r"\.cross_attention\.encoder\.", "a model that reads retrieved texts (RETRO)"),
         (r"linear_qkv_down_proj", "latent attention with fused down projections"),
         (
             r"(^|\.)(query_model|context_model|retriever|biencoder)\.",
             "a retrieval model (ICT, REALM)",
         ),
         (
-            r"(^|\.)(vision_model|backbone|cls_token|conv1(?!d)|linear_encoder|vision_projection)",
+            r"(^|\.)(vision_model|backbone|cls_token|conv1(?!d)|linear_encoder|vision_projection"
+            r"|class_token|mask_token|embedder|ln_pre|ln_post)(\.|$)",
             "a vision model",
         ),
         (r"(lora_|\.adapter)", ADAPTERS),

@@ -49,7 +49,18 @@ def refused(path: Path, *parts: str, **overrides: Any) -> str:
     return message
 
 
-WAYS_OUT = ("give ", "copy", "--set", "use ", "get ", "download", "remove", "set XDG", "reads")
+WAYS_OUT = (
+    "give ",
+    "copy",
+    "--set",
+    "use ",
+    "get ",
+    "download",
+    "remove",
+    "merge ",
+    "set XDG",
+    "reads",
+)
 
 
 def gpt(root: Path, *, tp: int = 2, seed: int = 1, **options: Any) -> Path:
