@@ -74,9 +74,11 @@ def tar_folder(path: Path) -> Path:
 def archive_in(folder: Path) -> Path | None:
     """Return the one .nemo file of a folder that holds no other folder; None where there is none.
 
+    Hidden ones, such as git's, do not count.
+
     A folder with a tracker file or a config.json is a checkpoint of its own.
     """
-    held = list(folder.iterdir())
+    held = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     archives = [entry for entry in held if entry.suffix == ".nemo"]
     others = ("latest_checkpointed_iteration.txt", "config.json")
     if len(archives) != 1 or any(entry.is_dir() or entry.name in others for entry in held):

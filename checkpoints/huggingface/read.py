@@ -57,7 +57,6 @@ class Weights:
 
     folder: Path
     prefix: str = ""
-    other_prefix: str = ""
     tensors: dict[str, LazyTensor] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
     """The files' own names of the tensors."""
@@ -69,8 +68,7 @@ class Weights:
 
     def find(self, name: str) -> LazyTensor | None:
         """Return a tensor by its name in a model with a head; base models leave the prefix out."""
-        bare = name.removeprefix(self.prefix)
-        for key in (name, bare, *([self.other_prefix + bare] if self.other_prefix else [])):
+        for key in (name, name.removeprefix(self.prefix)):
             if key in self.tensors:
                 self.used.add(key)
                 return self.tensors[key]
@@ -125,7 +123,7 @@ def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> Check
     text = text_config(whole, str(config_path))
     hf = whole if text is None else text
     family = find_family(hf, config_path)
-    weights = _open_weights(path, family)
+    weights = _open_weights(path, family.prefix)
     of_images: list[str] = []
     if text is not None:
         weights.tensors, of_images = text_tensors(weights.tensors)
@@ -179,17 +177,10 @@ def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> Check
     return checkpoint
 
 
-_OF_LATER_LAYERS = "heads of multi-token prediction, take no part in scoring and are left out"
-
-
 def _leave_out_later_layers(weights: Weights, build: HubConfigReader) -> list[str]:
     """Take out the layers for multi-token prediction behind a model's own, and say so."""
     if "num_nextn_predict_layers" not in build.family.table:
         return []
-    if build.family.hybrid:
-        names = [name for name in weights.tensors if name.startswith("mtp.")]
-        weights.used.update(names)
-        return [f"{len(names)} tensors of mtp, {_OF_LATER_LAYERS}"] if names else []
     first = build.config.num_layers
     count, _ = build.look("num_nextn_predict_layers", "int")
     later = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -201,7 +192,10 @@ def _leave_out_later_layers(weights: Weights, build: HubConfigReader) -> list[st
     if not names:
         return []
     weights.used.update(names)
-    return [f"the {count} layer(s) behind layer {first - 1}, {_OF_LATER_LAYERS}"]
+    return [
+        f"the {count} layer(s) behind layer {first - 1}, heads of multi-token prediction, take no "
+        "part in scoring and are left out"
+    ]
 
 
 def find_family(hf: Mapping[str, Any], where: Path) -> Family:
@@ -249,8 +243,8 @@ def holds_weights(folder: Path) -> bool:
     return False
 
 
-def _open_weights(folder: Path, family: Family) -> Weights:
-    weights = Weights(folder, family.prefix, family.other_prefix)
+def _open_weights(folder: Path, prefix: str) -> Weights:
+    weights = Weights(folder, prefix)
     for name in WEIGHT_FILES:
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():

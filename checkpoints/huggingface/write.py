@@ -102,13 +102,7 @@ def _readme(plan: HuggingFacePlan) -> str:
         )
     if isinstance(p.iteration, int):
         facts.append(f"iteration {p.iteration}")
-    names = (
-        "activation_function",
-        "hidden_activation",
-        "hidden_act",
-        "feed_forward_proj",
-        "mlp_hidden_act",
-    )
+    names = ("activation_function", "hidden_activation", "hidden_act", "feed_forward_proj")
     words = [f"`{plan.hf[name]}`" for name in names if name in plan.hf]
     activation = (
         f"`{c.activation}` (from {p.config_sources.get('activation', 'the model')}), "

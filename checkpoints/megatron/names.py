@@ -219,7 +219,7 @@ _PREDICTION = re.compile(r"mtp\.layers\.(?P<head>\d+)\.(?P<rest>.+)")
 _PREDICTION_LAYER = ("transformer_layer.", "mtp_model_layer.")
 """How a head of multi-token prediction names its layer: up to core 0.16, and later."""
 
-KEPT_IN_FLOAT32 = (".router.expert_bias", ".mixer.A_log", ".mixer.D")
+KEPT_IN_FLOAT32 = ".router.expert_bias"
 """Ends the names of what Megatron keeps in float32, whatever the dtype of the weights."""
 
 

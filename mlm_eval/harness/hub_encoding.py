@@ -26,7 +26,7 @@ class HubEncoding:
             self.backend = tokenizer.backend
             bos = int(self.backend.bos_id())
             self.bos_id = bos if bos >= 0 else None
-            self.adds_bos = adds_begin(tokenizer)
+            self.adds_bos = bool(tokenizer.settings.get("add_bos_token", False))
         else:
             self.backend = tokenizer.hub_backend()
             self.bos_id = tokenizer.special_id("bos")
@@ -41,7 +41,11 @@ class HubEncoding:
     def begin(self) -> dict[str, Any]:
         """Return what a record says of the token before each text."""
         asked = {None: "auto", True: "yes", False: "no"}[self.add_bos]
-        adds = adds_begin(self.tokenizer) if self.add_bos is None else self.add_bos
+        adds = self.add_bos
+        if adds is None:
+            adds = self.adds_bos or (
+                self.tokenizer.kind != "sentencepiece" and adds_begin(self.tokenizer)
+            )
         return {"bos": asked, "bos_id": self.begin_id if adds else None}
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:

@@ -16,7 +16,7 @@ from typing import Any
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.parameters import allowed_tp, check_tp, num_parameters
-from mlm_eval.model.costs.flops import forward_flops
+from mlm_eval.model.costs.flops import active_parameters, forward_flops
 from mlm_eval.model.costs.memory import (
     OUTSIDE,
     Memory,
@@ -25,6 +25,9 @@ from mlm_eval.model.costs.memory import (
     evaluation_memory,
     local_parameters,
 )
+
+NODE = 8
+"""Devices of a usual node."""
 
 BACKWARD = 2
 """The backward pass costs twice the forward pass."""
@@ -123,7 +126,8 @@ def plan_record(
     each training task need there; `fits` is None if no device was given. `smallest_tp` is the
     smallest size that fits, for `evaluation` and each training task; {} without a device. `tasks`
     holds floating-point operations over all ranks: of one evaluation, and of a whole fine-tuning
-    with the evaluations after each epoch. Seconds are for `tp` x `dp` ranks; None without a
+    with the evaluations after each epoch. `active_parameters` are those that a token meets, and
+    `flops_per_token` is for a full text. Seconds are for `tp` x `dp` ranks; None without a
     throughput.
 
     Args:
@@ -181,6 +185,8 @@ def plan_record(
     return {
         "model": name,
         "num_parameters": num_parameters(config),
+        "active_parameters": active_parameters(config),
+        "flops_per_token": _flops_per_token(config),
         "paper_parameters": paper_parameters,
         "allowed_tp": allowed_tp(config),
         "config": config.to_dict(),
@@ -195,8 +201,34 @@ def plan_record(
         "left_free": OUTSIDE,
         "layouts": layouts,
         "smallest_tp": smallest,
+        "notes": _notes(smallest, device_memory),
         "tasks": [_cost(config, work, smallest, default_tp, dp, throughput) for work in workloads],
     }
+
+
+def _flops_per_token(config: ModelConfig) -> float:
+    """Return the operations of a forward pass over a full text with all logits, for each token."""
+    length = config.max_position_embeddings
+    return forward_flops(config, length, last_rows=length, head_rows=length) / length
+
+
+def _notes(smallest: Mapping[str, int | None], device_memory: float | None) -> list[str]:
+    """Return what an evaluation that does not fit a node means, in a sentence."""
+    if device_memory is None:
+        return []
+    size = smallest["evaluation"]
+    if size is None:
+        return [
+            "no tp that divides the model leaves a rank that fits: models are evaluated by tensor "
+            "parallelism only, there is no pipeline evaluation yet, so this one needs larger "
+            "devices"
+        ]
+    if size <= NODE:
+        return []
+    return [
+        f"evaluation needs tp {size}, more than one node of {NODE} devices: its ranks then sum up "
+        "over the network in each layer; there is no pipeline evaluation yet"
+    ]
 
 
 def layout_needs(layout: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

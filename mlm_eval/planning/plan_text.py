@@ -24,6 +24,15 @@ def _model_text(plan: Mapping[str, Any]) -> str:
         f"{c['max_position_embeddings']:,} positions",
         f"  divides by tp {', '.join(map(str, plan['allowed_tp']))}",
     ]
+    active = ""
+    if plan["active_parameters"] != plan["num_parameters"]:
+        active = f"{plan['active_parameters']:,} parameters for each token, "
+        lines.insert(
+            2,
+            f"  {c['num_experts']} experts of {c['moe_ffn_hidden_size']:,} in "
+            f"{len(c['moe_layers'])} layers, {c['moe_router_topk']} for each token",
+        )
+    lines.append(f"  {active}{plan['flops_per_token'] / 1e9:.3g} GFLOP a token of a full text")
     if plan["paper_parameters"] is not None:
         count = f"{plan['paper_parameters']:,}"
         lines.insert(1, f"  {count} as the paper counts them (without padding)")
@@ -54,6 +63,7 @@ def _memory_text(plan: Mapping[str, Any]) -> str:
         found = ", ".join(f"{need}: {tp or 'none'}" for need, tp in plan["smallest_tp"].items())
         lines.append(f"  * does not fit {memory}, {free} left free")
         lines.append(f"  smallest tp that fits: {found}")
+        lines += [f"  {note}" for note in plan["notes"]]
     return "\n".join(lines)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
-from mlm_eval.checkpoints.config import NEWER_SETTINGS, ModelConfig
+from mlm_eval.checkpoints.config import NEWER_SETTINGS
 from mlm_eval.reporting.results import Result, checkpoint_record
 
 if TYPE_CHECKING:
@@ -39,9 +38,12 @@ def rows_as_text(title: str, rows: Sequence[tuple[str, str]]) -> str:
 
 def inspect_record(checkpoint: Checkpoint, digest: str) -> dict[str, Any]:
     """Return the JSON record of `mlm-eval inspect`."""
+    from mlm_eval.model.costs.flops import active_parameters
+
     provenance = checkpoint.provenance
     return {
         **checkpoint_record(checkpoint),
+        "active_parameters": active_parameters(checkpoint.config),
         "digest": digest,
         "names": provenance.names,
         "pickle_classes": provenance.pickle_classes,
@@ -61,19 +63,14 @@ def inspect_warnings(checkpoint: Checkpoint) -> list[str]:
     return [*hostile, *checkpoint.provenance.warnings]
 
 
-_DEFAULTS = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+_ABSENT: tuple[Any, ...] = (0, False, [], "vanilla", "softmax")
 """Values of settings that a model without the newer layers has; they are not shown."""
 
 
 def _left_out(name: str, value: Any, config: Mapping[str, Any]) -> bool:
     """Whether a setting is one of newer layers that the model does not have."""
     routed = name.startswith("moe_") and config["num_experts"]
-    if name not in NEWER_SETTINGS or routed:
-        return False
-    if name.startswith("relative_") and config["position_embedding_type"] == "relative":
-        return False
-    default = _DEFAULTS[name]
-    return bool(value == (list(default) if isinstance(default, tuple) else default))
+    return name in NEWER_SETTINGS and value in _ABSENT and not routed
 
 
 def inspect_text(record: Mapping[str, Any]) -> str:
@@ -89,7 +86,7 @@ def inspect_text(record: Mapping[str, Any]) -> str:
             f"tensor-parallel {record['tensor_parallel']} x pipeline {record['pipeline_parallel']}",
         ),
         ("iteration", _or_none(record["iteration"])),
-        ("parameters", f"{record['num_parameters']:,}"),
+        ("parameters", _parameters_text(record)),
         ("digest", str(record["digest"])),
     ]
     config = [
@@ -109,6 +106,14 @@ def inspect_text(record: Mapping[str, Any]) -> str:
         if record[name]:
             parts.append("\n".join([title, *(f"  {item}" for item in record[name])]))
     return "\n\n".join(parts)
+
+
+def _parameters_text(record: Mapping[str, Any]) -> str:
+    """Return the number of weights, and of experts how many a token meets."""
+    text = f"{record['num_parameters']:,}"
+    if record["active_parameters"] != record["num_parameters"]:
+        text += f", of which {record['active_parameters']:,} for each token"
+    return text
 
 
 def _or_none(value: Any) -> str:

@@ -18,6 +18,7 @@ from support.paths import ORACLES
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.open import open_checkpoint
+from mlm_eval.options import KEY, CheckpointOption
 
 TRACKER = "latest_checkpointed_iteration.txt"
 DIST = ORACLES / "mcore016_gpt2_tp2_dist"
@@ -357,3 +358,20 @@ def test_a_rank_folder_of_other_files_says_what_is_there(tmp_path: Path):
     _files("iter_0000005/mp_rank_00/weights.bin")(tmp_path)
     with pytest.raises(InputError, match=r"no model_optim_rng.pt in them \(found weights.bin\)"):
         open_checkpoint(tmp_path)
+
+
+# ---- what is read, in words --------------------------------------------------------------------
+
+LAYOUTS_READ = ("Bridge", "NeMo", "verl", "zarr", "torch_dcp", "fsdp_dtensor", "DeepSpeed", ".nemo")
+
+
+def test_a_folder_without_a_checkpoint_names_all_that_is_read(tmp_path: Path):
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(InputError, match="holds no checkpoint that mlm-eval knows") as caught:
+        open_checkpoint(tmp_path)
+    assert [name for name in LAYOUTS_READ if name not in str(caught.value)] == []
+
+
+def test_the_help_of_ckpt_names_all_that_is_read():
+    entry = CheckpointOption.__dataclass_fields__["ckpt"].metadata[KEY]
+    assert [name for name in LAYOUTS_READ if name not in entry.help] == []

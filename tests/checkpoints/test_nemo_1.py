@@ -208,6 +208,7 @@ def test_a_sparse_file_is_refused(tmp_path: Path):
         open_checkpoint(tmp_path / "a.nemo")
 
 
+@pytest.mark.long
 def test_what_unpacks_to_far_too_much_is_refused(tmp_path: Path, cache: Path):
     with tarfile.open(tmp_path / "bomb.nemo", "w:gz", compresslevel=1) as tar:
         for number in range(3):
@@ -246,6 +247,7 @@ def test_an_archive_alone_in_a_folder_is_found_and_two_are_not(tmp_path: Path):
     layouts.nemo_archive(tmp_path / "run")
     shutil.rmtree(tmp_path / "run/made")
     (tmp_path / "run/README.md").write_text("a model")
+    (tmp_path / "run/.git").mkdir()
     assert_is(open_checkpoint(tmp_path / "run"), MODEL)
     shutil.copy(tmp_path / "run/model.nemo", tmp_path / "run/second.nemo")
     with pytest.raises(InputError, match="no checkpoint that mlm-eval knows"):
@@ -421,3 +423,41 @@ def test_random_models_of_both_codes_score_the_same(tmp_path: Path):
         model = random_models.on_one_rank(checkpoint.config, weights)
         found.append(random_models.all_log_probs(model, model(tokens)))
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("mcore", [True, False])
+def test_the_last_stages_copy_of_a_tied_embedding_is_left_out(mcore: bool, tmp_path: Path):
+    """NeMo's own layers call it word_embeddings, megatron-core's output_layer."""
+    model = dataclasses.replace(TANH, untie_embeddings_and_output_weights=False)
+    layouts.nemo_ranks(tmp_path, model, tp=2, pp=2, mcore_gpt=mcore)
+    name = "model.module.output_layer.weight" if mcore else "model.word_embeddings.weight"
+    for rank in range(2):
+        first, last = (
+            tmp_path / f"tp_rank_{rank:02d}_pp_rank_{stage:03d}/model_weights.ckpt"
+            for stage in range(2)
+        )
+        table = next(v for k, v in torch.load(first).items() if "word_embeddings" in k)
+        torch.save({**torch.load(last), name: table.clone()}, last)
+    assert_is(open_checkpoint(tmp_path), model)
+
+
+def test_a_mixture_of_experts_in_an_archive(tmp_path: Path):
+    """Experts in one tensor a matrix, below `model.`, with NeMo's words for the router."""
+    model = dataclasses.replace(
+        MODEL,
+        num_experts=4,
+        moe_layers=(0, 1, 2, 3),
+        moe_ffn_hidden_size=24,
+        moe_router_topk=2,
+    )
+    layouts.nemo_folder(
+        tmp_path / "made",
+        **layouts.nemo_config(model, num_moe_experts=4, moe_router_topk=2),
+    )
+    keys = {}
+    for name, tensor in layouts.weights_of(model).items():
+        inner = name.replace(".mlp.experts.", ".mlp.experts.experts.")
+        keys[f"model.{inner}"] = tensor
+    layouts.dcp_folders.save(tmp_path / "made/model_weights", keys, common={})
+    found = open_checkpoint(layouts.packed(tmp_path / "made", tmp_path / "model.nemo"))
+    assert_is(found, model)

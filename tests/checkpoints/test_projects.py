@@ -145,7 +145,7 @@ def test_gemmas_classes_compute_more_than_their_fields_say(name: str, tmp_path: 
         ({"_target_": GEMMA3, "interleaved_attn_pattern": [5, "x"]}, "interleaved_attn_pattern"),
         ({"_target_": GEMMA3, "num_layers": None}, "num_layers None"),
         ({"_target_": GEMMA3, "hidden_size": "x"}, "hidden_size 'x'"),
-        ({"output_logit_softcapping": 50.0}, "args.output_logit_softcapping = 50.0"),
+        ({"output_logit_softcapping": 50.0}, "run_config.yaml: output_logit_softcapping = 50.0"),
         ({"activation_func": {"_target_": "some.other.function"}}, "some.other.function"),
         (
             {"layernorm_epsilon": None},

@@ -63,6 +63,7 @@ SAID = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("project", MAKERS)
 def test_a_setting_is_refused_by_its_name_and_its_file(project: str, tmp_path: Path):
     for name, value in SETTINGS.items():
@@ -116,6 +117,7 @@ def in_nemo_1(root: Path, tensors: dict[str, torch.Tensor]) -> None:
     torch.save({f"model.{name}": t for name, t in tensors.items()}, root / "model_weights.ckpt")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("store", [in_torch, in_torch_dist, in_nemo_1])
 def test_a_parameter_is_refused_by_its_name(
     store: Callable[[Path, dict[str, torch.Tensor]], None], tmp_path: Path

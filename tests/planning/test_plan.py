@@ -22,11 +22,11 @@ from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.parameters import parameters
+from mlm_eval.checkpoints.parameters import num_parameters, parameters
 from mlm_eval.engine.engine import Engine
 from mlm_eval.engine.score import Request
 from mlm_eval.model import attention
-from mlm_eval.model.costs.flops import forward_flops
+from mlm_eval.model.costs.flops import active_parameters, forward_flops
 from mlm_eval.model.costs.memory import (
     OUTSIDE,
     TrainingBatch,
@@ -38,6 +38,7 @@ from mlm_eval.model.dropout import Dropout, sample_keys
 from mlm_eval.model.initial import new_checkpoint, with_head
 from mlm_eval.model.sizes import named_config
 from mlm_eval.planning.plan import parse_throughput, plan_record
+from mlm_eval.planning.plan_text import plan_text
 from mlm_eval.tasks.workloads import workloads
 from mlm_eval.training.data import NO_LABEL, Sample, collate
 from mlm_eval.training.objectives import CausalLM, MultipleChoice, Objective
@@ -491,3 +492,65 @@ def test_the_command_refuses_in_one_sentence(
     code, out, err = run_cli(monkeypatch, capsys, *arguments)
     assert (code, out) == (2, "")
     assert message in err and len(err.splitlines()) == 1
+
+
+# --- experts, and what does not fit a node --------------------------------------------------------
+
+MIXTURE = dataclasses.replace(
+    LLAMA, num_layers=3, num_experts=8, moe_layers=(1, 2), moe_ffn_hidden_size=96,
+    moe_router_topk=2, moe_shared_expert_intermediate_size=64,
+)  # fmt: skip
+LATENT = dataclasses.replace(
+    MIXTURE, multi_latent_attention=True, q_lora_rank=24, kv_lora_rank=16, qk_head_dim=16,
+    qk_pos_emb_head_dim=8, v_head_dim=16, num_query_groups=LLAMA.num_attention_heads,
+)  # fmt: skip
+
+
+def test_active_parameters_are_those_of_a_model_with_as_many_experts_as_a_token_meets():
+    """But for the routers, which know all experts."""
+    for base in (MIXTURE, LATENT, dataclasses.replace(MIXTURE, activation="gelu")):
+        fewer = dataclasses.replace(base, num_experts=base.moe_router_topk)
+        routers = (base.num_experts - fewer.num_experts) * base.hidden_size * len(base.moe_layers)
+        assert active_parameters(base) == num_parameters(fewer) + routers
+    assert active_parameters(LLAMA) == num_parameters(LLAMA)
+
+
+def test_experts_are_cut_by_columns_over_the_ranks():
+    """Each rank has its share of every expert, whatever their number."""
+    odd = dataclasses.replace(MIXTURE, num_experts=5)
+    whole = parameters(odd)["decoder.layers.1.mlp.experts.linear_fc1.weight"]
+    assert whole.numel(2) * 2 == whole.numel(1) and whole.shape[0] == 5
+    halves = local_parameters(odd, 2)
+    assert num_parameters(odd) / 2 < halves < 0.55 * num_parameters(odd)
+
+
+def plan_of(config: ModelConfig, memory: float | None) -> dict[str, Any]:
+    return plan_record(
+        "a model", lambda _: config, [], itemsize=2, batch_tokens=64, device_memory=memory
+    )
+
+
+def test_what_needs_more_than_a_node_is_said_in_a_sentence():
+    wide = dataclasses.replace(
+        LLAMA, num_layers=1, hidden_size=4096, num_attention_heads=32, num_query_groups=32,
+        kv_channels=128, ffn_hidden_size=1 << 17, vocab_size=1024,
+    )  # fmt: skip
+    assert plan_of(wide, None)["notes"] == []
+    assert plan_of(wide, 80e9)["notes"] == []
+    weights = 2 * local_parameters(wide, 16)
+    [note] = plan_of(wide, OUTSIDE + 1.2 * weights)["notes"]
+    assert "needs tp 16, more than one node of 8 devices" in note and "no pipeline" in note
+    [note] = plan_of(wide, OUTSIDE + 1e6)["notes"]
+    assert "no tp that divides the model" in note and "no pipeline evaluation" in note
+
+
+@pytest.mark.parametrize("config", [MIXTURE, LATENT], ids=["experts", "latent"])
+def test_the_text_names_active_parameters_and_operations(config: ModelConfig):
+    record = plan_of(config, None)
+    length = config.max_position_embeddings
+    whole = forward_flops(config, length, last_rows=length, head_rows=length)
+    assert record["flops_per_token"] == whole / length
+    text = plan_text({**record, "settings": {**record["settings"], "dtype": "bfloat16"}})
+    assert f"{record['active_parameters']:,} parameters for each token" in text
+    assert "8 experts of 96 in 2 layers, 2 for each token" in text
+    assert "GFLOP a token of a full text" in text

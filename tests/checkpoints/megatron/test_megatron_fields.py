@@ -337,8 +337,6 @@ READ: dict[str, tuple[ModelConfig, RunCode, dict[str, Any]]] = {
     "mamba_head_dim": (HYBRID, CORE, {"mamba_head_dim": 4}),
     "mamba_num_groups": (HYBRID, CORE, {"mamba_num_groups": 1, "mamba_state_dim": 6}),
     "mamba_state_dim": (HYBRID, CORE, {"mamba_state_dim": 6}),
-    "mamba_min_time_step": (HYBRID, CORE, {"mamba_min_time_step": 0.5}),
-    "mamba_norm_epsilon": (HYBRID, CORE, {"mamba_norm_epsilon": 0.5}),
     "heterogeneous_layers_config_path": (
         LLAMA,
         CORE,
@@ -544,13 +542,6 @@ def test_the_fused_swiglu_neither_clamps_nor_adds(kernel: str):
     quick = dataclasses.replace(LLAMA, activation="quick_geglu")
     args = args_for(quick, **change, swiglu=False, quick_geglu=True, **{kernel: True})
     assert build(quick, args).config.activation_func_clamp_value == 1.5
-
-
-def test_a_bert_with_windows_is_refused():
-    """megatron-core gives it a causal window in the place of its padding mask."""
-    with pytest.raises(InputError, match=r"args.window_size = \[2, 0\], but is no GPT model"):
-        build(BERT, args_for(BERT, window_size=[2, 0]))
-    assert build(BERT, args_for(BERT, window_size=[-1, 0])).config == BERT
 
 
 def test_a_legacy_model_with_interleaved_pairs_is_refused():

@@ -31,6 +31,7 @@ def pieces(folder: Path, **settings: object) -> Tokenizer:
     return load_tokenizer(directory=folder)
 
 
+@pytest.mark.long
 def test_which_tokenizers_would_add_it(tmp_path: Path):
     ruled = tokenizer_json(tmp_path / "a", begins=True)
     named = tokenizer_json(tmp_path / "b", begins=False, bos_token="<bos>")
