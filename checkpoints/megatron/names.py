@@ -219,9 +219,6 @@ _PREDICTION = re.compile(r"mtp\.layers\.(?P<head>\d+)\.(?P<rest>.+)")
 _PREDICTION_LAYER = ("transformer_layer.", "mtp_model_layer.")
 """How a head of multi-token prediction names its layer: up to core 0.16, and later."""
 
-KEPT_IN_FLOAT32 = ".router.expert_bias"
-"""Ends the names of what Megatron keeps in float32, whatever the dtype of the weights."""
-
 
 def prediction_name(key: str, where: str) -> str:
     """Return the canonical name of a key that belongs to a head of multi-token prediction.

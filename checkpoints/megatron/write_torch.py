@@ -27,7 +27,6 @@ from mlm_eval.checkpoints.megatron.iteration import iteration_folder, write_trac
 from mlm_eval.checkpoints.megatron.layout import LayoutOptions, SaveLayout, save_layout
 from mlm_eval.checkpoints.megatron.names import (
     HEAD_COPY,
-    KEPT_IN_FLOAT32,
     SECOND_NAMES,
     num_prediction_heads,
 )
@@ -37,6 +36,7 @@ from mlm_eval.checkpoints.parameters import (
     Parameter,
     parameters,
     prediction_parameters,
+    stays_float32,
 )
 from mlm_eval.checkpoints.vocabulary import with_rows
 
@@ -168,7 +168,7 @@ def _shards(
 ) -> dict[str, LazyTensor]:
     """Return what one rank's file holds of a parameter: each of its experts' matrices alone."""
     to = layout.dtype or source.dtype
-    if name.endswith(KEPT_IN_FLOAT32):
+    if stays_float32(name):
         to = torch.float32
     match = _ROUTED.fullmatch(name)
     if not match:

@@ -295,7 +295,7 @@ DEEPSEEK_V3 = Family(
         Field(
             "num_nextn_predict_layers",
             Use.READ,
-            "layers behind the last one, for multi-token prediction, which are left out",
+            "layers behind the last one, for multi-token prediction",
             1,
             aliases=("num_mtp_layers",),
         ),

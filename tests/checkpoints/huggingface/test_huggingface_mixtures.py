@@ -23,7 +23,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.huggingface.read import read_folder
 from mlm_eval.checkpoints.lazy import Index, InMemory
 from mlm_eval.checkpoints.open import open_checkpoint
-from mlm_eval.checkpoints.parameters import parameters
+from mlm_eval.checkpoints.parameters import parameters, prediction_parameters
 from mlm_eval.engine.plain_transformers import transformers_outputs
 from mlm_eval.engine.verify import outputs, verify_conversion
 from mlm_eval.engine.weights import compare_settings
@@ -363,24 +363,62 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-def test_layers_of_multi_token_prediction_are_left_out_with_a_word(tmp_path: Path) -> None:
-    theirs = gpt_model("deepseek-v3")
-    theirs.save_pretrained(tmp_path)
-    state = load_file(tmp_path / "model.safetensors")
+def with_prediction_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a model's tensors with a layer for multi-token prediction behind its last one."""
     extra = {
         key.replace("layers.2.", "layers.3."): value * 2
         for key, value in state.items()
         if "layers.2." in key
     }
-    extra["model.layers.3.eh_proj.weight"] = torch.ones(32, 64)
+    noise = torch.Generator().manual_seed(3)
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        extra[f"model.layers.3.{name}.weight"] = torch.randn(32, generator=noise)
+    extra["model.layers.3.eh_proj.weight"] = torch.randn(32, 64, generator=noise)
+    extra["model.layers.3.embed_tokens.weight"] = state["model.embed_tokens.weight"].clone()
     extra["model.layers.3.shared_head.head.weight"] = state["lm_head.weight"].clone()
-    plain = open_checkpoint(tmp_path)
-    assert not plain.provenance.warnings
-    save_file(state | extra, tmp_path / "model.safetensors")
-    found = open_checkpoint(tmp_path)
+    return state | extra
+
+
+def test_layers_of_multi_token_prediction_take_no_part(tmp_path: Path) -> None:
+    gpt_model("deepseek-v3-one-group").save_pretrained(tmp_path / "in")
+    file = tmp_path / "in" / "model.safetensors"
+    plain = open_checkpoint(tmp_path / "in")
+    assert not plain.provenance.warnings and not plain.prediction_heads
+    state = load_file(file)
+    longer = with_prediction_head(state)
+    save_file(longer, file)
+    found = open_checkpoint(tmp_path / "in")
     [warning] = found.provenance.warnings
     assert "behind layer 2, heads of multi-token prediction" in warning
+    assert "conversions to Megatron's formats keep them" in warning
     assert same_tensors(plain, found)
+    convert(found, "megatron", tmp_path / "megatron")
+    kept = open_checkpoint(tmp_path / "megatron").prediction_heads
+    assert set(kept) == set(prediction_parameters(found.config, 1))
+    for name, key in (
+        ("eh_proj.weight", "eh_proj.weight"),
+        ("final_layernorm.weight", "shared_head.norm.weight"),
+        ("transformer_layer.self_attention.linear_kv_up_proj.weight", "self_attn.kv_b_proj.weight"),
+        ("transformer_layer.mlp.router.weight", "mlp.gate.weight"),
+    ):
+        expected = longer[f"model.layers.3.{key}"]
+        assert torch.equal(kept[f"mtp.layers.0.{name}"].read(), expected), name
+    first = kept["mtp.layers.0.transformer_layer.mlp.experts.linear_fc1.weight"].read()
+    gate = longer["model.layers.3.mlp.experts.5.gate_proj.weight"]
+    assert torch.equal(first[5].chunk(2)[0], gate)
+    report = convert(found, "hf", tmp_path / "hf")
+    assert any("multi-token prediction are left out" in note for note in report.notes)
+    assert set(load_file(tmp_path / "hf" / "model.safetensors")) == set(state)
+
+
+def test_a_head_of_multi_token_prediction_that_is_not_whole_is_left_out(tmp_path: Path) -> None:
+    gpt_model("deepseek-v3").save_pretrained(tmp_path)
+    state = with_prediction_head(load_file(tmp_path / "model.safetensors"))
+    del state["model.layers.3.enorm.weight"]
+    save_file(state, tmp_path / "model.safetensors")
+    found = open_checkpoint(tmp_path)
+    assert not found.prediction_heads
+    assert "conversions leave them out" in found.provenance.warnings[0]
     hf = json.loads((tmp_path / "config.json").read_text())
     for key in ("num_nextn_predict_layers", "num_mtp_layers"):
         hf.pop(key, None)
