@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.text_file import read_text
+from mlm_eval.checkpoints.folders.file_names import is_file_name
 from mlm_eval.checkpoints.megatron.relatives import STEP
 
 LATEST = "latest"
@@ -66,21 +67,20 @@ def find_step(path: Path) -> Step | None:
     step = _scan(path)
     if step is not None:
         return step
-    steps = {
-        name: found
-        for name in _names(path)
-        if STEP.fullmatch(name) and (found := _scan(path / name))
-    }
+    names = {name for name in _names(path) if STEP.fullmatch(name)}
+    named = read_text(path / LATEST).strip() if (path / LATEST).is_file() else None
+    if named is not None and is_file_name(named):  # runs may call their steps otherwise
+        names.add(named)
+    steps = {name: found for name in sorted(names) if (found := _scan(path / name))}
     if not steps:
         return None
-    if not (path / LATEST).is_file():
+    if named is None:
         if len(steps) == 1:
             return next(iter(steps.values()))
         raise InputError(
             f"{path} has no file {LATEST} and several steps ({', '.join(sorted(steps)[:5])}); give "
             "--ckpt one of these folders"
         )
-    named = read_text(path / LATEST).strip()
     if named not in steps:
         shown = named if named.isprintable() and len(named) < 80 else "something else"
         raise InputError(

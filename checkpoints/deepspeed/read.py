@@ -165,6 +165,13 @@ def _module_rank(step: Step, file: TorchFile, state: dict[str, Any]) -> _Rank:
         number, _, name = rest.partition(".")
         if found and number.isdigit():
             layers.setdefault(int(number), {})[name] = tensor
+    strange = next((key for key in flat if "sequential." not in key), None)
+    if layers and strange is not None:
+        raise InputError(
+            f"{file.path} has a parameter that no model of gpt-neox without a pipeline has: "
+            f"{printable(strange)}; mlm-eval would compute something else than the model did, so "
+            "it stops here"
+        )
     if not layers and not any(".query_key_value." in k or ".linear_qkv." in k for k in flat):
         raise InputError(
             f"{file.path} is a DeepSpeed checkpoint of another model than Megatron's (it holds "

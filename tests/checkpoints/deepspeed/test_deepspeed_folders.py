@@ -160,7 +160,11 @@ def test_steps_are_told_apart_by_the_file_latest(neox: Path):
     (neox / "latest").unlink()
     with pytest.raises(InputError, match="no file latest and several steps .global_step7, global_"):
         open_checkpoint(neox)
-    shutil.rmtree(neox / "global_step9")
+    (neox / "global_step9").rename(neox / "of our own")
+    (neox / "latest").write_text("of our own")
+    assert open_checkpoint(neox).provenance.path == neox / "of our own"
+    (neox / "latest").unlink()
+    shutil.rmtree(neox / "of our own")
     assert open_checkpoint(neox).provenance.path == neox / "global_step7"
 
 
@@ -186,6 +190,17 @@ def test_what_is_missing_is_named(lost: str, message: str, neox: Path):
         file.unlink()
     with pytest.raises(InputError, match=message):
         open_checkpoint(neox)
+
+
+def test_what_stands_beside_the_layers_of_a_module_is_no_part_of_it(tmp_path: Path):
+    config = dataclasses.replace(synthetic.GPT, position_embedding_type="rope")
+    root = write_neox(tmp_path, synthetic.random_model(config), config, pipeline=False)
+    file = root / "global_step7/mp_rank_00_model_states.pt"
+    state = torch.load(file)
+    state["module"]["soft_embedding.weight"] = torch.ones(4, 16)
+    torch.save(state, file)
+    with pytest.raises(InputError, match="no model of gpt-neox .* has: soft_embedding.weight"):
+        open_checkpoint(root)
 
 
 def test_fewer_ranks_than_the_run_had(tmp_path: Path):
