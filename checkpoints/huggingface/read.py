@@ -127,10 +127,15 @@ def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> Check
     of_images: list[str] = []
     if text is not None:
         weights.tensors, of_images = text_tensors(weights.tensors)
+    unpacked: list[str] = []
     if family is GPT_OSS and hf.get("quantization_config") is not None:
         settings = hf["quantization_config"]
+        stored = len(weights.tensors)
         weights.tensors = with_mxfp4_unpacked(weights.tensors, settings, str(config_path))
-    unpacked: list[str] = []
+        unpacked = [
+            f"the experts' {stored - len(weights.tensors)} weights stored as MXFP4 become bfloat16 "
+            "as they are read"
+        ]
     if is_fp8(settings := hf.get("quantization_config")):
         stored = len(weights.tensors)
         weights.tensors = with_fp8_unpacked(weights.tensors, settings, str(config_path))

@@ -239,6 +239,8 @@ def packed_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def test_packed_experts_are_what_transformers_unpacks(tmp_path: Path) -> None:
     _, plain = packed_folder(tmp_path / "packed")
     checkpoint = open_checkpoint(tmp_path / "packed")
+    said = "the experts' 4 weights stored as MXFP4 become bfloat16 as they are read"
+    assert said in checkpoint.provenance.notes
     model = theirs("GptOssForCausalLM", PACKED)
     model.load_state_dict({name: value.float() for name, value in plain.items()})
     expected = their_log_probs(model, tokens())
