@@ -80,6 +80,7 @@ def generate_command(options: GenerateOptions) -> None:
         raise InputError("give one of --prompt TEXT, --input FILE and -i")
     sampling = _sampling(options)
     run = ModelRun(options)
+    run.refuse_t5("generation of text")
     tokenizer = chosen_tokenizer(options.ckpt, options)
     if options.interactive and tokenizer is None:
         tokenizer = run.tokenizer()  # names what is missing

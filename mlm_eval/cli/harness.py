@@ -71,6 +71,7 @@ def harness(options: HarnessOptions) -> None:
                 "contradict each other; give one of them"
             )
     run = ModelRun(options)
+    run.refuse_t5("lm-evaluation-harness")
     tokenizer = run.tokenizer()
 
     def body(engine: Engine) -> None:

@@ -57,6 +57,18 @@ class ModelRun:
         self.gpus: list[RankDevice] = []
         """Of all ranks, once they have met; empty on the CPU."""
 
+    def refuse_t5(self, what: str) -> None:
+        """Refuse a T5 before anything else is asked for.
+
+        Raises:
+            InputError: The checkpoint is one.
+        """
+        if self.checkpoint.config.family == "t5":
+            raise InputError(
+                f"{self.checkpoint.provenance.path} is a T5 checkpoint, for which there is "
+                f"`mlm-eval score` only, no {what}; give a GPT or BERT model"
+            )
+
     def log(self, text: str) -> None:
         """Print for people who watch: on stderr, from rank 0."""
         if self.is_main:

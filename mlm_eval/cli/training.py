@@ -113,6 +113,7 @@ def _train(
     """Train on every rank, with bars; print the figures, and write the record."""
     from mlm_eval.reporting.text import training_text
 
+    run.refuse_t5("training")
     place = run.start(need, trains=trains)
     tokenizer = run.tokenizer()
     load = run.join(place)
