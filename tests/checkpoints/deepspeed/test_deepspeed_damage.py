@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from support import synthetic
-from support.deepspeed_folders import NEWER_NAMES, neox_settings, write_fork, write_neox
-from support.synthetic import args_of
+from support.folders import synthetic
+from support.folders.deepspeed_folders import NEWER_NAMES, neox_settings, write_fork, write_neox
+from support.folders.synthetic import args_of
 from torch import Tensor
 
 from mlm_eval.checkpoints.config import ModelConfig

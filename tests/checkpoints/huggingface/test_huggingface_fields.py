@@ -575,11 +575,18 @@ def test_rotary_settings_that_lose_are_named(changes: dict[str, Any], warning: s
     assert warning in found
 
 
+NONSENSE = [
+    ("x", -1, {"a": {}}),
+    pytest.param((1.5, True, [], [{}], {"rope_type": ["linear"]}), marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize("values", NONSENSE, ids=["usual", "more"])
 @FAMILY
-def test_nonsense_is_one_sentence(family: Family) -> None:
+def test_nonsense_is_one_sentence(family: Family, values: tuple[Any, ...]) -> None:
     """A value of another type ends in an InputError, or changes nothing."""
     for key in family.table:
-        for value in ("x", 1.5, -1, True, [], [{}], {"a": {}}, {"rope_type": ["linear"]}):
+        for value in values:
             hf = small(family, **{key: value})
             try:
                 read(family, hf)

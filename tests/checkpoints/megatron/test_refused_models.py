@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import configs
-from support.synthetic import ERAS, era_name
+from support.folders.synthetic import ERAS, era_name
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.megatron.names import REFUSED, refuse_unsupported
