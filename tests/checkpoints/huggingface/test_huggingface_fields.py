@@ -108,6 +108,7 @@ def test_other_names_of_fields_are_read_too(family: Family) -> None:
     assert aliases == config_class(family).attribute_map | in_code
 
 
+@pytest.mark.long
 @FAMILY
 def test_every_name_that_modeling_code_reads_stands_in_the_table(family: Family) -> None:
     theirs = config_class(family)

@@ -96,6 +96,7 @@ def test_megatrons_models_are_written_as_they_are(first: int, tmp_path: Path) ->
     assert len(refused) <= len(cases) / 3, refused
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_every_key_that_decides_is_drawn(family: Family) -> None:
     drawn: set[str] = set()

@@ -205,6 +205,7 @@ def test_what_is_refused_is_refused_by_its_name(name: str):
         assert build(GPT, args, **{entry.setting: usual}).config == GPT
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("config", [GPT, LLAMA, BERT], ids=["gpt", "llama", "bert"])
 def test_what_is_marked_without_effect_changes_nothing(config: ModelConfig):
     for name in WITHOUT_EFFECT:
