@@ -438,7 +438,7 @@ def _lacking_anywhere(c: ModelConfig) -> str | None:
     scaling = c.rope_scaling
     if scaling is not None and RopeScaling(factor=scaling.factor) != scaling:
         return "rotary scaling with other constants than Llama 3.1's"
-    if c.add_bias_linear and not c.add_qkv_bias:
+    if c.add_bias_linear and not c.add_qkv_bias and not c.multi_latent_attention:
         return "linear biases everywhere but in the QKV projection"
     return None
 

@@ -228,7 +228,7 @@ def merge_ranks(
         for name in [name for name in column if NUMBERED.fullmatch(name)]:
             del column[name]
     shards = [columns[t, min(e for u, e in columns if u == t)] for t in range(tp)]
-    _join_down_projections(shards)
+    _join_down_projections(shards, first.args)
     dense_shapes = {name: tensor.shape for name, tensor in shards[0].items()}
     check_dims(dense_shapes, str(where))
     _check_same_keys(columns, files, where)
@@ -302,7 +302,7 @@ def _prediction_heads(
                     found[names.prediction_name(key, str(file.path))] = tensor
     experts = _expert_parts(columns, layout, where)
     shards = [columns[t, min(e for u, e in columns if u == t)] for t in range(layout.tp)]
-    _join_down_projections(shards)
+    _join_down_projections(shards, files[0, 0, 0].args)
     table = prediction_parameters(config, names.num_prediction_heads(shards[0]))
     whole = {}
     for name in shards[0]:
@@ -353,7 +353,7 @@ def _expert_parts(
     return parts
 
 
-def _join_down_projections(shards: list[dict[str, LazyTensor]]) -> None:
+def _join_down_projections(shards: list[dict[str, LazyTensor]], args: Mapping[str, Any]) -> None:
     """Make the down projections of latent attention whole on every rank.
 
     megatron-core's local layers cut them by rows, wherever that falls; TransformerEngine's hold
@@ -363,9 +363,12 @@ def _join_down_projections(shards: list[dict[str, LazyTensor]]) -> None:
         up = shards[0].get(name.replace("_down_proj", "_up_proj"))
         if up is None or len(up.shape) != 2:
             continue  # the table misses it
-        latent = up.shape[1]
-        rows = shards[0][name].shape[0]
-        whole = rows > latent if "linear_kv_down_proj" in name else rows == latent
+        latent, rows = up.shape[1], shards[0][name].shape[0]
+        turned = args.get("qk_pos_emb_head_dim") or 0
+        if "linear_kv_down_proj" in name:
+            whole = rows == latent + turned if turned else rows > latent
+        else:
+            whole = rows == latent
         if len(shards) > 1 and not whole:
             joined = Concat([shard[name] for shard in shards], 0)
             for shard in shards:

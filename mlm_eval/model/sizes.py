@@ -99,7 +99,13 @@ def initial_config(
     try:
         hidden, heads = int(values["hidden_size"]), int(values["num_attention_heads"])
         values.setdefault("num_query_groups", heads)
-        values.setdefault("kv_channels", hidden // max(heads, 1))
+        latents = bool(values.get("multi_latent_attention"))
+        channels = values.get("v_head_dim") if latents else hidden // max(heads, 1)
+        values.setdefault("kv_channels", channels)
+        if latents:
+            values.setdefault("qk_layernorm", True)
+            values.setdefault("add_qkv_bias", False)
+            values.setdefault("position_embedding_type", "rope")
         values.setdefault("ffn_hidden_size", 4 * hidden)
         if values.get("num_experts"):
             values.setdefault("moe_layers", range(int(values["num_layers"])))

@@ -19,6 +19,7 @@ from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig, parse_overrides
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import InMemory
+from mlm_eval.checkpoints.megatron.args import check_args
 from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import prediction_parameters
@@ -403,6 +404,25 @@ def test_a_model_that_megatron_lacks_is_refused_before_training(tmp_path: Path) 
     assert not (tmp_path / "run").exists()
 
 
+def assert_megatron_says_it(config: ModelConfig) -> None:
+    """Its args and shapes give the settings again, so that a trained model can be saved."""
+    check_args(config)
+
+
+def test_a_file_describes_latent_attention(tmp_path: Path) -> None:
+    path = tmp_path / "mla.toml"
+    path.write_text(
+        "num_layers = 2\nhidden_size = 32\nnum_attention_heads = 4\nmulti_latent_attention = true\n"
+        "kv_lora_rank = 12\nqk_head_dim = 8\nqk_pos_emb_head_dim = 4\nv_head_dim = 6\n"
+    )
+    config = initial_config(path, family="gpt", vocab_entries=52)
+    assert (config.kv_channels, config.rotary, config.qk_layernorm) == (6, True, True)
+    assert_megatron_says_it(config)
+    path.write_text(path.read_text() + "kv_channels = 8\n")
+    with pytest.raises(InputError, match="has kv_channels = 8, which Megatron's args cannot say"):
+        assert_megatron_says_it(initial_config(path, family="gpt", vocab_entries=52))
+
+
 def test_a_file_describes_a_mixture_of_experts(tmp_path: Path) -> None:
     path = tmp_path / "moe.toml"
     path.write_text("num_layers = 2\nhidden_size = 32\nnum_attention_heads = 4\nnum_experts = 4\n")
@@ -412,6 +432,7 @@ def test_a_file_describes_a_mixture_of_experts(tmp_path: Path) -> None:
     path.write_text(path.read_text() + "moe_layers = [1]\nmoe_ffn_hidden_size = 8\n")
     config = initial_config(path, family="gpt", vocab_entries=52)
     assert (config.moe_layers, config.moe_ffn_hidden_size) == ((1,), 8)
+    assert_megatron_says_it(config)
     path.write_text(path.read_text() + "moe_aux_loss_coeff = 0.01\n")
     with pytest.raises(InputError, match="trains experts on the task's loss alone"):
         initial_config(path, family="gpt", vocab_entries=52)

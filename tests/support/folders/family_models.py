@@ -78,6 +78,12 @@ FAMILY_MODELS: dict[str, ModelConfig] = {
             # (0.1 x 0.5 ln 4 + 1)^2 / sqrt(8 + 4)
             "softmax_scale": 12**-0.5 * 1.0693147180559945**2,
         },
+        "latents with biases": {
+            **_LATENTS,
+            "add_bias_linear": True,
+            "normalization": "LayerNorm",
+            "activation": "gelu",
+        },
         "windows and sinks": {
             **_EXPERTS_ALONE,
             **_BIASES,
