@@ -9,7 +9,7 @@ Source: docs/megatron.md, "Legacy GPT", "Legacy BERT", "megatron-core names".
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.state_dict import unwrapped
@@ -259,11 +259,12 @@ def block_of(family: str) -> str | None:
     return {"gpt": "decoder", "bert": "encoder"}.get(family)
 
 
-def without_second_names(keys: Iterable[str], family: str) -> set[str]:
+def without_second_names(keys: Collection[str], family: str) -> set[str]:
     """Return the keys but those of a T5 that name a parameter again, under a second name."""
-    found = {strip_prefixes(key): key for key in keys}
-    again = {key for name, key in found.items() if SECOND_NAMES.get(name) in found}
-    return set(found.values()) - again if family == "t5" else set(found.values())
+    if family != "t5":
+        return set(keys)
+    found = {strip_prefixes(key) for key in keys}
+    return {key for key in keys if SECOND_NAMES.get(strip_prefixes(key)) not in found}
 
 
 def canonical_name(key: str, block: str | None, layer_offset: int, where: str) -> str:

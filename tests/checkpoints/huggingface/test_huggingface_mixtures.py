@@ -208,7 +208,10 @@ def test_a_conversion_of_a_mixture_is_verified(name: str, tmp_path: Path) -> Non
         ),
         (model(add_bias_linear=True), "no biases in linear layers"),
         (model(moe_router_bias=True), "routers have no biases"),
-        (model(moe_router_topk=1, moe_apply_probs_on_input=True), "not its input"),
+        (
+            model(moe_router_topk=1, moe_apply_probs_on_input=True),
+            "llama4_text has 'sigmoid' there",
+        ),
         (model(activation="gelu"), "gated MLPs"),
         (model(normalization="LayerNorm"), "they have RMSNorm"),
         (model(position_embedding_type="learned_absolute"), "rotary positions"),

@@ -187,6 +187,7 @@ def _bloom(draw: Draw, heads: int, head: int, positions: int) -> dict[str, Any]:
         if kind != "own":
             hf[alias] = value
     hf |= _windows(draw, FAMILIES["bloom"], names["n_layer"][1], positions)
+    hf |= _some(draw, 0.1, head_dim=draw.mostly(head, None, 2 * head, share=0.1))
     return hf | _some(
         draw,
         0.6,
