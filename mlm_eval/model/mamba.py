@@ -88,7 +88,10 @@ def _scan_span(
     before, state = _carried(B, inputs, to_end, rounded[:, :, -1].exp(), state)
     past = (C @ before.flatten(4)).unflatten(-1, x.shape[-2:])  # [b, c, g, q, r, p]
     past, within = past.transpose(2, 3), within.permute(0, 1, 4, 2, 3, 5)  # [b, c, q, g, r, p]
-    y = torch.addcmul(within, past, rounded.exp()[..., None])
+    if past.requires_grad:
+        y = torch.addcmul(within, past, rounded.exp()[..., None])
+    else:  # in place: a scan takes its time in memory as much as in products
+        y = past.mul_(rounded.exp()[..., None]).add_(within)
     return y.flatten(1, 2).flatten(2, 3)[:, :length], state
 
 
@@ -102,12 +105,10 @@ def _within(exponents: Tensor, rest: Tensor, B: Tensor, C: Tensor, inputs: Tenso
         C: As B.
         inputs: dt x, `[b, c, q, g, r, p]`.
     """
-    exponents, rest = (part.permute(0, 1, 3, 4, 2) for part in (exponents, rest))
+    exponents, rest = (part.permute(0, 1, 3, 4, 2).contiguous() for part in (exponents, rest))
     decays = exponents[..., :, None] - exponents[..., None, :]  # [b, c, g, r, q, q]
-    decays = decays.add_(rest[..., :, None]).sub_(rest[..., None, :])
-    size = exponents.shape[-1]
-    future = torch.ones(size, size, dtype=torch.bool, device=exponents.device).triu(1)
-    decays = decays.masked_fill_(future, -torch.inf).exp_()
+    future = decays.new_full(decays.shape[-2:], -torch.inf).triu(1)
+    decays = decays.add_(rest[..., :, None]).sub_(rest[..., None, :]).add_(future).exp_()
     overlaps = (C @ B.transpose(-1, -2))[:, :, :, None]  # [b, c, g, 1, q, q]
     # exp keeps its result for the gradient, so that it may be written over without one only.
     weights = decays * overlaps if decays.requires_grad else decays.mul_(overlaps)
@@ -129,11 +130,17 @@ def _carried(
     kept = (inputs * to_end[..., None]).transpose(2, 3).flatten(4)  # [b, c, g, q, r p]
     added = (B.transpose(-1, -2) @ kept).unflatten(-1, inputs.shape[-2:])
     through = through[:, :, :, None, :, None]
-    before = []
+    if not added.requires_grad and not state.requires_grad:
+        before, last = torch.empty_like(added), torch.empty_like(state)
+        before[:, 0] = state
+        for chunk in range(inputs.shape[1]):
+            after = before[:, chunk + 1] if chunk + 1 < inputs.shape[1] else last
+            torch.addcmul(added[:, chunk], before[:, chunk], through[:, chunk], out=after)
+        return before, last
+    states = [state]
     for chunk in range(inputs.shape[1]):
-        before.append(state)
-        state = torch.addcmul(added[:, chunk], state, through[:, chunk])
-    return torch.stack(before, dim=1), state
+        states.append(torch.addcmul(added[:, chunk], states[-1], through[:, chunk]))
+    return torch.stack(states[:-1], dim=1), states[-1]
 
 
 class MambaMixer(nn.Module):
@@ -195,7 +202,8 @@ class MambaMixer(nn.Module):
         if cache is not None:
             assert after is not None
             cache.store_recurrent(self.number, after, state)
-        return torch.addcmul(y, x, D[:, None])
+        # A product of the scan's is no result that its gradient needs again.
+        return y.addcmul_(x, D[:, None]) if not y.requires_grad else torch.addcmul(y, x, D[:, None])
 
 
 class _CausalConvolution(nn.Module):
