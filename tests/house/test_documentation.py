@@ -24,6 +24,7 @@ from pathlib import Path
 import pytest
 from support import random_models, tiny_bert
 from support.command_line import TEXT, Ended, Run, as_user
+from support.family_models import FAMILY_MODELS
 from support.paths import PROJECT, SAMPLES
 
 import mlm_eval
@@ -44,6 +45,7 @@ NOT_RUN = {
 }
 OUTPUTS = {
     "D", "out", "gpt2_hf", "scores.jsonl", "bert_hf", "gpt_tp4", "gpt_tp2", "llama_dist",
+    "mixtral_ep4", "dsv3_dist",
     "llama_hf", "gpt_v25", "gpt_core", "bench.json", "bench.png",
 }  # fmt: skip
 """What a command is to make; it makes it in a folder of its own."""
@@ -86,6 +88,10 @@ def _gpt(place: Path) -> None:
     )
     write_megatron_torch(random_models.checkpoint(config), place, tp=2)
     _tokenizer(place / "tokenizer")
+
+
+def _mixtral(place: Path) -> None:
+    write_megatron_torch(random_models.checkpoint(FAMILY_MODELS["mixtral"]), place, tp=2)
 
 
 def _tokenizer(place: Path) -> None:
@@ -145,6 +151,7 @@ PLACES: dict[str, Builder] = {
     "T": _tokenizer,
     "models/gpt2_345m": _gpt,
     "models/gpt2": _tokenizer,
+    "mixtral": _mixtral,
     "hf_folder": _converted("hf"),
     "bert_345m": _bert,
     "RACE": lambda place: place.symlink_to(SAMPLES / "race"),
