@@ -163,6 +163,7 @@ def tokens(config: ModelConfig) -> dict[str, Tensor]:
     return {"tokens": torch.randint(config.vocab_size, shape, generator=noise)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_written_mixture_computes_the_same_in_transformers(name: str, tmp_path: Path) -> None:
     config, model_class = VARIANTS[name]
