@@ -18,6 +18,11 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.huggingface.experts import read_latent_sizes, read_mixture, write_mixture
 from mlm_eval.checkpoints.huggingface.families.family import Family
 from mlm_eval.checkpoints.huggingface.fields import Use
+from mlm_eval.checkpoints.huggingface.layers.hybrids import (
+    read_hybrid,
+    with_current_names,
+    write_hybrid,
+)
 from mlm_eval.checkpoints.huggingface.reader import DEFAULT, Found, HubConfigReader
 from mlm_eval.checkpoints.huggingface.t5 import read_t5, write_t5
 from mlm_eval.checkpoints.huggingface.windows import (
@@ -75,6 +80,7 @@ def read_config(
         InputError: A setting is missing or of the wrong type, or changes the mathematics in a way
             that is not implemented.
     """
+    hf = with_current_names(hf) if family.hybrid else hf
     r = HubConfigReader(overrides, where, hf=hf, family=family)
     _refuse(r)
     _list_unknown(r)
@@ -84,9 +90,11 @@ def read_config(
     for name, value in family.constants.items():
         r.set(name, value, f"every {family.model_type} model")
     _sizes(r, family)
+    with_experts = read_hybrid(r, family)
     found.check_layers(r.values["num_layers"], where)
-    read_mixture(r, family)
-    if family.kind == "gpt":
+    if with_experts:
+        read_mixture(r, family)
+    if family.kind == "gpt" and not family.hybrid:
         read_windows(r, family)
     r.switches = {key: bool(r.look(key, "bool")[0]) for key in family.switches}
     for name, value in bias_settings(family, r.switches).items():
@@ -409,6 +417,7 @@ def write_config(
         elif row.use is Use.REFUSED and row.default is not None:
             hf[row.key] = row.harmless[0]
     hf.update(write_mixture(config, family))
+    hf.update(write_hybrid(config, family))
     hf.update(switches)
     hf["tie_word_embeddings"] = not config.untie_embeddings_and_output_weights
     if family.kind == "t5":

@@ -19,9 +19,10 @@ from mlm_eval.checkpoints.huggingface.families.experts import (
 )
 from mlm_eval.checkpoints.huggingface.families.family import Family
 from mlm_eval.checkpoints.huggingface.fields import Use
+from mlm_eval.checkpoints.huggingface.layers.hybrids import sparse_layers_of_hybrid
 from mlm_eval.checkpoints.huggingface.reader import HubConfigReader
 
-GROUP_EXPERTS = {"deepseek_v2": 1, "deepseek_v3": 2}
+GROUP_EXPERTS = {"deepseek_v2": 1, "deepseek_v3": 2, "nemotron_h": 2}
 """By how many of its best experts a group of experts counts."""
 
 LATENT_EPSILON = 1e-6
@@ -48,7 +49,8 @@ def read_mixture(r: HubConfigReader, family: Family) -> None:
             f"{r.where} has no num_experts_per_tok, without which transformers does not compute a "
             f"{family.model_type} model; correct the file"
         )
-    if "n_shared_experts" in family.table:
+    counted = family.table.get("n_shared_experts")
+    if counted is not None and counted.use is Use.READ:
         count, source = r.look("n_shared_experts", "int")
         r.set(
             "moe_shared_expert_intermediate_size", count * r.values["moe_ffn_hidden_size"], source
@@ -69,6 +71,8 @@ def read_mixture(r: HubConfigReader, family: Family) -> None:
 
 def _sparse_layers(r: HubConfigReader, family: Family) -> tuple[tuple[int, ...], str]:
     """Return the layers that have experts, and where that is said."""
+    if family.hybrid:
+        return sparse_layers_of_hybrid(r)
     layers = range(r.values["num_layers"])
     if "first_k_dense_replace" in family.table:
         first, source = r.look("first_k_dense_replace", "int")
@@ -91,7 +95,7 @@ def _sparse_layers(r: HubConfigReader, family: Family) -> tuple[tuple[int, ...],
 def _read_normalisation(r: HubConfigReader, family: Family, topk: int) -> None:
     """Take whether the weights of the chosen experts add up to 1."""
     adds_up, source = r.look("norm_topk_prob", "bool")
-    if family is not DEEPSEEK_V3:
+    if not _sigmoid(family):
         r.set("moe_router_pre_softmax", not adds_up, source)
     elif adds_up != (topk > 1):
         raise InputError(
@@ -158,6 +162,10 @@ def read_latent_sizes(r: HubConfigReader, family: Family) -> None:
             )
 
 
+def _sigmoid(family: Family) -> bool:
+    return family.constants.get("moe_router_score_function") == "sigmoid"
+
+
 def write_mixture(c: ModelConfig, family: Family) -> dict[str, Any]:
     """Return the keys of experts and latents that no single setting says."""
     keys = {row.key for row in family.fields}
@@ -176,7 +184,7 @@ def write_mixture(c: ModelConfig, family: Family) -> dict[str, Any]:
     if family is DEEPSEEK_V2:
         own["topk_method"] = "group_limited_greedy" if c.moe_router_num_groups else "greedy"
         own["norm_topk_prob"] = False
-    elif family is DEEPSEEK_V3:
+    elif _sigmoid(family):
         own["norm_topk_prob"] = c.moe_router_topk > 1
         if not c.moe_router_num_groups:
             own["n_group"] = own["topk_group"] = 1

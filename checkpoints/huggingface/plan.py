@@ -43,6 +43,7 @@ from mlm_eval.checkpoints.huggingface.families.family import Family, entries
 from mlm_eval.checkpoints.huggingface.families.gemma import GEMMA, GEMMA2, GEMMA3
 from mlm_eval.checkpoints.huggingface.families.gpt_oss import GPT_OSS
 from mlm_eval.checkpoints.huggingface.families.llama4 import LLAMA4
+from mlm_eval.checkpoints.huggingface.families.nemotron import NEMOTRON_H
 from mlm_eval.checkpoints.huggingface.families.neox import BLOOM, GPT_NEOX
 from mlm_eval.checkpoints.huggingface.fields import DROPOUT_AND_INIT
 from mlm_eval.checkpoints.huggingface.folds import (
@@ -52,6 +53,7 @@ from mlm_eval.checkpoints.huggingface.folds import (
     with_paired_rotary,
     with_plain_gains,
 )
+from mlm_eval.checkpoints.huggingface.layers.hybrids import why_no_hybrid
 from mlm_eval.checkpoints.huggingface.layout import zeros
 from mlm_eval.checkpoints.huggingface.reader import Found
 from mlm_eval.checkpoints.huggingface.t5 import (
@@ -83,6 +85,8 @@ WRITTEN = (
     "YaRN",
     "a mixture of experts",
     "latent attention",
+    "Mamba layers",
+    "layers of different kinds",
     "windows of attention",
     "capped attention scores or logits",
     "scaled embeddings or logits",
@@ -320,6 +324,13 @@ def _gpt_family(c: ModelConfig) -> Family:
         raise _refused(
             "a model with learned and rotary positions", "transformers has none with both"
         )
+    if c.mamba_layers or c.branches_differ:
+        if lacking := why_no_hybrid(c):
+            raise _refused(
+                "a model with Mamba layers or layers of different kinds",
+                f"NemotronH, transformers' class of that kind, differs ({lacking})",
+            )
+        return NEMOTRON_H
     if c.num_experts and c.softmax_type == "learnable":
         return _gpt_oss(c)
     if c.num_experts and c.moe_apply_probs_on_input and not c.multi_latent_attention:
@@ -585,7 +596,7 @@ def _expressed(
     if family.latent:
         usual = c.layernorm_epsilon == LATENT_EPSILON
         changes["latent_layernorm_epsilon"] = None if usual else LATENT_EPSILON
-    if c.position_embedding_type == "none":
+    if c.position_embedding_type == "none" and not family.hybrid:
         changes["position_embedding_type"] = "learned_absolute"
     if not c.rotary:  # Megatron's args hold these settings whether or not anything is rotated
         for setting in dataclasses.fields(ModelConfig):

@@ -57,6 +57,7 @@ class Weights:
 
     folder: Path
     prefix: str = ""
+    other_prefix: str = ""
     tensors: dict[str, LazyTensor] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
     """The files' own names of the tensors."""
@@ -68,7 +69,8 @@ class Weights:
 
     def find(self, name: str) -> LazyTensor | None:
         """Return a tensor by its name in a model with a head; base models leave the prefix out."""
-        for key in (name, name.removeprefix(self.prefix)):
+        bare = name.removeprefix(self.prefix)
+        for key in (name, bare, *([self.other_prefix + bare] if self.other_prefix else [])):
             if key in self.tensors:
                 self.used.add(key)
                 return self.tensors[key]
@@ -123,7 +125,7 @@ def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> Check
     text = text_config(whole, str(config_path))
     hf = whole if text is None else text
     family = find_family(hf, config_path)
-    weights = _open_weights(path, family.prefix)
+    weights = _open_weights(path, family)
     of_images: list[str] = []
     if text is not None:
         weights.tensors, of_images = text_tensors(weights.tensors)
@@ -195,6 +197,11 @@ def _prediction_heads(
     family, config = build.family, build.config
     if "num_nextn_predict_layers" not in family.table:
         return {}, []
+    if family.hybrid:
+        names = [name for name in weights.tensors if name.startswith("mtp.")]
+        weights.used.update(names)
+        told = f"{len(names)} tensors of heads of multi-token prediction take no part in scoring"
+        return {}, [f"{told}; conversions leave them out"] if names else []
     first = config.num_layers
     count, _ = build.look("num_nextn_predict_layers", "int")
     later = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -299,8 +306,8 @@ def holds_weights(folder: Path) -> bool:
     return False
 
 
-def _open_weights(folder: Path, prefix: str) -> Weights:
-    weights = Weights(folder, prefix)
+def _open_weights(folder: Path, family: Family) -> Weights:
+    weights = Weights(folder, family.prefix, family.other_prefix)
     for name in WEIGHT_FILES:
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():

@@ -102,7 +102,13 @@ def _readme(plan: HuggingFacePlan) -> str:
         )
     if isinstance(p.iteration, int):
         facts.append(f"iteration {p.iteration}")
-    names = ("activation_function", "hidden_activation", "hidden_act", "feed_forward_proj")
+    names = (
+        "activation_function",
+        "hidden_activation",
+        "hidden_act",
+        "feed_forward_proj",
+        "mlp_hidden_act",
+    )
     words = [f"`{plan.hf[name]}`" for name in names if name in plan.hf]
     activation = (
         f"`{c.activation}` (from {p.config_sources.get('activation', 'the model')}), "

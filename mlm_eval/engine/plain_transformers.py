@@ -48,6 +48,9 @@ def transformers_outputs(folder: Path, probe: dict[str, Tensor]) -> dict[str, Te
         inputs["attention_mask"] = probe["padding_mask"]
         if getattr(model.config, "type_vocab_size", 0) > 1:
             inputs["token_type_ids"] = probe["tokentypes"]
+    kinds = getattr(model.config, "layers_block_type", None)
+    if kinds and "full_attention" not in kinds:  # transformers' cache fails without such a layer
+        model.config.use_cache = False
     if architecture.endswith("MultipleChoice"):  # the rows are the choices of one question
         inputs = {name: values.unsqueeze(0) for name, values in inputs.items()}
     with torch.inference_mode():

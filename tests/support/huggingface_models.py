@@ -52,6 +52,21 @@ DEEPSEEK = LLAMA | {
     "moe_intermediate_size": 12,
     "n_shared_experts": 2,
 }
+NEMOTRON_H = {
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"],
+    "hidden_size": LLAMA["hidden_size"],
+    "vocab_size": VOCAB,
+    "max_position_embeddings": POSITIONS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "intermediate_size": 40,
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 8,
+    "n_groups": 2,
+    "ssm_state_size": 5,
+    "time_step_min": 0.4,  # random models' steps are long
+}
 GROUPED = {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}
 LATENT_YARN = {"rope_parameters": YARN | {"mscale": 0.707}}
 
@@ -209,6 +224,24 @@ GPT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe-window": ("Qwen3Moe", QWEN_MOE | WINDOW | {"hidden_act": "gelu"}),
     "qwen3-moe": ("Qwen3Moe", QWEN_MOE | {"norm_topk_prob": True, "head_dim": 12}),
     "qwen3-moe-mixed": ("Qwen3Moe", QWEN_MOE | {"mlp_only_layers": [0, 2]}),
+    "nemotron-h": ("NemotronH", NEMOTRON_H | {"layer_norm_epsilon": 1e-3}),
+    "nemotron-h-pattern": (
+        "NemotronH",
+        {key: value for key, value in NEMOTRON_H.items() if key != "layers_block_type"}
+        | {"hybrid_override_pattern": "M-M*", "tie_word_embeddings": True, "conv_kernel": 3},
+    ),
+    "nemotron-h-experts": (
+        "NemotronH",
+        NEMOTRON_H
+        | {
+            "layers_block_type": ["moe", "linear_attention", "full_attention", "moe"],
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 12,
+            "moe_shared_expert_intermediate_size": 20,
+            "routed_scaling_factor": 1.7,
+        },
+    ),
     "deepseek-v2": ("DeepseekV2", DEEPSEEK | {"routed_scaling_factor": 1.7} | LATENT_YARN),
     "deepseek-v2-lite": ("DeepseekV2", DEEPSEEK | {"q_lora_rank": None, "rms_norm_eps": 1e-3}),
     "deepseek-v2-groups": (
@@ -250,7 +283,14 @@ def randomize(model: torch.nn.Module, *, seed: int = 1) -> None:
         for name, parameter in model.named_parameters():
             parameter.normal_(0.0, 0.2, generator=generator)
             if name.lower().endswith(
-                ("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight", "ln.weight")
+                (
+                    "norm.weight",
+                    "ln_1.weight",
+                    "ln_2.weight",
+                    "ln_f.weight",
+                    "ln.weight",
+                    "norm_f.weight",
+                )
             ):
                 parameter += 1
         for name, buffer in model.named_buffers():

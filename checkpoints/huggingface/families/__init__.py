@@ -9,6 +9,7 @@
     experts.py  mixtures of experts: Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek V2 and V3
     llama4.py   Llama 4's language model
     images.py   models of text and images, whose language model is of a family here
+    nemotron.py hybrids of Mamba-2: Nemotron-H
     bert.py     BERT in Megatron's order and in the original one
     t5.py       T5, with its gated variant, and mT5
 
@@ -40,6 +41,7 @@ from mlm_eval.checkpoints.huggingface.families.family import Family
 from mlm_eval.checkpoints.huggingface.families.gemma import GEMMA, GEMMA2, GEMMA3
 from mlm_eval.checkpoints.huggingface.families.gpt_oss import GPT_OSS
 from mlm_eval.checkpoints.huggingface.families.llama4 import LLAMA4
+from mlm_eval.checkpoints.huggingface.families.nemotron import NEMOTRON_H
 from mlm_eval.checkpoints.huggingface.families.neox import BLOOM, GPT_NEOX
 from mlm_eval.checkpoints.huggingface.families.t5 import MT5, PLAIN_T5
 
@@ -65,6 +67,7 @@ FAMILIES: Mapping[str, Family] = {
         DEEPSEEK_V2,
         DEEPSEEK_V3,
         LLAMA4,
+        NEMOTRON_H,
         MEGATRON_BERT,
         ORIGINAL_BERT,
         PLAIN_T5,

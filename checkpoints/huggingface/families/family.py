@@ -73,6 +73,10 @@ class Family:
     """ModelConfig.family."""
     prefix: str = "model."
     """What the base model's names begin with, in a model with a head."""
+    other_prefix: str = ""
+    """The same in files of another age."""
+    hybrid: bool = False
+    """Layers are of different kinds, with one branch each."""
     shared: tuple[Field, ...] = (*CAUSAL_FIELDS, *ROTARY_FIELDS)
     """Keys that many families read alike; `fields` wins."""
     constants: Mapping[str, Any] = field(default_factory=dict)

@@ -58,7 +58,9 @@ def small(family: Family, **changes: Any) -> dict[str, Any]:
     if "use_parallel_residual" in family.table:
         hf["use_parallel_residual"] = False
     if "n_group" in family.table:
-        hf |= {"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}
+        hf |= {"n_group": 4, "topk_group": 2}
+    if "first_k_dense_replace" in family.table:
+        hf["first_k_dense_replace"] = 1
     return {"model_type": family.model_type, **hf, **changes}
 
 
@@ -544,6 +546,20 @@ LATER_KEYS = {
         "moe_layers": None,
         "no_rope_layers": [],
         "router_jitter_noise": 0.0,
+    },
+    "nemotron_h": {
+        "attention_bias": False,
+        "attention_head_dim": 8,
+        "chunk_size": 128,
+        "expand": 2,
+        "hybrid_override_pattern": "M-*",
+        "layers_block_type": None,
+        "mamba_hidden_act": "silu",
+        "num_hidden_layers": 3,
+        "rescale_prenorm_residual": True,
+        "residual_in_fp32": False,
+        "time_step_limit": [0.0, None],
+        "use_mamba_kernels": True,
     },
     "megatron-bert": {"position_embedding_type": "absolute"},
     "bert": {"directionality": "bidi", "pooler_type": "first_token_transform"},

@@ -87,6 +87,8 @@ def draw_config(draw: Draw, family: Family) -> dict[str, Any]:
         hf |= _gpt2(draw, heads, head, positions)
     elif family.model_type == "bloom":
         hf |= _bloom(draw, heads, head, positions)
+    elif family.hybrid:
+        hf |= _hybrid(draw, heads, head, positions)
     elif family.kind == "bert":
         hf |= _bert(draw, heads, head, positions)
     elif family.kind == "t5":
@@ -395,6 +397,56 @@ def _mixture(draw: Draw, family: Family, hf: dict[str, Any]) -> dict[str, Any]:
     more["norm_topk_prob"] = draw.mostly(usual, not usual)
     predicted = draw.one_of("num_nextn_predict_layers", "num_mtp_layers")
     return more | _some(draw, 0.2, **{predicted: draw.one_of(0, 1)})
+
+
+def _hybrid(draw: Draw, heads: int, head: int, positions: int) -> dict[str, Any]:
+    """A hybrid of Mamba-2, attention, MLPs and experts."""
+    letters = [draw.one_of("M", "M", "*", "-", "E") for _ in range(draw.one_of(1, 2, 3, 4))]
+    names = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
+    kinds = [draw.mostly(names[letter], "sliding_attention", share=0.01) for letter in letters]
+    groups, per_group = draw.one_of(1, 2, 3), draw.one_of(1, 2)
+    own_groups = [count for count in range(1, heads + 1) if heads % count == 0]
+    hf: dict[str, Any] = {
+        "hidden_size": draw.one_of(16, 24, 40),
+        "num_attention_heads": heads,
+        "num_key_value_heads": draw.one_of(*own_groups),
+        "head_dim": head,
+        "intermediate_size": draw.one_of(24, 56),
+        "max_position_embeddings": positions,
+        "mamba_num_heads": groups * per_group,
+        "mamba_head_dim": draw.one_of(4, 6),
+        "n_groups": groups,
+        "ssm_state_size": draw.one_of(3, 8),
+        "moe_intermediate_size": draw.one_of(8, 20),
+        "moe_shared_expert_intermediate_size": draw.one_of(12, 24),
+    }
+    as_pattern = draw.chance(0.3)
+    key = (
+        "hybrid_override_pattern" if as_pattern else draw.one_of("layer_types", "layers_block_type")
+    )
+    hf[key] = "".join(letters) if as_pattern else kinds
+    chosen, experts = draw.one_of(1, 2, 3), draw.one_of(4, 6)
+    hf |= {
+        draw.one_of("n_routed_experts", "num_local_experts"): experts,
+        "num_experts_per_tok": chosen,
+        "norm_topk_prob": draw.mostly(chosen > 1, chosen == 1),
+    }
+    kept = draw.one_of(1, 2)
+    if draw.chance(0.3):
+        hf |= {"n_group": 2, "topk_group": kept}
+    return hf | _some(
+        draw,
+        0.6,
+        conv_kernel=draw.one_of(2, 3, 4),
+        time_step_min=draw.one_of(1e-9, 0.001, 0.5),
+        layer_norm_epsilon=draw.one_of(1e-5, 1e-2),
+        mlp_hidden_act=draw.mostly(draw.one_of("relu2", "gelu"), "relu"),
+        num_hidden_layers=len(letters),
+        num_nextn_predict_layers=0,
+        routed_scaling_factor=draw.mostly(draw.one_of(1.0, 2.5), 0.0),
+        sliding_window=draw.mostly(None, 7, 4096),
+        tie_word_embeddings=draw.one_of(True, False),
+    )
 
 
 def _windows(draw: Draw, family: Family, layers: int, positions: int) -> dict[str, Any]:
