@@ -1019,6 +1019,8 @@ def unheard_warnings(config: ModelConfig) -> list[str]:
         "a rotary base of windowed layers": config.rotary_base_local is not None,
         "norms of branches": config.branch_layernorm,
         "L2 norms of queries and keys in some layers only": bool(config.no_l2_norm_layers),
+        "a lower bound of Mamba's time steps": bool(config.mamba_min_time_step),
+        "an epsilon of its own of Mamba's gated norm": config.mamba_norm_epsilon is not None,
         "scaled embeddings or logits": (config.embedding_multiplier, config.logit_multiplier)
         != (1.0, 1.0),
     }

@@ -279,6 +279,10 @@ _GROUPS: tuple[tuple[str, ArgField], ...] = (
         _read("How Mamba-2's B and C are divided, of which the shapes tell the product."),
     ),
     (
+        "mamba_min_time_step mamba_norm_epsilon",
+        _read("What transformers has of Mamba-2 and Megatron has not: written here, not by it."),
+    ),
+    (
         "heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json",
         _read("Branches and widths of each layer: the shapes tell, and must agree with the JSON."),
     ),

@@ -15,14 +15,12 @@ import torch
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig, RopeScaling, yarn_mscale
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.megatron.layers.branches import lacking_branches
 from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS, allowed_tp, check_tp
 from mlm_eval.checkpoints.tokenizer import check_entries
 from mlm_eval.checkpoints.tokenizers.tokenizer_type import LEGACY_TYPES
 
 NAMES = ("core", "legacy")
-
-UNWRITTEN = ("Mamba layers", "layers of different kinds")
-"""What no writer here knows yet, of `ModelConfig.parts_beyond_dense`."""
 
 DEFAULT_DIVISIBLE_BY = 128
 """Megatron's default of --make-vocab-size-divisible-by."""
@@ -153,11 +151,6 @@ def save_layout(
         InputError: Megatron has no such model, or could not load it at these sizes.
     """
     config, source = checkpoint.config, checkpoint.provenance
-    if part := unwritten_part(config):
-        raise InputError(
-            f"{source.path} has {part}, which mlm-eval evaluates but does not write; keep the "
-            "format it has"
-        )
     chosen = choose_names(config, names, source=source.names)
     tp, pp, dtype = options.get("tp", 1), options.get("pp", 1), options.get("dtype")
     check_sizes(config, tp, pp, chosen)
@@ -196,11 +189,6 @@ def save_layout(
         notes=tuple(notes),
         warnings=tuple(warnings),
     )
-
-
-def unwritten_part(config: ModelConfig) -> str | None:
-    """Return what a model has that no writer of Megatron's formats knows yet, in words."""
-    return next((what for what in config.parts_beyond_dense if what in UNWRITTEN), None)
 
 
 def _expert_layout(config: ModelConfig, tp: int, ep: int, etp: int | None) -> ExpertLayout:
@@ -337,7 +325,7 @@ def lacking_in_core(c: ModelConfig) -> str | None:
     latents = c.multi_latent_attention
     if c.qk_layernorm and c.qk_layernorm_bias != (c.normalization == "LayerNorm") and not latents:
         return "norm of queries and keys that differs in kind from the other norms"
-    return _newer_lacking_in_core(c) or _lacking_anywhere(c)
+    return _newer_lacking_in_core(c) or lacking_branches(c) or _lacking_anywhere(c)
 
 
 def _newer_lacking_in_core(c: ModelConfig) -> str | None:
@@ -486,11 +474,23 @@ def check_sizes(config: ModelConfig, tp: int, pp: int, names: str) -> None:
             f"cannot write a T5 in pp={pp} pipeline stages: megatron-core's pretrain_t5.py has "
             "none; leave --pp out"
         )
+    if config.mamba_layers and config.mamba_num_groups % tp:
+        raise InputError(
+            f"cannot write tp={tp} files: Megatron wants tp to divide Mamba's "
+            f"{config.mamba_num_groups} groups"
+        )
     if config.num_layers % pp:
         allowed = [n for n in range(1, config.num_layers + 1) if config.num_layers % n == 0]
         raise InputError(
             f"cannot split {config.num_layers} layers over pp={pp} pipeline stages; "
             f"this model allows pp in {', '.join(map(str, allowed))}"
+        )
+    ends = range(config.num_layers // pp - 1, config.num_layers, config.num_layers // pp)
+    bare = [n for n in ends if config.mixer(n) == config.feed_forward(n) == "none"]
+    if pp > 1 and bare:
+        raise InputError(
+            f"cannot write pp={pp} stages: layer {bare[0]}, the last of its stage, has neither "
+            "attention nor MLP, so that no file would tell of it; use another pp"
         )
 
 

@@ -47,6 +47,7 @@ from mlm_eval.checkpoints.megatron.args import (
 )
 from mlm_eval.checkpoints.megatron.files import stack_experts
 from mlm_eval.checkpoints.megatron.iteration import saved_iteration
+from mlm_eval.checkpoints.megatron.layers.branches import MAMBA_PARTS
 from mlm_eval.checkpoints.megatron.read_torch import prediction_heads
 from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS
 from mlm_eval.checkpoints.projects.settings import SideSettings, find_settings
@@ -62,9 +63,6 @@ _NO_WEIGHT = re.compile(
 )
 _STACKED = re.compile(r"(?P<block>encoder|decoder)\.layers\.(?!\d+\.)(?P<rest>.+)")
 _HALF = re.compile(r"(?P<name>.+\.linear_fc1\.(?:weight|bias)\d*)_(?P<half>[wv])")
-MAMBA_PARTS = {"in_proj": ("z", "x", "B", "C", "dt"), "conv1d": ("x", "B", "C")}
-"""The parts that Mamba's packed tensors are stored in, in their order."""
-
 _PART = re.compile(
     r"(?P<name>.+\.mixer\.(?P<module>in_proj|conv1d)\.(?:weight|bias))\.(?:z|x|B|C|dt)"
 )

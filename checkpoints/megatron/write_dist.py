@@ -37,9 +37,14 @@ from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import ByteMeter, output_folder
 from mlm_eval.checkpoints.files.torch_save import row_major_bytes, write_torch_file
-from mlm_eval.checkpoints.lazy import LazyTensor
+from mlm_eval.checkpoints.lazy import LazyTensor, Selected
 from mlm_eval.checkpoints.megatron.args import rank_args
 from mlm_eval.checkpoints.megatron.iteration import iteration_folder, write_tracker
+from mlm_eval.checkpoints.megatron.layers.branches import (
+    is_hybrid,
+    norm_inside,
+    stored_parts,
+)
 from mlm_eval.checkpoints.megatron.layout import (
     ExpertLayout,
     LayoutOptions,
@@ -172,12 +177,14 @@ def _place(config: ModelConfig, name: str) -> tuple[str, Axes]:
     Source: docs/megatron.md, "torch_dist keys".
     """
     axes: Axes = ()
+    number = None
     if layer := _LAYER.fullmatch(name):
         prefix, part = f"{layer['block']}.layers.", layer["part"]
         number, count = int(layer["number"]), config.num_layers
         if config.family == "t5" and layer["block"] == "decoder":
             count = config.decoder_num_layers
-        if len(config.moe_layers) in (0, config.num_layers):
+        alike = len(config.moe_layers) in (0, config.num_layers)
+        if alike and not config.branches_differ:
             axes = ((number, count),)
         else:
             prefix += f"{number}."
@@ -188,6 +195,8 @@ def _place(config: ModelConfig, name: str) -> tuple[str, Axes]:
     if expert := _LOCAL_EXPERT.fullmatch(part):
         axes = (*axes, (int(expert["number"]), config.num_experts))
         part = f"mlp.experts.experts.{expert['part']}"
+    if config.branches_differ and number is not None:
+        return prefix + norm_inside(config, number, part), axes
     if not config.multi_latent_attention:
         for norm, linear in _NORMS.items():
             part = part.replace(norm, linear, 1) if part.startswith(norm) else part
@@ -198,12 +207,23 @@ def _entries(config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> Iterator
     """Yield the chunks to write, in the order of the forward pass."""
     for name, tensor in tensors.items():
         key, axes = _place(config, name)
-        yield StoredChunk(
-            key,
-            (*(size for _, size in axes), *tensor.shape),
-            (*(place for place, _ in axes), *(0 for _ in tensor.shape)),
-            tensor,
-        )
+        for ending, part in _parts(config, name, tensor):
+            yield StoredChunk(
+                key + ending,
+                (*(size for _, size in axes), *part.shape),
+                (*(place for place, _ in axes), *(0 for _ in part.shape)),
+                part,
+            )
+
+
+def _parts(config: ModelConfig, name: str, tensor: LazyTensor) -> list[tuple[str, LazyTensor]]:
+    """Return a tensor's parts that have keys of their own, and what these end with."""
+    layer = _LAYER.fullmatch(name)
+    found = stored_parts(config, layer["part"]) if layer else None
+    if found is None:
+        return [("", tensor)]
+    rows = torch.arange(tensor.shape[0])
+    return [(f".{end}", Selected(tensor, rows[part])) for end, part in found.items()]
 
 
 def _extra_states(config: ModelConfig, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
@@ -229,7 +249,8 @@ def _extra_states(config: ModelConfig, names: Iterable[str]) -> Iterator[tuple[s
         places = ".".join(str(place) for place, _ in axes) or "0"
         sizes = ".".join(str(size) for _, size in axes) or "1"
         yield f"{key}/shard_{places}_{sizes}", value
-    yield f"{config.block}.final_layernorm._extra_state/shard_0_1", empty
+    final = "final_norm" if is_hybrid(config) else "final_layernorm"
+    yield f"{config.block}.{final}._extra_state/shard_0_1", empty
     if config.family == "t5":
         yield "decoder.final_layernorm._extra_state/shard_0_1", empty
         yield "lm_head.output_layer._extra_state/shard_0_1", [None]

@@ -24,6 +24,7 @@ from mlm_eval.checkpoints.files.torch_save import write_torch_file
 from mlm_eval.checkpoints.lazy import Computed, Index, LazyTensor, Unstacked
 from mlm_eval.checkpoints.megatron.args import rank_args
 from mlm_eval.checkpoints.megatron.iteration import iteration_folder, write_tracker
+from mlm_eval.checkpoints.megatron.layers.branches import names_of_hybrid
 from mlm_eval.checkpoints.megatron.layout import LayoutOptions, SaveLayout, save_layout
 from mlm_eval.checkpoints.megatron.names import (
     HEAD_COPY,
@@ -50,8 +51,14 @@ _LEGACY_LAYER = {
     "mlp.linear_fc2": "mlp.dense_4h_to_h",
 }
 
-CORE_LINEAR = re.compile(r"(.+\.(?:linear_\w+|eh_proj))\.weight")
+CORE_LINEAR = re.compile(
+    r"(.+\.(?:linear_\w+|eh_proj|mixer\.in_proj|mixer\.out_proj)"
+    r"|decoder\.layers\.\d+\.(?:self_attention|mlp))\.weight"
+)
 """A parallel linear of megatron-core, which has an `_extra_state` (None in the local spec)."""
+
+_WIDE_IN_MEGATRON = (".mixer.A_log", ".mixer.D")
+"""Ends the names of exponents that Megatron keeps in float32; transformers does not."""
 
 _ROUTED = re.compile(r"(?P<head>.+\.mlp\.experts\.)(?P<tail>linear_fc[12]\.\w+)")
 
@@ -142,7 +149,9 @@ def rank_tensors(
         if layer:
             stage, number = divmod(int(layer[2]), per_stage)
             local = f"{layer[1]}{number}{layer[3]}"
+            local = names_of_hybrid(config, local, int(layer[2]))
         else:
+            local = names_of_hybrid(config, name, None)
             stage = 0 if name.startswith("embedding.") else last
         copied = name.startswith("embedding.") and checkpoint.prediction_heads and pp_rank == last
         if stage == pp_rank or copied:
@@ -168,7 +177,7 @@ def _shards(
 ) -> dict[str, LazyTensor]:
     """Return what one rank's file holds of a parameter: each of its experts' matrices alone."""
     to = layout.dtype or source.dtype
-    if stays_float32(name):
+    if stays_float32(name) or name.endswith(_WIDE_IN_MEGATRON):
         to = torch.float32
     match = _ROUTED.fullmatch(name)
     if not match:

@@ -17,7 +17,6 @@ from torch import Tensor
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.megatron.layout import unwritten_part
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits
 from mlm_eval.checkpoints.tokenizers.tokenizer_type import added_entries
 from mlm_eval.engine.batching import map_batches, pack
@@ -46,6 +45,9 @@ from mlm_eval.training.objectives import CausalLM, MaskedLM
 from mlm_eval.training.settings import Listener, TrainingProgress, TrainReport, TrainSettings
 
 RESULT = "result.json"
+
+UNTRAINED = ("Mamba layers", "layers of different kinds")
+"""What is evaluated and written only, of `ModelConfig.parts_beyond_dense`."""
 
 
 def start_from(
@@ -90,7 +92,9 @@ def check_start(text: TextSettings, checkpoint: Checkpoint, tokenizer: Tokenizer
             f"{where} has no language-model head, as fine-tuned files have none; give the "
             "checkpoint that it was fine-tuned from"
         )
-    if beyond := unwritten_part(config) or config.beyond_megatron:
+    if untrained := [what for what in config.parts_beyond_dense if what in UNTRAINED]:
+        raise InputError(f"{where} has {untrained[0]}, which mlm-eval evaluates and does not train")
+    if beyond := config.beyond_megatron:
         raise InputError(
             f"{where} has {beyond}, which mlm-eval evaluates but does not write, so it cannot "
             "train it; give a model of Megatron-LM's kind without"

@@ -533,6 +533,11 @@ def test_the_weight_of_a_sample_is_its_predicted_tokens(corpus, words):
             "has no language-model head",
         ),
         ("lm", dataclasses.replace(random_models.GPT, vocab_size=20), "28 entries"),
+        (
+            "lm",
+            dataclasses.replace(random_models.GPT, no_mixer_layers=(1,)),
+            "has layers of different kinds, which mlm-eval evaluates and does not train",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_kind_is_refused(kind, model, message, words):

@@ -258,6 +258,9 @@ def _read_mamba(b: ConfigBuilder, args: _Args, shapes: _Shapes) -> None:
         source = "Megatron's default" if args.get(name) is None else f"args.{name}"
         value = MAMBA_DEFAULTS[name] if args.get(name) is None else args[name]
         b.set(name, value, source)
+    for name in ("mamba_min_time_step", "mamba_norm_epsilon"):
+        if args.get(name) is not None:
+            b.set(name, args[name], f"args.{name}")
     both = b.values["mamba_num_groups"] * b.values["mamba_state_dim"]
     if width % heads or channels != width + 2 * both:
         raise InputError(
@@ -279,6 +282,10 @@ def args_of_branches(c: ModelConfig) -> dict[str, Any]:
             "mamba_num_groups": c.mamba_num_groups,
             "mamba_state_dim": c.mamba_state_dim,
         }
+        if c.mamba_min_time_step:
+            args["mamba_min_time_step"] = c.mamba_min_time_step
+        if c.mamba_norm_epsilon is not None:
+            args["mamba_norm_epsilon"] = c.mamba_norm_epsilon
     if is_hybrid(c):
         letters = {kinds: letter for letter, kinds in _LETTERS.items()}
         pattern = "".join(letters[kind] for kind in kinds)
@@ -310,3 +317,76 @@ def _block(c: ModelConfig, layer: int) -> dict[str, Any]:
             "ffn_hidden_size": own.ffn_hidden_size if feed_forward == "plain MLP" else None,
         },
     }
+
+
+# ---- names in files ------------------------------------------------------------------------------
+
+_INSIDE = {
+    "mamba": "mixer.in_proj.layer_norm_",
+    "attention": "self_attention.linear_qkv.layer_norm_",
+    "linear": "self_attention.layer_norm_",
+    "plain MLP": "mlp.linear_fc1.layer_norm_",
+    "experts": "pre_mlp_layernorm.",
+}
+"""Where a norm is kept that stands inside the layer behind it."""
+
+MAMBA_PARTS = {"in_proj": ("z", "x", "B", "C", "dt"), "conv1d": ("x", "B", "C")}
+"""Mamba's packed tensors, in torch_dist: the keys of their parts, in their order."""
+
+
+def norm_inside(c: ModelConfig, layer: int, part: str) -> str:
+    """Return the name of a layer's part, a norm's that of the module behind it."""
+    mixer, feed_forward = c.mixer(layer), c.feed_forward(layer)
+    if part.startswith("input_layernorm.") and not (c.multi_latent_attention and mixer != "linear"):
+        return part.replace("input_layernorm.", _INSIDE[mixer], 1)
+    if part.startswith("pre_mlp_layernorm."):
+        inside = "mlp.layer_norm_" if feed_forward == "linear" else _INSIDE[feed_forward]
+        return part.replace("pre_mlp_layernorm.", inside, 1)
+    return part
+
+
+def names_of_hybrid(c: ModelConfig, name: str, layer: int | None) -> str:
+    """Return what files call a parameter: hybrids have the names of TransformerEngine's layers.
+
+    Args:
+        c: The model.
+        name: Canonical, but for the number of its layer.
+        layer: Its layer's number in the whole model; None: it is in none.
+    """
+    if not is_hybrid(c):
+        return name
+    if layer is None:
+        return name.replace("decoder.final_layernorm.", "decoder.final_norm.")
+    block, layers, number, part = name.split(".", 3)
+    return f"{block}.{layers}.{number}.{norm_inside(c, layer, part)}"
+
+
+def stored_parts(c: ModelConfig, part: str) -> dict[str, slice] | None:
+    """Return the ends of the keys of a packed tensor's parts, and their rows; None: it is whole."""
+    match = re.fullmatch(r"mixer\.(in_proj|conv1d)\.(weight|bias)", part)
+    if not match:
+        return None
+    names = MAMBA_PARTS[match[1]]
+    sizes = {
+        end: size for end, (size, _) in zip(MAMBA_PARTS["in_proj"], c.mamba_parts, strict=True)
+    }
+    found, start = {}, 0
+    for name in names:
+        found[name] = slice(start, start + sizes[name])
+        start += sizes[name]
+    return found
+
+
+def lacking_branches(c: ModelConfig) -> str | None:
+    """Return what megatron-core does not have of such layers, or None."""
+    hybrid = is_hybrid(c)
+    lacking = {
+        "Mamba-2 in layers that have an MLP too": bool(c.mamba_layers) and not hybrid,
+        "hybrid whose layers are of several widths": hybrid
+        and bool(c.layer_query_groups or c.layer_ffn_hidden_sizes),
+        "latent attention in such layers": c.multi_latent_attention
+        and (hybrid or c.branches_differ),
+        "experts in heterogeneous layers": c.branches_differ and not hybrid and bool(c.num_experts),
+        "convolution but of 4 positions": bool(c.mamba_layers) and c.mamba_conv_width != 4,
+    }
+    return next((what for what, lacks in lacking.items() if lacks), None)

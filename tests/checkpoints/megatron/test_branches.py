@@ -9,12 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import SHARED
 from support import random_models
 from support.folders.synthetic import LLAMA, args_of
 from support.paths import ORACLES
 
+from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ConfigBuilder, ModelConfig
+from mlm_eval.checkpoints.convert import convert
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.distcp import open_folder
+from mlm_eval.checkpoints.files.torch_file import read_torch_file
 from mlm_eval.checkpoints.lazy import InMemory
 from mlm_eval.checkpoints.megatron.args import build_config
 from mlm_eval.checkpoints.megatron.layers.branches import args_of_branches
@@ -219,3 +224,99 @@ def test_names_of_other_specs(tmp_path: Path):
     assert found.config == dataclasses.replace(HYBRID, params_dtype="float32")
     for name, tensor in checkpoint.tensors.items():
         assert torch.equal(found.tensors[name].read(), tensor.read())
+
+
+# ---- writing -----------------------------------------------------------------------------------
+
+EXPERTS = dataclasses.replace(
+    HYBRID,
+    num_experts=4,
+    moe_layers=(4,),
+    moe_router_topk=2,
+    moe_ffn_hidden_size=6,
+    mamba_min_time_step=0.25,
+    mamba_norm_epsilon=1e-3,
+)
+
+
+def same_tensors(one: Checkpoint, other: Checkpoint) -> bool:
+    return set(one.tensors) == set(other.tensors) and all(
+        torch.equal(tensor.read(), other.tensors[name].read())
+        for name, tensor in one.tensors.items()
+    )
+
+
+@pytest.mark.parametrize("config", [HYBRID, HETEROGENEOUS, EXPERTS], ids=["M", "NAS", "E"])
+@pytest.mark.parametrize(
+    ("to", "sizes"),
+    [
+        ("megatron", {}),
+        ("megatron", {"tp": 2}),
+        ("megatron", {"tp": 2, "pp": 5}),
+        ("torch_dist", {"tp": 2}),
+    ],
+)
+def test_what_is_written_is_read_again(
+    config: ModelConfig, to: str, sizes: dict[str, int], tmp_path: Path
+):
+    if config is HETEROGENEOUS and "pp" in sizes:
+        with pytest.raises(InputError, match="layer 4, the last of its stage, has neither"):
+            convert(random_models.checkpoint(config), to, tmp_path / "out", **sizes)
+        return
+    source = random_models.checkpoint(config)
+    done = convert(source, to, tmp_path / "out", **sizes)
+    found = open_checkpoint(done.path)
+    assert found.config == dataclasses.replace(config, params_dtype="float32")
+    assert same_tensors(found, source)
+    told = [warning for warning in done.warnings if "Mamba" in warning]
+    assert len(told) == (2 if config is EXPERTS else 0)
+
+
+@pytest.mark.parametrize("name", ["nas_tp2", "nemotronh_tp2"])
+def test_genuine_files_are_written_as_megatron_wrote_them(name: str, tmp_path: Path):
+    """Every key of each rank's file, its extra states included, and every tensor."""
+    done = convert(open_checkpoint(ORACLES / name), "megatron", tmp_path / "out", tp=2)
+    for rank in range(2):
+        file = f"iter_0000001/mp_rank_0{rank}/model_optim_rng.pt"
+        ours, theirs = (
+            read_torch_file(folder / file).value["model"] for folder in (done.path, ORACLES / name)
+        )
+        assert set(ours) == set(theirs)
+        for key, tensor in theirs.items():
+            if not key.endswith("_extra_state"):
+                assert torch.equal(ours[key].read(), tensor.read()), key
+
+
+def test_the_keys_of_torch_dist_are_megatrons(tmp_path: Path):
+    genuine = SHARED / "oracles" / "families" / "nemotronh_dist" / "iter_0000001"
+    if not genuine.is_dir():
+        pytest.skip(f"{genuine} is not here")
+    source = open_checkpoint(genuine.parent)
+    done = convert(source, "torch_dist", tmp_path / "out")
+    ours, theirs = open_folder(next(done.path.glob("iter_*"))), open_folder(genuine)
+    assert {k: t.shape for k, t in ours.tensors.items()} == {
+        k: t.shape for k, t in theirs.tensors.items()
+    }
+    assert set(theirs.objects) - set(ours.objects) <= {"output_layer._extra_state/shard_0_1"}
+    assert same_tensors(open_checkpoint(done.path), source)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (HYBRID, {"no_mlp_layers": (0, 2)}, "no Mamba-2 in layers that have an MLP too"),
+        (HYBRID, {"mamba_conv_width": 3}, "no convolution but of 4 positions"),
+    ],
+)
+def test_what_megatron_core_lacks_is_not_written(
+    config: ModelConfig, change: dict[str, Any], message: str, tmp_path: Path
+):
+    source = random_models.checkpoint(dataclasses.replace(config, **change))
+    for to in ("megatron", "torch_dist"):
+        with pytest.raises(InputError, match=message):
+            convert(source, to, tmp_path / "out")
+
+
+def test_ranks_that_would_share_a_group_are_not_written(tmp_path: Path):
+    with pytest.raises(InputError, match="Megatron wants tp to divide Mamba's 2 groups"):
+        convert(random_models.checkpoint(HYBRID), "megatron", tmp_path / "out", tp=4)

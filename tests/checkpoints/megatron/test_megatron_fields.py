@@ -338,6 +338,8 @@ READ: dict[str, tuple[ModelConfig, RunCode, dict[str, Any]]] = {
     "mamba_head_dim": (HYBRID, CORE, {"mamba_head_dim": 4}),
     "mamba_num_groups": (HYBRID, CORE, {"mamba_num_groups": 1, "mamba_state_dim": 6}),
     "mamba_state_dim": (HYBRID, CORE, {"mamba_state_dim": 6}),
+    "mamba_min_time_step": (HYBRID, CORE, {"mamba_min_time_step": 0.5}),
+    "mamba_norm_epsilon": (HYBRID, CORE, {"mamba_norm_epsilon": 0.5}),
     "heterogeneous_layers_config_path": (
         LLAMA,
         CORE,
