@@ -115,6 +115,12 @@ def read_layer_patterns(b: ConfigBuilder, args: Mapping[str, Any]) -> None:
                 f"{b.where} has args.window_size = {window!r}; mlm-eval computes windows of keys "
                 "before a query, [w, 0], only"
             )
+        if b.values["family"] != "gpt":
+            # megatron-core puts a causal window in the place of the padding mask.
+            raise InputError(
+                f"{b.where} has args.window_size = {window!r}, but is no GPT model, the only one "
+                "whose windows mlm-eval computes"
+            )
         skip = args.get("window_attn_skip_freq")
         windows = [True] * layers
         if isinstance(skip, int) and skip:

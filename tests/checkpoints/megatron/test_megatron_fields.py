@@ -547,6 +547,13 @@ def test_the_fused_swiglu_neither_clamps_nor_adds(kernel: str):
     assert build(quick, args).config.activation_func_clamp_value == 1.5
 
 
+def test_a_bert_with_windows_is_refused():
+    """megatron-core gives it a causal window in the place of its padding mask."""
+    with pytest.raises(InputError, match=r"args.window_size = \[2, 0\], but is no GPT model"):
+        build(BERT, args_for(BERT, window_size=[2, 0]))
+    assert build(BERT, args_for(BERT, window_size=[-1, 0])).config == BERT
+
+
 def test_a_legacy_model_with_interleaved_pairs_is_refused():
     args = args_for(LLAMA, rotary_interleaved=True)
     for code in (LEGACY, LEGACY_TE):
