@@ -213,7 +213,7 @@ def test_attention_scores_beyond_float16_do_not_overflow(value: float):
     assert (query.float() @ key.float().transpose(-1, -2)).amax() > 65_504
     values = torch.randn(1, 4, 3, 32).half()
     dropout = Dropout(sample_keys(1, 1, torch.arange(1)), 0.0, 1e-6)
-    found = attention._with_dropout(query, key, values, None, True, dropout)
+    found = attention._by_steps(query, key, values, None, True, dropout)
     expected = nn.functional.scaled_dot_product_attention(
         query.float(), key.float(), values.float(), is_causal=True
     )

@@ -166,7 +166,14 @@ def test_two_runs_do_not_write_one_folder(tmp_path):
      '{"identity": {"settings": {}, "model": {}}, "counters": {"step": -5}}'],
     ids=range(8),
 )  # fmt: skip
-@pytest.mark.parametrize("name", ["started.json", "finished.json", "step-00000001/progress.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "started.json",
+        pytest.param("finished.json", marks=pytest.mark.long),
+        pytest.param("step-00000001/progress.json", marks=pytest.mark.long),
+    ],
+)
 def test_a_damaged_state_is_named_and_discarded(tmp_path, name, content):
     path = tmp_path / "state" / name
     path.parent.mkdir(parents=True)
