@@ -97,7 +97,8 @@ PARAMETERS = {
     "self_attention.out_norm.weight": "linear attention .a gated delta net",
     "self_attention.linear_qkv_down_proj.weight": "fused down projections",
     "mixer.x_proj.weight": "Mamba layers of the first kind",
-    "self_attention.indexer.linear_wq_b.weight": "parameter that no GPT",
+    "self_attention.indexer.linear_wq_b.weight": "sparse attention .DSA.",
+    "self_attention.something_new.weight": "parameter that no GPT",
 }
 """Parameter of a layer -> how it is refused."""
 
