@@ -33,7 +33,7 @@ TOLERANCE = 1e-4
 fifteen times as much."""
 LEAST_READ = 0.8
 """Of the models that megatron-core builds: a fuzz that refuses everything proves nothing."""
-PHRASES = {"num_experts": "mixture", "softmax_type": "attention sinks"}
+PHRASES = {"num_experts": "moe_router_topk is", "softmax_type": "attention sinks"}
 """What a refusal says where the parameters give a model away before its args do."""
 
 Case = dict[str, Any]
