@@ -306,6 +306,16 @@ def read_experts(b: ConfigBuilder, args: Mapping[str, Any], shapes: Shapes) -> N
             f"{b.where} has routers of {count} experts where its args say {saved}; ranks of two "
             "checkpoints may be mixed: copy all ranks of one save"
         )
+    if args.get("moe_router_force_load_balancing"):
+        raise InputError(
+            f"{b.where} was trained with args.moe_router_force_load_balancing = True: random "
+            "experts for each token, a benchmark of speed; there is no function to evaluate"
+        )
+    if args.get("moe_input_jitter_eps") is not None:
+        b.warnings.append(
+            f"args.moe_input_jitter_eps is {args['moe_input_jitter_eps']}, noise on the routers' "
+            "input, which Megatron adds in evaluation too; mlm-eval computes without it"
+        )
     b.set("num_experts", count, "shapes")
     b.set("moe_layers", tuple(sorted(routers)), "shapes")
     _check_layer_freq(b, args)

@@ -246,6 +246,7 @@ _GROUPS: tuple[tuple[str, ArgField], ...] = (
     ("qk_l2_norm", _read("L2 norm of queries and keys; the local layers of dense models lack it.")),
     ("attention_output_gate", _read("Gates of the attention's output.")),
     ("no_rope_freq", _read("Which layers have no rotary positions.")),
+    ("moe_router_force_load_balancing", _read("Random experts: refused in mixtures.")),
     (
         "quick_geglu activation_func_clamp_value glu_linear_offset",
         _read("The gated activation, and what is clamped and added in it."),
@@ -385,9 +386,13 @@ _GROUPS: tuple[tuple[str, ArgField], ...] = (
     ),
     # ---- training: experts -----------------------------------------------------------------------
     (
+        "moe_input_jitter_eps",
+        _training("Noise on the routers' input: left out, with a warning in mixtures."),
+    ),
+    (
         """moe_shared_expert_overlap moe_enable_routing_replay moe_router_topk_limited_devices
-        moe_router_bias_update_rate moe_router_force_load_balancing moe_aux_loss_coeff
-        moe_z_loss_coeff moe_input_jitter_eps moe_token_dropping moe_token_dispatcher_type
+        moe_router_bias_update_rate moe_aux_loss_coeff moe_z_loss_coeff moe_token_dropping
+        moe_token_dispatcher_type
         moe_enable_deepep moe_flex_dispatcher_backend moe_per_layer_logging
         moe_pad_expert_input_to_capacity moe_token_drop_policy moe_layer_recompute
         moe_deepep_num_sms moe_hybridep_num_sms overlap_moe_expert_parallel_comm

@@ -285,6 +285,7 @@ READ: dict[str, tuple[ModelConfig, RunCode, dict[str, Any]]] = {
     "moe_router_score_function": (MOE, CORE, {"moe_router_score_function": "sigmoid"}),
     "moe_router_num_groups": (MOE, CORE, {"moe_router_num_groups": 2, "moe_router_group_topk": 1}),
     "moe_router_group_topk": (MOE, CORE, {"moe_router_num_groups": 4, "moe_router_group_topk": 2}),
+    "moe_router_force_load_balancing": (MOE, CORE, {"moe_router_force_load_balancing": True}),
     "moe_router_topk_scaling_factor": (MOE, CORE, {"moe_router_topk_scaling_factor": 2.5}),
     "moe_router_load_balancing_type": (MOE, CORE, {"moe_router_load_balancing_type": "sinkhorn"}),
     "moe_apply_probs_on_input": (
@@ -545,6 +546,11 @@ def test_the_fused_swiglu_neither_clamps_nor_adds(kernel: str):
     quick = dataclasses.replace(LLAMA, activation="quick_geglu")
     args = args_for(quick, **change, swiglu=False, quick_geglu=True, **{kernel: True})
     assert build(quick, args).config.activation_func_clamp_value == 1.5
+
+
+def test_noise_on_the_routers_input_is_said():
+    found = build(MOE, args_for(MOE, moe_input_jitter_eps=0.01))
+    assert any("args.moe_input_jitter_eps is 0.01, noise" in text for text in found.warnings)
 
 
 def test_a_bert_with_windows_is_refused():

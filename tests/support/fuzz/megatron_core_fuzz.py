@@ -49,9 +49,9 @@ LAYOUT = frozenset(
     expert_model_parallel_size context_parallel_size sequence_parallel params_dtype fp16 bf16
     transformer_impl num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage
     pipeline_model_parallel_layout account_for_embedding_in_pipeline_split
-    account_for_loss_in_pipeline_split""".split()
+    account_for_loss_in_pipeline_split moe_input_jitter_eps""".split()
 )
-"""Not drawn as fields without effect: one process of float32 is what runs here."""
+"""Not drawn as fields without effect: one process of float32 runs here, without noise."""
 
 ONE_RANK = {
     "tensor_model_parallel_size": 1,
