@@ -20,6 +20,7 @@ import torch
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import (
     GATED_ACTIVATIONS,
+    ROTARY_SETTINGS,
     ConfigBuilder,
     ModelConfig,
     RopeScaling,
@@ -883,6 +884,7 @@ def check_args(
         params_dtype=c.params_dtype,
     ).config
     unused = [] if c.dense_layers else ["ffn_hidden_size"]
+    unused += [] if c.rotary else ROTARY_SETTINGS
     lost = [
         f.name
         for f in dataclasses.fields(ModelConfig)
