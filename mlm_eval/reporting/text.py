@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
-from mlm_eval.checkpoints.config import NEWER_SETTINGS
+from mlm_eval.checkpoints.config import NEWER_SETTINGS, ModelConfig
 from mlm_eval.reporting.results import Result, checkpoint_record
 
 if TYPE_CHECKING:
@@ -63,14 +64,19 @@ def inspect_warnings(checkpoint: Checkpoint) -> list[str]:
     return [*hostile, *checkpoint.provenance.warnings]
 
 
-_ABSENT: tuple[Any, ...] = (0, False, [], "vanilla", "softmax")
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
 """Values of settings that a model without the newer layers has; they are not shown."""
 
 
 def _left_out(name: str, value: Any, config: Mapping[str, Any]) -> bool:
     """Whether a setting is one of newer layers that the model does not have."""
     routed = name.startswith("moe_") and config["num_experts"]
-    return name in NEWER_SETTINGS and value in _ABSENT and not routed
+    if name not in NEWER_SETTINGS or routed:
+        return False
+    if name.startswith("relative_") and config["position_embedding_type"] == "relative":
+        return False
+    default = _DEFAULTS[name]
+    return bool(value == (list(default) if isinstance(default, tuple) else default))
 
 
 def inspect_text(record: Mapping[str, Any]) -> str:

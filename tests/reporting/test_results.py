@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from support import random_models
 
 import mlm_eval
 from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance
-from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.config import NEWER_SETTINGS, ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.engine.score import Request
 from mlm_eval.reporting.results import (
@@ -27,6 +28,7 @@ from mlm_eval.reporting.results import (
     timing_record,
     versions,
 )
+from mlm_eval.reporting.text import inspect_record, inspect_text
 
 
 def result(**metrics: Any) -> Result:
@@ -215,3 +217,20 @@ def test_timing_counts_the_tokens_that_went_through_the_model():
     assert (resumed["tokens_per_second"], resumed["model_tflops"]) == (4 / 2.0, 3.0)
     none_measured = timing_record(engine, requests, 0.0)
     assert (none_measured["tokens_per_second"], none_measured["model_tflops"]) == (None, None)
+
+
+def test_inspect_shows_no_setting_of_layers_that_a_model_lacks() -> None:
+    def shown(config: ModelConfig) -> set[str]:
+        text = inspect_text(inspect_record(random_models.checkpoint(config), "digest"))
+        return {line.split()[0] for line in text.splitlines() if line.startswith("  ")}
+
+    for config in (random_models.LLAMA, random_models.GPT, random_models.BERT):
+        assert not shown(config) & NEWER_SETTINGS
+    scaled = dataclasses.replace(
+        random_models.LLAMA, embedding_multiplier=3.0, window_size=5, window_layers=(1,)
+    )
+    assert shown(scaled) & NEWER_SETTINGS == {
+        "embedding_multiplier",
+        "window_size",
+        "window_layers",
+    }
