@@ -68,7 +68,7 @@ FOREIGN_OPTIONS = {
     "--overlapping-eval", "--strict-lambada", "--dist-ckpt-format", "--no-load-optim",
     "--no-load-rng", "--ckpt-format", "--ckpt-step", "--use-dist-ckpt", "--use-mcore-models",
     "--reset-position-ids", "--reset-attention-mask", "--eod-mask-loss", "--keep-last",
-    "--valid-data", "--yaml-cfg", "--gpu-bind",
+    "--valid-data", "--yaml-cfg", "--gpu-bind", "--transformer-impl",
 }  # fmt: skip
 """Megatron's, and Slurm's."""
 FOREIGN_FILES = {
@@ -662,7 +662,7 @@ def test_commands_and_options_that_are_named_exist(document: Path):
     known = {
         option for name in all_commands() for p in full_command(name).params for option in p.opts
     }
-    known |= FOREIGN_OPTIONS | {"--help", "--version"}
+    known |= FOREIGN_OPTIONS | {"--help", "--version", "--install-completion"}
     for line, text in spans(document):
         first, *rest = text.split(" ")
         if first == "mlm-eval" and rest and not rest[0].startswith("-"):
