@@ -60,7 +60,7 @@ def load_on_a_rank(source: Path, report: Path, *, dtype: str = "float32") -> Non
 
         before = anonymous_bytes(os.getpid())
         started = time.perf_counter()
-        engine = Engine.load(open_checkpoint(source), tp=LOADED_TP, dp=1, dtype=dtype)
+        engine = Engine.load(open_checkpoint(source), tp=LOADED_TP, dp=1, dtype=dtype, device="cpu")
         seconds = time.perf_counter() - started
         launch.shutdown()
     shard = sum(p.numel() * p.element_size() for p in engine.model.parameters())

@@ -130,9 +130,11 @@ def run(case: Case, folder: Path) -> None:
     print(anonymous_bytes(os.getpid()), flush=True)  # all is imported, and there is no model
     checkpoint = open_checkpoint(source)
     if not case.trains:
-        score(Engine.load(checkpoint, dtype=case.dtype, batch_tokens=case.batch_tokens))
+        score(
+            Engine.load(checkpoint, dtype=case.dtype, batch_tokens=case.batch_tokens, device="cpu")
+        )
         return
-    engine = Engine.load(with_head(checkpoint, "multichoice_head"), dtype="float32")
+    engine = Engine.load(with_head(checkpoint, "multichoice_head"), dtype="float32", device="cpu")
     train(engine, case)
 
 

@@ -115,7 +115,7 @@ _TRAINING_STATE = {
 
 def training_state(names: Iterable[str]) -> list[str]:
     """Return, in words, what entries and files of these names hold beside the weights."""
-    known = list(names)
+    known = [name for name in names if isinstance(name, str)]
     return [
         what
         for what, pattern in _TRAINING_STATE.items()

@@ -55,6 +55,8 @@ class ShardRule:
         assert self.dim == 0, "packed blocks stand along dim 0 of what files hold"
         sizes = [size // len(parts) for size, _ in self.parts]
         sizes = sizes or [parts[0].shape[0] // self.blocks] * self.blocks
+        if any(part.shape[0] != sum(sizes) for part in parts):
+            return Concat(parts, 0)  # of another shape than the table's, which refuses it by name
         rows = torch.arange(sum(sizes)).split(sizes)
         return Concat([Selected(part, block) for block in rows for part in parts], 0)
 

@@ -58,14 +58,19 @@ def unpacked(path: Path, name: str, need: int, extract: Callable[[Path], None]) 
     return folder
 
 
+MOST_FOLDERS = 64
+"""Folders that a name in an archive may lead through."""
+
+
 def check_member_name(path: Path, name: str) -> None:
     """Refuse the name of a file in an archive that leads out of the folder it is unpacked into.
 
     Raises:
-        InputError: It is absolute, goes up, or is no name of a file.
+        InputError: It is absolute, goes up, is nested without end, or is no name of a file.
     """
     parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts or "\\" in name:
+    unsafe = parts.is_absolute() or ".." in parts.parts or "\\" in name
+    if unsafe or len(parts.parts) > MOST_FOLDERS:
         raise InputError(
             f"{path} holds the unsafe name {printable(name)}, so it is not "
             "unpacked; get the archive from its source again"

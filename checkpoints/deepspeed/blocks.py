@@ -123,6 +123,12 @@ def _check_matrices(block: Tensors, where: str) -> None:
                 f"{where} should hold a matrix {name} (by Megatron's name) in each layer, and "
                 f"holds {found}; copy all files of one save"
             )
+        bias = block.get(f"{name}.bias")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise InputError(
+                f"{where}: the bias of {name} (by Megatron's name) is {list(bias.shape)} beside a "
+                f"matrix of {weight.shape[0]} rows; copy all files of one save"
+            )
 
 
 def _order_gate(block: Tensors) -> None:
@@ -140,7 +146,7 @@ def _order_groups(block: Tensors, settings: NeoxSettings, ranks: int, where: str
     if heads is None or groups is None or groups == heads:
         return  # [heads, 3, channels]: group order as it is
     qkv = block[f"{_QKV}weight"]
-    if groups < 1 or heads % groups or groups % ranks:
+    if groups < 1 or heads < 1 or heads % groups or groups % ranks:
         raise InputError(
             f"{where}: {groups} key and value heads of {heads} query heads are not shared evenly "
             f"by {ranks} tensor-parallel ranks; correct it with --set num_query_groups=N"

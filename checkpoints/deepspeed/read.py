@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,9 @@ def read_step(step: Step, overrides: dict[str, Any]) -> Checkpoint:
     if any(key.startswith("attention.") for layer in ranks[0].layers.values() for key in layer):
         settings = read_settings(step.path, args, overrides)
         settings.check(where)
+        # A rank's own args go first: a step may have been cut anew since its .yml was written.
+        stated = {"model_parallel_size": settings.get("model_parallel_size")[0]}
+        _check_ranks(step, ranks, stated | args)
         chunks = _neox_chunks(ranks, settings, where)
         args = _neox_args(settings, len(ranks))
 
@@ -151,6 +155,10 @@ def _dict_of(file: TorchFile) -> dict[str, Any]:
     return file.value
 
 
+_SEQUENTIAL = re.compile(r"(?:.+?\.)?sequential\.(?P<place>[0-9]{1,6})\.(?P<name>.+)")
+"""A parameter of gpt-neox without a pipeline: its layer's place in the list, and its name there."""
+
+
 def _module_rank(step: Step, file: TorchFile, state: dict[str, Any]) -> _Rank:
     module = state.get("module")
     if not isinstance(module, dict):
@@ -160,12 +168,10 @@ def _module_rank(step: Step, file: TorchFile, state: dict[str, Any]) -> _Rank:
         step.refuse_without_weights()
     flat = {unwrapped(key): tensor for key, tensor in flat_tensors(module, file.path).items()}
     layers: dict[int, Tensors] = {}
-    for key, tensor in flat.items():
-        _, found, rest = key.partition("sequential.")
-        number, _, name = rest.partition(".")
-        if found and number.isdigit():
-            layers.setdefault(int(number), {})[name] = tensor
-    strange = next((key for key in flat if "sequential." not in key), None)
+    placed = {key: match for key in flat if (match := _SEQUENTIAL.fullmatch(key))}
+    for key, match in placed.items():
+        layers.setdefault(int(match["place"]), {})[match["name"]] = flat[key]
+    strange = next((key for key in flat if key not in placed), None)
     if layers and strange is not None:
         raise InputError(
             f"{file.path} has a parameter that no model of gpt-neox without a pipeline has: "
@@ -253,6 +259,13 @@ def _places(ranks: Sequence[_Rank], where: str) -> dict[str, list[int]]:
                 f"{where} holds {len(found[kind])} files of its {kind}, expected one for each "
                 "rank; copy all files of one save"
             )
+    tables = [name for place in found["head"] for name in ranks[0].layers[place]]
+    if len(tables) > 1:
+        raise InputError(
+            f"{where} holds more than an output table after its layers "
+            f"({printable(', '.join(tables[:3]))}); mlm-eval would compute something else than "
+            "the model did, so it stops here"
+        )
     lost = sorted(set(range(blocks[0], blocks[-1])) - set(blocks)) if blocks else [2]
     if lost:
         raise InputError(
@@ -329,8 +342,9 @@ def _fork_args(args: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(groups, int) and "num_query_groups" not in args:
         found["num_query_groups"] = groups
         found["group_query_attention"] = groups != args.get("num_attention_heads")
-    if args.get("normalization") in _NORMS:
-        found["normalization"] = _NORMS[args["normalization"]]
+    norm = args.get("normalization")
+    if isinstance(norm, str) and norm in _NORMS:
+        found["normalization"] = _NORMS[norm]
     if args.get("rope_theta") is not None:
         found |= {"rotary_base": args["rope_theta"], PASSED_ON: ["rotary_base"]}
     return found

@@ -95,7 +95,6 @@ WRITTEN = (
     "geglu activations",
     "geglu_tanh activations",
     "quick_geglu activations",
-    "a mixture of experts",
     "attention sinks",
     "layers without rotary positions",
     "L2-normed queries and keys",
@@ -274,10 +273,7 @@ def choose_family(c: ModelConfig) -> Family:
         return choose_t5(c)
     unwritten = [what for what in c.parts_beyond_dense if what not in WRITTEN]
     if unwritten:
-        raise InputError(
-            f"a model with {unwritten[0]} cannot be converted to Hugging Face: mlm-eval "
-            "evaluates such models and does not write them; give a model without"
-        )
+        raise _refused(f"a model with {unwritten[0]}", "mlm-eval writes no class that has it")
     family = _bert_family(c) if c.family == "bert" else _gpt_family(c)
     if c.activation not in family.activations:
         raise _refused(

@@ -101,7 +101,7 @@ _WHOLE_NUMBERS = frozenset(
 _NUMBERS = frozenset(
     """rotary_percent rotary_base rotary_seq_len_interpolation_factor rope_scaling_factor
     softmax_scale norm_epsilon layernorm_epsilon hidden_dropout attention_dropout
-    init_method_std""".split()
+    init_method_std mamba_min_time_step mamba_norm_epsilon""".split()
 )
 
 _CARRIED_WORDS = frozenset(

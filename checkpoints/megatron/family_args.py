@@ -7,6 +7,7 @@ Source: docs/megatron.md, "Mixtures of experts", "Multi-latent attention", "Dens
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -215,15 +216,19 @@ def _read_mup(b: ConfigBuilder, args: Mapping[str, Any]) -> None:
     b.set("logit_multiplier", 1.0 / width if logits == 1.0 else logits, "args.use_mup")
     if args.get("softmax_scale") is None:
         base = _positive(b, args, "mup_base_head_dim") or 1.0
-        power = float(_given(args, "mup_attn_scale_power", 1.0))
+        power = _given(args, "mup_attn_scale_power", 1.0)
+        if type(power) not in (int, float) or not 0 <= power <= 8:
+            raise InputError(
+                f"{b.where} has args.mup_attn_scale_power = {power!r}, expected a number, 0 to 8"
+            )
         b.set("softmax_scale", base**0.5 / b.values["kv_channels"] ** power, "args.use_mup")
 
 
 def _positive(b: ConfigBuilder, args: Mapping[str, Any], name: str) -> float | None:
     """Return a number of args; None where there is none, or 0."""
     value = args.get(name)
-    if value is not None and type(value) not in (int, float):
-        raise InputError(f"{b.where} has args.{name} = {value!r}, expected a number")
+    if value is not None and (type(value) not in (int, float) or not 0 <= value < math.inf):
+        raise InputError(f"{b.where} has args.{name} = {value!r}, expected a number from 0 up")
     return float(value) if value else None
 
 
@@ -244,6 +249,10 @@ def read_l2_norm(b: ConfigBuilder, args: Mapping[str, Any]) -> None:
     b.set("qk_l2_norm", acts, _source(args, "qk_l2_norm"))
     left_out = args.get("no_l2_norm_layers")
     if acts and isinstance(left_out, list | tuple):
+        if any(type(number) is not int for number in left_out):
+            raise InputError(
+                f"{b.where} has args.no_l2_norm_layers = {left_out!r}, expected numbers of layers"
+            )
         b.set("no_l2_norm_layers", tuple(left_out), "args.no_l2_norm_layers")
 
 

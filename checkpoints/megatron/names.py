@@ -240,7 +240,7 @@ def prediction_name(key: str, where: str) -> str:
 
 def num_prediction_heads(names: Iterable[str]) -> int:
     """Return the number of heads of multi-token prediction, given their parameters' names."""
-    return 1 + max((int(name.split(".")[2]) for name in names), default=-1)
+    return len({match["head"] for name in names if (match := _PREDICTION.fullmatch(name))})
 
 
 def strip_prefixes(key: str) -> str:

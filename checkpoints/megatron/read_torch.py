@@ -34,6 +34,7 @@ from mlm_eval.checkpoints.megatron.args import (
     build_config,
     check_dims,
     layer_indices,
+    saved_args,
     sources_beside,
     unknown_settings,
     with_losses,
@@ -72,6 +73,9 @@ PREDICTION_HEADS = (
     "heads of multi-token prediction, which the main head never sees: kept by conversions to "
     "Megatron's formats, left out elsewhere"
 )
+MOST_RANKS = 1 << 20
+"""Tensor-parallel times expert-parallel ranks that are believed."""
+
 UNKNOWN_HEADS = (
     "the heads of multi-token prediction are left out: their layer is of another kind than the "
     "model's last"
@@ -116,6 +120,11 @@ def read_ranks(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     tp, pp = parallel_sizes(first)
     tp = tp or max(key[0] for key in paths) + 1
     layout = ExpertLayout.of(first.args, tp)
+    if layout.ep > 1 and layout.ep * layout.tp > MOST_RANKS:
+        raise InputError(
+            f"{folder}: its args say {layout.tp} tensor-parallel x {layout.ep} expert-parallel "
+            "ranks; the file is damaged, copy it again"
+        )
     if any(names.is_expert(key) for chunk in first.chunks for key in chunk):
         layout.check(str(folder), {(key[0], key[-1] if layout.ep > 1 else 0) for key in paths})
     pp = pp or max((key[1] if len(key) > 1 else 0) for key in paths) + 1
@@ -155,6 +164,7 @@ def read_nemo_ranks(root: Path, overrides: dict[str, Any]) -> Checkpoint:
         InputError: A rank is missing or damaged, or the model is unsupported.
     """
     settings, paths = nemo_settings(root), nemo_ranks(root)
+    saved_args(settings.args, str(root))  # refuses sizes that are no numbers
     one = list(paths.values()) == [root / NEMO_FILE]
     tp, pp = (
         1 if one else settings.args.get(name) or 1 + max(rank[dim] for rank in paths)
@@ -302,13 +312,23 @@ def _prediction_heads(
                     found[names.prediction_name(key, str(file.path))] = tensor
     experts = _expert_parts(columns, layout, where)
     shards = [columns[t, min(e for u, e in columns if u == t)] for t in range(layout.tp)]
+    plain = [
+        {n: tensor.shape for n, tensor in shard.items() if not NUMBERED.fullmatch(n)}
+        for shard in shards
+    ]
+    if any(found != plain[0] for found in plain):
+        raise InputError(
+            f"{where} mixes two checkpoints: the heads of multi-token prediction differ on its "
+            "tensor-parallel ranks; copy all ranks of one save"
+        )
     _join_down_projections(shards, files[0, 0, 0].args)
     table = prediction_parameters(config, names.num_prediction_heads(shards[0]))
     whole = {}
     for name in shards[0]:
         if not NUMBERED.fullmatch(name):
             parts = [shard[name] for shard in shards]
-            whole[name] = table[name].rule.merge(parts) if name in table else parts[0]
+            alike = name in table and len(parts[0].shape) == len(table[name].shape)
+            whole[name] = table[name].rule.merge(parts) if alike else parts[0]
     return whole | merge_experts(experts, table, str(where))
 
 

@@ -38,7 +38,7 @@ def gemma_settings(provider: str, values: Mapping[str, Any], where: str) -> dict
             "Gemma, Gemma 2 and Gemma 3"
         )
     hidden = values.get("hidden_size")
-    if type(hidden) is not int or hidden < 1:
+    if type(hidden) is not int or not 0 < hidden < 1 << 31:
         raise InputError(f"{where} has hidden_size {hidden!r}; copy the file again")
     settings = {**values, "embedding_multiplier": hidden**0.5}
     if match["generation"] == "2" and settings.get("window_attn_skip_freq") is None:

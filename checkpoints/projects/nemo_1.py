@@ -160,7 +160,8 @@ def nemo_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not values.get("max_position_embeddings"):
         fields["max_position_embeddings"] = values.get("encoder_seq_length")
     hidden = values.get("hidden_size")
-    if values.get("apply_embedding_scaling") and values.get("mcore_gpt") and type(hidden) is int:
+    scaled = values.get("apply_embedding_scaling") and values.get("mcore_gpt")
+    if scaled and type(hidden) is int and 0 < hidden < 1 << 31:
         fields["embedding_multiplier"] = hidden**0.5
     if values.get("scale_positional_embedding"):
         fields |= {"rope_scaling": True, "rope_scaling_factor": 8.0}

@@ -202,6 +202,8 @@ def _converse(
             line = prompt_line(text, tokenizer, "the text", begin)
             made = _continue(run, engine, [line], tokenizer, options, sampling)
         except InputError as error:
+            if engine.dp > 1:  # the other copies of the model wait for this one's text
+                raise
             run.log(str(error))
             continue
         if run.is_main and not sys.stdout.isatty():

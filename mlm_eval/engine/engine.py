@@ -251,14 +251,22 @@ class Engine:
         """
         if isinstance(prompts, str):
             raise InputError("generate takes a list of prompts; write generate([text])")
+        if isinstance(stop, str):
+            raise InputError("stop is a list of strings; write stop=[text]")
         tokenizer = self.given_tokenizer or find_tokenizer(self.checkpoint.provenance.path)
         end = None if tokenizer is None else tokenizer.eot_id
 
         def prompt(number: int, given: str | Sequence[int] | Prompt) -> Prompt:
             if isinstance(given, Prompt):
                 return given
+            ids = self.tokenizer.encode(given) if isinstance(given, str) else given
+            if not isinstance(ids, Sequence) or any(type(token) is not int for token in ids):
+                raise InputError(
+                    f"prompt {number} is {given!r:.60}; generate takes texts, lists of token ids, "
+                    "or Prompts"
+                )
             return Prompt(
-                self.tokenizer.encode(given) if isinstance(given, str) else list(given),
+                list(ids),
                 max_new_tokens,
                 stop_tokens=frozenset(() if end is None else (end,)),
                 stop=tuple(stop),

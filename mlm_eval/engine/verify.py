@@ -116,7 +116,7 @@ def outputs(checkpoint: Checkpoint, inputs: Mapping[str, Tensor]) -> dict[str, T
         each task head by its name, and `states` `[batch, seq, hidden]` where it has no head at
         all, with `pooled` `[batch, hidden]` where it has a pooler.
     """
-    model = Engine.load(checkpoint, dtype=torch.float32).model
+    model = Engine.load(checkpoint, dtype=torch.float32, device="cpu").model
     if isinstance(model, T5):
         states = model(inputs["encoder_tokens"], inputs["encoder_mask"], inputs["tokens"])
         logits = model.output_layer.logits(states.flatten(0, 1))

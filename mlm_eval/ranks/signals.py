@@ -79,7 +79,8 @@ def _by_default() -> None:
 
 
 def _end_when_woken(woken: int) -> None:
-    number = os.read(woken, 1)[0]
+    while (number := os.read(woken, 1)[0]) not in _ENDING:
+        pass  # a signal that a library handles itself, such as an alarm's
     remove_unfinished()
     # The interpreter lets its main thread alone change an action; libc lets every thread.
     ctypes.CDLL(None).signal(number, ctypes.c_void_p(signal.SIG_DFL))

@@ -145,6 +145,7 @@ class StateFolder:
         partial = self.folder / UNFINISHED
         target = self.folder / f"step-{step:08d}"
         with unfinished(partial) if this_rank() == 0 else nullcontext():
+            on_main(lambda: self._prepare(partial, needs))
             self._write_tensors(partial, tensors)
 
             def switch() -> None:

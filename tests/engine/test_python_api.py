@@ -44,6 +44,11 @@ def test_texts_ids_and_prompts_are_continued_alike(engine: Engine) -> None:
     assert one.tokens != other.tokens
     with pytest.raises(mlm_eval.InputError, match=r"write generate\(\[text\]\)"):
         engine.generate(text)
+    with pytest.raises(mlm_eval.InputError, match=r"write stop=\[text\]"):
+        engine.generate([text], stop="\n\n")
+    for wrong in (5, [1.0], [True], None):
+        with pytest.raises(mlm_eval.InputError, match="prompt 0 is"):
+            engine.generate([wrong])  # type: ignore[list-item]
 
 
 def test_what_is_loaded_says_what_it_is(engine: Engine) -> None:

@@ -606,3 +606,26 @@ def test_a_single_process_out_of_memory_is_told_so(
     assert caught.value.code == 2
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1 and "does not fit the memory" in printed
+
+
+@pytest.mark.process
+def test_a_signal_that_a_library_handles_does_not_end_a_rank():
+    """Graders of some harness tasks stop long calls by an alarm of their own."""
+    code = """
+import signal, time
+from mlm_eval.ranks.signals import end_by_signals
+end_by_signals()
+def late(number, frame): raise TimeoutError
+signal.signal(signal.SIGALRM, late)
+for _ in range(2):
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try: time.sleep(30)
+    except TimeoutError: print("caught", flush=True)
+signal.raise_signal(signal.SIGTERM)
+time.sleep(30)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.split() == ["caught"] * 2
+    assert done.returncode == -signal.SIGTERM

@@ -99,7 +99,7 @@ def _described_by_json(args: _Args, where: str) -> list[Branches]:
     try:
         blocks = json.loads(args[JSON_CONTENT])["block_configs"]
         return [_of_block(block, args) for block in blocks]
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
         raise InputError(
             f"{where} has heterogeneous layers, but args.{JSON_CONTENT} is not JSON with a list "
             "block_configs of attention and ffn; the file is damaged, copy it again"
@@ -221,7 +221,7 @@ def by_layer(shapes: _Shapes, suffix: str) -> dict[int, tuple[int, ...]]:
 def read_widths(b: ConfigBuilder, name: str, of_layers: Mapping[int, int]) -> int:
     """Take `num_query_groups` or `ffn_hidden_size`, in each layer where they differ.
 
-    _Args:
+    Args:
         b: Takes the settings.
         name: The setting of each layer.
         of_layers: The value of each layer that has one.
@@ -238,7 +238,13 @@ def read_widths(b: ConfigBuilder, name: str, of_layers: Mapping[int, int]) -> in
 
 
 def _read_mamba(b: ConfigBuilder, args: _Args, shapes: _Shapes) -> None:
-    prefix = next(name for name in shapes if name.endswith(".mixer.A_log")).removesuffix("A_log")
+    prefix = next((n for n in shapes if n.endswith(".mixer.A_log")), "").removesuffix("A_log")
+    leaves = ("A_log", "out_proj.weight", "conv1d.weight")
+    lost = [leaf for leaf in leaves if not shapes.get(f"{prefix}{leaf}", (0,))[0]]
+    if lost:
+        raise InputError(
+            f"{b.where} has Mamba layers without {lost[0]}; copy all files of one save"
+        )
     heads, width = shapes[f"{prefix}A_log"][0], shapes[f"{prefix}out_proj.weight"][1]
     channels, _, conv = shapes[f"{prefix}conv1d.weight"]
     sizes = {

@@ -89,7 +89,9 @@ class _Local:
 
     @classmethod
     def of(cls, config: ModelConfig, tp: int) -> _Local:
-        groups = local_groups(config.num_attention_heads, config.num_query_groups, 0, tp)
+        attends = any(config.mixer(layer) == "attention" for layer in range(config.num_layers))
+        all_heads, all_groups = config.num_attention_heads, config.num_query_groups
+        groups = local_groups(all_heads, all_groups, 0, tp) if attends else []
         heads = sum(len(queries) for queries, _ in groups)
         grouped = heads > len(groups)
         qkv = (config.qkv_size // config.kv_channels - 2 * config.num_query_groups) // tp

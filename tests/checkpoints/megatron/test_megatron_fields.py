@@ -548,6 +548,30 @@ def test_the_fused_swiglu_neither_clamps_nor_adds(kernel: str):
     assert build(quick, args).config.activation_func_clamp_value == 1.5
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"query_pre_attn_scalar": -4.0},
+        {"query_pre_attn_scalar": float("nan")},
+        MUP | {"mup_base_head_dim": -4},
+        MUP | {"mup_attn_scale_power": "x"},
+        MUP | {"mup_attn_scale_power": 1e9},
+        {"mamba_min_time_step": "x"},
+        {"mamba_norm_epsilon": [1]},
+    ],
+    ids=str,
+)
+def test_numbers_that_are_none_are_said(change: dict[str, Any]):
+    config = HYBRID if any("mamba" in name for name in change) else LLAMA
+    with pytest.raises(InputError, match="args."):
+        build(config, args_for(config, **change))
+
+
+def test_layers_without_l2_norm_are_numbers():
+    with pytest.raises(InputError, match=r"args.no_l2_norm_layers = \['a'\], expected numbers"):
+        build(MOE, args_for(MOE, qk_l2_norm=True, no_l2_norm_layers=["a"]))
+
+
 def test_noise_on_the_routers_input_is_said():
     found = build(MOE, args_for(MOE, moe_input_jitter_eps=0.01))
     assert any("args.moe_input_jitter_eps is 0.01, noise" in text for text in found.warnings)
