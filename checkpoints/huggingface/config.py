@@ -216,8 +216,8 @@ def _sizes(r: HubConfigReader, family: Family) -> None:
         r.set("embedding_multiplier", hidden**0.5, f"every {family.model_type} model")
     if "query_pre_attn_scalar" in family.table:
         scalar, source = r.look("query_pre_attn_scalar", "int")
-        if scalar < 1:
-            raise InputError(f"{r.where}: query_pre_attn_scalar is {scalar}, expected 1 or more")
+        if not 1 <= scalar <= 1 << 30:
+            raise InputError(f"{r.where}: query_pre_attn_scalar is {scalar}, expected 1 to 2^30")
         r.set("softmax_scale", scalar**-0.5, source)
 
 
@@ -377,6 +377,12 @@ def _yarn(
             angles = yarn_mscale(factor, 1.0)
         else:
             mscale_all_dim = None
+    numbers = [*given.values(), *([] if angles is None else [angles])]
+    if not all(map(math.isfinite, numbers)) or (angles is not None and angles <= 0):
+        raise InputError(
+            f"{r.where}: YaRN's {', '.join(YARN_NUMBERS)} must be finite and attention_factor "
+            "above 0; correct the file"
+        )
     if angles is not None:
         if factor <= 1 and angles != 1.0:
             raise InputError(

@@ -107,7 +107,7 @@ def _read_normalisation(r: HubConfigReader, family: Family, topk: int) -> None:
 
 def _read_groups(r: HubConfigReader, family: Family) -> None:
     """Take the groups within which experts are chosen."""
-    if "topk_method" in family.table and family is DEEPSEEK_V2:
+    if family is DEEPSEEK_V2:
         method, _ = r.look("topk_method", "str")
         if method not in ("greedy", "group_limited_greedy"):
             raise InputError(
@@ -126,9 +126,10 @@ def _read_groups(r: HubConfigReader, family: Family) -> None:
         r.set(setting, value, source)
     each = GROUP_EXPERTS[family.model_type]
     r.set("moe_router_group_experts", each, f"every {family.model_type} model")
-    if r.values["num_experts"] // r.values["moe_router_num_groups"] < each:
+    groups = r.values["moe_router_num_groups"]
+    if groups and r.values["num_experts"] // groups < each:
         raise InputError(
-            f"{r.where}: n_group is {r.values['moe_router_num_groups']} for "
+            f"{r.where}: n_group is {groups} for "
             f"{r.values['num_experts']} experts, but a group needs at least {each}"
         )
 

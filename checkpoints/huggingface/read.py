@@ -128,7 +128,7 @@ def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> Check
     weights = _open_weights(path, family)
     of_images: list[str] = []
     if text is not None:
-        weights.tensors, of_images = text_tensors(weights.tensors)
+        weights.tensors, of_images = text_tensors(weights.tensors, str(path))
     unpacked: list[str] = []
     if family is GPT_OSS and hf.get("quantization_config") is not None:
         settings = hf["quantization_config"]
@@ -210,6 +210,9 @@ def _prediction_heads(
         for name in weights.tensors
         if (found := later.search(name)) and first <= int(found[1]) < first + count
     }
+    # A head has what no layer has: what is merely one layer too many is refused later.
+    heads_of = {number for name, number in numbers.items() if name.endswith(".eh_proj.weight")}
+    numbers = {name: number for name, number in numbers.items() if number in heads_of}
     if not numbers:
         return {}, []
     layers = sorted(set(numbers.values()))
@@ -257,6 +260,8 @@ def _pack_heads(
         fitting = [tensor for tensor in parts if tensor is not None]
         if [tensor.shape for tensor in fitting] != shapes:
             return {}
+        for tensor in fitting:
+            check_weight_dtype(tensor, name, str(weights.folder))
         heads[name] = layout.pack(fitting, config)
     return heads
 
@@ -473,7 +478,11 @@ def _pack(
         if name == OUTPUT_BIAS and weights.find("lm_head.bias") is None:
             entry = None if config.family == "t5" else entry
         if entry is None:  # a bias where only some linear layers have one
-            assert name.endswith(".bias"), name
+            if not name.endswith(".bias"):
+                raise InputError(
+                    f"{weights.folder / 'config.json'}: the settings call for {name}, which no "
+                    f"{family.model_type} model has; a --set value is wrong"
+                )
             tensors[name] = zeros(parameter.shape, getattr(torch, config.params_dtype))
             filled.append(name)
             continue

@@ -67,7 +67,8 @@ class HubConfigReader(ConfigBuilder):
         Raises:
             InputError: It is not.
         """
-        if not is_of_kind(value, kind):
+        huge = kind == "float" and isinstance(value, int) and abs(value) > 1 << 1000
+        if huge or not is_of_kind(value, kind):
             raise InputError(
                 f"{self.where}: {key} is {value!r}, expected a value of type {kind}; correct the "
                 "file"

@@ -282,7 +282,13 @@ def rotary_of_full_layers(r: HubConfigReader, family: Family) -> HubConfigReader
     local = r.checked(source, local, "float")
     if r.values.get("window_layers"):
         r.set("rotary_base_local", local, f"config.json {source}")
-    passed = ("rope_parameters", "rope_scaling", "rope_theta")
+    if not r.checked("truncate", full.get("truncate", True), "bool"):
+        raise InputError(
+            f"{r.where}: truncate of {FULL} (in rope_parameters) is false, which transformers does "
+            f"not heed in {family.model_type} models; correct the file"
+        )
+    # transformers asks the part alone for the original length.
+    passed = ("rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings")
     hf = {key: value for key, value in r.hf.items() if key not in passed}
     one = HubConfigReader(r.overrides, r.where, hf=hf | {"rope_parameters": full}, family=family)
     one.values, one.sources, one.warnings = r.values, r.sources, r.warnings

@@ -46,13 +46,25 @@ def text_config(hf: Mapping[str, Any], where: str) -> dict[str, Any] | None:
     return {**whole, **part, "model_type": _TEXT_MODELS[kind]}
 
 
-def text_tensors(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTensor], list[str]]:
-    """Return the language model's tensors under its own names, and the names that are left out."""
+def text_tensors(
+    tensors: Mapping[str, LazyTensor], where: str
+) -> tuple[dict[str, LazyTensor], list[str]]:
+    """Return the language model's tensors under its own names, and the names that are left out.
+
+    Raises:
+        InputError: Two tensors have one name.
+    """
     kept: dict[str, LazyTensor] = {}
     left = [name for name in tensors if _OF_IMAGES.match(name)]
     for name, tensor in tensors.items():
         if _OF_IMAGES.match(name):
             continue
         name = re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", name)
-        kept[name.replace("model.lm_head.", "lm_head.")] = tensor
+        name = name.replace("model.lm_head.", "lm_head.")
+        if name in kept:
+            raise InputError(
+                f"{where} has {name} under two names; the folder may hold two models: give one of "
+                "a single model"
+            )
+        kept[name] = tensor
     return kept, left

@@ -58,9 +58,10 @@ _OLDER_NAMES = {
 
 
 def with_current_names(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Return config.json under today's names; where a file has both, transformers takes these.
+    """Return config.json under today's names.
 
-    NVIDIA's own code called head_dim attention_head_dim, which transformers does not know.
+    Where a file has both, the older name wins, as in transformers. NVIDIA's own code called
+    head_dim attention_head_dim, which transformers does not know.
     """
     renamed = {key: value for key, value in hf.items() if key not in _OLDER_NAMES}
     renamed |= {new: hf[old] for old, new in _OLDER_NAMES.items() if old in hf}

@@ -85,6 +85,10 @@ def with_mxfp4_unpacked(
             )
         if {blocks.dtype, scales.dtype} != {torch.uint8}:
             raise InputError(f"{where}: {name} and its scales are not uint8; copy the files again")
+        if stem in found:
+            raise InputError(
+                f"{where}: the files hold {stem} and {name}; files of two models may be mixed"
+            )
         del found[name], found[f"{stem}{_SCALES}"]
         found[stem] = Mxfp4Tensor(blocks, scales)
     return found

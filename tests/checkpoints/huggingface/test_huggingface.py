@@ -208,11 +208,11 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sharded GPT-2 folder and a Llama folder, to be copied and damaged."""
+    """A sharded GPT-2 folder and some others, to be copied and damaged."""
     root = tmp_path_factory.mktemp("saved")
     gpt_model("gpt2").save_pretrained(root / "gpt2", max_shard_size="20KB")
-    gpt_model("llama").save_pretrained(root / "llama")
-    gpt_model("neox").save_pretrained(root / "neox")
+    for kind in ("llama", "llama-yarn", "neox", "gemma2", "gemma3"):
+        gpt_model(kind).save_pretrained(root / kind)
     return root
 
 
@@ -245,6 +245,23 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("gpt2", {"n_layer": 10**9}, "says 1000000000 layers, the files hold"),
         ("llama", {"rope_parameters": {"mrope_section": [4]}}, "rotary setting mrope_section"),
         ("llama", {"rope_scaling": "linear"}, "rope_scaling is 'linear', expected an object"),
+        ("llama", {"rope_theta": 10**400, "rope_parameters": None}, "rope_theta is 1000.*of type"),
+        (
+            "llama-yarn",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1e999}},
+            "must be finite and attention_factor above 0",
+        ),
+        (
+            "gemma3",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "yarn", "factor": 4.0, "truncate": False},
+                    "sliding_attention": {"rope_type": "default"},
+                }
+            },
+            "truncate of full_attention .* false, which transformers does not heed",
+        ),
+        ("gemma2", {"query_pre_attn_scalar": 10**400}, "query_pre_attn_scalar is 1000.*expected 1"),
     ],
 )
 def test_other_models_are_refused_by_name(
@@ -254,6 +271,18 @@ def test_other_models_are_refused_by_name(
     edit_config(folder, **changes)
     with pytest.raises(InputError, match=message):
         read_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [{"qk_layernorm": True}, {"softmax_type": "learnable"}, {"num_tokentypes": 2}],
+    ids=str,
+)
+def test_a_setting_that_asks_for_parameters_of_another_class_is_refused(
+    override: dict[str, Any], saved: Path
+) -> None:
+    with pytest.raises(InputError, match="the settings call for .*, which no llama model has"):
+        read_folder(saved / "llama", override)
 
 
 def test_damaged_folders_end_in_one_sentence(saved: Path, tmp_path: Path) -> None:

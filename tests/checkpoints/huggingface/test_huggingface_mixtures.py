@@ -415,6 +415,21 @@ def test_layers_of_multi_token_prediction_take_no_part(tmp_path: Path) -> None:
     assert set(load_file(tmp_path / "hf" / "model.safetensors")) == set(state)
 
 
+def test_a_layer_too_many_is_no_head_of_multi_token_prediction(tmp_path: Path) -> None:
+    gpt_model("deepseek-v3").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["num_hidden_layers"] -= 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="tensor"):
+        open_checkpoint(tmp_path)
+
+
+def test_no_groups_by_hand_is_one_sentence(tmp_path: Path) -> None:
+    gpt_model("deepseek-v3").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="moe_router_"):
+        open_checkpoint(tmp_path, {"moe_router_num_groups": 0})
+
+
 def test_a_head_of_multi_token_prediction_that_is_not_whole_is_left_out(tmp_path: Path) -> None:
     gpt_model("deepseek-v3").save_pretrained(tmp_path)
     state = with_prediction_head(load_file(tmp_path / "model.safetensors"))

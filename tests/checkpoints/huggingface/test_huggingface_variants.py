@@ -187,6 +187,19 @@ def test_the_language_model_of_a_model_of_images_is_read(
         torch.testing.assert_close(found, model(tokens()).logits, rtol=0, atol=2e-4)
 
 
+def test_two_language_models_of_one_model_of_images_are_refused(tmp_path: Path) -> None:
+    model = model_of_images("Gemma3")
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    [name] = [key for key in state if key.endswith("language_model.model.norm.weight")] or [
+        key for key in state if key.endswith("language_model.norm.weight")
+    ]
+    twice = "model.norm.weight"
+    save_file(state | {twice: state[name] + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="model.norm.weight under two names"):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
