@@ -290,3 +290,9 @@ def test_unknown_options_of_a_conversion(sample: Checkpoint, tmp_path: Path) -> 
     with pytest.raises(InputError, match="--to 'onnx' is unknown"):
         convert(sample, "onnx", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_are_computed_on_the_cpu_also_where_there_is_a_gpu(monkeypatch) -> None:
+    monkeypatch.setattr("mlm_eval.engine.engine.default_device", lambda: "cuda:0")
+    found = outputs(checkpoint(GPT), {"tokens": torch.tensor([[1, 2, 3]])})
+    assert found["logits"].device.type == "cpu"

@@ -22,7 +22,7 @@ from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.parameters import num_parameters, parameters
+from mlm_eval.checkpoints.parameters import allowed_tp, num_parameters, parameters
 from mlm_eval.engine.engine import Engine
 from mlm_eval.engine.score import Request
 from mlm_eval.model import attention
@@ -554,3 +554,22 @@ def test_the_text_names_active_parameters_and_operations(config: ModelConfig):
     assert f"{record['active_parameters']:,} parameters for each token" in text
     assert "8 experts of 96 in 2 layers, 2 for each token" in text
     assert "GFLOP a token of a full text" in text
+
+
+def test_a_model_without_attention_is_counted_at_every_size_it_allows():
+    layers = tuple(range(HYBRID.num_layers))
+    model = dataclasses.replace(
+        HYBRID,
+        mamba_layers=layers,
+        no_mixer_layers=(),
+        no_mlp_layers=layers,
+        mamba_num_heads=16,
+        mamba_num_groups=4,
+    )
+    sizes = allowed_tp(model)
+    assert max(sizes) > model.num_attention_heads
+    found = [
+        evaluation_memory(model, tp=tp, itemsize=4, batch_tokens=64, scored_rows=4).weights
+        for tp in sizes
+    ]
+    assert found == sorted(found, reverse=True)

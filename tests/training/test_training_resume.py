@@ -21,6 +21,7 @@ from support.runs import training_runs, training_target
 from torch import Tensor
 
 from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.training import state as training_state
 from mlm_eval.training.settings import TrainReport
@@ -265,3 +266,12 @@ def weights(folder: Path) -> dict[str, bytes]:
     """Return the bytes of every tensor of a checkpoint."""
     tensors = open_checkpoint(folder).tensors
     return {name: tensor.read().numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def test_a_disk_without_room_is_found_before_a_state_is_written(tmp_path, monkeypatch):
+    folder = training_state.StateFolder(tmp_path / "state")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(training_state.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(InputError, match="takes 0.00 GB, its disk has 0.00 GB free; make room"):
+        folder.save(1, lambda _: {}, {}, needs=2000)
+    assert not list((tmp_path / "state").iterdir())

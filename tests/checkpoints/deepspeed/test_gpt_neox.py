@@ -282,3 +282,48 @@ def test_an_rmsnorm_with_a_large_epsilon_is_told_of(tmp_path: Path):
 
 def test_no_setting_is_both_read_and_refused():
     assert not NEOX_READ & set(NEOX_REFUSED)
+
+
+# ---- what is lost or too much ------------------------------------------------------------------
+
+
+def test_half_of_the_ranks_is_refused_by_what_the_settings_say(tmp_path: Path):
+    """Without rank files every size of the half still fits every other."""
+    root, _, _ = written(tmp_path, "parallel", 2)
+    for path in [*root.rglob("mp_rank_*"), *root.rglob("layer_*-model_01-*")]:
+        path.unlink()
+    with pytest.raises(InputError, match=r"1 tensor-parallel rank\(s\) where the run had 2"):
+        open_checkpoint(root)
+
+
+@pytest.mark.parametrize("name", ["bias", "other.weight"])
+def test_a_second_tensor_behind_the_layers_is_refused(name: str, tmp_path: Path):
+    root, _, config = written(tmp_path, "parallel", 1)
+    last = max(root.rglob("layer_*"))
+    tables = torch.load(last)
+    first = next(iter(tables))
+    torch.save(tables | {f"{first.rpartition('.')[0]}.{name}": torch.ones(config.vocab_size)}, last)
+    with pytest.raises(InputError, match="more than an output table after its layers"):
+        open_checkpoint(root)
+
+
+def test_a_bias_of_another_size_than_its_matrix_is_refused(tmp_path: Path):
+    root, _, _ = written(tmp_path, "parallel", 1)
+    layer = root / "global_step7" / "layer_03-model_00-model_states.pt"
+    state = torch.load(layer)
+    name = "mlp.dense_h_to_4h.bias"
+    torch.save(state | {name: torch.cat([state[name], state[name]])}, layer)
+    with pytest.raises(InputError, match=r"linear_fc1 .*beside a matrix of|shape"):
+        open_checkpoint(root)
+
+
+@pytest.mark.parametrize("key", ["sequential.word.weight", "sequential.\u00b2.weight"])
+def test_a_parameter_without_a_place_in_the_list_is_refused(key: str, tmp_path: Path):
+    model = random_model(PARALLEL)
+    root = write_neox(tmp_path, model, PARALLEL, pipeline=False)
+    path = root / "global_step7" / "mp_rank_00_model_states.pt"
+    state = torch.load(path)
+    state["module"][key] = torch.ones(2)
+    torch.save(state, path)
+    with pytest.raises(InputError, match="no model of gpt-neox without a pipeline has"):
+        open_checkpoint(root)
