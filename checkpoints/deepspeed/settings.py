@@ -18,7 +18,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safe_pickle import is_scalar, printable
 from mlm_eval.checkpoints.megatron.family_args import Shapes
 from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS
-from mlm_eval.checkpoints.projects.settings import read_yaml
+from mlm_eval.checkpoints.projects.settings import neox_files, read_yaml
 
 NEOX_READ = frozenset(
     """num_layers hidden_size num_attention_heads num_kv_heads seq_length max_position_embeddings
@@ -244,10 +244,8 @@ def read_settings(
     Raises:
         InputError: A file is no plain YAML, or two files contradict each other.
     """
-    for folder in (step / "configs", step, step.parent / "configs", step.parent):
-        files = sorted(folder.glob("*.y*ml")) if folder.is_dir() else []
-        if files:
-            return NeoxSettings(_joined(files), _shown(files), str(step), overrides)
+    if files := neox_files(step):
+        return NeoxSettings(_joined(files), _shown(files), str(step), overrides)
     values = {name.replace("-", "_"): value for name, value in saved.items()}
     return NeoxSettings(values, "the rank's args", str(step), overrides, complete=False)
 

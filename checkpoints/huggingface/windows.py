@@ -62,11 +62,7 @@ def _layer_types(r: HubConfigReader, family: Family, window: int | None) -> list
                 f"{r.where}: layer_types is {stated!r}, expected {layers} of "
                 f"{', '.join(sorted(known))}; mlm-eval does not compute other layers"
             )
-        if family.windows in (
-            "after",
-            "before",
-            "alternate",
-        ):  # elsewhere transformers does not ask
+        if family.windows in ("after", "before", "alternate"):  # the only classes that ask
             return [str(name) for name in names]
     if family.windows == "after":
         first = r.look("max_window_layers", "int")[0] if window is not None else layers

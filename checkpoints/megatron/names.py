@@ -160,7 +160,7 @@ REFUSED: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             "a retrieval model (ICT, REALM)",
         ),
         (
-            r"(^|\.)(vision_model|backbone|cls_token|conv1(?!d)|linear_encoder|vision_projection"
+            r"(^|\.)(vision_model|backbone|cls_token|conv1|linear_encoder|vision_projection"
             r"|class_token|mask_token|embedder|ln_pre|ln_post)(\.|$)",
             "a vision model",
         ),

@@ -207,6 +207,15 @@ def _of_hub(hub: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def neox_files(step: Path) -> list[Path]:
+    """Return the .yml files of a gpt-neox run: the step's, else the root's."""
+    for folder in (step / "configs", step, step.parent / "configs", step.parent):
+        files = sorted(folder.glob("*.y*ml")) if folder.is_dir() else []
+        if files:
+            return files
+    return []
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file, read as plain data: a tag is an error.
 

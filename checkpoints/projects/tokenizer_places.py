@@ -17,6 +17,7 @@ from mlm_eval.checkpoints.projects.nemo_1 import NEMO_CONFIG
 from mlm_eval.checkpoints.projects.settings import (
     BRIDGE_SETTINGS,
     STEP_TRACKER,
+    neox_files,
     read_yaml,
     weights_beside,
     weights_folder,
@@ -64,11 +65,8 @@ def neox_tokenizer(path: Path) -> tuple[Path, Path | None] | None:
         return None
     step = root / named
     names: dict[str, Any] = {}
-    for folder in (step / "configs", step, root / "configs", root):
-        for file in sorted(folder.glob("*.y*ml")) if folder.is_dir() else ():
-            names |= {str(key).replace("-", "_"): said for key, said in read_yaml(file).items()}
-        if names:
-            break
+    for file in neox_files(step):
+        names |= {str(key).replace("-", "_"): said for key, said in read_yaml(file).items()}
     for folder in (root, step, root / "tokenizer"):
         for said in (names.get("vocab_file"), _NEOX_20B):
             if (vocabulary := _file(folder, said)) is not None:

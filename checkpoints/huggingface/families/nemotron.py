@@ -26,7 +26,6 @@ _THEIRS = "backbone.layers.{i}"
 """As published files have it, and transformers writes it; its own modules are called model."""
 _MIXER = f"{_THEIRS}.mixer"
 _MLP = f"{DECODER_LAYER}.mlp"
-_WHOLE_EXPERTS = "backbone.layers.{i}.mixer.experts"
 
 
 def _rows() -> tuple[Row, ...]:
@@ -54,14 +53,14 @@ def _rows() -> tuple[Row, ...]:
             (f"{_MIXER}.experts.{{e}}.up_proj",),
             False,
             EXPERTS,
-            whole=f"{_WHOLE_EXPERTS}.up_proj",
+            whole=f"{_MIXER}.experts.up_proj",
         ),
         Row(
             f"{experts}.linear_fc2",
             (f"{_MIXER}.experts.{{e}}.down_proj",),
             False,
             EXPERTS,
-            whole=f"{_WHOLE_EXPERTS}.down_proj",
+            whole=f"{_MIXER}.experts.down_proj",
         ),
         Row(f"{shared}.linear_fc1", (f"{_MIXER}.shared_experts.up_proj",), False),
         Row(f"{shared}.linear_fc2", (f"{_MIXER}.shared_experts.down_proj",), False),

@@ -140,7 +140,6 @@ def write_hybrid(c: ModelConfig, family: Family) -> dict[str, Any]:
         "layers_block_type": kinds,
         "hybrid_override_pattern": "".join(letters[kind] for kind in kinds),
         "num_hidden_layers": c.num_layers,
-        "num_nextn_predict_layers": 0,
         "sliding_window": None,
     }
     # Sizes of parts that no layer has must be numbers all the same.
