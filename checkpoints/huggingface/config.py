@@ -297,6 +297,13 @@ def _rotary(r: HubConfigReader, family: Family) -> None:
             f"is an odd number, {int(channels * share)}, but they are rotated in pairs; correct "
             "the file"
         )
+    if family.local_theta is not None and "type" in part and "rope_type" not in part:
+        # transformers 5 puts such settings into a table that says rope_type "default" already.
+        raise InputError(
+            f"{r.where}: rope_scaling has the older key type ({part['type']!r}) and no rope_type; "
+            f"transformers 4 scales positions by it, transformers 5 does not in {family.model_type} "
+            "models; write rope_type in its place, or leave both out if nothing is scaled"
+        )
     kind = part.get("rope_type", part.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise InputError(

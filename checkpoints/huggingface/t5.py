@@ -34,7 +34,15 @@ def read_t5(r: HubConfigReader, family: Family, found: Found) -> None:
         InputError: Keys contradict each other.
     """
     if r.values["decoder_num_layers"] is None:
-        r.set("decoder_num_layers", r.values["num_layers"], "config.json num_layers")
+        count, source = r.values["num_layers"], "config.json num_layers"
+        if "num_hidden_layers" in r.hf:
+            # To transformers that is an alias of the encoder's number, set after the decoder's
+            # was taken from num_layers.
+            row, count, source = family.table["num_layers"], None, DEFAULT
+            if row.key in r.hf:
+                count, source = r.checked(row.key, r.hf[row.key], "int"), "config.json num_layers"
+            count = row.default if count is None else count
+        r.set("decoder_num_layers", count, source)
     word = r.look("feed_forward_proj", "str")[0]
     gated, kind = word.startswith("gated-"), word.removeprefix("gated-")
     for key, value in (

@@ -335,6 +335,7 @@ def test_the_original_length_is_the_files(
         ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
         ("gemma3_text", {"rope_parameters": {"rope_type": "default"}}, "full_attention"),
         ("gemma3_text", {"rope_parameters": {"full_attention": 3}}, "full_attention is 3"),
+        ("gemma3_text", {"rope_scaling": {"type": "linear", "factor": 8.0}}, "older key type"),
         (
             "gemma3_text",
             {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
@@ -350,6 +351,28 @@ def test_contradictions_are_refused_by_name(
     family = FAMILIES[name]
     with pytest.raises(InputError, match=message):
         read(family, small(family, **changes))
+
+
+@pytest.mark.parametrize(
+    ("keys", "layers"),
+    [
+        ({"num_layers": 2}, (2, 2)),
+        ({"num_layers": 2, "num_decoder_layers": 3}, (2, 3)),
+        ({"num_hidden_layers": 2}, (2, 6)),
+        ({"num_hidden_layers": 2, "num_decoder_layers": None}, (2, 6)),
+        ({"num_hidden_layers": 2, "num_layers": 4}, (2, 4)),
+        ({"num_hidden_layers": 2, "num_decoder_layers": 3}, (2, 3)),
+    ],
+)
+def test_stacks_of_t5_have_the_layers_that_transformers_gives_them(
+    keys: dict[str, int], layers: tuple[int, int]
+) -> None:
+    from transformers import T5Config
+
+    theirs = T5Config(**keys)
+    assert (theirs.num_layers, theirs.num_decoder_layers) == layers
+    ours = read(FAMILIES["t5"], {"model_type": "t5", **keys}).values
+    assert (ours["num_layers"], ours["decoder_num_layers"]) == layers
 
 
 @pytest.mark.parametrize(
