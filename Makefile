@@ -12,6 +12,8 @@ THREADS ?= 1
 # Without race.py, which takes an hour and data that has to be fetched: bench-race.
 BENCHMARKS ?= $(filter-out benchmarks/race.py,$(sort $(wildcard benchmarks/*.py)))
 RACE       ?= RACE
+# The suites of which `make test` runs a short form.
+RELIABILITY := $(wildcard tests/hostile tests/broken tests/interrupted)
 
 BIN := $(VENV)/bin
 # A stamp names the clone that the environment was installed from: an environment shared by two
@@ -28,7 +30,7 @@ SAMPLE      := checkpoints/samples
 SAMPLE_ARGS := --ckpt $(SAMPLE)/gpt --tokenizer $(SAMPLE)/gpt/tokenizer --device cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-portable lint typecheck wheel notebooks bench bench-race clean links
+.PHONY: help demo test test-fast test-reliability test-portable lint typecheck wheel notebooks bench bench-race clean links
 
 help: ## list the targets and the variables
 	@echo 'usage: make TARGET [VARIABLE=value ...]'
@@ -103,11 +105,14 @@ demo: $(RUN_STAMP) ## evaluate the sample checkpoint that ships, on one process 
 	  'nothing about the models of the Megatron-LM paper and do not compare with its tables; for those,' \
 	  'name a real checkpoint (--ckpt) and the real data (--data).'
 
-test: $(DEV_STAMP) ## run the tests, but for those marked slow
+test: $(DEV_STAMP) ## run the tests, but for those marked slow or reliability
 	$(PYTEST) $(PYTEST_ARGS)
 
 test-fast: $(DEV_STAMP) ## run those that start no process and take no seconds: about a minute
-	$(PYTEST) -m 'not (process or long or slow or realdata)' $(PYTEST_ARGS)
+	$(PYTEST) -m 'not (process or long or slow or realdata or reliability)' $(PYTEST_ARGS)
+
+test-reliability: $(DEV_STAMP) ## run hostile, broken and interrupted input whole (at most an hour)
+	$(PYTEST) -m 'not slow' $(RELIABILITY) $(PYTEST_ARGS)
 
 test-portable: $(DEV_STAMP) ## run them as other processors and numbers of threads would (hours)
 	$(BIN)/python tests/support/house/portable.py $(PYTEST_ARGS)

@@ -36,6 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "realdata: needs ../shared/data (or $MLM_EVAL_DATA); skipped where it is absent",
         "slow: takes minutes; never part of the default run, choose it with -m slow",
         "long: takes seconds; left out by `make test-fast`",
+        "reliability: part of the long form only; chosen by `make test-reliability`",
         "process: starts processes; given by tests/support/processes.py where it can be seen",
     ):
         config.addinivalue_line("markers", marker)

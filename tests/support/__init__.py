@@ -10,10 +10,12 @@
     runs/                   what ranks and engines are made to run, and how it is watched
     fuzz/                   random models; megatron-core in a process of its own, which reads what
                             we write, and writes random models for us to read
+    reliability/            hostile and broken input: commands in a warm process, what they may not do
     house/                  the rules of the house, the built wheel, other processors
 
 Nothing here is a test.
 """
 
 # A module is found without its room, too.
-__path__ = [*__path__, *(f"{__path__[0]}/{room}" for room in ("folders", "fuzz", "house", "runs"))]
+_ROOMS = ("folders", "fuzz", "house", "reliability", "runs")
+__path__ = [*__path__, *(f"{__path__[0]}/{room}" for room in _ROOMS)]

@@ -1,0 +1,23 @@
+"""Commands in a warm process, as fixtures; a plugin of tests/hostile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from support.reliability.warm_commands import Sandbox, WarmCommands
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmCommands]:
+    """A process that has imported everything and runs commands."""
+    commands = WarmCommands(tmp_path_factory.mktemp("warm"))
+    yield commands
+    commands.close()
+
+
+@pytest.fixture
+def sandbox(warm: WarmCommands) -> Sandbox:
+    """A folder for one command."""
+    return warm.sandbox()
