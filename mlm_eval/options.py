@@ -62,6 +62,8 @@ class Option:
     """What the help says for its value, instead of its type."""
     writes: str | None = None
     """`FILE`, `PAGE` or `FOLDER`, where the command writes what the value names."""
+    needs: str | None = None
+    """The field without which it means nothing."""
     reads: bool = False
     """Whether a text may name a file or a folder that the command reads; paths that are not
     written always do."""

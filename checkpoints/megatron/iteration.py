@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.output import write_text
 from mlm_eval.checkpoints.files.text_file import read_text
 from mlm_eval.checkpoints.files.torch_file import read_torch_file
 from mlm_eval.checkpoints.lazy import StoredTensor
@@ -28,8 +29,8 @@ def iteration_folder(iteration: int | None) -> str:
 
 
 def write_tracker(root: Path, iteration: int | None) -> None:
-    """Write the file that names the iteration to load."""
-    (root / TRACKER).write_text(RELEASE if iteration is None else str(iteration))
+    """Write the file that names the iteration to load: the old one or the new one is there."""
+    write_text(root / TRACKER, RELEASE if iteration is None else str(iteration), option=None)
 
 
 def saved_iteration(folder: Path, saved: object) -> int | str | None:

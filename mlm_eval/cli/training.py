@@ -39,8 +39,8 @@ ORDER = (
     "ckpt", "init", "data", "output_dir", "recipe", "epochs", "lr", "global_batch", "seq_length",
     "seed", "seeds", "resume", "restart", "overwrite", "eval_only", "tp", "dp", "device",
     "tokenizer", "dtype",
-    "eval_dtype", "max_steps", "evaluate_every", "save_minutes", "micro_batch", "recompute",
-    "dp_mode", "batch_tokens", "vocab_file", "merge_file", "overrides",
+    "eval_dtype", "max_steps", "evaluate_every", "save_minutes", "save_every", "keep",
+    "micro_batch", "recompute", "dp_mode", "batch_tokens", "vocab_file", "merge_file", "overrides",
 )  # fmt: skip
 """The order of the options within each group of the help; others follow."""
 

@@ -8,6 +8,7 @@
     optimization.py   AdamW, the learning rate, clipping, the loss scale
     replicas.py       DDP and FSDP2 over data-parallel ranks
     state.py          what resuming needs, for any layout
+    series.py         checkpoints that a run keeps on its way
     log.py            metrics.jsonl, TensorBoard, the plot
 
 This room imports `engine`, `ranks`, `model` and `mlm_eval.checkpoints`.

@@ -9,6 +9,7 @@ sums.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -46,6 +47,7 @@ from mlm_eval.training.data import Plan, Sample, check_data, fingerprint, set_ep
 from mlm_eval.training.log import METRICS_FILE, PLOT, TENSORBOARD, TrainingLog, read_metrics
 from mlm_eval.training.objectives import Objective
 from mlm_eval.training.optimization import Schedule
+from mlm_eval.training.series import SERIES, CheckpointSeries
 from mlm_eval.training.settings import (
     Counters,
     Listener,
@@ -64,6 +66,7 @@ from mlm_eval.training.state import (
 from mlm_eval.training.step import Stepper, StepResult
 
 CHECKPOINT, BEST_CHECKPOINT, STATE = "checkpoint", "checkpoint-best", "state"
+_CHECKPOINTS = (CHECKPOINT, BEST_CHECKPOINT, SERIES)
 
 Evaluate = Callable[[TrainingProgress], dict[str, Any]]
 """Evaluates the model after a step."""
@@ -88,7 +91,7 @@ def train(
     """Train the engine's model and return what happened, on every rank the same; all ranks call it.
 
     Afterwards `engine.model` holds the last weights, and `output_dir` the logs, `checkpoint` and,
-    where evaluations have a `score`, `checkpoint-best`.
+    where evaluations have a `score`, `checkpoint-best`; with `save_every` also `checkpoint-series`.
 
     Args:
         engine: Loaded in float32, with the head of the objective (`model.initial.with_head`).
@@ -156,6 +159,7 @@ class _Run:
         self.counters = Counters()
         self.lock: Lock | None = None
         self.state = StateFolder(self.output / STATE)
+        self.series = _series(self.output)
         check_data(
             self.data,
             positions=self.config.max_position_embeddings,
@@ -223,7 +227,7 @@ class _Run:
 
     def _find(self, restart: bool, replace: bool) -> tuple[Path | None, dict[str, Any] | None]:
         """Return the state to resume from and its progress.json; rank 0."""
-        for name in (STATE, CHECKPOINT, BEST_CHECKPOINT, METRICS_FILE, PLOT):
+        for name in (STATE, *_CHECKPOINTS, METRICS_FILE, PLOT):
             if (self.output / name).is_symlink():
                 raise InputError(
                     f"{self.output / name} is a link to {os.path.realpath(self.output / name)}, "
@@ -248,6 +252,7 @@ class _Run:
         for name in (CHECKPOINT, BEST_CHECKPOINT):
             clear_leftovers(self.output / name)
         self.state.tidy()
+        self.series.tidy()
         for name in (METRICS_FILE, PLOT):
             for leftover in self.output.glob(f".{name}.partial-{'[0-9a-f]' * 12}"):
                 leftover.unlink()
@@ -263,7 +268,7 @@ class _Run:
         Raises:
             InputError: The folder holds files that it would replace.
         """
-        for name in (CHECKPOINT, BEST_CHECKPOINT, METRICS_FILE, PLOT):
+        for name in (*_CHECKPOINTS, METRICS_FILE, PLOT):
             if os.path.lexists(self.output / name):
                 raise InputError(
                     f"{self.output} holds {name}, which this run would replace, and no run to "
@@ -300,9 +305,14 @@ class _Run:
             if self._evaluates_after(step):
                 self._evaluate(epoch)
                 save = True
-            if save or step + 1 == self.plan.total_steps:
+            if save or step + 1 == self.plan.total_steps or self._is_kept(step + 1):
                 self._save()
         return self._finish()
+
+    def _is_kept(self, steps: int) -> bool:
+        """Return whether the checkpoint after so many steps is one of the series."""
+        every = self.settings.save_every
+        return every is not None and (steps % every == 0 or steps == self.plan.total_steps)
 
     def _evaluates_after(self, step: int) -> bool:
         if self.evaluate is None:
@@ -378,7 +388,7 @@ class _Run:
             self.log.plot()
 
     def _save(self) -> None:
-        """Save the state and, where the last evaluation is the best one, its weights."""
+        """Save the state, its weights in the series, and where they are the best, there too."""
         counters = self.counters
         best = counters.best
         fresh = best is not None and best["step"] == counters.step
@@ -388,6 +398,11 @@ class _Run:
                 self.log.sync()
             if fresh:
                 self._write(partial, self.output / BEST_CHECKPOINT)
+            if self._is_kept(counters.step):
+                warning = self.series.add(
+                    counters.step, functools.partial(self._write, partial), keep=self.settings.keep
+                )
+                self.listener.warn(*([warning] if warning else []))
 
         self.state.save(
             counters.step,
@@ -474,6 +489,7 @@ def discard_training(folder: Path) -> bool:
     if not state.has_run():  # a damaged one is discarded like a whole one
         state.known()
         return False
+    _series(folder).discard()
     state.clear()
     for name in (CHECKPOINT, BEST_CHECKPOINT):
         if (folder / name).is_dir():
@@ -486,6 +502,10 @@ def discard_training(folder: Path) -> bool:
         with suppress(OSError):
             path.rmdir()
     return True
+
+
+def _series(output: Path) -> CheckpointSeries:
+    return CheckpointSeries(output / SERIES, output / STATE / "series.json")
 
 
 def training_args(settings: TrainSettings, plan: Plan, counters: Counters) -> dict[str, Any]:

@@ -42,6 +42,8 @@ def check_options(kind: type[Any], values: Mapping[str, Any]) -> None:
             raise InputError(f"{name} is {value}; it must {bounds}")
         if entry.choices and value not in entry.choices:
             raise InputError(f"{name} {value!r} is unknown; use {', '.join(entry.choices)}")
+        if entry.needs is not None and values.get(entry.needs) is None:
+            raise InputError(f"{name} means nothing without {option_name(entry.needs)}; give both")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +131,22 @@ class RunSettings:
         below=math.inf,
         group=RUN,
     )
+    save_every: int | None = option(
+        "Keep a checkpoint each so many steps, and the last, in OUTPUT_DIR/checkpoint-series.",
+        None,
+        least=1,
+        shown="none",
+        group=RUN,
+    )
+    """`--ckpt OUTPUT_DIR/checkpoint-series --iterations all` evaluates them."""
+    keep: int | None = option(
+        "Keep only so many of the latest of --save-every.",
+        None,
+        least=1,
+        shown="all",
+        needs="save_every",
+        group=RUN,
+    )
     micro_batch: int = option(
         "Samples of a forward pass on one rank; changes no result.", 8, least=1, group=RUN
     )
@@ -158,7 +176,7 @@ class TrainSettings(RunSettings, Hyperparameters):
 
     def deciding(self) -> dict[str, Any]:
         """Return the settings that decide the result: a resumed run must have the same."""
-        free = ("micro_batch", "recompute", "dp_mode", "save_minutes")
+        free = ("micro_batch", "recompute", "dp_mode", "save_minutes", "save_every", "keep")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
 
 

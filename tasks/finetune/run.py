@@ -470,7 +470,7 @@ class _Finetuning:
         """Return a record of figures, with what all records of the task hold."""
         options, recipe = self.options, dataclasses.asdict(self.recipe)
         recipe.pop("task")
-        own = ("micro_batch", "recompute", "dp_mode", "max_steps", "evaluate_every")
+        own = ("micro_batch", "recompute", "dp_mode", "max_steps", "evaluate_every", "save_every")
         limits = ("train_limit", "dev_limit", "test_limit")
         of_options = {
             "tokenizer": self.tokenizer.record(),

@@ -93,6 +93,7 @@ OTHERS = {
     "training.png": "my photo",
     "checkpoint/thesis.txt": "years",
     "checkpoint-best/mp_rank_00/model_optim_rng.pt": "weights",
+    "checkpoint-series/iter_0000002/mp_rank_00/model_optim_rng.pt": "of another run",
     "state/data.csv": "a,b",
 }
 
@@ -110,7 +111,15 @@ def test_files_of_others_are_not_replaced(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["checkpoint", "checkpoint-best", "state", "metrics.jsonl", "training.png"]
+    "name",
+    [
+        "checkpoint",
+        "checkpoint-best",
+        "checkpoint-series",
+        "state",
+        "metrics.jsonl",
+        "training.png",
+    ],
 )
 @pytest.mark.parametrize("there", [True, False], ids=["to a folder", "to nothing"])
 def test_a_link_in_the_folder_is_not_followed(tmp_path, name, there):

@@ -157,6 +157,7 @@ SCORES = {1: 0.5, 2: 0.7, 3: 0.6}
 """What the evaluations after these steps say."""
 
 KILLED = {"max_steps": 3, "evaluate_every": 1, "save_minutes": 1e6, **DROPPED}
+KILLED |= {"save_every": 1, "keep": 2}
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +197,11 @@ def goes_on(folder: Path, whole: Path) -> None:
     latest = state.latest()
     done = 3 if state.finished() else int(latest.name[5:]) if latest else 0
     left = [score for step, score in SCORES.items() if step > done]
-    report, weights = training_runs.run(1, 1, "mlm", folder, KILLED, scores=left)
+    series = folder / "checkpoint-series"
+    tracker = series / "latest_checkpointed_iteration.txt"
+    if tracker.exists():
+        assert open_checkpoint(series).provenance.iteration == int(tracker.read_text())
+    report, last = training_runs.run(1, 1, "mlm", folder, KILLED, scores=left)
 
     assert_same_run(folder, whole)
     assert report is not None and report.best is not None and report.best["step"] == 2
@@ -206,8 +211,11 @@ def goes_on(folder: Path, whole: Path) -> None:
         for tensor in expected.tensors:
             assert torch.equal(actual.tensors[tensor].read(), expected.tensors[tensor].read())
             if name == "checkpoint":
-                assert torch.equal(actual.tensors[tensor].read(), weights[tensor])
-    for part_of in (".", "state"):
+                assert torch.equal(actual.tensors[tensor].read(), last[tensor])
+    for name in ("iter_0000002", "iter_0000003"):
+        kept = [weights(f / "checkpoint-series" / name) for f in (folder, whole)]
+        assert kept[0] == kept[1]
+    for part_of in (".", "state", "checkpoint-series"):
         names = [{path.name for path in (f / part_of).iterdir()} for f in (folder, whole)]
         assert names[0] == names[1]
 
