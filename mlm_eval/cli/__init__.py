@@ -4,10 +4,10 @@
     command.py       a dataclass becomes a command: its fields are the options
     outputs.py       what a command writes, checked before it works
     run.py           checkpoint, ranks and engine for a command
-    checkpoints.py   inspect, convert, verify        zero_shot.py   wikitext103, lambada, score
+    checkpoints.py   inspect, convert, verify        zero_shot.py   wikitext103, lambada
     training.py      race, mnli, qqp, squad, mlm, lm, ensemble
     report.py        report, plan, catalog, ls       harness.py     harness
-    bench.py         bench                           generate.py    generate
+    bench.py         bench                           sequences/     score, generate
 
 Only the modules of this room print. They may import everything, and do so inside functions where
 that is heavy, so that `--help` and `inspect` stay quick. Nothing imports from here.

@@ -62,8 +62,9 @@ def commands() -> dict[str, Listed]:
         ("harness", ZERO_SHOT, ("harness",)),
         ("report", REPORTS, ("report", "plan", "catalog", "ls")),
         ("training", TRAINING, ("race", "mnli", "qqp", "squad", "mlm", "lm", "ensemble")),
-        ("zero_shot", ZERO_SHOT, (*BENCHMARKS, "score")),
-        ("generate", ZERO_SHOT, ("generate",)),
+        ("zero_shot", ZERO_SHOT, tuple(BENCHMARKS)),
+        ("sequences.score", ZERO_SHOT, ("score",)),
+        ("sequences.generate", ZERO_SHOT, ("generate",)),
         ("bench", REPORTS, ("bench",)),
     )
     texts = SUMMARIES | BENCHMARKS

@@ -1,4 +1,4 @@
-"""Commands that score with a GPT or BERT model: the zero-shot benchmarks and score."""
+"""The zero-shot benchmarks as commands, and the scores that an interrupted run keeps."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.command import command
-from mlm_eval.cli.run import ModelRun, chosen_tokenizer, progress
-from mlm_eval.options import FILE, BosOption, RunOptions, nested, option
+from mlm_eval.cli.run import ModelRun, progress
+from mlm_eval.options import RunOptions, nested, option
 from mlm_eval.tasks.zero_shot import benchmarks
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def run_benchmark(run: ModelRun, benchmark: ZeroShot[Any], own: Any, *, restart:
         tokens = sum(request.length for request in work.requests)
         run.log(work_text(benchmark.unit, len(work.requests), tokens, engine.flops(work.requests)))
         parts = benchmark.resume_parts(engine, work, tokenizer)
-        with _kept(run, len(work.requests), parts, restart=restart) as partial:
+        with kept_scores(run, len(work.requests), parts, restart=restart) as partial:
             with progress(run.is_main) as on_progress:
                 result = benchmark.score(
                     engine, work, tokenizer=tokenizer, on_progress=on_progress, partial=partial
@@ -108,7 +108,7 @@ def run_benchmark(run: ModelRun, benchmark: ZeroShot[Any], own: Any, *, restart:
 
 
 @contextmanager
-def _kept(
+def kept_scores(
     run: ModelRun, count: int, parts: dict[str, Any], *, restart: bool
 ) -> Iterator[PartialScores | None]:
     """Yield the scores of `count` requests kept beside the output; None without a file.
@@ -137,70 +137,3 @@ def _kept(
         except KeyboardInterrupt:
             partial.flush()
             raise
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreOptions(ResumeOptions, BosOption, RunOptions):
-    """The options of `score`."""
-
-    input: Path = option(
-        'JSON lines: {"tokens": [...]} or {"text": "..."}; for BERT also with '
-        '"tokentypes" and "padding_mask", or {"choices": [[...], [...]]}; for T5 '
-        '{"encoder_tokens": [...], "encoder_mask": [...], "tokens": [...]}.'
-    )
-    output: Path = option('JSON lines: {"tokens", "logprobs", "greedy"}.', writes=FILE)
-    stride: int | None = option(
-        "Tokens that each further window scores, where a sequence is too long for one.",
-        None,
-        least=1,
-    )
-
-
-@command("score", ScoreOptions, order=("ckpt", "input", "output", "stride"))
-def score_command(options: ScoreOptions) -> None:
-    """GPT: each token given the ones before. BERT: each given the whole input. T5: the decoder's.
-
-    Example: mlm-eval score --ckpt gpt2_345m --input sequences.jsonl --output scores.jsonl --tp 2
-    """
-    from mlm_eval.checkpoints.files.text_file import read_text
-    from mlm_eval.checkpoints.tokenizers.begin_of_text import choose_begin
-    from mlm_eval.tasks.zero_shot.score import (
-        count_requests,
-        parse_lines,
-        resume_parts,
-        score_lines,
-        write_lines,
-    )
-
-    run = ModelRun(options)
-    tokenizer = chosen_tokenizer(options.ckpt, options)
-    family, text = run.checkpoint.config.family, read_text(options.input)
-    if family != "gpt" and options.bos == "yes":
-        raise InputError(f"--bos yes is for GPT models; this is a {family.upper()} checkpoint")
-    begin = choose_begin(options.bos, tokenizer if family == "gpt" else None)
-    lines = parse_lines(
-        text, options.input, tokenizer, family=family, limit=options.limit, begin=begin.ids
-    )
-    if begin.warning is not None and any(line.is_text for line in lines):
-        run.warn([begin.warning])
-
-    def body(engine: Engine) -> None:
-        stride = options.stride
-        count = count_requests(engine, lines, stride)
-        parts = resume_parts(engine, text, tokenizer, stride, begin.ids)
-        with _kept(run, count, parts, restart=options.restart) as partial:
-            unit = "rows" if family == "bert" else "tok"
-            with progress(run.is_main, unit) as on_progress:
-                records = list(
-                    score_lines(
-                        engine, lines, stride=stride, on_progress=on_progress, partial=partial
-                    )
-                )
-            if run.is_main:
-                write_lines(options.output, records)
-                limited = f" (LIMITED to the first {options.limit})" if options.limit else ""
-                run.print_result(f"{len(records):,} line(s) scored{limited}: {options.output}")
-                if partial is not None:
-                    partial.remove(count)
-
-    run.on_ranks(body)

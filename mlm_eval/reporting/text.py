@@ -164,10 +164,10 @@ def _time(result: Result) -> str:
     return f"{run:.1f} s after {load:.1f} s of loading, {speed:,.0f} tokens/s"
 
 
-def work_text(unit: str, count: int, tokens: int, flops: float) -> str:
+def work_text(unit: str, count: int, tokens: int, flops: float | None) -> str:
     """Return the announcement of the work ahead."""
-    work = f"{count:,} {unit}, {tokens:,} tokens through the model"
-    return f"work ahead: {work}, {flops / 1e12:,.3g} TFLOP"
+    work = f"work ahead: {count:,} {unit}, {tokens:,} tokens through the model"
+    return work if flops is None else f"{work}, {flops / 1e12:,.3g} TFLOP"
 
 
 def training_text(result: Result, *, folder: Path | None = None) -> str:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.stand_in import HEAD_BYTES, refuse_stand_in
@@ -62,15 +62,7 @@ def read_table(path: Path) -> DataTable:
     with path.open("rb") as stream:
         parquet = stream.read(len(_PARQUET)) == _PARQUET
     if parquet:
-        import pyarrow.parquet
-
-        try:
-            table = pyarrow.parquet.ParquetFile(path).read()
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise InputError(
-                f"{path} is cut off or damaged ({str(error).splitlines()[0][:120]}); get it again"
-            ) from None
-        return DataTable(list(table.column_names), table.to_pylist())
+        return parquet_table(path, str(path))
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
@@ -82,6 +74,32 @@ def read_table(path: Path) -> DataTable:
     if fault := next((i for i, row in enumerate(rows, 1) if not set(names) <= set(row)), None):
         raise InputError(f"{path}: row {fault} lacks a column of the first row; get it again")
     return DataTable(names, rows)
+
+
+def is_parquet(content: bytes) -> bool:
+    """Whether a file that begins so is a parquet file."""
+    return content.startswith(_PARQUET)
+
+
+def parquet_table(source: Path | BinaryIO, name: str) -> DataTable:
+    """Return the rows of a parquet file.
+
+    Args:
+        source: Its path, or its content.
+        name: For messages.
+
+    Raises:
+        InputError: It is cut off or damaged.
+    """
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(source).read()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise InputError(
+            f"{name} is cut off or damaged ({str(error).splitlines()[0][:120]}); get it again"
+        ) from None
+    return DataTable(list(table.column_names), table.to_pylist())
 
 
 def split_of(path: Path) -> str:

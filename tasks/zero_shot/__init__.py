@@ -4,6 +4,7 @@
     wikitext103.py   word-level perplexity, as in the paper's appendix E
     lambada.py       accuracy of the last word of a passage
     score.py         log-probabilities of given lines, for `mlm-eval score`
+    sequences.py     what `mlm-eval score` is given: JSON lines, lines of text, parquet
     generation.py    continuations of given prompts, for `mlm-eval generate`
 
 To add one: a file like `lambada.py`, and its name in `BENCHMARKS` below. Its command, its record,

@@ -67,12 +67,24 @@ def read_prompts(
         InputError: The file cannot be read, or a line is not of the form that `mlm-eval
             generate --help` shows.
     """
+    return parse_prompts(read_text(path), str(path), tokenizer, limit=limit, begin=begin)
+
+
+def parse_prompts(
+    text: str,
+    name: str,
+    tokenizer: Tokenizer | None,
+    *,
+    limit: int | None = None,
+    begin: Sequence[int] = (),
+) -> list[PromptLine]:
+    """Return the lines of the text of a JSON-lines file of this name; see `read_prompts`."""
     lines: list[PromptLine] = []
-    for number, content in enumerate(read_text(path).split("\n"), 1):
+    for number, content in enumerate(text.split("\n"), 1):
         if content.strip() and (limit is None or len(lines) < limit):
-            lines.append(_parse(content, f"{path}, line {number}", tokenizer, begin))
+            lines.append(_parse(content, f"{name}, line {number}", tokenizer, begin))
     if not lines:
-        raise InputError(f"{path} holds no lines; expected {PROMPT_FORM}")
+        raise InputError(f"{name} holds no lines; expected {PROMPT_FORM}")
     return lines
 
 

@@ -1,12 +1,11 @@
-"""Log-probabilities of given sequences: JSON lines in, JSON lines out (`mlm-eval score`)."""
+"""Log-probabilities of given sequences, as JSON lines (`mlm-eval score`)."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,144 +15,17 @@ from torch import Tensor
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import write_text
-from mlm_eval.checkpoints.files.text_file import read_text
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.engine.encode import BertInput, find_fault
 from mlm_eval.engine.engine import Engine
 from mlm_eval.engine.resume import PartialScores
 from mlm_eval.engine.score import PairRequest, Request, find_encoder_fault
-from mlm_eval.tasks.data.text import check_text
+from mlm_eval.model.costs.flops import forward_flops
+from mlm_eval.tasks.zero_shot.sequences import PAIR_FORM, GivenSequences, InputLine
 from mlm_eval.tasks.zero_shot.wikitext103 import strided_windows
-
-FORM = '{"tokens": [...]} or {"text": "..."}, one JSON object a line'
-
-PAIR_FORM = '{"encoder_tokens": [...], "encoder_mask": [...] (1: keep; optional), "tokens": [...]}'
-"""A line for a T5."""
 
 LOGITS = {"binary_head": "binary_logits", "classification_head": "head_logits"}
 """Heads of a BERT, and what their logits are called in a record."""
-
-
-@dataclass(frozen=True)
-class InputLine:
-    """One line of the input: one sequence, or the choices of one question."""
-
-    where: str
-    """File and line number, for messages."""
-    rows: list[list[int]]
-    choices: bool = False
-    tokentypes: list[list[int]] | None = None
-    padding_mask: list[list[int]] | None = None
-    encoder_tokens: list[int] | None = None
-    encoder_mask: list[int] | None = None
-    is_text: bool = False
-    begins: bool = False
-    """Whether its first token is the begin-of-text token, put before a text."""
-
-
-def read_lines(
-    path: Path, tokenizer: Tokenizer | None, *, family: str = "gpt", limit: int | None = None
-) -> list[InputLine]:
-    """Return the lines of a JSON-lines file.
-
-    Args:
-        path: The file.
-        tokenizer: The model's, for lines of text.
-        family: The model's: a T5 has no lines of text.
-        limit: Keep the first lines only.
-
-    Raises:
-        InputError: The file cannot be read, or a line is not of the form that `mlm-eval
-            score --help` shows.
-    """
-    return parse_lines(read_text(path), path, tokenizer, family=family, limit=limit)
-
-
-def parse_lines(
-    text: str,
-    path: Path,
-    tokenizer: Tokenizer | None,
-    *,
-    family: str = "gpt",
-    limit: int | None = None,
-    begin: Sequence[int] = (),
-) -> list[InputLine]:
-    """Return the lines of the text of a file; see `read_lines`.
-
-    `begin` is what stands before each text; given tokens stay as they are.
-    """
-    lines: list[InputLine] = []
-    for number, content in enumerate(text.split("\n"), 1):
-        if content.strip() and (limit is None or len(lines) < limit):
-            lines.append(_parse(content, number, path, tokenizer, family, begin))
-    if not lines:
-        raise InputError(f"{path} holds no lines; expected one JSON object a line")
-    return lines
-
-
-def _parse(
-    content: str,
-    number: int,
-    path: Path,
-    tokenizer: Tokenizer | None,
-    family: str,
-    begin: Sequence[int],
-) -> InputLine:
-    where = f"{path}, line {number}"
-    try:
-        record = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON ({error}); expected {FORM}") from None
-    if not isinstance(record, dict):
-        raise InputError(f"{where} holds {content!r:.80}; expected {FORM}")
-    choices, is_text = "choices" in record, False
-    if choices:
-        rows = _lists(record["choices"], "choices", where)
-    elif "tokens" in record:
-        rows = _lists([record["tokens"]], "tokens", where)
-    elif isinstance(record.get("text"), str):
-        if family == "t5":
-            raise InputError(f"{where} holds text, but a T5 takes ids; expected {PAIR_FORM}")
-        if tokenizer is None:
-            raise InputError(f"{where} holds text, which needs --tokenizer DIR or --vocab-file F")
-        rows = [[*begin, *tokenizer.encode(check_text(record["text"], where))]]
-        is_text = True
-    else:
-        raise InputError(f'{where} has neither "tokens", "text" nor "choices"; expected {FORM}')
-    extras: dict[str, list[list[int]] | None] = {}
-    for name in ("tokentypes", "padding_mask"):
-        value = record.get(name)
-        if value is not None:
-            extras[name] = _lists(value if choices else [value], name, where)
-            if [len(row) for row in extras[name] or []] != [len(row) for row in rows]:
-                raise InputError(f"{where}: {name} and tokens differ in length; give one each")
-    if any(not row for row in rows):
-        raise InputError(f"{where} holds an empty sequence; give at least one token")
-    for name in ("encoder_tokens", "encoder_mask"):
-        if record.get(name) is not None:
-            extras[name] = _lists([record[name]], name, where)
-    first = {name: rows[0] for name, rows in extras.items() if rows and name.startswith("encoder")}
-    return InputLine(
-        where,
-        rows,
-        choices,
-        extras.get("tokentypes"),
-        extras.get("padding_mask"),
-        is_text=is_text,
-        begins=is_text and bool(begin),
-        **first,
-    )
-
-
-def _lists(value: Any, name: str, where: str) -> list[list[int]]:
-    good = isinstance(value, list) and all(
-        isinstance(row, list) and all(type(item) is int and abs(item) < 1 << 62 for item in row)
-        for row in value
-    )
-    if not good or not value:
-        kind = "lists of integers, one a choice" if name == "choices" else "integers"
-        raise InputError(f"{where}: {name} must be a list of {kind}")
-    return value  # type: ignore[no-any-return]
 
 
 def score_lines(
@@ -164,7 +36,11 @@ def score_lines(
     on_progress: Callable[[int, int], None] | None = None,
     partial: PartialScores | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the output records in the order of the input.
+    """Yield the output records in the order of the input: a line's own fields and its scores.
+
+    `sum_logprob` adds up the log-probabilities of the scored tokens (of a BERT those that its
+    padding mask keeps), in nats; of nothing it is 0, and null where one of them is. A line without
+    a token is no input of the model.
 
     Args:
         engine: The loaded model, GPT, BERT or T5.
@@ -177,38 +53,63 @@ def score_lines(
     Raises:
         InputError: A line does not fit the model; the message names it.
     """
-    for line in lines:
+    filled = [line for line in lines if not line.is_empty]
+    for line in filled:
         _check_line(line, engine.config)
-    if engine.config.family == "bert":
-        yield from _score_bert(engine, lines, on_progress, partial)
-    elif engine.config.family == "t5":
-        yield from _score_t5(engine, lines, on_progress, partial)
+    scored: Iterator[dict[str, Any]] = iter(())
+    if filled and engine.config.family == "bert":
+        scored = _score_bert(engine, filled, on_progress, partial)
+    elif filled and engine.config.family == "t5":
+        scored = _score_t5(engine, filled, on_progress, partial)
+    elif filled:
+        scored = _score_gpt(engine, filled, stride, on_progress, partial)
+    for line in lines:
+        figures = _EMPTY if line.is_empty else next(scored)
+        yield {**line.fields, **figures}
+
+
+_EMPTY = {"tokens": [], "logprobs": [], "greedy": [], "sum_logprob": 0.0}
+
+
+def score_work(
+    engine: Engine, lines: Sequence[InputLine], stride: int | None
+) -> tuple[int, int, float | None]:
+    """Return what the model will see: how many sequences and tokens, and the operations.
+
+    The operations are None for a T5, whose encoder is not counted.
+
+    Raises:
+        InputError: The stride leaves gaps.
+    """
+    config = engine.config
+    rows = [row for line in lines for row in line.rows if row]
+    if config.family == "t5":
+        return sum(len(row) > 1 for row in rows), sum(map(len, rows)), None
+    if config.family == "bert":
+        sizes = [(len(row), len(row)) for row in rows]
     else:
-        yield from _score_gpt(engine, lines, stride, on_progress, partial)
-
-
-def count_requests(engine: Engine, lines: Sequence[InputLine], stride: int | None) -> int:
-    """Return how many sequences of their own the model will see for these lines."""
-    if engine.config.family == "bert":
-        return sum(len(line.rows) for line in lines)
-    if engine.config.family == "t5":
-        return sum(len(line.rows[0]) > 1 for line in lines)
-    return sum(len(windows) for windows in _windows(engine, lines, stride))
+        windows = _windows(engine, lines, stride)
+        sizes = [(stop - start - 1, scored) for found in windows for start, stop, scored in found]
+    flops = sum(
+        count * forward_flops(config, length, last_rows=scored, head_rows=scored)
+        for (length, scored), count in Counter(sizes).items()
+    )
+    return len(sizes), sum(length for length, _ in sizes), flops
 
 
 def resume_parts(
     engine: Engine,
-    text: str,
+    given: GivenSequences,
     tokenizer: Tokenizer | None,
     stride: int | None,
     begin: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Return all that decides the scores of the lines of a file with this text."""
+    """Return all that decides the scores of what was read."""
     return {
         "task": "score",
         "digest": engine.checkpoint.provenance.digest,
         "config": engine.config.to_dict(),
-        "data": hashlib.sha256(text.encode()).hexdigest(),
+        "data": given.digest,
         "tokenizer": None if tokenizer is None else tokenizer.sha256,
         "dtype": str(engine.dtype).removeprefix("torch."),
         "vocab": engine.vocab,
@@ -286,11 +187,7 @@ def _score_t5(
     first = 0
     for line in lines:
         span = slice(first, first := first + len(line.rows[0]) - 1)
-        yield {
-            "tokens": line.rows[0],
-            "logprobs": [None, *map(_number, scores.logprobs[span].tolist())],
-            "greedy": [None, *scores.greedy[span].tolist()],
-        }
+        yield _figures(line, scores.logprobs[span], scores.greedy[span])
 
 
 def _score_gpt(
@@ -314,13 +211,19 @@ def _score_gpt(
     scores = engine.score(requests, on_progress=on_progress, partial=partial)
     for line, (first, last) in zip(lines, spans, strict=True):
         span = slice(int(scores.offsets[first]), int(scores.offsets[last]))
-        logprobs, greedy = scores.logprobs[span].tolist(), scores.greedy[span].tolist()
-        yield {
-            "tokens": line.rows[0],
-            "logprobs": [None, *map(_number, logprobs)],
-            "greedy": [None, *greedy],
-            **({"bos_id": line.rows[0][0]} if line.begins else {}),
-        }
+        yield _figures(line, scores.logprobs[span], scores.greedy[span])
+
+
+def _figures(line: InputLine, logprobs: Tensor, greedy: Tensor) -> dict[str, Any]:
+    """Return the figures of a sequence of which all tokens but the first are scored."""
+    values = _values(logprobs) or []
+    return {
+        "tokens": line.rows[0],
+        "logprobs": [None, *values],
+        "greedy": [None, *greedy.tolist()],
+        "sum_logprob": _sum(values),
+        **({"bos_id": line.rows[0][0]} if line.begins else {}),
+    }
 
 
 def _windows(
@@ -354,6 +257,10 @@ def _score_bert(
             "choices" if line.choices else "tokens": line.rows,
             "logprobs": [_values(output.logprobs) for output in mine],
             "greedy": [_values(output.greedy) for output in mine],
+            "sum_logprob": [
+                _kept_sum(output.logprobs, _row(line.padding_mask, number))
+                for number, output in enumerate(mine)
+            ],
         }
         for head, name in LOGITS.items():
             if head in mine[0].heads:
@@ -379,6 +286,19 @@ def _values(values: Tensor | None) -> list[Any] | None:
     if values is None:
         return None
     return [item if isinstance(item, bool) else _number(item) for item in values.tolist()]
+
+
+def _kept_sum(logprobs: Tensor | None, mask: Tensor | None) -> float | None:
+    """Return the sum over the tokens that a mask keeps; None without a masked-LM head."""
+    if logprobs is None:
+        return None
+    return _sum(_values(logprobs if mask is None else logprobs[mask == 1]) or [])
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    """Return the sum in float64; None where one of them is no number."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) if len(known) == len(values) else None
 
 
 def _number(value: float) -> float | None:

@@ -108,7 +108,7 @@ def test_score_keeps_what_it_has_done(
     ended = run(*line, "--dtype", "bfloat16", "--output", output)
     assert_one_sentence(ended, "out.jsonl.partial holds scores", "dtype float32, now bfloat16")
     ended = run(*line, "--output", output)
-    assert ended.code == 0 and ended.err.startswith("resumes at "), ended.err
+    assert ended.code == 0 and "\nresumes at " in ended.err, ended.err
     assert same_scores(output, expected)
     before = len(scored)
     assert run(*line, "--output", output, "--overwrite").code == 0
@@ -192,4 +192,4 @@ def test_a_killed_process_has_kept_its_scores(run: Run, folder, tmp_path, number
     assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGKILL)
     assert not (tmp_path / "out.jsonl").exists()
     ended = run(*line, "--batch-tokens", 4000, "--limit", 20)
-    assert ended.code == 0 and ended.err.startswith("resumes at "), ended.err
+    assert ended.code == 0 and "\nresumes at " in ended.err, ended.err

@@ -17,7 +17,8 @@ from mlm_eval.harness.hub_encoding import HubEncoding
 from mlm_eval.tasks.zero_shot.benchmark import Work
 from mlm_eval.tasks.zero_shot.generation import prompt_line, read_prompts
 from mlm_eval.tasks.zero_shot.lambada import LAMBADA
-from mlm_eval.tasks.zero_shot.score import parse_lines, score_lines
+from mlm_eval.tasks.zero_shot.score import score_lines
+from mlm_eval.tasks.zero_shot.sequences import GivenSequences, parse_lines
 from mlm_eval.tasks.zero_shot.wikitext103 import WIKITEXT103
 
 BOS = 256
@@ -124,7 +125,7 @@ def test_records_say_what_was_asked_and_done(benchmark: Any, adding: Tokenizer, 
 
 def test_texts_that_are_scored_begin_with_it_and_given_tokens_do_not(plain: Tokenizer):
     text = '{"text": "abc"}\n{"tokens": [1, 2, 3]}\n'
-    lines = parse_lines(text, Path("x"), plain, begin=[BOS])
+    lines = parse_lines(GivenSequences("x", text.encode()), plain, begin=[BOS])
     engine = ScriptedEngine(vocab_size=300)
     first, second = score_lines(engine, lines)
     assert first["tokens"] == [BOS, *plain.encode("abc")] and first["bos_id"] == BOS
@@ -133,7 +134,7 @@ def test_texts_that_are_scored_begin_with_it_and_given_tokens_do_not(plain: Toke
 
 
 def test_every_window_of_a_long_text_begins_with_it(plain: Tokenizer):
-    lines = parse_lines('{"text": "abcdefghij"}\n', Path("x"), plain, begin=[BOS])
+    lines = parse_lines(GivenSequences("x", b'{"text": "abcdefghij"}\n'), plain, begin=[BOS])
     engine = ScriptedEngine(positions=4, vocab_size=300)
     [record] = score_lines(engine, lines, stride=2)
     ids = plain.encode("abcdefghij")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from mlm_eval.engine.engine import Engine
-from mlm_eval.tasks.zero_shot.score import read_lines, score_lines, write_lines
+from mlm_eval.tasks.zero_shot.score import score_lines, write_lines
+from mlm_eval.tasks.zero_shot.sequences import GivenSequences, read_lines
 
 GPT = random_models.config(vocab_size=300)  # 256 bytes and some padding
 BERT = random_models.config(random_models.BERT, vocab_size=300)
@@ -71,10 +74,12 @@ def noise(count: int, seed: int = 0) -> list[int]:
 def test_each_token_is_scored_given_the_ones_before(tmp_path):
     tokens = noise(POSITIONS + 1)  # as many as one window takes
     [record] = score(tmp_path, GPT, {"tokens": tokens})
-    assert list(record) == ["tokens", "logprobs", "greedy"] and record["tokens"] == tokens
+    assert list(record) == ["tokens", "logprobs", "greedy", "sum_logprob"]
+    assert record["tokens"] == tokens
     expected = [given(tokens[:t], tokens[t]) for t in range(1, len(tokens))]
     assert record["logprobs"][0] is None
     assert record["logprobs"][1:] == pytest.approx(expected, abs=1e-5)
+    assert record["sum_logprob"] == math.fsum(record["logprobs"][1:])
     assert record["greedy"][0] is None
     assert all(flag is False or flag is True for flag in record["greedy"][1:])
 
@@ -127,8 +132,74 @@ def test_records_stand_in_the_order_of_the_lines(tmp_path):
 
 
 def test_one_token_has_nothing_before_it(tmp_path):
-    expected = {"tokens": [7], "logprobs": [None], "greedy": [None]}
+    expected = {"tokens": [7], "logprobs": [None], "greedy": [None], "sum_logprob": 0.0}
     assert score(tmp_path, GPT, {"tokens": [7]}, {"tokens": [7]}) == [expected, expected]
+
+
+@pytest.mark.parametrize("config", [GPT, BERT], ids=["gpt", "bert"])
+def test_what_a_line_holds_comes_back_with_its_scores(tmp_path, words, config):
+    """Fields of the caller, a line without a token among them; the scores' own names are ours."""
+    mine = {"id": "q", "nested": {"a": [1, None, {"b": "\u00e9"}]}, "greedy": "no", "x": 2**70}
+    lines = [{"text": "abc", **mine}, {"text": "", "id": 1}, {"id": 2, "tokens": []}]
+    plain, *records = score(tmp_path, config, {"text": "abc"}, *lines, words=words)
+    assert {name: records[0][name] for name in mine if name != "greedy"} == {
+        name: value for name, value in mine.items() if name != "greedy"
+    }
+    for name, value in plain.items():  # the same but for the last digits: rows of one batch
+        if name in ("logprobs", "sum_logprob"):
+            value = pytest.approx(value, abs=1e-5)
+        assert records[0][name] == value
+    nothing = {"tokens": [], "logprobs": [], "greedy": [], "sum_logprob": 0.0}
+    assert records[1:] == [{**lines[1], **nothing}, {"id": 2, **nothing}]
+    assert score(tmp_path, config, *lines[1:], words=words) == records[1:]  # no input at all
+
+
+def test_numbers_of_the_caller_that_json_does_not_have_are_null(tmp_path):
+    [record] = score(tmp_path, GPT, '{"tokens": [1, 2], "a": [NaN, -Infinity], "b": {"c": NaN}}')
+    assert record["a"] == [None, None] and record["b"] == {"c": None}
+
+
+def test_text_has_a_record_for_every_line(tmp_path, words):
+    (tmp_path / "in.txt").write_bytes(b"ab\r\n\n{}\nlast")
+    lines = read_lines(tmp_path / "in.txt", words)
+    assert [line.fields["text"] for line in lines] == ["ab", "", "{}", "last"]
+    assert [len(line.rows[0]) for line in lines] == [2, 0, 2, 4]
+
+
+def test_a_parquet_table_is_read_by_its_columns(tmp_path, words):
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {
+        "text": ["ab", None, None],
+        "tokens": [None, [1, 2, 3], [7]],
+        "day": [date(2020, 1, 2), None, None],
+        "weight": [0.5, float("nan"), None],
+        "price": [Decimal("1.50"), None, None],
+    }
+    path = tmp_path / "table"  # its content says what it is
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    by_table = list(score_lines(load(GPT), read_lines(path, words)))
+    same = [{"text": "ab"}, {"tokens": [1, 2, 3]}, {"tokens": [7]}]
+    for record, wanted in zip(by_table, score(tmp_path, GPT, *same, words=words), strict=True):
+        assert record["tokens"] == wanted["tokens"]
+        assert record["sum_logprob"] == pytest.approx(wanted["sum_logprob"], abs=1e-4)
+    others = [[record[name] for name in ("day", "weight", "price")] for record in by_table]
+    assert others == [["2020-01-02", 0.5, "1.50"], [None] * 3, [None] * 3]
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "raw": [b"\0"]}), path)
+    with pytest.raises(InputError, match="table, row 1: raw is of type bytes"):
+        read_lines(path, words)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match="table is cut off or damaged"):
+        read_lines(path, words)
+
+
+def test_formats_differ_in_what_identifies_them():
+    """The same bytes as another format are other sequences."""
+    found = {GivenSequences("x", b"[1]\n", form).digest for form in ("jsonl", "text", "parquet")}
+    assert len(found) == 3
+    marked = GivenSequences("x", b"\xef\xbb\xbf[1]\r\n").digest
+    assert marked == GivenSequences("x", b"[1]\n").digest
 
 
 def score_on_a_rank(path: Path, config: ModelConfig, tp: int, dp: int) -> list[dict[str, Any]]:
@@ -153,7 +224,8 @@ def test_numbers_that_json_does_not_have_are_null(tmp_path):
     engine = Engine.load(random_models.checkpoint(GPT, weights))
     read = read_lines(write(tmp_path / "in.jsonl", {"tokens": [1, 2, 3]}), None)
     write_lines(tmp_path / "out.jsonl", score_lines(engine, read))
-    assert json.loads((tmp_path / "out.jsonl").read_text())["logprobs"] == [None] * 3
+    record = json.loads((tmp_path / "out.jsonl").read_text())
+    assert record["logprobs"] == [None] * 3 and record["sum_logprob"] is None
 
 
 # --- BERT ---------------------------------------------------------------------------------------
@@ -184,7 +256,9 @@ def test_bert_scores_every_token_given_all_of_them(tmp_path):
         (plain, bert_logits(BERT, tokens)),
         (typed, bert_logits(BERT, tokens, types)),
     ]:
-        assert list(record) == ["tokens", "logprobs", "greedy", "binary_logits"]
+        names = [name for name in record if name != "tokentypes"]
+        assert names == ["tokens", "logprobs", "greedy", "sum_logprob", "binary_logits"]
+        assert record["sum_logprob"] == math.fsum(record["logprobs"])
         logprobs, heads = whole
         expected = logprobs[range(12), tokens].tolist()
         assert record["logprobs"] == pytest.approx(expected, abs=1e-5)
@@ -204,6 +278,7 @@ def test_a_padding_mask_hides_tokens_from_the_others(tmp_path):
     assert padded["logprobs"][:8] == pytest.approx(short["logprobs"], abs=1e-5)
     assert padded["binary_logits"] == pytest.approx(short["binary_logits"], abs=1e-5)
     assert len(padded["logprobs"]) == 12
+    assert padded["sum_logprob"] == pytest.approx(short["sum_logprob"], abs=1e-4)
 
 
 def test_a_classification_head_gives_a_row_a_line(tmp_path):
@@ -212,7 +287,8 @@ def test_a_classification_head_gives_a_row_a_line(tmp_path):
     for row, record in zip(rows, records, strict=True):
         heads = bert_logits(CLASSIFIER, row)[1]
         assert record["head_logits"] == pytest.approx(heads["classification_head"], abs=1e-5)
-        assert record["logprobs"] is None and record["greedy"] is None  # it has no such head
+        # It has no such head.
+        assert record["logprobs"] is record["greedy"] is record["sum_logprob"] is None
         assert "binary_logits" not in record
 
 
@@ -234,9 +310,9 @@ def test_a_multiple_choice_head_gives_a_logit_a_choice(tmp_path):
 def test_choices_of_a_pretrained_bert_have_a_row_each(tmp_path):
     rows = [noise(9, seed=1), noise(4, seed=2)]
     together, *alone = score(tmp_path, BERT, {"choices": rows}, *({"tokens": r} for r in rows))
-    for name in ("logprobs", "greedy", "binary_logits"):
+    for name in ("logprobs", "greedy", "sum_logprob", "binary_logits"):
         for row, single in zip(together[name], alone, strict=True):
-            assert row == pytest.approx(single[name], abs=1e-5)
+            assert row == pytest.approx(single[name], abs=1e-4)
 
 
 # --- Lines that are wrong -----------------------------------------------------------------------
@@ -250,7 +326,6 @@ def test_choices_of_a_pretrained_bert_have_a_row_each(tmp_path):
         ("[1, 2]", r"holds '\[1, 2\]'; expected"),
         ("{}", 'has neither "tokens", "text" nor "choices"'),
         ({"text": 5}, 'has neither "tokens", "text" nor "choices"'),
-        ({"tokens": []}, "holds an empty sequence"),
         ({"tokens": "1 2"}, "tokens must be a list of integers"),
         ({"tokens": None}, "tokens must be a list of integers"),
         ({"tokens": [1, 2.0]}, "tokens must be a list of integers"),
@@ -259,13 +334,12 @@ def test_choices_of_a_pretrained_bert_have_a_row_each(tmp_path):
         ({"tokens": [[1, 2]]}, "tokens must be a list of integers"),
         ({"choices": []}, "choices must be a list of lists of integers"),
         ({"choices": [1, 2]}, "choices must be a list of lists of integers"),
-        ({"choices": [[1, 2], []]}, "holds an empty sequence"),
+        ({"choices": [[1, 2], []]}, "holds an empty choice"),
         ({"tokens": [1, 2], "tokentypes": [0]}, "tokentypes and tokens differ in length"),
         ({"tokens": [1, 2], "padding_mask": [1, 1, 1]}, "padding_mask and tokens differ"),
         ({"choices": [[1], [2]], "tokentypes": [[0]]}, "tokentypes and tokens differ in length"),
         ({"tokens": [1], "tokentypes": 0}, "tokentypes must be a list"),
         ({"text": "a \ud800 b"}, "half of a surrogate pair"),
-        ({"text": ""}, "holds an empty sequence"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path, words, line, message):

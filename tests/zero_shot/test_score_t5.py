@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from support.ranks import run_ranks
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.engine.engine import Engine
-from mlm_eval.tasks.zero_shot.score import read_lines, score_lines
+from mlm_eval.tasks.zero_shot.score import score_lines
+from mlm_eval.tasks.zero_shot.sequences import read_lines
 
 T5 = configs.T5
 POSITIONS = T5.max_position_embeddings
@@ -47,7 +49,9 @@ def test_each_token_is_scored_given_the_encoder_and_the_ones_before(tmp_path: Pa
     model = random_models.on_one_rank(T5)
     for line, record in zip(LINES, records(str(write(tmp_path, *LINES))), strict=True):
         tokens = line["tokens"]
-        assert list(record) == ["tokens", "logprobs", "greedy"] and record["tokens"] == tokens
+        assert {name: record[name] for name in line} == line
+        assert set(record) - set(line) == {"logprobs", "greedy", "sum_logprob"}
+        assert record["sum_logprob"] == math.fsum(record["logprobs"][1:])
         assert record["logprobs"][0] is None and record["greedy"][0] is None
         encoder = torch.tensor([line["encoder_tokens"]])
         mask = torch.tensor([line.get("encoder_mask", [1] * encoder.shape[1])])
@@ -77,7 +81,7 @@ PAIR = {"encoder_tokens": [1, 2, 3], "tokens": [4, 5]}
     [
         ({"tokens": [1, 2]}, "line 1 has no encoder_tokens, but this is a T5 .*; expected {.enc"),
         ({"text": "hello"}, "line 1 holds text, but a T5 takes ids; expected {.encoder_tokens.: "),
-        ({**PAIR, "text": "x", "tokens": None}, "tokens must be a list of integers"),
+        ({**PAIR, "text": "x", "tokens": None}, "line 1 holds text, but a T5 takes ids"),
         ({"encoder_tokens": [1, 2]}, 'has neither "tokens", "text" nor "choices"'),
         ({**PAIR, "encoder_tokens": []}, "line 1: encoder_tokens holds no token"),
         ({**PAIR, "encoder_tokens": "abc"}, "encoder_tokens must be a list of integers"),
@@ -89,7 +93,6 @@ PAIR = {"encoder_tokens": [1, 2, 3], "tokens": [4, 5]}
         ({**PAIR, "encoder_mask": [1, 2, 0]}, "encoder_mask holds a number that is neither"),
         ({**PAIR, "encoder_mask": [0, 0, 0]}, "encoder_mask keeps no token; leave it out"),
         ({**PAIR, "encoder_mask": True}, "encoder_mask must be a list of integers"),
-        ({**PAIR, "tokens": []}, "line 1 holds an empty sequence"),
         ({**PAIR, "tokens": [1, 50]}, "line 1 holds token id 50, outside"),
         ({**PAIR, "tokens": [1] * 18}, "line 1 has 18 tokens, the decoder takes at most 17; cut"),
         ({**PAIR, "tokentypes": [0, 0]}, "has BERT fields .* but this is a T5 checkpoint"),

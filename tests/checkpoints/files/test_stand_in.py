@@ -21,7 +21,7 @@ from mlm_eval.checkpoints.tokenizer import load_tokenizer
 from mlm_eval.tasks.data.sources import DatasetName, read_data
 from mlm_eval.tasks.finetune.task import make_task
 from mlm_eval.tasks.language.data import read_documents
-from mlm_eval.tasks.zero_shot.score import read_lines
+from mlm_eval.tasks.zero_shot.sequences import read_lines
 from tests.support.paths import PROJECT
 
 POINTER = (

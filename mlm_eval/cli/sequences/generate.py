@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.text_file import decode
 from mlm_eval.cli.command import command
 from mlm_eval.cli.run import ModelRun, chosen_tokenizer, progress
+from mlm_eval.cli.sequences.standard_input import STDIN, STDIN_NAME, standard_input
 from mlm_eval.options import FILE, BosOption, RunOptions, again, option
 
 if TYPE_CHECKING:
@@ -25,7 +27,9 @@ class GenerateOptions(BosOption, RunOptions):
     """The options of `generate`."""
 
     prompt: tuple[str, ...] = option("Text to continue (repeatable).", ())
-    input: Path | None = option('JSON lines: {"prompt": "..."} or {"tokens": [...]}.', None)
+    input: Path | None = option(
+        'JSON lines: {"prompt": "..."} or {"tokens": [...]}; - is stdin.', None
+    )
     interactive: bool = option(
         "Continue each line that is typed, until Ctrl-D.",
         False,
@@ -87,7 +91,7 @@ def generate_command(options: GenerateOptions) -> None:
     if options.stop and tokenizer is None:
         raise InputError("--stop needs the tokenizer; give --tokenizer DIR or --vocab-file F")
     begin = choose_begin(options.bos, tokenizer, as_tokenizer=True).ids
-    given = _given(options, tokenizer, begin)
+    given = _given(options, tokenizer, begin) if options.input != STDIN else []
     place = run.start(lambda: run.scoring_need(cache=CACHE_BYTES))
 
     def body(engine: Engine) -> None:
@@ -95,9 +99,10 @@ def generate_command(options: GenerateOptions) -> None:
             assert tokenizer is not None
             _converse(run, engine, tokenizer, options, sampling, begin)
             return
-        made = _continue(run, engine, given, tokenizer, options, sampling)
+        lines = given or _given(options, tokenizer, begin)
+        made = _continue(run, engine, lines, tokenizer, options, sampling)
         if run.is_main:
-            _give(run, options, given, made)
+            _give(run, options, lines, made)
 
     run.on_ranks(body, placement=place)
 
@@ -117,8 +122,11 @@ def _given(
     options: GenerateOptions, tokenizer: Tokenizer | None, begin: Sequence[int]
 ) -> list[PromptLine]:
     """Return the prompts of the options or of the file; none where they are typed."""
-    from mlm_eval.tasks.zero_shot.generation import prompt_line, read_prompts
+    from mlm_eval.tasks.zero_shot.generation import parse_prompts, prompt_line, read_prompts
 
+    if options.input == STDIN:
+        text = decode(standard_input(), STDIN_NAME)
+        return parse_prompts(text, STDIN_NAME, tokenizer, limit=options.limit, begin=begin)
     if options.input is not None:
         return read_prompts(options.input, tokenizer, limit=options.limit, begin=begin)
     return [
