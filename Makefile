@@ -76,7 +76,7 @@ $(RUN_STAMP): pyproject.toml constraints.txt | links $(BIN)/python
 
 $(DEV_STAMP): pyproject.toml constraints.txt | links $(BIN)/python
 	@rm -f $(VENV)/.mlm-eval-*
-	$(INSTALL) -e '.[dev,lm-eval]'
+	$(INSTALL) -e '.[dev]'
 	@touch $(RUN_STAMP) $@
 
 # Added to an environment that is there, so that the tests' packages stay.

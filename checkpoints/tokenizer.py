@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.catalog import is_catalog_name, resolve, sample_folder
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, require
 from mlm_eval.checkpoints.files.stand_in import refuse_stand_in
 from mlm_eval.checkpoints.files.text_file import read_json_object, read_text
 from mlm_eval.checkpoints.tokenizers.added import MOST_UNUSED, AddedSplitter, add_to, to_add
@@ -669,13 +669,9 @@ def _load_sentencepiece(path: Path) -> Tokenizer:
     Converted by transformers 5 a bare tokenizer.model gives other ids (measured: the leading space
     is lost, unknown words are split otherwise), so that way is not taken.
     """
-    try:
-        from sentencepiece import SentencePieceProcessor
-    except ImportError:
-        raise InputError(
-            f"{path} needs the sentencepiece library, which is not installed: run `pip install "
-            f"sentencepiece`, or give the tokenizer.json of the model with --tokenizer"
-        ) from None
+    require("sentencepiece", str(path), "give the tokenizer.json of the model with --tokenizer")
+    from sentencepiece import SentencePieceProcessor
+
     try:
         backend = SentencePieceProcessor(model_file=str(path))
     except Exception as error:  # RuntimeError, OSError or a protobuf error, by version

@@ -42,21 +42,15 @@ def write_huggingface(
     Raises:
         InputError: The target exists or cannot be written, or `max_shard_size` is not a size.
     """
-    from huggingface_hub import split_state_dict_into_shards_factory
-
     kept = {plan.tensors[name] for name in plan.float32}
 
     def num_bytes(tensor: LazyTensor) -> int:
         dtype = None if tensor in kept else plan.dtype
         return tensor.numel * (dtype or tensor.dtype).itemsize
 
-    shards = split_state_dict_into_shards_factory(
-        plan.tensors,
-        get_storage_size=num_bytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=parse_bytes(max_shard_size, "--max-shard-size"),
-    )
-    total = shards.metadata["total_size"]
+    sizes = {name: num_bytes(tensor) for name, tensor in plan.tensors.items()}
+    files = shard_files(sizes, largest=parse_bytes(max_shard_size, "--max-shard-size"))
+    total = sum(sizes.values())
     meter = ByteMeter(total, on_progress)
     sources = plan.source.provenance.files
     with output_folder(
@@ -67,20 +61,54 @@ def write_huggingface(
             ids = {key: plan.hf[key] for key in plan.hf if key.endswith("_token_id")}
             known = {key: value for key, value in ids.items() if value is not None}
             _write_json(folder / "generation_config.json", {"_from_model_config": True, **known})
-        for file, names in shards.filename_to_tensors.items():
+        for file, names in files.items():
             tensors = {name: plan.tensors[name] for name in names}
             write_safetensors(
                 folder / file, tensors, dtype=plan.dtype, kept=plan.float32, on_bytes=meter.add
             )
-        if shards.is_sharded:
+        if len(files) > 1:
             count = sum(tensor.numel for tensor in plan.tensors.values())
             index = {
-                "metadata": {"total_parameters": count, **shards.metadata},
-                "weight_map": dict(sorted(shards.tensor_to_filename.items())),
+                "metadata": {"total_parameters": count, "total_size": total},
+                "weight_map": dict(
+                    sorted((n, file) for file, names in files.items() for n in names)
+                ),
             }
             _write_json(folder / "model.safetensors.index.json", index)
         plan.tokenizer.write(folder)
         (folder / "README.md").write_text(_readme(plan), encoding="utf-8")
+
+
+def shard_files(sizes: Mapping[str, int], *, largest: int) -> dict[str, list[str]]:
+    """Return the names of the tensors in each file, by the file's name, in the order of writing.
+
+    As in huggingface_hub: a file takes tensors in their order while they fit; a tensor that alone
+    is larger has a file of its own.
+
+    Args:
+        sizes: Bytes of each tensor, by its name.
+        largest: Bytes of a file.
+    """
+    groups: list[list[str]] = []
+    open_group: list[str] = []
+    room = largest
+    for name, size in sizes.items():
+        if size > largest:
+            groups.append([name])
+            continue
+        if size > room:
+            groups.append(open_group)
+            open_group, room = [], largest
+        open_group.append(name)
+        room -= size
+    if open_group:
+        groups.append(open_group)
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {
+        f"model-{number:05d}-of-{len(groups):05d}.safetensors": group
+        for number, group in enumerate(groups, start=1)
+    }
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, require
 from mlm_eval.checkpoints.files.safe_pickle import is_scalar
 from mlm_eval.checkpoints.files.text_file import read_json_object, read_text
 from mlm_eval.checkpoints.projects.gemma import gemma_settings
@@ -224,6 +222,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     if path.stat().st_size > _LARGEST:
         raise InputError(f"{path} is too large for a file of settings; copy it again")
+    require("yaml", str(path))
+    import yaml
+
     try:
         values = yaml.safe_load(read_text(path))
     except (yaml.YAMLError, RecursionError, ValueError) as error:

@@ -5,10 +5,15 @@ A command's module is imported when the command is chosen: `mlm-eval --help` sho
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
+
+if find_spec("rich") is None:
+    os.environ["TYPER_USE_RICH"] = "0"  # typer's own switch: its help in plain text
 
 import typer
 from typer.core import TyperCommand, TyperGroup

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, require
 from mlm_eval.cli.command import command
 from mlm_eval.cli.run import print_beside
 from mlm_eval.planning.bench_options import BenchOptions, cores
@@ -51,6 +51,8 @@ def bench(options: BenchOptions) -> None:
 
     if options.ckpt is not None and options.scale != 1.0:
         raise InputError("--scale shrinks new models, a checkpoint has its size; leave it out")
+    if options.plot is not None:
+        require("matplotlib", "--plot")
     world = detect_world()
     device = pick_device(options.device)
     dtype = training_dtype(options.dtype, device)

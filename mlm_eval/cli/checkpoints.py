@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from mlm_eval.checkpoints.errors import require
 from mlm_eval.cli.command import command
 from mlm_eval.cli.run import chosen_checkpoint, chosen_tokenizer, print_beside, progress
 from mlm_eval.options import (
@@ -118,6 +119,9 @@ def convert_checkpoint(options: ConvertOptions) -> None:
     """
     from mlm_eval.checkpoints.convert import convert
     from mlm_eval.reporting.text import comparison_text
+
+    if options.verify and options.to == "hf":
+        require("transformers", "--verify of a Hugging Face folder")
 
     def compare(*given: Any, **settings: Any) -> Comparison:
         from mlm_eval.engine.verify import verify_conversion  # imports the models

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, require
 from mlm_eval.cli.command import command
 from mlm_eval.cli.run import ModelRun, progress
 from mlm_eval.options import BosOption, RunOptions, again, option
@@ -48,10 +47,7 @@ def harness(options: HarnessOptions) -> None:
 
     Example: mlm-eval harness --ckpt gpt2_345m --tokenizer gpt2 --tp 2 -- --tasks lambada_openai
     """
-    if find_spec("lm_eval") is None:
-        raise InputError(
-            "lm-evaluation-harness is not installed; run: pip install 'mlm-eval[lm-eval]'"
-        )
+    require("lm_eval", "mlm-eval harness")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the harness draws bars into log files, too
     from mlm_eval.checkpoints.tokenizers.begin_of_text import BOS_CHOICES

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 
 from mlm_eval import __version__
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, not_installed
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits
 from mlm_eval.engine.batching import OnProgress
 from mlm_eval.engine.engine import Engine
@@ -47,8 +47,7 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "mlm_eval.harness.model needs lm-evaluation-harness: pip install 'mlm-eval[lm-eval]'",
-        name=error.name,
+        str(not_installed("lm_eval", "mlm_eval.harness.model")), name=error.name
     ) from error
 
 CHUNK = 8192

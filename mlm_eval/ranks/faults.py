@@ -1,4 +1,4 @@
-"""Faults of the surroundings, named as such: lack of memory, a full disk, ranks that are gone.
+"""Faults of the surroundings, named as such: no memory, disk or package, ranks that are gone.
 
 They are nobody's bug, so a traceback and a request to report them would mislead.
 """
@@ -9,7 +9,7 @@ import contextlib
 import errno
 from collections.abc import Iterator
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import PACKAGES, InputError, not_installed
 
 DISK_FAULTS = {
     errno.ENOSPC: "the disk is full",
@@ -31,7 +31,9 @@ CONNECTION_LOST = (
 
 
 def named_fault(error: BaseException) -> InputError | None:
-    """Return what lack of memory or of disk space is called; None for any other exception."""
+    """Return what lack of memory, disk space or a package is called; None for other exceptions."""
+    if isinstance(error, ModuleNotFoundError) and error.name in PACKAGES:
+        return not_installed(error.name, "this command")
     if isinstance(error, OSError) and error.errno in DISK_FAULTS:
         where = f"{error.filename} cannot be written: " if error.filename else ""
         return InputError(

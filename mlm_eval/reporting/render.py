@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, require
 from mlm_eval.reporting.tables import PUBLISHED, Cell, Column, Table, short_count
 
 FORMATS = ("md", "latex", "csv", "html")
@@ -56,6 +56,8 @@ def render(tables: Sequence[Table], fmt: str) -> str:
         raise InputError(f"--format {fmt} is unknown; choose {', '.join(FORMATS)}")
     if fmt == "csv":
         return _csv(tables)
+    if fmt == "html":
+        require("matplotlib", "--format html")
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     name, options = _TEMPLATES[fmt]

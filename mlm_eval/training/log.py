@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, not_installed
 from mlm_eval.checkpoints.files.output import atomic_file, write_text
 
 METRICS_FILE = "metrics.jsonl"
@@ -25,36 +26,48 @@ class TrainingLog:
     the killed one had written after it.
     """
 
-    def __init__(self, folder: Path, *, start: int) -> None:
+    def __init__(self, folder: Path, *, start: int, warn: Callable[[str], None]) -> None:
         """Open the logs.
 
         Args:
             folder: Where they are.
             start: Steps done: later lines of an earlier run are dropped.
+            warn: Takes a sentence for each log that is not written, for want of a package.
         """
-        from torch.utils.tensorboard import SummaryWriter
-
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.lines = [line for line in read_metrics(folder) if line["step"] <= start]
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
         write_text(folder / METRICS_FILE, text, option=None)
         self.stream = (folder / METRICS_FILE).open("a", encoding="utf-8")
-        self.board: Any = SummaryWriter(str(folder / TENSORBOARD), purge_step=start + 1)
+        wanted = {"tensorboard": "the TensorBoard log of this run", "matplotlib": PLOT}
+        missing = {package: what for package, what in wanted.items() if find_spec(package) is None}
+        for package, what in missing.items():
+            warn(f"{not_installed(package, what)}; training goes on without it")
+        self.draws = "matplotlib" not in missing
+        self.board: Any = None
+        if "tensorboard" not in missing:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / TENSORBOARD), purge_step=start + 1)
 
     def step(self, line: Mapping[str, Any]) -> None:
         """Note a step: its `step`, `epoch`, and numbers."""
         self._write(line)
         for name, value in line.items():
             if name not in ("step", "epoch"):
-                self.board.add_scalar(f"train/{name}", value, line["step"])
+                self._scalar(f"train/{name}", value, line["step"])
 
     def evaluation(self, line: Mapping[str, Any]) -> None:
         """Note an evaluation: its `step`, `epoch`, and what was measured under `evaluation`."""
         self._write(line)
         for name, value in line["evaluation"].items():
             if is_number(value):
-                self.board.add_scalar(f"dev/{name}", value, line["step"])
+                self._scalar(f"dev/{name}", value, line["step"])
+
+    def _scalar(self, name: str, value: float, step: int) -> None:
+        if self.board is not None:
+            self.board.add_scalar(name, value, step)
 
     def _write(self, line: Mapping[str, Any]) -> None:
         self.lines.append(dict(line))
@@ -64,17 +77,20 @@ class TrainingLog:
     def sync(self) -> None:
         """Have everything on the disk: a state that is saved next must not be ahead of its log."""
         os.fsync(self.stream.fileno())
-        self.board.flush()
+        if self.board is not None:
+            self.board.flush()
 
     def close(self) -> None:
         """Write the plot and close the files."""
         self.stream.close()
-        self.board.close()
+        if self.board is not None:
+            self.board.close()
         self.plot()
 
     def plot(self) -> None:
-        """Write the plot of all steps so far."""
-        plot(self.lines, self.folder / PLOT)
+        """Write the plot of all steps so far, where there is something to draw with."""
+        if self.draws:
+            plot(self.lines, self.folder / PLOT)
 
 
 def is_number(value: Any) -> bool:

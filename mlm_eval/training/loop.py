@@ -216,7 +216,7 @@ class _Run:
             )
         self.log = None
         if self.engine.is_main:
-            self.log = TrainingLog(self.output, start=self.counters.step)
+            self.log = TrainingLog(self.output, start=self.counters.step, warn=self.listener.warn)
         return None
 
     def leave(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, require
 from mlm_eval.checkpoints.files.text_file import decode, read_bytes
 from mlm_eval.tasks.data.tables import is_table, read_table, read_tables, table_files
 
@@ -143,13 +143,9 @@ def load_dataset(name: DatasetName) -> Any:
         inner = folder / name.config if name.config else folder
         if inner.is_dir() and (found := read_tables(inner)):
             return found
-    try:
-        import datasets
-    except ImportError:
-        raise InputError(
-            f"{name} needs the `datasets` library, which is not installed: run `pip install "
-            f"datasets`, or give a local file with --data"
-        ) from None
+    require("datasets", str(name), "give a local file with --data")
+    import datasets
+
     quiet = not (sys.stderr.isatty() or datasets.are_progress_bars_disabled())
     if quiet:
         datasets.disable_progress_bars()

@@ -31,6 +31,8 @@ def test_every_dependency_has_one_tested_version():
             assert canonicalize_name(name) not in tested, f"{name} stands there twice"
             tested[canonicalize_name(name)] = version
     for requirement in map(Requirement, declared):
+        if requirement.name == "mlm-eval":  # an extra that is made of others
+            continue
         version = tested[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), f"{requirement} excludes {version}"
 
