@@ -2,6 +2,7 @@
 
     results.py   the record that every task returns, and its JSON; imports no torch
     environment.py  when, where and by what command a record was made
+    series_list.py  the list of a series: each checkpoint with its iteration and its record
     existing.py  whether a file that is in the way is a result, and of how many data
     text.py      the tables and sentences that commands print
     tables.py    the types of the paper's tables, with measured rows among the published ones

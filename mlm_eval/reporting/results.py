@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,10 +111,20 @@ def checkpoint_record(checkpoint: Checkpoint) -> dict[str, Any]:
         "tensor_parallel": provenance.tensor_parallel,
         "pipeline_parallel": provenance.pipeline_parallel,
         "iteration": provenance.iteration,
+        **consumed(provenance.args),
         "config": checkpoint.config.to_dict(),
         "config_sources": dict(provenance.config_sources),
         "warnings": list(provenance.warnings),
     }
+
+
+def consumed(args: Mapping[str, Any]) -> dict[str, int | None]:
+    """Return how many samples and tokens the model was trained on, where saved args say so."""
+    samples, length = args.get("consumed_train_samples"), args.get("seq_length")
+    if type(samples) is not int or samples < 1:
+        return {"consumed_samples": None, "consumed_tokens": None}
+    tokens = samples * length if type(length) is int else None
+    return {"consumed_samples": samples, "consumed_tokens": tokens}
 
 
 def engine_settings(engine: Engine, tokenizer: Tokenizer) -> dict[str, Any]:

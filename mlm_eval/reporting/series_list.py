@@ -1,0 +1,55 @@
+"""The list of a series: which checkpoints were evaluated, and where the figures of each one are.
+
+`--output F.json` of a series holds it; the records stand beside it:
+
+    {"task": "lambada", "settings": {...}, "versions": {...}, "run": {...},
+     "series": [{"checkpoint": "runs/a/iter_0001000", "iteration": 1000,
+                 "record": "F.iter_0001000.json"}, ...],
+     "failed": [{"checkpoint": "runs/a/iter_0002000", "iteration": 2000, "error": "..."}]}
+
+`settings` are what all of the records have in common; `limit` among them marks a limited series.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ENTRIES = "series"
+"""The key of the entries, in the order of the iterations."""
+
+
+def is_series(record: Mapping[str, Any]) -> bool:
+    """Return whether a JSON object is the list of a series."""
+    entries = record.get(ENTRIES)
+    return "task" in record and isinstance(entries, list) and all(map(_is_entry, entries))
+
+
+def series_records(path: Path, record: Mapping[str, Any]) -> list[Path]:
+    """Return where the records of a list are.
+
+    Args:
+        path: The list's file.
+        record: What it holds.
+    """
+    return [path.parent / entry["record"] for entry in record[ENTRIES]]
+
+
+def read_series(path: Path) -> dict[str, Any] | None:
+    """Return the list of a series that a file holds; None: it holds something else, or nothing."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and is_series(found) else None
+
+
+def _is_entry(entry: object) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("checkpoint"), str)
+        and isinstance(entry.get("record"), str)
+        and "iteration" in entry
+    )
