@@ -21,7 +21,9 @@ class ElementDifference:
 
     @property
     def layer(self) -> int | None:
-        """The number of the layer, from 0; None for what belongs to no layer."""
+        """The number of the layer, from 0; None for what belongs to no layer of the model's."""
+        if self.tensor.startswith("mtp."):
+            return None
         numbers = [part for part in self.tensor.split(".") if part.isdecimal()]
         return int(numbers[0]) if numbers else None
 

@@ -225,8 +225,6 @@ def convert(
     if misfit is not None:
         warnings = [misfit, *warnings]
     write(target=Path(path), overwrite=overwrite, finish=finish, on_progress=on_progress)
-    if checkpoint.prediction_heads and to == "hf":
-        notes = [*notes, "the heads of multi-token prediction are left out"]
     if left := checkpoint.provenance.training_state:
         notes = [*notes, f"weights only: the source's {', '.join(left)} is not carried along"]
     return Conversion(Path(path), to, notes, approximations, warnings, comparison, missing)

@@ -349,6 +349,13 @@ class Mapped(LazyTensor):
         return self.function(self.source.read(dim, index))
 
 
+def cast_to(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    """Return a tensor that is rounded to a dtype as it is read."""
+    if tensor.dtype == dtype:
+        return tensor
+    return Mapped(tensor, lambda values: values.to(dtype), dtype)
+
+
 class ScaledRows(LazyTensor):
     """A tensor whose entries along dim 0 are each multiplied by a factor, in float32."""
 

@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -399,6 +399,14 @@ def prediction_parameters(c: ModelConfig, heads: int) -> dict[str, Parameter]:
             found.append(Parameter(name, parameter.shape, parameter.rule))
         found += _norm(c, f"{prefix}final_layernorm")
     return {parameter.name: parameter for parameter in found}
+
+
+def num_prediction_heads(names: Iterable[str]) -> int:
+    """Return the number of heads of multi-token prediction, given their parameters' names."""
+    return len({found[1] for name in names if (found := _PREDICTION.match(name))})
+
+
+_PREDICTION = re.compile(r"mtp\.layers\.(\d+)\.")
 
 
 def _norm(c: ModelConfig, name: str, width: int | None = None) -> Iterator[Parameter]:

@@ -2,7 +2,7 @@
 
     families/      THE TABLES: parameter names and config.json keys of each family
     quantized/     weights of few bits, dequantised while they are read
-    layers/        layers that differ: the kinds of a hybrid's
+    layers/        layers that differ: the kinds of a hybrid's, heads of multi-token prediction
     fields.py      what a key of config.json does; the keys that families share
     layout.py      how a family's tensors pack a canonical parameter
     t5.py          what T5 says otherwise than the others, both ways

@@ -301,8 +301,9 @@ def _rotary(r: HubConfigReader, family: Family) -> None:
         # transformers 5 puts such settings into a table that says rope_type "default" already.
         raise InputError(
             f"{r.where}: rope_scaling has the older key type ({part['type']!r}) and no rope_type; "
-            f"transformers 4 scales positions by it, transformers 5 does not in {family.model_type} "
-            "models; write rope_type in its place, or leave both out if nothing is scaled"
+            "transformers 4 scales positions by it, transformers 5 does not in "
+            f"{family.model_type} models; write rope_type in its place, or leave both out if "
+            "nothing is scaled"
         )
     kind = part.get("rope_type", part.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_TYPES:

@@ -7,6 +7,8 @@ comparison does so where two checkpoints differ in nothing but the form.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,19 @@ from mlm_eval.checkpoints.lazy import LazyTensor, Mapped, Selected
 
 def is_gain(name: str) -> bool:
     """Whether a parameter is a norm's gain, which `layernorm_zero_centered_gamma` is about."""
-    return name.endswith(("layernorm.weight", "layer_norm.weight"))
+    return name.endswith(
+        ("layernorm.weight", "layer_norm.weight", ".enorm.weight", ".hnorm.weight")
+    )
+
+
+def with_each(
+    checkpoint: Checkpoint, change: Callable[[str, LazyTensor], LazyTensor], **settings: Any
+) -> Checkpoint:
+    """Return the checkpoint with tensors and settings changed, those of heads of prediction too."""
+    parts = (checkpoint.tensors, checkpoint.prediction_heads)
+    tensors, heads = ({name: change(name, part[name]) for name in part} for part in parts)
+    config = dataclasses.replace(checkpoint.config, **settings)
+    return dataclasses.replace(checkpoint, config=config, tensors=tensors, prediction_heads=heads)
 
 
 def with_plain_gains(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Checkpoint:
@@ -28,24 +42,22 @@ def with_plain_gains(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -
     """
     if not checkpoint.config.layernorm_zero_centered_gamma:
         return checkpoint
-    tensors = {
-        name: _add_one(stored, dtype or stored.dtype) if is_gain(name) else stored
-        for name, stored in checkpoint.tensors.items()
-    }
-    config = dataclasses.replace(checkpoint.config, layernorm_zero_centered_gamma=False)
-    return dataclasses.replace(checkpoint, config=config, tensors=tensors)
+
+    def plain(name: str, stored: LazyTensor) -> LazyTensor:
+        return _add_one(stored, dtype or stored.dtype) if is_gain(name) else stored
+
+    return with_each(checkpoint, plain, layernorm_zero_centered_gamma=False)
 
 
 def with_centred_gains(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Checkpoint:
     """Return the checkpoint with zero-centred gains, not plain ones; see `with_plain_gains`."""
     if checkpoint.config.layernorm_zero_centered_gamma:
         return checkpoint
-    tensors = {
-        name: _less_one(stored, dtype or stored.dtype) if is_gain(name) else stored
-        for name, stored in checkpoint.tensors.items()
-    }
-    config = dataclasses.replace(checkpoint.config, layernorm_zero_centered_gamma=True)
-    return dataclasses.replace(checkpoint, config=config, tensors=tensors)
+
+    def centred(name: str, stored: LazyTensor) -> LazyTensor:
+        return _less_one(stored, dtype or stored.dtype) if is_gain(name) else stored
+
+    return with_each(checkpoint, centred, layernorm_zero_centered_gamma=True)
 
 
 def _less_one(gain: LazyTensor, dtype: torch.dtype) -> LazyTensor:
@@ -93,14 +105,14 @@ def _with_channels(checkpoint: Checkpoint, channels: Tensor) -> Checkpoint:
     c = checkpoint.config
     rows = torch.arange(c.qkv_size).view(c.num_query_groups, -1, c.kv_channels)  # [G, q|k|v, hn]
     rows = torch.cat([rows[:, :-1, channels], rows[:, -1:]], dim=1).reshape(-1)
-    tensors = dict(checkpoint.tensors)
-    for name, tensor in checkpoint.tensors.items():
+
+    def reordered(name: str, tensor: LazyTensor) -> LazyTensor:
         if ".linear_qkv." in name:
-            tensors[name] = Selected(tensor, rows)
-        elif ".q_layernorm." in name or ".k_layernorm." in name:
-            tensors[name] = Selected(tensor, channels)
-    config = dataclasses.replace(c, rotary_interleaved=not c.rotary_interleaved)
-    return dataclasses.replace(checkpoint, config=config, tensors=tensors)
+            return Selected(tensor, rows)
+        of_heads = ".q_layernorm." in name or ".k_layernorm." in name
+        return Selected(tensor, channels) if of_heads else tensor
+
+    return with_each(checkpoint, reordered, rotary_interleaved=not c.rotary_interleaved)
 
 
 def with_paired_latents(checkpoint: Checkpoint) -> Checkpoint:
@@ -116,8 +128,9 @@ def with_paired_latents(checkpoint: Checkpoint) -> Checkpoint:
     queries = (torch.arange(c.num_attention_heads)[:, None] * width + head).reshape(-1)
     keys = torch.cat([torch.arange(c.kv_lora_rank), c.kv_lora_rank + pairs])
     orders = {"linear_q_proj": queries, "linear_q_up_proj": queries, "linear_kv_down_proj": keys}
-    tensors = dict(checkpoint.tensors)
-    for name, tensor in checkpoint.tensors.items():
-        if (module := name.split(".")[-2]) in orders:
-            tensors[name] = Selected(tensor, orders[module])
-    return dataclasses.replace(checkpoint, tensors=tensors)
+
+    def paired(name: str, tensor: LazyTensor) -> LazyTensor:
+        module = name.split(".")[-2]
+        return Selected(tensor, orders[module]) if module in orders else tensor
+
+    return with_each(checkpoint, paired)

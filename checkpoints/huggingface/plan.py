@@ -54,6 +54,11 @@ from mlm_eval.checkpoints.huggingface.folds import (
     with_plain_gains,
 )
 from mlm_eval.checkpoints.huggingface.layers.hybrids import why_no_hybrid
+from mlm_eval.checkpoints.huggingface.layers.prediction import (
+    COUNT,
+    has_place_for_heads,
+    unpack_heads,
+)
 from mlm_eval.checkpoints.huggingface.layout import zeros
 from mlm_eval.checkpoints.huggingface.reader import Found
 from mlm_eval.checkpoints.huggingface.t5 import (
@@ -69,8 +74,13 @@ from mlm_eval.checkpoints.huggingface.tokenizer import (
     no_tokenizer_files,
     tokenizer_files,
 )
-from mlm_eval.checkpoints.lazy import LazyTensor, Mapped
-from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS, parameters, stays_float32
+from mlm_eval.checkpoints.lazy import LazyTensor, cast_to
+from mlm_eval.checkpoints.parameters import (
+    WORD_EMBEDDINGS,
+    num_prediction_heads,
+    parameters,
+    stays_float32,
+)
 from mlm_eval.checkpoints.tokenizer import (
     LARGEST_PADDING,
     Tokenizer,
@@ -129,7 +139,7 @@ class HuggingFacePlan:
     approximate: dict[str, Any]
     """Settings that the approximations change, with the values that they get; and parameters."""
     left_out: list[str]
-    """Parts of the model that no output needs and the target lacks: `pooler`."""
+    """Parts of the model that no output needs and the target lacks: `pooler`, `mtp`."""
 
 
 def plan_huggingface(
@@ -186,6 +196,25 @@ def plan_huggingface(
         tensors = t5_tensors(tensors, written, keep_bias=bool(approximations))
     if head == "Model":  # a base model's names have no prefix
         tensors = {name.removeprefix(family.prefix): tensor for name, tensor in tensors.items()}
+    left_out = ["pooler"] if source.config.pooler and not written.pooler else []
+    if source.prediction_heads:
+        if has_place_for_heads(family):
+            heads, of_heads = unpack_heads(
+                source.prediction_heads, family, written, switches, tensors
+            )
+            tensors, float32 = tensors | heads, float32 | of_heads
+            hf[COUNT] = num_prediction_heads(source.prediction_heads)
+            notes.append(
+                f"{hf[COUNT]} head(s) of multi-token prediction stand behind the last layer, as "
+                "DeepSeek stores them: transformers computes without them, and may list their "
+                "weights as unexpected when it loads the folder"
+            )
+        else:
+            left_out.append("mtp")
+            notes.append(
+                "the heads of multi-token prediction are left out: transformers' "
+                f"{family.model_type} has no place for them"
+            )
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         index = files.token_ids.get(key)  # null where unknown, since defaults would be wrong
         hf[key] = index if index is not None and index < hf["vocab_size"] else None
@@ -201,7 +230,7 @@ def plan_huggingface(
         approximations=approximations,
         warnings=warnings,
         approximate=_approximate(written) if approximations else {},
-        left_out=["pooler"] if source.config.pooler and not written.pooler else [],
+        left_out=left_out,
     )
 
 
@@ -675,7 +704,7 @@ def _tensors(
             parts = [zeros(shape, kept) for shape in shapes]
             filled.append(entry.canonical)
         if stays_float32(entry.canonical):
-            parts = [_widened(part) for part in parts]
+            parts = [cast_to(part, torch.float32) for part in parts]
             wide.update(entry.names)
         tensors.update(zip(entry.names, parts, strict=True))
     lost = [name for name in source.tensors if name not in done and not name.startswith("pooler.")]
@@ -690,9 +719,3 @@ def _tensors(
             f"zeros ({', '.join(kinds[:4])})"
         )
     return tensors, wide
-
-
-def _widened(tensor: LazyTensor) -> LazyTensor:
-    if tensor.dtype == torch.float32:
-        return tensor
-    return Mapped(tensor, lambda values: values.float(), torch.float32)

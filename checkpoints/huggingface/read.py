@@ -35,13 +35,18 @@ from mlm_eval.checkpoints.huggingface.families.family import IGNORED_TENSORS, Fa
 from mlm_eval.checkpoints.huggingface.families.gpt_oss import GPT_OSS
 from mlm_eval.checkpoints.huggingface.families.images import text_config, text_tensors
 from mlm_eval.checkpoints.huggingface.folds import with_paired_latents
-from mlm_eval.checkpoints.huggingface.layout import SAME, Layout, zeros
+from mlm_eval.checkpoints.huggingface.layers.prediction import (
+    COUNT,
+    has_place_for_heads,
+    pack_heads,
+)
+from mlm_eval.checkpoints.huggingface.layout import zeros
 from mlm_eval.checkpoints.huggingface.quantized.fp8 import is_fp8, with_fp8_unpacked
 from mlm_eval.checkpoints.huggingface.quantized.mxfp4 import with_mxfp4_unpacked
 from mlm_eval.checkpoints.huggingface.reader import Found, HubConfigReader
 from mlm_eval.checkpoints.huggingface.t5 import OUTPUT_BIAS, queries_factor, with_scaled_queries
 from mlm_eval.checkpoints.lazy import LazyTensor, runs
-from mlm_eval.checkpoints.parameters import parameters, prediction_parameters
+from mlm_eval.checkpoints.parameters import parameters
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """In transformers' order of preference; each may also be split, with an index beside it."""
@@ -191,19 +196,19 @@ def _prediction_heads(
     """Take out the layers for multi-token prediction behind a model's own.
 
     Returns:
-        What conversions to Megatron keep of them, by the names of `prediction_parameters`, and a
+        What conversions keep of them, by the names of `prediction_parameters`, and a
         sentence where there are any.
     """
     family, config = build.family, build.config
-    if "num_nextn_predict_layers" not in family.table:
+    if COUNT not in family.table:
         return {}, []
-    if family.hybrid:
+    if not has_place_for_heads(family):
         names = [name for name in weights.tensors if name.startswith("mtp.")]
         weights.used.update(names)
         told = f"{len(names)} tensors of heads of multi-token prediction take no part in scoring"
         return {}, [f"{told}; conversions leave them out"] if names else []
     first = config.num_layers
-    count, _ = build.look("num_nextn_predict_layers", "int")
+    count, _ = build.look(COUNT, "int")
     later = re.compile(r"(?:^|\.)layers\.(\d+)\.")
     numbers = {
         name: int(found[1])
@@ -218,52 +223,15 @@ def _prediction_heads(
     layers = sorted(set(numbers.values()))
     weights.used.update(numbers)
     heads = {}
-    whole = layers == list(range(first, first + len(layers)))
-    if whole and build.look("rope_interleave", "bool")[0]:
-        heads = _pack_heads(weights, family, config, build.switches, len(layers))
-    kept = "conversions to Megatron's formats keep them" if heads else "conversions leave them out"
+    if layers == list(range(first, first + len(layers))):
+        heads = pack_heads(weights.find, family, config, build.switches, len(layers))
+        for name, tensor in heads.items():
+            check_weight_dtype(tensor, name, str(weights.folder))
+    kept = "conversions keep them" if heads else "conversions leave them out"
     return heads, [
         f"the {len(layers)} layer(s) behind layer {first - 1}, heads of multi-token prediction, "
         f"take no part in scoring; {kept}"
     ]
-
-
-def _pack_heads(
-    weights: Weights,
-    family: Family,
-    config: ModelConfig,
-    switches: Mapping[str, bool],
-    count: int,
-) -> dict[str, LazyTensor]:
-    """Return the heads of multi-token prediction; none where they are not whole.
-
-    Of the copies that they hold of the embeddings and of the output table, Megatron has none.
-    """
-    layers = config.num_layers + count
-    known = entries(family, layers, switches, experts=config.num_experts)
-    by_name = {entry.canonical: entry for entry in known}
-    heads: dict[str, LazyTensor] = {}
-    for name, parameter in prediction_parameters(config, count).items():
-        head, part = re.fullmatch(r"mtp\.layers\.(\d+)\.(.+)", name).groups()  # type: ignore[union-attr]
-        layer = config.num_layers + int(head)
-        entry = by_name.get(f"decoder.layers.{layer}.{part.removeprefix('transformer_layer.')}")
-        names: tuple[str, ...] = (f"model.layers.{layer}.{part}",)
-        layout: Layout = SAME
-        if entry is not None:
-            names, layout = entry.names, entry.layout
-        elif part == "final_layernorm.weight":
-            names = (f"model.layers.{layer}.shared_head.norm.weight",)
-        whole = weights.find(entry.whole) if entry is not None and entry.whole else None
-        parts = [whole] if whole is not None else [weights.find(key) for key in names]
-        layout = SAME if whole is not None else layout
-        shapes = layout.shapes(parameter.shape, config)
-        fitting = [tensor for tensor in parts if tensor is not None]
-        if [tensor.shape for tensor in fitting] != shapes:
-            return {}
-        for tensor in fitting:
-            check_weight_dtype(tensor, name, str(weights.folder))
-        heads[name] = layout.pack(fitting, config)
-    return heads
 
 
 def find_family(hf: Mapping[str, Any], where: Path) -> Family:

@@ -32,8 +32,12 @@ from mlm_eval.checkpoints.megatron.family_args import Shapes
 from mlm_eval.checkpoints.megatron.fields import ARG_FIELDS, NOT_FOR_T5, T5_UNTIL, RunCode
 from mlm_eval.checkpoints.megatron.layers import branches
 from mlm_eval.checkpoints.megatron.layout import SaveLayout, needs_openai_gelu
-from mlm_eval.checkpoints.megatron.names import num_prediction_heads
-from mlm_eval.checkpoints.parameters import RELATIVE_BIASES, WORD_EMBEDDINGS, parameters
+from mlm_eval.checkpoints.parameters import (
+    RELATIVE_BIASES,
+    WORD_EMBEDDINGS,
+    num_prediction_heads,
+    parameters,
+)
 from mlm_eval.checkpoints.projects.settings import (
     ACTIVATION_ARGS,
     BESIDE,

@@ -9,7 +9,7 @@ Source: docs/megatron.md, "Legacy GPT", "Legacy BERT", "megatron-core names".
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.state_dict import unwrapped
@@ -236,11 +236,6 @@ def prediction_name(key: str, where: str) -> str:
                 part = part.removeprefix("decoder.layers.0.")
                 return f"mtp.layers.{match['head']}.transformer_layer.{part}"
     return name
-
-
-def num_prediction_heads(names: Iterable[str]) -> int:
-    """Return the number of heads of multi-token prediction, given their parameters' names."""
-    return len({match["head"] for name in names if (match := _PREDICTION.fullmatch(name))})
 
 
 def strip_prefixes(key: str) -> str:

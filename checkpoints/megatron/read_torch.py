@@ -60,6 +60,7 @@ from mlm_eval.checkpoints.parameters import (
     WORD_EMBEDDINGS,
     Parameter,
     cut_dim,
+    num_prediction_heads,
     parameters,
     prediction_parameters,
 )
@@ -71,7 +72,7 @@ DRIFT = 0.1
 
 PREDICTION_HEADS = (
     "heads of multi-token prediction, which the main head never sees: kept by conversions to "
-    "Megatron's formats, left out elsewhere"
+    "Megatron's formats and to Hugging Face's DeepSeek V3, left out elsewhere"
 )
 MOST_RANKS = 1 << 20
 """Tensor-parallel times expert-parallel ranks that are believed."""
@@ -322,7 +323,7 @@ def _prediction_heads(
             "tensor-parallel ranks; copy all ranks of one save"
         )
     _join_down_projections(shards, files[0, 0, 0].args)
-    table = prediction_parameters(config, names.num_prediction_heads(shards[0]))
+    table = prediction_parameters(config, num_prediction_heads(shards[0]))
     whole = {}
     for name in shards[0]:
         if not NUMBERED.fullmatch(name):
@@ -336,7 +337,7 @@ def prediction_heads(
     found: Mapping[str, LazyTensor], config: ModelConfig, where: str
 ) -> tuple[dict[str, LazyTensor], list[str]]:
     """Return the heads of multi-token prediction that conversions keep, and notes about them."""
-    table = prediction_parameters(config, names.num_prediction_heads(found))
+    table = prediction_parameters(config, num_prediction_heads(found))
     shapes = {name: tensor.shape for name, tensor in found.items()}
     if shapes != {name: parameter.shape for name, parameter in table.items()}:
         return {}, [UNKNOWN_HEADS]

@@ -26,15 +26,12 @@ from mlm_eval.checkpoints.megatron.args import rank_args
 from mlm_eval.checkpoints.megatron.iteration import iteration_folder, write_tracker
 from mlm_eval.checkpoints.megatron.layers.branches import names_of_hybrid
 from mlm_eval.checkpoints.megatron.layout import LayoutOptions, SaveLayout, save_layout
-from mlm_eval.checkpoints.megatron.names import (
-    HEAD_COPY,
-    SECOND_NAMES,
-    num_prediction_heads,
-)
+from mlm_eval.checkpoints.megatron.names import HEAD_COPY, SECOND_NAMES
 from mlm_eval.checkpoints.parameters import (
     COLUMN,
     WORD_EMBEDDINGS,
     Parameter,
+    num_prediction_heads,
     parameters,
     prediction_parameters,
     stays_float32,

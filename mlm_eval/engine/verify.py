@@ -26,13 +26,12 @@ from mlm_eval.checkpoints.comparison import Comparison, PaddingComparison, Weigh
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.lazy import LazyTensor, Mapped
+from mlm_eval.checkpoints.lazy import LazyTensor, Mapped, cast_to
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import stays_float32
 from mlm_eval.engine.engine import Engine
 from mlm_eval.engine.weights import (
     Labels,
-    cast_to,
     compare_settings,
     compare_weights,
     evident_entries,
@@ -297,6 +296,7 @@ def compare_checkpoints(
     vocab = vocab or ("padded" if entries is None else "true")
     ours, theirs, forms = one_form(a, b)
     settings, notes = compare_settings(ours.config, theirs.config, sides)
+    notes += _heads_of_one(ours, theirs, sides)
     weights, padding = compare_weights(
         ours, theirs, entries=entries, sides=sides, on_progress=on_progress
     )
@@ -385,7 +385,8 @@ def verify_conversion(
         to: `hf` (plain transformers), `megatron` or `torch_dist` (this package).
         dtype: The dtype that the conversion was asked to write.
         entries: Rows of the vocabulary that the conversion was to keep; None: all of the source's.
-        left_out: Parts of the source that it was to leave out (`pooler`).
+        left_out: Parts of the source that it was to leave out (`pooler`; `mtp`, the heads of
+            multi-token prediction).
         approximate: Settings that it was to change, which changes the function; and parameters, by
             name, that the target takes for zeros.
         approximations: What they change, a sentence each.
@@ -404,6 +405,7 @@ def verify_conversion(
         dataclasses.replace(source, config=changed), written, rounded=True
     )
     settings, notes = compare_settings(ours.config, theirs.config, CONVERTED)
+    settings += _heads_of_one(ours, theirs, CONVERTED)
     weights, padding = compare_weights(ours, theirs, entries=entries, sides=CONVERTED)
     weights = dataclasses.replace(weights, forms=tuple(forms))
     told: dict[str, Any] = {
@@ -439,7 +441,13 @@ def _with_zeros(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
 
 
 def _without(checkpoint: Checkpoint, parts: Collection[str]) -> Checkpoint:
-    """Return a checkpoint without some of its parts, each a setting and the start of its names."""
+    """Return a checkpoint without some of its parts, each a setting and the start of its names.
+
+    `mtp` stands for the heads of multi-token prediction, which no setting of the model names.
+    """
+    if "mtp" in parts:
+        checkpoint = dataclasses.replace(checkpoint, prediction_heads={})
+    parts = [part for part in parts if part != "mtp"]
     tensors = {
         name: tensor
         for name, tensor in checkpoint.tensors.items()
@@ -448,6 +456,16 @@ def _without(checkpoint: Checkpoint, parts: Collection[str]) -> Checkpoint:
     absent: dict[str, Any] = dict.fromkeys(parts, False)
     config = dataclasses.replace(checkpoint.config, **absent)
     return dataclasses.replace(checkpoint, config=config, tensors=tensors)
+
+
+def _heads_of_one(ours: Checkpoint, theirs: Checkpoint, sides: Labels) -> list[str]:
+    """Return a phrase where one side alone has heads of multi-token prediction."""
+    has = [bool(side.prediction_heads) for side in (ours, theirs)]
+    if has[0] == has[1]:
+        return []
+    return [
+        f"only {sides[has.index(True)]} has heads of multi-token prediction, which no output needs"
+    ]
 
 
 def _unasked(weights: WeightComparison, dtype: torch.dtype | None) -> list[str]:

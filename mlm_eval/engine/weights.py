@@ -24,10 +24,20 @@ from mlm_eval.checkpoints.comparison import (
 )
 from mlm_eval.checkpoints.config import ModelConfig, YarnScaling
 from mlm_eval.checkpoints.dtypes import dtype_name
-from mlm_eval.checkpoints.huggingface.folds import is_gain, with_halved_rotary, with_plain_gains
+from mlm_eval.checkpoints.huggingface.folds import (
+    is_gain,
+    with_each,
+    with_halved_rotary,
+    with_plain_gains,
+)
 from mlm_eval.checkpoints.huggingface.t5 import with_plain_logits, with_unscaled_scores
-from mlm_eval.checkpoints.lazy import LazyTensor, Mapped
-from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS, parameters
+from mlm_eval.checkpoints.lazy import LazyTensor, cast_to
+from mlm_eval.checkpoints.parameters import (
+    WORD_EMBEDDINGS,
+    num_prediction_heads,
+    parameters,
+    prediction_parameters,
+)
 
 BLOCK = 16 << 20
 """Bytes of one side that are compared at a time."""
@@ -91,19 +101,16 @@ def one_form(
 def _plain_gains(checkpoint: Checkpoint, other: Checkpoint, *, rounded: bool) -> Checkpoint:
     if not checkpoint.config.layernorm_zero_centered_gamma:
         return checkpoint
-    tensors = dict(checkpoint.tensors)
-    for name, gain in checkpoint.tensors.items():
-        if is_gain(name):
-            wide = torch.float32
-            if rounded and name in other.tensors:
-                wide = torch.promote_types(gain.dtype, other.tensors[name].dtype)
-            tensors[name] = cast_to(gain, wide)
-    return with_plain_gains(dataclasses.replace(checkpoint, tensors=tensors))
+    known = {**other.prediction_heads, **other.tensors}
 
+    def widened(name: str, tensor: LazyTensor) -> LazyTensor:
+        if not is_gain(name):
+            return tensor
+        as_stored = rounded and name in known
+        wide = torch.promote_types(tensor.dtype, known[name].dtype) if as_stored else torch.float32
+        return cast_to(tensor, wide)
 
-def cast_to(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
-    """Return a tensor that is rounded to a dtype as it is read."""
-    return Mapped(tensor, lambda values: values.to(dtype), dtype)
+    return with_plain_gains(with_each(checkpoint, widened))
 
 
 def compare_settings(
@@ -181,7 +188,8 @@ def compare_weights(
     """Return how far all weights of two models are apart, and their rows of padding.
 
     An absent bias counts as zeros, and so does an absent table of positions or token types, or an
-    absent shared expert; the absent output table of a tied model is its word embeddings.
+    absent shared expert; the absent output table of a tied model is its word embeddings. Heads of
+    multi-token prediction are compared where both have some.
 
     Args:
         ours: A checkpoint in the form of the other; see `one_form`.
@@ -190,7 +198,12 @@ def compare_weights(
         sides: What phrases call the two.
         on_progress: Called with (bytes compared, bytes in all).
     """
-    tables = (parameters(ours.config), parameters(theirs.config))
+    tables = [parameters(side.config) for side in (ours, theirs)]
+    if ours.prediction_heads and theirs.prediction_heads:
+        ours, theirs = _with_heads_as_tensors(ours), _with_heads_as_tensors(theirs)
+        for own, side in zip(tables, (ours, theirs), strict=True):
+            count = num_prediction_heads(side.prediction_heads)
+            own.update(prediction_parameters(side.config, count))
     rows = (ours.config.vocab_size, theirs.config.vocab_size)
     entries = max(rows) if entries is None else entries
     total = sum(tensor.nbytes for tensor in ours.tensors.values())
@@ -248,6 +261,11 @@ def compare_weights(
     )
     spare = (max(rows[0] - entries, 0), max(rows[1] - entries, 0))
     return weights, PaddingComparison(entries, spare, padding) if any(spare) else None
+
+
+def _with_heads_as_tensors(checkpoint: Checkpoint) -> Checkpoint:
+    tensors = {**checkpoint.tensors, **checkpoint.prediction_heads}
+    return dataclasses.replace(checkpoint, tensors=tensors)
 
 
 def only_last_rows(weights: WeightComparison, ours: ModelConfig, theirs: ModelConfig) -> bool:

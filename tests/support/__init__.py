@@ -10,7 +10,7 @@
     runs/                   what ranks and engines are made to run, and how it is watched
     fuzz/                   random models; megatron-core in a process of its own, which reads what
                             we write, and writes random models for us to read
-    reliability/            hostile and broken input: commands in a warm process, what they may not do
+    reliability/            hostile and broken input: a warm process, what commands may not do
     house/                  the rules of the house, the built wheel, other processors
 
 Nothing here is a test.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.lazy import InMemory
-from mlm_eval.checkpoints.parameters import parameters, vocab_range
+from mlm_eval.checkpoints.parameters import parameters, prediction_parameters, vocab_range
 from mlm_eval.engine.engine import load_model
 from mlm_eval.model.tensor_parallel import (
     SINGLE,
@@ -55,6 +55,16 @@ def checkpoint(
     weights = state_dict(model, seed=seed) if weights is None else weights
     lazy = {name: InMemory(tensor) for name, tensor in weights.items()}
     return Checkpoint(model, lazy, Provenance(Path(path), "megatron-torch", digest="none")).check()
+
+
+def with_prediction_heads(source: Checkpoint, heads: int, *, seed: int = 7) -> Checkpoint:
+    """Return a checkpoint with heads of multi-token prediction, of noise."""
+    noise = torch.Generator().manual_seed(seed)
+    found = {
+        name: InMemory(torch.randn(parameter.shape, generator=noise))
+        for name, parameter in prediction_parameters(source.config, heads).items()
+    }
+    return dataclasses.replace(source, prediction_heads=found)
 
 
 def on_one_rank(model: ModelConfig, weights: Mapping[str, Tensor] | None = None) -> Any:

@@ -18,11 +18,9 @@ from torch import Tensor
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig, parse_overrides
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.lazy import InMemory
 from mlm_eval.checkpoints.megatron.args import check_args
 from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
 from mlm_eval.checkpoints.open import open_checkpoint
-from mlm_eval.checkpoints.parameters import prediction_parameters
 from mlm_eval.model.sizes import initial_config
 from mlm_eval.tasks.language.pretraining import check_start
 from mlm_eval.tasks.language.settings import TextSettings
@@ -388,11 +386,7 @@ def test_a_coefficient_that_no_balancing_uses_is_no_loss(tmp_path: Path) -> None
 
 def test_what_training_leaves_as_it_is_is_told(tmp_path: Path) -> None:
     source = random_models.checkpoint(dataclasses.replace(DEEPSEEK, vocab_size=256))
-    heads = {
-        name: InMemory(torch.ones(parameter.shape))
-        for name, parameter in prediction_parameters(source.config, 1).items()
-    }
-    warnings = start(dataclasses.replace(source, prediction_heads=heads), tmp_path / "words")
+    warnings = start(random_models.with_prediction_heads(source, 1), tmp_path / "words")
     assert any("biases that choose experts stay" in warning for warning in warnings)
     assert any("multi-token prediction are not trained" in warning for warning in warnings)
 

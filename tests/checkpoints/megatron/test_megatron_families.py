@@ -28,24 +28,13 @@ from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig, YarnScaling
 from mlm_eval.checkpoints.convert import convert
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.lazy import InMemory
 from mlm_eval.checkpoints.megatron.write_dist import write_torch_dist
 from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
 from mlm_eval.checkpoints.open import open_checkpoint
-from mlm_eval.checkpoints.parameters import allowed_tp, prediction_parameters
+from mlm_eval.checkpoints.parameters import allowed_tp
 
 DEEPSEEK = FAMILY_MODELS["deepseek"]
 FAMILIES = SHARED / "oracles" / "families"
-
-
-def with_heads(source: Checkpoint, heads: int, *, seed: int = 7) -> Checkpoint:
-    """Return a checkpoint with heads of multi-token prediction, of noise."""
-    noise = torch.Generator().manual_seed(seed)
-    found = {
-        name: InMemory(torch.randn(parameter.shape, generator=noise))
-        for name, parameter in prediction_parameters(source.config, heads).items()
-    }
-    return dataclasses.replace(source, prediction_heads=found)
 
 
 def assert_same(actual: Checkpoint, expected: Checkpoint) -> None:
@@ -158,7 +147,7 @@ def test_the_bias_that_chooses_experts_stays_in_float32(dtype: torch.dtype, tmp_
 
 @pytest.mark.parametrize("name", ["deepseek", "mixtral", "every second layer, with biases"])
 def test_heads_of_prediction_are_carried_along(name: str, tmp_path: Path) -> None:
-    source = with_heads(random_models.checkpoint(FAMILY_MODELS[name]), 2)
+    source = random_models.with_prediction_heads(random_models.checkpoint(FAMILY_MODELS[name]), 2)
     there = open_checkpoint(write_megatron_torch(source, tmp_path / "torch", tp=2, pp=2, ep=2))
     back = open_checkpoint(write_torch_dist(there, tmp_path / "dist"))
     assert_same(there, source)
@@ -399,7 +388,7 @@ def test_megatron_core_loads_them_and_computes_the_same_logits(format: str, tmp_
 @pytest.mark.long
 @pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 def test_megatron_core_loads_heads_of_prediction(tmp_path: Path) -> None:
-    source = with_heads(random_models.checkpoint(DEEPSEEK), 1)
+    source = random_models.with_prediction_heads(random_models.checkpoint(DEEPSEEK), 1)
     written = write_megatron_torch(source, tmp_path / "out")
     file = written / "release" / "mp_rank_00" / "model_optim_rng.pt"
     run_core("megatron_core_torch.py", tmp_path, [file, Path("-"), tmp_path / "output"])
