@@ -31,6 +31,7 @@ _NAMES = (
     ("mlp.fc1_", "mlp.linear_fc1."),
     ("mlp.fc2_", "mlp.linear_fc2."),
 )
+_ENGINES_MLP = "mlp.fc1_"
 _BUFFERS = re.compile(r"attention\.(rotary_emb\.inv_freq|alibi_embed\.slopes|(masked_)?bias)")
 _FC1, _QKV = "mlp.linear_fc1.", "self_attention.linear_qkv."
 _MATRICES = (
@@ -45,7 +46,7 @@ _ROW_BIASES = ("self_attention.linear_proj.bias", "mlp.linear_fc2.bias")
 def megatron_blocks(blocks: Sequence[Tensors], settings: NeoxSettings, where: str) -> list[Tensors]:
     """Return the block of each tensor-parallel rank under megatron-core's names and in its order.
 
-    - A gated matrix is `[up; gate]` here, `[gate; up]` there.
+    - A gated matrix is `[up; gate]` here, `[gate; up]` there; TransformerEngine's is as there.
     - With grouped queries a rank's rows are all its queries, all its keys, all its values.
     - With the parallel residual every rank adds its own bias of the row-parallel layers before the
       sum over ranks: the true bias is the sum. With the sequential one each has a copy.
@@ -57,10 +58,14 @@ def megatron_blocks(blocks: Sequence[Tensors], settings: NeoxSettings, where: st
         settings: Of the run.
         where: The checkpoint, for messages.
     """
+    of_engine = any(name.startswith(_ENGINES_MLP) for name in blocks[0])
+    if of_engine:
+        _check_engines_mlp(settings, where)
     renamed = [_renamed(block, where) for block in blocks]
     for block in renamed:
         _check_matrices(block, where)
-        _order_gate(block)
+        if not of_engine:
+            _order_gate(block)
         _order_groups(block, settings, len(blocks), where)
         if settings.tied_norms:
             for leaf in ("weight", "bias"):
@@ -112,6 +117,27 @@ def _renamed(block: Mapping[str, LazyTensor], where: str) -> Tensors:
         if gate is not None and up is not None:
             found[f"{_FC1}{leaf}"] = Concat([up, gate], 0)
     return found
+
+
+def _check_engines_mlp(settings: NeoxSettings, where: str) -> None:
+    """Refuse TransformerEngine's MLPs unless what they compute is stated.
+
+    Its kernels activate the first half of a gated matrix, which are gpt-neox's second half, and its
+    GELU is the tanh form; the epsilon of the norm in such an MLP is a constant of gpt-neox.
+    Source: megatron/model/transformer_engine.py of EleutherAI/gpt-neox (`TELayerNormMLP`);
+    transformer_engine/common/util/vectorized_pointwise.h of NVIDIA/TransformerEngine.
+    """
+    given = settings.overrides
+    name, constant = ("layernorm", 1e-5) if settings.layer_norm else ("rms_norm", 1e-8)
+    epsilon = given.get("layernorm_epsilon", settings.get(f"{name}_epsilon")[0])
+    if "activation" not in given or float(epsilon) != constant:
+        same = "" if float(epsilon) == constant else f" --set layernorm_epsilon={constant:g}"
+        raise InputError(
+            f"{where} has TransformerEngine's MLPs (te_layernorm_mlp), whose GELU is the tanh form "
+            f"and whose norm has epsilon {constant:g} whatever the settings say; mlm-eval was not "
+            "compared with such a run: say what it computed with --set activation=gelu_tanh, "
+            f"geglu_tanh or swiglu{same and ' and'}{same}"
+        )
 
 
 def _check_matrices(block: Tensors, where: str) -> None:

@@ -26,6 +26,7 @@ from mlm_eval.checkpoints.checkpoint import (
 from mlm_eval.checkpoints.config import ConfigBuilder
 from mlm_eval.checkpoints.deepspeed.blocks import Tensors, megatron_blocks, megatron_norm
 from mlm_eval.checkpoints.deepspeed.folder import Step
+from mlm_eval.checkpoints.deepspeed.harmless import unknown_args
 from mlm_eval.checkpoints.deepspeed.settings import NeoxSettings, neox_config, read_settings
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safe_pickle import printable
@@ -90,6 +91,7 @@ def read_step(step: Step, overrides: dict[str, Any]) -> Checkpoint:
             )
         chunks = [_plain_chunk(rank, where) for rank in ranks]
         checkpoint = _merged(step, ranks, chunks, _fork_args(args), overrides, None)
+        checkpoint.provenance.warnings.extend(unknown_args(args))
     return _with_provenance(checkpoint, step, ranks)
 
 

@@ -1,8 +1,9 @@
 """gpt-neox's settings: configs/*.yml of a step, as plain data, and the model that they describe.
 
 The names are those of gpt-neox's NeoXArgs, with dashes or underscores. Each that changes what the
-model computes stands in the table below: read, or refused by its name. The others are about data,
-training, machines and kernels.
+model computes stands in the tables below: read, or refused by its name. The others that are known
+are about data, training, machines and kernels (`harmless.py`); what is known nowhere is told of, or
+refused where its name is about the model.
 Source: EleutherAI/gpt-neox, megatron/neox_arguments/neox_args.py and megatron/model/transformer.py.
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.config import ConfigBuilder, is_of_kind
+from mlm_eval.checkpoints.deepspeed.harmless import NEOX_HARMLESS, not_heeded, unknown_names
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safe_pickle import is_scalar, printable
 from mlm_eval.checkpoints.megatron.family_args import Shapes
@@ -24,7 +26,7 @@ NEOX_READ = frozenset(
     """num_layers hidden_size num_attention_heads num_kv_heads seq_length max_position_embeddings
     norm layernorm_epsilon rms_norm_epsilon rmsnorm_fusion pos_emb rotary_pct rotary_emb_base
     no_weight_tying activation bias_gelu_fusion onnx_safe mlp_type gpt_j_residual gpt_j_tied
-    use_bias_in_norms use_bias_in_attn_linear use_bias_in_mlp
+    use_bias_in_norms use_bias_in_attn_linear use_bias_in_mlp te_layernorm_mlp
     model_parallel_size make_vocab_size_divisible_by hidden_dropout attention_dropout
     init_method_std""".split()
 )
@@ -198,6 +200,14 @@ class NeoxSettings:
                 f"{where} was trained with {what} ({name} in {self.source}), which mlm-eval does "
                 "not compute; it reads gpt-neox's dense GPT models"
             )
+        about, _ = unknown_names(self.values, NEOX_KNOWN)
+        if about:
+            value = printable(str(self.values[about[0]]))[:40]
+            raise InputError(
+                f"{where}: {self.source} says {about[0]}: {value}, a setting that mlm-eval does "
+                "not know and that may change what the model computes; take it out of the file if "
+                "it does not"
+            )
         if self.complete:
             return
         missing = {
@@ -220,6 +230,9 @@ class NeoxSettings:
         if name == "soft_prompt_tuning":
             return isinstance(value, dict) and not value.get("enabled")
         return False
+
+
+NEOX_KNOWN = frozenset({*NEOX_READ, *NEOX_REFUSED, *NEOX_HARMLESS})
 
 
 def _words(value: Any, depth: int = 0) -> set[str]:
@@ -313,6 +326,8 @@ def neox_config(
     b.set("untie_embeddings_and_output_weights", has_table, "shapes")
     for name in ("hidden_dropout", "attention_dropout", "init_method_std"):
         b.set(name, *settings.get(name))
+    if others := unknown_names(settings.values, NEOX_KNOWN)[1]:
+        b.warnings.append(not_heeded(f"{settings.source} has", others))
     return b.finish()
 
 

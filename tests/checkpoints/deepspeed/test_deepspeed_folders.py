@@ -98,6 +98,15 @@ def test_megatron_deepspeed_is_read_as_it_was_trained(
     assert_same(found, model)
 
 
+def test_unknown_args_about_the_model_are_listed(tmp_path: Path) -> None:
+    args = bloom_args()
+    args.tensor_model_parallel_size = 1
+    args.new_attention_window, args.mlp_gain, args.lr_shape = 7, None, "round"
+    root = write_fork(tmp_path, synthetic.random_model(BLOOM), BLOOM, args, first_block=3)
+    [warning] = open_checkpoint(root).provenance.warnings
+    assert warning.endswith("which are not heeded: new_attention_window")
+
+
 @pytest.mark.parametrize("member", list(PositionEmbeddingType), ids=str)
 def test_the_forks_enum_is_read_without_its_module(
     member: PositionEmbeddingType, fork_enum: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -15,10 +15,17 @@ import pytest
 import torch
 import yaml
 from support.folders import synthetic
-from support.folders.deepspeed_folders import NEWER_NAMES, ROW_BIASES, neox_settings, write_neox
+from support.folders.deepspeed_folders import (
+    ENGINE_NAMES,
+    NEWER_NAMES,
+    ROW_BIASES,
+    neox_settings,
+    write_neox,
+)
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig, parse_overrides
+from mlm_eval.checkpoints.deepspeed.harmless import NEOX_HARMLESS
 from mlm_eval.checkpoints.deepspeed.settings import NEOX_READ, NEOX_REFUSED
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.open import open_checkpoint
@@ -270,6 +277,57 @@ def test_without_its_settings_a_folder_says_what_to_give(tmp_path: Path):
     assert_same(found, model)
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "geglu_tanh", "swiglu"])
+def test_transformer_engines_mlps_are_read_as_it_is_stated(
+    activation: str, tp: int, tmp_path: Path
+) -> None:
+    """Its kernels activate the first half, gpt-neox's own code the second."""
+    config = dataclasses.replace(PARALLEL, activation=activation)
+    model = random_model(config)
+    settings = neox_settings(dataclasses.replace(PARALLEL, activation="gelu"), tp)
+    settings |= {"te-layernorm-mlp": True, "activation": activation.removesuffix("_tanh")}
+    root = write_neox(tmp_path, model, config, tp=tp, names=ENGINE_NAMES, settings=settings)
+    with pytest.raises(InputError, match="TransformerEngine's MLPs .te_layernorm_mlp.*--set act"):
+        open_checkpoint(root)
+    found = open_checkpoint(root, {"activation": activation})
+    assert found.config == config
+    assert_same(found, model)
+
+
+def test_transformer_engines_mlps_have_an_epsilon_of_their_own(tmp_path: Path) -> None:
+    config = dataclasses.replace(PARALLEL, activation="gelu_tanh", layernorm_epsilon=1e-6)
+    settings = neox_settings(config, 1)
+    root = write_neox(tmp_path, random_model(config), config, names=ENGINE_NAMES, settings=settings)
+    with pytest.raises(InputError, match="epsilon 1e-05 whatever .* --set layernorm_epsilon=1e-05"):
+        open_checkpoint(root, {"activation": "gelu_tanh"})
+    given = {"activation": "gelu_tanh", "layernorm_epsilon": 1e-5}
+    assert open_checkpoint(root, given).config.layernorm_epsilon == 1e-5
+
+
+@pytest.mark.parametrize(
+    "name", ["new-attention", "use_parallel_norm", "rope-theta-2", "logits_softcap", "mlp-gate-2"]
+)
+def test_an_unknown_setting_of_the_model_is_refused(name: str, tmp_path: Path) -> None:
+    settings = neox_settings(PARALLEL, 1) | {name: True}
+    root = write_neox(tmp_path, random_model(PARALLEL), PARALLEL, settings=settings)
+    said = f"configs/run.yml says {name.replace('-', '_')}: True, a setting that mlm-eval does not"
+    with pytest.raises(InputError, match=said):
+        open_checkpoint(root)
+    off = settings | {name: False}
+    (root / "global_step7/configs/run.yml").write_text(yaml.safe_dump(off))
+    assert open_checkpoint(root).provenance.warnings == []
+
+
+def test_other_unknown_settings_are_listed(tmp_path: Path) -> None:
+    unknown = {f"colour-{number}": number for number in range(1, 11)}
+    settings = neox_settings(PARALLEL, 1) | unknown
+    root = write_neox(tmp_path, random_model(PARALLEL), PARALLEL, settings=settings)
+    [warning] = open_checkpoint(root).provenance.warnings
+    assert "configs/run.yml has settings that mlm-eval does not know" in warning
+    assert "colour_1, colour_10, colour_2" in warning and warning.endswith("and 2 more")
+
+
 def test_an_rmsnorm_with_a_large_epsilon_is_told_of(tmp_path: Path):
     config = dataclasses.replace(LLAMA, layernorm_epsilon=1e-5)
     model = synthetic.random_model(config)
@@ -280,8 +338,9 @@ def test_an_rmsnorm_with_a_large_epsilon_is_told_of(tmp_path: Path):
     assert open_checkpoint(fused).provenance.warnings == []
 
 
-def test_no_setting_is_both_read_and_refused():
+def test_a_setting_has_one_meaning():
     assert not NEOX_READ & set(NEOX_REFUSED)
+    assert not NEOX_HARMLESS & {*NEOX_READ, *NEOX_REFUSED}
 
 
 # ---- what is lost or too much ------------------------------------------------------------------

@@ -33,6 +33,12 @@ NEOX_NAMES = {
     "mlp.linear_fc2.": "mlp.dense_4h_to_h.",
 }
 NEWER_NAMES = {**NEOX_NAMES, "mlp.linear_fc1.": "mlp.linear1.", "mlp.linear_fc2.": "mlp.linear2."}
+ENGINE_NAMES = {
+    **NEOX_NAMES,
+    "pre_mlp_layernorm.": "mlp.layer_norm_",
+    "mlp.linear_fc1.": "mlp.fc1_",
+    "mlp.linear_fc2.": "mlp.fc2_",
+}
 FORK_NAMES = {
     "self_attention.linear_qkv.": "self_attention.query_key_value.",
     "self_attention.linear_proj.": "self_attention.dense.",
@@ -134,7 +140,7 @@ def _neox_part(
         gate, up = tensor.chunk(2)
         if llama:
             return {f"mlp.w1.{leaf}": gate.clone(), f"mlp.w3.{leaf}": up.clone()}
-        tensor = torch.cat([up, gate])
+        tensor = torch.cat([gate, up] if names is ENGINE_NAMES else [up, gate])
     if part.startswith("mlp.linear_fc2.") and llama:
         return {f"mlp.w2.{leaf}": tensor}
     rms = config.normalization == "RMSNorm"
