@@ -17,6 +17,7 @@ laptop: no model, no process group.
     errors.py       `InputError`: what is wrong with the user's input
     files/          kinds of files, whatever they hold: pickles, safetensors, .distcp, zarr
     archives/       checkpoints that come as one file: zip, tar
+    hub/            hf:// addresses: repositories of the Hugging Face hub, fetched and pushed to
     folders/        folders that are written to: whose they are, and what may be removed
     tokenizers/     added tokens, BERT's word pieces, what stands beside a vocabulary
     projects/       settings that other projects write beside Megatron's weights

@@ -48,6 +48,8 @@ class Provenance:
     """Neutral remarks, such as the form of the files."""
     files: list[Path] = field(default_factory=list)
     digest: str = ""
+    address: str = ""
+    """Where the files were fetched from: `hf://org/name@commit`; empty: from nowhere."""
     args: Mapping[str, Any] = field(default_factory=dict)
     """Megatron's saved args as plain values, for the writers; empty elsewhere."""
 

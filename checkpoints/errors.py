@@ -58,3 +58,8 @@ def require(package: str, what: str, instead: str = "") -> None:
     """
     if find_spec(package) is None:
         raise not_installed(package, what, instead)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -18,6 +18,7 @@ from mlm_eval.checkpoints.deepspeed.folder import find_step
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.stand_in import describe_missing, refuse_stand_in
 from mlm_eval.checkpoints.files.text_file import read_json_object, read_text
+from mlm_eval.checkpoints.hub.download import hub_address, hub_folder
 from mlm_eval.checkpoints.megatron.iteration import (
     TRACKER,
     TRAIN_STATE,
@@ -52,7 +53,8 @@ def open_checkpoint(
     Args:
         path: A checkpoint root with its tracker file, an `iter_*` or `release` folder, a single
             `.pt`, a published zip archive, a folder of Megatron-Bridge, NeMo or verl at any of its
-            doors, a `.nemo` file, a Hugging Face folder, `catalog:NAME` or `sample:NAME`.
+            doors, a `.nemo` file, a Hugging Face folder, `catalog:NAME`, `sample:NAME`, or
+            `hf://org/name[@revision][/path]` on the Hugging Face hub.
         overrides: Settings that win over the file's and the catalog's (see `parse_overrides`).
         allow_hostile: Open a file even if its pickle names harmful callables (`inspect` does;
             nothing in a pickle ever runs either way).
@@ -64,7 +66,7 @@ def open_checkpoint(
     check_overrides(overrides)
     if is_catalog_name(path):
         return _open_entry(path, overrides, allow_hostile=allow_hostile)
-    target = sample_folder(path) or Path(path).expanduser()
+    target = sample_folder(path) or hub_folder(path) or Path(path).expanduser()
     try:
         checkpoint = _open(target, overrides)
     except PermissionError as error:
@@ -72,6 +74,10 @@ def open_checkpoint(
             f"{error.filename or target} cannot be read: permission denied; change its "
             "permissions, or copy the checkpoint to where you may read it"
         ) from None
+    if (source := hub_address(path)) is not None:
+        address = source.of_commit(checkpoint.provenance.path)
+        provenance = dataclasses.replace(checkpoint.provenance, address=address)
+        checkpoint = dataclasses.replace(checkpoint, provenance=provenance)
     hostile = checkpoint.provenance.hostile
     if hostile and not allow_hostile:
         more = f" and {len(hostile) - 3} more" if len(hostile) > 3 else ""

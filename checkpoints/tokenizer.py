@@ -26,6 +26,7 @@ from mlm_eval.checkpoints.catalog import is_catalog_name, resolve, sample_folder
 from mlm_eval.checkpoints.errors import InputError, require
 from mlm_eval.checkpoints.files.stand_in import refuse_stand_in
 from mlm_eval.checkpoints.files.text_file import read_json_object, read_text
+from mlm_eval.checkpoints.hub.download import hub_folder
 from mlm_eval.checkpoints.tokenizers.added import MOST_UNUSED, AddedSplitter, add_to, to_add
 from mlm_eval.checkpoints.tokenizers.side_files import (
     TOKEN_FLAGS,
@@ -361,7 +362,8 @@ def find_tokenizer(checkpoint_path: str | Path) -> Tokenizer | None:
 
     if is_catalog_name(checkpoint_path):
         _, checkpoint_path = resolve(checkpoint_path)
-    path = (sample_folder(checkpoint_path) or Path(checkpoint_path)).absolute()
+    found = sample_folder(checkpoint_path) or hub_folder(checkpoint_path) or Path(checkpoint_path)
+    path = found.absolute()
     if (tokenizer := _nemo_tokenizer(path)) is not None:
         return tokenizer
     folder = path if path.is_dir() else path.parent

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlm_eval.checkpoints.errors import InputError, require
+from mlm_eval.checkpoints.errors import InputError, first_line, require
 from mlm_eval.checkpoints.files.safe_pickle import is_scalar
 from mlm_eval.checkpoints.files.text_file import read_json_object, read_text
 from mlm_eval.checkpoints.projects.gemma import gemma_settings
@@ -228,10 +228,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(read_text(path))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"{path} is not plain YAML ({first}); nothing in it was run, give the file as its "
-            "project wrote it"
+            f"{path} is not plain YAML ({first_line(error)}); nothing in it was run, give the file "
+            "as its project wrote it"
         ) from None
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no settings; copy the file again")

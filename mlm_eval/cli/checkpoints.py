@@ -99,7 +99,16 @@ class TargetOptions(CheckpointOption):
         False,
         flag="--allow-approximate",
     )
-    overwrite: bool = option("Replace a checkpoint that is at --output.", False, flag="--overwrite")
+    push_to: str | None = option(
+        "Push the folder to this repository of the Hugging Face hub too; a new one is private.",
+        None,
+        metavar="ORG/NAME",
+    )
+    overwrite: bool = option(
+        "Replace a checkpoint that is at --output, and the files of --push-to.",
+        False,
+        flag="--overwrite",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +138,11 @@ def convert_checkpoint(options: ConvertOptions) -> None:
         print("comparing the result with its source ...", file=sys.stderr)
         return verify_conversion(*given, **settings)
 
+    target = None
+    if options.push_to is not None:
+        from mlm_eval.checkpoints.hub.upload import check_target
+
+        target = check_target(options.push_to, overwrite=options.overwrite)
     checkpoint = chosen_checkpoint(options.ckpt, options.overrides)
     tokenizer = chosen_tokenizer(options.ckpt, options)
     for warning in checkpoint.provenance.warnings:
@@ -160,6 +174,9 @@ def convert_checkpoint(options: ConvertOptions) -> None:
     print(f"{options.ckpt} -> {options.output} ({options.to})")
     if done.comparison is not None:
         print(comparison_text(done.comparison))
+    if target is not None:
+        print(f"pushing {options.output} to {options.push_to} ...", file=sys.stderr)
+        print(f"pushed: {target.push(options.output, f'Convert {options.ckpt} with mlm-eval')}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,6 +105,7 @@ def checkpoint_record(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "path": str(provenance.path),
         "digest": provenance.digest,
+        **({"address": provenance.address} if provenance.address else {}),
         "format": provenance.format,
         "num_parameters": checkpoint.num_parameters,
         "checkpoint_version": provenance.checkpoint_version,
