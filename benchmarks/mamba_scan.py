@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mlm_eval.engine.products import float32_products
 from mlm_eval.model.mamba import scan
 
 LEAST_SPEEDUP, MOST_DISTANCE = 20.0, 1e-5
@@ -36,8 +37,9 @@ def draw(length: int, heads: int, channels: int, groups: int, states: int) -> In
     return x, dt, A, B, C
 
 
+@float32_products()
 def by_chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """Return the scan's outputs."""
+    """Return the scan's outputs, with the products of the engine."""
     heads, groups = x.shape[2], B.shape[2]
     state = x.new_zeros(len(x), groups, B.shape[3], heads // groups, x.shape[3])
     return scan(x, dt, A, B, C, state)[0]

@@ -12,6 +12,7 @@ from torch import Tensor
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.engine.batching import OnProgress, in_order, map_batches, pack, pad_rows
+from mlm_eval.engine.products import float32_products
 from mlm_eval.engine.resume import KeptScores, PartialScores
 from mlm_eval.model.bert import BERT
 from mlm_eval.model.layers import to_device
@@ -56,6 +57,7 @@ class BertOutput:
 
 
 @torch.inference_mode()
+@float32_products()
 def encode(
     model: BERT,
     inputs: Sequence[BertInput],

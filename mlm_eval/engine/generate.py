@@ -19,6 +19,7 @@ from torch import Tensor
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.engine.batching import OnProgress, in_order, map_batches, pack, pad_rows
+from mlm_eval.engine.products import float32_products
 from mlm_eval.model.costs.memory import FLOAT32
 from mlm_eval.model.gpt import GPT
 from mlm_eval.ranks.mesh import Mesh
@@ -138,6 +139,7 @@ class Loaded(Protocol):
 
 
 @torch.inference_mode()
+@float32_products()
 def generate(
     engine: Loaded,
     prompts: Sequence[Prompt],

@@ -12,6 +12,7 @@ from torch import Tensor
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.engine.batching import OnProgress, map_batches, pack, pad_rows
+from mlm_eval.engine.products import float32_products
 from mlm_eval.engine.resume import PartialScores
 from mlm_eval.model.gpt import GPT
 from mlm_eval.model.layers import to_device
@@ -137,6 +138,7 @@ class ScoringBatch:
 
 
 @torch.inference_mode()
+@float32_products()
 def score(
     model: GPT | T5,
     requests: Sequence[Request],

@@ -10,6 +10,7 @@ docs/megatron.md, "Mamba-2 and hybrids".
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,6 +38,9 @@ SCAN_CHUNK = 64
 SCAN_ELEMENTS = 1 << 24
 """Decays of the chunks that are computed together (64 MB in float32), however long the texts."""
 
+CACHED_ELEMENTS = 1 << 17
+"""On the CPU without gradients: decays of the texts that are computed together (half a MB)."""
+
 
 def scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
@@ -57,6 +61,14 @@ def scan(
     """
     batch, length, heads, _ = x.shape
     size = min(SCAN_CHUNK, length)
+    learned = any(part.requires_grad for part in (x, dt, A, B, C, state))
+    if x.device.type == "cpu" and not (learned and torch.is_grad_enabled()):
+        texts = max(1, CACHED_ELEMENTS // (heads * size * size))
+        parts = zip(*(part.split(texts) for part in (x, dt, B, C, state)), strict=True)
+        with without_autocast(x):
+            results = [_scan_in_turn(x, dt, A, B, C, s, size) for x, dt, B, C, s in parts]
+        ys, states = zip(*results, strict=True)
+        return (ys[0], states[0]) if len(results) == 1 else (torch.cat(ys), torch.cat(states))
     span = size * max(1, SCAN_ELEMENTS // (batch * heads * size * size))
     pieces = []
     with without_autocast(x):
@@ -65,6 +77,63 @@ def scan(
             y, state = _scan_span(x[:, part], dt[:, part], A, B[:, part], C[:, part], state, size)
             pieces.append(y)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1), state
+
+
+def _scan_in_turn(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """Return `scan` of some texts, one chunk after the other.
+
+    What a chunk needs stays in the processor's cache, and most is written in place. Decays are
+    powers of 2, which take a quarter of the time of exponentials, of numbers that are no smaller
+    than 2^-126: those below take many times as long.
+    """
+    (batch, length, heads, channels), (groups, states) = x.shape, B.shape[2:]
+    if missing := -length % size:  # positions with dt = 0
+        x, B, C = (F.pad(part, (0, 0, 0, 0, 0, missing)) for part in (x, B, C))
+        dt = F.pad(dt, (0, 0, 0, missing))
+    y = x.new_empty(x.shape)
+    state = state.flatten(0, 1).flatten(2).clone()  # [b g, n, r p]
+    per_head = state.view(batch, groups, states, -1, channels)
+
+    times = dt.double().unflatten(1, (-1, size))  # [b, c, q, h]
+    exponents = (times * A * (1 / math.log(2))).cumsum(dim=2)
+    to_end = (exponents[:, :, -1:] - exponents).clamp_(min=-126).exp2_()
+    since = exponents.clamp(min=-126).exp2().to(x.dtype)  # decay from a chunk's start
+    ends = _two_parts(exponents, x.dtype)
+    # The time step of what comes in is a factor of its decay.
+    starts = _two_parts(exponents - times.log2().clamp_(min=-2048), x.dtype)
+    chunks = zip(
+        *(part.transpose(0, 1) for part in (*ends, *starts)),
+        (to_end * times).to(x.dtype)[..., None].transpose(0, 1),
+        since[..., None].transpose(0, 1),
+        *(part.unflatten(1, (-1, size)).transpose(0, 1) for part in (x, y)),
+        *(part.unflatten(1, (-1, size)).permute(1, 0, 3, 2, 4).flatten(1, 2) for part in (B, C)),
+        strict=True,
+    )
+    for end, end_rest, start, start_rest, kept, since, x, out, b, c in chunks:
+        b, c = b.contiguous(), c.contiguous()  # those with strides would be copied more than once
+        overlaps = torch.bmm(c, b.transpose(1, 2)).tril_()  # [b g, q, q]
+        decays = end[..., None] - start[..., None, :]  # [b, h, q, q]
+        decays.add_(end_rest[..., None]).sub_(start_rest[..., None, :])
+        decays.clamp_(-126, 126).exp2_()  # those of later positions are multiplied by 0
+        decays.view(batch * groups, -1, size, size).mul_(overlaps[:, None])
+        inputs = x.transpose(1, 2).reshape(-1, size, channels)
+        within = torch.bmm(decays.view(-1, size, size), inputs)
+        past = torch.bmm(c, state).view(batch, groups, size, -1, channels).transpose(1, 2)
+        within = within.view(batch, heads, size, channels).transpose(1, 2)
+        torch.addcmul(within, past.reshape(x.shape), since, out=out)
+        added = (x * kept).view(batch, size, groups, -1).transpose(1, 2)
+        per_head.mul_(since[:, -1].view(batch, groups, 1, -1, 1))
+        state.baddbmm_(b.transpose(1, 2), added.reshape(batch * groups, size, -1))
+    return y[:, :length], per_head
+
+
+def _two_parts(exponents: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return `[b, c, q, h]` as `[b, c, h, q]` in a dtype, and what rounding has left."""
+    exponents = exponents.transpose(2, 3).contiguous()
+    rounded = exponents.to(dtype)
+    return rounded, (exponents - rounded).to(dtype)
 
 
 def _scan_span(
@@ -88,10 +157,7 @@ def _scan_span(
     before, state = _carried(B, inputs, to_end, rounded[:, :, -1].exp(), state)
     past = (C @ before.flatten(4)).unflatten(-1, x.shape[-2:])  # [b, c, g, q, r, p]
     past, within = past.transpose(2, 3), within.permute(0, 1, 4, 2, 3, 5)  # [b, c, q, g, r, p]
-    if past.requires_grad:
-        y = torch.addcmul(within, past, rounded.exp()[..., None])
-    else:  # in place: a scan takes its time in memory as much as in products
-        y = past.mul_(rounded.exp()[..., None]).add_(within)
+    y = torch.addcmul(within, past, rounded.exp()[..., None])
     return y.flatten(1, 2).flatten(2, 3)[:, :length], state
 
 
@@ -110,9 +176,7 @@ def _within(exponents: Tensor, rest: Tensor, B: Tensor, C: Tensor, inputs: Tenso
     future = decays.new_full(decays.shape[-2:], -torch.inf).triu(1)
     decays = decays.add_(rest[..., :, None]).sub_(rest[..., None, :]).add_(future).exp_()
     overlaps = (C @ B.transpose(-1, -2))[:, :, :, None]  # [b, c, g, 1, q, q]
-    # exp keeps its result for the gradient, so that it may be written over without one only.
-    weights = decays * overlaps if decays.requires_grad else decays.mul_(overlaps)
-    return weights @ inputs.permute(0, 1, 3, 4, 2, 5)
+    return (decays * overlaps) @ inputs.permute(0, 1, 3, 4, 2, 5)
 
 
 def _carried(
@@ -130,13 +194,6 @@ def _carried(
     kept = (inputs * to_end[..., None]).transpose(2, 3).flatten(4)  # [b, c, g, q, r p]
     added = (B.transpose(-1, -2) @ kept).unflatten(-1, inputs.shape[-2:])
     through = through[:, :, :, None, :, None]
-    if not added.requires_grad and not state.requires_grad:
-        before, last = torch.empty_like(added), torch.empty_like(state)
-        before[:, 0] = state
-        for chunk in range(inputs.shape[1]):
-            after = before[:, chunk + 1] if chunk + 1 < inputs.shape[1] else last
-            torch.addcmul(added[:, chunk], before[:, chunk], through[:, chunk], out=after)
-        return before, last
     states = [state]
     for chunk in range(inputs.shape[1]):
         states.append(torch.addcmul(added[:, chunk], states[-1], through[:, chunk]))
