@@ -22,6 +22,8 @@ CLONE     := $(shell pwd -P | cksum | cut -d ' ' -f 1)
 RUN_STAMP := $(VENV)/.mlm-eval-run-$(CLONE)
 DEV_STAMP := $(VENV)/.mlm-eval-dev-$(CLONE)
 NB_STAMP  := $(VENV)/.mlm-eval-notebooks-$(CLONE)
+SITE_STAMP := $(VENV)/.mlm-eval-docs-$(CLONE)
+EXECUTED   = build/notebooks
 PYTEST     = OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest \
 	-n $(JOBS) --dist loadfile
 INSTALL    = $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt
@@ -30,7 +32,7 @@ SAMPLE      := checkpoints/samples
 SAMPLE_ARGS := --ckpt $(SAMPLE)/gpt --tokenizer $(SAMPLE)/gpt/tokenizer --device cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-reliability test-portable lint typecheck wheel notebooks bench bench-race clean links
+.PHONY: help demo test test-fast test-reliability test-portable lint typecheck wheel notebooks docs bench bench-race clean links
 
 help: ## list the targets and the variables
 	@echo 'usage: make TARGET [VARIABLE=value ...]'
@@ -84,6 +86,10 @@ $(NB_STAMP): $(RUN_STAMP)
 	$(INSTALL) -e '.[notebooks]'
 	@touch $@
 
+$(SITE_STAMP): $(RUN_STAMP)
+	$(INSTALL) -e '.[docs]'
+	@touch $@
+
 demo: $(RUN_STAMP) ## evaluate the sample checkpoint that ships, on one process and on two ranks
 	@printf '%s\n' '' \
 	  'The sample is a small GPT in the layout that Megatron-LM writes, split over two tensor-parallel' \
@@ -126,14 +132,27 @@ typecheck: $(DEV_STAMP) ## check the types
 	$(BIN)/mypy -p mlm_eval
 
 wheel: $(DEV_STAMP) ## build the wheel in dist/ and check what is in it
-	rm -rf build dist
+	rm -rf build/lib build/bdist.* dist
 	$(BIN)/python -m build --wheel
-	rm -rf build
+	rm -rf build/lib build/bdist.*
 	$(BIN)/python tests/support/house/check_wheel.py dist/*.whl
 
-# Without the tests' options: their markers are declared in tests/.
+# Without the tests' options: their markers are declared in tests/. The copies keep their outputs for
+# the site; scripts/ stands beside them, as it does beside the notebooks.
 notebooks: $(NB_STAMP) ## run the notebooks on the samples (minutes); they stay without outputs
-	$(BIN)/python -m pytest -o addopts= --nbmake --nbmake-timeout=600 --durations=4 notebooks
+	rm -rf $(EXECUTED) build/notebooks.partial
+	mkdir -p build && ln -sfn ../scripts build/scripts && cp -r notebooks build/notebooks.partial
+	$(BIN)/python -m pytest -o addopts= --nbmake --overwrite --nbmake-timeout=600 --durations=4 \
+	  build/notebooks.partial
+	mv build/notebooks.partial $(EXECUTED)
+
+$(EXECUTED):
+	$(MAKE) notebooks
+
+# Runs the notebooks only where `make notebooks` has not: their outputs are those of that run.
+docs: $(SITE_STAMP) | $(EXECUTED) ## build the documentation site in site/, with the outputs of the notebooks
+	$(BIN)/python scripts/pages.py --notebooks $(EXECUTED) --output build/pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: $(DEV_STAMP) ## run the measurements of benchmarks/
 	@test -n '$(BENCHMARKS)' || { echo 'benchmarks/ holds no script' >&2; exit 1; }
@@ -144,5 +163,5 @@ bench-race: $(DEV_STAMP) ## fine-tune on real questions of RACE, beside transfor
 	$(BIN)/python benchmarks/race.py --data $(RACE)
 
 clean: ## remove what builds and checks leave; the virtual environment stays
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf build dist site .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

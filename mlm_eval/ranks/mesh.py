@@ -13,10 +13,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.model.tensor_parallel import TensorParallel
+
+try:
+    from torch.distributed import set_timeout  # type: ignore[attr-defined]  # since torch 2.14
+except ImportError:
+    from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others in a collective: the slowest may still read its shard."""
@@ -122,7 +126,7 @@ def _new_mesh(tp: int, dp: int) -> Mesh:
     kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
     device_mesh = init_device_mesh(kind, (dp, tp), mesh_dim_names=("dp", "tp"))
     for group in device_mesh.get_all_groups():  # they come with their backend's own: NCCL's 10 min
-        _set_pg_timeout(COLLECTIVE_TIMEOUT, group)
+        set_timeout(COLLECTIVE_TIMEOUT, group)
     mine = None
     for first in range(tp):  # every rank makes all groups
         group = dist.new_group(range(first, tp * dp, tp), backend="gloo", timeout=PATIENCE)

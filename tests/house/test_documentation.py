@@ -16,6 +16,8 @@ import os
 import re
 import shlex
 import socket
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ from pathlib import Path
 
 import pytest
 from support import random_models, tiny_bert
-from support.command_line import TEXT, Ended, Run, as_user
+from support.command_line import OF_A_LAUNCHER, TEXT, Ended, Run, as_user
 from support.family_models import FAMILY_MODELS
 from support.paths import PROJECT, SAMPLES
 
@@ -68,9 +70,10 @@ FOREIGN_OPTIONS = {
     "--overlapping-eval", "--strict-lambada", "--dist-ckpt-format", "--no-load-optim",
     "--no-load-rng", "--ckpt-format", "--ckpt-step", "--use-dist-ckpt", "--use-mcore-models",
     "--reset-position-ids", "--reset-attention-mask", "--eod-mask-loss", "--keep-last",
-    "--valid-data", "--yaml-cfg", "--gpu-bind", "--transformer-impl",
+    "--valid-data", "--yaml-cfg", "--gpu-bind", "--transformer-impl", "--kill-on-bad-exit",
+    "--extra-index-url",
 }  # fmt: skip
-"""Megatron's, and Slurm's."""
+"""Megatron's, Slurm's and pip's."""
 FOREIGN_FILES = {
     "tasks/zeroshot_gpt", "tasks/zeroshot_gpt/", "tasks/zeroshot_gpt2/", "tasks/data_utils.py",
     "tasks/zeroshot_gpt/detokenizer.py", "tasks/zeroshot_gpt/datasets.py",
@@ -262,7 +265,7 @@ def commands(document: Path) -> Iterator[Shown]:
     for number, text in spans(document):
         program, *rest = text.split(" ")
         least = 2 if program in ("mlm-eval", "python") else 1
-        if program in ("mlm-eval", "torchrun", "srun", "make", "pip", "python"):
+        if program in ("mlm-eval", "torchrun", "srun", "make", "pip", "pipx", "uv", "python"):
             if len(rest) >= least:
                 yield Shown(document, number, text)
 
@@ -411,8 +414,8 @@ def test_command(shown: Shown, run: Run, places: Path, place: Path):
         targets = re.findall(r"^([a-z-]+):", (PROJECT / "Makefile").read_text(), re.MULTILINE)
         assert set(rest) <= set(targets)
         return
-    if program == "pip":
-        assert_installs(rest)
+    if program in INSTALLERS:
+        assert_installs(shown.text)
         return
     words, launcher = inner_command(shown.words)
     if words[0] == "harness":
@@ -439,12 +442,68 @@ def test_command(shown: Shown, run: Run, places: Path, place: Path):
         assert_shown(shown.output, ended)
 
 
-def assert_installs(words: list[str]) -> None:
-    """Refuse another command of pip than the installation of the project or of its extras."""
-    match = re.fullmatch(r"install \.(?:\[(.+)\])?", " ".join(words))
-    assert match, words
+INSTALLERS = ("pip", "pipx", "uv")
+
+
+def assert_installs(text: str) -> None:
+    """Refuse other commands than the installation of the project, with or without extras.
+
+    A clone is `.`, an address has `ADDRESS` in its place; the short list follows `--no-deps`.
+    """
+    what, *more = shlex.split(re.sub(r"^(pip|pipx|uv pip) install (--no-deps )?", "", text))
+    match = re.fullmatch(r"(?:\.|mlm-eval)(?:\[(.+?)\])?(?: @ git\+ADDRESS)?", what)
+    assert match and what.startswith(".") != what.endswith("ADDRESS"), text
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
     assert not match[1] or set(match[1].split(",")) <= set(project["optional-dependencies"])
+    assert bool(more) == ("--no-deps" in text), text
+
+
+BATCHES = [
+    (document, fence)
+    for document in DOCUMENTS
+    for fence in fences(document)
+    if fence.info.startswith("bash ")
+]
+"""Scripts for Slurm."""
+FAKES = {
+    "srun": 'while [ "$1" != mlm-eval ]; do shift; done; exec "$@"',
+    "mlm-eval": 'exec "$PYTHON" -P -m mlm_eval "$@" --tp 1 --dp 1 --device cpu',
+}
+"""What stands for a cluster: one task, on the CPU."""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("document", "fence"), BATCHES, ids=[fence.info.split(" ")[1] for _, fence in BATCHES]
+)
+def test_a_batch_script_runs(document: Path, fence: Fence, places: Path, place: Path):
+    """As Slurm runs it, with the variable of an array's task; what it is to write is there."""
+    source = "\n".join(fence.lines)
+    names = "|".join(map(re.escape, sorted(PLACES, key=len, reverse=True)))
+    source = re.sub(
+        rf"(?<![\w./])/?({names})(?![\w./])",
+        lambda match: str(provide(match[1], places, place)),
+        source,
+    )
+    provide("models/gpt2_345m", places, place)
+    task = re.search(r"^#SBATCH --array=(\d+)-", source, re.MULTILINE)
+    (place / "models" / "run").mkdir(parents=True, exist_ok=True)
+    iteration = place / "models" / "run" / f"iter_{int(task[1]) if task else 0:07d}"
+    iteration.symlink_to((place / "models" / "gpt2_345m").resolve())
+    source = source.replace("/models/run", str(place / "models" / "run"))
+    for name, body in FAKES.items():
+        _written(place / "bin" / name, f"#!/bin/sh\n{body}\n")
+        (place / "bin" / name).chmod(0o755)
+    _written(place / "script", source)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(OF_A_LAUNCHER)}
+    environment |= {"PYTHON": sys.executable, "PATH": f"{place / 'bin'}:{environment['PATH']}"}
+    environment["SLURM_ARRAY_TASK_ID"] = task[1] if task else ""
+    done = subprocess.run(
+        ["bash", "script"], cwd=place, env=environment, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    (record,) = place.glob("*.json")
+    assert task is None or iteration.name in record.name
 
 
 def expected_code(shown: Shown) -> int:
@@ -577,7 +636,7 @@ def test_python(
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_fences_say_what_they_hold(document: Path):
-    kinds = {"sh", "console", "python", "text", "yaml"}
+    kinds = {"sh", "console", "python", "text", "yaml", "bash"}
     assert {fence.info.partition(" ")[0] for fence in fences(document)} <= kinds
 
 
