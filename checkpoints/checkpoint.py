@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Provenance:
     warnings: list[str] = field(default_factory=list)
     odd_copies: list[str] = field(default_factory=list)
     """Copies of one table within the checkpoint that differ, a phrase each; the first is used."""
+    odd_replicas: list[str] = field(default_factory=list)
+    """What several ranks should hold alike and do not, in words; the first rank's is used."""
     training_state: list[str] = field(default_factory=list)
     """What the files hold of the training run beside the weights; no writer carries it on."""
     notes: list[str] = field(default_factory=list)
@@ -64,6 +66,8 @@ class Checkpoint:
     prediction_heads: Mapping[str, LazyTensor] = field(default_factory=dict)
     """The heads of multi-token prediction, which the model's function does not need; see
     `parameters.prediction_parameters`."""
+    replicas: Mapping[str, Mapping[str, LazyTensor]] = field(default_factory=dict)
+    """What several ranks hold and nobody has compared: `soundness/replicas.py`."""
 
     def __repr__(self) -> str:
         found = self.provenance
@@ -106,6 +110,14 @@ class Checkpoint:
                 f"{extra[0]}; correct the settings with --set"
             )
         return self
+
+
+def with_warnings(checkpoint: Checkpoint, warnings: Iterable[str]) -> Checkpoint:
+    """Return a checkpoint with more warnings; itself where there are none."""
+    found = [*checkpoint.provenance.warnings, *warnings]
+    if len(found) == len(checkpoint.provenance.warnings):
+        return checkpoint
+    return replace(checkpoint, provenance=replace(checkpoint.provenance, warnings=found))
 
 
 _TRAINING_STATE = {

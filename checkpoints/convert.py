@@ -21,6 +21,8 @@ from mlm_eval.checkpoints.megatron.layout import (
     save_layout,
     saved_ep,
 )
+from mlm_eval.checkpoints.soundness.odd_values import watched
+from mlm_eval.checkpoints.soundness.replicas import compare_replicas
 from mlm_eval.checkpoints.tokenizer import (
     Tokenizer,
     check_fits,
@@ -138,6 +140,8 @@ def convert(
         raise InputError(
             "--vocab true needs the tokenizer's size; give --tokenizer or --vocab-file"
         )
+    checkpoint, odd = watched(checkpoint)
+    large_replicas = compare_replicas(checkpoint.replicas, checkpoint.provenance.path)
     notes: list[str] = []
     missing: tuple[str, ...] = ()
     approximations: list[str] = []
@@ -222,9 +226,10 @@ def convert(
             if approximations:
                 _record(folder, comparison)
 
+    write(target=Path(path), overwrite=overwrite, finish=finish, on_progress=on_progress)
+    warnings = [*large_replicas, *odd.warnings(), *warnings]
     if misfit is not None:
         warnings = [misfit, *warnings]
-    write(target=Path(path), overwrite=overwrite, finish=finish, on_progress=on_progress)
     if left := checkpoint.provenance.training_state:
         notes = [*notes, f"weights only: the source's {', '.join(left)} is not carried along"]
     return Conversion(Path(path), to, notes, approximations, warnings, comparison, missing)

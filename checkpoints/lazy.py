@@ -11,6 +11,7 @@ import functools
 import math
 import mmap
 import warnings
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from mlm_eval.checkpoints.errors import InputError
 
 Index = slice | Tensor | None
 """Which entries along one dim: a slice with step 1, a 1-D int64 tensor, or None for all."""
+
+_CRC_BLOCK = 1 << 24
 
 
 class LazyTensor(ABC):
@@ -86,6 +89,43 @@ class MappedFile:
         raw = torch.empty(0, dtype=torch.uint8).set_(self._storage, offset, (extent,), (1,))
         return raw.clone().view(dtype).as_strided(tuple(shape), tuple(stride))
 
+    def crc(self, offset: int, length: int) -> int:
+        """Return the CRC-32 of some of the file's bytes."""
+        if offset < 0 or offset + length > self.size:
+            return -1
+        raw = self.tensor(offset, torch.uint8, (length,), (1,)).numpy().data
+        value = 0
+        for at in range(0, length, _CRC_BLOCK):
+            value = zlib.crc32(raw[at : at + _CRC_BLOCK], value)
+        return value
+
+
+@dataclass(eq=False)
+class Checksum:
+    """What an archive says that the CRC-32 of one record is; compared once, before it is used."""
+
+    file: MappedFile
+    offset: int
+    length: int
+    expected: int
+    record: str
+    compared: bool = False
+
+    def compare(self) -> None:
+        """Refuse bytes that are not those that were written.
+
+        Raises:
+            InputError: They are others.
+        """
+        if self.compared:
+            return
+        if self.file.crc(self.offset, self.length) != self.expected:
+            raise InputError(
+                f"{self.file.path} is damaged: the bytes of {self.record} have another checksum "
+                "than the file says they have; copy the file again"
+            )
+        self.compared = True
+
 
 @runtime_checkable
 class Embedded(Protocol):
@@ -143,7 +183,11 @@ def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:
 
 
 class StoredTensor(LazyTensor):
-    """A tensor at a byte offset of a file."""
+    """A tensor at a byte offset of a file.
+
+    A `checksum` is compared by who reads the first entries along the dim that is cut: of ranks that
+    read a slice each this is one, and each that reads its own file whole.
+    """
 
     def __init__(
         self,
@@ -152,9 +196,11 @@ class StoredTensor(LazyTensor):
         dtype: torch.dtype,
         shape: Sequence[int],
         stride: Sequence[int],
+        checksum: Checksum | None = None,
     ) -> None:
         self.file = file
         self.offset = offset
+        self.checksum = checksum
         self.dtype = dtype
         self.shape = tuple(shape)
         self.stride = tuple(stride)
@@ -170,9 +216,15 @@ class StoredTensor(LazyTensor):
         if isinstance(index, slice) and self.shape:
             shape = list(self.shape)
             start, stop = span(index, shape[dim])
+            if self.checksum is not None and start == 0 < stop:
+                self.checksum.compare()
             shape[dim] = stop - start
             offset = self.offset + start * self.stride[dim] * self.dtype.itemsize
             return self.file.tensor(offset, self.dtype, shape, self.stride)
+        if self.checksum is not None and (
+            not isinstance(index, Tensor) or bool((index == 0).any())
+        ):
+            self.checksum.compare()
         whole = self.file.tensor(self.offset, self.dtype, self.shape, self.stride)
         return whole if index is None else take(whole, dim, index)
 

@@ -69,6 +69,9 @@ SPACE_PIECE = "\u2581"
 EOT_PIECES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 # Megatron pads to a multiple of make_vocab_size_divisible_by x tp; nobody runs beyond 128 x 64.
 LARGEST_PADDING = 128 * 64
+SMALL_PADDING = (
+    128 * 2
+)  # as much of a small vocabulary may be padding, of a large one more than that
 ACCEPTED = (
     "tokenizer.json, vocab.json with merges.txt, encoder.json with vocab.bpe, vocab.txt or "
     "tokenizer.model"
@@ -441,7 +444,8 @@ def check_fits(tokenizer: Tokenizer, vocab_rows: int) -> str | None:
             f"{tokenizer.source} names {tokenizer.vocab_size - size} special token(s) for which "
             f"the model, with {vocab_rows} rows, has none"
         )
-    if vocab_rows - size >= LARGEST_PADDING:
+    unused = vocab_rows - size
+    if unused >= LARGEST_PADDING or (unused >= SMALL_PADDING and unused > size):
         return (
             f"{tokenizer.source} has {size} entries and the model {vocab_rows} rows, more than any "
             f"padding of Megatron adds: it may not be the tokenizer of this model"

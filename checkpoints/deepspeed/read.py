@@ -38,6 +38,7 @@ from mlm_eval.checkpoints.megatron.files import Rank, RankFile, flat_tensors
 from mlm_eval.checkpoints.megatron.layout import ExpertLayout
 from mlm_eval.checkpoints.megatron.read_torch import merge_ranks
 from mlm_eval.checkpoints.projects.settings import PASSED_ON
+from mlm_eval.checkpoints.soundness.copies import copied_layers, refuse_copied
 
 _NORMS = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}
 
@@ -382,6 +383,8 @@ def _merged(
             label=f"the files of rank {number}",
         )
     tp = len(ranks)
+    if ranks[0].layers:  # a file each
+        refuse_copied(copied_layers(chunks[0]), step.path)
     return merge_ranks(step.path, files, ExpertLayout(tp, 1, tp), 1, overrides, build=build)
 
 

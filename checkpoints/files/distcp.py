@@ -94,6 +94,13 @@ class DistributedFolder:
         tiles = [(chunk.offsets, Archived(self, entry, chunk)) for chunk in entry.chunks]
         return _assemble(tiles, entry.shape)
 
+    def parts(self, keys: Iterable[str], file: str) -> Iterator[LazyTensor]:
+        """Yield the chunks of some tensors that stand in one file."""
+        for entry in (self.tensors[key] for key in keys):
+            for chunk in entry.chunks:
+                if chunk.record.file == file:
+                    yield Archived(self, entry, chunk)
+
     def layers(self, key: str) -> Iterator[LazyTensor]:
         """Yield the entries of a tensor along its first dim, in order: views, one per layer."""
         entry = self.tensors[key]
@@ -292,7 +299,8 @@ class Archived(LazyTensor):
         if self.layer is None:
             return stored
         start = stored.offset + self.layer * stored.stride[0] * stored.dtype.itemsize
-        return StoredTensor(stored.file, start, stored.dtype, stored.shape[1:], stored.stride[1:])
+        shape, stride = stored.shape[1:], stored.stride[1:]
+        return StoredTensor(stored.file, start, stored.dtype, shape, stride, stored.checksum)
 
 
 def _assemble(tiles: Sequence[Tile], shape: tuple[int, ...]) -> LazyTensor:

@@ -38,7 +38,7 @@ from mlm_eval.checkpoints.files.stand_in import (
     refuse_stand_in,
 )
 from mlm_eval.checkpoints.files.window import FileWindow
-from mlm_eval.checkpoints.lazy import MappedFile, StoredTensor
+from mlm_eval.checkpoints.lazy import Checksum, MappedFile, StoredTensor
 
 STREAM_MAGIC = 0x1950A86A20F9469CFC6C
 """First object in the stream form of torch.save (torch/serialization.py, MAGIC_NUMBER)."""
@@ -59,6 +59,7 @@ class _Storage:
     numel: int
     file: MappedFile
     offset: int
+    checksum: Checksum | None = None
 
 
 def _rebuild_tensor(
@@ -102,7 +103,7 @@ def _tensor(
             f"{storage.numel} elements; the file is damaged, copy it again"
         )
     start = storage.offset + offset * dtype.itemsize
-    return StoredTensor(storage.file, start, dtype, size, stride)
+    return StoredTensor(storage.file, start, dtype, size, stride, storage.checksum)
 
 
 def _rebuild_parameter(data: Any, *_: Any) -> Any:
@@ -199,7 +200,7 @@ class TorchFile:
     form: str = "zip"
     """`zip`, `stream` for the form before torch 1.6, or `pickle` for one without storages."""
     crcs: list[int] = field(default_factory=list)
-    """The archive's own CRC-32 of every record, in order; empty for a stream."""
+    """The archive's own CRC-32 of every record, in order; empty where it has none."""
 
     @property
     def classes(self) -> list[str]:
@@ -312,9 +313,13 @@ def _first_line(error: Exception) -> str:
 class _ZipStorages:
     """The storages of one torch.save zip archive, by key."""
 
-    def __init__(self, archive: zipfile.ZipFile, prefix: str, file: MappedFile, base: int) -> None:
+    def __init__(
+        self, archive: zipfile.ZipFile, prefix: str, file: MappedFile, base: int, *, sums: bool
+    ) -> None:
         self.archive, self.prefix, self.file, self.base = archive, prefix, file, base
+        self.sums = sums
         self.starts: dict[str, int] = {}
+        self.checksums: dict[str, Checksum] = {}
 
     def __call__(self, key: str, dtype: torch.dtype, numel: int) -> _Storage:
         record = self.archive.getinfo(f"{self.prefix}data/{key}")
@@ -330,7 +335,13 @@ class _ZipStorages:
             window.seek(record.header_offset + 26)
             name_length, extra_length = struct.unpack("<HH", window.read(4))
             self.starts[key] = record.header_offset + 30 + name_length + extra_length
-        return _Storage(dtype, numel, self.file, self.base + self.starts[key])
+            if self.sums:
+                start = self.base + self.starts[key]
+                self.checksums[key] = Checksum(
+                    self.file, start, record.file_size, record.CRC, printable(record.filename)
+                )
+        start = self.base + self.starts[key]
+        return _Storage(dtype, numel, self.file, start, self.checksums.get(key))
 
 
 def _refuse_compressed(path: Path, record: zipfile.ZipInfo) -> None:
@@ -363,18 +374,22 @@ def _read_zip(path: Path, file: MappedFile, window: FileWindow, base: int) -> To
                 f"{path} is a TorchScript archive, a compiled program; expected a Megatron model "
                 "file such as model_optim_rng.pt"
             )
+        crcs = [record.CRC for record in archive.infolist()]
+        if not any(crcs):  # torch.serialization.set_crc32_options(False) leaves them out
+            crcs = []
         for name in (pickles[0], f"{prefix}byteorder"):
             if name in names:
                 _refuse_compressed(path, archive.getinfo(name))
+                if not crcs:
+                    del archive.getinfo(name).CRC  # what zipfile then does not compare
         if f"{prefix}byteorder" in names and archive.read(f"{prefix}byteorder") != b"little":
             raise InputError(
                 f"{path} was written on a big-endian machine, which is not supported; load it and "
                 "save it again on a little-endian one"
             )
         stream = io.BytesIO(archive.read(pickles[0]))
-        storages = _ZipStorages(archive, prefix, file, base)
+        storages = _ZipStorages(archive, prefix, file, base, sums=bool(crcs))
         value = _TorchUnpickler(stream, met, storages).load()
-        crcs = [record.CRC for record in archive.infolist()]
     return TorchFile(path, value, met, "zip", crcs)
 
 

@@ -21,6 +21,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.distcp import Tiled
 from mlm_eval.checkpoints.files.text_file import read_json_object
 from mlm_eval.checkpoints.lazy import LazyTensor, MappedFile, StoredTensor, Unstacked
+from mlm_eval.checkpoints.soundness.copies import copied_parts, refuse_copied
 
 ARRAY = ".zarray"
 """The file in each array's folder that describes it."""
@@ -91,6 +92,8 @@ class ZarrFolder:
             tiles.append((offsets, StoredTensor(MappedFile(path), 0, array.dtype, shape, strides)))
         if len(tiles) == 1:
             return tiles[0][1]
+        if len(array.shape) > 1 and copied_parts(dict(enumerate(tile for _, tile in tiles))):
+            refuse_copied(f"two chunks of {key} are the same", self.path)
         return Tiled(tiles, array.shape)
 
     def layers(self, key: str) -> Iterator[LazyTensor]:

@@ -307,6 +307,7 @@ def split_slabs(tensors: Mapping[str, LazyTensor], ep: int) -> dict[str, LazyTen
                 tensor.dtype,
                 shape,
                 (shape[1], 1),
+                tensor.checksum,
             )
             linear = f"local_experts.{expert}.linear_fc{match['number']}.weight"
             found[match["head"] + linear] = Transposed(slab)

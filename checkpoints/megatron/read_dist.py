@@ -51,6 +51,7 @@ from mlm_eval.checkpoints.megatron.layers.branches import MAMBA_PARTS
 from mlm_eval.checkpoints.megatron.read_torch import prediction_heads
 from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS
 from mlm_eval.checkpoints.projects.settings import SideSettings, find_settings
+from mlm_eval.checkpoints.soundness.copies import is_plain, refuse_copied
 
 COMMON = "common.pt"
 SAVE_FINISHED = "metadata.json"
@@ -98,6 +99,8 @@ def read_distributed(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     common = _read_common(files)
     common.pickles.insert(0, files.metadata)
     records = [*files.records(keys), *common.records]
+    tails = files.tails(records)
+    _refuse_copied_files(files, keys, tails)
     used = [files.path / name for name in sorted({record.file for record in records})]
     common_file = [path] if (path := files.path / COMMON).is_file() else []
     return _checkpoint(
@@ -106,7 +109,7 @@ def read_distributed(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
         common,
         overrides,
         format=_format_of(files, common, nested=nested),
-        digest=lambda: _digest(files, records, common),
+        digest=lambda: _digest(files, tails, common),
         files_used=[files.path / METADATA, *common_file, *used],
         warnings=warnings,
         notes=_notes(files, keys, nested=nested),
@@ -254,6 +257,22 @@ def _check_finished(files: DistributedFolder, keys: list[str], *, nested: bool) 
     return []
 
 
+def _refuse_copied_files(
+    files: DistributedFolder, keys: list[str], tails: Mapping[str, bytes]
+) -> None:
+    """Refuse a folder with a rank's file in the place of another's: the same checksums throughout.
+
+    Raises:
+        InputError: There is such a file.
+    """
+    alike: dict[bytes, list[str]] = {}
+    for name, tail in tails.items():
+        alike.setdefault(tail, []).append(name)
+    for one, *others in alike.values():
+        if others and any(not is_plain(part) for part in files.parts(keys, one)):
+            refuse_copied(f"{one} and {others[0]} hold the same values", files.path)
+
+
 def _read_common(files: DistributedFolder | ZarrFolder) -> Common:
     """Return args, version and iteration, from where this version of Megatron put them."""
     path = files.path / COMMON
@@ -381,9 +400,9 @@ def _notes(files: DistributedFolder, keys: list[str], *, nested: bool) -> list[s
     return notes
 
 
-def _digest(files: DistributedFolder, records: list[Record], common: Common) -> str:
+def _digest(files: DistributedFolder, tails: Mapping[str, bytes], common: Common) -> str:
     """Return the cheap digest: `.metadata`, and the CRCs that end every archive of the model."""
-    marks: dict[str, list[int] | bytes] = {**files.tails(records)}
+    marks: dict[str, list[int] | bytes] = {**tails}
     marks[METADATA] = (files.path / METADATA).read_bytes()
     for pickle in common.pickles:
         if pickle.path.name == COMMON:

@@ -9,7 +9,6 @@ Source: docs/megatron.md, "Folders and files", "Pipeline stages", "Top-level key
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -28,7 +27,7 @@ from mlm_eval.checkpoints.checkpoint import (
 from mlm_eval.checkpoints.config import ConfigBuilder, ModelConfig
 from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.lazy import Concat, LazyTensor, Selected, StoredTensor, runs
+from mlm_eval.checkpoints.lazy import Concat, LazyTensor, Selected, StoredTensor
 from mlm_eval.checkpoints.megatron import names
 from mlm_eval.checkpoints.megatron.args import (
     build_config,
@@ -66,9 +65,19 @@ from mlm_eval.checkpoints.parameters import (
 )
 from mlm_eval.checkpoints.projects.nemo_1 import NEMO_FILE, nemo_ranks
 from mlm_eval.checkpoints.projects.settings import SideSettings, nemo_settings
-
-DRIFT = 0.1
-"""Largest difference between copies on different ranks, relative to their largest value."""
+from mlm_eval.checkpoints.soundness.copies import (
+    copied_experts,
+    copied_ranks,
+    copied_stages,
+    refuse_copied,
+)
+from mlm_eval.checkpoints.soundness.replicas import (
+    DRIFT,
+    RankCopies,
+    compare_replicas,
+    gap_of,
+    split_by_size,
+)
 
 PREDICTION_HEADS = (
     "heads of multi-token prediction, which the main head never sees: kept by conversions to "
@@ -215,6 +224,10 @@ def merge_ranks(
     everything = sorted({key for file in files.values() for chunk in file.chunks for key in chunk})
     everything = [key for key in everything if not names.is_left_out(key)]
     check_same_run(files, tp, where)
+    if pp > 1:
+        for t, e in sorted({(t, e) for t, _, e in files}):
+            stages = {p: _all_chunks(files[t, p, e]) for p in range(pp)}
+            refuse_copied(copied_stages(stages), where)
     names.refuse_unsupported(everything, str(where))
     family = names.family_of(everything)
     code = names.run_code(everything)
@@ -234,6 +247,13 @@ def merge_ranks(
         for t, p, e in files
         if p == 0
     }
+    for t in range(tp):
+        of_experts = {
+            e: {name: tensor for name, tensor in column.items() if NUMBERED.fullmatch(name)}
+            for (u, e), column in columns.items()
+            if u == t
+        }
+        refuse_copied(copied_experts(of_experts), where)
     experts = _expert_parts(columns, layout, where)
     for column in columns.values():
         for name in [name for name in column if NUMBERED.fullmatch(name)]:
@@ -272,7 +292,14 @@ def merge_ranks(
         # A parameter that the table lacks is refused below.
         tensors[name] = table[name].rule.merge(parts) if name in table else parts[0]
     tensors |= merge_experts(experts, table, str(where))
-    warnings += built.warnings + _compare_replicas(columns, table, where)
+    small, large = split_by_size(_replicas(columns, table))
+    odd_replicas = compare_replicas(small, where)
+    warnings += built.warnings + odd_replicas
+    tp_ranks = dict(enumerate(shards))
+    refuse_copied(
+        copied_ranks(tp_ranks, lambda name: name in table and table[name].rule.dim is not None),
+        where,
+    )
     warnings += unknown_settings(beside)
     heads, notes = prediction_heads(
         _prediction_heads(files, layout, config, where), config, str(where)
@@ -291,13 +318,20 @@ def merge_ranks(
         hostile=sorted({c for file in files.values() for c in file.torch_file.hostile}),
         warnings=warnings,
         odd_copies=odd_copies,
+        odd_replicas=odd_replicas,
         training_state=training_state(_everything_else(files, where)),
         notes=notes,
         files=[file.path for file in files.values()],
         digest=_digest(files),
         args=with_losses(first.args, overrides),
     )
-    return Checkpoint(config, tensors, provenance, heads).check()
+    return Checkpoint(config, tensors, provenance, heads, large).check()
+
+
+def _all_chunks(file: RankFile) -> dict[str, LazyTensor]:
+    """Return the tensors of a file, each under its own name behind its chunk's number."""
+    chunks = enumerate(file.chunks)
+    return {f"{number}.{key}": t for number, chunk in chunks for key, t in chunk.items()}
 
 
 def _prediction_heads(
@@ -491,11 +525,8 @@ def _drop_head_copies(
             if name not in shard:
                 continue
             copy, table = shard.pop(name), shard[WORD_EMBEDDINGS]
-            gaps = [(math.inf, 1.0)]
-            if copy.shape == table.shape:
-                gaps = [_gap(a, b) for a, b in zip(runs(copy), runs(table), strict=True)]
-            gap, scale = max(gap for gap, _ in gaps), max(scale for _, scale in gaps)
-            if not all(one <= DRIFT * scale for one, _ in gaps):
+            gap, scale = gap_of(copy, table)
+            if not gap <= DRIFT * scale:
                 raise InputError(
                     f"{where}: {name} is not the copy of the word embeddings that it should be; "
                     "if two checkpoints are mixed copy all ranks of one save, and if the model's "
@@ -508,16 +539,6 @@ def _drop_head_copies(
             f"by up to {worst:.2g}"
         ]
     return []
-
-
-def _gap(values: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
-    """Return the largest difference (infinite for other shapes), and the largest value."""
-    if values.shape != reference.shape:
-        return math.inf, 1.0
-    gap = 0.0
-    if not torch.equal(values, reference):
-        gap = (values.float() - reference.float()).abs().max().item()
-    return gap, reference.float().abs().max().item() or 1.0
 
 
 def _check_same_keys(
@@ -582,38 +603,22 @@ def qkv_order(version: float, heads: int, channels: int) -> torch.Tensor:
     return rows
 
 
-def _compare_replicas(
-    columns: Mapping[tuple[int, int], dict[str, LazyTensor]],
-    table: Mapping[str, Parameter],
-    where: Path,
-) -> list[str]:
-    """Compare the small replicated tensors of all ranks, and return a warning if they drifted.
-
-    Raises:
-        InputError: They differ by more than drift.
-    """
-    drifted, worst = 0, 0.0
-    first, *others = columns
-    for name, parameter in table.items():
-        replicated = parameter.rule.dim is None and len(parameter.shape) == 1
-        if not replicated or name not in columns[first]:
-            continue
-        reference = columns[first][name].read()
-        for t, e in others:
-            gap, scale = _gap(columns[t, e][name].read(), reference)
-            if not gap <= DRIFT * scale:  # also catches NaN
-                other = f"tensor-parallel ranks 0 and {t}" if t else f"expert ranks 0 and {e}"
-                raise InputError(
-                    f"{where} mixes two checkpoints: {name} differs by {gap:.3g} between {other}, "
-                    "where it should be the same; copy all ranks of one save"
-                )
-            drifted, worst = drifted + (gap > 0), max(worst, gap)
-    if drifted:
-        return [
-            f"{drifted} replicated tensor(s) differ between tensor-parallel ranks by up to "
-            f"{worst:.2g} (rounding drift in training); rank 0's are used"
-        ]
-    return []
+def _replicas(
+    columns: Mapping[tuple[int, int], dict[str, LazyTensor]], table: Mapping[str, Parameter]
+) -> RankCopies:
+    """Return what more than one rank holds whole."""
+    if len(columns) < 2:
+        return {}
+    (first, reference), *others = columns.items()
+    pairs = {
+        (t, e): f"tensor-parallel ranks {first[0]} and {t}" if t else f"expert ranks 0 and {e}"
+        for (t, e), _ in others
+    }
+    return {
+        name: {"": reference[name]} | {pairs[rank]: column[name] for rank, column in others}
+        for name, parameter in table.items()
+        if parameter.rule.dim is None and name in reference
+    }
 
 
 def _everything_else(files: dict[Rank, RankFile], where: Path) -> set[str]:

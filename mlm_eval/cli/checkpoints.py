@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mlm_eval.checkpoints.errors import require
+from mlm_eval.checkpoints.errors import InputError, require
 from mlm_eval.cli.command import command
 from mlm_eval.cli.run import chosen_checkpoint, chosen_tokenizer, print_beside, progress
 from mlm_eval.options import (
@@ -35,13 +35,21 @@ class InspectOptions(CheckpointOption):
     as_json: bool = option("Print one JSON record.", False, flag="--json")
     overrides: tuple[str, ...] = again(RunOptions, "overrides")
     full_digest: bool = again(RunOptions, "full_digest")
+    check: bool = option(
+        "Read every weight: checksums, NaN and infinities, what ranks should hold alike. The exit "
+        "code is 2 where something is found.",
+        False,
+        flag="--check",
+    )
 
 
 @command("inspect", InspectOptions)
 def inspect(options: InspectOptions) -> None:
-    """Loads no weights.
+    """Loads no weights, but for --check.
 
     Example: mlm-eval inspect --ckpt checkpoints/gpt2_345m
+
+    Example: mlm-eval inspect --ckpt checkpoints/gpt2_345m --check
     """
     import json
 
@@ -51,7 +59,17 @@ def inspect(options: InspectOptions) -> None:
     checkpoint = chosen_checkpoint(options.ckpt, options.overrides, allow_hostile=True)
     digest = hash_everything(checkpoint) if options.full_digest else checkpoint.provenance.digest
     record = inspect_record(checkpoint, digest)
+    found: tuple[str, ...] = ()
+    if options.check:
+        from mlm_eval.checkpoints.soundness.check import check_everything
+
+        with progress(True, unit="B", what="checking") as on_progress:
+            checked = check_everything(checkpoint, on_progress=on_progress)
+        record["check"], found = checked.to_dict(), checked.findings
     print(json.dumps(record, indent=2, default=str) if options.as_json else inspect_text(record))
+    if found:
+        more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+        raise InputError(f"{checkpoint.provenance.path} is not sound: {found[0]}{more}")
 
 
 @dataclass(frozen=True, kw_only=True)

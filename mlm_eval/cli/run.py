@@ -173,7 +173,7 @@ class ModelRun:
             true_size = entries_within(self.tokenizer(), self.checkpoint.config.vocab_size)
 
         def load(checkpoint: Checkpoint, dtype: torch.dtype | str) -> Engine:
-            return Engine.load(
+            engine = Engine.load(
                 checkpoint,
                 tp=place.tp,
                 dp=place.dp,
@@ -184,6 +184,8 @@ class ModelRun:
                 batch_tokens=self.options.batch_tokens,
                 compile_model=self.options.compile_model,
             )
+            self.warn(engine.load_warnings)
+            return engine
 
         return load
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from mlm_eval.checkpoints.checkpoint import Checkpoint
+from mlm_eval.checkpoints.checkpoint import Checkpoint, with_warnings
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.dtypes import dtype_name, evaluation_dtype
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.parameters import MAMBA_VECTORS, check_tp, parameters
+from mlm_eval.checkpoints.soundness.odd_values import OddValues
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_entries, find_tokenizer
 from mlm_eval.checkpoints.vocabulary import with_rows
 from mlm_eval.engine.batching import DEFAULT_BATCH_TOKENS, OnProgress
@@ -33,6 +34,7 @@ from mlm_eval.model.gpt import GPT
 from mlm_eval.model.mamba import MambaMixer
 from mlm_eval.model.t5 import T5
 from mlm_eval.model.tensor_parallel import TensorParallel
+from mlm_eval.ranks.collectives import gather_over_ranks
 from mlm_eval.ranks.mesh import Mesh, default_device, make_mesh
 
 
@@ -49,6 +51,8 @@ class Engine:
     batch_tokens: int
     load_seconds: float
     given_tokenizer: Tokenizer | None = None
+    load_warnings: tuple[str, ...] = ()
+    """What reading the weights has shown, on any rank; the checkpoint's warnings hold it too."""
 
     def __post_init__(self) -> None:
         self.config: ModelConfig = self.model.config
@@ -113,12 +117,14 @@ class Engine:
             checkpoint = with_rows(checkpoint, true_vocab_size)
         elif vocab != "padded":
             raise InputError(f"--vocab {vocab!r} is unknown; use padded or true")
-        model = load_model(checkpoint, mesh.tensor_parallel, device=device, dtype=dtype)
+        odd = OddValues()
+        model = load_model(checkpoint, mesh.tensor_parallel, device=device, dtype=dtype, odd=odd)
+        odd.merge(gather_over_ranks(odd.found))
         model.eval().requires_grad_(False)
         if compile_model:
             model.compile(dynamic=True)
         return cls(
-            checkpoint,
+            with_warnings(checkpoint, odd.warnings()),
             model,
             mesh=mesh,
             device=device,
@@ -127,6 +133,7 @@ class Engine:
             batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS[device.type],
             load_seconds=time.perf_counter() - started,
             given_tokenizer=tokenizer,
+            load_warnings=tuple(odd.warnings()),
         )
 
     @cached_property
@@ -331,9 +338,17 @@ MODELS: dict[str, type[GPT | BERT | T5]] = {"gpt": GPT, "bert": BERT, "t5": T5}
 
 
 def load_model(
-    checkpoint: Checkpoint, tp: TensorParallel, *, device: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint,
+    tp: TensorParallel,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    odd: OddValues | None = None,
 ) -> GPT | BERT | T5:
-    """Return the model with this rank's slices in it, read one tensor at a time."""
+    """Return the model with this rank's slices in it, read one tensor at a time.
+
+    What `odd` finds among the values is added to it.
+    """
     config = checkpoint.config
     kind = MODELS[config.family]
     with torch.device("meta"):
@@ -354,6 +369,8 @@ def load_model(
         for name, parameter in table.items():
             piece = parameter.read_shard(checkpoint.tensors[name], tp.rank, tp.size)
             assert piece.shape == found[name].shape, (name, piece.shape, found[name].shape)
+            if odd is not None:
+                odd.look(name, piece, found[name].dtype)
             found[name].copy_(piece)
             del piece  # before the next is read
     return model

@@ -29,6 +29,8 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import LazyTensor, Mapped, cast_to
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import stays_float32
+from mlm_eval.checkpoints.soundness.odd_values import watched
+from mlm_eval.checkpoints.soundness.replicas import compare_replicas
 from mlm_eval.engine.engine import Engine
 from mlm_eval.engine.weights import (
     Labels,
@@ -294,6 +296,8 @@ def compare_checkpoints(
     if entries is None and vocab is None:
         entries = evident_entries(a, b)
     vocab = vocab or ("padded" if entries is None else "true")
+    (a, of_a), (b, of_b) = watched(a), watched(b)
+    drifted = [compare_replicas(side.replicas, side.provenance.path) for side in (a, b)]
     ours, theirs, forms = one_form(a, b)
     settings, notes = compare_settings(ours.config, theirs.config, sides)
     notes += _heads_of_one(ours, theirs, sides)
@@ -307,6 +311,8 @@ def compare_checkpoints(
             "all that differs are rows of the vocabulary; if they only pad it, say so by naming "
             "the tokenizer with --tokenizer DIR"
         )
+    for side, odd, drift in zip(sides, (of_a, of_b), drifted, strict=True):
+        notes += [f"{side}: {text}" for text in [*odd.warnings(), *drift]]
     told: dict[str, Any] = {"settings": tuple(settings), "weights": weights, "padding": padding}
     told |= {"vocab": vocab, "notes": tuple(notes)}
     over = entries if vocab == "true" else None

@@ -71,6 +71,17 @@ def gather_over_dp(value: T, mesh: Mesh) -> list[T]:
     return gathered
 
 
+def gather_over_ranks(value: T) -> list[T]:
+    """Return the values of all ranks, in their order, on every rank.
+
+    One gather of pickled objects, on the CPU.
+    """
+    gathered: list[Any] = [value] * num_ranks()
+    if num_ranks() > 1:
+        dist.all_gather_object(gathered, value, group=object_group())
+    return gathered
+
+
 def whole_over_dp(sharded: Tensor, mesh: Mesh) -> Tensor:
     """Return whole, on every rank, a DTensor whose rows FSDP2 has cut over dp. One all-gather.
 

@@ -111,6 +111,11 @@ def inspect_text(record: Mapping[str, Any]) -> str:
     ):
         if record[name]:
             parts.append("\n".join([title, *(f"  {item}" for item in record[name])]))
+    if "check" in record:
+        checked = record["check"]
+        read = f"{checked['tensors']} tensors, {checked['bytes'] / 1e9:.2f} GB read"
+        found = [f"  {text}" for text in checked["findings"]] or ["  nothing is wrong with them"]
+        parts.append("\n".join([f"check: {read}", *found]))
     return "\n\n".join(parts)
 
 

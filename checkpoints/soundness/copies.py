@@ -1,0 +1,136 @@
+"""One rank's file copied over another's: a slip that leaves shapes and settings as they should be.
+
+Ranks of one run differ in what is cut, and so do the layers of two stages. One row out of the
+middle of a matrix tells two ranks apart; only where those are equal is more compared.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.lazy import LazyTensor, runs
+
+_LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.")
+
+Unit = Mapping[str, LazyTensor]
+"""Tensors that are copied together: a layer, or all layers of a stage."""
+
+
+def copied_ranks(ranks: Mapping[int, Unit], is_cut: Callable[[str], bool]) -> str | None:
+    """Return which ranks hold the same slices where each should have its own, in words.
+
+    Args:
+        ranks: The tensors of each tensor-parallel rank, under the same names.
+        is_cut: Whether a tensor is cut over the ranks.
+    """
+    first = next(iter(ranks.values()))
+    units: dict[str, list[str]] = {}
+    for name, tensor in first.items():
+        if len(tensor.shape) > 1 and is_cut(name):
+            layer = _LAYER.match(name)
+            units.setdefault(layer[0] if layer else name.partition(".")[0], []).append(name)
+    for unit, names in units.items():
+        held = {rank: {name: tensors[name] for name in names} for rank, tensors in ranks.items()}
+        if pair := _equal_pair(held):
+            where = f" in {unit.rstrip('.')}" if len(units) > 1 else ""
+            return f"tensor-parallel ranks {pair[0]} and {pair[1]} hold the same slices{where}"
+    return None
+
+
+def copied_stages(stages: Mapping[int, Unit]) -> str | None:
+    """Return which pipeline stages hold the same layers, in words."""
+    layers = {
+        stage: {name: t for name, t in tensors.items() if _LAYER.match(name) and len(t.shape) > 1}
+        for stage, tensors in stages.items()
+    }
+    by_names: dict[frozenset[str], dict[int, Unit]] = {}
+    for stage, held in layers.items():
+        by_names.setdefault(frozenset(held), {})[stage] = held
+    for group in by_names.values():
+        if pair := _equal_pair(group):
+            return f"pipeline stages {pair[0]} and {pair[1]} hold the same layers"
+    return None
+
+
+def copied_experts(ranks: Mapping[int, Unit]) -> str | None:
+    """Return which expert-parallel ranks hold the same experts, in words."""
+    pair = _equal_pair(ranks)
+    return f"expert-parallel ranks {pair[0]} and {pair[1]} hold the same experts" if pair else None
+
+
+def copied_layers(tensors: Unit) -> str | None:
+    """Return which layers are the same, in words: where each layer has a file of its own."""
+    layers: dict[int, dict[str, LazyTensor]] = {}
+    for name, tensor in tensors.items():
+        if (match := _LAYER.match(name)) and len(tensor.shape) > 1:
+            layers.setdefault(int(match[1]), {})[name[match.end() :]] = tensor
+    pair = _equal_pair(layers)
+    return f"layers {pair[0]} and {pair[1]} are the same" if pair else None
+
+
+def copied_parts(parts: Mapping[int, LazyTensor]) -> bool:
+    """Return whether two parts of one tensor are the same; parts of several shapes are not."""
+    return _equal_pair({number: {"part": part} for number, part in parts.items()}) is not None
+
+
+def refuse_copied(found: str | None, where: object) -> None:
+    """Refuse a checkpoint of which a file is a copy of another one.
+
+    Raises:
+        InputError: Something was found.
+    """
+    if found is not None:
+        raise InputError(
+            f"{where}: {found}, bit by bit: one file is a copy of the other; copy each file again "
+            "from its own source"
+        )
+
+
+def _equal_pair(units: Mapping[int, Unit]) -> tuple[int, int] | None:
+    """Return two of the units that are bit-equal and not constant; None where there are none."""
+    alike: dict[Hashable, list[int]] = {}
+    for number, unit in units.items():
+        if name := next(iter(sorted(unit)), None):
+            alike.setdefault((unit[name].shape, _bytes(_row(unit[name]))), []).append(number)
+    pairs = (pair for numbers in alike.values() for pair in combinations(numbers, 2))
+    return next((pair for pair in pairs if _same(*(units[number] for number in pair))), None)
+
+
+def _same(one: Unit, other: Unit) -> bool:
+    """Whether two units are bit-equal and have values that differ among themselves."""
+    if one.keys() != other.keys() or any(one[k].shape != other[k].shape for k in one):
+        return False
+    if any(_bytes(_row(one[name])) != _bytes(_row(other[name])) for name in one):
+        return False
+    if all(_is_constant(_row(tensor)) for tensor in one.values()):
+        return False  # drawn as constants: equal everywhere
+    pieces: Iterable[tuple[Tensor, Tensor]] = (
+        pair for name in one for pair in zip(runs(one[name]), runs(other[name]), strict=True)
+    )
+    return all(_bytes(a) == _bytes(b) for a, b in pieces)
+
+
+def is_plain(tensor: LazyTensor) -> bool:
+    """Whether a tensor has nothing that tells it from another: its values are all the same."""
+    return all(_is_constant(values) for values in runs(tensor))
+
+
+def _row(tensor: LazyTensor) -> Tensor:
+    """Return a row out of the middle: with the first one its whole record would be summed."""
+    middle = tensor.shape[0] // 2
+    return tensor.read(0, slice(middle, middle + 1))
+
+
+def _is_constant(values: Tensor) -> bool:
+    return values.numel() < 2 or bool((values == values.flatten()[0]).all())
+
+
+def _bytes(values: Tensor) -> bytes:
+    """Return the bits, by which NaN equals itself."""
+    return values.contiguous().view(-1).view(torch.uint8).numpy().tobytes()

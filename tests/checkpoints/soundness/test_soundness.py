@@ -1,0 +1,301 @@
+"""Whether weights are what was saved: checksums, odd values, copies of files, replicas."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import random_models
+from support.command_line import assert_one_sentence
+from support.folders import dcp_folders, layouts
+from support.folders.synthetic import GPT, args_of, change, random_model, rank_file, write
+from support.ranks import run_ranks
+
+import mlm_eval
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.lazy import Checksum, InMemory, MappedFile, StoredTensor
+from mlm_eval.checkpoints.open import open_checkpoint
+from mlm_eval.checkpoints.parameters import parameters
+from mlm_eval.checkpoints.soundness.check import check_everything
+from mlm_eval.checkpoints.soundness.odd_values import OddValues
+
+pytest_plugins = ["support.command_line_fixtures"]
+
+WEIGHT = "decoder.layers.1.mlp.linear_fc1.weight"
+
+
+# ---- checksums -----------------------------------------------------------------------------------
+
+
+def flip_in(file: Path, values: torch.Tensor) -> None:
+    """Flip the lowest bit of a tensor's value in the middle, where it stands in a file."""
+    raw = values.contiguous().numpy().tobytes()
+    data = bytearray(file.read_bytes())
+    at = data.find(raw)
+    assert at >= 0
+    data[at + len(raw) // 2 & ~3] ^= 1
+    file.write_bytes(data)
+
+
+def test_every_reader_compares_the_checksum_of_what_it_reads(run, folder, tmp_path):
+    gpt = tmp_path / "gpt"
+    shutil.copytree(folder / "gpt", gpt)
+    source = open_checkpoint(gpt)
+    file = sorted(gpt.rglob("model_optim_rng.pt"))[1]
+    half = source.tensors[WEIGHT].read().chunk(2)[1]
+    flip_in(file, half)
+    checkpoint = open_checkpoint(gpt)  # no matrix is read
+    with pytest.raises(InputError, match="damaged: the bytes of .* have another checksum"):
+        checkpoint.tensors[WEIGHT].read()
+    commands: list[list[object]] = [
+        ["score", "--input", folder / "lines.jsonl", "--output", tmp_path / "o.jsonl"],
+        ["convert", "--to", "torch_dist", "--output", tmp_path / "out"],
+        ["verify", "--against", folder / "gpt"],
+        ["wikitext103", "--data", folder / "wiki.tokens"],
+    ]
+    for command, *arguments in commands:
+        ended = run(command, "--ckpt", gpt, *arguments)
+        assert ended.code == 2 and f"{file} is damaged" in ended.err, (command, ended)
+        assert "Traceback" not in ended.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpt"]
+    ended = run("inspect", "--ckpt", gpt, "--check", "--json")
+    assert ended.code == 2 and "is not sound" in ended.err
+    found = json.loads(ended.out)["check"]
+    assert found["tensors"] == len(parameters(checkpoint.config))
+    assert [text for text in found["findings"] if text.startswith(WEIGHT)] == found["findings"]
+    ended = run("inspect", "--ckpt", folder / "gpt", "--check")
+    assert ended.code == 0 and "nothing is wrong with them" in ended.out
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_of_the_ranks_that_read_a_slice_one_compares(tmp_path, monkeypatch, tp):
+    """Whatever the layouts of the file and of the run, every record is compared by some rank."""
+    root = write(tmp_path, random_model(GPT), GPT, tp=2, args=args_of(GPT))
+    compared: list[str] = []
+    compare = Checksum.compare
+
+    def noting(self: Checksum) -> None:
+        if not self.compared:
+            compared.append(f"{self.file.path.parent.name}/{self.record}")
+        compare(self)
+
+    monkeypatch.setattr(Checksum, "compare", noting)
+    for rank in range(tp):
+        checkpoint = open_checkpoint(root)
+        vectors = len(compared)
+        for name, parameter in parameters(checkpoint.config).items():
+            parameter.read_shard(checkpoint.tensors[name], rank, tp)
+        if tp == 2 and rank == 0:
+            inside = [name for name in compared[vectors:] if "mp_rank_01" in name]
+            assert not inside  # its own file only
+    files = [f"mp_rank_{rank:02d}" for rank in range(2)]
+    storages = len(torch.load(rank_file(root), weights_only=False)["model"])
+    for file in files:
+        records = {name for name in compared if name.startswith(file)}
+        # Of what both hold whole, the first rank's is read; all but matrices is compared above.
+        assert len(records) == storages, (file, sorted(records))
+
+
+def test_an_archive_without_checksums_is_read(tmp_path):
+    plain = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        write(tmp_path, random_model(GPT), GPT, args=args_of(GPT))
+    finally:
+        torch.serialization.set_crc32_options(plain)
+    checkpoint = open_checkpoint(tmp_path)
+    assert torch.equal(checkpoint.tensors[WEIGHT].read(), random_model(GPT)[WEIGHT])
+    assert check_everything(checkpoint).findings == ()
+
+
+def test_a_checksum_beyond_the_file_is_none(tmp_path):
+    (tmp_path / "data").write_bytes(bytes(64))
+    file = MappedFile(tmp_path / "data")
+    short = Checksum(file, 32, 64, 0, "data/0")
+    tensor = StoredTensor(file, 32, torch.float32, (4,), (1,), short)
+    with pytest.raises(InputError, match="another checksum"):
+        tensor.read()
+
+
+# ---- odd values ----------------------------------------------------------------------------------
+
+ODD = {"NaN": torch.nan, "infinite values": -torch.inf, "values of 3e+20": 3e20}
+
+
+@pytest.mark.parametrize(("what", "value"), ODD.items())
+def test_odd_values_are_named_by_every_command(run, folder, tmp_path, what, value):
+    gpt = tmp_path / "gpt"
+    shutil.copytree(folder / "gpt", gpt)
+
+    def spoil(contents: dict[str, Any]) -> None:
+        flat = contents["model"]
+        name = next(name for name in flat if "layers.1" in name and "fc1.weight" in name)
+        flat[name][3, 5] = value
+
+    change(sorted(gpt.rglob("model_optim_rng.pt"))[1], spoil)
+    said = f"{WEIGHT} holds {what}: the file is damaged, or training had failed"
+    record = tmp_path / "r.json"
+    ended = run(
+        *("wikitext103", "--ckpt", gpt, "--data", folder / "wiki.tokens", "--output", record),
+    )
+    assert ended.code == 0 and ended.err.count(said) == 1, ended.err
+    assert any(said in text for text in json.loads(record.read_text())["checkpoint"]["warnings"])
+    for to in ("hf", "megatron", "torch_dist"):
+        ended = run("convert", "--ckpt", gpt, "--to", to, "--output", tmp_path / to)
+        assert ended.code == 0 and said in ended.err, (to, ended.err)
+    assert said in run("verify", "--ckpt", gpt, "--against", folder / "gpt").out
+    ended = run("inspect", "--ckpt", gpt, "--check")
+    assert ended.code == 2 and f"{WEIGHT} holds {what}" in ended.err
+    assert "holds" not in run("inspect", "--ckpt", gpt).out
+
+
+def load_with_nan() -> tuple[str, ...]:
+    """Load a model with a NaN in the last rank's slice, and return what this rank was told."""
+    weights = random_models.state_dict(random_models.GPT)
+    weights[WEIGHT][-1, 0] = torch.nan
+    engine = mlm_eval.Engine.load(random_models.checkpoint(random_models.GPT, weights), tp=2)
+    return engine.load_warnings
+
+
+def test_all_ranks_hear_of_one_rank_s_values():
+    for warnings in run_ranks(2, load_with_nan):
+        assert [text.partition(" holds ")[0] for text in warnings] == [WEIGHT]
+
+
+def test_values_that_a_narrower_dtype_does_not_hold_are_named():
+    odd = OddValues()
+    odd.look("a", torch.tensor([70000.0, 0.0]), torch.float16)
+    odd.look("b", torch.tensor([65000.0, 0.0]), torch.float16)
+    odd.look("c", torch.tensor([], dtype=torch.float32))
+    odd.look("d", torch.tensor([1, 2]))
+    assert odd.phrases() == ["a holds values that are infinite in float16"]
+    for n in range(9):
+        odd.look(f"t{n}", torch.tensor([torch.nan]))
+    (text,) = odd.warnings()
+    assert "and 6 more tensors" in text
+
+
+# ---- copies --------------------------------------------------------------------------------------
+
+
+def four_stages(root: Path, tp: int = 2, **how: Any) -> Path:
+    """Write a checkpoint of four stages."""
+    stages = [[[n]] for n in range(4)]
+    return write(root, random_model(GPT), GPT, tp=tp, args=args_of(GPT), stages=stages, **how)
+
+
+@pytest.mark.parametrize("era", ["core", "v2.5"])
+def test_a_rank_s_file_in_the_place_of_another_s_is_refused(tmp_path, era):
+    root = write(tmp_path, random_model(GPT), GPT, tp=4, era=era, args=args_of(GPT))
+    shutil.copyfile(rank_file(root, 1), rank_file(root, 3))
+    with pytest.raises(InputError, match="ranks 1 and 3 hold the same slices.*bit by bit"):
+        open_checkpoint(root)
+
+
+def test_a_stage_s_file_in_the_place_of_another_s_is_refused(tmp_path):
+    root = four_stages(tmp_path)
+    for rank in range(2):
+        theirs = torch.load(rank_file(root, rank, 2), weights_only=False)["model"]
+        change(rank_file(root, rank, 1), lambda contents, to=theirs: contents.update(model=to))
+    with pytest.raises(InputError, match="stages 1 and 2 hold the same layers"):
+        open_checkpoint(root)
+
+
+def test_what_is_drawn_as_a_constant_is_equal_everywhere(tmp_path):
+    model = {name: torch.ones_like(tensor) for name, tensor in random_model(GPT).items()}
+    root = write(tmp_path, model, GPT, tp=2, args=args_of(GPT))
+    assert open_checkpoint(root).num_parameters
+
+
+def test_a_layer_s_file_in_the_place_of_another_s_is_refused(tmp_path):
+    from support.folders.deepspeed_folders import write_neox
+
+    root = write_neox(tmp_path / "neox", random_model(GPT), GPT, tp=2)
+    step = root / "global_step7"
+    saved = {path: path.read_bytes() for path in step.glob("layer_*.pt")}
+    for rank in range(2):
+        name = "layer_{:02d}-model_{:02d}-model_states.pt"
+        shutil.copyfile(step / name.format(3, rank), step / name.format(4, rank))
+    with pytest.raises(InputError, match="layers 1 and 2 are the same"):
+        open_checkpoint(root)
+    for path, data in saved.items():
+        path.write_bytes(data)
+    shutil.copyfile(step / name.format(3, 0), step / name.format(3, 1))
+    with pytest.raises(InputError, match="0 and 1 hold the same slices in decoder.layers.1"):
+        open_checkpoint(root)
+
+
+def test_a_distcp_file_in_the_place_of_another_is_refused(tmp_path):
+    tensors = random_model(GPT)
+    cuts = {name: (2,) for name, tensor in tensors.items() if tensor.ndim > 1}
+    common = {"args": args_of(GPT), "checkpoint_version": 3.0}
+    step = dcp_folders.save(tmp_path / "iter_0000005", tensors, cuts=cuts, common=common)
+    assert open_checkpoint(step)
+    one, other = sorted(step.glob("*.distcp"))
+    shutil.copyfile(one, other)
+    with pytest.raises(InputError):
+        open_checkpoint(step).tensors[WEIGHT].read()
+
+
+def test_a_chunk_of_zarr_in_the_place_of_another_is_refused(tmp_path):
+    layouts.zarr(tmp_path)
+    array = tmp_path / "iter_0000007" / WEIGHT
+    shutil.copyfile(array / "0.0", array / "1.0")
+    with pytest.raises(InputError, match=f"two chunks of {WEIGHT} are the same"):
+        open_checkpoint(tmp_path)
+
+
+# ---- replicas ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["position_embeddings", "final_layernorm.weight", "fc2.bias"])
+@pytest.mark.parametrize(("by", "refused"), [(1e-3, False), (3.0, True)])
+def test_replicas_are_compared(tmp_path, run, name, by, refused):
+    root = write(tmp_path, random_model(GPT), GPT, tp=2, args=args_of(GPT))
+
+    def shift(contents: dict[str, Any]) -> None:
+        flat = contents["model"]
+        key = next(key for key in flat if name in key)
+        flat[key].flatten()[1] += by
+
+    change(rank_file(root, 1), shift)
+    ended = run("inspect", "--ckpt", root)
+    if refused:
+        assert_one_sentence(ended, "mixes two checkpoints", "tensor-parallel ranks 0 and 1")
+        return
+    assert ended.code == 0 and "1 replicated tensor(s) differ" in ended.out
+    ended = run("inspect", "--ckpt", root, "--check")
+    assert ended.code == 2 and "is not sound: 1 replicated tensor(s) differ" in ended.err
+
+
+def test_large_replicas_are_compared_where_everything_is_read(tmp_path, monkeypatch, run):
+    from mlm_eval.checkpoints.soundness import replicas
+
+    monkeypatch.setattr(replicas, "OPENING_BYTES", 0)
+    root = write(tmp_path, random_model(GPT), GPT, tp=2, args=args_of(GPT))
+
+    def shift(contents: dict[str, Any]) -> None:
+        contents["model"]["embedding.position_embeddings.weight"][1] += 3
+
+    change(rank_file(root, 1), shift)
+    assert run("inspect", "--ckpt", root).code == 0
+    for command in (
+        ["inspect", "--check"],
+        ["convert", "--to", "torch_dist", "--output", tmp_path / "out"],
+        ["verify", "--against", root],
+    ):
+        ended = run(command[0], "--ckpt", root, *command[1:])
+        assert ended.code == 2 and "position_embeddings.weight differs by 3" in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_check_reads_tensors_of_every_shape():
+    checkpoint = random_models.checkpoint(GPT)
+    odd = dataclasses.replace(checkpoint, prediction_heads={"x": InMemory(torch.tensor(torch.nan))})
+    assert check_everything(checkpoint).findings == ()
+    assert check_everything(odd).findings == ("x holds NaN",)
