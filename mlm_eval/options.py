@@ -47,7 +47,11 @@ class Option:
     below: float | None = None
     """Values lie in [0, below)."""
     choices: tuple[str, ...] = ()
-    """The only values; empty: any."""
+    """The only values; empty: any. On the command line their case does not matter."""
+    aliases: tuple[tuple[str, str], ...] = ()
+    """Other spellings of choices, in lower case, each with the choice."""
+    names: str | None = None
+    """What `mlm-eval ls` calls the names that the value may be, beside files: `sizes`, ..."""
     only: tuple[str, ...] = ()
     """The commands that take it; empty: all."""
     parse: Callable[[str], Any] | None = None
@@ -201,6 +205,7 @@ class BosOption:
         "yes: the begin-of-text token stands before each text; no: it does not; auto: it does not, "
         "with a warning where the tokenizer would put it there.",
         "auto",
+        choices=("auto", "yes", "no"),
     )
 
 

@@ -6,8 +6,9 @@
     run.py           checkpoint, ranks and engine for a command
     checkpoints.py   inspect, convert, verify        zero_shot.py   wikitext103, lambada
     training.py      race, mnli, qqp, squad, mlm, lm, ensemble
-    report.py        report, plan, catalog, ls       harness.py     harness
+    report.py        report, plan, catalog           harness.py     harness
     bench.py         bench                           sequences/     score, generate
+    lists/           ls                              screen.py      what people see meanwhile
 
 Only the modules of this room print. They may import everything, and do so inside functions where
 that is heavy, so that `--help` and `inspect` stay quick. Nothing imports from here.
@@ -24,6 +25,7 @@ import traceback
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.app import app
+from mlm_eval.cli.screen import how_to_continue
 from mlm_eval.ranks.faults import lost_peers, named_fault
 from mlm_eval.ranks.signals import STOPPED, interrupted_by_signals, stopped_by
 from mlm_eval.ranks.world import detect_world
@@ -108,11 +110,7 @@ def _main() -> int:
 def _interrupted() -> int:
     number = stopped_by()
     what = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
-    print(
-        f"mlm-eval: {what}; no result was written, but the same command continues from what was "
-        "kept, where it keeps anything",
-        file=sys.stderr,
-    )
+    print(f"mlm-eval: {what}; {how_to_continue()}", file=sys.stderr)
     return STOPPED + number
 
 

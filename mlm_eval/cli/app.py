@@ -65,7 +65,8 @@ def commands() -> dict[str, Listed]:
     modules = (
         ("checkpoints", CHECKPOINTS, ("inspect", "convert", "verify")),
         ("harness", ZERO_SHOT, ("harness",)),
-        ("report", REPORTS, ("report", "plan", "catalog", "ls")),
+        ("report", REPORTS, ("report", "plan", "catalog")),
+        ("lists.ls", REPORTS, ("ls",)),
         ("training", TRAINING, ("race", "mnli", "qqp", "squad", "mlm", "lm", "ensemble")),
         ("zero_shot", ZERO_SHOT, tuple(BENCHMARKS)),
         ("sequences.score", ZERO_SHOT, ("score",)),

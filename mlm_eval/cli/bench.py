@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mlm_eval.checkpoints.errors import InputError, require
 from mlm_eval.cli.command import command
 from mlm_eval.cli.run import print_beside
+from mlm_eval.cli.screen import say
 from mlm_eval.planning.bench_options import BenchOptions, cores
 from mlm_eval.ranks.launch import (
     STOP_CODES,
@@ -144,10 +145,7 @@ def _announce(series: BenchSeries, options: BenchOptions) -> None:
     work = sum(step_flops(point.config, options) * count for point in series.points)
     shrunk = "" if series.scale == 1.0 else f", scaled by {series.scale:g}"
     sizes = ", ".join(str(point.tp) for point in series.points)
-    print(
-        f"work ahead: {series.title}{shrunk}, tp {sizes}, {work / 1e12:,.3g} TFLOP in all",
-        file=sys.stderr,
-    )
+    say(f"work ahead: {series.title}{shrunk}, tp {sizes}, {work / 1e12:,.3g} TFLOP in all")
 
 
 # --- ranks ---------------------------------------------------------------------------------------
@@ -196,7 +194,7 @@ def _on_fresh_ranks(
     measured: list[Measured] = []
     with tempfile.TemporaryDirectory(prefix="mlm-eval-bench-") as folder:
         for point in points:
-            print(f"measuring tp {point.tp} ...", file=sys.stderr)
+            say(f"measuring tp {point.tp} ...")
             path = Path(folder, f"tp{point.tp}.json")
             job = {**dataclasses.asdict(point), "options": dataclasses.asdict(options)}
             path.write_text(json.dumps(job, default=str), encoding="utf-8")

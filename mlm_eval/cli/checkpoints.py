@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ import typer
 
 from mlm_eval.checkpoints.errors import InputError, require
 from mlm_eval.cli.command import command
-from mlm_eval.cli.run import chosen_checkpoint, chosen_tokenizer, print_beside, progress
+from mlm_eval.cli.run import chosen_checkpoint, chosen_tokenizer, print_beside, tell_settings
+from mlm_eval.cli.screen import phase, progress, say, say_warning
 from mlm_eval.options import (
     DTYPES,
     FOLDER,
@@ -26,6 +28,7 @@ from mlm_eval.options import (
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.checkpoint import Checkpoint
     from mlm_eval.checkpoints.comparison import Comparison
+    from mlm_eval.engine.batching import OnProgress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +80,9 @@ class TargetOptions(CheckpointOption):
     """What `convert` writes, and how."""
 
     to: str = option(
-        "hf, megatron (torch format) or torch_dist.", choices=("hf", "megatron", "torch_dist")
+        "hf (Hugging Face), megatron (torch format) or torch_dist.",
+        choices=("hf", "megatron", "torch_dist"),
+        aliases=(("huggingface", "hf"), ("hugging-face", "hf")),
     )
     output: Path = option("Folder to make; it appears whole or not at all.", writes=FOLDER)
     names: str | None = option(
@@ -153,8 +158,9 @@ def convert_checkpoint(options: ConvertOptions) -> None:
     def compare(*given: Any, **settings: Any) -> Comparison:
         from mlm_eval.engine.verify import verify_conversion  # imports the models
 
-        print("comparing the result with its source ...", file=sys.stderr)
-        return verify_conversion(*given, **settings)
+        say("verifying: the result is compared with its source")
+        with comparing() as on_progress:
+            return verify_conversion(*given, **settings, on_progress=on_progress)
 
     target = None
     if options.push_to is not None:
@@ -162,10 +168,11 @@ def convert_checkpoint(options: ConvertOptions) -> None:
 
         target = check_target(options.push_to, overwrite=options.overwrite)
     checkpoint = chosen_checkpoint(options.ckpt, options.overrides)
+    tell_settings(checkpoint)
     tokenizer = chosen_tokenizer(options.ckpt, options)
     for warning in checkpoint.provenance.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    with progress(True, unit="B") as on_progress:
+        say_warning(warning)
+    with progress(True, unit="B", what="writing") as on_progress:
         done = convert(
             checkpoint,
             options.to,
@@ -186,15 +193,34 @@ def convert_checkpoint(options: ConvertOptions) -> None:
             on_progress=on_progress,
         )
     for note in done.notes:
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}")
     for warning in [*done.warnings, *done.approximations, *done.missing]:
-        print(f"warning: {warning}", file=sys.stderr)
+        say_warning(warning)
     print(f"{options.ckpt} -> {options.output} ({options.to})")
     if done.comparison is not None:
         print(comparison_text(done.comparison))
     if target is not None:
-        print(f"pushing {options.output} to {options.push_to} ...", file=sys.stderr)
-        print(f"pushed: {target.push(options.output, f'Convert {options.ckpt} with mlm-eval')}")
+        with phase(f"pushing {options.output} to {options.push_to}"):
+            address = target.push(options.output, f"Convert {options.ckpt} with mlm-eval")
+        print(f"pushed: {address}")
+
+
+@contextmanager
+def comparing() -> Iterator[OnProgress | None]:
+    """Yield a callback for the bytes of weights that have been compared.
+
+    What takes time after the last of them, runs of both models, is named.
+    """
+    with ExitStack() as after, progress(True, unit="B", what="comparing weights") as on_progress:
+
+        def update(done: int, total: int) -> None:
+            if on_progress is not None:
+                on_progress(done, total)
+            if done >= total and not running:
+                running.append(after.enter_context(phase("running both models")))
+
+        running: list[None] = []
+        yield update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,8 +258,8 @@ def verify(options: VerifyOptions) -> None:
     second = chosen_checkpoint(options.against, ())
     for side, checkpoint in (("--ckpt", first), ("--against", second)):
         for warning in checkpoint.provenance.warnings:
-            print(f"warning: {side}: {warning}", file=sys.stderr)
-    with progress(True, unit="B") as on_progress:
+            say_warning(f"{side}: {warning}")
+    with comparing() as on_progress:
         comparison = compare_checkpoints(
             first,
             second,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import GenericAlias
@@ -13,13 +14,35 @@ import typer
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.app import HELP_NAMES, MAKERS, commands, load_config
+from mlm_eval.cli.lists.names import names_of
 from mlm_eval.cli.outputs import check_outputs
+from mlm_eval.cli.screen import Screen, choose_verbosity, detail
 from mlm_eval.options import DATA, KEY, OPTIMIZER, RUN, TASK, Nested, Option, option_name
+from mlm_eval.ranks.world import LAUNCHED
 
 T = TypeVar("T")
 
 GROUPS = (None, OPTIMIZER, DATA, TASK, RUN)
 """Groups of options in a command's help, in order."""
+
+
+def _switch(name: str, short: str, help: str) -> inspect.Parameter:
+    """Return a switch that every command has."""
+    info = typer.Option(short, f"--{name}", help=help, show_default=False)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, info]
+    )
+
+
+VERBOSITY = (
+    _switch("quiet", "-q", "Print results and errors only."),
+    _switch("verbose", "-v", "Also print where settings come from, and what each phase took."),
+)
+
+CONTEXT_PARAMETER = inspect.Parameter(
+    "context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context
+)
+"""Says where the value of each option comes from."""
 
 CONFIG_OPTION = inspect.Parameter(
     "config",
@@ -58,8 +81,14 @@ def command(
     """
 
     def register(body: Callable[[T], None]) -> Callable[[T], None]:
-        def run(**values: Any) -> None:
-            check_outputs(dict(declared(kind, name)), values)
+        def run(*, context: typer.Context, quiet: bool, verbose: bool, **values: Any) -> None:
+            choose_verbosity(quiet=quiet, verbose=verbose)
+            options = dict(declared(kind, name))
+            for field, option in options.items():
+                if option.choices and values.get(field) is not None:
+                    values[field] = _choice(name, field, option, values[field])
+            _tell_sources(context, values)
+            check_outputs(options, values)
             body(build(kind, values))
 
         def place(entry: tuple[str | None, inspect.Parameter]) -> tuple[int, int]:
@@ -69,7 +98,8 @@ def command(
 
         def with_options() -> Any:
             found = sorted(option_parameters(kind, name, shown=shown or {}), key=place)
-            listed = [parameter for _, parameter in found] + [CONFIG_OPTION] * config
+            listed = [CONTEXT_PARAMETER, *(parameter for _, parameter in found)]
+            listed += [CONFIG_OPTION] * config + [*VERBOSITY]
             run.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
             alone = typer.Typer(add_completion=False)
             entry = commands()[name]
@@ -112,12 +142,22 @@ def option_parameters(
             yield from option_parameters(entry.kind, name, shown=shown, given=entry.shown)
         elif entry is not None and (not entry.only or name in entry.only):
             said = given or shown.get(field.name, entry.shown)
-            yield entry.group, _parameter(field, hints[field.name], entry, given is None, said)
+            names = names_of(entry.names, name) if entry.names else []
+            yield (
+                entry.group,
+                _parameter(field, hints[field.name], entry, given is None, said, names),
+            )
 
 
 def _parameter(
-    field: dataclasses.Field[Any], hint: Any, entry: Option, has_default: bool, shown: str | None
+    field: dataclasses.Field[Any],
+    hint: Any,
+    entry: Option,
+    has_default: bool,
+    shown: str | None,
+    names: Sequence[str],
 ) -> inspect.Parameter:
+    """Return an option as typer reads it; `names` are some of its values."""
     default: Any = field.default
     if entry.parse is not None:
         hint, default = str, entry.written
@@ -130,14 +170,14 @@ def _parameter(
     make: Any = typer.Argument if entry.positional else typer.Option
     info = make(
         *filter(None, [entry.flag, entry.short]),
-        help=entry.help,
+        help=f"{entry.help} Names: {', '.join(names)}." if names else entry.help,
         min=entry.least,
         max=entry.most,
         rich_help_panel=entry.group,
         show_default=shown or True,
         hidden=entry.hidden,
-        metavar=entry.metavar,
-        autocompletion=(lambda: list(entry.choices)) if entry.choices else None,
+        metavar=entry.metavar or (f"[{'|'.join(entry.choices)}]" if entry.choices else None),
+        autocompletion=(lambda: [*entry.choices, *names]) if entry.choices or names else None,
     )
     return inspect.Parameter(
         field.name,
@@ -145,6 +185,31 @@ def _parameter(
         default=default,
         annotation=Annotated[hint | None if default is None else hint, info],
     )
+
+
+def _choice(command: str, name: str, option: Option, value: str) -> str:
+    """Return a value that is one of the option's choices, also where its case is another.
+
+    Raises:
+        InputError: It is none of them.
+    """
+    chosen = dict(option.aliases).get(value.lower(), value.lower())
+    if chosen in option.choices:
+        return chosen
+    what = command if option.positional else option.flag or option_name(name)
+    *others, last = option.choices
+    raise InputError(f"{what} {value!r} is unknown; use {', '.join(others)} or {last}")
+
+
+def _tell_sources(context: typer.Context, values: Mapping[str, Any]) -> None:
+    """Print, with `-v`, the options that are not at their defaults, and where they were given."""
+    if not Screen.verbose or os.environ.get(LAUNCHED) == "1":  # the parent has said it
+        return
+    places = {"COMMANDLINE": "command line", "DEFAULT_MAP": str(values.get("config"))}
+    for name, value in values.items():
+        source = context.get_parameter_source(name)
+        if source is not None and source.name in places and value is not None:
+            detail(f"option {option_name(name)} {value} ({places[source.name]})")
 
 
 def build(kind: type[T], values: Mapping[str, Any]) -> T:

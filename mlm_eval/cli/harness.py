@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from mlm_eval.checkpoints.errors import InputError, require
 from mlm_eval.cli.command import command
-from mlm_eval.cli.run import ModelRun, progress
+from mlm_eval.cli.run import ModelRun
+from mlm_eval.cli.screen import progress
 from mlm_eval.options import BosOption, RunOptions, again, option
 
 if TYPE_CHECKING:
@@ -50,15 +51,12 @@ def harness(options: HarnessOptions) -> None:
     require("lm_eval", "mlm-eval harness")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the harness draws bars into log files, too
-    from mlm_eval.checkpoints.tokenizers.begin_of_text import BOS_CHOICES
     from mlm_eval.engine.generate import CACHE_BYTES
     from mlm_eval.harness.command import read_arguments, run_command_line
     from mlm_eval.harness.model import MegatronLM
 
     arguments = list(options.arguments)
     given = read_arguments(arguments)
-    if options.bos not in BOS_CHOICES:
-        raise InputError(f"--bos {options.bos} is unknown; choose {', '.join(BOS_CHOICES)}")
     if options.bos != "auto":
         asked = options.bos == "yes"
         if given.setdefault("add_bos_token", asked) != asked:

@@ -1,4 +1,4 @@
-"""Commands around the numbers: report, plan, catalog, ls."""
+"""Commands around the numbers: report, plan, catalog."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from mlm_eval.cli.checkpoints import InspectOptions
 from mlm_eval.cli.command import command
 from mlm_eval.cli.run import print_beside
 from mlm_eval.options import DTYPES, PAGE, RunOptions, again, option
+from mlm_eval.training.settings import DP_MODES
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.catalog import CatalogEntry
@@ -51,12 +52,10 @@ def report(options: ReportOptions) -> None:
     Example: mlm-eval report wikitext103.json lambada.json --format html --output table3.html
     """
     from mlm_eval.checkpoints.files.output import write_text
-    from mlm_eval.reporting.render import FORMATS, render
+    from mlm_eval.reporting.render import render
     from mlm_eval.tasks.paper import build_tables
     from mlm_eval.tasks.records import read_record
 
-    if options.format not in FORMATS:
-        raise InputError(f"--format {options.format} is unknown; choose {', '.join(FORMATS)}")
     records = [read_record(path) for path in options.results]
     tables = build_tables(records, number=options.table, include_limited=options.include_limited)
     text = render(tables, options.format)
@@ -73,14 +72,16 @@ class PlanOptions:
     """The options of `plan`."""
 
     ckpt: str | None = option("A checkpoint; its settings are read.", None, reads=True)
-    model: str | None = option("Or a size by name, such as gpt2-8.3b or bert-336m.", None)
+    model: str | None = option("Or a size by name.", None, names="sizes")
     tp: int | None = option("Only this tensor-parallel size.", None, least=1)
     device_memory: str | None = option("Memory of a device, such as 80GB: shows what fits.", None)
     throughput: str | None = option(
         "What a device sustains, such as 400TFLOPS: shows how long it takes.", None
     )
     task: str | None = option(
-        "Only this task: wikitext103, lambada, lm; race, mnli, qqp, squad, mlm.", None
+        "Only this task: wikitext103, lambada, lm; race, mnli, qqp, squad, mlm.",
+        None,
+        choices=("wikitext103", "lambada", "lm", "race", "mnli", "qqp", "squad", "mlm"),
     )
     dtype: str = option(
         "auto (the checkpoint's; bfloat16 for a named size), float32, bfloat16, float16.",
@@ -101,7 +102,9 @@ class PlanOptions:
     recompute: bool = option("Train with activation checkpointing.", False, flag="--recompute")
     dp: int = option("Copies of the model in training.", 1, least=1)
     dp_mode: str = option(
-        "ddp, or fsdp2: shard weights, gradients and moments over the --dp copies.", "ddp"
+        "ddp, or fsdp2: shard weights, gradients and moments over the --dp copies.",
+        "ddp",
+        choices=DP_MODES,
     )
     as_json: bool = again(InspectOptions, "as_json")
     overrides: tuple[str, ...] = again(RunOptions, "overrides")
@@ -122,14 +125,9 @@ def plan(options: PlanOptions) -> None:
     from mlm_eval.planning.plan import parse_throughput, plan_record
     from mlm_eval.planning.plan_text import plan_text
     from mlm_eval.tasks.workloads import workloads
-    from mlm_eval.training.settings import DP_MODES
 
     if (options.ckpt is None) == (options.model is None):
         raise InputError("give --ckpt C, or --model NAME for a size without a checkpoint")
-    if options.device not in DEFAULT_BATCH_TOKENS:
-        raise InputError(f"--device {options.device!r} is unknown; plan for cuda or cpu")
-    if options.dp_mode not in DP_MODES:
-        raise InputError(f"--dp-mode {options.dp_mode!r} is unknown; use {', '.join(DP_MODES)}")
     memory, rate = options.device_memory, options.throughput
     config_of, paper_count = _source(options)
     first = config_of(1)
@@ -191,57 +189,6 @@ def _size_of(config: ModelConfig) -> str | None:
     shape = (config.num_layers, config.hidden_size, config.num_attention_heads)
     names = [n for n, size in SIZES.items() if size == shape and n.startswith(config.family)]
     return names[0] if names else None
-
-
-LISTS = ("tasks", "recipes", "sizes", "samples", "catalog")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ListOptions:
-    """The options of `ls`."""
-
-    kind: str | None = option(
-        "tasks, recipes, sizes, samples or catalog; default: all.",
-        None,
-        positional=True,
-        choices=LISTS,
-    )
-
-
-@command("ls", ListOptions, config=False)
-def list_names(options: ListOptions) -> None:
-    """Names for the command line: one a line where one kind is asked for.
-
-    Example: mlm-eval ls recipes
-    """
-    if options.kind is not None and options.kind not in LISTS:
-        raise InputError(f"ls {options.kind!r} is unknown; use {', '.join(LISTS)}")
-    if options.kind is not None:
-        print("\n".join(_names(options.kind)))
-        return
-    for kind in LISTS:
-        print(f"{kind}: {', '.join(_names(kind))}")
-
-
-def _names(kind: str) -> list[str]:
-    from mlm_eval.checkpoints.catalog import SAMPLE_PREFIX, catalog_entries, sample_names
-
-    if kind == "tasks":
-        from mlm_eval.tasks.finetune.task import TASKS
-        from mlm_eval.tasks.zero_shot import BENCHMARKS
-
-        return [*BENCHMARKS, *TASKS, "mlm", "lm"]
-    if kind == "recipes":
-        from mlm_eval.tasks.finetune.settings import recipe_names
-
-        return recipe_names()
-    if kind == "sizes":
-        from mlm_eval.model.sizes import SIZES
-
-        return list(SIZES)
-    if kind == "samples":
-        return [SAMPLE_PREFIX + name for name in sample_names()]
-    return list(catalog_entries())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import sys
-import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.cli.screen import detail, phase, say, say_warning
 from mlm_eval.options import RunOptions, TokenizerOptions
 from mlm_eval.ranks.faults import advising_on_memory
 from mlm_eval.ranks.launch import STOP_CODES, init_process_group, launch, shutdown
 from mlm_eval.ranks.signals import STOPPED, raise_stopped
-from mlm_eval.ranks.world import detect_world
+from mlm_eval.ranks.world import LAUNCHED, detect_world
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import torch
 
     from mlm_eval.checkpoints.checkpoint import Checkpoint
@@ -51,6 +49,7 @@ class ModelRun:
     def __init__(self, options: RunOptions, *, checkpoint: Checkpoint | None = None) -> None:
         self.options = options
         self.checkpoint = checkpoint or chosen_checkpoint(options.ckpt, options.overrides)
+        tell_settings(self.checkpoint)
         self.world = detect_world()
         self.is_main = self.world is None or self.world.is_main
         self.met = False
@@ -70,9 +69,9 @@ class ModelRun:
             )
 
     def log(self, text: str) -> None:
-        """Print for people who watch: on stderr, from rank 0."""
+        """Print for people who watch: on stderr, from rank 0, unless `-q` is given."""
         if self.is_main:
-            print(text, file=sys.stderr)
+            say(text)
 
     def print_result(self, text: str) -> None:
         """Print a result: on stdout, where no record is written there, from rank 0."""
@@ -81,8 +80,9 @@ class ModelRun:
 
     def warn(self, warnings: Sequence[str]) -> None:
         """Print warnings on stderr, from rank 0."""
-        for warning in warnings:
-            self.log(f"warning: {warning}")
+        if self.is_main:
+            for warning in warnings:
+                say_warning(warning)
 
     def start(self, need: Callable[[], Need] | None = None, *, trains: bool = False) -> Placement:
         """Return where this rank computes; without ranks start them, and leave with their end.
@@ -121,8 +121,8 @@ class ModelRun:
         if options.tp is None and device == "cuda":
             self.log(f"layout: tp {tp} x dp {dp}; {fullest(free()[: tp * dp])}")
         if self.gpus and crosses_machines([gpu.machine for gpu in self.gpus], tp):
-            self.log(
-                f"warning: at tp {tp} the ranks of one copy of the model stand on several machines "
+            say_warning(
+                f"at tp {tp} the ranks of one copy of the model stand on several machines "
                 "and talk over the network; number them by machine (srun --distribution=block)"
             )
         if world is None and tp * dp > 1:
@@ -173,17 +173,18 @@ class ModelRun:
             true_size = entries_within(self.tokenizer(), self.checkpoint.config.vocab_size)
 
         def load(checkpoint: Checkpoint, dtype: torch.dtype | str) -> Engine:
-            engine = Engine.load(
-                checkpoint,
-                tp=place.tp,
-                dp=place.dp,
-                dtype=dtype,
-                device=device,
-                vocab=self.options.vocab,
-                true_vocab_size=true_size,
-                batch_tokens=self.options.batch_tokens,
-                compile_model=self.options.compile_model,
-            )
+            with phase("reading the weights"):
+                engine = Engine.load(
+                    checkpoint,
+                    tp=place.tp,
+                    dp=place.dp,
+                    dtype=dtype,
+                    device=device,
+                    vocab=self.options.vocab,
+                    true_vocab_size=true_size,
+                    batch_tokens=self.options.batch_tokens,
+                    compile_model=self.options.compile_model,
+                )
             self.warn(engine.load_warnings)
             return engine
 
@@ -253,7 +254,16 @@ def chosen_checkpoint(
     from mlm_eval.checkpoints.config import parse_overrides
     from mlm_eval.checkpoints.open import open_checkpoint
 
-    return open_checkpoint(ckpt, parse_overrides(overrides), allow_hostile=allow_hostile)
+    settings = parse_overrides(overrides)
+    with phase(f"opening {ckpt}"):
+        return open_checkpoint(ckpt, settings, allow_hostile=allow_hostile)
+
+
+def tell_settings(checkpoint: Checkpoint) -> None:
+    """Print, with `-v`, a model's settings and where each came from."""
+    if os.environ.get(LAUNCHED) != "1":  # the parent has said it
+        for name, source in checkpoint.provenance.config_sources.items():
+            detail(f"setting {name} {getattr(checkpoint.config, name, '')} ({source})")
 
 
 def chosen_tokenizer(ckpt: str, options: TokenizerOptions) -> Tokenizer | None:
@@ -264,63 +274,6 @@ def chosen_tokenizer(ckpt: str, options: TokenizerOptions) -> Tokenizer | None:
     if folder is None and vocab_file is None and merge_file is None:
         return find_tokenizer(ckpt)
     return load_tokenizer(directory=folder, vocab_file=vocab_file, merge_file=merge_file)
-
-
-HEARTBEAT_SECONDS = 30.0
-"""Between two lines of progress, where there is no terminal to draw a bar on."""
-
-
-@contextmanager
-def progress(
-    show: bool, unit: str = "tok", what: str = "done"
-) -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a callback that shows how far the work is, and the time left.
-
-    On a terminal it draws a bar; elsewhere it writes a line now and then, so that a log says that
-    the run is alive.
-
-    Args:
-        show: Whether to show anything.
-        unit: What is counted.
-        what: What is being done, for the lines.
-    """
-    if not show:
-        yield None
-        return
-    if not sys.stderr.isatty():
-        yield heartbeat(what)
-        return
-    from tqdm import tqdm
-
-    with tqdm(unit=unit, unit_scale=True, dynamic_ncols=True, file=sys.stderr) as bar:
-
-        def update(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield update
-
-
-def heartbeat(what: str) -> Callable[[int, int], None]:
-    """Return a callback that writes a line to stderr every `HEARTBEAT_SECONDS`."""
-    started = last = time.monotonic()
-    first: int | None = None
-
-    def update(done: int, total: int) -> None:
-        nonlocal last, first
-        now = time.monotonic()
-        if first is None:
-            first = done  # what an earlier run has done took none of this one's time
-        if now - last < HEARTBEAT_SECONDS or not total:
-            return
-        last = now
-        left = ""
-        if done > first:
-            seconds = (now - started) / (done - first) * (total - done)
-            left = f", {timedelta(seconds=round(seconds))} left"
-        print(f"{what}: {100 * done / total:.0f} %{left}", file=sys.stderr, flush=True)
-
-    return update
 
 
 def start_ranks(tp: int, dp: int, device: str) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.command import command
 from mlm_eval.cli.run import ModelRun, chosen_tokenizer, print_beside
+from mlm_eval.cli.screen import Screen
 from mlm_eval.options import FOLDER, RUN, RunOptions, again, nested, option
 from mlm_eval.ranks.launch import shutdown
 from mlm_eval.tasks.finetune.settings import FinetuneOptions
@@ -114,6 +115,7 @@ def _train(
     from mlm_eval.reporting.text import training_text
 
     run.refuse_t5("training")
+    Screen.keeps = folder
     place = run.start(need, trains=trains)
     tokenizer = run.tokenizer()
     load = run.join(place)
@@ -145,7 +147,7 @@ class PretrainCommand:
     """The options of `lm`."""
 
     init: str | None = option(
-        "Or a new model: the name of a size, or a TOML file.", None, reads=True
+        "Or a new model: the name of a size, or a TOML file.", None, reads=True, names="sizes"
     )
     text: TextSettings = nested(TextSettings)
     output_dir: Path = again(FinetuneOptions, "output_dir")
@@ -266,7 +268,7 @@ class TrainingBars(Listener):
 
     def __init__(self, run: ModelRun) -> None:
         self.run = run
-        self.drawn = run.is_main and sys.stderr.isatty()
+        self.drawn = run.is_main and sys.stderr.isatty() and not Screen.quiet
         self.warned: set[str] = set()
         self.steps: tqdm[Any] | None = None
         self.rows: tqdm[Any] | None = None

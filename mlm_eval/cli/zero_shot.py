@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.command import command
-from mlm_eval.cli.run import ModelRun, progress
+from mlm_eval.cli.run import ModelRun
+from mlm_eval.cli.screen import Screen, phase, progress
 from mlm_eval.options import RunOptions, nested, option
 from mlm_eval.tasks.zero_shot import benchmarks
 
@@ -78,9 +79,12 @@ def run_benchmark(run: ModelRun, benchmark: ZeroShot[Any], own: Any, *, restart:
             f"{run.checkpoint.provenance.path} is a {config.family.upper()} checkpoint; "
             f"{benchmark.name} needs a GPT model (left to right)"
         )
+    if options.output is not None:
+        Screen.keeps = kept_beside(options.output)
     place = run.start()
     tokenizer = run.tokenizer()
-    work = benchmark.work_for(config, own, tokenizer=tokenizer, limit=options.limit)
+    with phase("reading and tokenizing the text"):
+        work = benchmark.work_for(config, own, tokenizer=tokenizer, limit=options.limit)
 
     def body(engine: Engine) -> None:
         tokens = sum(request.length for request in work.requests)
@@ -107,6 +111,12 @@ def run_benchmark(run: ModelRun, benchmark: ZeroShot[Any], own: Any, *, restart:
     run.on_ranks(body, placement=place)
 
 
+def kept_beside(output: Path) -> Path:
+    """Return the folder that keeps the scores of an interrupted run of this output."""
+    output = Path(os.path.realpath(output))
+    return output.with_name(output.name + ".partial")
+
+
 @contextmanager
 def kept_scores(
     run: ModelRun, count: int, parts: dict[str, Any], *, restart: bool
@@ -122,8 +132,7 @@ def kept_scores(
     if output is None or is_stream(output):
         yield None
         return
-    output = Path(os.path.realpath(output))
-    folder = output.with_name(output.name + ".partial")
+    folder = kept_beside(output)
     partial = PartialScores(folder, parts, restart=restart, replace=run.options.overwrite)
     with closing(partial):
         known = sum(index < count for index in partial.finished())

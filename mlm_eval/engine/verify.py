@@ -380,6 +380,7 @@ def verify_conversion(
     approximate: Mapping[str, Any] | None = None,
     approximations: Collection[str] = (),
     tolerance: float = TOLERANCE,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
     """Return how far a converted folder is from its source, the result's side in a fresh process.
 
@@ -397,6 +398,7 @@ def verify_conversion(
             name, that the target takes for zeros.
         approximations: What they change, a sentence each.
         tolerance: See `Comparison`.
+        on_progress: Called with (bytes of weights compared, bytes in all).
 
     Raises:
         InputError: The folder cannot be loaded.
@@ -412,7 +414,9 @@ def verify_conversion(
     )
     settings, notes = compare_settings(ours.config, theirs.config, CONVERTED)
     settings += _heads_of_one(ours, theirs, CONVERTED)
-    weights, padding = compare_weights(ours, theirs, entries=entries, sides=CONVERTED)
+    weights, padding = compare_weights(
+        ours, theirs, entries=entries, sides=CONVERTED, on_progress=on_progress
+    )
     weights = dataclasses.replace(weights, forms=tuple(forms))
     told: dict[str, Any] = {
         "settings": (*settings, *_unasked(weights, dtype), *_lost_rows(padding, theirs.config)),

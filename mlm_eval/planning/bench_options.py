@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.options import FILE, RunOptions, again, option
+from mlm_eval.options import DTYPES, FILE, RunOptions, again, option
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.config import ModelConfig
@@ -53,10 +53,12 @@ class BenchOptions:
     """What is measured, and how; it reaches the ranks in a file."""
 
     study: str | None = option(
-        "The paper's scaling: weak (Table 1, Figure 5) or strong (Table 8).", None
+        "The paper's scaling: weak (Table 1, Figure 5) or strong (Table 8).",
+        None,
+        choices=("weak", "strong"),
     )
     ckpt: str | None = option("Or a checkpoint, at each --tp.", None, reads=True)
-    model: str | None = option("Or a new model of a named size, such as gpt2-355m.", None)
+    model: str | None = option("Or a new model of a named size.", None, names="sizes")
     tp: list[int] | None = option(
         "Tensor-parallel sizes, such as 1,2,4,8; auto: those of 1,2,4,8 that the machine has GPUs "
         "(on the CPU: cores) for.",
@@ -64,7 +66,9 @@ class BenchOptions:
         parse=parse_sizes,
         written="auto",
     )
-    mode: str = option("infer (forward passes) or train (whole training steps).", INFER)
+    mode: str = option(
+        "infer (forward passes) or train (whole training steps).", INFER, choices=MODES
+    )
     scale: float | None = option(
         "Shrinks new models: layers and hidden size by about this factor, above 0 and up to 1; "
         "auto: the largest that fits the free memory.",
@@ -86,6 +90,7 @@ class BenchOptions:
         "Dtype of the matrix products: auto (bfloat16 on CUDA, float32 on CPU), float32, bfloat16 "
         "or float16. Training keeps its weights in float32.",
         "auto",
+        choices=DTYPES,
     )
     recompute: bool = option("Train with activation checkpointing.", False, flag="--recompute")
     hidden_dropout: float = option("Dropout of hidden states in training.", 0.1)

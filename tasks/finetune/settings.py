@@ -175,7 +175,9 @@ class FinetuneOptions(RunSettings):
         reads=True,
     )
     """The folder as published; RACE also an archive of it, or a folder of archives."""
-    recipe: str | None = option("Name of a recipe, or a TOML file.", None, reads=True)
+    recipe: str | None = option(
+        "Name of a recipe, or a TOML file.", None, reads=True, names="recipes"
+    )
     """None: the paper's for its smallest model."""
     overrides: Mapping[str, Any] = given(Recipe, "the recipe's")
     """Fields of the recipe that are given here instead."""

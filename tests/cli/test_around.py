@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import threading
+import warnings
+from typing import Any
+
 import pytest
 from support.command_line import assert_one_sentence
 from support.paths import SAMPLES
 
-from mlm_eval.cli import run as cli_run
-from mlm_eval.cli.app import commands
-from mlm_eval.cli.run import heartbeat, progress
+import mlm_eval
+from mlm_eval.cli import screen
+from mlm_eval.cli.app import commands, full_command
+from mlm_eval.cli.screen import heartbeat, progress
+from mlm_eval.engine import verify
 
 pytest_plugins = ["support.command_line_fixtures"]
 
@@ -43,7 +50,7 @@ def test_h_is_help(run, command):
 
 def test_a_log_gets_a_line_now_and_then(capsys, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(cli_run.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(screen.time, "monotonic", lambda: now[0])
     tell = heartbeat("scoring")
     tell(200, 1000)  # kept from an earlier run
     for seconds in range(10, 90, 10):
@@ -65,3 +72,163 @@ def test_progress_is_a_bar_on_terminals_only(monkeypatch, capsys):
     with progress(True) as callback:
         callback(1, 2)
     assert "50%" in capsys.readouterr().err
+
+
+# --- What is said meanwhile ---------------------------------------------------------------------
+
+
+def test_a_phase_is_named_where_it_takes_time(capsys, monkeypatch):
+    monkeypatch.setattr(screen, "PATIENCE_SECONDS", 600)
+    with screen.phase("reading"):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(screen, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(screen, "HEARTBEAT_SECONDS", 1e-3)
+    said = threading.Event()
+    monkeypatch.setattr(screen, "say", lambda text: (told.append(text), said.set()))
+    told: list[str] = []
+    for wanted in ("reading ...", "reading: 0:00:00 so far"):
+        with screen.phase("reading"):
+            while wanted not in told:
+                assert said.wait(60)
+                said.clear()
+    assert told[0] == "reading ..."
+
+
+def test_a_bar_ends_with_its_work_and_names_it(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with progress(True, what="writing") as callback:
+        callback(2, 2)
+        drawn = capsys.readouterr().err
+        assert drawn.rstrip(" ").endswith("\n") and "writing: 100%" in drawn  # no bar stays open
+        callback(2, 2)
+        assert "100%" not in capsys.readouterr().err
+
+
+@pytest.fixture
+def lambada(folder):
+    data = folder / "passages.jsonl"
+    return ["lambada", "--ckpt", folder / "gpt", "--data", data, "--device", "cpu", "--limit", 2]
+
+
+def test_quiet_is_results_and_errors_verbose_is_more(run, lambada, folder, tmp_path):
+    normal, quiet, verbose = (run(*lambada, *more) for more in ((), ("-q",), ("--verbose",)))
+    assert "work ahead" in normal.err and "warning: " in normal.err
+    assert quiet.code == 0 and quiet.err == "" and "LAMBADA accuracy" in quiet.out
+    told = verbose.err.splitlines()
+    assert set(normal.err.splitlines()) < set(told) and len(verbose.out) == len(normal.out)
+    assert "option --limit 2 (command line)" in told
+    assert any(line.startswith("setting num_layers 2 (") for line in told)
+    for what in (
+        "opening ",
+        "reading and tokenizing the text: ",
+        "reading the weights: ",
+        "scoring",
+    ):
+        assert any(line.startswith(what) and line.endswith(" s") for line in told), what
+    (tmp_path / "o.toml").write_text("limit = 1\n")
+    given = run(*lambada[:-2], "--config", tmp_path / "o.toml", "-v")
+    assert f"option --limit 1 ({tmp_path}/o.toml)" in given.err
+    assert_one_sentence(run(*lambada, "-q", "-v"), "-q and -v contradict each other")
+    assert_one_sentence(
+        run(*lambada[:3], "--data", "none.jsonl", "-q"), "none.jsonl does not exist"
+    )
+
+
+def test_quiet_hides_warnings_of_libraries_and_verbose_shows_hidden_ones(recwarn):
+    for quiet, verbose, shown in ((True, False, 0), (False, True, 1)):
+        with warnings.catch_warnings(record=True) as caught:
+            screen.choose_verbosity(quiet=quiet, verbose=verbose)
+            warnings.warn("of a library", DeprecationWarning, stacklevel=1)
+            assert logging.getLogger("a.library").isEnabledFor(logging.WARNING) is not quiet
+        assert len(caught) == shown
+    screen.choose_verbosity(quiet=False, verbose=False)
+    assert logging.getLogger("a.library").isEnabledFor(logging.WARNING)
+
+
+def test_a_conversion_names_its_phases(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "_in_fresh_process", in_this_process)
+    line = ["convert", "--ckpt", folder / "gpt", "--to", "megatron", "--tp", 1, "--verify", "-v"]
+    ended = run(*line, "--output", tmp_path / "out")
+    assert ended.code == 0, ended
+    told = [line.partition(":")[0] for line in ended.err.splitlines()]
+    phases = ["writing", "verifying", "comparing weights", "running both models"]
+    assert [line for line in told if line in phases] == phases
+    ended = run("verify", "--ckpt", folder / "gpt", "--against", tmp_path / "out", "-v")
+    assert ended.code == 0 and "comparing weights: " in ended.err
+
+
+def in_this_process(result, inputs, *, transformers):
+    assert not transformers
+    return verify.outputs(mlm_eval.open_checkpoint(result), inputs)
+
+
+# --- Words and names ----------------------------------------------------------------------------
+
+
+def with_choices() -> list[Any]:
+    """Return every option that takes one of a few words, of every command."""
+    return [
+        pytest.param(name, parameter, id=f"{name} {parameter.opts[0]}")
+        for name in commands()
+        for parameter in full_command(name).params
+        if (parameter.metavar or "").startswith("[")
+    ]
+
+
+WORDS = {
+    "--bos", "--device", "--dtype", "--eval-dtype", "--vocab", "--to", "--names", "--format",
+    "--task", "--dp-mode", "--lr-decay", "--study", "--mode", "--target", "--input-format", "kind",
+}  # fmt: skip
+
+
+def test_words_are_choices_everywhere():
+    found: dict[str, set[bool]] = {}
+    for name in commands():
+        for parameter in full_command(name).params:
+            typed = (parameter.metavar or "").startswith("[")
+            found.setdefault(parameter.opts[0], set()).add(typed)
+    assert {option for option, typed in found.items() if typed == {True}} == WORDS
+
+
+@pytest.mark.parametrize(("command", "option"), with_choices())
+def test_a_choice_is_shown_completed_and_checked(run, command, option):
+    words = option.metavar.strip("[]").split("|")
+    assert option.shell_complete(None, "")  # what completions offer
+    assert [item.value for item in option.shell_complete(None, "")] == words
+    given = ["nonsense"] if option.opts[0] == "kind" else [option.opts[0], "nonsense"]
+    required = {"--ckpt": "sample:gpt", "--to": "hf", "--output": "o", "--input": "i"}
+    required |= {"--against": "x", "--data": "d", "--output-dir": "o"}
+    for parameter in full_command(command).params:
+        flag = parameter.opts[0]
+        if parameter.required and flag != option.opts[0]:
+            given += [flag, required[flag]] if flag.startswith("-") else ["--", "r.json"]
+    ended = run(command, *given)
+    what = "ls" if option.opts[0] == "kind" else option.opts[0]
+    known = f"{', '.join(words[:-1])} or {words[-1]}"
+    assert_one_sentence(ended, f"{what} 'nonsense' is unknown; use {known}")
+
+
+def test_formats_have_other_spellings(run, folder, tmp_path):
+    for spelling in ("HF", "huggingface", "Hugging-Face"):
+        line = ["convert", "--ckpt", folder / "gpt", "--to", spelling]
+        ended = run(*line, "--output", tmp_path / spelling)
+        assert ended.code == 0 and "(hf)" in ended.out, ended
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "some", "none"),
+    [
+        ("race", "--recipe", "race-megatron-336m", "mnli-megatron-336m"),
+        ("squad", "--recipe", "squad-v2-megatron-1.3b", "race-megatron-336m"),
+        ("mlm", "--init", "bert-tiny", "gpt2-tiny"),
+        ("lm", "--init", "gpt2-8.3b", "bert-tiny"),
+        ("plan", "--model", "bert-3.9b", "nothing"),
+        ("bench", "--model", "gpt2-8.3b", "nothing"),
+    ],
+)
+def test_names_stand_in_the_help_and_are_completed(command, option, some, none):
+    [parameter] = [p for p in full_command(command).params if p.opts[0] == option]
+    offered = [item.value for item in parameter.shell_complete(None, "")]
+    assert some in offered and none not in offered
+    assert f"Names: {', '.join(offered)}." in parameter.help

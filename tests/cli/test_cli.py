@@ -172,7 +172,7 @@ def test_passages_that_are_none_are_named(run, cloze, tmp_path, content, message
 
 
 def test_an_unknown_target_is_named(run, cloze):
-    assert_one_sentence(run(*cloze, "--target", "first"), "--target first", "word or last-token")
+    assert_one_sentence(run(*cloze, "--target", "first"), "--target 'first'", "word or last-token")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable
@@ -87,13 +88,18 @@ def test_score_keeps_what_it_has_done(
     line += ["--batch-tokens", 30]
     assert run(*line, "--output", expected).code == 0
 
+    kept = tmp_path / "out.jsonl.partial"
     module, name = BATCHES[family]
     whole, handler = getattr(module, name), signal.getsignal(number)
     stopping = after(4, lambda: os.kill(os.getpid(), number), whole)
     monkeypatch.setattr(module, name, stopping)
     ended = run(*line, "--output", output)
     assert ended.code == code and ended.out == "" and "Traceback" not in ended.err
-    assert ended.err.splitlines()[-1].startswith(f"mlm-eval: {said}; no result was written")
+    last = ended.err.splitlines()[-1]
+    assert last.startswith(f"mlm-eval: {said}; no result was written; to continue from what {kept}")
+    assert last.endswith(
+        f"type: {shlex.join(['mlm-eval', *map(str, line), '--output', str(output)])}"
+    )
     assert signal.getsignal(number) is handler
     assert not output.exists()
 
@@ -163,7 +169,9 @@ def test_a_conversion_that_is_stopped_leaves_nothing(
     monkeypatch.setattr(huggingface_write, "write_safetensors", after(0, twice, write))
     line = ["convert", "--ckpt", folder / "gpt", "--to", "hf", "--output", tmp_path / "hf"]
     ended = run(*line)
-    assert ended.code == code and said in ended.err and "Traceback" not in ended.err
+    assert ended.code == code and "Traceback" not in ended.err
+    last = f"mlm-eval: {said}; no result was written, and nothing was kept"
+    assert ended.err.splitlines()[-1] == last
     assert list(tmp_path.iterdir()) == []
 
 

@@ -477,7 +477,7 @@ def test_the_command_plans_a_checkpoint(
         (("--model", "gpt2-355m", "--ckpt", "x"), "give --ckpt C, or --model NAME"),
         (("--model", "gpt5"), "no model is called 'gpt5'"),
         (("--model", "bert-336m", "--tp", "3"), "cannot split"),
-        (("--model", "bert-336m", "--device", "tpu"), "plan for cuda or cpu"),
+        (("--model", "bert-336m", "--device", "tpu"), "--device 'tpu' is unknown; use cuda or cpu"),
         (("--model", "bert-336m", "--dtype", "int8"), "--dtype 'int8' is unknown"),
         (("--model", "bert-336m", "--dp-mode", "zero"), "--dp-mode 'zero' is unknown; use ddp"),
         (("--model", "bert-336m", "--device-memory", "much"), "is not a size"),

@@ -11,6 +11,7 @@ import pytest
 
 from mlm_eval import cli
 from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
+from mlm_eval.cli import screen
 from support import random_models, tiny_bert
 from support.command_line import CONFIG, OF_A_LAUNCHER, TEXT, Ended, Run
 
@@ -20,6 +21,7 @@ PASSAGES = ["the cat saw a dog", "one two three", "he said no no", "x yy zzz"]
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run a command line in this process: quick, for one rank."""
+    monkeypatch.setattr(screen, "PATIENCE_SECONDS", 600)  # what is printed depends on no time
     for name in [name for name in os.environ if name.startswith(OF_A_LAUNCHER)]:
         monkeypatch.delenv(name)
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.text_file import decode
 from mlm_eval.cli.command import command
-from mlm_eval.cli.run import ModelRun, chosen_tokenizer, progress
+from mlm_eval.cli.run import ModelRun, chosen_tokenizer
+from mlm_eval.cli.screen import progress
 from mlm_eval.cli.sequences.standard_input import STDIN, STDIN_NAME, standard_input
 from mlm_eval.options import FILE, BosOption, RunOptions, again, option
 
@@ -158,7 +159,7 @@ def _continue(
     )
     watched = len(lines) == 1 and options.output is None and sys.stdout.isatty()
     if not (watched and run.is_main and tokenizer is not None):
-        with progress(run.is_main and len(lines) > 1, unit="text") as on_progress:
+        with progress(run.is_main and len(lines) > 1, unit="text", what="writing") as on_progress:
             return generate(engine, prompts, tokenizer=tokenizer, on_progress=on_progress)
     stream = TextStream(lines[0].tokens, tokenizer, options.stop, _print_now)
     _print_now(lines[0].text or "")

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.command import command
-from mlm_eval.cli.run import ModelRun, chosen_tokenizer, progress
+from mlm_eval.cli.run import ModelRun, chosen_tokenizer
+from mlm_eval.cli.screen import Screen, phase, progress
 from mlm_eval.cli.sequences.standard_input import STDIN, STDIN_NAME, standard_input
-from mlm_eval.cli.zero_shot import ResumeOptions, kept_scores
+from mlm_eval.cli.zero_shot import ResumeOptions, kept_beside, kept_scores
 from mlm_eval.options import FILE, BosOption, RunOptions, option
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def score_command(options: ScoreOptions) -> None:
     from mlm_eval.tasks.zero_shot.score import resume_parts, score_lines, score_work, write_lines
     from mlm_eval.tasks.zero_shot.sequences import GivenSequences, parse_lines
 
+    Screen.keeps = kept_beside(options.output)
     run = ModelRun(options)
     tokenizer = chosen_tokenizer(options.ckpt, options)
     family = run.checkpoint.config.family
@@ -67,9 +69,11 @@ def score_command(options: ScoreOptions) -> None:
 
     def take_apart(name: str, content: bytes) -> tuple[GivenSequences, list[InputLine]]:
         given = GivenSequences.of(name, content, options.input_format)
-        return given, parse_lines(
-            given, tokenizer, family=family, limit=options.limit, begin=begin.ids
-        )
+        with phase("reading and tokenizing the lines"):
+            lines = parse_lines(
+                given, tokenizer, family=family, limit=options.limit, begin=begin.ids
+            )
+        return given, lines
 
     # Faults of a file are found before ranks are started; standard input is read once, by one rank.
     is_file = options.input != STDIN

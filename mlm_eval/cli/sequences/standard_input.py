@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.cli.screen import say
 
 STDIN = Path("-")
 """How the options that name an input spell standard input."""
@@ -26,7 +27,7 @@ def standard_input() -> bytes:
         if sys.stdin is None or sys.stdin.closed:
             raise InputError("--input - reads standard input, which is closed; name a file")
         if sys.stdin.isatty():
-            print("reading sequences from the terminal; Ctrl-D ends", file=sys.stderr)
+            say("reading sequences from the terminal; Ctrl-D ends")
         return sys.stdin.buffer.read()
 
     return on_main(read)

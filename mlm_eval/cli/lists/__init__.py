@@ -1,0 +1,7 @@
+"""What there is to choose from.
+
+    names.py   names by their kind, also those that an option of a command takes
+    ls.py      ls: prints them
+
+`command.py` takes names from here for its help and for completions.
+"""
