@@ -18,17 +18,19 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.model.costs.memory import EvaluationNeed, Memory, TrainingBatch, TrainingNeed
 from mlm_eval.planning.plan import Passes, Training, Workload, spread
 from mlm_eval.tasks.finetune.settings import load_recipe
+from mlm_eval.tasks.language.settings import TextSettings, why_untrained
 from mlm_eval.tasks.paper import paper_recipe
 from mlm_eval.tasks.zero_shot import benchmarks
 from mlm_eval.training.settings import Hyperparameters
 
 if TYPE_CHECKING:
     from mlm_eval.tasks.finetune.settings import FinetuneOptions
-    from mlm_eval.tasks.language.settings import TextSettings
     from mlm_eval.training.settings import TrainSettings
 
 TEXT_TOKENS = 1_000_000
 """Language modelling has no set of its own: its work is given for a million tokens of text."""
+
+LANGUAGE_MODELLING = ("lm", "mlm")
 
 MLM_SHARE = 0.15
 """Tokens that masked-LM training hides."""
@@ -95,8 +97,10 @@ def workloads(
         batch: Dropout, precision, recomputation of training; `rows` are the samples of a forward
             pass on one rank; the lengths are the tasks'.
 
+    What cannot be trained has no training; see `why_untrained`.
+
     Raises:
-        InputError: There is no such task for this kind of model.
+        InputError: There is no such task for this kind of model, or it cannot be trained.
     """
     known = tasks_of(config.family)
     if not known:
@@ -112,6 +116,10 @@ def workloads(
             raise InputError(
                 f"--task {task} is not a task of a {kind} model; choose {', '.join(known)}"
             )
+    if (why := why_untrained(config)) and task in LANGUAGE_MODELLING:
+        raise InputError(f"--task {task}: this model has {why}")
+    if why:
+        names = [name for name in names if name not in LANGUAGE_MODELLING]
     batch = batch or TrainingBatch(rows=8, length=1)
     return [_workload(name, config, size, batch) for name in names]
 
@@ -123,7 +131,7 @@ def _workload(name: str, config: ModelConfig, size: str | None, batch: TrainingB
         work = zero_shot.workload(positions)
         assert work is not None
         return work
-    if name in ("lm", "mlm"):
+    if name in LANGUAGE_MODELLING:
         return _language_modelling(name, positions, batch)
     return _fine_tuning(name, positions, size, batch)
 

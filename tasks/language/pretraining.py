@@ -38,16 +38,13 @@ from mlm_eval.tasks.language.data import (
     read_documents,
     tokenize_documents,
 )
-from mlm_eval.tasks.language.settings import MaskedTextSettings, TextSettings
+from mlm_eval.tasks.language.settings import MaskedTextSettings, TextSettings, why_untrained
 from mlm_eval.training.data import Sample, collate, sample_length
 from mlm_eval.training.loop import train
 from mlm_eval.training.objectives import CausalLM, MaskedLM
 from mlm_eval.training.settings import Listener, TrainingProgress, TrainReport, TrainSettings
 
 RESULT = "result.json"
-
-UNTRAINED = ("Mamba layers", "layers of different kinds")
-"""What is evaluated and written only, of `ModelConfig.parts_beyond_dense`."""
 
 
 def start_from(
@@ -87,18 +84,8 @@ def check_start(text: TextSettings, checkpoint: Checkpoint, tokenizer: Tokenizer
         if config.family != "t5":
             way_out = f"train it with mlm-eval {other}"
         raise InputError(f"{where} is a {config.family.upper()} model; {way_out}")
-    if not config.lm_head:
-        raise InputError(
-            f"{where} has no language-model head, as fine-tuned files have none; give the "
-            "checkpoint that it was fine-tuned from"
-        )
-    if untrained := [what for what in config.parts_beyond_dense if what in UNTRAINED]:
-        raise InputError(f"{where} has {untrained[0]}, which mlm-eval evaluates and does not train")
-    if beyond := config.beyond_megatron:
-        raise InputError(
-            f"{where} has {beyond}, which mlm-eval evaluates but does not write, so it cannot "
-            "train it; give a model of Megatron-LM's kind without"
-        )
+    if why := why_untrained(config):
+        raise InputError(f"{where} has {why}")
     misfit = check_fits(tokenizer, config.vocab_size)
     return [*([] if misfit is None else [misfit]), *_check_experts(checkpoint)]
 

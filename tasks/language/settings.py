@@ -7,9 +7,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.options import DATA, TASK, again, option, option_name
 from mlm_eval.training.settings import check_options
+
+UNTRAINED = ("Mamba layers", "layers of different kinds")
+"""What is evaluated and written only, of `ModelConfig.parts_beyond_dense`."""
+
+
+def why_untrained(config: ModelConfig) -> str | None:
+    """Return what keeps a model from being trained on text, as it follows "it has"."""
+    if not config.lm_head:
+        return (
+            "no language-model head, as fine-tuned files have none; give the checkpoint that it "
+            "was fine-tuned from"
+        )
+    if untrained := [what for what in config.parts_beyond_dense if what in UNTRAINED]:
+        return f"{untrained[0]}, which mlm-eval evaluates and does not train"
+    if beyond := config.beyond_megatron:
+        return (
+            f"{beyond}, which mlm-eval evaluates but does not write, so it cannot train it; give "
+            "a model of Megatron-LM's kind without"
+        )
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from support import random_models
+from support import configs, random_models
 from support.paths import PROJECT
 from support.ranks import run_ranks
 from support.runs.live_tensors import LiveTensors
@@ -24,11 +24,12 @@ from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.parameters import allowed_tp, num_parameters, parameters
 from mlm_eval.engine.engine import Engine
-from mlm_eval.engine.score import Request
+from mlm_eval.engine.score import PairRequest, Request
 from mlm_eval.model import attention
 from mlm_eval.model.costs.flops import active_parameters, forward_flops
 from mlm_eval.model.costs.memory import (
     OUTSIDE,
+    EvaluationNeed,
     TrainingBatch,
     evaluation_memory,
     local_parameters,
@@ -39,6 +40,7 @@ from mlm_eval.model.initial import new_checkpoint, with_head
 from mlm_eval.model.sizes import named_config
 from mlm_eval.planning.plan import parse_throughput, plan_record
 from mlm_eval.planning.plan_text import plan_text
+from mlm_eval.tasks.language.settings import why_untrained
 from mlm_eval.tasks.workloads import workloads
 from mlm_eval.training.data import NO_LABEL, Sample, collate
 from mlm_eval.training.objectives import CausalLM, MultipleChoice, Objective
@@ -143,6 +145,35 @@ def test_evaluation_memory_is_what_lives(config: ModelConfig, dtype: str):
         config, tp=1, itemsize=resolve_dtype(dtype).itemsize, batch_tokens=4096, scored_rows=736
     )
     assert need.activations == pytest.approx(found, rel=0.15)
+
+
+RELATIVE = random_models.config(
+    configs.T5, num_layers=3, decoder_num_layers=3, hidden_size=64, kv_channels=16,
+    ffn_hidden_size=256, vocab_size=128, max_position_embeddings=256,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        RELATIVE,
+        dataclasses.replace(RELATIVE, ffn_hidden_size=32),
+        dataclasses.replace(RELATIVE, position_embedding_type="learned_absolute"),
+        dataclasses.replace(RELATIVE, position_embedding_type="rope"),
+        dataclasses.replace(RELATIVE, vocab_size=20_000, hidden_size=16, kv_channels=4),
+    ],
+    ids=["relative", "attention", "learned", "rotary", "logits"],
+)
+def test_evaluation_memory_of_a_t5_is_what_lives(config: ModelConfig, dtype: str):
+    engine = Engine.load(new_checkpoint(config, seed=1), dtype=dtype, batch_tokens=4096)
+    text, mask = torch.arange(256) % 128, torch.ones(256, dtype=torch.int64)
+    tokens = torch.arange(257) % 128
+    requests = [PairRequest(tokens, 256, text, mask) for _ in range(16)]
+    with LiveTensors([*engine.model.parameters(), text, mask, tokens]) as live:
+        engine.score(requests)
+    need = EvaluationNeed(config, resolve_dtype(dtype).itemsize, 4096)(1, 1)
+    assert need.activations == pytest.approx(live.peak, rel=0.2)
 
 
 # --- memory of a training ---
@@ -367,6 +398,24 @@ def test_squad_means_both_versions_and_wrong_tasks_are_refused():
     assert [w.task for w in workloads(BERT, task="squad")] == ["squad1", "squad2"]
     with pytest.raises(InputError, match="--task race is not a task of a GPT model.*wikitext103"):
         workloads(WIDE, task="race")
+
+
+@pytest.mark.parametrize(
+    ("config", "task", "why"),
+    [
+        (HYBRID, "lm", "Mamba layers, which mlm-eval evaluates and does not train"),
+        (dataclasses.replace(WIDE, parallel_residual=True), "lm", "does not write, so it cannot"),
+        (dataclasses.replace(BERT, lm_head=False), "mlm", "no language-model head"),
+    ],
+    ids=["hybrid", "gpt-neox", "fine-tuned"],
+)
+def test_what_cannot_be_trained_has_no_training(config: ModelConfig, task: str, why: str):
+    """`plan` shows no memory for a training that its command refuses."""
+    assert why_untrained(config)
+    planned = [work.task for work in workloads(config)]
+    assert planned and task not in planned
+    with pytest.raises(InputError, match=f"--task {task}: this model has .*{why}"):
+        workloads(config, task=task)
 
 
 # --- what fits ---

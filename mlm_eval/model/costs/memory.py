@@ -146,12 +146,16 @@ def evaluation_memory(
     local = _Local.of(config, tp)
     kinds = {config.mixer(layer) for layer in range(config.num_layers)}
     attention = _attention_widths(local, itemsize) if "attention" in kinds else 0.0
-    layers = batch_tokens * itemsize * max(attention, _mlp_widths(local))
+    # Each of T5's two stacks has half of a batch; see `PairRequest.width` in engine/score.py.
+    tokens = batch_tokens // 2 if config.family == "t5" else batch_tokens
+    layers = tokens * itemsize * max(attention, _mlp_widths(local))
     if "mamba" in kinds:
         layers = max(layers, _mamba_bytes(config, tp, itemsize, batch_tokens))
-    logits = FLOAT32 * _logit_chunk(config, tp, scored_rows)
-    length = min(batch_tokens, config.max_position_embeddings)
+    logits = FLOAT32 * _logit_chunk(config, tp, min(scored_rows, tokens))
+    length = min(tokens, config.max_position_embeddings)
     kept, made = _alibi(config, tp, length, itemsize)
+    if config.family == "t5":
+        kept = _beside_stacks(config, tp, tokens, length, itemsize)
     return Memory(
         weights=itemsize * local_parameters(config, tp) + _kept_wide(config, tp, itemsize),
         activations=round(max(layers + kept, made, logits)) + cache,
@@ -169,6 +173,16 @@ def _alibi(config: ModelConfig, tp: int, length: int, itemsize: int) -> tuple[in
     rounded = itemsize if itemsize < FLOAT32 else 0
     # Beside it distances in int64, and which of them are negative.
     return scores * heads * itemsize, scores * (heads * (FLOAT32 + rounded) + 9)
+
+
+def _beside_stacks(c: ModelConfig, tp: int, tokens: int, length: int, itemsize: int) -> int:
+    """Return the bytes that stay through all layers of one of T5's stacks, whichever has more.
+
+    Relative positions of the encoder are added to the scores of each text, since its padding is cut
+    out there; the decoder's are the same for all, and it has the encoder's states beside it.
+    """
+    positions = length * (c.num_attention_heads // tp) * c.relative_positions
+    return itemsize * max(tokens * positions, tokens * c.hidden_size + length * positions)
 
 
 @dataclass(frozen=True)
