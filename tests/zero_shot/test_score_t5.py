@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from support import configs, random_models
 from support.ranks import run_ranks
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.engine import resume, score
 from mlm_eval.engine.engine import Engine
+from mlm_eval.engine.resume import PartialScores
 from mlm_eval.tasks.zero_shot.score import score_lines
 from mlm_eval.tasks.zero_shot.sequences import read_lines
 
@@ -71,6 +74,34 @@ def test_layout_and_batches_change_nothing(tp: int, dp: int, tmp_path: Path):
         for record, one in zip(found, expected, strict=True):
             assert record["logprobs"][1:] == pytest.approx(one["logprobs"][1:], abs=2e-5)
             assert record["greedy"] == one["greedy"]
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was scored is kept, is not scored again, and stands at its line's place."""
+    monkeypatch.setattr(resume, "FLUSH_SECONDS", -1.0)  # after every batch
+    lines = read_lines(write(tmp_path, *LINES), None, family="t5")
+    engine = Engine.load(random_models.checkpoint(T5), batch_tokens=2 * POSITIONS)
+    whole = list(score_lines(engine, lines))
+    original, allowed, pairs = score.score_pairs, 2, []
+
+    def score_pairs(model: Any, requests: Any, device: Any) -> Any:
+        if len(pairs) == allowed:
+            raise KeyboardInterrupt
+        pairs.append(len(requests))
+        return original(model, requests, device)
+
+    monkeypatch.setattr(score, "score_pairs", score_pairs)
+    with closing(PartialScores(tmp_path / "kept", {"task": "score"}, restart=False)) as partial:
+        with pytest.raises(KeyboardInterrupt):
+            list(score_lines(engine, lines, partial=partial))
+    first, allowed = sum(pairs), 99
+    pairs.clear()
+    with closing(PartialScores(tmp_path / "kept", {"task": "score"}, restart=False)) as partial:
+        again = list(score_lines(engine, lines, partial=partial))
+    assert 0 < first < 4 and first + sum(pairs) == 4  # a line of one token is not scored
+    assert again == whole
 
 
 PAIR = {"encoder_tokens": [1, 2, 3], "tokens": [4, 5]}

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from conftest import SHARED
 from support import random_models
 from support.folders.family_models import FAMILY_MODELS
-from support.paths import SUPPORT
+from support.fuzz.core_process import run_core
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig, YarnScaling
@@ -340,17 +337,6 @@ def shapes(root: Path) -> dict[str, tuple[int, ...] | None]:
 
 
 # ---- megatron-core reads them ------------------------------------------------------------------
-
-
-def run_core(script: str, scratch: Path, triples: list[Path]) -> None:
-    quick = {"TORCHDYNAMO_DISABLE": "1", "PYTORCH_JIT": "0", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", SUPPORT / "fuzz" / script, scratch, *triples],
-        capture_output=True,
-        text=True,
-        env=os.environ | quick,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.process

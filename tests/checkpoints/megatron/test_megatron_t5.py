@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 import torch
 from conftest import SHARED
 from support import configs, random_models
+from support.folders.zarr_folders import write_array
+from support.fuzz.core_process import run_core
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
@@ -19,6 +23,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.distcp import open_folder
 from mlm_eval.checkpoints.files.torch_file import read_torch_file
 from mlm_eval.checkpoints.open import open_checkpoint
+from mlm_eval.engine.verify import outputs
 
 LEARNED = dataclasses.replace(
     configs.T5,
@@ -172,3 +177,57 @@ def test_stacks_that_args_contradict_are_refused(
     torch.save(contents, file)
     with pytest.raises(InputError, match=message):
         open_checkpoint(tmp_path / "out")
+
+
+@pytest.mark.process
+@pytest.mark.long
+@pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
+def test_megatron_core_loads_them_and_computes_the_same_logits(tmp_path: Path) -> None:
+    """Its model is built from nothing but the args that we wrote."""
+    noise = torch.Generator().manual_seed(5)
+    inputs = {
+        "encoder_tokens": torch.randint(64, (2, 8), generator=noise),
+        "encoder_mask": torch.tensor([[1] * 8, [1] * 5 + [0] * 3]),
+        "tokens": torch.randint(64, (2, 6), generator=noise),
+    }
+    torch.save(inputs, tmp_path / "inputs")
+    triples: list[Path] = []
+    for kind in ("learned", "rotary", "relative"):
+        source = random_models.checkpoint(dataclasses.replace(KINDS[kind], vocab_size=64))
+        for to, place in (("megatron", "mp_rank_00/model_optim_rng.pt"), ("torch_dist", "")):
+            folder = tmp_path / f"{kind}-{to}"
+            convert(source, to, folder)
+            triples += [folder / "release" / place, tmp_path / "inputs", folder / "output"]
+    run_core("megatron_core_t5.py", tmp_path, triples)
+    for output in triples[2::3]:
+        kind = output.parent.name.partition("-")[0]
+        theirs = torch.load(output)
+        if kind == "relative":  # its local layers have no place for them; the weights fit
+            assert theirs == {}
+            continue
+        source = random_models.checkpoint(dataclasses.replace(KINDS[kind], vocab_size=64))
+        ours = outputs(source, inputs)["logits"]
+        assert ours.std() > 0.5
+        atol = 1e-4 * ours.std().item()
+        torch.testing.assert_close(theirs["logits"], ours, rtol=0, atol=atol, msg=str(output))
+
+
+def as_zarr(folder: Path, target: Path) -> Path:
+    """Write what a torch_dist folder holds as arrays, cut in two along their first dim."""
+    stored = open_folder(folder)
+    for key in stored.tensors:
+        values = stored.tensor(key).read()
+        write_array(target / key, values, (-(-values.shape[0] // 2), *values.shape[1:]))
+    (target / "metadata.json").write_text('{"sharded_backend": "zarr"}')
+    shutil.copy(folder / "common.pt", target)
+    return target
+
+
+def test_zarr_holds_the_same_model(tmp_path: Path) -> None:
+    """The layout that torch_dist took over: the same keys, an array a folder."""
+    for kind in ("relative", "learned"):
+        source = random_models.checkpoint(dataclasses.replace(KINDS[kind], vocab_size=64))
+        convert(source, "torch_dist", tmp_path / kind)
+        found = open_checkpoint(as_zarr(tmp_path / kind / "release", tmp_path / f"{kind}-zarr"))
+        assert found.provenance.format == "megatron-zarr"
+        assert_same(found, source)
