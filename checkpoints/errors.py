@@ -17,6 +17,7 @@ class InputError(ValueError):
 PACKAGES = {
     "datasets": ("datasets", None),
     "evaluate": ("evaluate", None),
+    "huggingface_hub": ("huggingface_hub", None),
     "jinja2": ("jinja2", None),
     "pandas": ("pandas", None),
     "pyarrow": ("pyarrow", None),
@@ -27,6 +28,9 @@ PACKAGES = {
     "matplotlib": ("matplotlib", "plots"),
     "sentencepiece": ("sentencepiece", "sentencepiece"),
     "tensorboard": ("tensorboard", "tensorboard"),
+    "mlflow": ("mlflow", "mlflow"),
+    "trackio": ("trackio", "trackio"),
+    "wandb": ("wandb", "wandb"),
 }
 """Packages that only some commands import: what pip calls each, and the extra that it comes with.
 

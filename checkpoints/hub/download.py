@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
-from mlm_eval.checkpoints.errors import InputError, first_line
+from mlm_eval.checkpoints.errors import InputError, first_line, require
 
 HUB_PREFIX = "hf://"
 
@@ -96,6 +96,7 @@ def hub_folder(path: str | Path) -> Path | None:
 @functools.cache
 def _fetch(address: HubAddress) -> Path:
     """Return where the files lie: the tokenizer and the weights of one run are of one commit."""
+    require("huggingface_hub", f"hf://{address.name}")
     from huggingface_hub import HfApi, constants, errors, snapshot_download
 
     name, revision = address.name, address.revision

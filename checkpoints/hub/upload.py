@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlm_eval.checkpoints.errors import InputError, first_line
+from mlm_eval.checkpoints.errors import InputError, first_line, require
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _FROM_THE_START = {".gitattributes", "README.md"}
@@ -63,6 +63,7 @@ def check_target(name: str, *, overwrite: bool) -> HubTarget:
         InputError: The name is no name, nobody is logged in, the hub cannot be reached, or the
             repository holds a model.
     """
+    require("huggingface_hub", "--push-to")
     from huggingface_hub import errors
 
     if not _NAME.fullmatch(name):

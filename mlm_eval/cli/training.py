@@ -113,8 +113,10 @@ def _train(
 ) -> None:
     """Train on every rank, with bars; print the figures, and write the record."""
     from mlm_eval.reporting.text import training_text
+    from mlm_eval.training.trackers import check_trackers
 
     run.refuse_t5("training")
+    check_trackers(settings.log)
     Screen.keeps = folder
     place = run.start(need, trains=trains)
     tokenizer = run.tokenizer()

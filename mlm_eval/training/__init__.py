@@ -10,6 +10,7 @@
     state.py          what resuming needs, for any layout
     series.py         checkpoints that a run keeps on its way
     log.py            metrics.jsonl, TensorBoard, the plot
+    trackers.py       TensorBoard, wandb, Trackio and MLflow behind one interface
 
 This room imports `engine`, `ranks`, `model` and `mlm_eval.checkpoints`.
 """

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError, not_installed
 from mlm_eval.checkpoints.files.output import atomic_file, write_text
+from mlm_eval.training.trackers import TensorBoard, Trackers
 
 METRICS_FILE = "metrics.jsonl"
 PLOT = "training.png"
@@ -26,13 +27,23 @@ class TrainingLog:
     the killed one had written after it.
     """
 
-    def __init__(self, folder: Path, *, start: int, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        start: int,
+        warn: Callable[[str], None],
+        destinations: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         """Open the logs.
 
         Args:
             folder: Where they are.
             start: Steps done: later lines of an earlier run are dropped.
-            warn: Takes a sentence for each log that is not written, for want of a package.
+            warn: Takes a sentence for each log that is not written.
+            destinations: Other trackers, as `--log` names them.
+            config: Settings that they show beside the run.
         """
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,29 +56,28 @@ class TrainingLog:
         for package, what in missing.items():
             warn(f"{not_installed(package, what)}; training goes on without it")
         self.draws = "matplotlib" not in missing
-        self.board: Any = None
+        self.trackers = Trackers(
+            [text for text in destinations if text not in ("tensorboard", "tensorboard:")],
+            name=folder.resolve().name,
+            config=config or {},
+            folder=folder,
+            warn=warn,
+            start=start,
+        )
         if "tensorboard" not in missing:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(folder / TENSORBOARD), purge_step=start + 1)
+            self.trackers.add(TENSORBOARD, TensorBoard(folder / TENSORBOARD, start=start))
 
     def step(self, line: Mapping[str, Any]) -> None:
         """Note a step: its `step`, `epoch`, and numbers."""
         self._write(line)
-        for name, value in line.items():
-            if name not in ("step", "epoch"):
-                self._scalar(f"train/{name}", value, line["step"])
+        figures = {f"train/{name}": v for name, v in line.items() if name not in ("step", "epoch")}
+        self.trackers.log(figures, line["step"])
 
     def evaluation(self, line: Mapping[str, Any]) -> None:
         """Note an evaluation: its `step`, `epoch`, and what was measured under `evaluation`."""
         self._write(line)
-        for name, value in line["evaluation"].items():
-            if is_number(value):
-                self._scalar(f"dev/{name}", value, line["step"])
-
-    def _scalar(self, name: str, value: float, step: int) -> None:
-        if self.board is not None:
-            self.board.add_scalar(name, value, step)
+        figures = {f"dev/{name}": v for name, v in line["evaluation"].items() if is_number(v)}
+        self.trackers.log(figures, line["step"])
 
     def _write(self, line: Mapping[str, Any]) -> None:
         self.lines.append(dict(line))
@@ -77,14 +87,12 @@ class TrainingLog:
     def sync(self) -> None:
         """Have everything on the disk: a state that is saved next must not be ahead of its log."""
         os.fsync(self.stream.fileno())
-        if self.board is not None:
-            self.board.flush()
+        self.trackers.flush()
 
     def close(self) -> None:
         """Write the plot and close the files."""
         self.stream.close()
-        if self.board is not None:
-            self.board.close()
+        self.trackers.close()
         self.plot()
 
     def plot(self) -> None:

@@ -64,6 +64,7 @@ from mlm_eval.training.state import (
     restore_moments,
 )
 from mlm_eval.training.step import Stepper, StepResult
+from mlm_eval.training.trackers import RUNS_FILE
 
 CHECKPOINT, BEST_CHECKPOINT, STATE = "checkpoint", "checkpoint-best", "state"
 _CHECKPOINTS = (CHECKPOINT, BEST_CHECKPOINT, SERIES)
@@ -216,7 +217,13 @@ class _Run:
             )
         self.log = None
         if self.engine.is_main:
-            self.log = TrainingLog(self.output, start=self.counters.step, warn=self.listener.warn)
+            self.log = TrainingLog(
+                self.output,
+                start=self.counters.step,
+                warn=self.listener.warn,
+                destinations=self.settings.log,
+                config=self.settings.deciding(),
+            )
         return None
 
     def leave(self) -> None:
@@ -494,7 +501,7 @@ def discard_training(folder: Path) -> bool:
     for name in (CHECKPOINT, BEST_CHECKPOINT):
         if (folder / name).is_dir():
             remove_checkpoint(folder / name)
-    for path in (folder / METRICS_FILE, folder / PLOT):
+    for path in (folder / METRICS_FILE, folder / PLOT, folder / RUNS_FILE):
         path.unlink(missing_ok=True)
     for path in (folder / TENSORBOARD).glob("events.out.tfevents.*"):
         path.unlink()

@@ -17,6 +17,10 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.options import KEY, OPTIMIZER, RUN, Option, option, option_name
 
 DP_MODES = ("ddp", "fsdp2")
+LOG_HELP = (
+    "Follow the run in wandb:PROJECT, trackio:PROJECT, mlflow:EXPERIMENT or tensorboard:FOLDER too "
+    "(repeatable)."
+)
 LR_DECAYS = ("linear", "cosine", "linear-v1")
 
 
@@ -147,6 +151,8 @@ class RunSettings:
         needs="save_every",
         group=RUN,
     )
+    log: tuple[str, ...] = option(LOG_HELP, (), group=RUN, metavar="TRACKER:PLACE")
+    """TensorBoard's files are in OUTPUT_DIR/tensorboard with and without it."""
     micro_batch: int = option(
         "Samples of a forward pass on one rank; changes no result.", 8, least=1, group=RUN
     )
@@ -176,7 +182,7 @@ class TrainSettings(RunSettings, Hyperparameters):
 
     def deciding(self) -> dict[str, Any]:
         """Return the settings that decide the result: a resumed run must have the same."""
-        free = ("micro_batch", "recompute", "dp_mode", "save_minutes", "save_every", "keep")
+        free = ("micro_batch", "recompute", "dp_mode", "save_minutes", "save_every", "keep", "log")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
 
 
