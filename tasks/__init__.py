@@ -5,6 +5,7 @@
     language/      masked and causal language modelling on any text
     data/          where texts and data sets come from
     paper.py       the paper's tables (paper.toml) with measured figures in them
+    comparison.py  any records side by side, and over training
     records.py     result records, read back
     workloads.py   the work of each benchmark, for `mlm-eval plan`
 

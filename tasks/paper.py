@@ -72,7 +72,7 @@ def paper_protocol(benchmark: str) -> Mapping[str, Any]:
 # --- differences from the paper ------------------------------------------------------------------
 
 
-def _differences(record: ResultRecord, size: str | None) -> list[str]:
+def differences(record: ResultRecord, size: str | None) -> list[str]:
     """Return how a record's protocol and data differ from the paper's, one sentence each."""
     rules = paper_protocol(record.benchmark)
     settings = record.settings
@@ -149,20 +149,21 @@ def paper_recipe(benchmark: str, size: str | None) -> Mapping[str, Any] | None:
 
 
 @functools.cache
-def _size_in_parameters(size: str) -> int:
+def size_in_parameters(size: str) -> int:
+    """Return the number of parameters of a size that the paper names."""
     from mlm_eval.model.sizes import paper_parameters  # here: it imports torch
 
     return paper_parameters(size)
 
 
-def _match_size(record: ResultRecord, rows: Sequence[Mapping[str, Any]]) -> tuple[Any, list[str]]:
+def match_size(record: ResultRecord, rows: Sequence[Mapping[str, Any]]) -> tuple[Any, list[str]]:
     """Return the published row of a record's size, or None, and how its shape differs."""
     sized = [row for row in rows if "size" in row]
     wants_ensemble = bool(record.settings.get("ensemble"))
     count = record["checkpoint"]["num_parameters"]
-    known = ", ".join(dict.fromkeys(short_count(_size_in_parameters(r["size"])) for r in sized))
+    known = ", ".join(dict.fromkeys(short_count(size_in_parameters(r["size"])) for r in sized))
     for row in sized:
-        size = _size_in_parameters(row["size"])
+        size = size_in_parameters(row["size"])
         if abs(count - size) > SIZE_TOLERANCE * size:
             continue
         if bool(row.get("ensemble")) == wants_ensemble:
@@ -211,22 +212,38 @@ def build_tables(
         raise InputError("no result record was given; name files that --output wrote")
     table_of = tables_of_benchmarks()
     for record in records:
+        if record.benchmark not in table_of:
+            raise InputError(
+                f"{record.path} is a record of {record.benchmark}, which is in no table of the "
+                "paper; drop the file or --table"
+            )
         if number not in (None, table_of[record.benchmark]):
             raise InputError(
                 f"{record.path} is a record of {record['task']}, which belongs to Table "
                 f"{table_of[record.benchmark]}, not {number}; drop the file or --table"
             )
-        if record.limits and not include_limited:
-            raise InputError(
-                f"{record.path} is of a limited run ({', '.join(record.limits)}), whose figures "
-                "are not those of the whole data; leave it out, or have it marked with "
-                "--include-limited"
-            )
+    if not include_limited:
+        refuse_limited(records)
     numbers = [number] if number else sorted({table_of[record.benchmark] for record in records})
     return [
         _table(n, [record for record in records if table_of[record.benchmark] == n])
         for n in numbers
     ]
+
+
+def refuse_limited(records: Sequence[ResultRecord]) -> None:
+    """Refuse records of a part of the data.
+
+    Raises:
+        InputError: There is one.
+    """
+    for record in records:
+        if record.limits:
+            raise InputError(
+                f"{record.path} is of a limited run ({', '.join(record.limits)}), whose figures "
+                "are not those of the whole data; leave it out, or have it marked with "
+                "--include-limited"
+            )
 
 
 def _table(number: int, records: Sequence[ResultRecord]) -> Table:
@@ -237,7 +254,7 @@ def _table(number: int, records: Sequence[ResultRecord]) -> Table:
     measured: dict[str | None, list[TableRow]] = {}
     runs = []
     for name, group in zip(names, groups, strict=True):
-        row, notes = _match_size(group[0], published)
+        row, notes = match_size(group[0], published)
         measured.setdefault(row["model"] if row else None, []).append(
             _measured_row(name, group, row, notes)
         )
@@ -267,20 +284,32 @@ def _group(records: Sequence[ResultRecord]) -> list[list[ResultRecord]]:
 
 
 def _names(groups: Sequence[Sequence[ResultRecord]]) -> list[str]:
-    """Return a name for each row: the checkpoint's folder, numbered where rows share it."""
-    names = [_name(group[0]) for group in groups]
+    """Return a name for each row: the checkpoint's folder.
+
+    Rows that share it have the iteration with it, or a number.
+    """
+    names = [run_name(group[0]) for group in groups]
+    places = [group[0].place.iteration for group in groups]
+    names = [
+        name if names.count(name) == 1 or place is None else f"{name}, iteration {place:,}"
+        for name, place in zip(names, places, strict=True)
+    ]
     return [
         f"{name} #{names[: index + 1].count(name)}" if names.count(name) > 1 else name
         for index, name in enumerate(names)
     ]
 
 
-def _name(record: ResultRecord) -> str:
-    parts = [
-        part
-        for part in Path(str(record["checkpoint"].get("path", ""))).parts
-        if not re.fullmatch(r"/|iter_\d+|release|mp_rank_.*|checkpoint(-best)?|.*\.pt", part)
-    ]
+def run_parts(record: ResultRecord) -> list[str]:
+    """Return the parts of the path of the run that a checkpoint is of, the last one its name."""
+    inside = r"/|iter_\d+|release|mp_rank_.*|checkpoint(-best|-series)?|.*\.pt"
+    path = Path(str(record["checkpoint"].get("path", "")))
+    return [part for part in path.parts if not re.fullmatch(inside, part)]
+
+
+def run_name(record: ResultRecord) -> str:
+    """Return the name of the run that a checkpoint is of: its folder's."""
+    parts = run_parts(record)
     name = parts[-1] if parts else Path(record.path).stem
     ensemble = record.settings.get("ensemble")
     return f"{name}, ensemble of {ensemble}" if ensemble else name
@@ -291,7 +320,7 @@ def _measured_row(
 ) -> TableRow:
     cells = {}
     for record in group:
-        common = _differences(record, row["size"] if row else None)
+        common = differences(record, row["size"] if row else None)
         for key, value, own in paper_figures(record):
             published = row.get(key) if row else None
             cells[key] = Cell(value, published, (*own, *common), record.path)
@@ -303,6 +332,7 @@ def _measured_row(
         compared_with=row["model"] if row else None,
         notes=tuple(notes),
         limited=any(record.limits for record in group),
+        place=group[0].place,
         digest=str(group[0]["checkpoint"].get("digest") or ""),
     )
 
@@ -313,7 +343,7 @@ def _published_row(entry: Mapping[str, Any], columns: Sequence[Column]) -> Table
         model=entry["model"],
         kind=PUBLISHED,
         cells={c.key: Cell(float(entry[c.key])) for c in columns if c.key in entry},
-        parameters=_size_in_parameters(size) if size else None,
+        parameters=size_in_parameters(size) if size else None,
     )
 
 

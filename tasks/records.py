@@ -1,4 +1,8 @@
-"""Result records read from files, and the figures of the paper's tables that they hold."""
+"""Result records read from files, and the figures of the paper's tables that they hold.
+
+What `bench`, `score` and lm-evaluation-harness write is read as records too: a point of a study, a
+file of scored lines and a file of results are one each.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,17 @@ from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.reporting.existing import LIMITS
+from mlm_eval.reporting.results import exponential
+from mlm_eval.reporting.series_list import is_series, series_records
+from mlm_eval.reporting.tables import Place
 from mlm_eval.tasks.zero_shot import benchmarks
 
 FINE_TUNED = ("mnli", "qqp", "squad1", "squad2", "race")
 """The benchmarks of Table 5; SQuAD's two versions are benchmarks of their own."""
+
+LANGUAGE = ("lm", "mlm")
+
+_ITERATION = re.compile(r"iter_0*(\d+)")
 
 # Figure of a table -> name of the set in a record's metrics.
 SETS = {
@@ -30,7 +41,7 @@ class ResultRecord:
 
     path: str
     benchmark: str
-    """The task; for SQuAD with its version: `squad1`, `squad2`."""
+    """The task; for SQuAD with its version: `squad1`, `squad2`; `bench`, `score`, `harness`."""
     values: Mapping[str, Any]
 
     @property
@@ -39,6 +50,20 @@ class ResultRecord:
         metrics: Mapping[str, Any] = self.values["metrics"]
         median = metrics.get("median")
         return median if isinstance(median, dict) else metrics
+
+    @property
+    def place(self) -> Place:
+        """Where in its training the model is."""
+        checkpoint, counts, settings = (self[name] for name in ("checkpoint", "counts", "settings"))
+        if self.benchmark in LANGUAGE:  # the model that was trained, not the one it began with
+            samples, length = _count(counts, "samples_seen"), _count(settings, "seq_length")
+            tokens = samples * length if samples and length else None
+            return Place(_count(counts, "steps"), samples, tokens)
+        iteration = _count(checkpoint, "iteration")
+        if iteration is None and (named := _ITERATION.search(f"{checkpoint.get('path')}")):
+            iteration = int(named[1])
+        samples, tokens = (_count(checkpoint, f"consumed_{name}") for name in ("samples", "tokens"))
+        return Place(iteration, samples, tokens)
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
@@ -64,46 +89,185 @@ class ResultRecord:
         return checkpoint.get("digest") or self.path, config, self.settings.get("ensemble")
 
 
+def _count(values: Mapping[str, Any], name: str) -> int | None:
+    value = values.get(name)
+    return value if type(value) is int else None
+
+
 def tables_of_benchmarks() -> dict[str, int]:
     """Return the number of the paper's table of each benchmark."""
     zero_shot = [name for name, benchmark in benchmarks().items() if benchmark.paper is not None]
     return dict.fromkeys(zero_shot, 3) | dict.fromkeys(FINE_TUNED, 5)
 
 
-def read_record(path: str | Path) -> ResultRecord:
-    """Return the result record that `--output` wrote, or a fine-tuning's `result.json`.
+def read_results(path: str | Path) -> list[ResultRecord]:
+    """Return the records of a file: one, those that a series lists, or what another tool measured.
 
     Raises:
-        InputError: The file is not a result record of a task in the paper's tables.
+        InputError: The file, or one that it lists, holds no results of ours.
     """
+    values = _read_json(path)
+    if isinstance(values, list):
+        return [_of_lines(path, values)]
+    if isinstance(values, dict):
+        if isinstance(values.get("series"), list):
+            return [read_record(record) for record in _listed(Path(path), values)]
+        if values.get("task") == "bench":
+            return list(_of_bench(path, values))
+        if isinstance(values.get("results"), dict) and "n-shot" in values:
+            return [_of_harness(path, values)]
+    return [read_record(path)]
+
+
+def _listed(path: Path, values: Mapping[str, Any]) -> list[Path]:
+    """Return the records that a series lists."""
+    if not is_series(values):
+        raise InputError(f"{path} is not the list of a series: an entry names no record")
+    found = series_records(path, values)
+    if not found:
+        raise InputError(f"{path} lists no record yet; give it again when the series has some")
+    return found
+
+
+def _of_bench(path: str | Path, values: Mapping[str, Any]) -> Iterator[ResultRecord]:
+    """Yield a record for each point of a study."""
+    settings, points = values.get("settings"), values.get("points")
+    if not isinstance(settings, dict) or not isinstance(points, list):
+        raise InputError(f"{path} is no record of bench: it has no settings and points")
+    for point in points:
+        if not isinstance(point, dict):
+            raise InputError(f"{path} is no record of bench: a point is no object")
+        model = settings.get("ckpt") or point.get("model")
+        yield _record(
+            path,
+            "bench",
+            metrics=point,
+            settings={**settings, "tp": point.get("tp"), "dp": 1},
+            checkpoint={"path": str(model), "num_parameters": _count(point, "parameters")},
+        )
+
+
+def _of_harness(path: str | Path, values: Mapping[str, Any]) -> ResultRecord:
+    """Return a record of what lm-evaluation-harness has written, with any model."""
+    config = values.get("config")
+    config = config if isinstance(config, dict) else {}
+    ours = config.get("mlm_eval")
+    ours = ours if isinstance(ours, dict) else {}
+    known = values.get("higher_is_better")
+    known = known if isinstance(known, dict) else {}
+    metrics, lower = {}, []
+    for task, figures in values["results"].items():
+        better = known.get(task)
+        for name, value in figures.items() if isinstance(figures, dict) else ():
+            metric, _, kind = name.partition(",")
+            if type(value) in (int, float) and "stderr" not in name and kind:
+                title = f"{task} {metric}" + ("" if kind == "none" else f" ({kind})")
+                metrics[title] = value
+                if isinstance(better, dict) and better.get(metric) is False:
+                    lower.append(title)
+    checkpoint = {
+        "path": ours.get("path") or str(values.get("model_name") or config.get("model") or path),
+        "num_parameters": _count(config, "model_num_parameters"),
+        "digest": ours.get("digest"),
+        "iteration": ours.get("iteration"),
+        "consumed_samples": ours.get("consumed_samples"),
+        "consumed_tokens": ours.get("consumed_tokens"),
+    }
+    settings = {**ours, "limit": config.get("limit"), "lower_is_better": lower}
+    return _record(path, "harness", metrics=metrics, settings=settings, checkpoint=checkpoint)
+
+
+def _of_lines(path: str | Path, lines: list[Any]) -> ResultRecord:
+    """Return a record of the lines of `score`: sums over their tokens."""
+    tokens, correct, total = 0, 0, 0.0
+    for number, line in enumerate(lines, start=1):
+        if not isinstance(line, dict) or not isinstance(line.get("logprobs"), list):
+            raise InputError(f"{path}, line {number}, is no line that `mlm-eval score` wrote")
+        rows = line["logprobs"] if "choices" in line else [line["logprobs"]]
+        for value in (value for row in rows if isinstance(row, list) for value in row):
+            if type(value) in (int, float):
+                tokens, total = tokens + 1, total + value
+        correct += _hits(line.get("greedy"))
+    if not tokens:
+        raise InputError(f"{path} holds no log-probability of a token")
+    metrics = {
+        "avg_loss": -total / tokens,
+        "ppl": exponential(-total / tokens),
+        "greedy_share": correct / tokens,
+    }
+    counts = {"lines": len(lines), "scored_tokens": tokens}
+    checkpoint = {"path": str(path), "num_parameters": None}
+    return _record(path, "score", metrics=metrics, counts=counts, checkpoint=checkpoint)
+
+
+def _hits(greedy: object) -> int:
+    """Return how many entries of a list, or of lists in it, are true."""
+    if isinstance(greedy, list):
+        return sum(_hits(entry) for entry in greedy)
+    return int(greedy is True)
+
+
+def _record(
+    path: str | Path,
+    task: str,
+    *,
+    metrics: Mapping[str, Any],
+    checkpoint: Mapping[str, Any],
+    settings: Mapping[str, Any] | None = None,
+    counts: Mapping[str, Any] | None = None,
+) -> ResultRecord:
+    values = {
+        "task": task,
+        "protocol": task,
+        "metrics": metrics,
+        "counts": counts or {},
+        "settings": settings or {},
+        "checkpoint": checkpoint,
+    }
+    return ResultRecord(str(path), task, values)
+
+
+def _read_json(path: str | Path) -> Any:
+    """Return what a JSON file holds; of a file of JSON lines a list of their values."""
     file = Path(path)
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        try:
+            values = json.loads(text)
+        except ValueError:
+            if '"logprobs"' not in text.partition("\n")[0]:
+                raise
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [values] if isinstance(values, dict) and "logprobs" in values else values
     except FileNotFoundError:
         raise InputError(
             f"{path} does not exist; give the files that --output wrote, or a result.json"
         ) from None
     except IsADirectoryError:
         raise InputError(f"{path} is a folder; give the result.json in it") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a result record: {error}") from None
+
+
+def read_record(path: str | Path) -> ResultRecord:
+    """Return the result record that `--output` wrote, or a fine-tuning's `result.json`.
+
+    Raises:
+        InputError: The file is not a result record.
+    """
+    values = _read_json(path)
     fault = _fault(values)
     if fault is not None:
         raise InputError(
-            f"{path} is not a result record: {fault}; give a file that `mlm-eval wikitext103`, "
-            "`lambada`, `race`, `mnli`, `qqp` or `squad` wrote"
+            f"{path} is not a result record: {fault}; give what a command of mlm-eval wrote with "
+            "--output, a result.json of a training, or results of lm-evaluation-harness"
         )
     benchmark = values["task"]
     if benchmark == "squad":
         benchmark = f"squad{_squad_version(values, path)}"
-    tables = tables_of_benchmarks()
-    if benchmark not in tables:
-        raise InputError(
-            f"{path} is a record of {benchmark!r}, which is in no table of the paper; known are "
-            f"{', '.join(sorted({*tables, 'squad'} - {'squad1', 'squad2'}))}"
-        )
     record = ResultRecord(str(path), benchmark, values)
-    list(paper_figures(record))  # a fault in the metrics is found here, where the file is named
+    if benchmark in tables_of_benchmarks():
+        list(paper_figures(record))  # a fault in the metrics is found here, where the file is named
     return record
 
 

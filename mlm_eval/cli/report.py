@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, require
 from mlm_eval.cli.checkpoints import InspectOptions
 from mlm_eval.cli.command import command
 from mlm_eval.cli.run import print_beside
@@ -24,15 +24,21 @@ class ReportOptions:
     """The options of `report`."""
 
     results: tuple[Path, ...] = option(
-        "Result records: what --output wrote, or a fine-tuning's result.json.", positional=True
+        "What --output wrote, of any command and of series; a training's result.json; lines of "
+        "score; results of lm-evaluation-harness.",
+        positional=True,
     )
     table: int | None = option(
         "3 (zero-shot) or 5 (fine-tuning); default: those of the records.", None
     )
+    curve: bool = option(
+        "Figures over iterations, samples and tokens, a line for each run.", False, flag="--curve"
+    )
     format: str = option(
-        "md, latex, csv or html (one page, with plots).",
+        "md, latex, csv, html (one page, with plots), or png with --curve; default: what the "
+        "name of --output ends with.",
         "md",
-        choices=("md", "latex", "csv", "html"),
+        choices=("md", "latex", "csv", "html", "png"),
     )
     output: Path | None = option(
         "Write to this file instead of the terminal; a page of an earlier report is replaced.",
@@ -51,20 +57,56 @@ def report(options: ReportOptions) -> None:
 
     Example: mlm-eval report wikitext103.json lambada.json --format html --output table3.html
     """
-    from mlm_eval.checkpoints.files.output import write_text
+    from mlm_eval.checkpoints.files.output import atomic_file, write_text
     from mlm_eval.reporting.render import render
+    from mlm_eval.tasks.comparison import build_comparisons
     from mlm_eval.tasks.paper import build_tables
-    from mlm_eval.tasks.records import read_record
+    from mlm_eval.tasks.records import read_results, tables_of_benchmarks
 
-    records = [read_record(path) for path in options.results]
-    tables = build_tables(records, number=options.table, include_limited=options.include_limited)
-    text = render(tables, options.format)
+    fmt = _format(options)
+    if fmt == "png" and not (options.curve and options.output):
+        raise InputError("--format png draws curves: give --curve and --output FILE.png")
+    if options.curve and options.table is not None:
+        raise InputError("--curve and --table are two reports; give one of them")
+    if fmt == "png":
+        require("matplotlib", "--format png")
+    records = [record for path in options.results for record in read_results(path)]
+    limited = options.include_limited
+    if options.curve:
+        curves = build_comparisons(records, curve=True, include_limited=limited)
+        if fmt == "png":
+            from mlm_eval.reporting.curves import curve_png
+
+            assert options.output is not None
+            with atomic_file(options.output, option="--output") as partial:
+                curve_png(curves, partial)
+        text = "" if fmt == "png" else render(curves, fmt, curves=True)
+        told = [f"curve of {curve.title}" for curve in curves]
+    else:
+        known = tables_of_benchmarks()
+        apart = [options.table is None and r.benchmark not in known for r in records]
+        inside = [record for record, other in zip(records, apart, strict=True) if not other]
+        others = [record for record, other in zip(records, apart, strict=True) if other]
+        tables = []
+        if inside or not others:
+            tables = build_tables(inside, number=options.table, include_limited=limited)
+        comparisons = build_comparisons(others, include_limited=limited)
+        text = render([*tables, *comparisons], fmt)
+        told = [f"Table {table.number}" for table in tables] + [c.title for c in comparisons]
     if options.output is None:
         print(text, end="")
         return
-    write_text(options.output, text)
-    numbers = " and ".join(f"Table {table.number}" for table in tables)
-    print_beside(f"{numbers} with {len(records)} record(s): {options.output}", options.output)
+    if fmt != "png":
+        write_text(options.output, text)
+    shown = f"{' and '.join(told)} with {len(records)} record(s): {options.output}"
+    print_beside(shown, options.output)
+
+
+def _format(options: ReportOptions) -> str:
+    """Return the format that is asked for, or that the output's name says."""
+    endings = {".tex": "latex", ".csv": "csv", ".html": "html", ".htm": "html", ".png": "png"}
+    named = endings.get(options.output.suffix.lower()) if options.output else None
+    return named if named and options.format == "md" else options.format
 
 
 @dataclass(frozen=True, kw_only=True)

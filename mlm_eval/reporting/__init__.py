@@ -6,6 +6,7 @@
     existing.py  whether a file that is in the way is a result, and of how many data
     text.py      the tables and sentences that commands print
     tables.py    the types of the paper's tables, with measured rows among the published ones
+    curves.py    figures over training, as a picture or in the page
     render.py    such tables as Markdown, LaTeX, CSV or HTML, through templates/
     plots.py     their plots
 

@@ -15,7 +15,10 @@ _MOST = 1 << 28
 
 _PAGES = (
     b"<title>Measured beside the Megatron-LM paper</title>",
+    b"<title>Measured by mlm-eval</title>",
     b" of the Megatron-LM paper. ",
+    b". Measured by mlm-eval.",
+    b"Title\0Curves, measured by mlm-eval",
     b"table,model,kind,parameters,figure,value,",
 )
 """What the pages of `report` begin with, within their first bytes."""

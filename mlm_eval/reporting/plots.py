@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.reporting.tables import MEASURED, PUBLISHED, Table, TableRow, short_count
@@ -16,29 +16,44 @@ if TYPE_CHECKING:
 
 def table_plot(table: Table) -> str:
     """Return the plot of a table as an SVG element."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    # Text stays text, and names of parts do not depend on the time of drawing.
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": f"table{table.number}",
-        "font.size": 10,
-    }
-    with rc_context(settings):
+    def draw() -> Any:
         if any(not column.higher_is_better for column in table.columns):
             figure = Figure(figsize=(9, 3.6), layout="constrained")
             draw_against_size(figure, table)
         else:
             figure = Figure(figsize=(9, 4.2), layout="constrained")
             draw_against_task(figure.add_subplot(), table)
+        return figure
+
+    return svg_element(draw, salt=f"table{table.number}", label=table.caption)
+
+
+def svg_element(draw: Callable[[], Any], *, salt: str, label: str) -> str:
+    """Return a figure as an SVG element that fetches nothing.
+
+    Args:
+        draw: Returns the figure.
+        salt: Unlike that of any other element on the page: names of parts are made from it.
+        label: What it shows, for those who do not see it.
+    """
+    from matplotlib import rc_context
+
+    # Text stays text, and names of parts do not depend on the time of drawing.
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": salt,
+        "font.size": 10,
+    }
+    with rc_context(settings):
         stream = io.StringIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None})
+        draw().savefig(stream, format="svg", metadata={"Date": None})
     # The element alone, without metadata, which names other places.
     text = stream.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
-    label = html.escape(table.caption)
-    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).rstrip()
+    shown = html.escape(label)
+    return text.replace("<svg", f'<svg role="img" aria-label="{shown}"', 1).rstrip()
 
 
 def draw_against_size(figure: Any, table: Table) -> None:

@@ -2,16 +2,26 @@
 
 Each format but CSV has a template in `templates/`. A template prints plain text only, and every
 value is escaped for its format on the way out. The HTML page holds a plot of each table and fetches
-nothing.
+nothing. A comparison of records is one more table on the page.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError, require
-from mlm_eval.reporting.tables import PUBLISHED, Cell, Column, Table, short_count
+from mlm_eval.reporting.tables import (
+    MEASURED,
+    PUBLISHED,
+    Cell,
+    Column,
+    Place,
+    Table,
+    TaskRow,
+    TaskTable,
+    short_count,
+)
 
 FORMATS = ("md", "latex", "csv", "html")
 
@@ -46,8 +56,13 @@ _Marked = tuple[str, list[str]]
 """The text of a cell and the letters of its footnotes."""
 
 
-def render(tables: Sequence[Table], fmt: str) -> str:
+def render(tables: Sequence[Table | TaskTable], fmt: str, *, curves: bool = False) -> str:
     """Return the tables as text in one of `FORMATS`.
+
+    Args:
+        tables: The paper's, and comparisons.
+        fmt: One of `FORMATS`.
+        curves: The HTML page shows curves of the comparisons.
 
     Raises:
         InputError: There is no such format.
@@ -69,8 +84,15 @@ def render(tables: Sequence[Table], fmt: str) -> str:
         undefined=StrictUndefined,
         **options,
     )
-    views = [_view(table, plot=fmt == "html") for table in tables]
-    return environment.get_template(name).render(tables=views)
+    views = [
+        _comparison_view(table, plot=curves and fmt == "html")
+        if isinstance(table, TaskTable)
+        else _view(table, plot=fmt == "html")
+        for table in tables
+    ]
+    beside_paper = any(isinstance(table, Table) for table in tables)
+    heading = "Measured beside the Megatron-LM paper" if beside_paper else "Measured by mlm-eval"
+    return environment.get_template(name).render(tables=views, heading=heading)
 
 
 def _markdown(value: object) -> str:
@@ -96,16 +118,73 @@ def _view(table: Table, *, plot: bool) -> dict[str, Any]:
     lines = list(_lines(table, notes))
     better = [f"{c.title} {MORE if c.higher_is_better else LESS}" for c in table.columns]
     view = {
-        "table": table,
+        "caption": table.caption,
+        "label": f"megatron-{table.number}",
+        "runs": table.runs,
+        "source": table.source,
         "titles": ["model", "figures", "parameters", *better, "as in the paper"],
         "lines": lines,
         "notes": [(_letters(number), note) for number, note in enumerate(notes)],
+        "plot": "",
     }
     if plot:
         from mlm_eval.reporting.plots import table_plot
 
         view["plot"] = table_plot(table)
     return view
+
+
+def _comparison_view(table: TaskTable, *, plot: bool) -> dict[str, Any]:
+    """Return what a template needs of a comparison; columns that say nothing are left out."""
+    notes: list[str] = []
+
+    def cells(row: TaskRow) -> list[_Marked]:
+        figures = [_plain_figure(row.figures, column) for column in table.columns]
+        name = f"{row.name} ({LIMITED})" if row.limited else row.name
+        place = row.place
+        counts = (place.iteration, place.samples, place.tokens, row.parameters)
+        told = ["" if count is None else f"{count:,}" for count in counts[:2]]
+        told += ["" if count is None else short_count(count) for count in counts[2:]]
+        first = _marked(name, row.notes, notes)
+        return [first, *((text, []) for text in (row.run, *told, *figures, row.record))]
+
+    lines = [(MEASURED, cells(row)) for row in table.rows]
+    for level in table.levels:
+        row = TaskRow(level.model, {level.key: level.value}, run="paper")
+        lines.append((PUBLISHED, cells(row)))
+        if level.note:
+            lines[-1][1][0] = _marked(level.model, [level.note], notes)
+    better = [f"{c.title} {MORE if c.higher_is_better else LESS}" for c in table.columns]
+    titles = ["model", "run", "iteration", "samples", "tokens", "parameters", *better, "record"]
+    known = [i for i in range(len(titles)) if any(line[i][0] for _, line in lines)]
+    view = {
+        "caption": table.caption,
+        "label": f"mlm-eval-{table.task}",
+        "runs": [],
+        "source": table.source,
+        "titles": [titles[i] for i in known],
+        "lines": [(kind, [line[i] for i in known]) for kind, line in lines],
+        "notes": [(_letters(number), note) for number, note in enumerate(notes)],
+        "plot": "",
+    }
+    if plot:
+        from mlm_eval.reporting.curves import curve_plot
+
+        view["plot"] = curve_plot(table)
+    return view
+
+
+def _plain_figure(figures: Mapping[str, float | None], column: Column) -> str:
+    if column.key not in figures:
+        return ""
+    value = figures[column.key]
+    return "none" if value is None else f"{value:,.{column.decimals}f}"
+
+
+def _marked(text: str, reasons: Sequence[str], notes: list[str]) -> _Marked:
+    """Return a text with the letters of its footnotes; those that are new join the others."""
+    notes.extend(reason for reason in dict.fromkeys(reasons) if reason not in notes)
+    return text, [_letters(notes.index(reason)) for reason in reasons]
 
 
 def _lines(table: Table, notes: list[str]) -> Iterator[tuple[str, list[_Marked]]]:
@@ -116,8 +195,7 @@ def _lines(table: Table, notes: list[str]) -> Iterator[tuple[str, list[_Marked]]
     """
 
     def marked(text: str, reasons: Sequence[str] = ()) -> _Marked:
-        notes.extend(reason for reason in dict.fromkeys(reasons) if reason not in notes)
-        return text, [_letters(notes.index(reason)) for reason in reasons]
+        return _marked(text, reasons, notes)
 
     for row in table.rows:
         cells = [(row.cells.get(column.key), column) for column in table.columns]
@@ -159,11 +237,21 @@ def _gap(cell: Cell | None, column: Column) -> str:
     return text if float(text) == 0.0 else sign + text
 
 
-def _csv(tables: Sequence[Table]) -> str:
+def _csv(tables: Sequence[Table | TaskTable]) -> str:
     """Return all figures, one a line, unrounded, for machines."""
     import pandas
 
     lines = [
+        line
+        for table in tables
+        for line in (_of_comparison if isinstance(table, TaskTable) else _of_table)(table)
+    ]
+    # As objects: a column of numbers with a gap would become floats.
+    return pandas.DataFrame(lines, dtype=object).to_csv(index=False, lineterminator="\n")
+
+
+def _of_table(table: Table) -> list[dict[str, Any]]:
+    return [
         {
             "table": table.number,
             "model": row.model,
@@ -179,11 +267,56 @@ def _csv(tables: Sequence[Table]) -> str:
             "why_not": "; ".join((*row.notes, *cell.notes)),
             "record": cell.record,
             "digest": row.digest,
+            **_place(row.place),
         }
-        for table in tables
         for row in table.rows
         for column in table.columns
         if (cell := row.cells.get(column.key)) is not None
     ]
-    # As objects: a column of numbers with a gap would become floats.
-    return pandas.DataFrame(lines, dtype=object).to_csv(index=False, lineterminator="\n")
+
+
+def _of_comparison(table: TaskTable) -> list[dict[str, Any]]:
+    measured: list[dict[str, Any]] = [
+        {
+            "table": table.task,
+            "model": row.name,
+            "kind": MEASURED,
+            "parameters": row.parameters,
+            "figure": column.key,
+            "value": row.figures[column.key],
+            "limited": row.limited,
+            "why_not": "; ".join(row.notes),
+            "record": row.record,
+            "digest": row.digest,
+            **_place(row.place),
+        }
+        for row in table.rows
+        for column in table.columns
+        if column.key in row.figures
+    ]
+    levels = [
+        {
+            "table": table.task,
+            "model": level.model,
+            "kind": PUBLISHED,
+            "figure": level.key,
+            "value": level.value,
+        }
+        for level in table.levels
+    ]
+    return [dict.fromkeys(CSV_COLUMNS) | line for line in (*measured, *levels)]
+
+
+CSV_COLUMNS = (
+    "table", "model", "kind", "parameters", "figure", "value", "compared_with", "published",
+    "difference", "as_in_paper", "limited", "why_not", "record", "digest", "iteration",
+    "consumed_samples", "consumed_tokens",
+)  # fmt: skip
+
+
+def _place(place: Place) -> dict[str, int | None]:
+    return {
+        "iteration": place.iteration,
+        "consumed_samples": place.samples,
+        "consumed_tokens": place.tokens,
+    }

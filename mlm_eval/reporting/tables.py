@@ -1,14 +1,15 @@
-"""Tables of published and measured figures.
+"""Tables of published and measured figures: the paper's, and comparisons of any records.
 
 What is compared with what, and whether it may be, is decided where the tables are built
-(`mlm_eval.tasks.paper`). Here every figure already has its difference and the reasons why it is not
-comparable. `mlm_eval.reporting.render` writes the tables, `mlm_eval.reporting.plots` draws them.
+(`mlm_eval.tasks.paper`, `mlm_eval.tasks.comparison`). Here every figure already has its difference
+and the reasons why it is not comparable. `mlm_eval.reporting.render` writes the tables,
+`mlm_eval.reporting.plots` and `mlm_eval.reporting.curves` draw them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 PUBLISHED, MEASURED = "paper", "measured"
 
@@ -48,6 +49,15 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Place:
+    """How far a model was trained, as far as its checkpoint says."""
+
+    iteration: int | None = None
+    samples: int | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
 class TableRow:
     """The figures of one model."""
 
@@ -66,6 +76,8 @@ class TableRow:
     """Some of its figures are of a part of the data."""
     digest: str = ""
     """Digest of the checkpoint."""
+    place: Place = Place()
+    """Where in its training a measured model is."""
 
     def value(self, key: str) -> float | None:
         """Return the figure of a column; None where there is none to show."""
@@ -97,6 +109,59 @@ class Table:
     def caption(self) -> str:
         """The line above the table."""
         return f"Table {self.number} of the Megatron-LM paper. {self.title}"
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """The figures of one record, or of a part of one."""
+
+    name: str
+    """Of the run that the model comes from."""
+    figures: Mapping[str, float | None]
+    """By column, in its unit; None where there is none to show (not finite)."""
+    run: str = ""
+    """How it was measured, in a few words."""
+    place: Place = Place()
+    parameters: int | None = None
+    record: str = ""
+    digest: str = ""
+    limited: bool = False
+    notes: tuple[str, ...] = ()
+    """What keeps it from being the paper's figure, where the paper has one."""
+    errors: Mapping[str, float] = field(default_factory=dict)
+    """Standard errors of figures."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """A published figure, to compare all rows with."""
+
+    model: str
+    key: str
+    """Its column."""
+    value: float
+    note: str = ""
+    """Why it is no figure of the measured models; empty if it is."""
+
+
+@dataclass(frozen=True)
+class TaskTable:
+    """Records of one task, side by side; over training, where they are of iterations."""
+
+    task: str
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[TaskRow]
+    levels: Sequence[Level] = ()
+    drawn: Sequence[str] = ()
+    """The columns that a curve shows."""
+    source: str = ""
+    """Where the levels are from."""
+
+    @property
+    def caption(self) -> str:
+        """The line above the table."""
+        return f"{self.title}. Measured by mlm-eval."
 
 
 def short_count(number: int) -> str:

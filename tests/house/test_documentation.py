@@ -27,6 +27,7 @@ import pytest
 from support import random_models, tiny_bert
 from support.command_line import OF_A_LAUNCHER, TEXT, Ended, Run, as_user
 from support.family_models import FAMILY_MODELS
+from support.folders.result_records import zero_shot
 from support.paths import PROJECT, SAMPLES
 
 import mlm_eval
@@ -48,7 +49,7 @@ NOT_RUN = {
 OUTPUTS = {
     "D", "out", "gpt2_hf", "scores.jsonl", "bert_hf", "gpt_tp4", "gpt_tp2", "llama_dist",
     "mixtral_ep4", "dsv3_dist",
-    "llama_hf", "gpt_v25", "gpt_core", "bench.json", "bench.png",
+    "llama_hf", "gpt_v25", "gpt_core", "bench.json", "bench.png", "curve.png",
 }  # fmt: skip
 """What a command is to make; it makes it in a folder of its own."""
 WORDS = {
@@ -147,6 +148,15 @@ def _sample_record(task: str, data: str) -> Builder:
     return write
 
 
+def _series(place: Path) -> None:
+    record = zero_shot("lambada", 40.0)
+    record["checkpoint"]["iteration"] = 1000
+    path = place.with_name("series.iter_0001000.json")
+    _written(path, json.dumps(record))
+    entry = {"checkpoint": "run1", "iteration": 1000, "record": str(path)}
+    _written(place, json.dumps({"task": "lambada", "series": [entry]}))
+
+
 PLACES: dict[str, Builder] = {
     "C": _gpt,
     "A": _gpt,
@@ -164,6 +174,7 @@ PLACES: dict[str, Builder] = {
     "seed-1/predictions": _predictions,
     "seed-2/predictions": _predictions,
     "wikitext103.json": _sample_record("wikitext103", "wiki.sample.tokens"),
+    "series.json": _series,
     "lambada.json": _sample_record("lambada", "lambada.sample.jsonl"),
 }
 """Placeholder -> what makes it. /models/... are below the folder in which a command is run."""

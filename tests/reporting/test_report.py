@@ -323,7 +323,6 @@ def test_limited_runs_are_refused_or_marked(tmp_path: Path, option: str):
         (zero_shot("lambada", 1.0) | {"metrics": {}}, "'accuracy' of lambada; expected a number"),
         (zero_shot("lambada", 1.0) | {"metrics": {"accuracy": "x"}}, "'x' for 'accuracy'"),
         (zero_shot("lambada", 1.0) | {"checkpoint": {}}, "no num_parameters"),
-        (zero_shot("lambada", 1.0) | {"task": "bench"}, "'bench', which is in no table"),
         (fine_tuned("race", {}), "hold none of test, test-middle, test-high"),
         (fine_tuned("squad-1.1", {}, version=""), "which version of SQuAD"),
     ],
