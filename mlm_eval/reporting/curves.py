@@ -58,8 +58,8 @@ def draw_curves(comparisons: Sequence[TaskTable]) -> Any:
     ]
     grids = [_panels(comparison.rows) for comparison, _ in shown]
     widest = max(len(panels) for panels in grids)
-    scales = max(len(panel) for panels in grids for panel in panels)
-    size = max(7.5, 4.6 * widest), (3.6 + 0.5 * scales) * len(shown)
+    deepest = max(len(panel) for panels in grids for panel in panels)
+    size = max(7.5, 4.6 * widest), (3.6 + 0.5 * deepest) * len(shown)
     figure = Figure(figsize=size, layout="constrained")
     parts = figure.subfigures(len(shown), 1, squeeze=False)[:, 0]
     for part, (comparison, column), panels in zip(parts, shown, grids, strict=True):
@@ -90,18 +90,18 @@ def _panels(rows: Sequence[TaskRow]) -> list[dict[str, float]]:
 
 def _draw(panel: Axes, comparison: TaskTable, column: Column, scales: dict[str, float]) -> None:
     first = next(iter(scales))
-    values = []
+    values: list[float] = []
     for index, name in enumerate(dict.fromkeys(row.name for row in comparison.rows)):
-        points = sorted(
-            (x, y, row.errors.get(column.key, 0.0))
+        points: list[tuple[int, float, float]] = sorted(
+            (place, figure, row.errors.get(column.key, 0.0))
             for row in comparison.rows
             if row.name == name
-            and (x := getattr(row.place, first)) is not None
-            and (y := row.figures.get(column.key)) is not None
+            and (place := getattr(row.place, first)) is not None
+            and (figure := row.figures.get(column.key)) is not None
         )
         if not points:
             continue
-        x, y, errors = (list(part) for part in zip(*points, strict=True))
+        x, y, errors = ([point[part] for point in points] for part in range(3))
         limited = any(row.limited for row in comparison.rows if row.name == name)
         label = f"{name} (limited)" if limited else name
         panel.plot(x, y, "o-", color=f"C{index % 10}", markersize=4, label=label)
@@ -146,11 +146,11 @@ def _maybe_logarithmic(panel: Axes, ratio: float) -> None:
     panel.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _whole(value: float, _: int) -> str:
+def _whole(value: float, _: float) -> str:
     return f"{value:,.0f}"
 
 
-def _counted(value: float, _: int) -> str:
+def _counted(value: float, _: float) -> str:
     for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= unit:
             return f"{value / unit:g}{letter}"

@@ -244,7 +244,7 @@ def _csv(tables: Sequence[Table | TaskTable]) -> str:
     lines = [
         line
         for table in tables
-        for line in (_of_comparison if isinstance(table, TaskTable) else _of_table)(table)
+        for line in (_of_comparison(table) if isinstance(table, TaskTable) else _of_table(table))
     ]
     # As objects: a column of numbers with a gap would become floats.
     return pandas.DataFrame(lines, dtype=object).to_csv(index=False, lineterminator="\n")
