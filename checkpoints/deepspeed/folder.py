@@ -7,22 +7,22 @@ of the optimizer, which are passed over. Source: docs/megatron.md, "DeepSpeed".
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.text_file import read_text
 from mlm_eval.checkpoints.folders.file_names import is_file_name
-from mlm_eval.checkpoints.megatron.relatives import STEP
+from mlm_eval.checkpoints.megatron.relatives import (
+    EXPERT_FILE,
+    LAYER_FILE,
+    MODULE_FILE,
+    STEP,
+    ZERO_FILE,
+    is_deepspeed_file,
+)
 
 LATEST = "latest"
-
-_LAYER = re.compile(r"layer_(\d{1,6})-model_(\d{1,6})-model_states\.pt")
-_MODULE = re.compile(r"mp_rank_(\d{1,6})_model_states\.pt")
-_ZERO = re.compile(r"(.*_)?zero_pp_rank_\d+.*_(optim|model)_states\.pt")
-_EXPERT = re.compile(r"(layer_\d+_)?expert_\d+_mp_rank_\d+.*_states\.pt")
-_KINDS = (_LAYER, _MODULE, _ZERO, _EXPERT)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def find_step(path: Path) -> Step | None:
         InputError: `latest` names a step that is not there, or several steps are there without it.
     """
     if path.is_file():
-        if path.name != LATEST and not any(kind.fullmatch(path.name) for kind in _KINDS):
+        if path.name != LATEST and not is_deepspeed_file(path.name):
             return None
         path = path.parent
     step = _scan(path)
@@ -98,13 +98,13 @@ def _scan(folder: Path) -> Step | None:
     """Return the files of a step; None where there are none."""
     step = Step(folder)
     for name in _names(folder):
-        if match := _LAYER.fullmatch(name):
+        if match := LAYER_FILE.fullmatch(name):
             step.layers[int(match[1]), int(match[2])] = folder / name
-        elif match := _MODULE.fullmatch(name):
+        elif match := MODULE_FILE.fullmatch(name):
             step.modules[int(match[1])] = folder / name
-        elif _ZERO.fullmatch(name):
+        elif ZERO_FILE.fullmatch(name):
             step.zero.append(name)
-        elif _EXPERT.fullmatch(name):
+        elif EXPERT_FILE.fullmatch(name):
             step.experts.append(name)
     found = step.layers or step.modules or step.zero or step.experts
     return step if found else None

@@ -21,11 +21,10 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class Lock:
-    """A lock that this process holds until `release`.
+    """A lock that this process holds until `release`."""
 
-    Attributes:
-        sure: False where the file system has no locks: others may write too.
-    """
+    sure: bool
+    """False where the file system has no locks: others may write too."""
 
     def __init__(self, path: Path, *, create: bool = False) -> None:
         """Take the lock of a file or folder.

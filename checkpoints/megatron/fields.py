@@ -33,26 +33,23 @@ T5_UNTIL = "core 0.19"
 
 @dataclass(frozen=True)
 class ArgField:
-    """What one saved setting means.
-
-    Attributes:
-        mark: `read`, `refused`, `numerics` or `training`.
-        reason: Why; of a refused one what the model was trained with, for the message.
-        harmless: Values of a refused one that leave the function as it is; a list is harmless
-            where all its items are.
-        setting: The `--set` that takes the place of a refused one.
-        only_with: The refused one without which it has no effect; its value then does not count.
-        unreceived: The code whose model is never given it, whatever args say.
-        until: The last revision of that code that is known not to pass it on.
-    """
+    """What one saved setting means."""
 
     mark: Literal["read", "refused", "numerics", "training"]
+    """`read`, `refused`, `numerics` or `training`."""
     reason: str
+    """Why; of a refused one what the model was trained with, for the message."""
     harmless: tuple[Any, ...] = ()
+    """Values of a refused one that leave the function as it is; a list is harmless where all its
+    items are."""
     setting: str | None = None
+    """The `--set` that takes the place of a refused one."""
     only_with: str | None = None
+    """The refused one without which it has no effect; its value then does not count."""
     unreceived: tuple[RunCode, ...] = ()
+    """The code whose model is never given it, whatever args say."""
     until: str = ""
+    """The last revision of that code that is known not to pass it on."""
 
     def is_harmless(self, value: Any) -> bool:
         """Return whether a value of a refused field leaves the function as it is."""

@@ -16,10 +16,18 @@ from mlm_eval.checkpoints.files.stand_in import refuse_stand_in
 from mlm_eval.checkpoints.projects.nemo_1 import NEMO_CONFIG, NEMO_FILE, NEMO_FOLDER
 
 STEP = re.compile(r"global_step_?\d+(_universal)?")
-_DEEPSPEED_FILE = re.compile(
-    r"mp_rank_\d+_model_states\.pt|(.*_)?zero_pp_rank_\d+.*_(optim|model)_states\.pt"
-    r"|layer_\d+-model_\d+-model_states\.pt|expert_\d+_mp_rank_\d+.*_states\.pt"
-)
+LAYER_FILE = re.compile(r"layer_(\d{1,6})-model_(\d{1,6})-model_states\.pt")
+MODULE_FILE = re.compile(r"mp_rank_(\d{1,6})_model_states\.pt")
+ZERO_FILE = re.compile(r"(.*_)?zero_pp_rank_\d+.*_(optim|model)_states\.pt")
+EXPERT_FILE = re.compile(r"(layer_\d+_)?expert_\d+_mp_rank_\d+.*_states\.pt")
+
+
+def is_deepspeed_file(name: str) -> bool:
+    """Whether a file has one of the names of DeepSpeed's steps."""
+    kinds = (LAYER_FILE, MODULE_FILE, ZERO_FILE, EXPERT_FILE)
+    return any(kind.fullmatch(name) for kind in kinds)
+
+
 _VERL_SHARD = re.compile(r"(model|optim|extra_state)_world_size_\d+_rank_\d+\.pt")
 _OTHERS: tuple[tuple[str, str, str], ...] = (
     ("adapter_model.safetensors|adapter_model.bin", "adapters (LoRA) without their base model",
@@ -147,7 +155,7 @@ def _deepspeed(folder: Path) -> str | None:
         names = _names(part)
         zero = part / "zero"
         universal = zero.is_dir() and any(n.startswith("mp_rank") for n in names)
-        if universal or _matching(names, _DEEPSPEED_FILE) or _is_universal(zero):
+        if universal or any(map(is_deepspeed_file, names)) or _is_universal(zero):
             return DEEPSPEED
     names = _names(folder)
     steps = _matching(names, STEP)
@@ -216,7 +224,7 @@ _FOLDERS: tuple[Callable[[Path], str | None], ...] = (
 
 
 def _refuse_file(path: Path) -> None:
-    if _DEEPSPEED_FILE.fullmatch(path.name):
+    if is_deepspeed_file(path.name):
         raise InputError(f"{path} {DEEPSPEED}")
     if _VERL_SHARD.fullmatch(path.name):
         raise InputError(

@@ -39,18 +39,15 @@ CACHE_BYTES = 4 << 30
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen.
-
-    Attributes:
-        temperature: 0: the most likely token, the lowest id on a tie. Above: a random one, the
-            logits divided by this number.
-        top_k: Only among the k most likely (and those as likely as the last of them); None: all.
-        top_p: Only among the most likely that together reach this probability; None: all.
-    """
+    """How a token is chosen."""
 
     temperature: float = 0.0
+    """0: the most likely token, the lowest id on a tie. Above: a random one, the logits divided by
+    this number."""
     top_k: int | None = None
+    """Only among the k most likely (and those as likely as the last of them); None: all."""
     top_p: float | None = None
+    """Only among the most likely that together reach this probability; None: all."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
@@ -68,42 +65,36 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is to be continued.
-
-    Attributes:
-        tokens: At least one token id, at most the model's positions.
-        max_new_tokens: The text ends after so many, or where the positions end: its last token
-            may be the one after the last position.
-        stop_tokens: Ids that end the text and are not part of it.
-        stop: Strings that end the text; they need the tokenizer.
-        sampling: How tokens are chosen.
-        seed: Of this text's random numbers.
-    """
+    """What is to be continued."""
 
     tokens: Sequence[int]
+    """At least one token id, at most the model's positions."""
     max_new_tokens: int
+    """The text ends after so many, or where the positions end: its last token may be the one after
+    the last position."""
     stop_tokens: frozenset[int] = frozenset()
+    """Ids that end the text and are not part of it."""
     stop: tuple[str, ...] = ()
+    """Strings that end the text; they need the tokenizer."""
     sampling: Sampling = GREEDY
+    """How tokens are chosen."""
     seed: int = 0
+    """Of this text's random numbers."""
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a model made of a prompt.
-
-    Attributes:
-        tokens: The new tokens, those of a stop string included.
-        logprobs: Of each, in nats: what the model gives it among the whole vocabulary, whatever
-            the temperature and the choice were. Two texts are equal whatever their last bits are.
-        text: Them as text up to the stop string; None without a tokenizer.
-        ended_by: `stop token`, `stop string` or `length`.
-    """
+    """What a model made of a prompt."""
 
     tokens: list[int]
+    """The new tokens, those of a stop string included."""
     logprobs: list[float] = field(compare=False)
+    """Of each, in nats: what the model gives it among the whole vocabulary, whatever the
+    temperature and the choice were. Two texts are equal whatever their last bits are."""
     text: str | None
+    """Them as text up to the stop string; None without a tokenizer."""
     ended_by: str
+    """`stop token`, `stop string` or `length`."""
 
 
 class Loaded(Protocol):

@@ -40,10 +40,10 @@ class KeyValueCache:
     Texts are aligned on the left: position t is column t in every text, whatever its length. The
     columns behind a shorter prompt hold what its padding gave; the text's own tokens overwrite
     them, and until then the mask hides them.
-
-    Attributes:
-        lengths: Tokens of each text that are in the cache.
     """
+
+    lengths: list[int]
+    """Tokens of each text that are in the cache."""
 
     def __init__(
         self,
@@ -121,31 +121,28 @@ class KeyValueCache:
 
 @dataclass(frozen=True)
 class Context:
-    """What all layers of one forward pass share.
-
-    Attributes:
-        causal: Each position sees itself and the ones before.
-        key_mask: `[batch, 1, 1, seq]`, true where a key may be seen; None when all may.
-        cos: Rotary cosines `[seq, rotated channels]`, where texts stand at different positions
-            `[batch, 1, seq, rotated channels]`, or None.
-        sin: Rotary sines, or None.
-        local: Cosines and sines of the layers with a window, where theirs are others.
-        dropout: The masks of a training step; None for evaluation.
-        cache: Keys and values of texts that are being generated; None where texts are whole.
-        positions: Position of each text's one query `[batch]`, where keys come from the cache.
-        bias: What is added to the scores of this rank's heads, with minus infinity where a key may
-            not be seen `[batch or 1, heads, queries, keys]`, or None.
-    """
+    """What all layers of one forward pass share."""
 
     causal: bool
+    """Each position sees itself and the ones before."""
     key_mask: Tensor | None = None
+    """`[batch, 1, 1, seq]`, true where a key may be seen; None when all may."""
     cos: Tensor | None = None
+    """Rotary cosines `[seq, rotated channels]`, where texts stand at different positions `[batch,
+    1, seq, rotated channels]`, or None."""
     sin: Tensor | None = None
+    """Rotary sines, or None."""
     local: tuple[Tensor, Tensor] | None = None
+    """Cosines and sines of the layers with a window, where theirs are others."""
     dropout: Dropout | None = None
+    """The masks of a training step; None for evaluation."""
     cache: KeyValueCache | None = None
+    """Keys and values of texts that are being generated; None where texts are whole."""
     positions: Tensor | None = None
+    """Position of each text's one query `[batch]`, where keys come from the cache."""
     bias: Tensor | None = None
+    """What is added to the scores of this rank's heads, with minus infinity where a key may not be
+    seen `[batch or 1, heads, queries, keys]`, or None."""
 
     def mask(self, keys: int, query_from: int, window: int, like: Tensor) -> Tensor | None:
         """Return which keys each query sees, true where it does; None: as `causal` says alone.

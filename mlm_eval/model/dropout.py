@@ -62,17 +62,14 @@ def sample_keys(seed: int, step: int, samples: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Dropout:
-    """The masks of one forward pass in training, over whole sequences: positions count from 0.
-
-    Attributes:
-        keys: What `sample_keys` returned, `[batch]`.
-        hidden: Probability of dropping a unit of an embedding, a residual branch or a pooled state.
-        attention: Probability of dropping an attention weight.
-    """
+    """The masks of one forward pass in training, over whole sequences: positions count from 0."""
 
     keys: Tensor
+    """What `sample_keys` returned, `[batch]`."""
     hidden: float
+    """Probability of dropping a unit of an embedding, a residual branch or a pooled state."""
     attention: float
+    """Probability of dropping an attention weight."""
 
     def residual(self, x: Tensor, layer: int, branch: int) -> Tensor:
         """Return `x` `[batch, seq, hidden]` with units dropped and the rest scaled up.

@@ -106,15 +106,15 @@ class RowParallelLinear(nn.Module):
     """A linear layer of which this rank holds some inputs: `[..., in / tp]` -> `[..., out]`.
 
     One all-reduce forward. The bias is replicated and added once, after the sum.
-
-    Attributes:
-        post_layernorm: A norm of the sum, before the bias; replicated. None: there is none.
     """
+
+    post_layernorm: nn.Module | None
+    """A norm of the sum, before the bias; replicated. None: there is none."""
 
     def __init__(self, local_inputs: int, outputs: int, *, bias: bool, tp: TensorParallel) -> None:
         super().__init__()
         self.tp = tp
-        self.post_layernorm: nn.Module | None = None
+        self.post_layernorm = None
         self.weight = nn.Parameter(torch.empty(outputs, local_inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 

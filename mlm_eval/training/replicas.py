@@ -45,15 +45,18 @@ class LossModule(nn.Module):
 
 
 class Replicas:
-    """The model under training on this rank, and how its gradients meet those of the other ranks.
+    """The model under training on this rank, and how its gradients meet those of other ranks."""
 
-    Attributes:
-        home: The model that was given: the one to evaluate.
-        worker: The model under training; another one than `home` under FSDP2 only.
-        module: To be called with (batch, dropout, factor); see `LossModule`.
-        trained: The parameters that the optimizer moves.
-        sharded: Whether parameters and gradients are cut over the data-parallel ranks (FSDP2).
-    """
+    home: BERT | GPT
+    """The model that was given: the one to evaluate."""
+    worker: BERT | GPT
+    """The model under training; another one than `home` under FSDP2 only."""
+    module: nn.Module
+    """To be called with (batch, dropout, factor); see `LossModule`."""
+    trained: list[Trained]
+    """The parameters that the optimizer moves."""
+    sharded: bool
+    """Whether parameters and gradients are cut over the data-parallel ranks (FSDP2)."""
 
     def __init__(
         self,

@@ -30,6 +30,16 @@ LLAMA = dataclasses.replace(
 )
 BERT = dataclasses.replace(GPT, family="bert", num_tokentypes=2, pooler=True, binary_head=True)
 
+MAMBA: dict[str, Any] = {
+    "position_embedding_type": "none",
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 2,
+    "mamba_num_groups": 2,
+    "mamba_state_dim": 3,
+    "mamba_conv_width": 4,
+}
+"""Of hybrids, whose settings add which layers are of which kind."""
+
 T5 = dataclasses.replace(
     GPT,
     family="t5",

@@ -37,19 +37,16 @@ middle of what benchmarks/plan_memory.py measures."""
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the rank that needs most.
-
-    Attributes:
-        weights: The shard of the model.
-        gradients: Of training; 0 in evaluation.
-        moments: AdamW's two; 0 in evaluation.
-        activations: The rest, at its highest.
-    """
+    """Bytes on the rank that needs most."""
 
     weights: int
+    """The shard of the model."""
     activations: int
+    """The rest, at its highest."""
     gradients: int = 0
+    """Of training; 0 in evaluation."""
     moments: int = 0
+    """AdamW's two; 0 in evaluation."""
 
     @property
     def total(self) -> int:
@@ -187,19 +184,16 @@ def _beside_stacks(c: ModelConfig, tp: int, tokens: int, length: int, itemsize: 
 
 @dataclass(frozen=True)
 class EvaluationNeed:
-    """What each rank of an evaluation needs, at any layout.
-
-    Attributes:
-        config: The model.
-        itemsize: Bytes of a weight in the compute dtype.
-        batch_tokens: Padded tokens of a forward pass.
-        cache: Bytes of keys and values of texts that are being generated.
-    """
+    """What each rank of an evaluation needs, at any layout."""
 
     config: ModelConfig
+    """The model."""
     itemsize: int
+    """Bytes of a weight in the compute dtype."""
     batch_tokens: int
+    """Padded tokens of a forward pass."""
     cache: int = 0
+    """Bytes of keys and values of texts that are being generated."""
 
     def __call__(self, tp: int, dp: int) -> Memory:
         """Return the bytes on the fullest rank."""
@@ -272,27 +266,24 @@ def _mlp_widths(local: _Local) -> float:
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """One micro-batch of a rank, and how it is run.
-
-    Attributes:
-        rows: Sequences (choices count each).
-        length: Of the padded rows.
-        predicted: Positions whose logits over the vocabulary are computed; 0 for task heads.
-        hidden_dropout: Probability.
-        attention_dropout: Probability; above 0 every attention weight is kept.
-        half: Autocast to bfloat16 or float16; else float32.
-        recompute: Activation checkpointing.
-        accumulates: Gradients of an earlier micro-batch, or DDP's buckets, are there already.
-    """
+    """One micro-batch of a rank, and how it is run."""
 
     rows: int
+    """Sequences (choices count each)."""
     length: int
+    """Of the padded rows."""
     predicted: int = 0
+    """Positions whose logits over the vocabulary are computed; 0 for task heads."""
     hidden_dropout: float = 0.1
+    """Probability."""
     attention_dropout: float = 0.1
+    """Probability; above 0 every attention weight is kept."""
     half: bool = False
+    """Autocast to bfloat16 or float16; else float32."""
     recompute: bool = False
+    """Activation checkpointing."""
     accumulates: bool = True
+    """Gradients of an earlier micro-batch, or DDP's buckets, are there already."""
 
     @property
     def tokens(self) -> int:
@@ -307,23 +298,20 @@ class TrainingBatch:
 
 @dataclass(frozen=True)
 class TrainingNeed:
-    """What each rank of a training with its evaluations needs, at any layout.
-
-    Attributes:
-        config: The model, with the head that is trained.
-        sample: A micro-batch of one sample.
-        micro_batch: Samples of a forward pass, at the most.
-        global_batch: Samples of a step.
-        batch_tokens: Padded tokens of a forward pass in the evaluations.
-        sharded: FSDP2.
-    """
+    """What each rank of a training with its evaluations needs, at any layout."""
 
     config: ModelConfig
+    """The model, with the head that is trained."""
     sample: TrainingBatch
+    """A micro-batch of one sample."""
     micro_batch: int
+    """Samples of a forward pass, at the most."""
     global_batch: int
+    """Samples of a step."""
     batch_tokens: int
+    """Padded tokens of a forward pass in the evaluations."""
     sharded: bool = False
+    """FSDP2."""
 
     def __call__(self, tp: int, dp: int) -> Memory:
         """Return the bytes on the fullest rank."""

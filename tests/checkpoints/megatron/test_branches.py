@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import SHARED
 from support import random_models
+from support.configs import MAMBA
 from support.folders.synthetic import LLAMA, args_of
 from support.paths import ORACLES
 
@@ -29,15 +30,10 @@ from mlm_eval.checkpoints.parameters import allowed_tp, check_tp, parameters
 HYBRID = dataclasses.replace(
     LLAMA,
     num_layers=5,
-    position_embedding_type="none",
     no_mixer_layers=(1, 4),
     no_mlp_layers=(0, 2, 3),
     mamba_layers=(0, 3),
-    mamba_num_heads=4,
-    mamba_head_dim=2,
-    mamba_num_groups=2,
-    mamba_state_dim=3,
-    mamba_conv_width=4,
+    **MAMBA,
 )
 HETEROGENEOUS = dataclasses.replace(
     LLAMA,

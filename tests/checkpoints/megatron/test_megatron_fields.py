@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from support import random_models
+from support.configs import MAMBA
 from support.folders.synthetic import BERT, GPT, LLAMA, T5, args_of
 from support.paths import PROJECT
 
@@ -47,15 +48,10 @@ MLA = dataclasses.replace(
 )
 HYBRID = dataclasses.replace(
     LLAMA,
-    position_embedding_type="none",
     no_mixer_layers=(2,),
     no_mlp_layers=(0, 1, 3),
     mamba_layers=(0, 3),
-    mamba_num_heads=4,
-    mamba_head_dim=2,
-    mamba_num_groups=2,
-    mamba_state_dim=3,
-    mamba_conv_width=4,
+    **MAMBA,
 )
 HETEROGENEOUS = dataclasses.replace(
     LLAMA,

@@ -41,17 +41,14 @@ _WRITING = "os.", "shutil.", "open"
 
 @dataclass
 class Sandbox:
-    """A folder for one command: what it reads, where it may write, and what must stay.
-
-    Attributes:
-        root: Holds the others.
-        input: For the hostile files.
-        output: May be written, and nothing else may. It is not there yet.
-    """
+    """A folder for one command: what it reads, where it may write, and what must stay."""
 
     root: Path
+    """Holds the others."""
     input: Path = field(init=False)
+    """For the hostile files."""
     output: Path = field(init=False)
+    """May be written, and nothing else may. It is not there yet."""
 
     def __post_init__(self) -> None:
         self.input, self.output = self.root / "in", self.root / "out"
@@ -96,25 +93,22 @@ class Sandbox:
 
 @dataclass(frozen=True)
 class Done:
-    """How a command ended in a sandbox.
-
-    Attributes:
-        code: Its exit code, or minus the number of the signal that ended it.
-        blocked: It did not end within `WALL`.
-        seconds: Of processor time.
-        grown: Bytes of memory that it added to the warm process's, at the most.
-        events: What the audit hook saw: names of events with a path or arguments.
-        changed: Paths outside of what may be written that came, went or changed.
-    """
+    """How a command ended in a sandbox."""
 
     code: int
+    """Its exit code, or minus the number of the signal that ended it."""
     blocked: bool
+    """It did not end within `WALL`."""
     seconds: float
+    """Of processor time."""
     grown: int
+    """Bytes of memory that it added to the warm process's, at the most."""
     out: str
     err: str
     events: tuple[tuple[str, str], ...]
+    """What the audit hook saw: names of events with a path or arguments."""
     changed: tuple[str, ...]
+    """Paths outside of what may be written that came, went or changed."""
     sandbox: Sandbox
 
     @property
