@@ -15,6 +15,7 @@ of the project, and here are links to them):
     reporting/     results for machines and for people
     planning/      what a run will need, how fast a machine is
     harness/       lm-evaluation-harness on the engine
+    series/        checkpoints one after the other
     tasks/         the benchmarks
     cli/           the commands, the only place that prints
 """

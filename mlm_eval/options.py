@@ -7,7 +7,8 @@ a record its values. Nothing here imports torch or typer, so that `--help` stays
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,10 @@ class Option:
     """`FILE`, `PAGE` or `FOLDER`, where the command writes what the value names."""
     needs: str | None = None
     """The field without which it means nothing."""
+    once: bool = False
+    """Whether it is refused where it is given again, instead of the last one being taken."""
+    bare: str | None = None
+    """What stands for its value where the flag is given alone."""
     reads: bool = False
     """Whether a text may name a file or a folder that the command reads; paths that are not
     written always do."""
@@ -140,6 +145,27 @@ def parallel_size(text: str) -> int | None:
     return int(text)
 
 
+def minutes(text: str) -> float:
+    """Return the minutes of `--watch`: infinity where it stands alone.
+
+    Raises:
+        ValueError: It is no number of minutes.
+    """
+    if text.lower() in (WITHOUT_END, "true"):  # `watch = true` in a file of options
+        return math.inf
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not found >= 0:
+        raise ValueError("must be a number of minutes, or stand alone")
+    return found
+
+
+WITHOUT_END = "forever"
+"""What `--watch` alone means."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOption:
     """The checkpoint of a command."""
@@ -150,11 +176,12 @@ class CheckpointOption:
         "Megatron-Bridge, NeMo, verl or DeepSpeed, .nemo file, Hugging Face folder, or "
         "hf://org/name[@revision] on the hub.",
         reads=True,
+        once=True,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineOptions(CheckpointOption):
+class EngineOptions:
     """Where a model runs, and how."""
 
     tp: int | None = option(
@@ -210,8 +237,8 @@ class BosOption:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(TokenizerOptions, EngineOptions):
-    """What every command that evaluates a model takes.
+class EvaluationOptions(TokenizerOptions, EngineOptions):
+    """What every command that evaluates a model takes, but for the checkpoint.
 
     On the command line the options of the last base class come first.
     """
@@ -229,3 +256,55 @@ class RunOptions(TokenizerOptions, EngineOptions):
     )
     compile_model: bool = option("Compile the model with torch.compile.", False, flag="--compile")
     full_digest: bool = option("Hash every byte of the checkpoint.", False, flag="--full-digest")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(EvaluationOptions, CheckpointOption):
+    """What every command that evaluates one model takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointsOption:
+    """The checkpoints of a command that may evaluate a series of them."""
+
+    ckpt: tuple[str, ...] = again(
+        CheckpointOption,
+        "ckpt",
+        help=CheckpointOption.__dataclass_fields__["ckpt"].metadata[KEY].help
+        + " Repeatable: a series.",
+        once=False,
+    )
+    iterations: str | None = option(
+        "A series below --ckpt: all, latest, 1000,2000 or 1000:5000:500 (both ends included). Each "
+        "has a record of its own, F.iter_0001000.json of --output F.json, and F.json lists them; "
+        "those that are done are skipped.",
+        None,
+    )
+    watch: float | None = option(
+        "Go on as finished iterations appear, until Ctrl-C, or until so many minutes bring none.",
+        None,
+        parse=minutes,
+        bare=WITHOUT_END,
+        metavar="[MINUTES]",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeriesOptions(EvaluationOptions, CheckpointsOption):
+    """What a command takes that evaluates one model, or a series."""
+
+    @property
+    def is_series(self) -> bool:
+        """Whether they ask for a series."""
+        return asks_for_series(dataclasses.asdict(self))
+
+    def one(self, ckpt: str, output: Path | None) -> RunOptions:
+        """Return the options of one of the checkpoints."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(RunOptions)}
+        return RunOptions(**{**values, "ckpt": ckpt, "output": output})
+
+
+def asks_for_series(values: Mapping[str, Any]) -> bool:
+    """Return whether the values of a command's options, by name, ask for a series."""
+    several = isinstance(values.get("ckpt"), (list, tuple)) and len(values["ckpt"]) > 1
+    return several or values.get("iterations") is not None or values.get("watch") is not None

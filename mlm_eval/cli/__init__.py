@@ -9,6 +9,7 @@
     report.py        report, plan, catalog           harness.py     harness
     bench.py         bench                           sequences/     score, generate
     lists/           ls                              screen.py      what people see meanwhile
+    series/          several checkpoints in one command
 
 Only the modules of this room print. They may import everything, and do so inside functions where
 that is heavy, so that `--help` and `inspect` stay quick. Nothing imports from here.

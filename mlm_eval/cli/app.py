@@ -149,5 +149,10 @@ def load_config(context: typer.Context, path: Path | None) -> Path | None:
         raise InputError(
             f"{path} sets {unknown[0]!r}, which is not an option of this command (see --help)"
         )
-    context.default_map = {known[k.replace("_", "-")]: v for k, v in values.items()}
+    listed = {p.name for p in context.command.params if getattr(p, "multiple", False)}
+    named = {known[key.replace("_", "-")]: value for key, value in values.items()}
+    context.default_map = {
+        name: [value] if name in listed and not isinstance(value, list) else value
+        for name, value in named.items()
+    }
     return path

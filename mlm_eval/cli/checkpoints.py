@@ -227,7 +227,7 @@ def comparing() -> Iterator[OnProgress | None]:
 class VerifyOptions(TokenizerOptions, CheckpointOption):
     """The options of `verify`."""
 
-    against: str = option("The other checkpoint, of any format.", reads=True)
+    against: str = option("The other checkpoint, of any format.", reads=True, once=True)
     vocab: str | None = option(
         "true: the verdict is about the tokenizer's entries; padded: also about the rows that pad "
         "the vocabulary. Default: true where the tokenizer is known.",

@@ -11,6 +11,7 @@ from types import GenericAlias
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.app import HELP_NAMES, MAKERS, commands, load_config
@@ -105,13 +106,55 @@ def command(
             entry = commands()[name]
             text = f"{entry.summary}\n\n{help or inspect.getdoc(body)}"
             panel = entry.panel
-            alone.command(name, rich_help_panel=panel, help=text, context_settings=HELP_NAMES)(run)
+            alone.command(
+                name,
+                cls=_parsing(name, dict(declared(kind, name))),
+                rich_help_panel=panel,
+                help=text,
+                context_settings=HELP_NAMES,
+            )(run)
             return typer.main.get_command(alone)
 
         MAKERS[name] = with_options
         return body
 
     return register
+
+
+def _parsing(command: str, options: Mapping[str, Option]) -> type[TyperCommand]:
+    """Return what parses the command line of a command, as its options want it."""
+    flags = {option.flag or option_name(name): option for name, option in options.items()}
+
+    class Parsing(TyperCommand):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            args = with_bare_values(args, flags)
+            _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+            for flag, option in flags.items():
+                times = sum(flag in parameter.opts for parameter in order)
+                if option.once and times > 1:
+                    raise InputError(
+                        f"{flag} is given {times} times, and {command} takes one; wikitext103, "
+                        "lambada, score and harness evaluate a series"
+                    )
+            return super().parse_args(ctx, args)
+
+    return Parsing
+
+
+def with_bare_values(args: Sequence[str], flags: Mapping[str, Option]) -> list[str]:
+    """Return arguments in which a flag that may stand alone has its value behind it."""
+    end = args.index("--") if "--" in args else len(args)
+    made: list[str] = []
+    for place, arg in enumerate(args):
+        made.append(arg)
+        option = flags.get(arg)
+        if place >= end or option is None or option.bare is None or option.parse is None:
+            continue
+        try:
+            option.parse(args[place + 1] if place + 1 < end else "")
+        except ValueError:
+            made.append(option.bare)
+    return made
 
 
 def declared(kind: type[Any], name: str) -> Iterator[tuple[str, Option]]:

@@ -10,8 +10,9 @@ from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import check_writable, is_stream
-from mlm_eval.options import FOLDER, PAGE, Option, option_name
+from mlm_eval.options import FOLDER, PAGE, Option, asks_for_series, option_name
 from mlm_eval.reporting.existing import LIMITS, holds_more, is_page, is_result
+from mlm_eval.reporting.series_list import read_series
 
 
 def check_outputs(options: Mapping[str, Option], values: Mapping[str, Any]) -> None:
@@ -51,7 +52,14 @@ def check_outputs(options: Mapping[str, Option], values: Mapping[str, Any]) -> N
         if writes == FOLDER:
             _check_folder(flag, path.expanduser(), limits)
         else:
-            _check_existing(flag, path, writes, limits, overwrite=bool(values.get("overwrite")))
+            check_existing(
+                flag,
+                path,
+                writes,
+                limits,
+                overwrite=bool(values.get("overwrite")),
+                series=asks_for_series(values),
+            )
 
 
 def _inputs(options: Mapping[str, Option], values: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
@@ -88,10 +96,28 @@ def _check_input(flag: str, place: Path, other: str, given: Path, *, replaced: b
         )
 
 
-def _check_existing(
-    flag: str, path: Path, writes: str, limits: Mapping[str, int], *, overwrite: bool
+def check_existing(
+    flag: str,
+    path: Path,
+    writes: str,
+    limits: Mapping[str, int],
+    *,
+    overwrite: bool,
+    series: bool = False,
 ) -> None:
-    """Refuse to replace a file, unless it is empty, or a result that may be replaced."""
+    """Refuse to replace a file, unless it is empty, or a result that may be replaced.
+
+    Args:
+        flag: The option that names it.
+        path: The file.
+        writes: `FILE` or `PAGE`.
+        limits: Those of `LIMITS` that are given.
+        overwrite: Whether `--overwrite` is.
+        series: Whether the list of an earlier series is continued.
+
+    Raises:
+        InputError: It may not be replaced.
+    """
     if not path.exists() or path.stat().st_size == 0 or (writes == PAGE and is_page(path)):
         return
     ours = is_result(path)
@@ -100,6 +126,8 @@ def _check_existing(
             f"{path} holds {more}, which a limited run never replaces; name another file with "
             f"{flag}"
         )
+    if series and read_series(path) is not None:
+        return
     if not overwrite:
         raise InputError(
             f"{path} exists already; "

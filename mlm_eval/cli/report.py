@@ -113,7 +113,7 @@ def _format(options: ReportOptions) -> str:
 class PlanOptions:
     """The options of `plan`."""
 
-    ckpt: str | None = option("A checkpoint; its settings are read.", None, reads=True)
+    ckpt: str | None = option("A checkpoint; its settings are read.", None, reads=True, once=True)
     model: str | None = option("Or a size by name.", None, names="sizes")
     tp: int | None = option("Only this tensor-parallel size.", None, least=1)
     device_memory: str | None = option("Memory of a device, such as 80GB: shows what fits.", None)

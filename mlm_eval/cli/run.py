@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -53,8 +54,16 @@ class ModelRun:
         self.world = detect_world()
         self.is_main = self.world is None or self.world.is_main
         self.met = False
+        self.said: set[str] = set()
+        """Warnings that were printed."""
         self.gpus: list[RankDevice] = []
         """Of all ranks, once they have met; empty on the CPU."""
+
+    def on(self, checkpoint: Checkpoint, options: RunOptions) -> ModelRun:
+        """Return the same run, of the same ranks, on another checkpoint."""
+        other = copy.copy(self)
+        other.checkpoint, other.options = checkpoint, options
+        return other
 
     def refuse_t5(self, what: str) -> None:
         """Refuse a T5 before anything else is asked for.
@@ -79,9 +88,10 @@ class ModelRun:
             print_beside(text, self.options.output)
 
     def warn(self, warnings: Sequence[str]) -> None:
-        """Print warnings on stderr, from rank 0."""
-        if self.is_main:
-            for warning in warnings:
+        """Print warnings on stderr, from rank 0, each once."""
+        for warning in warnings:
+            if self.is_main and warning not in self.said:
+                self.said.add(warning)
                 say_warning(warning)
 
     def start(self, need: Callable[[], Need] | None = None, *, trains: bool = False) -> Placement:
@@ -101,7 +111,7 @@ class ModelRun:
         device = pick_device(options.device)
         dtype = evaluation_dtype(options.dtype, self.checkpoint.config.params_dtype, device)
         if world is not None and device == "cuda":
-            self._meet(device)
+            self.meet(device)
         free = self._free if world is not None else free_on_gpus
 
         def needed(tp: int, dp: int) -> Memory:
@@ -145,7 +155,7 @@ class ModelRun:
 
         return self.options.batch_tokens or DEFAULT_BATCH_TOKENS["cuda"]
 
-    def _meet(self, device: str) -> None:
+    def meet(self, device: str) -> None:
         """Join the other ranks, once."""
         if self.world is not None and self.world.size > 1 and not self.met:
             self.gpus = init_process_group(self.world, device=device, tell=_tell)
@@ -164,7 +174,7 @@ class ModelRun:
         from mlm_eval.checkpoints.tokenizer import entries_within
         from mlm_eval.engine.engine import Engine
 
-        self._meet(place.device)
+        self.meet(place.device)
         device = place.device
         if device == "cuda":
             device = f"cuda:{torch.cuda.current_device()}"
@@ -197,10 +207,14 @@ class ModelRun:
         place = placement or self.start()
         load = self.join(place)
         self.warn(self.checkpoint.provenance.warnings)
-        now = f"(now {self._batch_tokens(place):,})"
-        with advising_on_memory(f"lower --batch-tokens {now}, or raise --tp (now {place.tp})"):
+        with self.advising_on_memory_of(place):
             body(load(self.checkpoint, place.dtype))
         shutdown()
+
+    def advising_on_memory_of(self, place: Placement) -> AbstractContextManager[None]:
+        """Return a context that says what to change where scoring has no memory."""
+        now = f"(now {self._batch_tokens(place):,})"
+        return advising_on_memory(f"lower --batch-tokens {now}, or raise --tp (now {place.tp})")
 
     def _batch_tokens(self, place: Placement) -> int:
         from mlm_eval.engine.batching import DEFAULT_BATCH_TOKENS

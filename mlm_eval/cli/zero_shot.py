@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.command import command
 from mlm_eval.cli.run import ModelRun
 from mlm_eval.cli.screen import Screen, phase, progress
-from mlm_eval.options import RunOptions, nested, option
+from mlm_eval.cli.series.evaluation import Evaluation, Outcome, kept_beside
+from mlm_eval.cli.series.loop import run_series
+from mlm_eval.options import SeriesOptions, nested, option
 from mlm_eval.tasks.zero_shot import benchmarks
 
 if TYPE_CHECKING:
+    from mlm_eval.checkpoints.tokenizer import Tokenizer
     from mlm_eval.engine.engine import Engine
-    from mlm_eval.engine.resume import PartialScores
-    from mlm_eval.tasks.zero_shot.benchmark import ZeroShot
+    from mlm_eval.engine.resume import Identified, PartialScores
+    from mlm_eval.reporting.results import Result
+    from mlm_eval.tasks.zero_shot.benchmark import Work, ZeroShot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,54 +45,121 @@ def register(benchmark: ZeroShot[Any]) -> None:
         [
             ("own", Any, nested(benchmark.options)),
             ("resuming", ResumeOptions, nested(ResumeOptions)),
-            ("run", RunOptions, nested(RunOptions)),
+            ("run", SeriesOptions, nested(SeriesOptions)),
         ],
         kw_only=True,
     )
 
     @command(benchmark.name, kind, help=inspect.getdoc(benchmark), order=("ckpt",))
     def run(options: Any) -> None:
-        restart = options.resuming.restart
-        run_benchmark(ModelRun(options.run), benchmark, options.own, restart=restart)
-
-
-for _benchmark in benchmarks().values():
-    register(_benchmark)
-
-
-def run_benchmark(run: ModelRun, benchmark: ZeroShot[Any], own: Any, *, restart: bool) -> None:
-    """Run a benchmark on the ranks that it needs.
-
-    Args:
-        run: The command's.
-        benchmark: What is run.
-        own: The benchmark's own options.
-        restart: Discard the scores that an interrupted run has kept beside its output.
-
-    Raises:
-        InputError: The model is not a GPT, or an option is wrong.
-    """
-    from mlm_eval.checkpoints.checkpoint import full_digest
-    from mlm_eval.reporting.text import result_text, work_text
-
-    options, config = run.options, run.checkpoint.config
-    if config.family != "gpt":
-        raise InputError(
-            f"{run.checkpoint.provenance.path} is a {config.family.upper()} checkpoint; "
-            f"{benchmark.name} needs a GPT model (left to right)"
+        evaluation = BenchmarkEvaluation(
+            benchmark, options.own, options.run, restart=options.resuming.restart
         )
-    if options.output is not None:
-        Screen.keeps = kept_beside(options.output)
-    place = run.start()
-    tokenizer = run.tokenizer()
-    with phase("reading and tokenizing the text"):
-        work = benchmark.work_for(config, own, tokenizer=tokenizer, limit=options.limit)
+        if options.run.is_series:
+            run_series(options.run, evaluation)
+        else:
+            evaluation.run_alone()
 
-    def body(engine: Engine) -> None:
+
+BenchmarkText = tuple["Tokenizer", "Work"]
+"""A benchmark's data as requests, and the tokenizer that made them."""
+
+
+class BenchmarkEvaluation(Evaluation[BenchmarkText]):
+    """A benchmark, on one model or on a series of them."""
+
+    def __init__(
+        self, benchmark: ZeroShot[Any], own: Any, options: SeriesOptions, *, restart: bool
+    ) -> None:
+        """Remember what is asked for.
+
+        Args:
+            benchmark: What is run.
+            own: The benchmark's own options.
+            options: Those of the run.
+            restart: Discard the scores that an interrupted run has kept beside its output.
+        """
+        self.benchmark, self.own, self.options, self.restart = benchmark, own, options, restart
+        self.task, self.limit = benchmark.name, options.limit
+        asked = {k: v for k, v in dataclasses.asdict(own).items() if k != "data"}
+        self.asked = {**asked, "vocab": options.vocab, "dtype": options.dtype}
+        self._works: dict[tuple[Any, ...], Work] = {}
+
+    def run_alone(self) -> None:
+        """Run the benchmark on the one model, and print all about it.
+
+        Raises:
+            InputError: The model is not a GPT, or an option is wrong.
+        """
+        from mlm_eval.reporting.text import result_text
+
+        benchmark = self.benchmark
+        run = ModelRun(self.options.one(self.options.ckpt[0], self.options.output))
+        self._refuse_others(run)
+        if self.options.output is not None:
+            Screen.keeps = kept_beside(self.options.output)
+        place = run.start()
+        text = self.prepare(run)
+
+        def body(engine: Engine) -> None:
+            result = self._score(run, engine, text)
+            run.print_result(result_text(result, benchmark.title, benchmark.rows(result)))
+            line = benchmark.megatron_line(result)
+            if line is not None:
+                run.print_result(line)
+
+        run.on_ranks(body, placement=place)
+
+    def _refuse_others(self, run: ModelRun) -> None:
+        family = run.checkpoint.config.family
+        if family != "gpt":
+            raise InputError(
+                f"{run.checkpoint.provenance.path} is a {family.upper()} checkpoint; "
+                f"{self.benchmark.name} needs a GPT model (left to right)"
+            )
+
+    def prepare(self, run: ModelRun) -> BenchmarkText:
+        """See `Evaluation`: models of one tokenizer, length and vocabulary share the requests."""
+        self._refuse_others(run)
+        config, tokenizer = run.checkpoint.config, run.tokenizer()
+        key = tokenizer.sha256, config.max_position_embeddings, config.vocab_size
+        if key not in self._works:
+            with phase("reading and tokenizing the text"):
+                self._works[key] = self.benchmark.work_for(
+                    config, self.own, tokenizer=tokenizer, limit=self.options.limit
+                )
+        return tokenizer, self._works[key]
+
+    def data(self, text: BenchmarkText) -> dict[str, Any]:
+        """See `Evaluation`."""
+        found = text[1].settings["data"]
+        return {"path": found["path"], "sha256": found["sha256"]}
+
+    def parts(self, model: Identified, text: BenchmarkText) -> dict[str, Any]:
+        """See `Evaluation`."""
+        tokenizer, work = text
+        return self.benchmark.resume_parts(model, work, tokenizer)
+
+    def figure(self, record: Mapping[str, Any]) -> tuple[str, str]:
+        """See `Evaluation`."""
+        return self.benchmark.figure(record["metrics"])
+
+    def evaluate(self, run: ModelRun, engine: Engine, text: BenchmarkText) -> Outcome:
+        """See `Evaluation`."""
+        result = self._score(run, engine, text)
+        return Outcome(*self.benchmark.figure(result.metrics))
+
+    def _score(self, run: ModelRun, engine: Engine, text: BenchmarkText) -> Result:
+        """Return the result of a model; its record is written."""
+        from mlm_eval.checkpoints.checkpoint import full_digest
+        from mlm_eval.reporting.text import work_text
+
+        benchmark, options = self.benchmark, run.options
+        tokenizer, work = text
         tokens = sum(request.length for request in work.requests)
         run.log(work_text(benchmark.unit, len(work.requests), tokens, engine.flops(work.requests)))
         parts = benchmark.resume_parts(engine, work, tokenizer)
-        with kept_scores(run, len(work.requests), parts, restart=restart) as partial:
+        with kept_scores(run, len(work.requests), parts, restart=self.restart) as partial:
             with progress(run.is_main) as on_progress:
                 result = benchmark.score(
                     engine, work, tokenizer=tokenizer, on_progress=on_progress, partial=partial
@@ -99,22 +168,11 @@ def run_benchmark(run: ModelRun, benchmark: ZeroShot[Any], own: Any, *, restart:
             if options.full_digest and run.is_main:
                 result.checkpoint["full_digest"] = full_digest(engine.checkpoint)
             run.warn(result.warnings)
-            run.print_result(result_text(result, benchmark.title, benchmark.rows(result)))
-            line = benchmark.megatron_line(result)
-            if line is not None:
-                run.print_result(line)
             if options.output is not None and run.is_main:
                 result.write(options.output)
             if partial is not None and run.is_main:
                 partial.remove(len(work.requests))
-
-    run.on_ranks(body, placement=place)
-
-
-def kept_beside(output: Path) -> Path:
-    """Return the folder that keeps the scores of an interrupted run of this output."""
-    output = Path(os.path.realpath(output))
-    return output.with_name(output.name + ".partial")
+        return result
 
 
 @contextmanager
@@ -146,3 +204,7 @@ def kept_scores(
         except KeyboardInterrupt:
             partial.flush()
             raise
+
+
+for _benchmark in benchmarks().values():
+    register(_benchmark)

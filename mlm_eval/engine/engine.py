@@ -6,6 +6,7 @@ does stands in `score`, `encode` and `generate`.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from mlm_eval.model.gpt import GPT
 from mlm_eval.model.mamba import MambaMixer
 from mlm_eval.model.t5 import T5
 from mlm_eval.model.tensor_parallel import TensorParallel
-from mlm_eval.ranks.collectives import gather_over_ranks
+from mlm_eval.ranks.collectives import gather_over_ranks, on_every
 from mlm_eval.ranks.mesh import Mesh, default_device, make_mesh
 
 
@@ -118,7 +119,10 @@ class Engine:
         elif vocab != "padded":
             raise InputError(f"--vocab {vocab!r} is unknown; use padded or true")
         odd = OddValues()
-        model = load_model(checkpoint, mesh.tensor_parallel, device=device, dtype=dtype, odd=odd)
+        shape = mesh.tensor_parallel
+        model = on_every(  # no rank goes on where another could not read its part
+            lambda: load_model(checkpoint, shape, device=device, dtype=dtype, odd=odd)
+        )
         odd.merge(gather_over_ranks(odd.found))
         model.eval().requires_grad_(False)
         if compile_model:
@@ -133,6 +137,33 @@ class Engine:
             batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS[device.type],
             load_seconds=time.perf_counter() - started,
             given_tokenizer=tokenizer,
+            load_warnings=tuple(odd.warnings()),
+        )
+
+    def fits(self, config: ModelConfig, dtype: torch.dtype) -> bool:
+        """Return whether a model of this config, computed in this dtype, has the same tensors."""
+        return self.config == config and self.dtype == dtype
+
+    def refilled(self, checkpoint: Checkpoint) -> Engine:
+        """Return an engine for another checkpoint, in the memory of this one, which is over then.
+
+        Args:
+            checkpoint: One that `fits`, with as many rows of vocabulary as it has stored.
+
+        Raises:
+            InputError: Its weights cannot be read; then neither engine can be used.
+        """
+        started = time.perf_counter()
+        if self.vocab == "true":
+            checkpoint = with_rows(checkpoint, self.vocab_size)
+        odd = OddValues()
+        on_every(lambda: _fill(self.model, checkpoint, self.mesh.tensor_parallel, odd))
+        odd.merge(gather_over_ranks(odd.found))
+        return dataclasses.replace(
+            self,
+            checkpoint=with_warnings(checkpoint, odd.warnings()),
+            load_seconds=time.perf_counter() - started,
+            given_tokenizer=None,
             load_warnings=tuple(odd.warnings()),
         )
 
@@ -362,7 +393,15 @@ def load_model(
     # All memory is taken before anything is read: what is read for a moment, put between weights
     # that stay, would leave holes that malloc cannot give back (a quarter of the shard).
     model.to_empty(device=device)
-    table = parameters(config)
+    _fill(model, checkpoint, tp, odd)
+    return model
+
+
+def _fill(
+    model: GPT | BERT | T5, checkpoint: Checkpoint, tp: TensorParallel, odd: OddValues | None
+) -> None:
+    """Read this rank's slices into a model, one tensor at a time."""
+    table = parameters(checkpoint.config)
     found = dict(model.named_parameters())
     assert set(found) == set(table), sorted(set(found) ^ set(table))
     with torch.no_grad():
@@ -373,4 +412,3 @@ def load_model(
                 odd.look(name, piece, found[name].dtype)
             found[name].copy_(piece)
             del piece  # before the next is read
-    return model

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,10 @@ from mlm_eval.checkpoints.files.output import atomic_file
 from mlm_eval.checkpoints.folders.locks import Lock, lock_folder, unlock_folder
 from mlm_eval.ranks.collectives import on_main
 from mlm_eval.ranks.mesh import this_rank
+
+if TYPE_CHECKING:
+    from mlm_eval.checkpoints.checkpoint import Checkpoint
+    from mlm_eval.checkpoints.config import ModelConfig
 
 FLUSH_SECONDS = 20.0
 
@@ -68,6 +72,26 @@ _IDENTITIES = {
     "tokenizer": "another tokenizer",
 }
 """How to name what differs where its value says nothing to people."""
+
+
+class Identified(Protocol):
+    """What decides the scores of a model, whether it is loaded or not."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The model that was saved."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Its settings, with the rows of vocabulary that the softmax runs over."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it is computed in."""
+
+    @property
+    def vocab(self) -> str:
+        """`padded` or `true`."""
 
 
 def resume_key(parts: Mapping[str, Any]) -> str:
@@ -153,16 +177,7 @@ class PartialScores:
         return [path for path, match in names if match is not None and match[1]]
 
     def _discard(self) -> None:
-        """Remove the chunks, and nothing else that may be there."""
-        try:
-            for path in self.folder.iterdir() if self.folder.is_dir() else ():
-                if _CHUNK.fullmatch(path.name):
-                    path.unlink()
-        except OSError as error:
-            raise InputError(
-                f"{self.folder}, left by an interrupted run, cannot be removed ({error.strerror}); "
-                "remove it, or give another --output"
-            ) from None
+        discard_scores(self.folder)
 
     def finished(self) -> Finished:
         """Return the scores of earlier runs."""
@@ -250,6 +265,23 @@ class PartialScores:
         if self._lock is not None:
             unlock_folder(self._lock)
             self._lock = None
+
+
+def discard_scores(folder: Path) -> None:
+    """Remove the chunks in a folder, and nothing else that may be there.
+
+    Raises:
+        InputError: They cannot be removed.
+    """
+    try:
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if _CHUNK.fullmatch(path.name):
+                path.unlink()
+    except OSError as error:
+        raise InputError(
+            f"{folder}, left by an interrupted run, cannot be removed ({error.strerror}); "
+            "remove it, or give another --output"
+        ) from None
 
 
 def _read_chunk(path: Path) -> tuple[ScoreChunk, str | None, dict[str, Any]]:

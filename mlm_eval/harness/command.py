@@ -42,12 +42,15 @@ class CommandLineLM(MegatronLM):
         return cls.loaded
 
 
-def run_command_line(lm: MegatronLM, arguments: Sequence[str]) -> None:
+def run_command_line(lm: MegatronLM, arguments: Sequence[str]) -> dict[str, Any]:
     """Run lm-evaluation-harness' command line with a model of ours, on this rank.
 
     Args:
         lm: The model.
         arguments: The arguments of `lm-eval run`, without the model.
+
+    Returns:
+        What its `simple_evaluate` has returned, without the samples.
 
     Raises:
         InputError: The harness does not accept an argument, a task or a data file.
@@ -59,7 +62,10 @@ def run_command_line(lm: MegatronLM, arguments: Sequence[str]) -> None:
     more = ["--model", MODEL_NAME, "--model_args", json.dumps(about)]
     CommandLineLM.loaded = lm
     try:
-        with _command_line([*arguments, *more, "--device", str(lm.engine.device)]):
+        with (
+            _command_line([*arguments, *more, "--device", str(lm.engine.device)]),
+            _overheard() as results,
+        ):
             cli_evaluate()
     except InputError:
         raise
@@ -74,6 +80,43 @@ def run_command_line(lm: MegatronLM, arguments: Sequence[str]) -> None:
         ) from error
     finally:
         CommandLineLM.loaded = None
+    return results
+
+
+@contextmanager
+def _overheard() -> Iterator[dict[str, Any]]:
+    """Yield what will be filled with the results that the command line gets and prints."""
+    import lm_eval
+
+    results: dict[str, Any] = {}
+    evaluate = lm_eval.simple_evaluate
+
+    def listening(*given: Any, **more: Any) -> Any:
+        found = evaluate(*given, **more)
+        if found is not None:
+            results.update({k: v for k, v in found.items() if k != "samples"})
+        return found
+
+    lm_eval.simple_evaluate = listening
+    try:
+        yield results
+    finally:
+        lm_eval.simple_evaluate = evaluate
+
+
+def asked_limit(arguments: Sequence[str]) -> float | None:
+    """Return how many examples of each task the arguments ask for; None: all.
+
+    Args:
+        arguments: Those that `read_arguments` has accepted.
+    """
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    with _command_line(arguments), redirect_stdout(io.StringIO()):
+        settings = EvaluatorConfig.from_cli(HarnessCLI().parse_args())
+    limit = settings.limit
+    return int(limit) if limit is not None and limit == int(limit) else limit
 
 
 def read_arguments(arguments: Sequence[str]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class BenchOptions:
         None,
         choices=("weak", "strong"),
     )
-    ckpt: str | None = option("Or a checkpoint, at each --tp.", None, reads=True)
+    ckpt: str | None = option("Or a checkpoint, at each --tp.", None, reads=True, once=True)
     model: str | None = option("Or a new model of a named size.", None, names="sizes")
     tp: list[int] | None = option(
         "Tensor-parallel sizes, such as 1,2,4,8; auto: those of 1,2,4,8 that the machine has GPUs "

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.ranks.faults import named_fault
 from mlm_eval.ranks.mesh import Mesh, is_main, num_ranks, object_group
 
 T = TypeVar("T")
@@ -137,6 +138,40 @@ def on_main(function: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     return result  # type: ignore[no-any-return]
+
+
+def on_every(function: Callable[[], T]) -> T:
+    """Return what `function` returns on this rank, once it has succeeded on all. One gather.
+
+    The function holds no collectives.
+
+    Raises:
+        InputError: On every rank: that of the first rank which has one. A file that is gone or
+            cannot be read, and lack of memory, are such.
+    """
+    results: list[T] = []
+    fault: InputError | None = None
+    try:
+        results.append(function())
+    except InputError as error:
+        fault = error
+    except OSError as error:
+        where = f"{error.filename} " if error.filename else "a file "
+        fault = named_fault(error) or InputError(
+            f"{where}cannot be read ({error.strerror or error})"
+        )
+    except Exception as error:
+        fault = named_fault(error)
+        if fault is None:
+            raise
+    faults = [fault]
+    if num_ranks() > 1:
+        faults *= num_ranks()
+        dist.all_gather_object(faults, fault, group=object_group())
+    first = next((found for found in faults if found is not None), None)
+    if first is not None:
+        raise first
+    return results[0]
 
 
 class AllReduceCounter(TorchDispatchMode):

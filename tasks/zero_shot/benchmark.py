@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mlm_eval.checkpoints.tokenizer import Tokenizer
     from mlm_eval.engine.batching import OnProgress
     from mlm_eval.engine.engine import Engine
-    from mlm_eval.engine.resume import PartialScores
+    from mlm_eval.engine.resume import Identified, PartialScores
     from mlm_eval.engine.score import Request, Scores
     from mlm_eval.planning.plan import Workload
     from mlm_eval.reporting.tables import Column
@@ -220,19 +220,30 @@ class ZeroShot(ABC, Generic[Own]):
             versions=versions(),
         )
 
-    def resume_parts(self, engine: Engine, work: Work, tokenizer: Tokenizer) -> dict[str, Any]:
+    def resume_parts(self, model: Identified, work: Work, tokenizer: Tokenizer) -> dict[str, Any]:
         """Return all that decides the scores; `limit` and the layout do not."""
         beside = ("warnings", "limit", "data")
         return {
             "task": self.name,
-            "digest": engine.checkpoint.provenance.digest,
-            "config": engine.config.to_dict(),
+            "digest": model.checkpoint.provenance.digest,
+            "config": model.config.to_dict(),
             "data": work.settings["data"]["sha256"],
             "tokenizer": tokenizer.sha256,
-            "dtype": str(engine.dtype).removeprefix("torch."),
-            "vocab": engine.vocab,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "vocab": model.vocab,
             "settings": {k: v for k, v in work.settings.items() if k not in beside},
         }
+
+    def figure(self, metrics: Mapping[str, Any]) -> tuple[str, str]:
+        """Return the name and the text of a record's main figure, for a table of many."""
+        if self.paper is None:
+            name, value = next(iter(metrics.items()))
+            return name, f"{value:.6g}" if isinstance(value, float) else str(value)
+        column, value = self.paper.column, metrics.get(self.paper.metric)
+        if value is None:
+            return column.title, "not finite"
+        text = f"{value * (100 if self.paper.percent else 1):.{max(column.decimals, 4)}f}"
+        return column.title, f"{text} %" if self.paper.percent else text
 
     def limit_warnings(self, limit: int | None, kept: int, total: int) -> list[str]:
         """Return a sentence if `limit` left out some of the data, else nothing."""

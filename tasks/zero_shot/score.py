@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from mlm_eval.checkpoints.files.output import write_text
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.engine.encode import BertInput, find_fault
 from mlm_eval.engine.engine import Engine
-from mlm_eval.engine.resume import PartialScores
+from mlm_eval.engine.resume import Identified, PartialScores
 from mlm_eval.engine.score import PairRequest, Request, find_encoder_fault
 from mlm_eval.model.costs.flops import forward_flops
 from mlm_eval.tasks.zero_shot.sequences import PAIR_FORM, GivenSequences, InputLine
@@ -54,8 +54,7 @@ def score_lines(
         InputError: A line does not fit the model; the message names it.
     """
     filled = [line for line in lines if not line.is_empty]
-    for line in filled:
-        _check_line(line, engine.config)
+    check_lines(filled, engine.config)
     scored: Iterator[dict[str, Any]] = iter(())
     if filled and engine.config.family == "bert":
         scored = _score_bert(engine, filled, on_progress, partial)
@@ -98,7 +97,7 @@ def score_work(
 
 
 def resume_parts(
-    engine: Engine,
+    model: Identified,
     given: GivenSequences,
     tokenizer: Tokenizer | None,
     stride: int | None,
@@ -107,14 +106,38 @@ def resume_parts(
     """Return all that decides the scores of what was read."""
     return {
         "task": "score",
-        "digest": engine.checkpoint.provenance.digest,
-        "config": engine.config.to_dict(),
+        "digest": model.checkpoint.provenance.digest,
+        "config": model.config.to_dict(),
         "data": given.digest,
         "tokenizer": None if tokenizer is None else tokenizer.sha256,
-        "dtype": str(engine.dtype).removeprefix("torch."),
-        "vocab": engine.vocab,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "vocab": model.vocab,
         "settings": {"stride": stride, "begin": list(begin)},
     }
+
+
+def mean_logprob(records: Iterable[Mapping[str, Any]]) -> float | None:
+    """Return the mean log-probability of all scored tokens, in nats; None: of nothing, or NaN."""
+    found: list[float] = []
+    rows: list[Any] = [record.get("logprobs") for record in records]
+    while rows:
+        value = rows.pop()
+        if isinstance(value, float):
+            found.append(value)
+        elif isinstance(value, list):
+            rows += value
+    return math.fsum(found) / len(found) if found else None
+
+
+def check_lines(lines: Sequence[InputLine], config: ModelConfig) -> None:
+    """Refuse lines that a model cannot score.
+
+    Raises:
+        InputError: There is one; the message names it.
+    """
+    for line in lines:
+        if not line.is_empty:
+            _check_line(line, config)
 
 
 def _check_line(line: InputLine, config: ModelConfig) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
-from support.command_line import TEXT, Run, assert_one_sentence, read
+from support.command_line import TEXT, Run, assert_one_sentence, on, read
 from support.paths import ORACLES
 
 from mlm_eval.checkpoints.errors import InputError
@@ -129,8 +129,9 @@ def wrong_files(folder: Path) -> Path:
 def test_what_is_wrong_is_one_sentence(run, wiki, wrong_files, what):
     options, parts = WRONG[what]
     before = sorted(wrong_files.rglob("*"))
-    ended = run(*wiki, *(option.format(folder=wrong_files) for option in options))
-    assert_one_sentence(ended, *(part.format(folder=wrong_files) for part in parts))
+    given = [option.format(folder=wrong_files) for option in options]
+    line = on(given[1], wiki) if given[0] == "--ckpt" else [*wiki, *given]
+    assert_one_sentence(run(*line), *(part.format(folder=wrong_files) for part in parts))
     assert sorted(wrong_files.rglob("*")) == before  # nothing half-written
 
 
@@ -147,7 +148,7 @@ def test_a_checkpoint_without_a_tokenizer_beside_it(run, wiki, folder, tmp_path)
     for entry in (folder / "gpt").iterdir():
         if entry.name != "tokenizer":
             (tmp_path / "gpt" / entry.name).symlink_to(entry)
-    ended = run(*wiki, "--ckpt", tmp_path / "gpt")
+    ended = run(*on(tmp_path / "gpt", wiki))
     assert_one_sentence(ended, "no tokenizer was found beside", "--tokenizer DIR", "--merge-file")
 
 
@@ -561,6 +562,6 @@ def test_score_writes_a_record_a_line(run, folder, tmp_path):
     words = load_tokenizer(directory=folder / "gpt" / "tokenizer")
     assert second["tokens"] == words.encode("abc") and len(second["greedy"]) == 3
     output = tmp_path / "bert.jsonl"
-    assert run(*arguments, "--output", output, "--ckpt", BERT_ORACLE, "--limit", 1).code == 0
+    assert run(*on(BERT_ORACLE, arguments), "--output", output, "--limit", 1).code == 0
     record = json.loads(output.read_text())
     assert None not in record["logprobs"] and len(record["binary_logits"]) == 2

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support import random_models
-from support.command_line import CONFIG, TEXT, as_user, assert_one_sentence, read, started
+from support.command_line import CONFIG, TEXT, as_user, assert_one_sentence, on, read, started
 from support.paths import PROJECT
 from support.ranks import run_ranks
 
@@ -132,7 +132,8 @@ def test_scores_that_something_else_decided_are_not_taken(run, wiki, folder, tmp
         (["--vocab", "true"], "vocab padded, now true"),
         (["--set", "activation=squared_relu"], "activation gelu, now squared_relu"),
     ):
-        ended = run(*wiki, *change)
+        line = on(change[1], wiki) if change[0] == "--ckpt" else [*wiki, *change]
+        ended = run(*line)
         assert_one_sentence(ended, "out.json.partial holds scores", named)
     # What decides no score may differ, and --resume changes nothing.
     ended = run(*wiki, "--resume", "--batch-tokens", 99, "--limit", 1, "--seed", 9)

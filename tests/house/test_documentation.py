@@ -49,14 +49,15 @@ NOT_RUN = {
 OUTPUTS = {
     "D", "out", "gpt2_hf", "scores.jsonl", "bert_hf", "gpt_tp4", "gpt_tp2", "llama_dist",
     "mixtral_ep4", "dsv3_dist",
-    "llama_hf", "gpt_v25", "gpt_core", "bench.json", "bench.png", "curve.png",
+    "llama_hf", "gpt_v25", "gpt_core", "bench.json", "bench.png", "curve.png", "curve.json",
 }  # fmt: skip
 """What a command is to make; it makes it in a folder of its own."""
 WORDS = {
     "hf", "megatron", "torch_dist", "cpu", "true", "last-token", "bfloat16", "500MB", "gpt2-8.3b",
     "gpt2-tiny", "wikitext103", "megatron-gpt2-345m", "megatron-bert-345m-uncased",
     "race-megatron-336m", "checkpoint_version=2.0", "wikitext", "lambada_openai", "wiki_sample",
-    "weak", "train", "core", "legacy", "Once upon a time",
+    "weak", "train", "core", "legacy", "Once upon a time", "all", "latest",
+    "1000:3000:1000",
 }  # fmt: skip
 """Names of formats, sizes, recipes, settings and tasks, and texts: no files."""
 SMALL = {
@@ -92,6 +93,17 @@ def _gpt(place: Path) -> None:
     )
     write_megatron_torch(random_models.checkpoint(config), place, tp=2)
     _tokenizer(place / "tokenizer")
+
+
+def _run(place: Path) -> None:
+    """Three iterations of a run, as Megatron leaves them."""
+    for iteration in (1000, 2000, 3000):
+        made = place.with_name(f"{place.name}-{iteration}")
+        _gpt(made)
+        place.mkdir(exist_ok=True)
+        (made / "release").rename(place / f"iter_{iteration:07d}")
+    (made / "tokenizer").rename(place / "tokenizer")
+    (place / "latest_checkpointed_iteration.txt").write_text("3000")
 
 
 def _mixtral(place: Path) -> None:
@@ -165,6 +177,8 @@ PLACES: dict[str, Builder] = {
     "models/gpt2_345m": _gpt,
     "models/gpt2": _tokenizer,
     "mixtral": _mixtral,
+    "run1": _run,
+    "run2": _run,
     "hf_folder": _converted("hf"),
     "bert_345m": _bert,
     "RACE": lambda place: place.symlink_to(SAMPLES / "race"),

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,12 @@ def as_user(
     finally:
         process.kill()
     return Ended(process.returncode, out, err)
+
+
+def on(checkpoint: object, line: Sequence[object]) -> list[object]:
+    """Return a command line with another --ckpt."""
+    place = line.index("--ckpt") + 1
+    return [*line[:place], checkpoint, *line[place + 1 :]]
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("mlm_eval.engine",),
     ("mlm_eval.training",),
     ("mlm_eval.reporting",),
-    ("mlm_eval.planning", "mlm_eval.harness"),
+    ("mlm_eval.planning", "mlm_eval.harness", "mlm_eval.series"),
     ("mlm_eval.tasks.data",),
     ("mlm_eval.tasks.zero_shot", "mlm_eval.tasks.finetune", "mlm_eval.tasks.language"),
     ("mlm_eval.tasks",),

@@ -1,0 +1,51 @@
+"""Whether a record that is there is the one that this run would write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlm_eval.engine.resume import run_difference
+
+
+def json_record(path: Path) -> dict[str, Any] | None:
+    """Return the record in a file; None where there is none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def record_difference(record: Mapping[str, Any], parts: Mapping[str, Any]) -> str | None:
+    """Return in words how the run of a record differs from one; '': it does not.
+
+    None: it is no record of such a run.
+
+    Args:
+        record: What is there.
+        parts: All that decides the other: `task`, `digest`, `config`, `data`, `tokenizer`, `dtype`,
+            `vocab`, `limit` and `settings`, as `resume_parts` returns them.
+    """
+    now = json.loads(json.dumps(parts, default=str))
+    try:
+        settings, checkpoint = record["settings"], record["checkpoint"]
+        data, tokenizer = settings.get("data"), settings.get("tokenizer")
+        before = {
+            "task": record["task"],
+            "digest": checkpoint["digest"],
+            # What an older version did not know of a model says nothing about it.
+            "config": {k: v for k, v in checkpoint["config"].items() if k in now["config"]},
+            "data": None if data is None else data["sha256"],
+            "tokenizer": None if tokenizer is None else tokenizer["sha256"],
+            "dtype": settings["dtype"],
+            "vocab": settings["vocab"],
+            "limit": settings.get("limit"),
+            "settings": {name: settings.get(name) for name in now["settings"]},
+        }
+    except (KeyError, TypeError, AttributeError):
+        return None
+    now["config"] = {k: v for k, v in now["config"].items() if k in before["config"]}
+    return run_difference(before, now)
