@@ -160,7 +160,7 @@ def cheap_digest(files: Mapping[str, tuple[int, list[int] | bytes]]) -> str:
     state = hashlib.sha256()
     for name in sorted(files):
         size, marks = files[name]
-        state.update(f"{name}\0{size}\0".encode())
+        state.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
         state.update(marks if isinstance(marks, bytes) else repr(marks).encode())
     return f"quick-sha256:{state.hexdigest()}"
 
@@ -177,7 +177,8 @@ def full_digest(checkpoint: Checkpoint) -> str:
     """Return a digest over every byte of the checkpoint's files."""
     state = hashlib.sha256()
     for path in sorted(checkpoint.provenance.files):
-        state.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        about = f"{path.name}\0{path.stat().st_size}\0"
+        state.update(about.encode("utf-8", "surrogateescape"))
         with path.open("rb") as stream:
             while block := stream.read(1 << 22):
                 state.update(block)

@@ -59,6 +59,9 @@ _SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
+_LARGEST = (("num_layers", 10_000), ("hidden_size", 1 << 24), ("vocab_size", 1 << 31))
+"""Far beyond any model; tables with an entry a layer are made before the weights are looked at."""
+
 _RANGES = (
     ("rotary_percent", 1e-3, 1.0),
     ("rotary_base", 1.0, 1e12),
@@ -337,6 +340,11 @@ class ModelConfig:
                     f"{name} is {value}, but must lie between {low:g} and {high:g}; correct it "
                     f"with --set {name}=X"
                 )
+        for name, most in _LARGEST:
+            if getattr(self, name) > most:
+                raise InputError(f"{name} is {getattr(self, name)}, more than any model has")
+        if self.rope_scaling is not None:
+            self._check_rope_scaling(self.rope_scaling)
         if self.rope_scaling is not None and not 1e-3 <= self.rope_scaling.factor <= 1e6:
             raise InputError(
                 f"rope_scaling_factor is {self.rope_scaling.factor}, but must lie between 0.001 "
@@ -376,6 +384,19 @@ class ModelConfig:
                     f"{name} {getattr(self, name)!r} is not supported; known are "
                     f"{', '.join(known)}, to be chosen with --set {name}=..."
                 )
+
+    def _check_rope_scaling(self, scaling: RopeScaling) -> None:
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        if not 0 < low < high < 1e6:
+            raise InputError(
+                f"the rotary settings have low_freq_factor {low} and high_freq_factor {high}, of "
+                "which the first must be above 0 and below the second; correct the file"
+            )
+        if not 1 <= scaling.original_max_position <= 1 << 40:
+            raise InputError(
+                "the rotary settings have original_max_position_embeddings "
+                f"{scaling.original_max_position}, which must be at least 1; correct the file"
+            )
 
     def _check_yarn(self, yarn: YarnScaling) -> None:
         for name, value, low in (
@@ -829,7 +850,15 @@ def is_of_kind(value: Any, kind: str) -> bool:
     if kind == "tuple[int, ...]":
         return isinstance(value, tuple) and all(is_of_kind(number, "int") for number in value)
     types = {"int": int, "float": int | float, "bool": bool, "str": str}
-    return isinstance(value, types[kind]) and isinstance(value, bool) == (kind == "bool")
+    if not isinstance(value, types[kind]) or isinstance(value, bool) != (kind == "bool"):
+        return False
+    if isinstance(value, str):
+        return len(value) <= _LONGEST_WORD
+    return abs(value) < _LARGEST_NUMBER if isinstance(value, int) else math.isfinite(value)
+
+
+_LONGEST_WORD = 10_000
+_LARGEST_NUMBER = 1 << 62
 
 
 def _kind_of(name: str) -> str:

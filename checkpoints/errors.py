@@ -1,8 +1,11 @@
-"""The one error that is the user's to mend, and its sentence for a package that is missing."""
+"""The one error that is the user's to mend, and what its sentences show of files and packages."""
 
 from __future__ import annotations
 
+import re
+import reprlib
 from importlib.util import find_spec
+from typing import Any
 
 
 class InputError(ValueError):
@@ -67,3 +70,53 @@ def require(package: str, what: str, instead: str = "") -> None:
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, or its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother, self.maxlong = 3, 80, 80, 40
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = 5
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Return a number, or of how many bits it is: Python writes no endless ones."""
+        return super().repr_int(x, level) if x.bit_length() < 200 else f"{x.bit_length()} bits"
+
+
+_SHORT = _Short()
+
+
+def shown(value: Any) -> str:
+    """Return a value from a file as a short text for a message, whatever it is.
+
+    Lists that hold one another take for ever to print whole; these are cut at each level.
+    """
+    return _SHORT.repr(value)[:200]
+
+
+_HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Control characters (but for tabs and line ends), marks that turn text round, surrogates."""
+
+
+def visible(text: str) -> str:
+    """Return a text with escapes in the place of what would command a terminal or hide in it."""
+    return _HIDDEN.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+LONGEST_SENTENCE = 4000
+"""Characters of a message."""
+
+
+def one_line(text: object) -> str:
+    """Return a message as one visible line; of a long one the middle is left out."""
+    line = visible(str(text)).strip().replace("\n", "\\n")
+    if len(line) <= LONGEST_SENTENCE:
+        return line
+    return f"{line[: LONGEST_SENTENCE - 300]} ... {line[-250:]}"
+
+
+def visible_json(text: str) -> str:
+    """Return a JSON text with JSON's own escapes in the place of what `visible` replaces."""
+    return _HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -25,9 +25,14 @@ from typing import Any
 from mlm_eval.checkpoints.catalog import is_catalog_name, resolve, sample_folder
 from mlm_eval.checkpoints.errors import InputError, require
 from mlm_eval.checkpoints.files.stand_in import refuse_stand_in
-from mlm_eval.checkpoints.files.text_file import read_json_object, read_text
+from mlm_eval.checkpoints.files.text_file import parse_json, read_json_object, read_text
 from mlm_eval.checkpoints.hub.download import hub_folder
 from mlm_eval.checkpoints.tokenizers.added import MOST_UNUSED, AddedSplitter, add_to, to_add
+from mlm_eval.checkpoints.tokenizers.fast_file import (
+    LARGEST_TOKENIZER,
+    check_ids,
+    check_tokenizer_json,
+)
 from mlm_eval.checkpoints.tokenizers.side_files import (
     TOKEN_FLAGS,
     AddedEntry,
@@ -487,7 +492,7 @@ def _load_file(path: Path, merges: Path | None) -> Tokenizer:
     refuse_tiktoken(path)
     if path.suffix != ".json":
         raise InputError(f"{path} is not a known form of a tokenizer; expected {ACCEPTED}")
-    if "model" in read_json_object(path):
+    if "model" in parse_json(read_text(path, most=LARGEST_TOKENIZER), str(path)):
         return _load_tokenizer_json(path)
     for vocab, merge_name in VOCAB_AND_MERGES:
         if path.name == vocab and (path.parent / merge_name).is_file():
@@ -501,7 +506,8 @@ def _load_gpt2(vocab_file: Path, merge_file: Path, *, source: Path) -> Tokenizer
     from tokenizers import decoders, models, pre_tokenizers
 
     vocab = read_json_object(vocab_file)
-    refuse_stand_in(merge_file)
+    check_ids(vocab.values(), vocab_file)
+    read_text(merge_file, most=LARGEST_TOKENIZER)  # the library names no fault of it
     side = read_side_files(vocab_file)
     _check_class(side, vocab_file, GPT2_CLASSES, "GPT-2")
     prefix = side.settings.get("add_prefix_space") or False
@@ -582,6 +588,7 @@ def _load_tokenizer_json(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer as Backend
 
     side = read_side_files(path)
+    check_tokenizer_json(path)
     try:
         backend = Backend.from_file(str(path))
         content = json.loads(backend.to_str())

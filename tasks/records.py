@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, shown
+from mlm_eval.checkpoints.files.text_file import (
+    LARGEST_SETTINGS,
+    misfit,
+    parse_json,
+    read_text,
+)
 from mlm_eval.reporting.existing import LIMITS
 from mlm_eval.reporting.results import exponential
 from mlm_eval.reporting.series_list import is_series, series_records
@@ -230,22 +236,22 @@ def _record(
 def _read_json(path: str | Path) -> Any:
     """Return what a JSON file holds; of a file of JSON lines a list of their values."""
     file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-        try:
-            values = json.loads(text)
-        except ValueError:
-            if '"logprobs"' not in text.partition("\n")[0]:
-                raise
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        return [values] if isinstance(values, dict) and "logprobs" in values else values
-    except FileNotFoundError:
+    if not file.exists():
         raise InputError(
             f"{path} does not exist; give the files that --output wrote, or a result.json"
-        ) from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder; give the result.json in it") from None
-    except (OSError, ValueError, RecursionError) as error:
+        )
+    if file.is_dir():
+        raise InputError(f"{path} is a folder; give the result.json in it")
+    try:
+        text = read_text(file, most=LARGEST_SETTINGS)
+        try:
+            values = parse_json(text, str(path))
+        except InputError:
+            if '"logprobs"' not in text.partition("\n")[0]:
+                raise
+            return [parse_json(line, str(path)) for line in text.splitlines() if line.strip()]
+        return [values] if isinstance(values, dict) and "logprobs" in values else values
+    except InputError as error:
         raise InputError(f"{path} is not a result record: {error}") from None
 
 
@@ -256,7 +262,7 @@ def read_record(path: str | Path) -> ResultRecord:
         InputError: The file is not a result record.
     """
     values = _read_json(path)
-    fault = _fault(values)
+    fault = misfit(values, _SCHEMA)
     if fault is not None:
         raise InputError(
             f"{path} is not a result record: {fault}; give what a command of mlm-eval wrote with "
@@ -271,18 +277,38 @@ def read_record(path: str | Path) -> ResultRecord:
     return record
 
 
-def _fault(values: Any) -> str | None:
-    if not isinstance(values, dict):
-        return f"it holds a {type(values).__name__}, expected an object"
-    for name in ("task", "protocol"):
-        if not isinstance(values.get(name), str):
-            return f"it has no {name!r}"
-    for name in ("metrics", "counts", "settings", "checkpoint"):
-        if not isinstance(values.get(name), dict):
-            return f"its {name!r} is missing or no object"
-    if not isinstance(values["checkpoint"].get("num_parameters"), int):
-        return "its checkpoint has no num_parameters"
-    return None
+_SCHEMA = {
+    "task": "text",
+    "protocol": "text",
+    "metrics": "object",
+    "metrics.median": "object?",
+    "counts": "object",
+    "settings": "object",
+    "settings.data": "object?",
+    "settings.data.path": "text or texts?",
+    "settings.data.sha256": "text?",
+    "settings.data.warnings": "texts?",
+    "settings.data.sets": "object?",
+    "settings.dtype": "text?",
+    "settings.vocab": "text?",
+    "settings.version": "text?",
+    "settings.recipe": "text?",
+    "settings.seq_length": "count?",
+    "settings.stride": "count?",
+    "settings.limit": "count?",
+    "settings.seeds": "numbers?",
+    "settings.warnings": "texts?",
+    "checkpoint": "object",
+    "checkpoint.path": "text?",
+    "checkpoint.digest": "text?",
+    "checkpoint.num_parameters": "count",
+    "checkpoint.config": "object?",
+    "checkpoint.config.family": "text?",
+    "checkpoint.config.num_layers": "count?",
+    "checkpoint.config.hidden_size": "count?",
+    "checkpoint.config.num_attention_heads": "count?",
+}
+"""The fields of a record that are read here, and in `paper.py`."""
 
 
 def _squad_version(values: Mapping[str, Any], path: str | Path) -> int:
@@ -346,11 +372,12 @@ def _number(record: ResultRecord, metrics: Mapping[str, Any], name: str) -> floa
     value = metrics.get(name)
     if value is None and f"{name}_note" in metrics:  # infinity, or not a number
         return None
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    if misfit({name: value}, {name: "number"}):
         raise InputError(
-            f"{record.path}: its metrics hold {value!r} for {name!r} of {record['task']}; expected "
-            "a number"
+            f"{record.path}: its metrics hold {shown(value)} for {name!r} of {record['task']}; "
+            "expected a number"
         )
+    assert isinstance(value, int | float)
     return float(value)
 
 

@@ -28,16 +28,13 @@ from mlm_eval.checkpoints.archives.unpacking import (
     UNPACK_IT,
     check_member_name,
     only_folder,
+    refuse_bomb,
     unpacked,
 )
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safe_pickle import printable
 from mlm_eval.checkpoints.files.window import FileWindow
 
-LARGEST_RATIO = 20
-"""A compressed archive may unpack to so many times its size, and 64 MB: weights shrink little."""
-
-_SMALL = 1 << 26
 _LARGEST_FILE = 1 << 28
 _MOST_MEMBERS = 1 << 20
 _GZIP = b"\x1f\x8b"
@@ -198,17 +195,13 @@ def _read_contents(name: str, size: int, _changed: int) -> _Contents:
 class _Counted:
     """A stream that ends with an error once it has given more than a number of bytes."""
 
-    def __init__(self, stream: gzip.GzipFile, most: int, path: Path) -> None:
-        self._stream, self._left, self._path = stream, most, path
+    def __init__(self, stream: gzip.GzipFile, path: Path) -> None:
+        self._stream, self._given, self._path = stream, 0, path
 
     def read(self, size: int = -1) -> bytes:
         data = self._stream.read(size)
-        self._left -= len(data)
-        if self._left < 0:
-            raise InputError(
-                f"{self._path} unpacks to more than {LARGEST_RATIO} times its size, which weights "
-                f"do not; if you trust it, {UNPACK_IT}"
-            )
+        self._given += len(data)
+        refuse_bomb(self._path, self._given)
         return data
 
 
@@ -226,10 +219,9 @@ def _unpack_gzip(path: Path) -> Path:
     name = hashlib.sha256(f"tar {size} ".encode() + marks).hexdigest()[:24]
 
     def extract(folder: Path) -> None:
-        most = LARGEST_RATIO * size + _SMALL
         try:
             with gzip.open(path) as inner:
-                stream: Any = _Counted(inner, most, path)
+                stream: Any = _Counted(inner, path)
                 with tarfile.open(fileobj=stream, mode="r|") as archive:
                     for member in _members(path, archive):
                         _write(archive, member, folder / member.name)

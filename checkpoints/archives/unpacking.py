@@ -58,6 +58,32 @@ def unpacked(path: Path, name: str, need: int, extract: Callable[[Path], None]) 
     return folder
 
 
+LARGEST_RATIO = 20
+"""A compressed archive may unpack to so many times its size, and 64 MB: weights shrink little."""
+
+
+def most_unpacked(path: Path) -> int:
+    """Return the bytes that an archive may unpack to."""
+    return LARGEST_RATIO * path.stat().st_size + (1 << 26)
+
+
+def refuse_bomb(path: Path, need: int) -> None:
+    """Refuse an archive that unpacks to far more than weights do.
+
+    Args:
+        path: The archive.
+        need: Bytes that it unpacks to, or has unpacked to so far.
+
+    Raises:
+        InputError: That is too much.
+    """
+    if need > most_unpacked(path):
+        raise InputError(
+            f"{path} unpacks to more than {LARGEST_RATIO} times its size, which weights do not; if "
+            f"you trust it, {UNPACK_IT}"
+        )
+
+
 MOST_FOLDERS = 64
 """Folders that a name in an archive may lead through."""
 

@@ -8,7 +8,12 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from mlm_eval.checkpoints.archives.unpacking import check_member_name, only_folder, unpacked
+from mlm_eval.checkpoints.archives.unpacking import (
+    check_member_name,
+    only_folder,
+    refuse_bomb,
+    unpacked,
+)
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safe_pickle import printable
 
@@ -47,6 +52,7 @@ def unpack(path: Path) -> Path:
             check_member_name(path, member.filename)
         key = repr([(m.filename, m.file_size, m.CRC) for m in members]).encode()
         need = sum(member.file_size for member in members)
+        refuse_bomb(path, need)
 
         def extract(folder: Path) -> None:
             _extract(archive, members, folder, path)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, shown
 from mlm_eval.checkpoints.files.safe_pickle import state_of
 from mlm_eval.checkpoints.files.stand_in import describe_missing, refuse_stand_in
 from mlm_eval.checkpoints.files.torch_file import TorchFile, read_pickle, read_torch_file
@@ -30,6 +30,8 @@ from mlm_eval.checkpoints.folders.file_names import is_file_name
 from mlm_eval.checkpoints.lazy import Index, LazyTensor, MappedFile, StoredTensor, as_index
 
 METADATA = ".metadata"
+
+_MOST_DIMS = 64
 
 _TAIL = 1024
 """Bytes at the end of an archive that hold its table of contents, with the CRC of every record."""
@@ -178,13 +180,16 @@ def _records(storage: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...] | No
     for index, info in storage.items():
         where, at = state_of(info), state_of(index)
         if where.get("transform_descriptors"):
-            raise ValueError(f"its entries are transformed by {where['transform_descriptors']}")
-        file = str(where["relative_path"])
-        if not is_file_name(file):
-            raise InputError(f"an entry is in {file!r}, outside of the folder")
+            transform = shown(where["transform_descriptors"])
+            raise ValueError(f"its entries are transformed by {transform}")
+        file = where["relative_path"]
+        if not isinstance(file, str) or not is_file_name(file):
+            raise InputError(f"an entry is in {shown(file)}, outside of the folder")
         record = Record(file, _size(where["offset"]), _size(where["length"]))
         offsets = at.get("offset")
-        records[str(at["fqn"]), None if offsets is None else _sizes(offsets)] = record
+        if not isinstance(at["fqn"], str):
+            raise ValueError(f"an entry is called {shown(at['fqn'])}")
+        records[at["fqn"], None if offsets is None else _sizes(offsets)] = record
     return records
 
 
@@ -193,23 +198,29 @@ def _entries(
 ) -> tuple[dict[str, TensorEntry], dict[str, Record]]:
     tensors, objects = {}, {}
     for key, stub in table.items():
+        if not isinstance(key, str):
+            raise ValueError(f"an entry is called {shown(key)}")
         kind = type(stub).__name__.rpartition(".")[2]
         if kind == "TensorStorageMetadata":
             state = state_of(stub)
             shape = _sizes(state["size"])
-            chunks = {}
+            chunks: dict[tuple[int, ...], Chunk] = {}
+            if not isinstance(state["chunks"], list):
+                raise ValueError(f"the chunks of {shown(key)} are {shown(state['chunks'])}")
             for chunk in map(state_of, state["chunks"]):
                 offsets, sizes = _sizes(chunk["offsets"]), _sizes(chunk["sizes"])
                 if 0 in sizes and 0 not in shape:
                     continue  # ranks of a sharded optimizer may own nothing of a tensor
+                if offsets in chunks:
+                    raise ValueError(f"two chunks of {shown(key)} are at {shown(offsets)}")
                 chunks[offsets] = Chunk(offsets, sizes, records[key, offsets])
             tensors[key] = TensorEntry(
-                str(key), shape, _dtype(state["properties"]), tuple(chunks.values())
+                key, shape, _dtype(state["properties"]), tuple(chunks.values())
             )
         elif kind == "BytesStorageMetadata":
-            objects[str(key)] = records[key, None]
+            objects[key] = records[key, None]
         else:
-            raise ValueError(f"entry {key} is of the unknown kind {kind}")
+            raise ValueError(f"entry {shown(key)} is of the unknown kind {kind}")
     return tensors, objects
 
 
@@ -218,17 +229,19 @@ def _dtype(properties: Any) -> torch.dtype:
     state = properties.__dict__.get("stub_state")
     dtype = state[0] if isinstance(state, tuple) else state_of(properties)["dtype"]
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{dtype!r} is not a dtype")
+        raise ValueError(f"{shown(dtype)} is not a dtype")
     return dtype
 
 
 def _size(value: Any) -> int:
-    if not isinstance(value, int) or value < 0:
-        raise ValueError(f"{value!r} is not a size")
+    if type(value) is not int or not 0 <= value < 2**62:
+        raise ValueError(f"{shown(value)} is not a size")
     return value
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list | tuple) or len(values) > _MOST_DIMS:
+        raise ValueError(f"{shown(values)} are no sizes")
     return tuple(_size(value) for value in values)
 
 
@@ -236,7 +249,7 @@ def check_coverage(entry: TensorEntry, where: Path) -> None:
     """Refuse a tensor whose chunks do not make up the whole of it.
 
     Raises:
-        InputError: Chunks are missing, or reach over the tensor's end.
+        InputError: Chunks are missing, lie over one another, or reach over the tensor's end.
     """
     total = 0
     for chunk in entry.chunks:
@@ -244,15 +257,55 @@ def check_coverage(entry: TensorEntry, where: Path) -> None:
         fits = len(chunk.offsets) == len(chunk.sizes) == len(entry.shape)
         if not fits or any(end > size for end, size in zip(ends, entry.shape, strict=True)):
             raise InputError(
-                f"{where / METADATA}: a chunk {list(chunk.sizes)} at {list(chunk.offsets)} does "
-                f"not fit {entry.key} {list(entry.shape)}; copy the checkpoint again"
+                f"{where / METADATA}: a chunk {shown(chunk.sizes)} at {shown(chunk.offsets)} does "
+                f"not fit {entry.key} {shown(entry.shape)}; copy the checkpoint again"
             )
         total += math.prod(chunk.sizes)
-    if total != math.prod(entry.shape):
+    if total != math.prod(entry.shape) or not entry.chunks:
         raise InputError(
             f"{where}: the stored chunks of {entry.key} hold {total} of its "
             f"{math.prod(entry.shape)} values; the checkpoint was not saved by all of its ranks"
         )
+    boxes = [list(zip(chunk.offsets, chunk.sizes, strict=True)) for chunk in entry.chunks]
+    if not _are_apart(boxes, [MOST_COMPARED]):
+        raise InputError(
+            f"{where / METADATA}: chunks of {entry.key} lie over one another, or are cut in a way "
+            "that no run cuts them; copy the checkpoint again"
+        )
+
+
+MOST_COMPARED = 1 << 22
+"""Steps in which the chunks of a tensor must be found to lie apart."""
+
+
+def _are_apart(boxes: list[list[tuple[int, int]]], steps: list[int]) -> bool:
+    """Return whether no two boxes share a value; with as many as fill the whole, they do fill it.
+
+    The first dim is cut where a box begins or ends, and what is in each slice is compared in the
+    other dims.
+
+    Args:
+        boxes: The offset and size of each along each dim.
+        steps: Steps that are left, in a list of one.
+    """
+    if len(boxes) < 2:
+        return True
+    if not boxes[0]:
+        return False
+    steps[0] -= len(boxes)
+    by_start = sorted(boxes)
+    edges = sorted({edge for box in boxes for edge in (box[0][0], sum(box[0]))})
+    inside: list[list[tuple[int, int]]] = []
+    at = 0
+    for edge in edges[:-1]:
+        inside = [box for box in inside if sum(box[0]) > edge]
+        while at < len(by_start) and by_start[at][0][0] == edge:
+            inside.append(by_start[at])
+            at += 1
+        steps[0] -= len(inside)
+        if steps[0] < 0 or not _are_apart([box[1:] for box in inside], steps):
+            return False
+    return True
 
 
 class Archived(LazyTensor):

@@ -5,15 +5,18 @@ or change something real. A pickle can make containers, numbers, text and torch 
 that it names becomes an inert stub, and the names are kept, so that `inspect` can show them.
 
 A damaged or hostile pickle must not hang either, or take the memory: a nested tuple is not hashed
-(the hash recurses in C without a limit, and takes exponential time where parts are shared), what
-is copied out of the pickle is counted, and no length in it is believed before the bytes are there.
+(the hash recurses in C without a limit, and takes exponential time where parts are shared), keys
+that can be made to have one hash are counted, and so are sets, which are large where the pickle is
+small, and what is copied out of the pickle. No length in it is believed before the bytes are there,
+and what lists that hold one another would be, written out, is measured before anybody walks them.
 """
 
 from __future__ import annotations
 
+import functools
 import pickle
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import PurePath, PurePosixPath, PureWindowsPath
 from typing import IO, Any, ClassVar
 
@@ -82,6 +85,18 @@ MAX_COPIED = 1 << 21
 
 MAX_KEY = 1_000
 """Elements of a tuple used as a key, nested ones included."""
+
+MAX_ODD_KEYS = 1_000
+"""Keys of kinds whose hashes can be chosen: thousands of one hash take minutes to tell apart."""
+
+MAX_SETS = 100_000
+"""Sets of one pickle; each takes 200 bytes of memory and 1 of the pickle."""
+
+MAX_LARGE = 1 << 27
+"""Bytes of the texts and byte strings of more than a megabyte, in all."""
+
+MAX_WRITTEN_OUT = 50
+"""How many times its number of objects, and a million, what a pickle holds may be written out."""
 
 
 class Namespace:
@@ -182,37 +197,35 @@ def is_quiet(module: str, name: str) -> bool:
     return f"{module}.{name}" in QUIET_NAMES or module.startswith("torch.distributed.checkpoint.")
 
 
-def _checked_key(key: Any) -> Any:
-    """Return a dict's key or a set's item, unless hashing or comparing it may not end."""
-    if isinstance(key, tuple | frozenset):
-        left: list[Any] = [key]
-        seen = 0
-        while left:
-            part = left.pop()
+def _parts(key: Any) -> Iterator[Any]:
+    """Yield what a dict's key or a set's item consists of, nested tuples included.
+
+    Raises:
+        pickle.UnpicklingError: Hashing or comparing it may not end.
+    """
+    left = [key]
+    seen = 0
+    while left:
+        part = left.pop()
+        if isinstance(part, tuple | frozenset):
             seen += len(part)
             if seen > MAX_KEY:
                 raise pickle.UnpicklingError("a key has too many parts")
-            left.extend(item for item in part if isinstance(item, tuple | frozenset))
-    return key
+            left.extend(part)
+        yield part
+
+
+def _has_chosen_hash(part: Any) -> bool:
+    """Return whether a part of a key lets the file's author choose the key's hash."""
+    if isinstance(part, int):
+        return not 0 <= part < 2**40
+    return isinstance(part, float | complex | frozenset)
 
 
 def _tuple(items: Any = ()) -> tuple[Any, ...]:
     if not isinstance(items, list | tuple):
         raise pickle.UnpicklingError(f"items from a {type(items).__name__}")
     return tuple(items)
-
-
-def _dict(items: Any = ()) -> dict[Any, Any]:
-    """Return a dict (collections.OrderedDict: Python 2 pickles its items as a list of pairs)."""
-    return {_checked_key(key): value for key, value in map(_tuple, _tuple(items))}
-
-
-def _set(items: Any = ()) -> set[Any]:
-    return set(map(_checked_key, _tuple(items)))
-
-
-def _frozenset(items: Any = ()) -> frozenset[Any]:
-    return frozenset(map(_checked_key, _tuple(items)))
 
 
 def _path_text(name: str) -> Callable[..., str]:
@@ -238,11 +251,6 @@ def _reconstructor(cls: Any, _base: Any = None, _state: Any = None) -> Any:
 
 
 _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): _dict,
-    ("builtins", "set"): _set,
-    ("__builtin__", "set"): _set,
-    ("builtins", "frozenset"): _frozenset,
-    ("__builtin__", "frozenset"): _frozenset,
     ("builtins", "complex"): _complex,
     ("__builtin__", "complex"): _complex,
     ("torch", "Size"): _tuple,
@@ -252,6 +260,61 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     **{("pathlib", name): _path_text(name) for name in PATHS},
     **{("pathlib._local", name): _path_text(name) for name in PATHS},
 }
+
+
+class _Measured:
+    """A stream that gives no part of a pickle that is larger than a checkpoint's."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self.readline, self._left = stream, stream.readline, MAX_LARGE
+
+    def read(self, size: int) -> bytes:
+        """Return bytes, as `IO.read`."""
+        if size > 1 << 20:
+            self._left -= size
+            if self._left < 0:
+                raise pickle.UnpicklingError("it announces more bytes than a checkpoint's pickle")
+        return self._stream.read(size)
+
+
+_CONTAINERS = (dict, list, tuple, set, frozenset, Stub, Namespace)
+
+
+def _held(value: Any) -> Iterator[Any]:
+    """Yield what a container of a pickle holds."""
+    if isinstance(value, dict):
+        yield from value.keys()
+        yield from value.values()
+    elif isinstance(value, list | tuple | set | frozenset):
+        yield from value
+    elif isinstance(value, Stub | Namespace):
+        yield from vars(value).values()
+
+
+def check_written_out(value: Any) -> None:
+    """Refuse lists that hold one another so often that walking them does not end.
+
+    Raises:
+        pickle.UnpicklingError: They do.
+    """
+    sizes: dict[int, int] = {}
+    """Objects of each container, written out, by its id; 0 while it is being measured."""
+    left = [value] if isinstance(value, _CONTAINERS) else []
+    while left:
+        part = left[-1]
+        if sizes.get(id(part)):
+            left.pop()
+            continue
+        inner = [held for held in _held(part) if isinstance(held, _CONTAINERS)]
+        if id(part) not in sizes:
+            sizes[id(part)] = 0
+            left.extend(held for held in inner if id(held) not in sizes)
+            continue
+        left.pop()
+        count = sum(1 for _ in _held(part)) - len(inner)
+        sizes[id(part)] = min(1 + count + sum(sizes[id(held)] for held in inner), 1 << 62)
+    if sizes.get(id(value), 0) > MAX_WRITTEN_OUT * len(sizes) + 1_000_000:
+        raise pickle.UnpicklingError("its lists hold one another so often that they never end")
 
 
 class SafeUnpickler(pickle._Unpickler):
@@ -264,15 +327,36 @@ class SafeUnpickler(pickle._Unpickler):
     pop_mark: Callable[[], list[Any]]
 
     def __init__(self, stream: IO[bytes], globals_met: set[tuple[str, str]]) -> None:
-        super().__init__(stream, encoding="utf-8", errors="backslashreplace")
+        super().__init__(_Measured(stream), encoding="utf-8", errors="backslashreplace")
         self.globals_met = globals_met
         self._stubs: dict[tuple[str, str], type[Stub]] = {}
-        self._copied = 0
+        self._copied = self._odd_keys = self._sets = 0
+        self._shares = False
+        self._containers: dict[tuple[str, str], Callable[..., Any]] = {
+            ("collections", "OrderedDict"): self._dict,
+            ("builtins", "set"): self._set,
+            ("__builtin__", "set"): self._set,
+            ("builtins", "frozenset"): self._frozenset,
+            ("__builtin__", "frozenset"): self._frozenset,
+        }
+
+    def load(self) -> Any:
+        """Return the value of the pickle.
+
+        Raises:
+            pickle.UnpicklingError: It is damaged, or was made to do harm.
+        """
+        value = super().load()
+        if self._shares:  # else it is a tree, as large as the pickle
+            check_written_out(value)
+        return value
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the stand-in of a global, never the thing itself."""
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
+        if (module, name) in self._containers:
+            return self._containers[module, name]
         # Not getattr: torch imports some of its parts when they are asked for.
         if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
             return dtype
@@ -287,6 +371,41 @@ class SafeUnpickler(pickle._Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         """Refuse: only the forms of torch.save keep storages outside of the pickle."""
         raise pickle.UnpicklingError("it refers to a storage, and there is none")
+
+    def _key(self, key: Any) -> Any:
+        """Return a dict's key or a set's item, unless hashing or comparing it may not end."""
+        if isinstance(key, str) or (isinstance(key, int) and 0 <= key < 2**40):
+            return key
+        if any([_has_chosen_hash(part) for part in _parts(key)]):
+            self._odd_keys += 1
+            if self._odd_keys > MAX_ODD_KEYS:
+                raise pickle.UnpicklingError("it has keys that no checkpoint has, too many of them")
+        return key
+
+    def _dict(self, items: Any = ()) -> dict[Any, Any]:
+        """Return a dict (collections.OrderedDict: Python 2 pickles its items as pairs)."""
+        return {self._key(key): value for key, value in map(_tuple, _tuple(items))}
+
+    def _set(self, items: Any = ()) -> set[Any]:
+        self._count_set()
+        return {self._key(item) for item in _tuple(items)}
+
+    def _frozenset(self, items: Any = ()) -> frozenset[Any]:
+        self._count_set()
+        return frozenset([self._key(item) for item in _tuple(items)])
+
+    def _load_again(self, step: Callable[[SafeUnpickler], None]) -> None:
+        """Put something on the stack that is held elsewhere too."""
+        step(self)
+        self._shares = self._shares or isinstance(self.stack[-1], _CONTAINERS)
+
+    def _count_set(self) -> None:
+        self._sets += 1
+        if self._sets > MAX_SETS:
+            raise pickle.UnpicklingError(f"it holds more than {MAX_SETS} sets")
+
+    def _load_empty_set(self) -> None:
+        self.stack.append(self._set())
 
     def _charge(self, *containers: Any) -> None:
         """Count what is about to be copied: a container is cheap to hand over again and again."""
@@ -328,7 +447,7 @@ class SafeUnpickler(pickle._Unpickler):
     def _put(self, target: Any, items: list[Any]) -> None:
         if isinstance(target, dict):
             for at in range(0, len(items), 2):
-                target[_checked_key(items[at])] = items[at + 1]
+                target[self._key(items[at])] = items[at + 1]
         elif not isinstance(target, Stub):
             raise pickle.UnpicklingError(f"items for a {type(target).__name__}")
 
@@ -350,13 +469,13 @@ class SafeUnpickler(pickle._Unpickler):
         items = self.pop_mark()
         target = self.stack[-1]
         if isinstance(target, set):
-            target.update(map(_checked_key, items))
+            target.update([self._key(item) for item in items])
         elif not isinstance(target, Stub):
             raise pickle.UnpicklingError(f"items for a {type(target).__name__}")
 
     def _load_frozenset(self) -> None:
         items = self.pop_mark()  # first: it replaces the stack
-        self.stack.append(_frozenset(items))
+        self.stack.append(self._frozenset(items))
 
     def _load_bytearray(self) -> None:
         (length,) = struct.unpack("<Q", self.read(8))
@@ -372,7 +491,12 @@ for _opcode, _step in {
     pickle.SETITEM: SafeUnpickler._load_setitem,
     pickle.SETITEMS: SafeUnpickler._load_setitems,
     pickle.ADDITEMS: SafeUnpickler._load_additems,
+    pickle.EMPTY_SET: SafeUnpickler._load_empty_set,
     pickle.FROZENSET: SafeUnpickler._load_frozenset,
     pickle.BYTEARRAY8: SafeUnpickler._load_bytearray,
 }.items():
     SafeUnpickler.dispatch[_opcode[0]] = _step
+for _opcode in (pickle.GET, pickle.BINGET, pickle.LONG_BINGET, pickle.DUP):
+    SafeUnpickler.dispatch[_opcode[0]] = functools.partial(
+        lambda step, machine: machine._load_again(step), pickle._Unpickler.dispatch[_opcode[0]]
+    )

@@ -23,8 +23,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mlm_eval.checkpoints.dtypes import cast
-from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.files.stand_in import describe_missing, refuse_stand_in
+from mlm_eval.checkpoints.errors import InputError, shown
+from mlm_eval.checkpoints.files.stand_in import (
+    describe_missing,
+    refuse_special,
+    refuse_stand_in,
+)
+from mlm_eval.checkpoints.files.text_file import LARGEST_SETTINGS
 from mlm_eval.checkpoints.lazy import Index, LazyTensor, span, take
 
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
@@ -45,6 +50,8 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_MOST_BRACKETS = 1 << 20
+
 PIECE_BYTES = 32 << 20
 """Larger tensors are converted and written in runs of rows of about this size."""
 
@@ -84,10 +91,10 @@ def read_safetensors(path: Path) -> SafetensorsFile:
         InputError: The file is missing, cut off, damaged, or no safetensors file, or a tensor is of
             a type that has no counterpart in torch.
     """
+    refuse_special(path)
     try:
+        header = _read_header(path)
         file = safe_open(path, framework="pt")
-        with path.open("rb") as stream:
-            header = stream.read(struct.unpack("<Q", stream.read(8))[0])
     except FileNotFoundError:
         raise InputError(f"{describe_missing(path)}; copy all files of the model") from None
     except OSError as error:
@@ -109,6 +116,43 @@ def read_safetensors(path: Path) -> SafetensorsFile:
             )
         tensors[name] = SafetensorsTensor(file, name, SAFETENSORS_DTYPES[code])
     return SafetensorsFile(path, tensors, header)
+
+
+def _read_header(path: Path) -> bytes:
+    """Return the bytes of a file's header.
+
+    Raises:
+        InputError: It is larger than any, or names a tensor twice, of which the library takes one.
+        OSError: The file cannot be read.
+    """
+    with path.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if length > LARGEST_SETTINGS:
+            refuse_stand_in(path)
+            raise InputError(
+                f"{path} is damaged or no safetensors file: its header has {length:,} bytes; "
+                "download or copy the file again"
+            )
+        header = stream.read(length)
+    if header.count(b"[") + header.count(b"{") > _MOST_BRACKETS:
+        raise InputError(f"{path} has more lists in its header than any file; get it again")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError(f"{path} names {shown(twice)} twice in its header; get it again")
+        return found
+
+    try:
+        json.loads(header, object_pairs_hook=once)
+    except InputError:
+        raise
+    except (ValueError, RecursionError):
+        pass  # the library says what is wrong
+    return header
 
 
 @dataclass(frozen=True)

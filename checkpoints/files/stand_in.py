@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from pathlib import Path
 
 from mlm_eval.checkpoints.errors import InputError
@@ -122,6 +123,20 @@ def refuse_stand_in(path: Path, head: bytes | None = None) -> None:
         return
     if what := describe_stand_in(head[:HEAD_BYTES], size):
         raise InputError(f"{path} {what}")
+
+
+def refuse_special(path: Path) -> None:
+    """Refuse what is no file of bytes: a pipe or a device gives no end, or waits for a writer.
+
+    Raises:
+        InputError: The path leads to one.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return  # its reader explains
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise InputError(f"{path} is a pipe, a device or a socket, where a file was expected")
 
 
 def describe_missing(path: Path, what: str = "does not exist") -> str:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, shown
 from mlm_eval.checkpoints.files.stand_in import (
     HEAD_BYTES,
     describe_compression,
     describe_missing,
+    refuse_special,
     refuse_stand_in,
 )
 
@@ -27,29 +30,46 @@ _OTHER_MARKS = (
 )
 
 
-def read_text(path: Path) -> str:
+LARGEST_SETTINGS = 1 << 25
+"""Bytes of a file of settings, an index or a vocabulary; the largest known have half of that."""
+
+_MOST_BRACKETS = 1 << 21
+"""Lists and objects of a JSON text; an empty one takes 64 bytes of memory and 3 of the text."""
+
+
+def read_text(path: Path, *, most: int | None = None) -> str:
     r"""Return a file's text, without a byte order mark, its lines ended by "\n".
+
+    Args:
+        path: The file.
+        most: Bytes that it may have; None: any number.
 
     Raises:
         InputError: It cannot be read, stands in for the real file, or is not UTF-8.
     """
-    return decode(read_bytes(path), str(path))
+    return decode(read_bytes(path, most=most), str(path))
 
 
-def read_bytes(path: Path) -> bytes:
-    """Return a file's content.
+def read_bytes(path: Path, *, most: int | None = None) -> bytes:
+    """Return a file's content; see `read_text`.
 
     Raises:
-        InputError: It cannot be read, or stands in for the real file (see `refuse_stand_in`).
+        InputError: It cannot be read, is no file, is too large, or stands in for the real file (see
+            `refuse_stand_in`).
     """
     try:
-        content = path.read_bytes()
+        refuse_special(path)
+        with path.open("rb") as stream:
+            content = stream.read() if most is None else stream.read(most + 1)
+            assert isinstance(content, bytes)
     except FileNotFoundError:
         raise InputError(f"{describe_missing(path)}; give the path of a file") from None
     except IsADirectoryError:
         raise InputError(f"{path} is a folder where a file was expected") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    if most is not None and len(content) > most:
+        raise InputError(f"{path} has more than {most:,} bytes, far more than such a file has")
     refuse_stand_in(path, content)
     return content
 
@@ -87,6 +107,8 @@ def parse_json(text: str, where: str) -> Any:
     Raises:
         InputError: It is not JSON.
     """
+    if text.count("[") + text.count("{") > _MOST_BRACKETS:
+        raise InputError(f"{where} holds more lists and objects than any such file; get it again")
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -99,13 +121,107 @@ def parse_json(text: str, where: str) -> Any:
         raise InputError(f"{where} is not JSON ({str(error)[:80]}); get the file again") from None
 
 
+def read_json(path: Path) -> Any:
+    """Return the JSON value in a file of settings.
+
+    Raises:
+        InputError: The file is missing, unreadable, too large, or no JSON.
+    """
+    return parse_json(read_text(path, most=LARGEST_SETTINGS), str(path))
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and abs(value) < 1 << 63
+
+
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "text": ("a text", lambda value: isinstance(value, str)),
+    "flag": ("true or false", lambda value: isinstance(value, bool)),
+    "whole": ("a whole number", _is_whole),
+    "count": ("a whole number from 0 up", lambda value: _is_whole(value) and value >= 0),
+    "number": ("a finite number", _is_number),
+    "list": ("a list", lambda value: isinstance(value, list)),
+    "texts": (
+        "a list of texts",
+        lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+    ),
+    "text or texts": (
+        "a text or a list of them",
+        lambda value: all(
+            isinstance(p, str) for p in (value if isinstance(value, list) else [value])
+        ),
+    ),
+    "numbers": (
+        "a list of finite numbers",
+        lambda value: isinstance(value, list) and all(map(_is_number, value)),
+    ),
+    "object": ("an object", lambda value: isinstance(value, dict)),
+}
+"""Kinds of JSON values by our words for them: how they are described, and what is one."""
+
+
+def misfit(value: Any, schema: Mapping[str, str]) -> str | None:
+    """Return what is wrong with a JSON value that is read back, in words; None: nothing.
+
+    Args:
+        value: What was read.
+        schema: The kind of each field that is looked at, one of `_KINDS`, by its name; dots lead
+            into objects. With a "?" it may be missing or null.
+    """
+    if not isinstance(value, dict):
+        return f"it holds {shown(value)}, expected an object"
+    for path, kind in schema.items():
+        place: Any = value
+        for name in path.split("."):
+            place = place.get(name) if isinstance(place, dict) else None
+        if place is None and kind.endswith("?"):
+            continue
+        expected, fits = _KINDS[kind.removesuffix("?")]
+        if place is None:
+            return f"it has no {path!r}, expected {expected}"
+        if not fits(place):
+            return f"its {path} is {shown(place)}, expected {expected}"
+    return None
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """Return the table in a TOML file.
+
+    Args:
+        path: The file.
+        what: What it should be, for the message: "a TOML file of options".
+
+    Raises:
+        InputError: The file is missing, unreadable, too large, or no TOML.
+    """
+    import tomllib  # here to keep `--help` quick
+
+    text = read_text(path, most=_LARGEST_TOML)
+    if any(line.count(".") > _MOST_DOTS for line in text.split("\n")):  # a table for each
+        raise InputError(f"{path} is not {what}: a line of it has more than {_MOST_DOTS} dots")
+    try:
+        return tomllib.loads(text)
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:  # endless digits, endless nesting
+        raise InputError(f"{path} is not {what} ({str(error)[:80]})") from None
+
+
+_LARGEST_TOML = 1 << 20
+_MOST_DOTS = 1000
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Raises:
         InputError: The file is missing, unreadable, or holds something else.
     """
-    value = parse_json(read_text(path), str(path))
+    value = read_json(path)
     if not isinstance(value, dict):
         raise InputError(
             f"{path} holds a {type(value).__name__}, expected a JSON object; copy the file again"

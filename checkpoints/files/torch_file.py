@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import torch
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, shown
 from mlm_eval.checkpoints.files.safe_pickle import (
     SafeUnpickler,
     Stub,
@@ -35,6 +35,7 @@ from mlm_eval.checkpoints.files.safe_pickle import (
 from mlm_eval.checkpoints.files.stand_in import (
     describe_compression,
     describe_missing,
+    refuse_special,
     refuse_stand_in,
 )
 from mlm_eval.checkpoints.files.window import FileWindow
@@ -99,7 +100,7 @@ def _tensor(
     # An expanded tensor has more elements than its storage; one of gigabytes is made to do harm.
     if numel and (last + 1) * dtype.itemsize > available or numel > max(available, 1 << 20):
         raise InputError(
-            f"{storage.file.path}: a tensor of shape {list(size)} does not fit its storage of "
+            f"{storage.file.path}: a tensor of shape {shown(size)} does not fit its storage of "
             f"{storage.numel} elements; the file is damaged, copy it again"
         )
     start = storage.offset + offset * dtype.itemsize
@@ -220,6 +221,7 @@ def read_pickle(path: Path) -> TorchFile:
         InputError: The file is missing, cut off, or no pickle.
     """
     met: set[tuple[str, str]] = set()
+    refuse_special(path)
     with _explained(path, "copy the whole checkpoint folder"), path.open("rb") as stream:
         return TorchFile(path, SafeUnpickler(stream, met).load(), met, "pickle")
 
@@ -239,6 +241,7 @@ def read_torch_file(
     Raises:
         InputError: The file is missing, cut off, or not written by torch.save.
     """
+    refuse_special(path)
     with _explained(path, "give the path of a checkpoint"):
         mapped = mapped or MappedFile(path)
         with path.open("rb") as stream:
@@ -323,7 +326,7 @@ class _ZipStorages:
 
     def __call__(self, key: str, dtype: torch.dtype, numel: int) -> _Storage:
         record = self.archive.getinfo(f"{self.prefix}data/{key}")
-        _refuse_compressed(self.file.path, record)
+        _refuse_odd_record(self.file.path, record)
         if record.file_size < numel * dtype.itemsize:
             raise pickle.UnpicklingError(
                 f"storage {key} has {record.file_size} bytes, not {numel} x {dtype.itemsize}"
@@ -341,20 +344,34 @@ class _ZipStorages:
                     self.file, start, record.file_size, record.CRC, printable(record.filename)
                 )
         start = self.base + self.starts[key]
+        if start + record.file_size > self.file.size:
+            raise EOFError(f"storage {key} ends beyond the file")
         return _Storage(dtype, numel, self.file, start, self.checksums.get(key))
 
 
-def _refuse_compressed(path: Path, record: zipfile.ZipInfo) -> None:
-    """Refuse a compressed record: it cannot be mapped, and its real size is not known.
+def _refuse_odd_record(path: Path, record: zipfile.ZipInfo) -> None:
+    """Refuse a record that torch.save does not write, whose bytes are not its values.
 
     Raises:
-        InputError: The record is compressed.
+        InputError: It is compressed or encrypted, or has two sizes.
     """
+    name = printable(record.filename)
     if record.compress_type != zipfile.ZIP_STORED:
         raise InputError(
-            f"{path} was packed again after torch.save wrote it: {printable(record.filename)} is "
-            "compressed, which torch.save never does; use the original file"
+            f"{path} was packed again after torch.save wrote it: {name} is compressed, which "
+            "torch.save never does; use the original file"
         )
+    if record.flag_bits & _ENCRYPTED:
+        raise InputError(f"{path} holds {name} encrypted; use the file that torch.save wrote")
+    if record.compress_size != record.file_size:
+        raise InputError(
+            f"{path} is damaged: {name} has {record.compress_size} bytes and {record.file_size}; "
+            "copy the file again"
+        )
+
+
+_ENCRYPTED = 0x41
+"""Bits of a record's flags: encrypted, in the old way or the strong one."""
 
 
 def _read_zip(path: Path, file: MappedFile, window: FileWindow, base: int) -> TorchFile:
@@ -379,7 +396,7 @@ def _read_zip(path: Path, file: MappedFile, window: FileWindow, base: int) -> To
             crcs = []
         for name in (pickles[0], f"{prefix}byteorder"):
             if name in names:
-                _refuse_compressed(path, archive.getinfo(name))
+                _refuse_odd_record(path, archive.getinfo(name))
                 if not crcs:
                     del archive.getinfo(name).CRC  # what zipfile then does not compare
         if f"{prefix}byteorder" in names and archive.read(f"{prefix}byteorder") != b"little":

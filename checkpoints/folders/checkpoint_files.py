@@ -22,7 +22,7 @@ _RANK = r"mp_rank_\d\w*"
 _WEIGHTS = (
     rf"(({_STEP})/)?{_RANK}/(model_optim_rng|model_rng|model|optim|distrib_optim)\w*\.pt|"
     rf"(({_STEP})/)?(\.metadata|[\w-]+\.distcp)|"
-    r"(model|pytorch_model)(-\d+-of-\d+)?(\.\w+)?\.(safetensors|bin)"
+    r"model(-\d+-of-\d+)?(\.\w+)?\.safetensors|pytorch_model(-\d+-of-\d+)?(\.\w+)?\.bin"
 )
 _MORE = (
     rf"latest_checkpointed_iteration\.txt|(({_STEP})/)?(common\.pt|metadata\.json)|"

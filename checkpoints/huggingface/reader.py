@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlm_eval.checkpoints.config import ConfigBuilder, is_of_kind
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, shown
 from mlm_eval.checkpoints.huggingface.families.family import Family
 from mlm_eval.checkpoints.huggingface.fields import Use
 
@@ -67,10 +67,9 @@ class HubConfigReader(ConfigBuilder):
         Raises:
             InputError: It is not.
         """
-        huge = kind == "float" and isinstance(value, int) and abs(value) > 1 << 1000
-        if huge or not is_of_kind(value, kind):
+        if not is_of_kind(value, kind):
             raise InputError(
-                f"{self.where}: {key} is {value!r}, expected a value of type {kind}; correct the "
-                "file"
+                f"{self.where}: {key} is {shown(value)}, expected a value of type {kind}; correct "
+                "the file"
             )
         return float(value) if kind == "float" else value

@@ -9,19 +9,28 @@ Source: docs/megatron.md, "Layouts without args".
 from __future__ import annotations
 
 import dataclasses
+import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlm_eval.checkpoints.errors import InputError, first_line, require
-from mlm_eval.checkpoints.files.safe_pickle import is_scalar
+from mlm_eval.checkpoints.errors import InputError, first_line, require, shown
+from mlm_eval.checkpoints.files.safe_pickle import check_written_out, is_scalar
 from mlm_eval.checkpoints.files.text_file import read_json_object, read_text
 from mlm_eval.checkpoints.projects.gemma import gemma_settings
 from mlm_eval.checkpoints.projects.nemo_1 import NEMO_CONFIG, has_oldest_order, nemo_fields
 
-_LARGEST = 1 << 24
+_LARGEST = 1 << 20
 """Bytes of a settings file."""
+
+_LONG_NUMBER = re.compile(r"\d{13,}")
+_MOST_LONG_NUMBERS = 1000
+"""Numbers of one hash, as keys, take minutes to tell apart."""
+
+_YAML_ERRORS = (RecursionError, ValueError, TypeError, AttributeError, pickle.UnpicklingError)
+"""What the library raises beside its own errors, and `check_written_out`."""
 
 _LONGEST = 1 << 14
 """Entries of a list, such as one a layer."""
@@ -220,14 +229,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         InputError: The file is unreadable, no plain YAML, or holds something else.
     """
-    if path.stat().st_size > _LARGEST:
-        raise InputError(f"{path} is too large for a file of settings; copy it again")
     require("yaml", str(path))
     import yaml
 
+    text = read_text(path, most=_LARGEST)
+    if len(_LONG_NUMBER.findall(text)) > _MOST_LONG_NUMBERS:
+        raise InputError(f"{path} holds numbers that no settings have; copy the file again")
     try:
-        values = yaml.safe_load(read_text(path))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        values = yaml.safe_load(text)
+        check_written_out(values)
+    except _YAML_ERRORS as error:
+        raise InputError(f"{path} is no plain YAML ({shown(str(error))}); copy it again") from None
+    except yaml.YAMLError as error:
         raise InputError(
             f"{path} is not plain YAML ({first_line(error)}); nothing in it was run, give the file "
             "as its project wrote it"
@@ -241,7 +254,7 @@ def args_of_config(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the args that say what fields of a config say, given as plain data."""
     args: dict[str, Any] = {}
     for name, value in values.items():
-        if name.startswith("_") or name in _TRANSLATED:
+        if not isinstance(name, str) or name.startswith("_") or name in _TRANSLATED:
             continue
         args[_RENAMED.get(name, name)] = _plain(value)
     shared = values.get("share_embeddings_and_output_weights")

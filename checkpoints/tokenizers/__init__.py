@@ -1,6 +1,7 @@
 """The rules of tokenizers, file by file: what `checkpoints/tokenizer.py` puts together.
 
     side_files.py   what stands beside a vocabulary: settings, added and special tokens
+    fast_file.py    what a tokenizer.json may hold, before the library reads it
     wordpiece.py    BERT's word pieces, by every switch that a tokenizer_config.json may set
     added.py        tokens that were added to a vocabulary, read out of a text
     tokenizer_type.py   Megatron's name of a tokenizer's type, and what it adds to its entries

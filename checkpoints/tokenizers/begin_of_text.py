@@ -111,7 +111,7 @@ def _added_by_rules(tokenizer: Tokenizer) -> int | None:
     """Return the token that the rules of a tokenizer.json put before a text."""
     if tokenizer.kind != "tokenizer.json":
         return None
-    plain = list(tokenizer.backend.encode("a", add_special_tokens=False).ids)
+    plain = tokenizer.encode("a")
     whole = list(tokenizer.backend.encode("a", add_special_tokens=True).ids)
     if len(whole) <= len(plain) or whole[: len(plain)] == plain:
         return None

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.files.text_file import read_json_object
+from mlm_eval.checkpoints.files.text_file import misfit, read_json_object
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
@@ -83,6 +83,8 @@ def read_side_files(vocabulary: Path) -> SideFiles:
     content = {name: read_json_object(path) for name, path in found.items()}
     settings = content.get(TOKENIZER_CONFIG, {})
     where = vocabulary.with_name(TOKENIZER_CONFIG)
+    if fault := misfit(settings, {"tokenizer_class": "text?"}):
+        raise InputError(f"{where}: {fault}; correct it")
     stated = settings.get("added_tokens_decoder")
     if stated is None:
         settings = {**settings, **content.get(SPECIAL_TOKENS_MAP, {})}

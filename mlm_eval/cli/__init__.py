@@ -10,6 +10,7 @@
     bench.py         bench                           sequences/     score, generate
     lists/           ls                              screen.py      what people see meanwhile
     series/          several checkpoints in one command
+    printing.py      the one place that prints
 
 Only the modules of this room print. They may import everything, and do so inside functions where
 that is heavy, so that `--help` and `inspect` stay quick. Nothing imports from here.
@@ -26,6 +27,7 @@ import traceback
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.app import app
+from mlm_eval.cli.printing import complain, remark
 from mlm_eval.cli.screen import how_to_continue
 from mlm_eval.ranks.faults import lost_peers, named_fault
 from mlm_eval.ranks.signals import STOPPED, interrupted_by_signals, stopped_by
@@ -73,7 +75,7 @@ def _main() -> int:
     except InputError as error:
         # Under torchrun every rank finds the same fault before they meet: one sentence is enough.
         if world is None or world.is_main or _have_met():
-            print(f"mlm-eval: {error}", file=sys.stderr)
+            complain(error)
         return 2
     except KeyboardInterrupt:
         return _interrupted()
@@ -85,33 +87,30 @@ def _main() -> int:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             message = error.format_message()
             if message:  # none where the help is shown, for want of a command
-                print(f"mlm-eval: {message} (see --help)", file=sys.stderr)
+                complain(f"{message} (see --help)")
             return 2
         if type(error).__name__ == "Abort":  # and what older typer does
             return _interrupted()
         named = named_fault(error)
         if named is not None:
-            print(f"mlm-eval: {named}", file=sys.stderr)
+            complain(named)
             return 2
         lost = None if world is None else lost_peers(error, world.rank)
         if lost is not None:
             from mlm_eval.ranks.launch import cause_of_others
 
             cause = cause_of_others()
-            print(f"mlm-eval: {lost if cause is None else f'{lost}; {cause}'}", file=sys.stderr)
+            complain(lost if cause is None else f"{lost}; {cause}")
             return 1
-        traceback.print_exc()
-        print(
-            "mlm-eval: this is a fault of mlm-eval; please report it with the lines above",
-            file=sys.stderr,
-        )
+        remark(traceback.format_exc().rstrip())
+        complain("this is a fault of mlm-eval; please report it with the lines above")
         return 1
 
 
 def _interrupted() -> int:
     number = stopped_by()
     what = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
-    print(f"mlm-eval: {what}; {how_to_continue()}", file=sys.stderr)
+    complain(f"{what}; {how_to_continue()}")
     return STOPPED + number
 
 

@@ -5,6 +5,7 @@ A command's module is imported when the command is chosen: `mlm-eval --help` sho
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from importlib import import_module
@@ -19,7 +20,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from mlm_eval import __version__
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, shown
+from mlm_eval.cli.printing import show_text
 from mlm_eval.tasks.zero_shot import BENCHMARKS
 
 CHECKPOINTS, ZERO_SHOT = "Checkpoints", "Zero-shot evaluation"
@@ -118,7 +120,7 @@ app = typer.Typer(
 
 def _version(show: bool) -> None:
     if show:
-        print(f"mlm-eval {__version__}")
+        show_text(f"mlm-eval {__version__}")
         raise typer.Exit
 
 
@@ -131,23 +133,31 @@ def _root(
     pass
 
 
+def _is_option_value(value: Any) -> bool:
+    """Return whether a value of TOML can be an option's: no table, no date, no endless number."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, str | bool) or (type(value) is int and abs(value) < 1 << 63)
+
+
 def load_config(context: typer.Context, path: Path | None) -> Path | None:
     """Take defaults of this command's options from a TOML file; options on the line win."""
     if path is None:
         return None
-    import tomllib
+    from mlm_eval.checkpoints.files.text_file import read_toml
 
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; give --config a TOML file of options") from None
-    except (tomllib.TOMLDecodeError, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a TOML file of options: {error}") from None
+    values = read_toml(path, "a TOML file of options")
+    for key, value in values.items():
+        items = value if isinstance(value, list) else [value]
+        if key == "config" or not all(map(_is_option_value, items)):
+            raise InputError(
+                f"{path} sets {shown(key)} to {shown(value)}; expected the value of an option"
+            )
     known = {option.lstrip("-"): p.name for p in context.command.params for option in p.opts}
     unknown = sorted(key for key in values if key.replace("_", "-") not in known)
     if unknown:
         raise InputError(
-            f"{path} sets {unknown[0]!r}, which is not an option of this command (see --help)"
+            f"{path} sets {shown(unknown[0])}, which is not an option of this command (see --help)"
         )
     listed = {p.name for p in context.command.params if getattr(p, "multiple", False)}
     named = {known[key.replace("_", "-")]: value for key, value in values.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.errors import InputError, require
 from mlm_eval.cli.command import command
+from mlm_eval.cli.printing import complain
 from mlm_eval.cli.run import print_beside
 from mlm_eval.cli.screen import say
 from mlm_eval.planning.bench_options import BenchOptions, cores
@@ -80,7 +80,7 @@ def bench(options: BenchOptions) -> None:
             plot_bench(record, options.plot)
     if failure is not None:
         if failure.message is not None:
-            print(f"mlm-eval: {failure.message}", file=sys.stderr)
+            complain(failure.message)
         raise SystemExit(failure.exit_code)
 
 

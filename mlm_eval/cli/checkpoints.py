@@ -12,6 +12,7 @@ import typer
 
 from mlm_eval.checkpoints.errors import InputError, require
 from mlm_eval.cli.command import command
+from mlm_eval.cli.printing import show_text
 from mlm_eval.cli.run import chosen_checkpoint, chosen_tokenizer, print_beside, tell_settings
 from mlm_eval.cli.screen import phase, progress, say, say_warning
 from mlm_eval.options import (
@@ -69,7 +70,9 @@ def inspect(options: InspectOptions) -> None:
         with progress(True, unit="B", what="checking") as on_progress:
             checked = check_everything(checkpoint, on_progress=on_progress)
         record["check"], found = checked.to_dict(), checked.findings
-    print(json.dumps(record, indent=2, default=str) if options.as_json else inspect_text(record))
+    show_text(
+        json.dumps(record, indent=2, default=str) if options.as_json else inspect_text(record)
+    )
     if found:
         more = f", and {len(found) - 1} more" if len(found) > 1 else ""
         raise InputError(f"{checkpoint.provenance.path} is not sound: {found[0]}{more}")
@@ -196,13 +199,13 @@ def convert_checkpoint(options: ConvertOptions) -> None:
         say(f"note: {note}")
     for warning in [*done.warnings, *done.approximations, *done.missing]:
         say_warning(warning)
-    print(f"{options.ckpt} -> {options.output} ({options.to})")
+    show_text(f"{options.ckpt} -> {options.output} ({options.to})")
     if done.comparison is not None:
-        print(comparison_text(done.comparison))
+        show_text(comparison_text(done.comparison))
     if target is not None:
         with phase(f"pushing {options.output} to {options.push_to}"):
             address = target.push(options.output, f"Convert {options.ckpt} with mlm-eval")
-        print(f"pushed: {address}")
+        show_text(f"pushed: {address}")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mlm_eval.checkpoints.errors import InputError, require
 from mlm_eval.cli.checkpoints import InspectOptions
 from mlm_eval.cli.command import command
+from mlm_eval.cli.printing import show_text
 from mlm_eval.cli.run import print_beside
 from mlm_eval.options import DTYPES, PAGE, RunOptions, again, option
 from mlm_eval.training.settings import DP_MODES
@@ -94,7 +95,7 @@ def report(options: ReportOptions) -> None:
         text = render([*tables, *comparisons], fmt)
         told = [f"Table {table.number}" for table in tables] + [c.title for c in comparisons]
     if options.output is None:
-        print(text, end="")
+        show_text(text, end="")
         return
     if fmt != "png":
         write_text(options.output, text)
@@ -204,7 +205,7 @@ def plan(options: PlanOptions) -> None:
             "dp_mode": options.dp_mode,
         },
     )
-    print(json.dumps(record, indent=2) if options.as_json else plan_text(record))
+    show_text(json.dumps(record, indent=2) if options.as_json else plan_text(record))
 
 
 def _source(options: PlanOptions) -> tuple[Callable[[int], ModelConfig], int | None]:
@@ -262,7 +263,7 @@ def catalog(options: CatalogOptions) -> None:
             {**dataclasses.asdict(entry), "path": str(p) if (p := places[entry.name]) else None}
             for entry in chosen
         ]
-        print(json.dumps(records, indent=2))
+        show_text(json.dumps(records, indent=2))
     elif name is None:
         _print_list(chosen, places)
     else:
@@ -274,10 +275,12 @@ def _print_list(entries: list[CatalogEntry], places: dict[str, Path | None]) -> 
 
     for entry in entries:
         found = places[entry.name]
-        print(f"{entry.name}\n  {entry.title}\n  {'here: ' + str(found) if found else 'not here'}")
+        show_text(
+            f"{entry.name}\n  {entry.title}\n  {'here: ' + str(found) if found else 'not here'}"
+        )
     folder = local_folder()
-    print(f"\nlooked for in {folder} (${FOLDER_VARIABLE} names another folder)")
-    print("`mlm-eval catalog NAME` shows more; `--ckpt catalog:NAME` opens what is here")
+    show_text(f"\nlooked for in {folder} (${FOLDER_VARIABLE} names another folder)")
+    show_text("`mlm-eval catalog NAME` shows more; `--ckpt catalog:NAME` opens what is here")
 
 
 def _print_entry(entry: CatalogEntry, found: Path | None) -> None:
@@ -292,9 +295,11 @@ def _print_entry(entry: CatalogEntry, found: Path | None) -> None:
         *(("to get it", command) for command in entry.get),
         ("files here", str(found) if found else "none"),
     ]
-    print(rows_as_text(f"{entry.name}: {entry.title}", rows))
-    print("\nreported figures")
+    show_text(rows_as_text(f"{entry.name}: {entry.title}", rows))
+    show_text("\nreported figures")
     for item in entry.expect:
         unit = " %" if item.unit == "%" else ""
         note = f"; {item.note}" if item.note else ""
-        print(f"  {item.task} {item.metric} {item.value:g}{unit}: {item.who} ({item.where}){note}")
+        show_text(
+            f"  {item.task} {item.metric} {item.value:g}{unit}: {item.who} ({item.where}){note}"
+        )

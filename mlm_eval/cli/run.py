@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.cli.printing import complain, remark, show_text
 from mlm_eval.cli.screen import detail, phase, say, say_warning
 from mlm_eval.options import RunOptions, TokenizerOptions
 from mlm_eval.ranks.faults import advising_on_memory
@@ -253,12 +254,12 @@ def print_beside(text: str, output: Path | None) -> None:
     """Print a result for people: on stdout, or on stderr where `--output -` writes to stdout."""
     from mlm_eval.checkpoints.files.output import STDOUT
 
-    print(text, file=sys.stderr if output == STDOUT else sys.stdout)
+    (remark if output == STDOUT else show_text)(text)
 
 
 def _tell(sentence: str) -> None:
     """Print a sentence of any rank."""
-    print(f"mlm-eval: {sentence}", file=sys.stderr, flush=True)
+    complain(sentence)
 
 
 def chosen_checkpoint(
@@ -300,5 +301,5 @@ def start_ranks(tp: int, dp: int, device: str) -> None:
     if result.exit_code in STOP_CODES:
         raise_stopped(result.exit_code - STOPPED)
     if result.message is not None:
-        print(f"mlm-eval: {result.message}", file=sys.stderr)
+        complain(result.message)
     raise SystemExit(result.exit_code)

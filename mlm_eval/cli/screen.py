@@ -17,7 +17,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, one_line
+from mlm_eval.cli.printing import remark
 from mlm_eval.ranks.world import detect_world
 
 if TYPE_CHECKING:
@@ -63,12 +64,12 @@ def choose_verbosity(*, quiet: bool, verbose: bool) -> None:
 def say(text: str) -> None:
     """Print a line for people who watch, unless the command is to be quiet."""
     if not Screen.quiet and _is_main():
-        print(text, file=sys.stderr, flush=True)
+        remark(text)
 
 
 def say_warning(text: str) -> None:
     """Print a warning, unless the command is to be quiet."""
-    say(f"warning: {text}")
+    say(f"warning: {one_line(text)}")
 
 
 def detail(text: str) -> None:

@@ -149,6 +149,11 @@ class PartialScores:
             raise
 
     def _open(self, restart: bool, replace: bool) -> list[ScoreChunk]:
+        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
+            raise InputError(
+                f"{self.folder}, where what is finished is kept meanwhile, is a link or no folder; "
+                "move it away, or give another --output"
+            )
         with suppress(OSError):  # a place that cannot be written is named when it is needed
             self._lock = lock_folder(self.folder, what=str(self.folder))
         if restart:

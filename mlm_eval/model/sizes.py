@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.config import SETTING_KINDS, ModelConfig, apply_overrides
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.text_file import read_toml
 from mlm_eval.checkpoints.parameters import num_parameters
 
 DIVISIBLE_BY = 128
@@ -135,10 +135,7 @@ def _named(name: str | Path) -> dict[str, Any]:
         raise InputError(
             f"--init {name} is neither a size nor a TOML file; sizes are {', '.join(SIZES)}"
         )
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a TOML file of model settings: {error}") from None
+    return read_toml(path, "a TOML file of model settings")
 
 
 def named_config(name: str, *, tp: int = 1) -> ModelConfig:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
 
-from mlm_eval.checkpoints.errors import PACKAGES, InputError, not_installed
+from mlm_eval.checkpoints.errors import PACKAGES, InputError, first_line, not_installed
 
 DISK_FAULTS = {
     errno.ENOSPC: "the disk is full",
@@ -17,6 +18,12 @@ DISK_FAULTS = {
     errno.EFBIG: "the file would be larger than its file system or `ulimit -f` allows",
     errno.EROFS: "the file system is read-only",
 }
+
+_PATH_FAULTS = (
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE),
+    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EINVAL),
+)
+"""What a path may lead to that no reader foresees: it is the path's fault, and has its name."""
 
 CONNECTION_LOST = (
     "connection closed by peer",
@@ -40,6 +47,10 @@ def named_fault(error: BaseException) -> InputError | None:
             f"{where}{DISK_FAULTS[error.errno]} ({error.strerror}); make room, or choose another "
             "place"
         )
+    if isinstance(error, OSError) and error.errno in _PATH_FAULTS and error.filename is not None:
+        return InputError(f"{os.fsdecode(error.filename)} cannot be used ({error.strerror})")
+    if isinstance(error, RuntimeError) and "Symlink loop" in str(error):  # pathlib's own
+        return InputError(f"{first_line(error)}; name a path that leads to a file")
     if is_lack_of_memory(error):
         return _no_memory(error, "lower --batch-tokens or --micro-batch, or raise --tp")
     return None

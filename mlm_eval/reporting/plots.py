@@ -5,9 +5,11 @@ from __future__ import annotations
 import html
 import io
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mlm_eval.checkpoints.errors import visible
 from mlm_eval.reporting.tables import MEASURED, PUBLISHED, Table, TableRow, short_count
 
 if TYPE_CHECKING:
@@ -46,9 +48,15 @@ def svg_element(draw: Callable[[], Any], *, salt: str, label: str) -> str:
         "svg.hashsalt": salt,
         "font.size": 10,
     }
-    with rc_context(settings):
+    with rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # names may be in any script
         stream = io.StringIO()
-        draw().savefig(stream, format="svg", metadata={"Date": None})
+        figure = draw()
+        for legend in (*figure.legends, *(axes.get_legend() for axes in figure.axes)):
+            for entry in legend.get_texts() if legend else ():
+                entry.set_text(visible(entry.get_text()).replace("\n", " "))
+                entry.set_parse_math(False)  # a name is no formula
+        figure.savefig(stream, format="svg", metadata={"Date": None})
     # The element alone, without metadata, which names other places.
     text = stream.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)

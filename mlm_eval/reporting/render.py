@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mlm_eval.checkpoints.errors import InputError, require
+from mlm_eval.checkpoints.errors import InputError, require, visible
 from mlm_eval.reporting.tables import (
     MEASURED,
     PUBLISHED,
@@ -29,7 +29,7 @@ DIFFERENCE = "difference"
 LIMITED = "LIMITED RUN"
 LESS, MORE, MINUS = "↓", "↑", "\N{MINUS SIGN}"
 
-MARKDOWN = str.maketrans({**{mark: f"\\{mark}" for mark in "|\\`*<>"}, MINUS: "-"})
+MARKDOWN = str.maketrans({**{mark: f"\\{mark}" for mark in "|\\`*<>[]"}, MINUS: "-"})
 LATEX = str.maketrans(
     {
         **{mark: f"\\{mark}" for mark in "&%$#_{}"},
@@ -95,19 +95,38 @@ def render(tables: Sequence[Table | TaskTable], fmt: str, *, curves: bool = Fals
     return environment.get_template(name).render(tables=views, heading=heading)
 
 
+def _plain(value: object) -> str:
+    """Return a value as text on one line, with escapes for what cannot be seen."""
+    return visible(str(value)).replace("\n", " ")
+
+
+def _html(value: Any) -> Any:
+    """Return a value to be escaped; what is HTML already stays."""
+    return value if hasattr(value, "__html__") else _plain(value)
+
+
+def _cell(value: Any) -> Any:
+    """Return a value for CSV: no text that a spreadsheet takes for a formula."""
+    if not isinstance(value, str):
+        return value
+    text = _plain(value)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
 def _markdown(value: object) -> str:
-    return str(value).translate(MARKDOWN)
+    # An address is a text here, no link that somebody else has chosen.
+    return _plain(value).translate(MARKDOWN).replace("://", "\\://")
 
 
 def _latex(value: object) -> str:
-    text = str(value).translate(LATEX)
+    text = _plain(value).translate(LATEX)
     return text.replace("--", "-{}-")  # else it is set as one dash, not the start of an option
 
 
 _TEMPLATES: dict[str, tuple[str, dict[str, Any]]] = {
     "md": ("report.md.j2", {"finalize": _markdown}),
     "latex": ("report.tex.j2", {"finalize": _latex, **LATEX_DELIMITERS}),
-    "html": ("report.html.j2", {"autoescape": True}),
+    "html": ("report.html.j2", {"autoescape": True, "finalize": _html}),
 }
 """Template of a format, and how its values are escaped."""
 
@@ -242,7 +261,7 @@ def _csv(tables: Sequence[Table | TaskTable]) -> str:
     import pandas
 
     lines = [
-        line
+        {name: _cell(value) for name, value in line.items()}
         for table in tables
         for line in (_of_comparison(table) if isinstance(table, TaskTable) else _of_table(table))
     ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlm_eval.checkpoints.errors import visible_json
 from mlm_eval.checkpoints.files.output import write_text
 from mlm_eval.reporting.environment import gpu_versions, run_record
 
@@ -73,7 +74,8 @@ def write_json(path: str | Path, record: dict[str, Any]) -> Path:
 
 
 def _as_json(record: dict[str, Any]) -> str:
-    return json.dumps(_finite(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(_finite(record), indent=2, ensure_ascii=False, allow_nan=False)
+    return visible_json(text) + "\n"
 
 
 def exponential(exponent: float) -> float:

@@ -192,7 +192,7 @@ def training_text(result: Result, *, folder: Path | None = None) -> str:
         title += "  *** LIMITED RUN: not the figures of the whole data ***"
     rows = (_language_model_rows if result.task in ("mlm", "lm") else _task_rows)(result)
     trained = "lr" in settings and not settings.get("eval_only")
-    told = [settings["recipe"]] if "recipe" in settings else []
+    told = [str(settings["recipe"])] if "recipe" in settings else []
     told += [training_plan(settings)] if trained else []
     rows.append(("recipe" if "recipe" in settings else "training", ", ".join(told)))
     data = settings["data"]["path"]

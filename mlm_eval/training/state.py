@@ -17,6 +17,7 @@ is viewed as `[2, ffn, hidden]`, cut along dim 1, that of experts as `[experts, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -32,9 +33,10 @@ import torch
 from torch import Tensor
 
 from mlm_eval.checkpoints.config import ModelConfig
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, shown
 from mlm_eval.checkpoints.files.distcp import check_coverage, open_folder
 from mlm_eval.checkpoints.files.output import write_text
+from mlm_eval.checkpoints.files.text_file import misfit, read_json
 from mlm_eval.checkpoints.folders.locks import LOCK_FILE
 from mlm_eval.checkpoints.folders.unfinished import unfinished
 from mlm_eval.checkpoints.lazy import Computed, LazyTensor
@@ -366,18 +368,32 @@ def read_progress(path: Path) -> dict[str, Any]:
         InputError: The file is damaged.
     """
     try:
-        progress = json.loads(path.read_text(encoding="utf-8"))
-        counters, identity = progress["counters"], progress["identity"]
-        if not all(isinstance(identity[name], dict) for name in ("settings", "model")):
-            raise TypeError("its identity is incomplete")
-        if min(Counters(**counters).step, Counters(**counters).updates) < 0:
-            raise ValueError("its counters are negative")
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        progress: dict[str, Any] = read_json(path)
+        if fault := misfit(progress, _SCHEMA) or misfit(progress["counters"], _COUNTERS):
+            raise InputError(fault)
+        if unknown := set(progress["counters"]) - {f.name for f in dataclasses.fields(Counters)}:
+            raise InputError(f"it counts {shown(min(unknown))}, which is not known")
+    except InputError as error:
         raise InputError(
-            f"{path} cannot be read ({type(error).__name__}: {error}); the training state is "
-            "damaged, discard it with --restart"
+            f"{path} cannot be read ({error}); the training state is damaged, discard it with "
+            "--restart"
         ) from None
-    return progress  # type: ignore[no-any-return]
+    return progress
+
+
+_SCHEMA = {
+    "counters": "object",
+    "identity": "object",
+    "identity.settings": "object",
+    "identity.model": "object",
+}
+_COUNTERS = {
+    **{name: "count?" for name in ("step", "updates", "samples", "epoch_samples", "good_steps")},
+    **{name: "number?" for name in ("seconds", "epoch_loss", "epoch_hits", "loss_scale")},
+    "epoch_predictions": "number?",
+    "evaluations": "list?",
+}
+"""The fields of a state that are read back."""
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

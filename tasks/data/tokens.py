@@ -26,6 +26,9 @@ from mlm_eval.checkpoints.tokenizer import Tokenizer
 FORMAT = 3
 """Raised whenever the content of the kept files changes."""
 
+LONGEST_TEXT = 1 << 20
+"""Characters of one text; a tokenizer takes about 175 bytes of memory for each."""
+
 BATCH = 1000
 """Texts that are encoded at once, in several threads."""
 
@@ -160,6 +163,12 @@ def tokens_of(
             f"{tokenizer.source} does not say where a token stands in the text, so no answer can "
             f"be cut out; give a vocab.txt or a tokenizer.json"
         )
+    longest = max(map(len, texts), default=0)
+    if longest > LONGEST_TEXT:
+        raise InputError(
+            f"an example has a text of {longest:,} characters, more than {LONGEST_TEXT:,}; is it "
+            "cut at the right places? Leave it out, or cut it"
+        )
     path = cache / f"{cache_key(texts, tokenizer, offsets=offsets)}.safetensors"
     columns = ("tokens", "starts", "stops")[: 3 if offsets else 1]
 
@@ -171,7 +180,17 @@ def tokens_of(
         return {**values, "offsets": packed[0].offsets}
 
     def whole(found: dict[str, Integers]) -> bool:
-        return set(found) == {*columns, "offsets"} and len(found["offsets"]) == len(texts) + 1
+        if set(found) != {*columns, "offsets"}:
+            return False
+        offsets = found["offsets"]
+        return (
+            offsets.shape == (len(texts) + 1,)
+            and offsets.dtype == np.int64
+            and all(found[name].dtype == np.int32 for name in columns)
+            and all(found[name].shape == (offsets[-1],) for name in columns)
+            and offsets[0] == 0
+            and bool((np.diff(offsets) >= 0).all())
+        )
 
     kept = kept_arrays(path, make, whole=whole)
     return TextTokens(*(Ragged(kept[name], kept["offsets"]) for name in columns))

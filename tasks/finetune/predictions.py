@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, shown, visible_json
 from mlm_eval.checkpoints.files.output import write_text
-from mlm_eval.checkpoints.files.text_file import parse_json, read_text
+from mlm_eval.checkpoints.files.text_file import misfit, parse_json, read_text
 from mlm_eval.checkpoints.folders.file_names import safe_name
 from mlm_eval.reporting.results import Result, versions
 from mlm_eval.tasks.data.text import sha256
-from mlm_eval.tasks.finetune.task import Answered, Judgement, Task, make_task
+from mlm_eval.tasks.finetune.task import ROLES, Answered, Judgement, Task, make_task
 
 MARK = "predictions_of"
 SUFFIX = ".jsonl"
@@ -83,7 +83,9 @@ def write_predictions(
         "examples": len(records),
         **header,
     }
-    lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in (first, *records))
+    lines = (
+        visible_json(json.dumps(entry, ensure_ascii=False)) + "\n" for entry in (first, *records)
+    )
     return write_text(path, "".join(lines))
 
 
@@ -101,13 +103,49 @@ def read_predictions(path: Path) -> Predictions:
             f"{path} holds no predictions of mlm-eval; expected a file that `mlm-eval race`, "
             f"`mnli`, `qqp` or `squad` wrote to its folder predictions"
         )
-    safe_name(str(header["set"]), f"{path}, line 1: the set")
+    if fault := misfit(header, _HEADER):
+        raise InputError(f"{path}, line 1 is damaged: {fault}; make the predictions again")
+    safe_name(header["set"], f"{path}, line 1: the set")
+    if header["role"] not in ROLES:
+        raise InputError(
+            f"{path}, line 1: the role is {shown(header['role'])}; expected one of "
+            f"{', '.join(ROLES)}"
+        )
+    task = make_task(header[MARK])
     if header["examples"] != len(records):
         raise InputError(
             f"{path} holds {len(records)} predictions, its first line says {header['examples']}; "
             f"it is not whole"
         )
+    for number, record in enumerate(records, start=2):
+        if fault := task.record_fault(record):
+            raise InputError(
+                f"{path}, line {number} is no prediction: {fault}; make the predictions again"
+            )
     return Predictions(path, header, records)
+
+
+_HEADER = {
+    MARK: "text",
+    "set": "text",
+    "role": "text",
+    "labelled": "flag",
+    "version": "text",
+    "examples": "count",
+    "seed": "count?",
+    "checkpoint": "object",
+    "checkpoint.path": "text?",
+    "checkpoint.digest": "text?",
+    "checkpoint.num_parameters": "count",
+    "checkpoint.config": "object?",
+    "recipe": "text?",
+    "null_threshold": "number?",
+    "threshold_is_fixed": "flag?",
+    "train_limit": "count?",
+    "dev_limit": "count?",
+    "test_limit": "count?",
+}
+"""The fields of a file's first line."""
 
 
 def prediction_files(folder: Path) -> list[Path]:
@@ -168,10 +206,10 @@ def _check_free(
     folder: Path, names: Sequence[str], sources: Sequence[Predictions], *, overwrite: bool
 ) -> None:
     """Refuse to replace files, but for predictions with `overwrite`, and never those given."""
-    given = {file.path.resolve() for file in sources}
+    given = {os.path.realpath(file.path) for file in sources}
     replaceable = prediction_files(folder) if overwrite else []
     for path in (folder / (name + suffix) for name in names for suffix in (SUFFIX, *SUBMISSIONS)):
-        if path.resolve() in given:
+        if os.path.realpath(path) in given:
             raise InputError(f"{path} is one of the ensemble's members; choose another folder")
         if os.path.lexists(path) and path not in replaceable:
             how = "" if overwrite else "replace predictions with --overwrite, or "
@@ -185,7 +223,7 @@ def _files(paths: Sequence[str | Path]) -> list[Path]:
         if not inside:
             raise InputError(f"{path} holds no predictions (*{SUFFIX}); give the files")
         found += inside
-    if len({path.resolve() for path in found}) < len(found):
+    if len({os.path.realpath(path) for path in found}) < len(found):
         raise InputError("one file of predictions is given twice; a model has one voice")
     if not found:
         raise InputError("an ensemble needs files of predictions; give them with --predictions")
@@ -209,6 +247,12 @@ def _check_group(group: Sequence[Predictions], *, task: str, models: int) -> Non
             raise InputError(
                 f"{file.path} and {first.path} are not about the same examples of "
                 f"{file.set_name}; give predictions for the same data"
+            )
+        shapes = ([len(r.get("probabilities", ())) for r in part.records] for part in (file, first))
+        if len(set(map(tuple, shapes))) > 1:
+            raise InputError(
+                f"{file.path} and {first.path} have probabilities of other numbers of answers; "
+                "give predictions for the same data"
             )
     if models < 2:
         raise InputError(f"there is one model for {first.set_name}; an ensemble needs two or more")

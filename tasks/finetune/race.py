@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.safe_pickle import printable
 from mlm_eval.checkpoints.files.text_file import decode, parse_json, read_text
 from mlm_eval.tasks.data.sources import DatasetName
 from mlm_eval.tasks.data.text import check_text, digest, json_field
@@ -31,6 +32,9 @@ from mlm_eval.training.objectives import MultipleChoice
 
 LETTERS = "ABCD"
 NUM_CHOICES = len(LETTERS)
+LARGEST_PASSAGES = 1 << 26
+"""Bytes of a file of passages; one that was published holds a passage."""
+
 ARCHIVES = (".tar.gz", ".tgz", ".tar")
 
 
@@ -244,7 +248,8 @@ def passage_files(path: Path) -> Iterator[PassageFile]:
             split, level = _place(file.absolute().parent.parts)
             if not split:
                 level = path.stem if not inner else "-".join(inner[:-1]) or path.absolute().name
-            yield PassageFile(split, level, file.name, str(file), read_text(file))
+            content = read_text(file, most=LARGEST_PASSAGES)
+            yield PassageFile(split, level, file.name, str(file), content)
 
 
 def _archives(path: Path) -> list[Path]:
@@ -266,9 +271,14 @@ def _in_archive(archive: Path) -> Iterator[PassageFile]:
                 hidden = any(part.startswith(".") and part != "." for part in parts)
                 if hidden or not (member.isfile() and split and parts[-1].endswith(".txt")):
                     continue
+                if member.size > LARGEST_PASSAGES:
+                    raise InputError(
+                        f"{archive} holds {printable(member.name)} of {member.size:,} bytes, far "
+                        "more than a passage; get it again"
+                    )
                 content = stream.extractfile(member)
                 assert content is not None
-                where = f"{archive}, member {member.name}"
+                where = f"{archive}, member {printable(member.name)}"
                 yield PassageFile(split, level, parts[-1], where, decode(content.read(), where))
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise InputError(

@@ -15,7 +15,7 @@ from typing import Any
 
 from mlm_eval.checkpoints.dtypes import DTYPE_CHOICES, DTYPE_NAMES
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.files.text_file import read_text
+from mlm_eval.checkpoints.files.text_file import read_toml
 from mlm_eval.options import DATA, FOLDER, RUN, TASK, again, given, option
 from mlm_eval.training.settings import (
     Hyperparameters,
@@ -114,10 +114,7 @@ def _read(name: str) -> tuple[str, dict[str, Any]]:
             f"there is no recipe {name}; those that ship are {', '.join(recipe_names())}, and the "
             f"path of a TOML file is taken too"
         )
-    try:
-        return str(path), tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path} is not a TOML file that can be read ({error})") from None
+    return str(path), read_toml(path, "a TOML file that can be read")
 
 
 def _checked(values: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.files.text_file import parse_json, read_text
+from mlm_eval.checkpoints.errors import InputError, visible_json
+from mlm_eval.checkpoints.files.text_file import misfit, parse_json, read_text
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.tasks.data.sources import DatasetName
 from mlm_eval.tasks.data.text import check_text, digest, json_field, sha256
@@ -202,6 +202,18 @@ class Squad(Task):
             "null_odds": mean,
         }
 
+    def record_fault(self, record: Any) -> str | None:
+        """See `Task.record_fault`."""
+        schema = {"id": "text", "answers": "texts?", "null_odds": "number", "n_best": "list"}
+        if fault := misfit(record, schema):
+            return fault
+        if "answers" not in record:
+            return "it has no 'answers'"
+        for entry in record["n_best"]:
+            if fault := misfit(entry, {"text": "text", "probability": "number"}):
+                return f"in its n_best, {fault}"
+        return None
+
     def judge(self, sets: Sequence[Answered], *, null_threshold: float | None = None) -> Judgement:
         """See `Task.judge`.
 
@@ -234,7 +246,7 @@ class Squad(Task):
         answers = {record["id"]: record["text"] for record in predictions}
         odds = {record["id"]: record["null_odds"] for record in predictions}
         return {
-            ".json": json.dumps(answers, ensure_ascii=False, indent=1) + "\n",
+            ".json": visible_json(json.dumps(answers, ensure_ascii=False, indent=1)) + "\n",
             ".null_odds.json": json.dumps(odds, indent=1) + "\n",
         }
 

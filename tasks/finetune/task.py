@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, shown
+from mlm_eval.checkpoints.files.text_file import misfit
 from mlm_eval.checkpoints.folders.file_names import safe_name
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.tasks.data.sources import HUB_SPLITS, DatasetName, dataset_splits, is_dataset
@@ -309,6 +310,10 @@ class Task(ABC):
         """Return several models' records of one example as one: the paper's ensemble."""
 
     @abstractmethod
+    def record_fault(self, record: Any) -> str | None:
+        """Return what keeps a value from a file from being a record, in words; None: nothing."""
+
+    @abstractmethod
     def judge(self, sets: Sequence[Answered], *, null_threshold: float | None = None) -> Judgement:
         """Return the figures of sets, pooled ones too, and their decided predictions.
 
@@ -379,6 +384,20 @@ class ChoiceTask(Task):
         """See `Task.merge`: the mean of the probabilities."""
         mean = np.mean([record["probabilities"] for record in records], axis=0)
         return {**records[0], "probabilities": digits(mean[None])[0]}
+
+    def record_fault(self, record: Any) -> str | None:
+        """See `Task.record_fault`."""
+        schema = {"id": "text", "label": "count?", "probabilities": "numbers"}
+        if fault := misfit(record, schema):
+            return fault
+        shares, label = record["probabilities"], record.get("label")
+        if "label" not in record:
+            return "it has no 'label'"
+        if len(shares) < 2 or not all(0 <= share <= 1.001 for share in shares):
+            return f"its probabilities are {shown(shares)}"
+        if label is not None and label >= len(shares):
+            return f"its label is {label}, it has {len(shares)} probabilities"
+        return None
 
     def judge(self, sets: Sequence[Answered], *, null_threshold: float | None = None) -> Judgement:
         """See `Task.judge`; all of a role's examples are pooled, as in Megatron's `overall`."""

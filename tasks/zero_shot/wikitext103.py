@@ -243,8 +243,14 @@ def detokenize(text: str) -> str:
 
 def _strip_inside(text: str, opening: str, closing: str) -> str:
     """Return `text` without blanks just inside each opening mark and the next closing one."""
-    inside = re.compile(f"{re.escape(opening)}([^{re.escape(closing)}]*){re.escape(closing)}")
-    return inside.sub(lambda match: f"{opening}{match[1].strip()}{closing}", text)
+    parts, at = [], 0
+    while (start := text.find(opening, at)) >= 0:
+        end = text.find(closing, start + 1)
+        if end < 0:  # nor does any later one have its closing mark
+            break
+        parts += [text[at : start + 1], text[start + 1 : end].strip(), closing]
+        at = end + 1
+    return "".join([*parts, text[at:]])
 
 
 def count_original_tokens(text: str) -> int:

@@ -527,12 +527,12 @@ def test_dictionaries_without_end(tmp_path: Path):
     for _ in range(60):
         model = {"a": model, "b": model}
     torch.save({"model": model}, path)
-    refused(path, f"{path} holds dictionaries nested without end")
+    refused(path, "hold one another so often that they never end")
     wide = {str(i): torch.ones(1) for i in range(1000)}
     for _ in range(3):
         wide = {str(i): wide for i in range(1000)}
     torch.save({"model": wide}, path)
-    refused(path, f"{path} holds dictionaries nested without end")
+    refused(path, "hold one another so often that they never end")
 
 
 def test_args_without_end(tmp_path: Path):
@@ -541,11 +541,12 @@ def test_args_without_end(tmp_path: Path):
     for _ in range(60):
         endless = [endless, endless]
     root = gpt(tmp_path, args=args_of(GPT, num_experts=endless, seed=endless))
-    started = time.monotonic()
-    refused(root, "mixture of experts .args.num_experts = Stub")
+    started = time.process_time()
+    refused(root, "hold one another so often that they never end")
     root = gpt(tmp_path, args=args_of(GPT, hidden_size=endless))
-    refused(root, "args.hidden_size is Stub")
-    assert time.monotonic() - started < 5
+    refused(root, "hold one another so often that they never end")
+    assert time.process_time() - started < 5
+    refused(gpt(tmp_path, args=args_of(GPT, hidden_size=[[[1]]])), "args.hidden_size is Stub")
 
 
 # ---- formats that are not read -----------------------------------------------------------------

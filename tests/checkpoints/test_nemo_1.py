@@ -17,7 +17,8 @@ from support import random_models
 from support.folders import layouts
 from support.folders.synthetic import GPT
 
-from mlm_eval.checkpoints.archives.tar_archive import LARGEST_RATIO, MemberPath
+from mlm_eval.checkpoints.archives.tar_archive import MemberPath
+from mlm_eval.checkpoints.archives.unpacking import LARGEST_RATIO
 from mlm_eval.checkpoints.checkpoint import Checkpoint, full_digest
 from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
 from mlm_eval.checkpoints.convert import convert

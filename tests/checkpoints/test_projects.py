@@ -199,6 +199,7 @@ def test_a_file_of_references_ends(tmp_path: Path):
     laughs += [f"  a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 11)]
     text = path.read_text().replace("model:\n", "model:\n" + "\n".join(laughs) + "\n")
     path.write_text(text)
-    started = time.monotonic()
-    assert open_checkpoint(tmp_path / "run").config == MODEL
-    assert time.monotonic() - started < 20
+    started = time.process_time()
+    with pytest.raises(InputError, match="hold one another so often that they never end"):
+        open_checkpoint(tmp_path / "run")
+    assert time.process_time() - started < 20

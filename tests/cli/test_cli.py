@@ -105,7 +105,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "unknown setting": (["--set", "heads=4"], ["--set heads", "num_attention_heads"]),
     "setting out of its values": (["--set", "activation=tanh"], ["tanh", "gelu_tanh"]),
     "no such config": (["--config", "{folder}/none.toml"], ["none.toml does not exist"]),
-    "config is a folder": (["--config", "{folder}"], ["is not a TOML file"]),
+    "config is a folder": (["--config", "{folder}"], ["is a folder"]),
     "config is not TOML": (["--config", "{folder}/wiki.tokens"], ["wiki.tokens is not a TOML"]),
     "unknown key in config": (["--config", "{folder}/key.toml"], ["key.toml", "'strid'"]),
     "wrong value in config": (["--config", "{folder}/value.toml"], ["--stride", "integer"]),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mlm_eval.cli.command import command
 from mlm_eval.cli.lists.names import LISTS, all_names
+from mlm_eval.cli.printing import show_text
 from mlm_eval.options import option
 
 
@@ -28,7 +29,7 @@ def list_names(options: ListOptions) -> None:
     Example: mlm-eval ls recipes
     """
     if options.kind is not None:
-        print("\n".join(all_names(options.kind)))
+        show_text("\n".join(all_names(options.kind)))
         return
     for kind in LISTS:
-        print(f"{kind}: {', '.join(all_names(kind))}")
+        show_text(f"{kind}: {', '.join(all_names(kind))}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.text_file import decode
 from mlm_eval.cli.command import command
+from mlm_eval.cli.printing import show_text
 from mlm_eval.cli.run import ModelRun, chosen_tokenizer
 from mlm_eval.cli.screen import progress
 from mlm_eval.cli.sequences.standard_input import STDIN, STDIN_NAME, standard_input
@@ -187,9 +188,9 @@ def _give(
         run.print_result(f"{len(made):,} prompt(s) continued{limited}: {options.output}")
     elif not (len(lines) == 1 and sys.stdout.isatty()):
         for line, text in zip(lines, made, strict=True):
-            print(text.tokens if text.text is None else f"{line.text}{text.text}")
+            show_text(text.tokens if text.text is None else f"{line.text}{text.text}")
     elif made[0].text is None:
-        print(made[0].tokens)
+        show_text(made[0].tokens)
 
 
 def _converse(
@@ -233,4 +234,4 @@ def _typed() -> Iterator[str]:
 
 
 def _print_now(text: str) -> None:
-    print(text, end="", flush=True)
+    show_text(text, end="", flush=True)

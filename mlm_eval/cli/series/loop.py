@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.cli.printing import complain
 from mlm_eval.cli.run import ModelRun, Placement
 from mlm_eval.cli.screen import Screen, say
 from mlm_eval.cli.series.evaluation import Evaluation, Outcome, UnloadedModel, kept_beside
@@ -348,7 +349,7 @@ class _Series:
         if not self.is_main:
             return
         self.rows.append(SeriesRow(member.label, None, "", "", "failed"))
-        print(f"mlm-eval: {member.label}: {fault}", file=sys.stderr, flush=True)
+        complain(f"{member.label}: {fault}")
         if self.list is not None:
             self.list.fail(member.path, member.iteration, str(fault))
 

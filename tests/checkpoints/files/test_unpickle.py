@@ -763,14 +763,14 @@ resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))  # only so that a f
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for name in sys.argv[1:]:
     print(name, flush=True)
-    signal.alarm(20)
+    signal.setitimer(signal.ITIMER_PROF, 20)  # of processor time
     try:
         value = read_torch_file(Path(name)).value
         repr(attributes_of({"x": value}))
     except InputError as error:
         assert name in str(error) and len(str(error)) < 2000, error
     value = None
-    signal.alarm(0)
+    signal.setitimer(signal.ITIMER_PROF, 0)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 400_000, f"{grown} kB"
 print("done")
@@ -1034,9 +1034,15 @@ def test_the_genuine_files_name_what_megatron_pickles():
 
 def test_the_machine_replaces_every_step_that_calls_or_changes():
     """A step of Python's unpickler that is new, or that calls, must be looked at here."""
-    ours = {code for code, step in SafeUnpickler.dispatch.items() if step.__module__ != "pickle"}
+    ours = {
+        code
+        for code, step in SafeUnpickler.dispatch.items()
+        if getattr(step, "__module__", "") != "pickle"
+    }
     replaced = {pickle.REDUCE, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.BUILD, pickle.DICT}
     replaced |= {pickle.SETITEM, pickle.SETITEMS, pickle.ADDITEMS, pickle.FROZENSET}
-    assert ours == {code[0] for code in (*replaced, pickle.BYTEARRAY8)}
+    # What is held elsewhere too, and what takes more memory than bytes of the pickle, is counted.
+    counted = {pickle.GET, pickle.BINGET, pickle.LONG_BINGET, pickle.DUP, pickle.EMPTY_SET}
+    assert ours == {code[0] for code in (*replaced, *counted, pickle.BYTEARRAY8)}
     known = {ord(opcode.code) for opcode in pickletools.opcodes}
     assert known == set(SafeUnpickler.dispatch)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from support.reliability.warm_commands import Sandbox, WarmCommands
+from support.reliability.attacks import Bases
+from support.reliability.warm_commands import WarmCommands
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +18,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmCommands]:
     commands.close()
 
 
-@pytest.fixture
-def sandbox(warm: WarmCommands) -> Sandbox:
-    """A folder for one command."""
-    return warm.sandbox()
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory, warm: WarmCommands) -> Bases:
+    """Right inputs, made once."""
+    return Bases(tmp_path_factory.mktemp("bases"), warm)

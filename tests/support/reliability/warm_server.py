@@ -15,6 +15,7 @@ import pkgutil
 import resource
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,13 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if event in STARTS or event in CONNECTS:
         noted = [str(arguments)[:300]]
     elif event in WRITES:
-        noted = [_path(part) for part in arguments if isinstance(part, str | bytes | Path)]
+        names = [part for part in arguments if isinstance(part, str | bytes | Path)]
+        noted = [os.path.join(_folder(arguments[-1]), os.fsdecode(name)) for name in names]
     elif event == "open":
         path, _, flags = arguments
         writing = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        noted = [_path(path)] if writing and isinstance(path, str | bytes | Path) else []
+        if writing and isinstance(path, str | bytes | Path):
+            noted = [os.path.join(os.getcwd(), os.fsdecode(path))]
     elif event == "exec":
         noted = [getattr(arguments[0], "co_filename", "?")]
     elif event == "ctypes.dlopen":
@@ -50,8 +53,14 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         os.write(_log, (json.dumps([event, what]) + "\n").encode())
 
 
-def _path(path: str | bytes | Path) -> str:
-    return os.path.join(os.getcwd(), os.fsdecode(path))
+def _folder(descriptor: Any) -> str:
+    """Return the folder that a relative name is below: an event's last argument may be its fd."""
+    if isinstance(descriptor, int) and descriptor > 2:
+        try:
+            return os.readlink(f"/proc/self/fd/{descriptor}")
+        except OSError:
+            pass  # it is a mode, such as that of a new folder
+    return os.getcwd()
 
 
 def _run(job: dict[str, Any]) -> None:
@@ -60,6 +69,7 @@ def _run(job: dict[str, Any]) -> None:
     os.setsid()
     os.chdir(job["cwd"])
     os.environ.update(job["environment"])
+    tempfile.tempdir = None  # found before
     for number, name in ((0, "/dev/null"), (1, job["out"]), (2, job["err"])):
         file = os.open(name, os.O_RDWR | os.O_CREAT, 0o600)
         os.dup2(file, number)
@@ -77,14 +87,18 @@ def _run(job: dict[str, Any]) -> None:
     cli.entry()
 
 
-def _resident() -> int:
-    """Return the bytes of this process that are in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def _anonymous(process: int) -> int:
+    """Return the bytes of a process that are in memory and in no file; 0 where it has ended."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return sum(int(line.split()[1]) << 10 for line in lines if line[:8] in ("RssAnon:", "RssShmem"))
 
 
 def _ended(job: dict[str, Any]) -> dict[str, Any]:
     """Run a job in a fork and return how it ended."""
-    before, started = _resident(), time.monotonic()
+    before, most, started = _anonymous(os.getpid()), 0, time.monotonic()
     child = os.fork()
     if child == 0:
         try:
@@ -93,6 +107,7 @@ def _ended(job: dict[str, Any]) -> dict[str, Any]:
             os._exit(70)
     blocked = False
     while not (ended := os.wait4(child, os.WNOHANG))[0]:
+        most = max(most, _anonymous(child))
         if time.monotonic() - started > job["wall"]:
             blocked = True
             os.kill(child, signal.SIGKILL)
@@ -104,7 +119,7 @@ def _ended(job: dict[str, Any]) -> dict[str, Any]:
         "code": os.waitstatus_to_exitcode(status),
         "blocked": blocked,
         "seconds": usage.ru_utime + usage.ru_stime,
-        "grown": max(0, usage.ru_maxrss * 1024 - before),
+        "grown": max(0, most - before),
     }
 
 
