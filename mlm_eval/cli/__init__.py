@@ -8,7 +8,7 @@
     training.py      race, mnli, qqp, squad, mlm, lm, ensemble
     report.py        report, plan, catalog           harness.py     harness
     bench.py         bench                           sequences/     score, generate
-    lists/           ls                              screen.py      what people see meanwhile
+    lists/           ls, data                        screen.py      what people see meanwhile
     series/          several checkpoints in one command
     printing.py      the one place that prints
 

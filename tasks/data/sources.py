@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError, require
 from mlm_eval.checkpoints.files.text_file import decode, read_bytes
+from mlm_eval.tasks.data.known import local_hint
 from mlm_eval.tasks.data.tables import is_table, read_table, read_tables, table_files
 
 HUB_SPLITS = {"train": {"train": "train"}, "dev": {"validation": "dev"}, "test": {"test": "test"}}
@@ -149,13 +151,22 @@ def load_dataset(name: DatasetName) -> Any:
     quiet = not (sys.stderr.isatty() or datasets.are_progress_bars_disabled())
     if quiet:
         datasets.disable_progress_bars()
+    unreachable = None
     try:
         if saved:
             return datasets.load_from_disk(name.path)
-        return datasets.load_dataset(name.path, name.config, split=name.split)
+        if not folder.is_dir():
+            unreachable = _unreachable(name.path)
+        with _offline(unreachable is not None):
+            return datasets.load_dataset(name.path, name.config, split=name.split)
     # Every layer below raises its own kinds (of datasets, huggingface_hub, httpx, pyarrow), and
     # what the user can do is always the same.
     except Exception as error:
+        if unreachable is not None and isinstance(error, (ConnectionError, FileNotFoundError)):
+            raise InputError(
+                f"{name} is not in the local cache, and the Hugging Face hub cannot be reached "
+                f"({unreachable}); {local_hint(name.path)}"
+            ) from None
         reason = str(error).strip().splitlines()
         raise InputError(
             f"{name} cannot be loaded by `datasets` ({type(error).__name__}: "
@@ -165,6 +176,39 @@ def load_dataset(name: DatasetName) -> Any:
     finally:
         if quiet:
             datasets.enable_progress_bars()
+
+
+def _unreachable(path: str) -> str | None:
+    """Return why the Hub cannot be asked for a set, after one try; None where it answers.
+
+    `datasets` itself tries six times, with waits of 23 s in all.
+    """
+    from huggingface_hub import HfApi, constants, errors
+
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    try:
+        HfApi().dataset_info(path, timeout=10.0)
+    except (errors.HfHubHTTPError, errors.HFValidationError):
+        return None  # an answer, which `datasets` gets too
+    except Exception as error:  # of the network, or of the library that speaks to it
+        return str(error).strip().split("\n", 1)[0][:120] or type(error).__name__
+    return None
+
+
+@contextmanager
+def _offline(asked: bool) -> Iterator[None]:
+    """Keep `datasets` to its cache, where that is asked for."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    if asked:
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 def is_dataset(source: str) -> bool:

@@ -1,0 +1,184 @@
+"""Which files the tasks want, whether a file is one of them, and what is said without a network."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import socket
+from pathlib import Path
+
+import pytest
+from support.command_line import Run, assert_one_sentence
+
+from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.tasks.data import known
+from mlm_eval.tasks.data.known import KnownFile, check_file, known_files, known_tasks, local_hint
+from mlm_eval.tasks.data.sources import DatasetName, load_dataset
+from mlm_eval.tasks.finetune.task import TASKS, make_task
+from mlm_eval.tasks.zero_shot import BENCHMARKS, lambada, wikitext103
+
+pytest_plugins = ["support.command_line_fixtures"]
+
+
+def test_every_task_on_published_data_has_its_files():
+    assert known_tasks() == [*BENCHMARKS, *TASKS, "tokenizer"]
+    for file in known_files():
+        assert (file.bytes is None) == (file.sha256 is None)
+        assert file.sha256 is None or re.fullmatch("[0-9a-f]{64}", file.sha256)
+        assert file.other or (file.urls and file.source), file.name
+    digests = {f.name: f.sha256 for f in known_files() if not f.other}
+    assert digests["wiki.test.tokens"] == wikitext103.PAPER_TEXT_DIGEST
+    assert digests["lambada_test.jsonl"] == lambada.PAPER_DIGEST
+    hubs = {file.task: file.hub for file in reversed(known_files()) if file.hub}
+    for name in TASKS:
+        assert hubs[name].partition(":")[0] == make_task(name).hub.path
+    assert hubs["wikitext103"] == str(wikitext103.HUB_TEST_SET)
+
+
+@pytest.mark.realdata
+def test_the_files_that_were_read_are_those_of_the_table(shared_data: Path):
+    found = 0
+    for path in (
+        p
+        for f in ("wikitext-103", "wikitext-2", "lambada", "gpt2")
+        for p in (shared_data / f).iterdir()
+    ):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        for file in known_files():
+            if file.sha256 == digest:
+                assert (file.name, file.bytes) == (path.name, path.stat().st_size)
+                found += 1
+    assert found == sum(file.sha256 is not None for file in known_files())
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """A table of small files of one task; returns their content."""
+    content = {"right.txt": b"one\ntwo\n", "other.txt": b"one\n"}
+
+    def entry(name: str, other: bool) -> KnownFile:
+        digest = hashlib.sha256(content[name]).hexdigest()
+        size = len(content[name])
+        return KnownFile(
+            "lambada", name, f"the {name[:5]} set", "a/b:c", ("u",), "s", size, digest, other
+        )
+
+    files = (entry("right.txt", False), entry("other.txt", True))
+    unread = KnownFile("race", "R.tar.gz", "R", "x/race:all", ("u",), "s")
+    monkeypatch.setattr(known, "known_files", lambda: (*files, unread))
+    return content
+
+
+def test_a_file_is_told_from_others(table, tmp_path, run: Run):
+    place = tmp_path / "mine"
+    line = ["data", "lambada", "--data", place]
+    place.write_bytes(table["right.txt"])
+    ended = run(*line)
+    assert ended.code == 0 and ended.out == f"{place} is right.txt, the right set\n"
+    place.write_bytes(b"\xef\xbb\xbf" + table["right.txt"].replace(b"\n", b"\r\n"))
+    ended = run(*line)
+    assert ended.code == 0 and "with other line ends or a byte order mark" in ended.out
+    place.write_bytes(table["other.txt"])
+    assert_one_sentence(run(*line), "is other.txt, the other set, not the file that lambada wants")
+    place.write_bytes(b"neither")
+    said = (
+        "is no file that is known here (7 bytes, sha256 ",
+        "right.txt, the right set, has 8 bytes",
+    )
+    assert_one_sentence(run(*line), *said)
+    place.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 8\n")
+    assert_one_sentence(run(*line), "Git LFS")
+    assert_one_sentence(run(*line[:-1], tmp_path / "none"), "none does not exist")
+
+
+def test_folders_and_what_was_never_read(table, tmp_path, run: Run):
+    (tmp_path / "right.txt").write_bytes(table["right.txt"])
+    ended = run("data", "lambada", "--data", tmp_path)
+    assert ended.code == 0 and "is right.txt, the right set" in ended.out
+    (tmp_path / "right.txt").unlink()
+    assert_one_sentence(run("data", "lambada", "--data", tmp_path), "holds none of right.txt")
+    (tmp_path / "R.tar.gz").write_bytes(b"x")
+    ended = run("data", "race", "--data", tmp_path / "R.tar.gz")
+    assert ended.code == 0 and "no file of race was read here" in ended.out
+    assert check_file(tmp_path / "R.tar.gz", "race") is None
+    assert_one_sentence(run("data", "--data", tmp_path), "--data needs the task")
+
+
+def test_the_list_says_what_is_known(run: Run):
+    text = run("data").out
+    for file in known_files():
+        assert file.other or (file.name in text and all(url in text for url in file.urls))
+        assert file.other or file.sha256 is None or file.sha256 in text
+    assert "bytes and sha256 are not known here" in run("data", "race").out
+    assert "wiki" not in run("data", "squad").out
+    listed = json.loads(run("data", "lambada", "--json").out)
+    [wanted] = [f for f in known_files() if f.task == "lambada"]
+    assert listed == json.loads(json.dumps([dataclasses.asdict(wanted)]))
+
+
+# --- without a network ---
+
+
+@pytest.fixture
+def unplugged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """No network and an empty cache; returns what was asked of the Hub."""
+    import datasets
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    asked: list[str] = []
+
+    def fail(self: object, path: str, **settings: object) -> None:
+        asked.append(path)
+        raise ConnectionError("Name or service not known\nmore")
+
+    def refuse(self: object, address: object) -> None:
+        raise AssertionError(f"a connection to {address}")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return asked
+
+
+def test_the_hub_is_asked_once(unplugged: list[str], monkeypatch: pytest.MonkeyPatch):
+    from huggingface_hub import constants
+
+    with pytest.raises(InputError) as caught:
+        load_dataset(wikitext103.HUB_TEST_SET)
+    assert str(caught.value) == (
+        "Salesforce/wikitext:wikitext-103-v1:test is not in the local cache, and the Hugging Face "
+        "hub cannot be reached (Name or service not known); give a local file with --data "
+        "(wiki.test.tokens; `mlm-eval data wikitext103` says where to get it)"
+    )
+    assert unplugged == ["Salesforce/wikitext"] and not constants.HF_HUB_OFFLINE
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"\(HF_HUB_OFFLINE is set\); give a local .*--data"):
+        load_dataset(DatasetName("some/set", None))
+    assert len(unplugged) == 1
+
+
+def test_the_commands_name_the_file_to_give(
+    unplugged: list[str], run: Run, folder: Path, bert: Path
+):
+    ended = run("lambada", "--ckpt", folder / "gpt")
+    assert_one_sentence(ended, "cannot be reached", "lambada_test.jsonl; `mlm-eval data lambada`")
+    out = folder / "race"
+    ended = run("race", "--ckpt", bert, "--data", "ehovy/race", "--output-dir", out)
+    assert_one_sentence(ended, "cannot be reached", "RACE.tar.gz; `mlm-eval data race`")
+    assert not out.exists()
+    assert "`mlm-eval data`" in local_hint("any/set")
+
+
+def test_an_answer_of_the_hub_is_for_datasets_to_tell(unplugged, monkeypatch: pytest.MonkeyPatch):
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: 1 / 0)
+    with pytest.raises(InputError, match="cannot be loaded by `datasets` .ZeroDivisionError"):
+        load_dataset(DatasetName("some/set", None))
