@@ -83,6 +83,9 @@ PREDICTION_HEADS = (
     "heads of multi-token prediction, which the main head never sees: kept by conversions to "
     "Megatron's formats and to Hugging Face's DeepSeek V3, left out elsewhere"
 )
+RankColumns = dict[tuple[int, int], dict[str, LazyTensor]]
+"""What ranks hold by canonical names, by their tensor-parallel and expert-parallel number."""
+
 MOST_RANKS = 1 << 20
 """Tensor-parallel times expert-parallel ranks that are believed."""
 
@@ -258,8 +261,8 @@ def merge_ranks(
     for column in columns.values():
         for name in [name for name in column if NUMBERED.fullmatch(name)]:
             del column[name]
-    shards = [columns[t, min(e for u, e in columns if u == t)] for t in range(tp)]
-    _join_down_projections(shards, first.args)
+    shards = _one_of_each(columns)
+    _join_down_projections(columns, first.args)
     dense_shapes = {name: tensor.shape for name, tensor in shards[0].items()}
     check_dims(dense_shapes, str(where))
     _check_same_keys(columns, files, where)
@@ -292,7 +295,9 @@ def merge_ranks(
         # A parameter that the table lacks is refused below.
         tensors[name] = table[name].rule.merge(parts) if name in table else parts[0]
     tensors |= merge_experts(experts, table, str(where))
-    small, large = split_by_size(_replicas(columns, table))
+    found_heads, of_heads = _prediction_heads(files, layout, config, where)
+    heads, notes = prediction_heads(found_heads, config, str(where))
+    small, large = split_by_size({**_replicas(columns, table), **of_heads})
     odd_replicas = compare_replicas(small, where)
     warnings += built.warnings + odd_replicas
     tp_ranks = dict(enumerate(shards))
@@ -301,9 +306,6 @@ def merge_ranks(
         where,
     )
     warnings += unknown_settings(beside)
-    heads, notes = prediction_heads(
-        _prediction_heads(files, layout, config, where), config, str(where)
-    )
     notes = [*_notes(files), *notes]
     provenance = Provenance(
         path=where,
@@ -336,9 +338,9 @@ def _all_chunks(file: RankFile) -> dict[str, LazyTensor]:
 
 def _prediction_heads(
     files: Mapping[Rank, RankFile], layout: ExpertLayout, config: ModelConfig, where: Path
-) -> dict[str, LazyTensor]:
-    """Return the heads of multi-token prediction, whole, under canonical names."""
-    columns: dict[tuple[int, int], dict[str, LazyTensor]] = {}
+) -> tuple[dict[str, LazyTensor], RankCopies]:
+    """Return the heads of multi-token prediction, whole, under canonical names, and replicas."""
+    columns: RankColumns = {}
     for (t, _, e), file in files.items():
         found = columns.setdefault((t, e), {})
         for chunk in file.chunks:
@@ -346,7 +348,7 @@ def _prediction_heads(
                 if names.is_left_out(key):
                     found[names.prediction_name(key, str(file.path))] = tensor
     experts = _expert_parts(columns, layout, where)
-    shards = [columns[t, min(e for u, e in columns if u == t)] for t in range(layout.tp)]
+    shards = _one_of_each(columns)
     plain = [
         {n: tensor.shape for n, tensor in shard.items() if not NUMBERED.fullmatch(n)}
         for shard in shards
@@ -356,7 +358,7 @@ def _prediction_heads(
             f"{where} mixes two checkpoints: the heads of multi-token prediction differ on its "
             "tensor-parallel ranks; copy all ranks of one save"
         )
-    _join_down_projections(shards, files[0, 0, 0].args)
+    _join_down_projections(columns, files[0, 0, 0].args)
     table = prediction_parameters(config, num_prediction_heads(shards[0]))
     whole = {}
     for name in shards[0]:
@@ -364,7 +366,7 @@ def _prediction_heads(
             parts = [shard[name] for shard in shards]
             alike = name in table and len(parts[0].shape) == len(table[name].shape)
             whole[name] = table[name].rule.merge(parts) if alike else parts[0]
-    return whole | merge_experts(experts, table, str(where))
+    return whole | merge_experts(experts, table, str(where)), _replicas(columns, table)
 
 
 def prediction_heads(
@@ -381,7 +383,7 @@ def prediction_heads(
 
 
 def _expert_parts(
-    columns: Mapping[tuple[int, int], dict[str, LazyTensor]], layout: ExpertLayout, where: Path
+    columns: RankColumns, layout: ExpertLayout, where: Path
 ) -> dict[str, list[LazyTensor]]:
     """Return the parts of each expert's matrices, by canonical names with global numbers.
 
@@ -408,12 +410,13 @@ def _expert_parts(
     return parts
 
 
-def _join_down_projections(shards: list[dict[str, LazyTensor]], args: Mapping[str, Any]) -> None:
+def _join_down_projections(columns: RankColumns, args: Mapping[str, Any]) -> None:
     """Make the down projections of latent attention whole on every rank.
 
     megatron-core's local layers cut them by rows, wherever that falls; TransformerEngine's hold
     them whole. Source: docs/megatron.md, "Multi-latent attention".
     """
+    shards = _one_of_each(columns)
     for name in [name for name in shards[0] if name.endswith("_down_proj.weight")]:
         up = shards[0].get(name.replace("_down_proj", "_up_proj"))
         if up is None or len(up.shape) != 2:
@@ -425,9 +428,17 @@ def _join_down_projections(shards: list[dict[str, LazyTensor]], args: Mapping[st
         else:
             whole = rows == latent
         if len(shards) > 1 and not whole:
-            joined = Concat([shard[name] for shard in shards], 0)
-            for shard in shards:
-                shard[name] = joined
+            parts = {rank: column[name] for rank, column in columns.items()}
+            others = [shard[name] for shard in shards]
+            for (_, e), column in columns.items():
+                of_e = [parts.get((t, e), other) for t, other in enumerate(others)]
+                column[name] = Concat(of_e, 0)
+
+
+def _one_of_each(columns: RankColumns) -> list[dict[str, LazyTensor]]:
+    """Return what one rank of each tensor-parallel number holds, in their order."""
+    numbers = sorted({t for t, _ in columns})
+    return [columns[t, min(e for u, e in columns if u == t)] for t in numbers]
 
 
 def _version(first: RankFile, code: RunCode, overrides: Mapping[str, Any]) -> float:
@@ -542,7 +553,7 @@ def _drop_head_copies(
 
 
 def _check_same_keys(
-    columns: Mapping[tuple[int, int], dict[str, LazyTensor]],
+    columns: RankColumns,
     files: dict[Rank, RankFile],
     where: Path,
 ) -> None:
@@ -603,9 +614,7 @@ def qkv_order(version: float, heads: int, channels: int) -> torch.Tensor:
     return rows
 
 
-def _replicas(
-    columns: Mapping[tuple[int, int], dict[str, LazyTensor]], table: Mapping[str, Parameter]
-) -> RankCopies:
+def _replicas(columns: RankColumns, table: Mapping[str, Parameter]) -> RankCopies:
     """Return what more than one rank holds whole."""
     if len(columns) < 2:
         return {}
@@ -615,7 +624,8 @@ def _replicas(
         for (t, e), _ in others
     }
     return {
-        name: {"": reference[name]} | {pairs[rank]: column[name] for rank, column in others}
+        name: {"": reference[name]}
+        | {pairs[rank]: column[name] for rank, column in others if name in column}
         for name, parameter in table.items()
         if parameter.rule.dim is None and name in reference
     }

@@ -156,6 +156,21 @@ def test_heads_of_prediction_are_carried_along(name: str, tmp_path: Path) -> Non
     assert not written.provenance.args.get("mtp_num_layers")  # Megatron would look for them
 
 
+@pytest.mark.parametrize("part", ["enorm", "transformer_layer.mlp.router"])
+def test_heads_that_differ_between_ranks_are_found(part: str, tmp_path: Path) -> None:
+    source = random_models.with_prediction_heads(random_models.checkpoint(DEEPSEEK), 1)
+    folder = write_megatron_torch(source, tmp_path / "out", tp=2)
+    file = folder / "release" / "mp_rank_01" / "model_optim_rng.pt"
+    saved = torch.load(file, weights_only=False)
+    saved["model"][f"mtp.layers.0.{part}.weight"] += 0.001
+    torch.save(saved, file)
+    assert "1 replicated tensor(s) differ" in " ".join(open_checkpoint(folder).provenance.warnings)
+    saved["model"][f"mtp.layers.0.{part}.weight"] += 9.0
+    torch.save(saved, file)
+    with pytest.raises(InputError, match=rf"mixes two checkpoints: mtp\.layers\.0\.{part}"):
+        open_checkpoint(folder)
+
+
 # ---- what is refused ---------------------------------------------------------------------------
 
 
