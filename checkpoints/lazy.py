@@ -154,7 +154,7 @@ def _map(path: Path, size: int) -> torch.UntypedStorage:
         mapped = torch.UntypedStorage.from_file(str(path), False, size)
         assert isinstance(mapped, torch.UntypedStorage)
         return mapped
-    except RuntimeError:
+    except (RuntimeError, UnicodeEncodeError):  # the second: a name of bytes that are no text
         return _map_read_only(path, size, 0)
 
 

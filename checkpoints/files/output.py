@@ -81,9 +81,10 @@ def output_folder(
                     f"{target} needs {needs / 1e9:.2f} GB where its disk has {free / 1e9:.2f} GB "
                     "free; make room or choose another output folder"
                 )
-            yield partial
-            if finish is not None:
-                finish(partial)
+            with _noticing_removal(partial, target):
+                yield partial
+                if finish is not None:
+                    finish(partial)
             check_folder(target, overwrite=overwrite)  # it may have come meanwhile
             forget_unfinished(partial)  # whole: not to go after what it replaces
             _replace(partial, target)
@@ -96,6 +97,27 @@ def output_folder(
         ) from None
     finally:
         lock.release()
+
+
+@contextmanager
+def _noticing_removal(partial: Path, target: Path) -> Iterator[None]:
+    """Say what has happened where another process removes what is being written.
+
+    Raises:
+        InputError: The folder is gone.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception:
+        if partial.is_dir():
+            raise
+    if not partial.is_dir():
+        raise InputError(
+            f"{target.parent} was removed or renamed while {target.name} was written there; give "
+            "an output folder that stays"
+        )
 
 
 @contextmanager

@@ -84,8 +84,12 @@ def lock_folder(folder: Path, *, what: str) -> Lock:
         ) from None
     since = datetime.now().astimezone().isoformat(timespec="seconds")
     owner = f"process {os.getpid()} on {socket.gethostname()}, since {since}"
-    os.ftruncate(lock.descriptor, 0)
-    os.write(lock.descriptor, owner.encode())
+    try:
+        os.ftruncate(lock.descriptor, 0)
+        os.write(lock.descriptor, owner.encode())
+    except OSError:  # the disk is full
+        unlock_folder(lock)
+        raise
     return lock
 
 

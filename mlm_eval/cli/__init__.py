@@ -19,7 +19,6 @@ that is heavy, so that `--help` and `inspect` stay quick. Nothing imports from h
 from __future__ import annotations
 
 import atexit
-import contextlib
 import os
 import signal
 import sys
@@ -29,8 +28,14 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.app import app
 from mlm_eval.cli.printing import complain, remark
 from mlm_eval.cli.screen import how_to_continue
-from mlm_eval.ranks.faults import lost_peers, named_fault
-from mlm_eval.ranks.signals import STOPPED, interrupted_by_signals, stopped_by
+from mlm_eval.ranks.faults import check_surroundings, lost_peers, named_fault
+from mlm_eval.ranks.signals import (
+    STOPPED,
+    interrupted_by_signals,
+    say_bus_errors,
+    stopped_by,
+)
+from mlm_eval.ranks.streams import close_streams, open_streams
 from mlm_eval.ranks.world import detect_world
 
 __all__ = ["app", "entry", "main"]
@@ -46,10 +51,20 @@ def main() -> None:
 
 def entry() -> None:
     """Run the command line as a process of its own, which ends with it."""
-    code = _main()
-    with contextlib.suppress(OSError, ValueError):  # the reader of a pipe has left
-        sys.stdout.flush()
-        sys.stderr.flush()
+    open_streams()
+    say_bus_errors()
+    try:
+        code = _main()
+    except SystemExit as leaving:  # of typer, and of the parent of ranks
+        code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    lost = close_streams()
+    if lost is not None and code == 0:
+        print(
+            f"mlm-eval: what was printed is not complete: {named_fault(lost) or lost}",
+            file=sys.stderr,
+        )
+        close_streams()
+        code = 2
     # What is registered for the end still runs. The interpreter's own teardown of torch takes half
     # a second and frees nothing that the end of the process does not.
     atexit._run_exitfuncs()
@@ -59,6 +74,7 @@ def entry() -> None:
 def _main() -> int:
     world = None
     try:
+        check_surroundings()
         world = detect_world()
         if world is None:
             with interrupted_by_signals():

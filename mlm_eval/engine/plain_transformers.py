@@ -8,6 +8,7 @@ folder will get.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from mlm_eval.ranks.signals import PARENT, die_with_parent
 
 HEADS = {
     "NextSentencePrediction": "binary_head",
@@ -77,5 +80,6 @@ def _named(architecture: str, result: Any) -> list[tuple[str, Tensor]]:
 
 
 if __name__ == "__main__":
+    die_with_parent(int(os.environ[PARENT]))
     folder, probe, output = (Path(argument) for argument in sys.argv[1:4])
     save_file(transformers_outputs(folder, load_file(probe)), output)

@@ -239,6 +239,8 @@ class PartialScores:
             with atomic_file(path) as partial:
                 save_file(chunk, partial, metadata=said)
         except (OSError, SafetensorError) as error:
+            with suppress(OSError):  # empty where not even the lock could be written
+                self.folder.rmdir()
             raise InputError(
                 f"the scores so far cannot be kept in {self.folder} ({error}); "
                 "give --output a place with room"

@@ -9,6 +9,7 @@ own readers and engine, started anew (`python -m mlm_eval.engine.verify FOLDER P
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,7 @@ from mlm_eval.model.attention import Context, rotary_tables
 from mlm_eval.model.bert import BERT
 from mlm_eval.model.gpt import GPT
 from mlm_eval.model.t5 import T5
+from mlm_eval.ranks.signals import PARENT, die_with_parent
 
 TOLERANCE = 2e-4
 """Largest difference of a log-probability between right implementations in float32, as a share of
@@ -509,7 +511,8 @@ def _in_fresh_process(
         question, answer = Path(scratch, "probe.safetensors"), Path(scratch, "out.safetensors")
         save_file(inputs, question)
         command = [sys.executable, "-P", "-m", module, str(folder), str(question), str(answer)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        environment = os.environ | {PARENT: str(os.getpid())}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
             reader = "transformers" if transformers else "mlm-eval"
@@ -518,6 +521,7 @@ def _in_fresh_process(
 
 
 if __name__ == "__main__":  # the fresh process of `verify_conversion`
+    die_with_parent(int(os.environ[PARENT]))
     folder, question, answer = (Path(argument) for argument in sys.argv[1:4])
     found = outputs(open_checkpoint(folder), load_file(question))
     save_file({name: values.contiguous() for name, values in found.items()}, answer)

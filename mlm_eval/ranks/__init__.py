@@ -4,6 +4,7 @@
     launch.py        starts ranks, waits for them, reports the first cause of a failure
     causes.py        the first cause of a failure, for ranks without a parent of ours
     signals.py       what signals do: a process ends and leaves nothing unfinished
+    streams.py       stdout and stderr that every text can be written to
     faults.py        lack of memory, full disks, lost ranks, named as such
     mesh.py          the layout dp x tp of the running ranks, kept as a DeviceMesh
     layout.py        which layout fits the free memory, and which GPU each rank gets

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.ranks.faults import named_fault
+from mlm_eval.ranks.faults import DISK_FAULTS, named_fault
 from mlm_eval.ranks.mesh import Mesh, is_main, num_ranks, object_group
 
 T = TypeVar("T")
@@ -130,9 +130,11 @@ def on_main(function: Callable[[], T]) -> T:
         except InputError as error:
             outcome = None, error
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            if error.errno not in (*DISK_FAULTS, errno.EACCES, errno.ENOENT, errno.ENOTDIR):
                 raise
             fault = f"the output folder cannot be written ({error}); make room or choose another"
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                fault = f"a file or folder of the run is gone ({error}); leave them while it runs"
             outcome = None, InputError(fault)
     result, failure = from_main(outcome)
     if failure is not None:

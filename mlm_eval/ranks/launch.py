@@ -15,7 +15,6 @@ not wait for it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import json
 import logging
@@ -34,8 +33,14 @@ from typing import TYPE_CHECKING
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.ranks.causes import CauseWatch
-from mlm_eval.ranks.faults import lost_peers, named_fault
-from mlm_eval.ranks.signals import STOPPED, end_by_signals, stopped_by
+from mlm_eval.ranks.faults import lost_peers, named_fault, speaks_of_lost_peers
+from mlm_eval.ranks.signals import (
+    PARENT,
+    STOPPED,
+    die_with_parent,
+    end_by_signals,
+    stopped_by,
+)
 from mlm_eval.ranks.world import LAUNCHED, RANKS, SOURCE, World
 
 if TYPE_CHECKING:
@@ -43,7 +48,6 @@ if TYPE_CHECKING:
 
     from mlm_eval.ranks.layout import RankDevice
 
-PARENT = "MLM_EVAL_PARENT_PID"  # the process that must outlive such a rank
 ERROR_DIR = "MLM_EVAL_ERROR_DIR"  # where such a rank leaves the reason of its failure
 
 POLL_SECONDS = 0.05
@@ -51,10 +55,12 @@ STOP_SECONDS = 3  # from SIGTERM to SIGKILL for the ranks that are left when one
 RENDEZVOUS_TIMEOUT = timedelta(minutes=15)  # all ranks must have started
 RENDEZVOUS_SECONDS = "MLM_EVAL_RENDEZVOUS_SECONDS"  # another such time
 
+RANKS_PER_CORE = 8
+FEW_RANKS = 16  # on any machine
+
 DONE_CODES = (0, 3)  # 3 is an answer (`verify` found a difference), not a failure
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 STOP_CODES = tuple(STOPPED + number for number in STOP_SIGNALS)
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -73,17 +79,10 @@ def prepare_worker() -> None:
     end_by_signals()
     faulthandler.disable()  # the parent says which rank died of what; stacks of all would bury it
     if os.environ.get(LAUNCHED) == "1":
-        _die_with_parent(int(os.environ[PARENT]))
+        die_with_parent(int(os.environ[PARENT]))
     # torch reads this once, while it is imported.
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads_per_rank(local_size)))
-
-
-def _die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when `parent` ends, however it ends."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it had ended before the line above
-        os._exit(1)
 
 
 def _threads_per_rank(local_size: int) -> int:
@@ -272,6 +271,8 @@ def launch(
 
         if device == "cuda":
             _check_gpus(ranks)
+        else:
+            _check_cores(ranks)
         # Port 0: the system picks a free one, and it is taken from that moment on.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         with (
@@ -295,6 +296,17 @@ def _check_gpus(ranks: int) -> None:
         raise InputError(
             f"--tp x --dp is {ranks} ranks, one GPU each, but {torch.cuda.device_count()} GPU(s) "
             "are visible; lower --tp or --dp, or use --device cpu"
+        )
+
+
+def _check_cores(ranks: int) -> None:
+    cores = len(os.sched_getaffinity(0))
+    most = max(FEW_RANKS, RANKS_PER_CORE * cores)
+    if ranks > most:
+        raise InputError(
+            f"--tp x --dp is {ranks} ranks on the CPU, too many for {cores} core(s), which take "
+            f"{most} at the most; lower --tp or --dp, or start the ranks on several machines with "
+            "torchrun"
         )
 
 
@@ -377,7 +389,8 @@ def _outcome(error_dir: Path, codes: dict[int, int], *, stopped: set[int]) -> La
             told = f"rank {rank} was killed by {signal.Signals(-code).name}{hint}{stop}"
             # After a kill from outside the others only report that they lost this rank; after a
             # crash the first of their reports may be the cause.
-            also = faults[:1] if -code != signal.SIGKILL else []
+            own = [fault for fault in faults if not speaks_of_lost_peers(fault)]
+            also = own[:1] if -code != signal.SIGKILL else []
             return LaunchResult(1, "\n".join([told, *also]))
     if faults:
         return LaunchResult(1, faults[0])

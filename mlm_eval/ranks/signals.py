@@ -22,6 +22,15 @@ STOPPED = 128
 _RAISING = (signal.SIGTERM, signal.SIGHUP)
 _ENDING = (signal.SIGINT, signal.SIGTERM)
 
+PARENT = "MLM_EVAL_PARENT_PID"
+"""Variable of a process that ends with another one: whose end that is."""
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_CUT_SHORT = (
+    b"mlm-eval: a file became shorter while it was read, or its disk has failed; copy the "
+    b"checkpoint again, and change nothing in it while it is used\n"
+)
+
 _stopped_by: list[signal.Signals] = []
 
 
@@ -69,6 +78,29 @@ def end_by_signals() -> None:
         signal.siginterrupt(number, False)
     os.register_at_fork(after_in_child=_by_default)
     threading.Thread(target=_end_when_woken, args=(woken,), daemon=True).start()
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when `parent` ends, however it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it had ended before the line above
+        os._exit(1)
+
+
+def say_bus_errors() -> None:
+    """Have this process say why it ends, where a file that it has mapped is cut short meanwhile.
+
+    Nothing can be read on then: the signal comes from the read itself, in whichever thread. The
+    handler is C's, because Python's would run after the instruction that cannot end.
+    """
+    ctypes.CDLL(None).signal(signal.SIGBUS, _bus_error)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _bus_error(_: int) -> None:
+    os.write(2, _CUT_SHORT)
+    remove_unfinished()
+    os._exit(2)
 
 
 def _by_default() -> None:

@@ -78,6 +78,12 @@ def detect_world() -> World | None:
             f"LOCAL_RANK={local_rank} of LOCAL_WORLD_SIZE={local_size}; "
             "start the ranks with torchrun or srun, or unset these variables"
         )
+    port = os.environ["MASTER_PORT"]
+    if not port.isdecimal() or not 1 <= int(port[:6]) <= 65535:
+        raise InputError(
+            f"the environment has MASTER_PORT={port!r}, expected a number from 1 to 65535; start "
+            "the ranks with torchrun or srun, or set another port"
+        )
     source = "self" if launched else os.environ.get(SOURCE, "torchrun")
     return World(rank, size, local_rank, local_size, source)
 

@@ -177,6 +177,7 @@ class StateFolder:
                         process_group=None if alone else object_group(),
                     )
         except dcp.CheckpointException as failure:
+            _raise_interrupt(failure)
             raise InputError(
                 f"the training state could not be written to {self.folder} "
                 f"({_first_line(failure)}); make room, and repeat the command to resume"
@@ -417,6 +418,13 @@ def _kind(path: Path) -> str:
     return f"a link to {os.path.realpath(path)}" if path.is_symlink() else "not a folder"
 
 
+def _raise_interrupt(failure: Any) -> None:
+    """Let Ctrl-C and the like through, which torch wraps as a failure of the checkpoint."""
+    for cause, _ in failure.failures.values():
+        if isinstance(cause, KeyboardInterrupt | SystemExit):
+            raise cause from None
+
+
 def _first_line(failure: Any) -> str:
-    causes = [str(wrapped[0]) for wrapped in failure.failures.values()]
-    return (causes or [str(failure)])[0].splitlines()[0]
+    causes = [str(wrapped[0]) or type(wrapped[0]).__name__ for wrapped in failure.failures.values()]
+    return ((causes or [str(failure)])[0].splitlines() or [type(failure).__name__])[0]
