@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.errors import InputError
@@ -15,13 +16,14 @@ from mlm_eval.cli.run import ModelRun
 from mlm_eval.cli.screen import Screen, phase, progress
 from mlm_eval.cli.series.evaluation import Evaluation, Outcome, kept_beside
 from mlm_eval.cli.series.loop import run_series
-from mlm_eval.options import SeriesOptions, nested, option
+from mlm_eval.options import FILE, SeriesOptions, nested, option
 from mlm_eval.tasks.zero_shot import benchmarks
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.tokenizer import Tokenizer
     from mlm_eval.engine.engine import Engine
     from mlm_eval.engine.resume import Identified, PartialScores
+    from mlm_eval.engine.score import Scores
     from mlm_eval.reporting.results import Result
     from mlm_eval.tasks.zero_shot.benchmark import Work, ZeroShot
 
@@ -38,12 +40,25 @@ class ResumeOptions:
     restart: bool = option("Discard what an interrupted run has kept.", False, flag="--restart")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExamplesOption:
+    """What is written of single examples."""
+
+    save_examples: Path | None = option(
+        "Write each passage or window with its log-probability, of LAMBADA also the answer, here "
+        "(JSON lines).",
+        None,
+        writes=FILE,
+    )
+
+
 def register(benchmark: ZeroShot[Any]) -> None:
     """Add the command of a benchmark."""
     kind = dataclasses.make_dataclass(
         benchmark.name,
         [
             ("own", Any, nested(benchmark.options)),
+            ("saving", ExamplesOption, nested(ExamplesOption)),
             ("resuming", ResumeOptions, nested(ResumeOptions)),
             ("run", SeriesOptions, nested(SeriesOptions)),
         ],
@@ -52,10 +67,20 @@ def register(benchmark: ZeroShot[Any]) -> None:
 
     @command(benchmark.name, kind, help=inspect.getdoc(benchmark), order=("ckpt",))
     def run(options: Any) -> None:
+        examples = options.saving.save_examples
         evaluation = BenchmarkEvaluation(
-            benchmark, options.own, options.run, restart=options.resuming.restart
+            benchmark,
+            options.own,
+            options.run,
+            restart=options.resuming.restart,
+            save_examples=examples,
         )
         if options.run.is_series:
+            if examples is not None:
+                raise InputError(
+                    "--save-examples is of one checkpoint, and a series is asked for; give one "
+                    "--ckpt, such as an iter_* folder, without --iterations"
+                )
             run_series(options.run, evaluation)
         else:
             evaluation.run_alone()
@@ -69,7 +94,13 @@ class BenchmarkEvaluation(Evaluation[BenchmarkText]):
     """A benchmark, on one model or on a series of them."""
 
     def __init__(
-        self, benchmark: ZeroShot[Any], own: Any, options: SeriesOptions, *, restart: bool
+        self,
+        benchmark: ZeroShot[Any],
+        own: Any,
+        options: SeriesOptions,
+        *,
+        restart: bool,
+        save_examples: Path | None = None,
     ) -> None:
         """Remember what is asked for.
 
@@ -78,7 +109,9 @@ class BenchmarkEvaluation(Evaluation[BenchmarkText]):
             own: The benchmark's own options.
             options: Those of the run.
             restart: Discard the scores that an interrupted run has kept beside its output.
+            save_examples: Where single examples are written.
         """
+        self.save_examples = save_examples
         self.benchmark, self.own, self.options, self.restart = benchmark, own, options, restart
         self.task, self.limit = benchmark.name, options.limit
         asked = {k: v for k, v in dataclasses.asdict(own).items() if k != "data"}
@@ -153,6 +186,7 @@ class BenchmarkEvaluation(Evaluation[BenchmarkText]):
         """Return the result of a model; its record is written."""
         from mlm_eval.checkpoints.checkpoint import full_digest
         from mlm_eval.reporting.text import work_text
+        from mlm_eval.tasks.zero_shot.score import write_lines
 
         benchmark, options = self.benchmark, run.options
         tokenizer, work = text
@@ -160,14 +194,27 @@ class BenchmarkEvaluation(Evaluation[BenchmarkText]):
         run.log(work_text(benchmark.unit, len(work.requests), tokens, engine.flops(work.requests)))
         parts = benchmark.resume_parts(engine, work, tokenizer)
         with kept_scores(run, len(work.requests), parts, restart=self.restart) as partial:
+            examples: list[dict[str, Any]] = []
+
+            def on_scores(scores: Scores) -> None:
+                if self.save_examples is not None:
+                    examples.extend(benchmark.examples(engine, work, scores, tokenizer))
+
             with progress(run.is_main) as on_progress:
                 result = benchmark.score(
-                    engine, work, tokenizer=tokenizer, on_progress=on_progress, partial=partial
+                    engine,
+                    work,
+                    tokenizer=tokenizer,
+                    on_progress=on_progress,
+                    partial=partial,
+                    on_scores=on_scores,
                 )
             result.settings.update(engine.describe(), seed=options.seed)
             if options.full_digest and run.is_main:
                 result.checkpoint["full_digest"] = full_digest(engine.checkpoint)
             run.warn(result.warnings)
+            if self.save_examples is not None and run.is_main:
+                write_lines(self.save_examples, examples)
             if options.output is not None and run.is_main:
                 result.write(options.output)
             if partial is not None and run.is_main:

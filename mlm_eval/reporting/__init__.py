@@ -1,6 +1,7 @@
 """What a run found, for machines and for people.
 
     results.py   the record that every task returns, and its JSON; imports no torch
+    record.schema.json  the record's fields, as a JSON schema (draft 2020-12)
     environment.py  when, where and by what command a record was made
     series_list.py  the list of a series: each checkpoint with its iteration and its record
     existing.py  whether a file that is in the way is a result, and of how many data

@@ -10,6 +10,9 @@ from typing import Any
 LIMITS = ("limit", "train_limit", "dev_limit", "test_limit")
 """The options, and settings in a record, that leave out some of the data."""
 
+_OF_LINES = {"logprobs", "head_logits", "logprob"}
+"""Of which a line of ours has one."""
+
 _MOST = 1 << 28
 """Bytes of a record that are read at most."""
 
@@ -78,9 +81,9 @@ def _record(path: Path) -> dict[str, Any] | None:
 
 
 def _is_lines(head: bytes) -> bool:
-    """Return whether a file begins with a line of `score`."""
+    """Return whether a file begins with a line of `score` or of `--save-examples`."""
     try:
         first = json.loads(head.partition(b"\n")[0])
     except (ValueError, RecursionError):
         return b'"logprobs": [' in head.partition(b"\n")[0]  # cut off: a long one
-    return isinstance(first, dict) and bool({"logprobs", "head_logits"} & set(first))
+    return isinstance(first, dict) and bool(_OF_LINES & set(first))

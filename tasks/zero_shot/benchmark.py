@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -60,6 +60,8 @@ class Work:
     """The record's `counts`."""
     settings: dict[str, Any]
     """The record's `settings`: what decides the scores, the data, `limit` and `warnings`."""
+    sources: Sequence[Mapping[str, Any]] = ()
+    """Of each request what `--save-examples` tells of its data; empty where there is nothing."""
 
 
 @dataclass(frozen=True)
@@ -201,9 +203,21 @@ class ZeroShot(ABC, Generic[Own]):
         tokenizer: Tokenizer,
         on_progress: OnProgress | None = None,
         partial: PartialScores | None = None,
+        on_scores: Callable[[Scores], None] | None = None,
     ) -> Result:
-        """Return the result of prepared work; every rank takes part and gets the same one."""
+        """Return the result of prepared work; every rank takes part and gets the same one.
+
+        Args:
+            engine: With the model.
+            work: What is scored.
+            tokenizer: The model's own.
+            on_progress: Called with tokens done and tokens in all.
+            partial: Scores kept from an interrupted run.
+            on_scores: Called with the scores, on every rank; see `examples`.
+        """
         scores = engine.score(work.requests, on_progress=on_progress, partial=partial)
+        if on_scores is not None:
+            on_scores(scores)
         nll_sum = math.fsum(scores.nll_sums().tolist())
         return Result(
             task=self.name,
@@ -219,6 +233,26 @@ class ZeroShot(ABC, Generic[Own]):
             timing=timing_record(engine, work.requests, scores.seconds, partial),
             versions=versions(),
         )
+
+    def examples(
+        self, engine: Engine, work: Work, scores: Scores, tokenizer: Tokenizer
+    ) -> list[dict[str, Any]]:
+        """Return what `--save-examples` writes of each request, in their order; all ranks call it.
+
+        `text` is what was scored, of `tokens` tokens with the summed log-probability `logprob`
+        (nats; None where it is no number).
+        """
+        return [
+            {
+                **(work.sources[i] if work.sources else {"example": i}),
+                "text": tokenizer.decode(request.tokens[-request.num_scored :].tolist()),
+                "tokens": request.num_scored,
+                "logprob": logprob if math.isfinite(logprob) else None,
+            }
+            for i, (request, logprob) in enumerate(
+                zip(work.requests, (-scores.nll_sums()).tolist(), strict=True)
+            )
+        ]
 
     def resume_parts(self, model: Identified, work: Work, tokenizer: Tokenizer) -> dict[str, Any]:
         """Return all that decides the scores; `limit` and the layout do not."""

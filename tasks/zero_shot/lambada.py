@@ -27,6 +27,7 @@ from mlm_eval.tasks.zero_shot.benchmark import DataOption, PaperFigure, Work, Ze
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.tokenizer import Tokenizer
+    from mlm_eval.engine.engine import Engine
     from mlm_eval.engine.score import Scores
     from mlm_eval.planning.plan import Workload
 
@@ -128,7 +129,43 @@ class Lambada(ZeroShot[ClozeOptions]):
                 "data": _data_record(path, digest, len(passages)),
                 "warnings": warnings,
             },
+            sources=[{"line": line, "passage": text} for line, text in passages[:limit]],
         )
+
+    def examples(
+        self, engine: Engine, work: Work, scores: Scores, tokenizer: Tokenizer
+    ) -> list[dict[str, Any]]:
+        """Return each passage with its target, the model's answer, and whether it is right.
+
+        The answer is what the model writes greedily, as many tokens as the target has; only those
+        of passages that it got wrong have to be computed. Of a model that gives NaN it is None.
+        """
+        from mlm_eval.engine.generate import Prompt, generate
+
+        right = scores.all_greedy().tolist()
+        told = super().examples(engine, work, scores, tokenizer)
+        answers = [line["text"] if hit else None for line, hit in zip(told, right, strict=True)]
+        wrong = [i for i, hit in enumerate(right) if not hit]
+        if scores.logprobs.isfinite().all():
+            prompts = []
+            for index in wrong:
+                request = work.requests[index]
+                context = request.tokens[: -request.num_scored].tolist()
+                prompts.append(Prompt(context, max_new_tokens=request.num_scored))
+            written = generate(engine, prompts) if prompts else []
+            for index, text in zip(wrong, written, strict=True):
+                answers[index] = tokenizer.decode(text.tokens)
+        return [
+            {
+                **source,
+                "target": line["text"],
+                "answer": answer,
+                "correct": hit,
+                "tokens": line["tokens"],
+                "logprob": line["logprob"],
+            }
+            for source, line, answer, hit in zip(work.sources, told, answers, right, strict=True)
+        ]
 
     def metrics(self, scores: Scores, nll_sum: float, work: Work) -> dict[str, Any]:
         """Return accuracy and perplexity of the targets."""
@@ -147,11 +184,7 @@ class Lambada(ZeroShot[ClozeOptions]):
         m, c, s = result.metrics, result.counts, result.settings
         target = "every token of the last word" if s["target"] == "word" else "the last token only"
         return [
-            (
-                "accuracy",
-                f"{100 * m['accuracy']:.2f} % +- {100 * m['accuracy_stderr']:.2f} "
-                f"({m['num_correct']:,} of {c['examples']:,})",
-            ),
+            ("accuracy", accuracy_text(m, c["examples"])),
             ("target perplexity", f"{m['target_ppl']:.4f}   per target"),
             ("protocol", f"greedy match of {target}"),
         ]
@@ -225,6 +258,22 @@ def cloze_metrics(num_correct: int, *, examples: int, nll_sum: float) -> dict[st
         "target_ppl": exponential(nll_sum / examples),
         "nll_sum": nll_sum,
     }
+
+
+def accuracy_text(metrics: Mapping[str, Any], examples: int) -> str:
+    """Return the accuracy with its standard error.
+
+    Of no hit, and of hits only, that is 0, which says nothing: then with the bound that the true
+    share has with 95 % confidence (Wilson's).
+    """
+    share, hits = 100 * metrics["accuracy"], metrics["num_correct"]
+    counted = f"{hits:,} of {examples:,}"
+    if 0 < hits < examples:
+        return f"{share:.2f} % +- {100 * metrics['accuracy_stderr']:.2f} ({counted})"
+    squared = 1.959964**2
+    bound = 100 * squared / (examples + squared)
+    word, bound = ("most", bound) if hits == 0 else ("least", 100 - bound)
+    return f"{share:.2f} % ({counted}; at {word} {bound:.1f} % with 95 % confidence)"
 
 
 def read_passages(data: str | None) -> tuple[str, list[tuple[int, str]], str]:

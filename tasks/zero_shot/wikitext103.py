@@ -149,6 +149,10 @@ class WikiText103(ZeroShot[WikiTextOptions]):
                 "data": _data_record(path, text, original_tokens, tokens.numel()),
                 "warnings": self.limit_warnings(limit, len(requests), len(found)),
             },
+            sources=[
+                {"window": index, "first_token": stop - scored}
+                for index, (_, stop, scored) in enumerate(found[:limit])
+            ],
         )
 
     def metrics(self, scores: Scores, nll_sum: float, work: Work) -> dict[str, Any]:

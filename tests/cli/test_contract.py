@@ -11,9 +11,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from support.command_line import Ended, Run, read
-from support.paths import GOLDEN, SAMPLES
+from support.paths import GOLDEN, PROJECT, SAMPLES
 
 from mlm_eval.cli.app import commands, full_command
 
@@ -177,10 +178,42 @@ def training(run: Run, folder: Path) -> dict[str, set[str]]:
 def test_no_key_of_a_record_is_missing(run: Run, tmp_path: Path, monkeypatch, kind):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     found = kind(run, tmp_path)
+    for path in tmp_path.rglob("*.json"):
+        record = read(path)
+        if isinstance(record, dict) and ("task" in record or "same" in record):
+            assert faults(record) == [], path
     known = EXPECTED["keys"][kind.__name__]
     assert {name: sorted(set(entry) - found.get(name, set())) for name, entry in known.items()} == {
         name: [] for name in known
     }
+
+
+SCHEMA = jsonschema.Draft202012Validator(
+    json.loads((PROJECT / "mlm_eval" / "reporting" / "record.schema.json").read_text())
+)
+
+
+def faults(record: Any) -> list[str]:
+    """Return where a record is not as the published schema says."""
+    found = SCHEMA.iter_errors(record)
+    return [error.message for each in found for error in [*(each.context or []), each]]
+
+
+def test_the_schema_is_one_and_refuses_what_is_no_record():
+    """Each of the made-up records is as it says; without any of the fields it is not."""
+    SCHEMA.check_schema(SCHEMA.schema)
+    records = [json.loads(path.read_text()) for path in (GOLDEN / "records").glob("*.json")]
+    run = {"date": "", "host": "", "devices": [], "command": [], "seconds": 1, "commit": None}
+    assert records
+    for record in records:
+        whole = {"run": run, **record}
+        assert faults(whole) == []
+        for name in whole:
+            assert faults({k: v for k, v in whole.items() if k != name}) != [], name
+        for name in ("adjusted_ppl", "accuracy"):
+            if name in record["metrics"]:
+                spoiled = {**whole, "metrics": {**record["metrics"], name: [1]}}
+                assert faults(spoiled) != [], name
 
 
 def write(run: Run, folder: Path) -> None:
