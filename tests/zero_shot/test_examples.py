@@ -53,7 +53,8 @@ def test_every_passage_has_its_target_and_the_models_answer(run: Run, tmp_path):
         and "examples.jsonl exists already; replace it with --overwrite" in again.err
     )
     assert saved.read_bytes() == before
-    assert run(*command[:-3], 2, *command[-2:], "--overwrite").code == 2  # fewer never replace more
+    fewer = run(*command[:-3], 2, *command[-2:], "--overwrite")
+    assert fewer.code == 2 and "12 results, which a limited run never replaces" in fewer.err
     assert run(*command, "--overwrite").code == 0 and saved.read_bytes() == before
 
 
