@@ -10,6 +10,7 @@ Source: docs/megatron.md, "Distributed formats", "What the pickles ask for", "to
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -267,10 +268,14 @@ def _refuse_copied_files(
     """
     alike: dict[bytes, list[str]] = {}
     for name, tail in tails.items():
-        alike.setdefault(tail, []).append(name)
-    for one, *others in alike.values():
-        if others and any(not is_plain(part) for part in files.parts(keys, one)):
-            refuse_copied(f"{one} and {others[0]} hold the same values", files.path)
+        alike.setdefault(tail[:256], []).append(name)
+    for group in alike.values():
+        for one, other in itertools.combinations(sorted(group, key=lambda n: len(tails[n])), 2):
+            if not tails[other].startswith(tails[one]):  # fewer entries may be in its place
+                continue
+            parts = list(files.parts(keys, one))  # one alone may be a table that stands twice
+            if len(parts) > 1 and not all(map(is_plain, parts)):
+                refuse_copied(f"{one} and {other} hold the same values", files.path)
 
 
 def _read_common(files: DistributedFolder | ZarrFolder) -> Common:

@@ -6,12 +6,15 @@ so that a long run is many short ones.
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from support.reliability import damage
+from support.reliability.forked import forked
+from support.reliability.short_form import thinned
 
 LONG = os.environ.get("MLM_EVAL_FUZZ_SEEDS", "160:2400")
 FIRST, LAST = map(int, LONG.split(":"))
@@ -79,3 +82,30 @@ def test_damage_is_said_or_does_none(first, sounds, tmp_path_factory, monkeypatc
     last = STEP if first == 0 else min(first + STEP, LAST)
     count = check(first, last, sounds, folder)
     assert count["sentence"] > last - first >> 2 and count["right"], count
+
+
+def scores(sound: damage.Sound, root: Path, folder: Path) -> tuple[int, str, list[object]]:
+    """Score a line by the command; return its exit code, what it said, and the scores."""
+    lines, output = folder / "in.jsonl", folder / "out.jsonl"
+    lines.write_text('{"tokens": [1, 5, 3, 9, 2, 30]}\n')
+    output.unlink(missing_ok=True)
+    line = ["score", "--ckpt", root / sound.door, "--input", lines, "--output", output]
+    ended = forked(folder / "log", *line)
+    found = json.loads(output.read_text())["logprobs"] if ended.code == 0 else []
+    return ended.code, ended.err, found
+
+
+@pytest.mark.parametrize("case", thinned(range(1000, 1000 + 17 * 64, 17), every=32))
+def test_commands_say_it_too(case, sounds, tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("commands")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    ((format, number),) = damage.cases(case, case + 1)
+    if format not in sounds:
+        sounds[format] = damage.sound(format, folder / format)
+    sound, root = sounds[format], folder / "case"
+    _, before, expected = scores(sound, sound.root, folder)
+    kind, did = damage.damaged(sound, number, root)
+    code, said, found = scores(sound, root, folder)
+    assert code in (0, 2) and "Traceback" not in said, (format, kind, did, said)
+    if code == 0 and said.count("warning: ") == before.count("warning: "):
+        assert found == expected or may_be_silent(format, kind), (format, kind, did)
