@@ -111,7 +111,7 @@ LONGEST_SENTENCE = 4000
 
 def one_line(text: object) -> str:
     """Return a message as one visible line; of a long one the middle is left out."""
-    line = visible(str(text)).strip().replace("\n", "\\n")
+    line = visible(str(text)).rstrip().replace("\n", "\\n")
     if len(line) <= LONGEST_SENTENCE:
         return line
     return f"{line[: LONGEST_SENTENCE - 300]} ... {line[-250:]}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, shown
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 
@@ -19,11 +19,14 @@ def parse_bytes(size: int | str, option: str) -> int:
     Raises:
         InputError: `size` is not a size, or it is less than one byte.
     """
-    found = _SIZE.fullmatch(str(size))
+    found = _SIZE.fullmatch(str(size)) if len(str(size)) < 100 else None
     number = 0
     if found is not None and (found[2] or not found[3]):
         base = 1024 if found[3] else 1000
-        number = int(float(found[1]) * base ** " kmgt".index(found[2].lower() or " "))
+        exact = float(found[1]) * base ** " kmgt".index(found[2].lower() or " ")
+        number = int(exact) if exact < 1 << 62 else 0
     if number < 1:
-        raise InputError(f"{option} {size!r} is not a size; write 80GB, 24GiB or a number of bytes")
+        raise InputError(
+            f"{option} {shown(str(size))} is not a size; write 80GB, 24GiB or a number of bytes"
+        )
     return number

@@ -59,10 +59,7 @@ def entry() -> None:
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     lost = close_streams()
     if lost is not None and code == 0:
-        print(
-            f"mlm-eval: what was printed is not complete: {named_fault(lost) or lost}",
-            file=sys.stderr,
-        )
+        complain(f"what was printed is not complete: {named_fault(lost) or lost}")
         close_streams()
         code = 2
     # What is registered for the end still runs. The interpreter's own teardown of torch takes half

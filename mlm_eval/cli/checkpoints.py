@@ -170,6 +170,9 @@ def convert_checkpoint(options: ConvertOptions) -> None:
         from mlm_eval.checkpoints.hub.upload import check_target
 
         target = check_target(options.push_to, overwrite=options.overwrite)
+    from mlm_eval.checkpoints.files.byte_size import parse_bytes
+
+    parse_bytes(options.max_shard_size, "--max-shard-size")
     checkpoint = chosen_checkpoint(options.ckpt, options.overrides)
     tell_settings(checkpoint)
     tokenizer = chosen_tokenizer(options.ckpt, options)

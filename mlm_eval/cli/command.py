@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import typer
 from typer.core import TyperCommand
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, shown
 from mlm_eval.cli.app import HELP_NAMES, MAKERS, commands, load_config
 from mlm_eval.cli.lists.names import names_of
 from mlm_eval.cli.outputs import check_outputs
@@ -279,5 +279,10 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
                 except ValueError as error:
                     flag = entry.flag or option_name(field.name)
                     raise InputError(f"{flag} {value!r} {error}") from None
+            for number in value if isinstance(value, list) else [value]:
+                endless = isinstance(number, int) and abs(number) >= 1 << 62
+                if endless or number != number:  # the second: NaN
+                    flag = entry.flag or option_name(field.name)
+                    raise InputError(f"{flag} {shown(number)} is no number that can be meant")
             made[field.name] = tuple(value) if isinstance(value, list) else value
     return kind(**made)

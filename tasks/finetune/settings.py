@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.dtypes import DTYPE_CHOICES, DTYPE_NAMES
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, shown
 from mlm_eval.checkpoints.files.text_file import read_toml
 from mlm_eval.options import DATA, FOLDER, RUN, TASK, again, given, option
 from mlm_eval.training.settings import (
@@ -117,6 +117,10 @@ def _read(name: str) -> tuple[str, dict[str, Any]]:
     return str(path), read_toml(path, "a TOML file that can be read")
 
 
+_LARGEST = 1 << 31
+"""Of any number in a recipe; NaN is above it, too."""
+
+
 def _checked(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return the values in the types of their fields."""
     hints = typing.get_type_hints(Recipe)
@@ -124,14 +128,17 @@ def _checked(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     for name, value in values.items():
         if name not in FIELDS:
             raise InputError(
-                f"{source} sets {name}, which no recipe has; the fields are {', '.join(FIELDS)}"
+                f"{source} sets {shown(name)[1:-1]}, which no recipe has; the fields are "
+                f"{', '.join(FIELDS)}"
             )
         kinds = typing.get_args(hints[name]) or (hints[name],)  # of float | None, of float
+        if isinstance(value, int | float) and not abs(value) < _LARGEST:
+            raise InputError(f"{source} sets {name} to {shown(value)}, which no run has")
         if float in kinds and type(value) is int:
             value = float(value)
         if type(value) not in kinds:  # exactly: True is an int
             expected = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
-            raise InputError(f"{source} sets {name} to {value!r}; expected {expected}")
+            raise InputError(f"{source} sets {name} to {shown(value)}; expected {expected}")
         checked[name] = value
     return checked
 

@@ -192,6 +192,6 @@ SIZES = (
 ATTACKS += [Attack(" ".join(words), partial(_options, words), refused=None) for words in SIZES]
 
 
-@attacks(ATTACKS, every=8)
+@attacks(ATTACKS, every=12)
 def test_no_bomb_takes_time_or_memory(attack: Attack, warm: WarmCommands, bases: Bases):
     check(attack, warm, bases)

@@ -71,8 +71,14 @@ LINES: dict[str, Content] = {
     "a pickle": b"\x80\x02cos\nsystem\n.",
     "gzip": gzip.compress(b'{"text": "a b"}\n'),
 }
+# Nothing is asked there, and nothing is answered.
+EMPTY = ("an empty text", "nothing")
 ATTACKS = [
-    Attack(f"{name}: {what}", partial(prepare, content))
+    Attack(
+        f"{name}: {what}",
+        partial(prepare, content),
+        refused=None if name == "score" and what == EMPTY[0] else True,
+    )
     for name, prepare in (("lambada", _lambada), ("score", _score), ("generate", _generate))
     for what, content in LINES.items()
     if (name, what) != ("generate", "an empty text")
@@ -91,7 +97,11 @@ TOKENS: dict[str, Any] = {
     "an object": {"a": 1},
 }
 ATTACKS += [
-    Attack(f"score: tokens that are {what}", partial(_score, json.dumps({"tokens": it}) + "\n"))
+    Attack(
+        f"score: tokens that are {what}",
+        partial(_score, json.dumps({"tokens": it}) + "\n"),
+        refused=None if what in EMPTY else True,
+    )
     for what, it in TOKENS.items()
 ]
 ATTACKS += [
@@ -137,7 +147,7 @@ ATTACKS += [
 def _tuning(task: str, sandbox: Sandbox, bases: Bases, *more: object) -> Words:
     return [
         *(task, "--ckpt", bases.bert, "--output-dir", sandbox.output, "--device", "cpu"),
-        *("--data", sandbox.input, "--max-steps", 1, "--epochs", 1, "--global-batch", 2, *more),
+        *("--data", sandbox.input, "--max-steps", 1, "--epochs", 1, "--global-batch", 1, *more),
         *("--seq-length", 32, "--train-limit", 2, "--dev-limit", 2),
     ]
 
@@ -253,7 +263,7 @@ def _squad(content: Any, sandbox: Sandbox, bases: Bases) -> Words:
     text = content if isinstance(content, str | bytes) else json.dumps(content)
     for role in ("train", "dev"):
         _written(f"{role}-v1.1.json", text, sandbox)
-    return _tuning("squad", sandbox, bases)
+    return _tuning("squad", sandbox, bases, "--max-query-length", 8, "--doc-stride", 8)
 
 
 def _squad_of(**question: Any) -> dict[str, Any]:
@@ -340,7 +350,7 @@ ATTACKS += [
 ]
 
 
-@attacks(ATTACKS, every=25)
+@attacks(ATTACKS, every=30)
 def test_no_data_hangs_or_falls(attack: Attack, warm: WarmCommands, bases: Bases):
     check(attack, warm, bases)
 

@@ -304,6 +304,6 @@ ATTACKS += [
 ]
 
 
-@attacks(ATTACKS, every=12)
+@attacks(ATTACKS, every=20)
 def test_no_pickle_runs_or_hangs(attack: Attack, warm: WarmCommands, bases: Bases):
     check(attack, warm, bases)

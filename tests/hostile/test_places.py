@@ -291,7 +291,7 @@ ATTACKS += [Attack(f"a set called {name[:12]!a}", partial(_named_set, name)) for
 ATTACKS += LINKED + OVERWRITES
 
 
-@attacks(ATTACKS, every=12)
+@attacks(ATTACKS, every=20)
 def test_nothing_is_read_or_written_elsewhere(attack: Attack, warm: WarmCommands, bases: Bases):
     done = attack.run(warm, bases)
     assert attack.faults(done) == [], told(done)

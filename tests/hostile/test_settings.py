@@ -181,11 +181,12 @@ ATTACKS += [Attack(f"rope_scaling: {what}", partial(_llama, it)) for what, it in
 
 SETTINGS = """
   num_layers: 1
-  hidden_size: 64
+  hidden_size: 32
   num_attention_heads: 4
-  ffn_hidden_size: 256
+  ffn_hidden_size: 64
   max_position_embeddings: 32
   vocab_size: 256
+  activation_func: {_target_: torch.nn.functional.gelu}
 """
 
 
@@ -231,7 +232,7 @@ YAMLS: dict[str, str] = {
     "a layer count of 400 digits": "model:" + SETTINGS.replace("layers: 1", f"layers: {10**400}"),
     "a layer count of 5,000 digits": "model:" + SETTINGS.replace(": 1", ": " + "9" * 5000),
     "a layer count in base 60": "model:" + SETTINGS.replace("layers: 1", "layers: 1:30:00"),
-    "a hidden size of NaN": "model:" + SETTINGS.replace("size: 64", "size: .nan"),
+    "a hidden size of NaN": "model:" + SETTINGS.replace("hidden_size: 32", "hidden_size: .nan"),
     "a target of code": "model:" + SETTINGS + "  _target_: os.system\n  args: COMMAND\n",
 }
 # Such an entry takes no part in what is computed.
@@ -306,8 +307,17 @@ def _config(content: str, sandbox: Sandbox, bases: Bases) -> Words:
 def _recipe(content: str, sandbox: Sandbox, bases: Bases) -> Words:
     path = sandbox.input / "r.toml"
     path.write_text(content, errors="surrogatepass")
+    passage = {
+        "article": "the cat sat on the mat",
+        "questions": ["who sat?"],
+        "options": [["a", "b", "c", "d"]],
+        "answers": ["A"],
+    }
+    for split in ("train", "dev"):
+        (sandbox.input / split / "high").mkdir(parents=True)
+        (sandbox.input / split / "high" / "1.txt").write_text(json.dumps(passage) + "\n" * 2)
     words = ("race", "--ckpt", bases.bert, "--data", sandbox.input, "--output-dir", sandbox.output)
-    return [*words, "--recipe", path, "--device", "cpu"]
+    return [*words, "--recipe", path, "--device", "cpu", "--max-steps", 1]
 
 
 def _initial(content: str, sandbox: Sandbox, bases: Bases) -> Words:
@@ -317,6 +327,7 @@ def _initial(content: str, sandbox: Sandbox, bases: Bases) -> Words:
     return [
         *("lm", "--init", path, "--tokenizer", bases.gpt / "tokenizer", "--device", "cpu"),
         *("--data", sandbox.input / "text.txt", "--output-dir", sandbox.output),
+        *("--max-steps", 1, "--seq-length", 8, "--global-batch", 1),
     ]
 
 
@@ -333,7 +344,13 @@ BAD_TOML: dict[str, str] = {
     "rubbish": "[[[",
     "3 MB": "# " + "x" * 3_000_000,
 }
-RECIPE = 'task = "race"\nlr = 1e-5\nepochs = 1\nglobal_batch = 2\n'
+RECIPE = """task = "race"
+lr = 1e-5
+epochs = 1
+global_batch = 1
+seq_length = 32
+max_qa_length = 16
+"""
 INITIAL = (
     "num_layers = 1\nhidden_size = 16\nnum_attention_heads = 2\nmax_position_embeddings = 16\n"
 )
@@ -362,7 +379,11 @@ ATTACKS += [
     for what, content in BAD_TOML.items()
 ]
 ATTACKS += [
-    Attack(f"--config: {key} is {what}", partial(_config, f'to = "hf"\n{key} = {value}'))
+    Attack(
+        f"--config: {key} is {what}",
+        partial(_config, f'to = "hf"\n{key} = {value}'),
+        refused=None if (key, what) == ("max-shard-size", "2**40") else True,
+    )
     for key in ("tp", "dtype", "max-shard-size", "set")
     for what, value in VALUES.items()
 ]
@@ -497,7 +518,7 @@ ATTACKS += [
 ]
 
 
-@attacks(ATTACKS, every=25)
+@attacks(ATTACKS, every=40)
 def test_no_setting_is_believed(attack: Attack, warm: WarmCommands, bases: Bases):
     check(attack, warm, bases)
 
@@ -511,6 +532,8 @@ def test_right_ones_are_read(warm: WarmCommands, bases: Bases):
         partial(_args, {}),
         partial(_config, 'to = "megatron"'),
         partial(_options, []),
+        partial(_recipe, RECIPE),
+        partial(_initial, INITIAL),
     ):
         done = Attack("right", prepare, refused=False).run(warm, bases)
         assert done.faults(refused=False) == [], done.err

@@ -335,6 +335,7 @@ def _published(entries: list[tuple[str, bytes, int]], sandbox: Sandbox, bases: B
         for name, content, mode in entries:
             info = zipfile.ZipInfo(name)
             info.create_system, info.external_attr = 3, mode << 16
+            info.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(info, content)
     return converting(path, sandbox)
 
@@ -487,7 +488,7 @@ def _gzip(data: bytes) -> bytes:
     return gzip.compress(data, 9)
 
 
-@attacks(ATTACKS, every=8)
+@attacks(ATTACKS, every=12)
 def test_no_lie_is_believed(attack: Attack, warm: WarmCommands, bases: Bases):
     check(attack, warm, bases)
 

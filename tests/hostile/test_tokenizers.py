@@ -331,7 +331,7 @@ ATTACKS += [
 ]
 
 
-@attacks(ATTACKS, every=12)
+@attacks(ATTACKS, every=16)
 def test_no_tokenizer_hangs_or_falls(attack: Attack, warm: WarmCommands, bases: Bases):
     check(attack, warm, bases)
 

@@ -501,6 +501,6 @@ def _bin(what: int, sandbox: Sandbox, bases: Bases) -> Words:
 ATTACKS += [Attack(f"pytorch_model.bin of rubbish {n}", partial(_bin, n)) for n in range(5)]
 
 
-@attacks(ATTACKS, every=8)
+@attacks(ATTACKS, every=12)
 def test_no_table_is_believed(attack: Attack, warm: WarmCommands, bases: Bases):
     check(attack, warm, bases)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.command import command
+from mlm_eval.cli.printing import show_text
 from mlm_eval.options import option
 
 if TYPE_CHECKING:
@@ -53,10 +54,10 @@ def data_command(options: DataOptions) -> None:
     if options.as_json:
         import json
 
-        print(json.dumps([dataclasses.asdict(file) for file in files], indent=2))
+        show_text(json.dumps([dataclasses.asdict(file) for file in files], indent=2))
         return
     for number, task in enumerate(tasks):
-        print(("\n" if number else "") + "\n".join([task, *map(_described, files_of(task))]))
+        show_text(("\n" if number else "") + "\n".join([task, *map(_described, files_of(task))]))
 
 
 def _described(file: KnownFile) -> str:
@@ -86,12 +87,12 @@ def _check(task: str, paths: tuple[Path, ...]) -> None:
         found = check_folder_of(path, task) if path.is_dir() else [check_file(path, task)]
         for checked in found:
             if checked is None:
-                print(
+                show_text(
                     f"{path}: no file of {task} was read here, so there is nothing to compare with"
                 )
             elif checked.differs:
                 wrong.append(f"{checked.path} {checked.verdict}")
             else:
-                print(f"{checked.path} {checked.verdict}")
+                show_text(f"{checked.path} {checked.verdict}")
     if wrong:
         raise InputError("; ".join(wrong))

@@ -18,7 +18,7 @@ from support.properties import thorough
 from support.reliability import fuzzed_readers
 from support.reliability.fuzzed_readers import READERS, Seeds
 
-EXAMPLES = int(os.environ.get("MLM_EVAL_FUZZ_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("MLM_EVAL_FUZZ_EXAMPLES", "100"))
 
 
 @pytest.fixture(scope="module")
