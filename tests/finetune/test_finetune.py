@@ -423,6 +423,22 @@ def test_a_folder_with_a_run_is_refused(race_run, bert, words):
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
+def test_a_fine_tuning_keeps_checkpoints_on_its_way(bert, words, tmp_path):
+    """In a root with its tokenizer, from which each can be evaluated."""
+    small = {"dev_limit": 2, "test_limit": 2, "seq_length": 64}
+    given = options(tmp_path / "out", max_steps=3, save_every=1, keep=2, **small)
+    result = run("race", bert, given, words)
+    root = tmp_path / "out" / "checkpoint-series"
+    tracker = "latest_checkpointed_iteration.txt"
+    names = ["iter_0000002", "iter_0000003", tracker, "tokenizer"]
+    assert sorted(path.name for path in root.iterdir()) == names
+    assert (root / tracker).read_text() == "3" and result.settings["save_every"] == 1
+    last = open_checkpoint(root)
+    assert find_tokenizer(root).sha256 == words.sha256
+    alone = options(tmp_path / "again", eval_only=True, **small)
+    assert counts(run("race", last, alone, words))["dev"] == counts(result)["dev"]
+
+
 # --- seeds ---
 
 
