@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from mlm_eval.cli.series.evaluation import Evaluation, Outcome, kept_beside
 from mlm_eval.cli.series.loop import run_series
 from mlm_eval.options import FILE, SeriesOptions, nested, option
 from mlm_eval.tasks.zero_shot import benchmarks
+from mlm_eval.training.settings import LOG_HELP
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.tokenizer import Tokenizer
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from mlm_eval.engine.score import Scores
     from mlm_eval.reporting.results import Result
     from mlm_eval.tasks.zero_shot.benchmark import Work, ZeroShot
+    from mlm_eval.training.trackers import Trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,13 @@ class ExamplesOption:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrackingOptions:
+    """Where the figures of an evaluation go besides."""
+
+    log: tuple[str, ...] = option(LOG_HELP, (), metavar="TRACKER:PLACE")
+
+
 def register(benchmark: ZeroShot[Any]) -> None:
     """Add the command of a benchmark."""
     kind = dataclasses.make_dataclass(
@@ -60,6 +69,7 @@ def register(benchmark: ZeroShot[Any]) -> None:
             ("own", Any, nested(benchmark.options)),
             ("saving", ExamplesOption, nested(ExamplesOption)),
             ("resuming", ResumeOptions, nested(ResumeOptions)),
+            ("tracking", TrackingOptions, nested(TrackingOptions)),
             ("run", SeriesOptions, nested(SeriesOptions)),
         ],
         kw_only=True,
@@ -74,16 +84,18 @@ def register(benchmark: ZeroShot[Any]) -> None:
             options.run,
             restart=options.resuming.restart,
             save_examples=examples,
+            destinations=options.tracking.log,
         )
-        if options.run.is_series:
-            if examples is not None:
-                raise InputError(
-                    "--save-examples is of one checkpoint, and a series is asked for; give one "
-                    "--ckpt, such as an iter_* folder, without --iterations"
-                )
-            run_series(options.run, evaluation)
-        else:
-            evaluation.run_alone()
+        if options.run.is_series and examples is not None:
+            raise InputError(
+                "--save-examples is of one checkpoint, and a series is asked for; give one "
+                "--ckpt, such as an iter_* folder, without --iterations"
+            )
+        with closing(evaluation):
+            if options.run.is_series:
+                run_series(options.run, evaluation)
+            else:
+                evaluation.run_alone()
 
 
 BenchmarkText = tuple["Tokenizer", "Work"]
@@ -101,6 +113,7 @@ class BenchmarkEvaluation(Evaluation[BenchmarkText]):
         *,
         restart: bool,
         save_examples: Path | None = None,
+        destinations: Sequence[str] = (),
     ) -> None:
         """Remember what is asked for.
 
@@ -110,7 +123,17 @@ class BenchmarkEvaluation(Evaluation[BenchmarkText]):
             options: Those of the run.
             restart: Discard the scores that an interrupted run has kept beside its output.
             save_examples: Where single examples are written.
+            destinations: Trackers of the figures, as `--log` names them.
+
+        Raises:
+            InputError: A tracker is unknown, or its package is missing.
         """
+        if destinations:
+            from mlm_eval.training.trackers import check_trackers
+
+            check_trackers(destinations)
+        self.destinations = destinations
+        self._trackers: dict[str, Trackers] = {}
         self.save_examples = save_examples
         self.benchmark, self.own, self.options, self.restart = benchmark, own, options, restart
         self.task, self.limit = benchmark.name, options.limit
@@ -213,13 +236,44 @@ class BenchmarkEvaluation(Evaluation[BenchmarkText]):
             if options.full_digest and run.is_main:
                 result.checkpoint["full_digest"] = full_digest(engine.checkpoint)
             run.warn(result.warnings)
-            if self.save_examples is not None and run.is_main:
-                write_lines(self.save_examples, examples)
-            if options.output is not None and run.is_main:
-                result.write(options.output)
+            if run.is_main:
+                if self.save_examples is not None:
+                    write_lines(self.save_examples, examples)
+                if options.output is not None:
+                    result.write(options.output)
+                self._track(run, result)
             if partial is not None and run.is_main:
                 partial.remove(len(work.requests))
         return result
+
+    def _track(self, run: ModelRun, result: Result) -> None:
+        """Send the figures of a model to the trackers, one run for each training run."""
+        if not self.destinations:
+            return
+        from mlm_eval.training.trackers import Trackers
+
+        path, iteration = run.checkpoint.provenance.path, run.checkpoint.provenance.iteration
+        name = (path.parent if iteration is not None else path).name or self.task
+        if name not in self._trackers:
+            self._trackers[name] = Trackers(
+                self.destinations,
+                name=f"{name} {self.task}",
+                config={**self.asked, "task": self.task, "limit": self.limit},
+                folder=(self.options.output or Path("output")).absolute().parent,
+                warn=lambda text: run.warn([text]),
+            )
+        figures = {
+            f"{self.task}/{key}": float(value)
+            for key, value in result.metrics.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        self._trackers[name].log(figures, iteration if isinstance(iteration, int) else 0)
+
+    def close(self) -> None:
+        """End the runs of the trackers."""
+        for trackers in self._trackers.values():
+            trackers.close()
+        self._trackers.clear()
 
 
 @contextmanager

@@ -150,7 +150,7 @@ class Trackers:
             name: The run's name.
             config: Settings that the trackers show beside it.
             folder: For their own files; TensorBoard's, where none is named, lie in its
-                `tensorboard` folder.
+                `tensorboard` folder. Without `start` each run has a folder of its name there.
             warn: Takes a sentence for each tracker that fails.
             start: Steps done by an earlier part of the run that `folder` holds; None: it holds
                 none, and nothing is written down to continue from.
@@ -212,7 +212,8 @@ def _started(
     """Return a tracker and the name of its run, for a later part of the run to go on in."""
     kind, where = _parts(text)
     if kind == "tensorboard":
-        return TensorBoard(Path(where) if where else folder / kind, start=start), ""
+        place = Path(where) if where else folder / kind
+        return TensorBoard(place / name if start is None else place, start=start), ""
     if kind == "mlflow":
         mlflow = _MlflowRun(where, name, config, run)
         return mlflow, mlflow.id

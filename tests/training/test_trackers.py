@@ -178,3 +178,36 @@ def test_a_missing_package_is_named_before_any_work(
     monkeypatch.setattr("mlm_eval.checkpoints.errors.find_spec", lambda _: None)
     with pytest.raises(InputError, match=f"--log {name}:p needs {name}, which is not installed"):
         check_trackers([f"{name}:p"])
+
+
+def test_a_series_is_one_run_for_each_training_run(
+    packages: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from support.paths import SAMPLES
+
+    from mlm_eval.cli import main
+
+    text = SAMPLES / "text" / "lambada.sample.jsonl"
+    series = ["--ckpt", "sample:gpt", "--ckpt", "sample:moe", "--data", str(text), "--limit", "2"]
+    argv = [
+        "mlm-eval",
+        "lambada",
+        *series,
+        "--log",
+        "wandb:p",
+        "--output",
+        str(tmp_path / "l.json"),
+    ]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    calls = packages["wandb"].calls
+    assert [call[1]["name"] for call in calls if call[0] == "init"] == [
+        "gpt lambada",
+        "moe lambada",
+    ]
+    logged = {call[0]: set(call[1]) for call in calls if isinstance(call[0], int)}
+    assert set(logged) == {3000, 1200}
+    assert all("lambada/accuracy" in figures for figures in logged.values())
+    assert calls.count("finish") == 2
