@@ -38,6 +38,8 @@ class Screen:
     verbose = False
     keeps: Path | None = None
     """Folder that keeps what an interrupted run has done, where the command has one."""
+    lists: Path | None = None
+    """File that lists what a series has done."""
 
 
 def choose_verbosity(*, quiet: bool, verbose: bool) -> None:
@@ -54,6 +56,7 @@ def choose_verbosity(*, quiet: bool, verbose: bool) -> None:
     if quiet and verbose:
         raise InputError("-q and -v contradict each other; give one of them")
     Screen.quiet, Screen.verbose, Screen.keeps = quiet, verbose, None
+    Screen.lists = None
     logging.disable(logging.WARNING if quiet else logging.NOTSET)
     if quiet:
         warnings.simplefilter("ignore")
@@ -81,9 +84,11 @@ def detail(text: str) -> None:
 def how_to_continue() -> str:
     """Return what an interrupted command says of what it has done."""
     kept = Screen.keeps
+    command = shlex.join(["mlm-eval", *sys.argv[1:]])
+    if Screen.lists is not None and Screen.lists.is_file():
+        return f"{Screen.lists} lists what is done; to continue, type: {command}"
     if kept is None or not kept.is_dir() or not any(kept.iterdir()):
         return "no result was written, and nothing was kept"
-    command = shlex.join(["mlm-eval", *sys.argv[1:]])
     return f"no result was written; to continue from what {kept} keeps, type: {command}"
 
 

@@ -373,6 +373,8 @@ def test_watching_alone_ends_with_ctrl_c(run: Run, line, root, clock, loads):
     clock([nothing, stop])
     ended = run(*line, "--watch")
     assert ended.code == 130 and loads == list(ITERATIONS) and "Ctrl-C ends" in ended.err
+    assert "F.json lists what is done; to continue, type: mlm-eval wiki" in ended.err
+    assert "no result" not in ended.err
     assert_one_sentence(run(*line, "--watch=soon"), "--watch 'soon' must be a number of minutes")
     assert_one_sentence(run(*line, "--watch=-3"), "--watch '-3' must be")
 

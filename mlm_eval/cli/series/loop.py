@@ -76,6 +76,7 @@ class _Series:
                 "checkpoint; name a file, beside which they may stand"
             )
         self.output = None if options.output is None else Path(os.path.realpath(options.output))
+        Screen.lists = self.output
         choice = None
         if options.iterations is not None:
             try:
