@@ -360,9 +360,14 @@ class _Attention(nn.Module):
         plain = mask is None or mask.dtype == torch.bool  # none that gets a gradient
         if plain and query.requires_grad and _in_float32_on_the_cpu(query):
             return _PlainAttention.apply(query, key, value, mask, causal, self.softmax_scale)  # type: ignore[no-any-return]
-        return F.scaled_dot_product_attention(
+        dtype = query.dtype
+        if _faster_in_float32(query):
+            query, key, value = query.float(), key.float(), value.float()
+            mask = mask.float() if mask is not None and mask.dtype != torch.bool else mask
+        out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=causal, scale=self.softmax_scale
         )
+        return out.to(dtype)
 
     def _some_queries_at_a_time(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
@@ -449,6 +454,16 @@ class _PlainAttention(torch.autograd.Function):
 
 def _in_float32_on_the_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def _faster_in_float32(x: Tensor) -> bool:
+    """Return whether attention of bfloat16 is computed in float32: on CPUs without AMX.
+
+    There SDPA multiplies bfloat16 slowly, and float32 goes through oneDNN (engine/products.py).
+    """
+    products: Any = torch.backends.mkldnn
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.bfloat16
+    return on_cpu and torch.is_inference_mode_enabled() and products.matmul.fp32_precision == "bf16"
 
 
 def _masked_scores(

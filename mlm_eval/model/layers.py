@@ -64,6 +64,10 @@ def norm(config: ModelConfig) -> Norm:
     return Norm(config, config.hidden_size, bias=config.normalization == "LayerNorm")
 
 
+POST_OPS = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
+"""Activation -> oneDNN's name and algorithm of it."""
+
+
 class Activation(nn.Module):
     """The activation of a model's MLPs; a gated one takes `[gate; up]` and halves the last dim.
 
@@ -76,6 +80,7 @@ class Activation(nn.Module):
         self.gated = config.gated
         self.clamp = config.activation_func_clamp_value
         self.offset = config.glu_linear_offset
+        self.post_op = POST_OPS.get(self.kind)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[..., width]`."""
@@ -121,7 +126,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[batch, seq, hidden]`."""
-        return self.linear_fc2(self.activation(self.linear_fc1(x)))  # type: ignore[no-any-return]
+        return self.linear_fc2(self.linear_fc1(x, self.activation))  # type: ignore[no-any-return]
 
 
 class LinearBranch(nn.Module):

@@ -125,7 +125,8 @@ def _scan_in_turn(
         torch.addcmul(within, past.reshape(x.shape), since, out=out)
         added = (x * kept).view(batch, size, groups, -1).transpose(1, 2)
         per_head.mul_(since[:, -1].view(batch, groups, 1, -1, 1))
-        state.baddbmm_(b.transpose(1, 2), added.reshape(batch * groups, size, -1))
+        inputs = added.reshape(batch * groups, size, -1)
+        torch.baddbmm(state, b.transpose(1, 2), inputs, out=state)
     return y[:, :length], per_head
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -85,6 +85,48 @@ def reduce_from_region(x: Tensor, tp: TensorParallel) -> Tensor:
     return _ReduceFromRegion.apply(x.contiguous(), tp)  # type: ignore[no-any-return]
 
 
+class Activating(Protocol):
+    """An activation.
+
+    Attributes:
+        post_op: oneDNN's name and algorithm of it; None: oneDNN has none.
+    """
+
+    post_op: tuple[str, str] | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the activation's values."""
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activating | None = None
+) -> Tensor:
+    """Return a linear layer's outputs, through an activation where there is one.
+
+    On the CPU in inference mode oneDNN adds the bias and takes the activation while the outputs
+    are in the cache.
+    """
+    post_op = ("none", "") if activation is None else activation.post_op
+    if post_op is not None and _onednn_takes(x, weight):
+        kind, algorithm = post_op
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, kind, [], algorithm)  # type: ignore[no-any-return]
+    out = F.linear(x, weight, bias)
+    return out if activation is None else activation(out)
+
+
+def _onednn_takes(x: Tensor, weight: Tensor) -> bool:
+    return (
+        torch.is_inference_mode_enabled()
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and torch.backends.mkldnn.is_available()
+    )
+
+
 class ColumnParallelLinear(nn.Module):
     """A linear layer of which this rank computes some outputs: `[..., in]` -> `[..., out / tp]`.
 
@@ -97,9 +139,9 @@ class ColumnParallelLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(local_outputs, inputs))
         self.bias = nn.Parameter(torch.empty(local_outputs)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return this rank's outputs."""
-        return F.linear(copy_to_region(x, self.tp), self.weight, self.bias)
+    def forward(self, x: Tensor, activation: Activating | None = None) -> Tensor:
+        """Return this rank's outputs, through an activation where one is given."""
+        return linear(copy_to_region(x, self.tp), self.weight, self.bias, activation)
 
 
 class RowParallelLinear(nn.Module):
@@ -121,8 +163,8 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the whole output, the same on every rank."""
         if self.tp.size == 1 and self.post_layernorm is None:
-            return F.linear(x, self.weight, self.bias)
-        total = reduce_from_region(F.linear(x, self.weight), self.tp)
+            return linear(x, self.weight, self.bias)
+        total = reduce_from_region(linear(x, self.weight, None), self.tp)
         if self.post_layernorm is not None:
             total = self.post_layernorm(total)
         return total if self.bias is None else total + self.bias

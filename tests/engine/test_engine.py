@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -384,7 +386,14 @@ def test_flops_are_those_that_torch_counts(name):
 
     engine = Engine.load(random_models.checkpoint(MODELS[name]), batch_tokens=1)
     requests = some_requests(6)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+
+    def of_linear(x: Sequence[int], weight: Sequence[int], *_: object, **__: object) -> int:
+        return 2 * math.prod(x) * weight[0]
+
+    engine.score(requests)  # the first time it looks at the processor's products
+    unknown = {torch.ops.mkldnn._linear_pointwise: of_linear}
+    counting = FlopCounterMode(display=False, custom_mapping=unknown)
+    with counting as counter, sdpa_kernel(SDPBackend.MATH):
         engine.score(requests)
     assert engine.flops(requests) == counter.get_total_flops()
 

@@ -311,7 +311,7 @@ def test_layers_that_differ_cost_what_their_products_cost():
     engine = Engine.load(new_checkpoint(config, seed=1))
     tokens = torch.arange(256)[None] % 128
     for last in (256, 10):
-        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
             engine.model(tokens, 256 - last)
         found = forward_flops(config, 256, last_rows=last, head_rows=0)
         # The convolution is no matrix product, and torch does not count it.
