@@ -13,11 +13,16 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent))
+from common.results import Row, publish
+
 from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.engine.products import float32_products
 from mlm_eval.model.experts import Experts
 from mlm_eval.model.gpt import GPT
 from mlm_eval.model.tensor_parallel import SINGLE
@@ -59,20 +64,16 @@ def alternate(first: Callable[[], object], second: Callable[[], object]) -> tupl
     return tuple(list(times) for times in zip(*pairs, strict=True))
 
 
-def models(dtype: torch.dtype) -> float:
-    """Measure the two models; return the median of the pairs' ratios."""
+@float32_products()
+def models(dtype: torch.dtype) -> Row:
+    """Measure the two models, the mixture as what is compared."""
     tokens = torch.randint(DENSE.vocab_size, (BATCH, POSITIONS))
     dense, mixture = (random_weights(GPT(config, SINGLE), dtype) for config in (DENSE, MIXTURE))
     with torch.inference_mode():
         one, other = alternate(lambda: dense(tokens), lambda: mixture(tokens))
-    ratios = sorted(b / a for a, b in zip(one, other, strict=True))
-    print(
-        f"{str(dtype):15} dense {statistics.median(one):6.2f} s, experts "
-        f"{statistics.median(other):6.2f} s, ratio {statistics.median(ratios):.2f} "
-        f"({ratios[0]:.2f} to {ratios[-1]:.2f})",
-        flush=True,
-    )
-    return statistics.median(ratios)
+    bound = 1 / BOUND if dtype == torch.float32 else None
+    work = f"16 experts, top 2, {dtype}".replace("torch.", "")
+    return Row(work, "dense model of the same active width", "s", other, one, bound)
 
 
 def random_weights(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
@@ -91,7 +92,7 @@ def spread(tp: int) -> None:
     cut = dataclasses.replace(MIXTURE, moe_ffn_hidden_size=MIXTURE.moe_ffn_hidden_size // tp)
     whole = dataclasses.replace(MIXTURE, num_experts=MIXTURE.num_experts // tp)
     ways = [(cut, counts), (whole, dealt)]
-    with torch.inference_mode():
+    with torch.inference_mode(), float32_products():
         runs = [layer_run(config, own) for config, own in ways]
         columns, experts = alternate(*runs)
     ratios = [b / a for a, b in zip(columns, experts, strict=True)]
@@ -114,11 +115,11 @@ def main() -> int:
     """Measure, print, and return 1 where the bound is broken."""
     torch.manual_seed(1)
     print(f"{torch.get_num_threads()} threads, {PAIRS} pairs")
-    ratio = models(torch.float32)
-    models(torch.bfloat16)
+    rows = [models(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    met = publish("experts", rows, {"threads": torch.get_num_threads()})
     for tp in (2, 4):
         spread(tp)
-    return int(ratio > BOUND)
+    return int(not met)
 
 
 if __name__ == "__main__":

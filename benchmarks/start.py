@@ -69,6 +69,7 @@ def main() -> int:
         for kind, path in (("Megatron", megatron), ("Hugging Face", folder)):
             extra(f"inspect, {options.size}, {kind}", f"inspect --ckpt {path}", 0.4)
         score = ["-m", "mlm_eval", "score", "--ckpt", str(megatron), "--input", str(lines)]
+        score += ["--output", str(scratch / "scores.jsonl"), "--overwrite"]
         ours, torch_import = measured(
             command(*score, "--tp", str(options.tp)), command("-c", "import torch")
         )

@@ -19,6 +19,7 @@ from mlm_eval.model.tensor_parallel import (
     RowParallelLinear,
     TensorParallel,
     copy_to_region,
+    linear,
     reduce_from_region,
     without_autocast,
 )
@@ -88,13 +89,20 @@ class ExpertLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
         self.bias = nn.Parameter(torch.empty(experts, outputs)) if bias else None
 
-    def forward(self, x: Tensor, counts: list[int], *, bias: bool = True) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        counts: list[int],
+        *,
+        bias: bool = True,
+        activation: Activation | None = None,
+    ) -> Tensor:
         """Return `[rows, out]` for rows in the order of the experts, `counts` of them for each."""
         rows = []
         for expert, part in enumerate(x.split(counts)):
             if part.shape[0]:
                 own = self.bias[expert] if bias and self.bias is not None else None
-                rows.append(F.linear(part, self.weight[expert], own))
+                rows.append(linear(part, self.weight[expert], own, activation))
         return torch.cat(rows)
 
 
@@ -111,7 +119,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, counts: list[int]) -> Tensor:
         """Return this rank's share of the outputs `[rows, hidden]`, without the second biases."""
-        return self.linear_fc2(self.activation(self.linear_fc1(x, counts)), counts, bias=False)  # type: ignore[no-any-return]
+        wide = self.linear_fc1(x, counts, activation=self.activation)
+        return self.linear_fc2(wide, counts, bias=False)  # type: ignore[no-any-return]
 
 
 class SharedExpert(nn.Module):
@@ -131,7 +140,7 @@ class SharedExpert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return this rank's share of the output."""
-        out = F.linear(self.activation(self.linear_fc1(x)), self.linear_fc2.weight)
+        out = linear(self.linear_fc1(x, self.activation), self.linear_fc2.weight, None)
         if self.gate_weight is not None:
             out = out * copy_to_region(F.linear(x, self.gate_weight).sigmoid(), self.tp)
         return out
