@@ -69,7 +69,9 @@ def check_ids(ids: Any, path: Path) -> None:
     """
     for index in ids:
         if type(index) is not int or not 0 <= index < LARGEST_ID:
-            raise InputError(f"{path} gives an entry the id {shown(index)}; get the file again")
+            raise InputError(
+                f"{path} gives an entry the id {shown(index)}, which leaves ids out; is it damaged?"
+            )
 
 
 def _parts(content: dict[str, Any], path: Path) -> Iterator[dict[str, Any]]:

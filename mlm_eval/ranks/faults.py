@@ -49,6 +49,8 @@ def named_fault(error: BaseException) -> InputError | None:
         return disk
     if isinstance(error, OSError) and error.errno in _PATH_FAULTS and error.filename is not None:
         return InputError(f"{os.fsdecode(error.filename)} cannot be used ({error.strerror})")
+    if isinstance(error, OSError) and error.errno == errno.EIO:
+        return InputError(f"a file or a disk cannot be read ({error.strerror}); copy it again")
     if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
         return InputError("a path or a name is no text in UTF-8; rename it")
     if isinstance(error, RuntimeError) and "Symlink loop" in str(error):  # pathlib's own
