@@ -57,7 +57,6 @@ WORDS = {
     "gpt2-tiny", "wikitext103", "megatron-gpt2-345m", "megatron-bert-345m-uncased",
     "race-megatron-336m", "checkpoint_version=2.0", "wikitext", "lambada_openai", "wiki_sample",
     "weak", "train", "core", "legacy", "Once upon a time", "all", "latest",
-    "1000:3000:1000",
 }  # fmt: skip
 """Names of formats, sizes, recipes, settings and tasks, and texts: no files."""
 SMALL = {
