@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from mlm_eval.checkpoints.tokenizer import load_tokenizer
     from mlm_eval.engine.engine import Engine
     from mlm_eval.engine.generate import Sampling
-    from mlm_eval.tasks import evaluate
+    from mlm_eval.tasks.evaluation import evaluate
 
 __version__ = "0.1.0"
 
@@ -58,7 +58,7 @@ _HOME = {
     "InputError": "mlm_eval.checkpoints.errors",
     "Sampling": "mlm_eval.engine.generate",
     "convert": "mlm_eval.checkpoints.convert",
-    "evaluate": "mlm_eval.tasks",
+    "evaluate": "mlm_eval.tasks.evaluation",
     "load_tokenizer": "mlm_eval.checkpoints.tokenizer",
     "open_checkpoint": "mlm_eval.checkpoints.open",
 }

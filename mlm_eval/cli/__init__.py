@@ -100,7 +100,7 @@ def _main() -> int:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             message = error.format_message()
             if message:  # none where the help is shown, for want of a command
-                complain(f"{message} (see --help)")
+                complain(f"{message} ({_advice(error)})")
             return 2
         if type(error).__name__ == "Abort":  # and what older typer does
             return _interrupted()
@@ -118,6 +118,17 @@ def _main() -> int:
         remark(traceback.format_exc().rstrip())
         complain("this is a fault of mlm-eval; please report it with the lines above")
         return 1
+
+
+def _advice(error: Exception) -> str:
+    """Return where help is for an error of the command line."""
+    command = getattr(getattr(error, "ctx", None), "command", None)
+    name = getattr(error, "option_name", None)
+    if getattr(command, "name", None) == "harness" and name is not None:
+        return (
+            f"options of lm-evaluation-harness come after `--`: mlm-eval harness ... -- {name} ..."
+        )
+    return "see --help"
 
 
 def _interrupted() -> int:

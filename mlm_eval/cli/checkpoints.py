@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 class InspectOptions(CheckpointOption):
     """The options of `inspect`."""
 
+    ckpt: str | None = again(CheckpointOption, "ckpt", default=None)  # type: ignore[assignment]
+    place: str | None = option("The checkpoint, without --ckpt.", None, positional=True, reads=True)
     as_json: bool = option("Print one JSON record.", False, flag="--json")
     overrides: tuple[str, ...] = again(RunOptions, "overrides")
     full_digest: bool = again(RunOptions, "full_digest")
@@ -51,7 +53,7 @@ class InspectOptions(CheckpointOption):
 def inspect(options: InspectOptions) -> None:
     """Loads no weights, but for --check.
 
-    Example: mlm-eval inspect --ckpt checkpoints/gpt2_345m
+    Example: mlm-eval inspect checkpoints/gpt2_345m
 
     Example: mlm-eval inspect --ckpt checkpoints/gpt2_345m --check
     """
@@ -60,7 +62,10 @@ def inspect(options: InspectOptions) -> None:
     from mlm_eval.checkpoints.checkpoint import full_digest as hash_everything
     from mlm_eval.reporting.text import inspect_record, inspect_text
 
-    checkpoint = chosen_checkpoint(options.ckpt, options.overrides, allow_hostile=True)
+    place = options.ckpt or options.place
+    if place is None or (options.ckpt and options.place):
+        raise InputError("give one checkpoint: mlm-eval inspect PATH, or --ckpt PATH")
+    checkpoint = chosen_checkpoint(place, options.overrides, allow_hostile=True)
     digest = hash_everything(checkpoint) if options.full_digest else checkpoint.provenance.digest
     record = inspect_record(checkpoint, digest)
     found: tuple[str, ...] = ()

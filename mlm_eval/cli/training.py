@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import sys
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from mlm_eval.tasks.language.settings import MaskedTextSettings, TextSettings
 from mlm_eval.training.settings import Listener, RunSettings, TrainSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from tqdm import tqdm
 
@@ -237,7 +238,11 @@ for _kind, _options in (("mlm", MaskedCommand), ("lm", PretrainCommand)):
 class EnsembleOptions:
     """The options of `ensemble`."""
 
-    predictions: tuple[Path, ...] = option("File or folder of saved predictions (repeatable).")
+    predictions: tuple[Path, ...] = option(
+        "File or folder of saved predictions, or a pattern such as 'seed-*/predictions' "
+        "(repeatable)."
+    )
+    more: tuple[Path, ...] = option("More of them.", (), positional=True)
     output: Path | None = again(RunOptions, "output")
     output_dir: Path | None = option(
         "Write the ensemble's own predictions here.", None, writes=FOLDER
@@ -245,18 +250,35 @@ class EnsembleOptions:
     overwrite: bool = again(RunOptions, "overwrite")
 
 
+def matching(paths: Iterable[Path]) -> list[Path]:
+    """Return paths, a pattern replaced by what it matches.
+
+    Raises:
+        InputError: A pattern matches nothing.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.exists() or not glob.has_magic(str(path)):
+            found.append(path)
+            continue
+        matches = sorted(glob.glob(str(path.expanduser())))
+        if not matches:
+            raise InputError(f"nothing matches {path}; correct the pattern")
+        found += map(Path, matches)
+    return found
+
+
 @command("ensemble", EnsembleOptions, config=False)
 def ensemble(options: EnsembleOptions) -> None:
     """They must have answered the same examples.
 
-    Example: mlm-eval ensemble --predictions seed-1/predictions --predictions seed-2/predictions
+    Example: mlm-eval ensemble --predictions 'out/seed-*/predictions'
     """
     from mlm_eval.reporting.text import training_text
     from mlm_eval.tasks.finetune.predictions import ensemble_result
 
-    result = ensemble_result(
-        options.predictions, output=options.output_dir, overwrite=options.overwrite
-    )
+    paths = matching((*options.predictions, *options.more))
+    result = ensemble_result(paths, output=options.output_dir, overwrite=options.overwrite)
     print_beside(training_text(result, folder=options.output_dir), options.output)
     if options.output is not None:
         result.write(options.output)

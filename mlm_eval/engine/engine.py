@@ -167,6 +167,17 @@ class Engine:
             load_warnings=tuple(odd.warnings()),
         )
 
+    def another(self, checkpoint: Checkpoint, dtype: torch.dtype | str) -> Engine:
+        """Return an engine for another checkpoint in this one's layout and on its device."""
+        return Engine.load(
+            checkpoint,
+            tp=self.tp,
+            dp=self.dp,
+            dtype=dtype,
+            device=self.device,
+            batch_tokens=self.batch_tokens,
+        )
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer: the one given to `load`, or stored with the checkpoint.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LIBRARIES = ("torch", "tokenizers", "transformers", "safetensors", "datasets", "numpy")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """A result record; the names of its fields and of their entries are a public contract.
 
@@ -43,6 +43,12 @@ class Result:
     versions: dict[str, str]
     run: dict[str, Any] = dataclasses.field(default_factory=run_record, compare=False)
     """When, where and by what command: no part of the result itself."""
+
+    def __repr__(self) -> str:
+        figures = [f"{k}={v:.6g}" for k, v in self.metrics.items() if isinstance(v, (int, float))]
+        sets = [name for name, value in self.metrics.items() if isinstance(value, dict)]
+        told = ", ".join([*figures, *sets]) or "no metrics"
+        return f"Result({self.task}, {self.protocol}: {told}; {str(self.checkpoint.get('path'))!r})"
 
     @property
     def warnings(self) -> list[str]:

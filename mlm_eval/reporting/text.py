@@ -101,22 +101,23 @@ def inspect_text(record: Mapping[str, Any]) -> str:
         if value is not None and not _left_out(name, value, record["config"])
     ]
     parts = [
+        *_titled("warnings", record["warnings"]),  # before the long list of settings
         rows_as_text("checkpoint", rows),
         rows_as_text("model (setting, value, where it came from)", config),
+        *_titled("pickled classes (inert here)", record["pickle_classes"]),
+        *_titled("notes", record["notes"]),
     ]
-    for title, name in (
-        ("pickled classes (inert here)", "pickle_classes"),
-        ("notes", "notes"),
-        ("warnings", "warnings"),
-    ):
-        if record[name]:
-            parts.append("\n".join([title, *(f"  {item}" for item in record[name])]))
     if "check" in record:
         checked = record["check"]
         read = f"{checked['tensors']} tensors, {checked['bytes'] / 1e9:.2f} GB read"
         found = [f"  {text}" for text in checked["findings"]] or ["  nothing is wrong with them"]
         parts.append("\n".join([f"check: {read}", *found]))
     return "\n\n".join(parts)
+
+
+def _titled(title: str, items: Sequence[str]) -> list[str]:
+    """Return a title with its items as one part of a text; nothing without items."""
+    return ["\n".join([title, *(f"  {item}" for item in items)])] if items else []
 
 
 def _parameters_text(record: Mapping[str, Any]) -> str:
@@ -197,8 +198,7 @@ def training_text(result: Result, *, folder: Path | None = None) -> str:
     rows.append(("recipe" if "recipe" in settings else "training", ", ".join(told)))
     data = settings["data"]["path"]
     rows.append(("data", data if isinstance(data, str) else f"{len(data)} files of predictions"))
-    checkpoint = result.checkpoint
-    rows.append(("model", f"{checkpoint['num_parameters']:,} parameters, {checkpoint['path']}"))
+    rows.append(("model", _trained_model(result)))
     if "tp" in settings:
         dtype = settings["dtype"]
         if settings.get("eval_dtype", dtype) != dtype:
@@ -208,6 +208,15 @@ def training_text(result: Result, *, folder: Path | None = None) -> str:
     if folder is not None:
         rows.append(("written to", str(folder)))
     return rows_as_text(title, rows)
+
+
+def _trained_model(result: Result) -> str:
+    """Return the parameters of the model whose figures these are, and where it comes from."""
+    stored, path = result.checkpoint["num_parameters"], result.checkpoint["path"]
+    used = result.counts.get("model_parameters", stored)
+    if used == stored:
+        return f"{stored:,} parameters, {path}"
+    return f"{used:,} parameters with its head, from the {stored:,} of {path}"
 
 
 def sets_to_show(metrics: Mapping[str, Any]) -> list[str]:

@@ -30,6 +30,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import output_folder
 from mlm_eval.checkpoints.files.text_file import parse_json, read_text
 from mlm_eval.checkpoints.folders.checkpoint_files import remove_checkpoint
+from mlm_eval.checkpoints.parameters import num_parameters
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits
 from mlm_eval.checkpoints.tokenizers.copying import copy_tokenizer
 from mlm_eval.engine.resume import run_difference
@@ -119,6 +120,8 @@ class _Finetuning:
                 f"{self.checkpoint.provenance.path} is a {config.family.upper()} checkpoint; "
                 "fine-tuning needs a BERT model, which reads both ways"
             )
+        if self.options.eval_only:
+            self._check_head()
         special_ids(self.tokenizer)
         misfit = check_fits(self.tokenizer, config.vocab_size)
         self.prepared = on_main(self._prepare)
@@ -341,8 +344,8 @@ class _Finetuning:
 
     # ---- evaluation ------------------------------------------------------------------------------
 
-    def evaluate_only(self) -> Result:
-        """Evaluate a fine-tuned checkpoint; return the record."""
+    def _check_head(self) -> None:
+        """Refuse a checkpoint that was not fine-tuned for the task."""
         config, task = self.checkpoint.config, self.task
         found = config.num_classes if task.classes else getattr(config, task.head)
         if found != (len(task.classes) or True):
@@ -350,6 +353,9 @@ class _Finetuning:
                 f"{self.checkpoint.provenance.path} has no {task.head} for {task.name}; "
                 f"--eval-only takes a checkpoint that `mlm-eval {task.name}` has written"
             )
+
+    def evaluate_only(self) -> Result:
+        """Evaluate a fine-tuned checkpoint; return the record."""
         engine = self.load(self._with_head(self.options.seeds[0]), self.options.dtype)
         outputs, seconds = self._outputs(engine, ("dev", "test"), None)
         return on_main(lambda: self._evaluated(engine, outputs, seconds))
@@ -486,7 +492,12 @@ class _Finetuning:
             task=self.task.name,
             protocol="megatron-paper",
             metrics=dict(metrics),
-            counts={**self.prepared.counts, **counts},
+            counts={
+                **self.prepared.counts,
+                **counts,
+                # With the task's head, without those of pretraining.
+                "model_parameters": num_parameters(self._with_head(options.seeds[0]).config),
+            },
             settings={"warnings": self.warnings, **settings, **of_options},
             checkpoint=checkpoint_record(self.checkpoint),
             timing=timing,

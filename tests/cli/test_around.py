@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import warnings
@@ -12,10 +13,13 @@ from support.command_line import assert_one_sentence
 from support.paths import SAMPLES
 
 import mlm_eval
+from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli import screen
 from mlm_eval.cli.app import commands, full_command
 from mlm_eval.cli.screen import heartbeat, progress
+from mlm_eval.cli.training import matching
 from mlm_eval.engine import verify
+from mlm_eval.reporting.text import inspect_text
 
 pytest_plugins = ["support.command_line_fixtures"]
 
@@ -172,7 +176,7 @@ def with_choices() -> list[Any]:
         pytest.param(name, parameter, id=f"{name} {parameter.opts[0]}")
         for name in commands()
         for parameter in full_command(name).params
-        if (parameter.metavar or "").startswith("[")
+        if "|" in (parameter.metavar or "")
     ]
 
 
@@ -186,7 +190,7 @@ def test_words_are_choices_everywhere():
     found: dict[str, set[bool]] = {}
     for name in commands():
         for parameter in full_command(name).params:
-            typed = (parameter.metavar or "").startswith("[")
+            typed = "|" in (parameter.metavar or "")
             found.setdefault(parameter.opts[0], set()).add(typed)
     assert WORDS <= {option for option, typed in found.items() if typed == {True}}
 
@@ -233,3 +237,48 @@ def test_names_stand_in_the_help_and_are_completed(command, option, some, none):
     offered = [item.value for item in parameter.shell_complete(None, "")]
     assert some in offered and none not in offered
     assert f"Names: {', '.join(offered)}." in parameter.help
+
+
+# --- Small frictions ----------------------------------------------------------------------------
+
+
+def test_options_of_the_harness_without_dashes_are_led_home(run):
+    ended = run("harness", "--ckpt", "sample:gpt", "--tasks", "lambada_openai")
+    assert_one_sentence(ended, "No such option: --tasks", "come after `--`", "-- --tasks ...")
+    assert_one_sentence(run("lambada", "--ckpt", "sample:gpt", "--tasks", "x"), "(see --help)")
+
+
+def test_inspect_takes_its_checkpoint_without_an_option(run):
+    given = run("inspect", "sample:gpt")
+    assert given.code == 0 and given.out == run("inspect", "--ckpt", "sample:gpt").out
+    assert_one_sentence(run("inspect"), "give one checkpoint: mlm-eval inspect PATH")
+    assert_one_sentence(run("inspect", "a", "--ckpt", "b"), "give one checkpoint")
+
+
+def test_warnings_of_inspect_come_first(run):
+    record = json.loads(run("inspect", "sample:gpt", "--json").out)
+    shown = inspect_text({**record, "warnings": ["beware"], "notes": ["a note"]})
+    assert shown.startswith("warnings\n  beware\n\ncheckpoint\n") and shown.endswith("  a note")
+    assert inspect_text({**record, "warnings": []}).startswith("checkpoint\n")
+
+
+def test_an_ensemble_takes_patterns_and_several_paths(tmp_path):
+    for seed in (1, 2):
+        (tmp_path / f"seed-{seed}" / "predictions").mkdir(parents=True)
+    (tmp_path / "a[1]").mkdir()
+    wanted = [tmp_path / f"seed-{seed}" / "predictions" for seed in (1, 2)]
+    pattern = tmp_path / "seed-*" / "predictions"
+    assert matching([pattern]) == wanted
+    assert matching([*wanted, tmp_path / "none"]) == [*wanted, tmp_path / "none"]
+    assert matching([tmp_path / "a[1]"]) == [tmp_path / "a[1]"]
+    with pytest.raises(InputError, match=r"nothing matches .*/no-\*"):
+        matching([tmp_path / "no-*"])
+    names = [parameter.opts[0] for parameter in full_command("ensemble").params]
+    assert {"--predictions", "more"} <= set(names)
+
+
+def test_a_refused_task_leaves_no_folder(run, bert, tmp_path):
+    line = ["race", "--ckpt", bert, "--data", SAMPLES / "race", "--output-dir", tmp_path / "out"]
+    for wrong in (["--recipe", "none"], ["--eval-only"]):
+        ended = run(*line, *wrong)
+        assert ended.code == 2 and not (tmp_path / "out").exists(), ended

@@ -26,7 +26,7 @@ from mlm_eval.engine import score
 from mlm_eval.engine.engine import Engine
 from mlm_eval.engine.resume import PartialScores
 from mlm_eval.ranks import launch
-from mlm_eval.tasks import evaluate
+from mlm_eval.tasks.evaluation import evaluate
 from mlm_eval.tasks.zero_shot import benchmarks
 
 pytest_plugins = ["support.command_line_fixtures"]

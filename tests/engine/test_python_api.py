@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from support.paths import SAMPLES
 
 import mlm_eval
 from mlm_eval.engine.engine import Engine
@@ -80,3 +83,65 @@ def test_a_gpu_is_the_default_where_there_is_one(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(mesh.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(mesh.dist, "get_backend", lambda: "gloo")
     assert mesh.default_device() == "cpu"
+
+
+# --- every task by one call ---------------------------------------------------------------------
+
+SHORT = {"max_steps": 1, "seq_length": 32, "global_batch": 2}
+
+
+def test_a_task_is_trained_and_evaluated_by_one_call(tmp_path: Path) -> None:
+    """Options of the recipe and of the run go by one set of names, as on the command line."""
+    bert = mlm_eval.Engine.load(mlm_eval.open_checkpoint("sample:bert"), device="cpu")
+    limits = {"train_limit": 8, "dev_limit": 2, "test_limit": 2, "seq_length": 32}
+    more = {"max_steps": 1, "global_batch": 4, "lr": 1e-4, **limits}
+    data = SAMPLES / "race"
+    trained = mlm_eval.evaluate("race", bert, data=data, output_dir=tmp_path / "o", **more)
+    assert trained.settings["lr"] == 1e-4 and trained.counts["steps"] == 1
+    tuned = mlm_eval.Engine.load(
+        mlm_eval.open_checkpoint(tmp_path / "o" / "checkpoint"), device="cpu"
+    )
+    again = mlm_eval.evaluate(
+        "race",
+        tuned,
+        tokenizer=bert.tokenizer,
+        dev=str(data / "RACE" / "dev") if (data / "RACE").exists() else str(data / "dev"),
+        output_dir=tmp_path / "e",
+        eval_only=True,
+        dev_limit=2,
+        seq_length=32,
+    )
+    assert again.metrics["dev"]["total"] == trained.metrics["dev"]["total"]
+    # The parameters of one model are the same number in both.
+    used = [result.counts["model_parameters"] for result in (trained, again)]
+    assert used == [again.checkpoint["num_parameters"]] * 2
+    assert trained.checkpoint["num_parameters"] > used[0]
+    with pytest.raises(mlm_eval.InputError, match="race has no option epoch; did you mean epochs"):
+        mlm_eval.evaluate("race", bert, data=data, output_dir=tmp_path / "x", epoch=1)
+    with pytest.raises(mlm_eval.InputError, match="give output_dir=FOLDER"):
+        mlm_eval.evaluate("squad", bert, data=data)
+
+
+def test_language_modelling_leaves_the_engine_as_it_was(engine: Engine, tmp_path: Path) -> None:
+    before = [parameter.clone() for parameter in engine.model.parameters()]
+    text = str(SAMPLES / "text" / "wiki.sample.tokens")
+    result = mlm_eval.evaluate("lm", engine, data=text, output_dir=tmp_path / "o", **SHORT)
+    assert result.task == "lm" and result.counts["steps"] == 1
+    assert all(map(torch.equal, before, engine.model.parameters()))
+    with pytest.raises(mlm_eval.InputError, match="lm is trained on text; give data=FILE"):
+        mlm_eval.evaluate("lm", engine, output_dir=tmp_path / "p")
+    with pytest.raises(mlm_eval.InputError, match="mlm has no option mask_prob; did you mean mask"):
+        mlm_eval.evaluate("mlm", engine, data=text, output_dir=tmp_path / "p", mask_prob=1)
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_zero_shot_task_takes_the_options_of_its_command(engine: Engine) -> None:
+    data = SAMPLES / "text" / "lambada.sample.jsonl"
+    result = mlm_eval.evaluate("lambada", engine, data=data, limit=2, target="last-token")
+    assert result.settings["target"] == "last-token"
+    assert repr(result).startswith("Result(lambada, megatron-last-token: accuracy=")
+    assert len(repr(result)) < 400
+    with pytest.raises(
+        mlm_eval.InputError, match="lambada has no option stride; it has bos, limit"
+    ):
+        mlm_eval.evaluate("lambada", engine, data=data, stride=3)

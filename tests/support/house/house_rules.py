@@ -96,6 +96,8 @@ def imports(source: str, module: str) -> Iterator[tuple[int, str]]:
 
 def home(imported: str) -> str:
     """Return what stands behind a lazy name of the package: `mlm_eval.Engine` is the engine's."""
+    if not imported.startswith("mlm_eval."):
+        return imported  # `import evaluate` is another library's
     return mlm_eval._HOME.get(imported.removeprefix("mlm_eval."), imported)
 
 
