@@ -26,6 +26,7 @@ from mlm_eval.model.tensor_parallel import (
     RowParallelLinear,
     TensorParallel,
     copy_to_region,
+    onednn_takes,
 )
 
 SCORE_CHUNK_ELEMENTS = 1 << 24
@@ -462,8 +463,8 @@ def _faster_in_float32(x: Tensor) -> bool:
     There SDPA multiplies bfloat16 slowly, and float32 goes through oneDNN (engine/products.py).
     """
     products: Any = torch.backends.mkldnn
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.bfloat16
-    return on_cpu and torch.is_inference_mode_enabled() and products.matmul.fp32_precision == "bf16"
+    halved = x.dtype == torch.bfloat16 and products.matmul.fp32_precision == "bf16"
+    return halved and onednn_takes(x, x)
 
 
 def _masked_scores(

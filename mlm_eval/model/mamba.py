@@ -61,8 +61,7 @@ def scan(
     """
     batch, length, heads, _ = x.shape
     size = min(SCAN_CHUNK, length)
-    learned = any(part.requires_grad for part in (x, dt, A, B, C, state))
-    if x.device.type == "cpu" and not (learned and torch.is_grad_enabled()):
+    if takes_turns(x, dt, A, B, C, state):
         texts = max(1, CACHED_ELEMENTS // (heads * size * size))
         parts = zip(*(part.split(texts) for part in (x, dt, B, C, state)), strict=True)
         with without_autocast(x):
@@ -77,6 +76,12 @@ def scan(
             y, state = _scan_span(x[:, part], dt[:, part], A, B[:, part], C[:, part], state, size)
             pieces.append(y)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1), state
+
+
+def takes_turns(*parts: Tensor) -> bool:
+    """Return whether a scan computes one chunk after the other: on the CPU, without gradients."""
+    learned = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
+    return parts[0].device.type == "cpu" and not learned
 
 
 def _scan_in_turn(
@@ -158,7 +163,10 @@ def _scan_span(
     before, state = _carried(B, inputs, to_end, rounded[:, :, -1].exp(), state)
     past = (C @ before.flatten(4)).unflatten(-1, x.shape[-2:])  # [b, c, g, q, r, p]
     past, within = past.transpose(2, 3), within.permute(0, 1, 4, 2, 3, 5)  # [b, c, q, g, r, p]
-    y = torch.addcmul(within, past, rounded.exp()[..., None])
+    if past.requires_grad:
+        y = torch.addcmul(within, past, rounded.exp()[..., None])
+    else:  # in place: a scan takes its time in memory as much as in products
+        y = past.mul_(rounded.exp()[..., None]).add_(within)
     return y.flatten(1, 2).flatten(2, 3)[:, :length], state
 
 
@@ -177,7 +185,9 @@ def _within(exponents: Tensor, rest: Tensor, B: Tensor, C: Tensor, inputs: Tenso
     future = decays.new_full(decays.shape[-2:], -torch.inf).triu(1)
     decays = decays.add_(rest[..., :, None]).sub_(rest[..., None, :]).add_(future).exp_()
     overlaps = (C @ B.transpose(-1, -2))[:, :, :, None]  # [b, c, g, 1, q, q]
-    return (decays * overlaps) @ inputs.permute(0, 1, 3, 4, 2, 5)
+    # exp keeps its result for the gradient, so that it may be written over without one only.
+    weights = decays * overlaps if decays.requires_grad else decays.mul_(overlaps)
+    return weights @ inputs.permute(0, 1, 3, 4, 2, 5)
 
 
 def _carried(
@@ -195,6 +205,13 @@ def _carried(
     kept = (inputs * to_end[..., None]).transpose(2, 3).flatten(4)  # [b, c, g, q, r p]
     added = (B.transpose(-1, -2) @ kept).unflatten(-1, inputs.shape[-2:])
     through = through[:, :, :, None, :, None]
+    if not added.requires_grad and not state.requires_grad:
+        before, last = torch.empty_like(added), torch.empty_like(state)
+        before[:, 0] = state
+        for chunk in range(inputs.shape[1]):
+            after = before[:, chunk + 1] if chunk + 1 < inputs.shape[1] else last
+            torch.addcmul(added[:, chunk], before[:, chunk], through[:, chunk], out=after)
+        return before, last
     states = [state]
     for chunk in range(inputs.shape[1]):
         states.append(torch.addcmul(added[:, chunk], states[-1], through[:, chunk]))

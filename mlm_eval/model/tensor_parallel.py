@@ -107,14 +107,15 @@ def linear(
     are in the cache.
     """
     post_op = ("none", "") if activation is None else activation.post_op
-    if post_op is not None and _onednn_takes(x, weight):
+    if post_op is not None and onednn_takes(x, weight):
         kind, algorithm = post_op
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, kind, [], algorithm)  # type: ignore[no-any-return]
     out = F.linear(x, weight, bias)
     return out if activation is None else activation(out)
 
 
-def _onednn_takes(x: Tensor, weight: Tensor) -> bool:
+def onednn_takes(x: Tensor, weight: Tensor) -> bool:
+    """Return whether oneDNN computes a product with what follows it: on the CPU, for inference."""
     return (
         torch.is_inference_mode_enabled()
         and x.device.type == "cpu"

@@ -66,15 +66,17 @@ def draw(batch: int, length: int, heads: int, channels: int, groups: int, states
 @pytest.mark.parametrize("length", [1, 5, 64, 200])
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("span", [1 << 24, 1 << 13])
-@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("way", ["in turn", "on a GPU", "learned"])
 def test_the_scan_is_its_recurrence(
-    length: int, groups: int, span: int, learned: bool, monkeypatch: pytest.MonkeyPatch
+    length: int, groups: int, span: int, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without gradients on the CPU it goes another way."""
+    """Without gradients on the CPU it goes another way, and on a GPU it writes in place."""
+    if way == "on a GPU":
+        monkeypatch.setattr(mamba, "takes_turns", lambda *_: False)
     monkeypatch.setattr(mamba, "SCAN_ELEMENTS", span)
     monkeypatch.setattr(mamba, "CACHED_ELEMENTS", span)
     inputs = draw(3, length, 6, 4, groups, 5)
-    y, state = mamba.scan(inputs[0].requires_grad_(learned), *inputs[1:])
+    y, state = mamba.scan(inputs[0].requires_grad_(way == "learned"), *inputs[1:])
     expected, left = by_positions(*inputs)
     assert (y - expected).abs().max() <= 2e-6 * expected.abs().max()
     assert (state - left).abs().max() <= 2e-6 * left.abs().max()

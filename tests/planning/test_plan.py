@@ -14,6 +14,7 @@ import torch
 from support import configs, random_models
 from support.paths import PROJECT
 from support.ranks import run_ranks
+from support.runs.as_on_a_gpu import as_on_a_gpu
 from support.runs.live_tensors import LiveTensors
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -107,7 +108,7 @@ def scoring_peak(checkpoint: Checkpoint, dtype: str, batch_tokens: int, length: 
     tokens = torch.arange(32 * count + length + 1) % vocab_size
     windows = [tokens[32 * i : 32 * i + length + 1] for i in range(count)]
     requests = [Request(window, 32 if i else length) for i, window in enumerate(windows)]
-    with LiveTensors([*engine.model.parameters(), tokens]) as live:
+    with as_on_a_gpu(), LiveTensors([*engine.model.parameters(), tokens]) as live:
         engine.score(requests)
     return live.peak
 
@@ -170,7 +171,7 @@ def test_evaluation_memory_of_a_t5_is_what_lives(config: ModelConfig, dtype: str
     text, mask = torch.arange(256) % 128, torch.ones(256, dtype=torch.int64)
     tokens = torch.arange(257) % 128
     requests = [PairRequest(tokens, 256, text, mask) for _ in range(16)]
-    with LiveTensors([*engine.model.parameters(), text, mask, tokens]) as live:
+    with as_on_a_gpu(), LiveTensors([*engine.model.parameters(), text, mask, tokens]) as live:
         engine.score(requests)
     need = EvaluationNeed(config, resolve_dtype(dtype).itemsize, 4096)(1, 1)
     assert need.activations == pytest.approx(live.peak, rel=0.2)
@@ -311,7 +312,8 @@ def test_layers_that_differ_cost_what_their_products_cost():
     engine = Engine.load(new_checkpoint(config, seed=1))
     tokens = torch.arange(256)[None] % 128
     for last in (256, 10):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        counter = FlopCounterMode(display=False)
+        with as_on_a_gpu(), counter, torch.inference_mode():
             engine.model(tokens, 256 - last)
         found = forward_flops(config, 256, last_rows=last, head_rows=0)
         # The convolution is no matrix product, and torch does not count it.
