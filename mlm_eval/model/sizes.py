@@ -7,8 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlm_eval.checkpoints.config import SETTING_KINDS, ModelConfig, apply_overrides
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.config import (
+    SETTING_KINDS,
+    ModelConfig,
+    apply_overrides,
+    is_of_kind,
+)
+from mlm_eval.checkpoints.errors import InputError, shown
 from mlm_eval.checkpoints.files.text_file import read_toml
 from mlm_eval.checkpoints.parameters import num_parameters
 
@@ -81,6 +86,12 @@ def initial_config(
     if family == "bert":
         values |= {"num_tokentypes": 2, "pooler": True, "binary_head": True}
     values |= _named(name) | dict(overrides or {})
+    for key, value in values.items():
+        kind = SETTING_KINDS.get(key, "")
+        if kind in ("int", "float", "bool", "str") and not is_of_kind(value, kind):
+            raise InputError(
+                f"--init {name} sets {key} to {shown(value)}; expected a value of type {kind}"
+            )
     for loss in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
         if values.pop(loss, 0):
             raise InputError(
