@@ -348,14 +348,15 @@ def provide(name: str, places: Path, place: Path) -> Path:
 def checked_words(words: list[str], places: Path, place: Path) -> list[str]:
     """Return the words of a command with its placeholders filled in; all of them must be known."""
     filled = []
-    for word in words:
+    for before, word in zip(["", *words], words, strict=False):
         name = word.removeprefix("/")
-        if name in PLACES:
+        if name in PLACES and before != "--output":  # where it is written, nothing stands for it
             word = str(provide(name, places, place)) if word.startswith("/") else word
             provide(name, places, place)
         else:
             known = (
                 word.startswith("-")
+                or name in PLACES
                 or word in OUTPUTS
                 or word in WORDS
                 or re.fullmatch(r"[\d.,e-]+", word)
