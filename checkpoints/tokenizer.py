@@ -450,12 +450,18 @@ def check_fits(tokenizer: Tokenizer, vocab_rows: int) -> str | None:
             f"the model, with {vocab_rows} rows, has none"
         )
     unused = vocab_rows - size
-    if unused >= LARGEST_PADDING or (unused >= SMALL_PADDING and unused > size):
+    few = unused >= SMALL_PADDING and unused > size and not _is_padded(size, vocab_rows)
+    if unused >= LARGEST_PADDING or few:
         return (
             f"{tokenizer.source} has {size} entries and the model {vocab_rows} rows, more than any "
             f"padding of Megatron adds: it may not be the tokenizer of this model"
         )
     return None
+
+
+def _is_padded(size: int, rows: int) -> bool:
+    """Whether so many rows are what Megatron pads a vocabulary to: a multiple of 128 x tp."""
+    return any(rows == -(-size // (128 << power)) * (128 << power) for power in range(7))
 
 
 def _load_folder(folder: Path) -> Tokenizer | None:

@@ -286,7 +286,7 @@ _SCHEMA = {
     "settings": "object",
     "settings.data": "object?",
     "settings.data.path": "text or texts?",
-    "settings.data.sha256": "text?",
+    "settings.data.sha256": "text or object of texts?",
     "settings.data.warnings": "texts?",
     "settings.data.sets": "object?",
     "settings.dtype": "text?",

@@ -155,6 +155,12 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
             isinstance(p, str) for p in (value if isinstance(value, list) else [value])
         ),
     ),
+    "text or object of texts": (
+        "a text or an object of them",
+        lambda value: all(
+            isinstance(p, str) for p in (value.values() if isinstance(value, dict) else [value])
+        ),
+    ),
     "numbers": (
         "a list of finite numbers",
         lambda value: isinstance(value, list) and all(map(_is_number, value)),

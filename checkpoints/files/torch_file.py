@@ -338,7 +338,7 @@ class _ZipStorages:
             window.seek(record.header_offset + 26)
             name_length, extra_length = struct.unpack("<HH", window.read(4))
             self.starts[key] = record.header_offset + 30 + name_length + extra_length
-            if self.sums:
+            if self.sums and record.CRC:  # 0: torch.serialization.skip_data() wrote none
                 start = self.base + self.starts[key]
                 self.checksums[key] = Checksum(
                     self.file, start, record.file_size, record.CRC, printable(record.filename)

@@ -227,10 +227,6 @@ def merge_ranks(
     everything = sorted({key for file in files.values() for chunk in file.chunks for key in chunk})
     everything = [key for key in everything if not names.is_left_out(key)]
     check_same_run(files, tp, where)
-    if pp > 1:
-        for t, e in sorted({(t, e) for t, _, e in files}):
-            stages = {p: _all_chunks(files[t, p, e]) for p in range(pp)}
-            refuse_copied(copied_stages(stages), where)
     names.refuse_unsupported(everything, str(where))
     family = names.family_of(everything)
     code = names.run_code(everything)
@@ -240,6 +236,10 @@ def merge_ranks(
             "Megatron's pretrain_t5 of core 0.13 and later); write it with Megatron as torch_dist, "
             "or without pipeline stages"
         )
+    if pp > 1:
+        for t, e in sorted({(t, e) for t, _, e in files}):
+            stages = {p: _all_chunks(files[t, p, e]) for p in range(pp)}
+            refuse_copied(copied_stages(stages), where)
     version = _version(first, code, overrides)
     warnings: list[str] = []
     if version == 0.0 and beside is None and "checkpoint_version" not in overrides:

@@ -16,6 +16,7 @@ from torch import Tensor
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import LazyTensor, runs
 
+_EXPERT = re.compile(r"(.+\.experts\.(?:.+\.)?)(\d+)\.")
 _LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.")
 
 Unit = Mapping[str, LazyTensor]
@@ -59,7 +60,17 @@ def copied_stages(stages: Mapping[int, Unit]) -> str | None:
 
 
 def copied_experts(ranks: Mapping[int, Unit]) -> str | None:
-    """Return which expert-parallel ranks hold the same experts, in words."""
+    """Return which expert-parallel ranks hold the same experts, in words.
+
+    Not where experts of one rank are the same too: a model that is made of a dense one ("upcycled")
+    begins with copies of its MLP.
+    """
+    experts: dict[int, dict[str, LazyTensor]] = {}
+    for name, tensor in next(iter(ranks.values()), {}).items():
+        if match := _EXPERT.match(name):
+            experts.setdefault(int(match[2]), {})[match[1] + name[match.end() :]] = tensor
+    if _equal_pair(experts):
+        return None
     pair = _equal_pair(ranks)
     return f"expert-parallel ranks {pair[0]} and {pair[1]} hold the same experts" if pair else None
 
@@ -113,7 +124,21 @@ def _same(one: Unit, other: Unit) -> bool:
     pieces: Iterable[tuple[Tensor, Tensor]] = (
         pair for name in one for pair in zip(runs(one[name]), runs(other[name]), strict=True)
     )
-    return all(_bytes(a) == _bytes(b) for a, b in pieces)
+    if not all(_bytes(a) == _bytes(b) for a, b in pieces):
+        return False
+    # Vectors are alike by chance, and padding of a vocabulary may repeat the last row of it.
+    return not all(_repeats_one_row(tensor) for tensor in one.values())
+
+
+def _repeats_one_row(tensor: LazyTensor) -> bool:
+    """Whether a tensor's rows are all the same, as where it has one only."""
+    first: Tensor | None = None
+    for values in runs(tensor):
+        rows = values.reshape(-1, tensor.shape[-1])
+        first = rows[:1] if first is None else first
+        if not bool((rows == first).all()):
+            return False
+    return True
 
 
 def is_plain(tensor: LazyTensor) -> bool:

@@ -69,7 +69,7 @@ def _gaps(replicas: RankCopies) -> Iterator[tuple[str, str, float, float]]:
 
 def gap_of(tensor: LazyTensor, reference: LazyTensor) -> tuple[float, float]:
     """Return the largest difference (infinite for other shapes), and the largest value."""
-    if tensor.shape != reference.shape:
+    if tensor.shape != reference.shape or tensor.dtype != reference.dtype:
         return math.inf, 1.0
     gaps = [_gap(a, b) for a, b in zip(runs(tensor), runs(reference), strict=True)]
     worst = [gap for gap, _ in gaps]

@@ -220,7 +220,7 @@ def chosen_iterations(
         chosen = [i for i in finished if choice.takes(i)]
     if watched:
         return chosen
-    listed = f"there are {_listed(found.folders)}"
+    listed = f"it has {_listed(found.folders)}"
     missing = [i for i in choice.numbers if i not in found.folders]
     if not found.folders:
         one = " (it is one itself)" if told_iteration(found.root) is not None else ""

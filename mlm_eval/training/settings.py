@@ -136,7 +136,7 @@ class RunSettings:
         group=RUN,
     )
     save_every: int | None = option(
-        "Keep a checkpoint each so many steps, and the last, in OUTPUT_DIR/checkpoint-series.",
+        "Keep a checkpoint each so many steps, and the last, in checkpoint-series of OUTPUT_DIR.",
         None,
         least=1,
         shown="none",

@@ -121,6 +121,7 @@ class _Finetuning:
                 "fine-tuning needs a BERT model, which reads both ways"
             )
         if self.options.eval_only:
+            on_main(self._check_output)
             self._check_head()
         special_ids(self.tokenizer)
         misfit = check_fits(self.tokenizer, config.vocab_size)

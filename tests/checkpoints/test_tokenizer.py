@@ -295,9 +295,11 @@ def test_a_vocabulary_larger_than_the_model_is_refused():
 
 
 def test_rows_beyond_any_padding_are_doubted():
-    assert check_fits(sized(1000), 9191) is None
-    warning = check_fits(sized(1000), 9192)
-    assert warning is not None and "1000 entries and the model 9192 rows" in warning
+    assert check_fits(sized(10_000), 18_191) is None
+    warning = check_fits(sized(10_000), 18_192)
+    assert warning is not None and "10000 entries and the model 18192 rows" in warning
+    assert check_fits(sized(256), 1024) is None  # tp 8
+    assert check_fits(sized(256), 1000) is not None  # most rows uncovered, and no padded size
 
 
 def write_bad(folder: Path, files: dict[str, bytes]) -> None:

@@ -256,6 +256,11 @@ def example(name: str, hint: Any, number: int) -> tuple[list[str], Any]:
     option, kinds = "--" + name.replace("_", "-"), get_args(hint) or (hint,)
     if name == "seeds":
         return [option, "3,1"], (3, 1)
+    if name == "log":
+        return [option, "tensorboard:a", option, "tensorboard:b"], (
+            "tensorboard:a",
+            "tensorboard:b",
+        )
     if get_origin(hint) is Sequence:
         words = [f"{name}.a", f"{name}.b"]
         return [option, words[0], option, words[1]], tuple(map(kinds[0], words))

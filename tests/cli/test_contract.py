@@ -165,6 +165,8 @@ def training(run: Run, folder: Path) -> dict[str, set[str]]:
             if {"state", "tokenizer", "seed-2"}.isdisjoint(inside.parts):
                 lines = path.suffix == ".jsonl"
                 found[f"{name} {inside}"] = of_lines(path) if lines else keys(read(path))
+        reported = run("report", "--include-limited", output / "result.json")
+        assert reported.code == 0, reported.err
     output = folder / "ensemble.json"
     predictions = sorted((folder / "race").rglob("predictions"))
     given = [part for path in predictions for part in ("--predictions", path)]

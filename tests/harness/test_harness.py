@@ -610,7 +610,7 @@ def test_data_that_is_not_there_is_named(run: Callable[..., Ended], study: Path)
     (study / "broken" / "broken.yaml").write_text(broken)
     arguments = ["--tasks", "broken", "--include_path", study / "broken"]
     code, _, err = run("--ckpt", GPT, "--", *arguments)
-    assert code == 2 and "none.jsonl" in err.splitlines()[-1] and "Traceback" not in err
+    assert code == 2 and "none.jsonl" in err.splitlines()[-1] and "Traceback" not in err, err
 
 
 def test_a_fault_of_ours_is_no_fault_of_the_user(

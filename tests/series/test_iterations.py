@@ -64,10 +64,10 @@ def test_what_is_no_choice(text: str):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("1000:3000:500", "has no iteration 2500, 3000; there are 1000, 1500, 2000, 5000"),
-        ("7", "has no iteration 7; there are 1000, 1500, 2000, 5000"),
-        ("release", "has no iteration release; there are"),
-        ("2001:4999", "has no finished iteration in --iterations 2001:4999; there are 1000"),
+        ("1000:3000:500", "has no iteration 2500, 3000; it has 1000, 1500, 2000, 5000"),
+        ("7", "has no iteration 7; it has 1000, 1500, 2000, 5000"),
+        ("release", "has no iteration release; it has"),
+        ("2001:4999", "has no finished iteration in --iterations 2001:4999; it has 1000"),
     ],
 )
 def test_what_is_missing_is_an_error_that_lists_what_there_is(megatron: Path, text: str, said: str):

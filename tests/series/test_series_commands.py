@@ -489,4 +489,4 @@ def test_the_sample_is_a_root(run: Run, tmp_path):
     line = ["lambada", "--ckpt", "sample:gpt", "--data", data, "--limit", 2, "--iterations"]
     ended = run(*line, "latest", "--output", tmp_path / "F.json")
     assert ended.code == 0 and "6,144,000 tokens" in ended.out
-    assert_one_sentence(run(*line, "2000"), "has no iteration 2000; there are 3000")
+    assert_one_sentence(run(*line, "2000"), "has no iteration 2000; it has 3000")

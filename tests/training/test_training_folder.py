@@ -150,9 +150,9 @@ def test_what_somebody_puts_into_a_checkpoint_stays(tmp_path):
     with pytest.MonkeyPatch.context() as patched:
         original = loop.TrainingLog
 
-        def opened(folder: Path, *, start: int) -> Any:
+        def opened(folder: Path, **given: Any) -> Any:
             (tmp_path / "aside").rename(tmp_path / "checkpoint-best")
-            return original(folder, start=start)
+            return original(folder, **given)
 
         patched.setattr(loop, "TrainingLog", opened)
         training_runs.run(1, 1, "classification_head", tmp_path, changes, scores=broken_again)

@@ -274,7 +274,7 @@ def test_the_default_is_openais_text_on_the_hub(tokenizer, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", offline)
     for data in (None, "lambada_openai"):
         with pytest.raises(
-            InputError, match="EleutherAI/lambada_openai:test cannot be loaded.*--data"
+            InputError, match="EleutherAI/lambada_openai:test is not in the local cache.*--data"
         ):
             prepare(data, tokenizer=tokenizer, positions=64)
     assert calls == [("EleutherAI/lambada_openai", None, "test")] * 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,12 @@ from support.ranks import run_ranks
 
 import mlm_eval
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.torch_file import read_torch_file
 from mlm_eval.checkpoints.lazy import Checksum, InMemory, MappedFile, StoredTensor
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import parameters
 from mlm_eval.checkpoints.soundness.check import check_everything
+from mlm_eval.checkpoints.soundness.copies import copied_experts
 from mlm_eval.checkpoints.soundness.odd_values import OddValues
 
 pytest_plugins = ["support.command_line_fixtures"]
@@ -210,6 +214,49 @@ def test_what_is_drawn_as_a_constant_is_equal_everywhere(tmp_path):
     model = {name: torch.ones_like(tensor) for name, tensor in random_model(GPT).items()}
     root = write(tmp_path, model, GPT, tp=2, args=args_of(GPT))
     assert open_checkpoint(root).num_parameters
+
+
+def test_ranks_that_hold_padding_alone_are_no_copies(tmp_path):
+    """Megatron's converter pads a vocabulary with copies of its last row."""
+    model = random_model(GPT)
+    for name, tensor in model.items():
+        if name.endswith("word_embeddings.weight"):
+            tensor[10:] = tensor[9]
+    root = write(tmp_path, model, GPT, tp=4, args=args_of(GPT))
+    assert open_checkpoint(root).num_parameters
+
+
+def test_experts_that_begin_as_copies_are_no_copied_files(tmp_path):
+    """A mixture made of a dense model ("upcycled") has its MLP as each expert."""
+    parts = {
+        f"decoder.layers.0.mlp.experts.local_experts.{n}.linear_fc1.weight": InMemory(
+            torch.arange(12.0).reshape(4, 3)
+        )
+        for n in range(2)
+    }
+    assert copied_experts({0: parts, 1: dict(parts)}) is None
+    own = {
+        name: InMemory(torch.randn(4, 3, generator=torch.Generator().manual_seed(n)))
+        for n, name in enumerate(parts)
+    }
+    assert "ranks 0 and 1 hold the same" in (copied_experts({0: own, 1: dict(own)}) or "")
+
+
+def test_a_record_without_a_checksum_beside_others_is_read(tmp_path):
+    """As `torch.serialization.skip_data` leaves them, whose data is filled in later."""
+    file = tmp_path / "s.pt"
+    values = torch.arange(64.0)
+    with torch.serialization.skip_data():
+        torch.save({"model": {"w": values}}, file)
+    with zipfile.ZipFile(file) as archive:
+        assert any(record.CRC for record in archive.infolist())
+        record = next(r for r in archive.infolist() if "/data/" in r.filename)
+    raw = bytearray(file.read_bytes())
+    name, extra = struct.unpack_from("<HH", raw, record.header_offset + 26)
+    at = record.header_offset + 30 + name + extra
+    raw[at : at + 256] = values.numpy().tobytes()
+    file.write_bytes(raw)
+    assert torch.equal(read_torch_file(file).value["model"]["w"].read(), values)
 
 
 def test_a_layer_s_file_in_the_place_of_another_s_is_refused(tmp_path):
