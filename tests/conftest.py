@@ -25,11 +25,13 @@ SHARED = PROJECT.parent / "shared"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the markers; let Ctrl-C reach what the tests start.
+    """Register the markers; let signals reach what the tests start.
 
-    A shell without job control starts a background command with SIGINT ignored, and processes
-    inherit that.
+    A shell without job control starts a background command with SIGINT ignored, nohup with SIGHUP,
+    and processes inherit that.
     """
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for marker in (

@@ -51,6 +51,7 @@ class _Pool:
         self.group = 0  # number of the process group that the ranks are in
         self.members = 0
         self.stores: Path | None = None
+        self.owner = os.getpid()
 
     def run(self, size: int, task: bytes, seconds: float) -> list[Any]:
         self._grow(size)
@@ -101,7 +102,9 @@ class _Pool:
             self.workers.append((process, ours))
 
     def close(self) -> None:
-        """End all ranks."""
+        """End all ranks; not from a fork, which ends as a process of its own."""
+        if os.getpid() != self.owner:
+            return
         for process, connection in self.workers:
             connection.close()
             process.kill()

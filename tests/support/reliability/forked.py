@@ -6,6 +6,7 @@ anew. What needs ranks is run by `command_line.started`.
 
 from __future__ import annotations
 
+import multiprocessing.process
 import os
 import signal
 import sys
@@ -74,6 +75,7 @@ def _become(
         signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
+    multiprocessing.process._children.clear()  # type: ignore[attr-defined]  # ended at our exit
     sys.argv = ["mlm-eval", *map(str, arguments)]
     around()
     from mlm_eval.cli import entry
