@@ -435,6 +435,7 @@ metric_list:
 """
 
 
+@pytest.mark.long
 def test_the_harness_has_a_record_for_each(run: Run, root, folder, tmp_path, loads):
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra lm-eval)")
     tasks = tmp_path / "tasks"
