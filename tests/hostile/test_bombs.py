@@ -176,9 +176,9 @@ def _options(words: list[str], sandbox: Sandbox, bases: Bases) -> Words:
 
 
 SIZES = (
-    ["plan", "--init", "gpt2-355m", "--dp", "100000"],
-    ["plan", "--init", "gpt2-355m", "--set", "num_layers=1000000000"],
-    ["plan", "--init", "gpt2-355m", "--set", "num_layers=1099511627776"],
+    ["plan", "--model", "gpt2-355m", "--dp", "100000"],
+    ["plan", "--model", "gpt2-355m", "--set", "num_layers=1000000000"],
+    ["plan", "--model", "gpt2-355m", "--set", "num_layers=1099511627776"],
     ["plan", "--ckpt", "GPT", "--set", "num_layers=1000000000"],
     ["inspect", "--ckpt", "GPT", "--set", "num_layers=1000000000"],
     ["inspect", "--ckpt", "GPT", "--set", "hidden_size=1099511627776"],

@@ -14,6 +14,7 @@ from support.reliability.attacks import (
     check,
     converting,
     copied,
+    each,
     inspecting,
     model_file,
     saved,
@@ -237,14 +238,12 @@ YAMLS: dict[str, str] = {
 }
 # Such an entry takes no part in what is computed.
 YAML_MAY_BE_READ = ("a target of code", "keys that are numbers", "layers that are shared lists")
-ATTACKS += [
-    Attack(
-        f"run_config.yaml: {what}",
-        partial(_bridge, content),
-        refused=None if what in YAML_MAY_BE_READ else True,
-    )
-    for what, content in YAMLS.items()
-]
+ATTACKS += each(
+    "run_config.yaml",
+    YAMLS,
+    lambda content: partial(_bridge, content),
+    may_be_read=YAML_MAY_BE_READ,
+)
 
 
 def _nemo(content: str, sandbox: Sandbox, bases: Bases) -> Words:

@@ -20,6 +20,7 @@ from support.reliability.attacks import (
     check,
     converting,
     copied,
+    each,
     inspecting,
     model_file,
 )
@@ -308,18 +309,10 @@ MAY_BE_READ = (
     "100,000 empty records",
 )  # fmt: skip
 
-ATTACKS += [
-    Attack(
-        f"zip: {what}",
-        partial(_rewritten, edit),
-        refused=None if what in READ_ALL_THE_SAME else True,
-    )
-    for what, edit in ZIP_EDITS.items()
-]
-ATTACKS += [
-    Attack(f"zip: {what}", partial(_again, change), refused=None if what in MAY_BE_READ else True)
-    for what, change in ZIP_AGAIN.items()
-]
+ATTACKS += each(
+    "zip", ZIP_EDITS, lambda edit: partial(_rewritten, edit), may_be_read=READ_ALL_THE_SAME
+)
+ATTACKS += each("zip", ZIP_AGAIN, lambda change: partial(_again, change), may_be_read=MAY_BE_READ)
 ATTACKS.append(Attack("zip: deflated", partial(_again, lambda ms: ms, method=zipfile.ZIP_DEFLATED)))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from support import tiny_bert
-from support.reliability.attacks import Attack, Bases, Words, attacks, check
+from support.reliability.attacks import Attack, Bases, Words, attacks, check, each
 from support.reliability.warm_commands import Sandbox, WarmCommands
 
 pytest_plugins = ["support.reliability.warm_fixtures"]
@@ -177,14 +177,12 @@ FAST_MAY_BE_READ = (
     "a Unigram of NaN", "an added token of nothing", "no unknown piece", "padding to 2**40",
     "an expression that backtracks", "an expression that backtracks in a normalizer",
 )  # fmt: skip
-ATTACKS = [
-    Attack(
-        f"tokenizer.json: {what}",
-        partial(_files, {"tokenizer.json": content}),
-        refused=None if what in FAST_MAY_BE_READ else True,
-    )
-    for what, content in FASTS.items()
-]
+ATTACKS = each(
+    "tokenizer.json",
+    FASTS,
+    lambda content: partial(_files, {"tokenizer.json": content}),
+    may_be_read=FAST_MAY_BE_READ,
+)
 
 
 # ---- vocab.json and merges.txt -----------------------------------------------------------------
@@ -225,14 +223,9 @@ GPT2: dict[str, tuple[dict[str, Any] | str, str | bytes]] = {
 }
 # Megatron's own reader passes over empty lines.
 GPT2_MAY_BE_READ = ("an empty line in the merges",)
-ATTACKS += [
-    Attack(
-        f"vocab.json: {what}",
-        partial(_gpt2, vocab, merges),
-        refused=None if what in GPT2_MAY_BE_READ else True,
-    )
-    for what, (vocab, merges) in GPT2.items()
-]
+ATTACKS += each(
+    "vocab.json", GPT2, lambda case: partial(_gpt2, *case), may_be_read=GPT2_MAY_BE_READ
+)
 
 
 # ---- BERT's vocabulary -------------------------------------------------------------------------
@@ -257,14 +250,9 @@ BERT: dict[str, str | bytes] = {
     "one line": "[UNK]",
 }
 BERT_MAY_BE_READ = ("a line of 10 MB", "one line", "ten million lines", "a piece of escapes")
-ATTACKS += [
-    Attack(
-        f"vocab.txt: {what}",
-        partial(_bert, content),
-        refused=None if what in BERT_MAY_BE_READ else True,
-    )
-    for what, content in BERT.items()
-]
+ATTACKS += each(
+    "vocab.txt", BERT, lambda content: partial(_bert, content), may_be_read=BERT_MAY_BE_READ
+)
 SIDES: dict[str, Any] = {
     "deep": DEEP,
     "a list": [],
@@ -289,14 +277,12 @@ SIDES: dict[str, Any] = {
     "a surrogate": '{"unk_token": "\\ud800"}',
 }
 SIDES_MAY_BE_READ = ("max_input_chars_per_word of 5,000 digits", "5,000 digits")
-ATTACKS += [
-    Attack(
-        f"tokenizer_config.json: {what}",
-        partial(_bert, PIECES, tokenizer_config=content),
-        refused=None if what in SIDES_MAY_BE_READ else True,
-    )
-    for what, content in SIDES.items()
-]
+ATTACKS += each(
+    "tokenizer_config.json",
+    SIDES,
+    lambda content: partial(_bert, PIECES, tokenizer_config=content),
+    may_be_read=SIDES_MAY_BE_READ,
+)
 ATTACKS += [
     Attack(f"{name}.json: {what}", partial(_bert, PIECES, **{name: content}), refused=None)
     for name in ("special_tokens_map", "added_tokens")

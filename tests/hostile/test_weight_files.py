@@ -17,6 +17,7 @@ from support.reliability.attacks import (
     check,
     converting,
     copied,
+    each,
     inspecting,
 )
 from support.reliability.pickle_bytes import (
@@ -426,14 +427,9 @@ def _length(value: int, sandbox: Sandbox, bases: Bases) -> Words:
 # Names that the library gives in another order, and metadata: nothing is wrong with these.
 HEADERS_MAY_BE_READ = ("metadata with numbers",)
 
-ATTACKS += [
-    Attack(
-        f"safetensors: {what}",
-        partial(_header, change),
-        refused=None if what in HEADERS_MAY_BE_READ else True,
-    )
-    for what, change in HEADERS.items()
-]
+ATTACKS += each(
+    "safetensors", HEADERS, lambda change: partial(_header, change), may_be_read=HEADERS_MAY_BE_READ
+)
 ATTACKS += [
     Attack(f"safetensors: a header of {value} bytes", partial(_length, value))
     for value in (0, 1, 7, 2**31, 2**40, 2**63, 2**64 - 1)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -17,6 +17,8 @@ from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
 from support import random_models, tiny_bert
 from support.reliability.short_form import thinned
 from support.reliability.warm_commands import MEMORY, Done, Sandbox, WarmCommands, told
+
+T = TypeVar("T")
 
 Words = Sequence[object]
 """A command line."""
@@ -116,6 +118,28 @@ def check(attack: Attack, warm: WarmCommands, bases: Bases) -> None:
     """Run an attack and fail on what is wrong."""
     done = attack.run(warm, bases)
     assert attack.faults(done) == [], told(done)
+
+
+def each(
+    kind: str,
+    cases: Mapping[str, T],
+    prepare: Callable[[T], Prepare],
+    *,
+    may_be_read: Collection[str] = (),
+) -> list[Attack]:
+    """Return an attack for each of the named cases.
+
+    Args:
+        kind: What is attacked; with the case's name it is that of the attack.
+        cases: By their names.
+        prepare: Returns what makes the attack of a case.
+        may_be_read: Names of those that may end with a right result too.
+    """
+    assert set(may_be_read) <= set(cases), f"{kind}: some that may be read are no cases"
+    return [
+        Attack(f"{kind}: {what}", prepare(case), refused=None if what in may_be_read else True)
+        for what, case in cases.items()
+    ]
 
 
 def attacks(cases: Sequence[Attack], *, every: int = 5) -> Any:
