@@ -27,23 +27,20 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison.
-
-    Attributes:
-        work: What was done.
-        against: What it is compared with.
-        unit: Of `ours` and `theirs`.
-        ours: Of each pair.
-        theirs: Of each pair.
-        target: The ratio theirs / ours is to be at least this; None: it is for information.
-    """
+    """One comparison."""
 
     work: str
+    """What was done."""
     against: str
+    """What it is compared with."""
     unit: str
+    """Of `ours` and `theirs`."""
     ours: list[float]
+    """Of each pair."""
     theirs: list[float]
+    """Of each pair."""
     target: float | None = None
+    """The ratio theirs / ours is to be at least this; None: it is for information."""
 
     @property
     def ratios(self) -> list[float]:

@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import torch
 
-from mlm_eval.checkpoints.errors import InputError, shown
+from mlm_eval.checkpoints.errors import InputError, first_line, shown
 from mlm_eval.checkpoints.files.safe_pickle import (
     SafeUnpickler,
     Stub,
@@ -303,14 +303,8 @@ def _explained(path: Path, way_out: str) -> Iterator[None]:
         raise InputError(f"{path} is a folder where a file was expected") from None
     except _DAMAGE as error:
         refuse_stand_in(path)
-        raise InputError(
-            f"{path} is cut off or damaged ({_first_line(error)}); copy the file again"
-        ) from None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return printable(lines[0][:120]) if lines else type(error).__name__
+        said = printable(first_line(error)[:120])
+        raise InputError(f"{path} is cut off or damaged ({said}); copy the file again") from None
 
 
 class _ZipStorages:

@@ -86,13 +86,10 @@ def reduce_from_region(x: Tensor, tp: TensorParallel) -> Tensor:
 
 
 class Activating(Protocol):
-    """An activation.
-
-    Attributes:
-        post_op: oneDNN's name and algorithm of it; None: oneDNN has none.
-    """
+    """An activation."""
 
     post_op: tuple[str, str] | None
+    """oneDNN's name and algorithm of it; None: oneDNN has none."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the activation's values."""

@@ -95,7 +95,7 @@ class Evaluation(ABC, Generic[Text]):
         """
 
     def figure(self, record: Mapping[str, Any]) -> tuple[str, str]:
-        """Return the name and the text of a record's main figure."""
+        """Return the name and the text of a record's main figure, for `known` as it stands here."""
         raise NotImplementedError
 
     def known(

@@ -82,21 +82,18 @@ Prepare = Callable[[Sandbox, Bases], Words]
 
 @dataclass(frozen=True)
 class Attack:
-    """An input made to do harm.
-
-    Attributes:
-        name: What it is.
-        prepare: Makes it, and returns the command line that is given it.
-        refused: Whether it must end with exit code 2; None: a right result does, too.
-        says: Words of the message.
-        memory: Bytes that it may take.
-    """
+    """An input made to do harm."""
 
     name: str
+    """What it is."""
     prepare: Prepare
+    """Makes it, and returns the command line that is given it."""
     refused: bool | None = True
+    """Whether it must end with exit code 2; None: a right result does, too."""
     says: str = ""
+    """Words of the message."""
     memory: int = MEMORY
+    """Bytes that it may take."""
 
     def __str__(self) -> str:
         return self.name
