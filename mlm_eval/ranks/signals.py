@@ -96,8 +96,12 @@ def say_bus_errors() -> None:
     ctypes.CDLL(None).signal(signal.SIGBUS, _bus_error)
 
 
+_ENDED_BY_ONE = threading.Lock()
+
+
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _bus_error(_: int) -> None:
+    _ENDED_BY_ONE.acquire()  # other threads that read the file stop here, and end with the process
     os.write(2, _CUT_SHORT)
     remove_unfinished()
     os._exit(2)

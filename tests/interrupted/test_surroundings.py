@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.command_line import TEXT, assert_one_sentence, started
+from support.command_line import TEXT, as_user, assert_one_sentence, started
 from support.reliability.forked import children, forked, gone, wait_for
 from support.reliability.short_form import thinned
 
@@ -261,6 +261,25 @@ def test_a_file_that_is_cut_short_while_it_is_mapped_is_said(folder, tmp_path):
     ended = forked(tmp_path / "log", *line, around=install)
     assert_one_sentence(ended, "became shorter while it was read")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpt", "log"]
+
+
+MANY_AT_ONCE = """
+import ctypes, signal, threading
+from mlm_eval.ranks.signals import say_bus_errors
+say_bus_errors()
+ready = threading.Barrier(8)
+def read():
+    ready.wait()
+    getattr(ctypes.CDLL(None), "raise")(signal.SIGBUS)
+threads = [threading.Thread(target=read) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+
+
+def test_threads_that_read_a_file_that_is_cut_short_say_it_once():
+    ended = as_user(command=("-c", MANY_AT_ONCE))
+    assert_one_sentence(ended, "became shorter while it was read")
 
 
 @pytest.mark.parametrize("port", ["99999", "0", "-1", "x"])
