@@ -467,7 +467,10 @@ def as_index(order: Tensor) -> slice | Tensor:
 
 
 def runs(tensor: LazyTensor, nbytes: int = 16 << 20) -> Iterator[Tensor]:
-    """Yield a tensor's values as runs of whole rows of about `nbytes` bytes."""
+    """Yield a tensor's values as runs of whole rows of about `nbytes` bytes; a scalar at once."""
+    if not tensor.shape:
+        yield tensor.read()
+        return
     count = max(1, nbytes * tensor.shape[0] // max(tensor.nbytes, 1))
     for start in range(0, tensor.shape[0], count):
         yield tensor.read(0, slice(start, min(start + count, tensor.shape[0])))

@@ -25,7 +25,7 @@ from typing import Any
 from mlm_eval.checkpoints.catalog import is_catalog_name, resolve, sample_folder
 from mlm_eval.checkpoints.errors import InputError, require
 from mlm_eval.checkpoints.files.stand_in import refuse_stand_in
-from mlm_eval.checkpoints.files.text_file import parse_json, read_json_object, read_text
+from mlm_eval.checkpoints.files.text_file import read_json_object, read_text
 from mlm_eval.checkpoints.hub.download import hub_folder
 from mlm_eval.checkpoints.tokenizers.added import MOST_UNUSED, AddedSplitter, add_to, to_add
 from mlm_eval.checkpoints.tokenizers.fast_file import (
@@ -74,9 +74,8 @@ SPACE_PIECE = "\u2581"
 EOT_PIECES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 # Megatron pads to a multiple of make_vocab_size_divisible_by x tp; nobody runs beyond 128 x 64.
 LARGEST_PADDING = 128 * 64
-SMALL_PADDING = (
-    128 * 2
-)  # as much of a small vocabulary may be padding, of a large one more than that
+SMALL_PADDING = 128 * 2
+"""As much of a small vocabulary may be padding; of a large one, more."""
 ACCEPTED = (
     "tokenizer.json, vocab.json with merges.txt, encoder.json with vocab.bpe, vocab.txt or "
     "tokenizer.model"
@@ -498,7 +497,7 @@ def _load_file(path: Path, merges: Path | None) -> Tokenizer:
     refuse_tiktoken(path)
     if path.suffix != ".json":
         raise InputError(f"{path} is not a known form of a tokenizer; expected {ACCEPTED}")
-    if "model" in parse_json(read_text(path, most=LARGEST_TOKENIZER), str(path)):
+    if "model" in read_json_object(path, most=LARGEST_TOKENIZER):
         return _load_tokenizer_json(path)
     for vocab, merge_name in VOCAB_AND_MERGES:
         if path.name == vocab and (path.parent / merge_name).is_file():

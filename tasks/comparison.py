@@ -13,6 +13,7 @@ from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.reporting.tables import Column, Level, TaskRow, TaskTable, short_count
+from mlm_eval.tasks.language.settings import LANGUAGE
 from mlm_eval.tasks.paper import (
     differences,
     load_paper,
@@ -23,7 +24,7 @@ from mlm_eval.tasks.paper import (
     run_parts,
     size_in_parameters,
 )
-from mlm_eval.tasks.records import LANGUAGE, ResultRecord, paper_figures, tables_of_benchmarks
+from mlm_eval.tasks.records import ResultRecord, paper_figures, tables_of_benchmarks
 
 TITLES = {
     "lm": "Language models",
@@ -181,8 +182,9 @@ def _retitled(column: Column, task: str) -> Column:
 
 def _errors(record: ResultRecord) -> dict[str, float]:
     error = record.metrics.get("accuracy_stderr")
-    known = record.benchmark == "lambada" and type(error) is float
-    return {"lambada": 100.0 * error} if known and error is not None else {}
+    if record.benchmark == "lambada" and isinstance(error, float):
+        return {"lambada": 100.0 * error}
+    return {}
 
 
 def _notes(record: ResultRecord, table: int) -> list[str]:
@@ -216,7 +218,7 @@ def _run(settings: Mapping[str, Any]) -> str:
     sizes = {name: settings.get(name) for name in ("tp", "dp")}
     if all(type(size) is int for size in sizes.values()):
         told.append(f"tp {sizes['tp']} x dp {sizes['dp']}")
-    told += [f"{settings['mode']}"] if isinstance(settings.get("mode"), str) else []
+    told += [settings["mode"]] if isinstance(settings.get("mode"), str) else []
     return ", ".join(told)
 
 

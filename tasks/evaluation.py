@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from mlm_eval.reporting.results import Result
 
 
-ON_TEXT = ("lm", "mlm")
-"""Language modelling: a causal and a masked model trained on text."""
-
-
 def evaluate(
     task: str,
     engine: Engine,
@@ -54,17 +50,17 @@ def evaluate(
     """
     # Imported here to keep `import mlm_eval` fast.
     from mlm_eval.tasks.finetune.task import TASKS
+    from mlm_eval.tasks.language.settings import LANGUAGE
     from mlm_eval.tasks.zero_shot import benchmarks
 
     known = benchmarks()
-    words = tokenizer or (engine.tokenizer if task in (*known, *TASKS, *ON_TEXT) else None)
+    names = (*known, *TASKS, *LANGUAGE)
+    if task not in names:
+        raise InputError(f"there is no task {task!r}; evaluate knows {', '.join(names)}")
+    words = tokenizer or engine.tokenizer
     if task in known:
-        assert words is not None
         _check_names(task, options, _fields(known[task].options) | {"limit"})
         return known[task].evaluate(engine, data, tokenizer=words, **options)
-    if words is None:
-        names = ", ".join([*known, *TASKS, *ON_TEXT])
-        raise InputError(f"there is no task {task!r}; evaluate knows {names}")
     if "output_dir" not in options:
         raise InputError(f"{task} writes its model and figures to a folder; give output_dir=FOLDER")
     trained = _finetuned if task in TASKS else _trained_on_text

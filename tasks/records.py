@@ -24,12 +24,11 @@ from mlm_eval.reporting.existing import LIMITS
 from mlm_eval.reporting.results import exponential
 from mlm_eval.reporting.series_list import is_series, series_records
 from mlm_eval.reporting.tables import Place
+from mlm_eval.tasks.language.settings import LANGUAGE
 from mlm_eval.tasks.zero_shot import benchmarks
 
 FINE_TUNED = ("mnli", "qqp", "squad1", "squad2", "race")
 """The benchmarks of Table 5; SQuAD's two versions are benchmarks of their own."""
-
-LANGUAGE = ("lm", "mlm")
 
 _ITERATION = re.compile(r"iter_0*(\d+)")
 

@@ -18,7 +18,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.model.costs.memory import EvaluationNeed, Memory, TrainingBatch, TrainingNeed
 from mlm_eval.planning.plan import Passes, Training, Workload, spread
 from mlm_eval.tasks.finetune.settings import load_recipe
-from mlm_eval.tasks.language.settings import TextSettings, why_untrained
+from mlm_eval.tasks.language.settings import LANGUAGE, TextSettings, why_untrained
 from mlm_eval.tasks.paper import paper_recipe
 from mlm_eval.tasks.zero_shot import benchmarks
 from mlm_eval.training.settings import Hyperparameters
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 TEXT_TOKENS = 1_000_000
 """Language modelling has no set of its own: its work is given for a million tokens of text."""
-
-LANGUAGE_MODELLING = ("lm", "mlm")
 
 MLM_SHARE = 0.15
 """Tokens that masked-LM training hides."""
@@ -116,10 +114,10 @@ def workloads(
             raise InputError(
                 f"--task {task} is not a task of a {kind} model; choose {', '.join(known)}"
             )
-    if (why := why_untrained(config)) and task in LANGUAGE_MODELLING:
+    if (why := why_untrained(config)) and task in LANGUAGE:
         raise InputError(f"--task {task}: this model has {why}")
     if why:
-        names = [name for name in names if name not in LANGUAGE_MODELLING]
+        names = [name for name in names if name not in LANGUAGE]
     batch = batch or TrainingBatch(rows=8, length=1)
     return [_workload(name, config, size, batch) for name in names]
 
@@ -131,7 +129,7 @@ def _workload(name: str, config: ModelConfig, size: str | None, batch: TrainingB
         work = zero_shot.workload(positions)
         assert work is not None
         return work
-    if name in LANGUAGE_MODELLING:
+    if name in LANGUAGE:
         return _language_modelling(name, positions, batch)
     return _fine_tuning(name, positions, size, batch)
 

@@ -61,7 +61,6 @@ def read_bytes(path: Path, *, most: int | None = None) -> bytes:
         refuse_special(path)
         with path.open("rb") as stream:
             content = stream.read() if most is None else stream.read(most + 1)
-            assert isinstance(content, bytes)
     except FileNotFoundError:
         raise InputError(f"{describe_missing(path)}; give the path of a file") from None
     except IsADirectoryError:
@@ -121,13 +120,13 @@ def parse_json(text: str, where: str) -> Any:
         raise InputError(f"{where} is not JSON ({str(error)[:80]}); get the file again") from None
 
 
-def read_json(path: Path) -> Any:
-    """Return the JSON value in a file of settings.
+def read_json(path: Path, *, most: int = LARGEST_SETTINGS) -> Any:
+    """Return the JSON value in a file of at most so many bytes.
 
     Raises:
         InputError: The file is missing, unreadable, too large, or no JSON.
     """
-    return parse_json(read_text(path, most=LARGEST_SETTINGS), str(path))
+    return parse_json(read_text(path, most=most), str(path))
 
 
 def _is_whole(value: Any) -> bool:
@@ -211,8 +210,6 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         raise InputError(f"{path} is not {what}: a line of it has more than {_MOST_DOTS} dots")
     try:
         return tomllib.loads(text)
-    except InputError:
-        raise
     except (ValueError, RecursionError) as error:  # endless digits, endless nesting
         raise InputError(f"{path} is not {what} ({str(error)[:80]})") from None
 
@@ -221,13 +218,13 @@ _LARGEST_TOML = 1 << 20
 _MOST_DOTS = 1000
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
+def read_json_object(path: Path, *, most: int = LARGEST_SETTINGS) -> dict[str, Any]:
+    """Return the JSON object in a file of at most so many bytes.
 
     Raises:
         InputError: The file is missing, unreadable, or holds something else.
     """
-    value = read_json(path)
+    value = read_json(path, most=most)
     if not isinstance(value, dict):
         raise InputError(
             f"{path} holds a {type(value).__name__}, expected a JSON object; copy the file again"

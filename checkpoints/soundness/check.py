@@ -58,7 +58,7 @@ def check_everything(
 def _read(name: str, tensor: LazyTensor, odd: OddValues) -> str | None:
     """Read a tensor; return why that is not possible, in words."""
     try:
-        for values in runs(tensor) if tensor.shape else [tensor.read()]:
+        for values in runs(tensor):
             odd.look(name, values)
     except InputError as error:
         return f"{name}: {error}"

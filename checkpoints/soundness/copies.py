@@ -132,18 +132,23 @@ def _same(one: Unit, other: Unit) -> bool:
 
 def _repeats_one_row(tensor: LazyTensor) -> bool:
     """Whether a tensor's rows are all the same, as where it has one only."""
-    first: Tensor | None = None
-    for values in runs(tensor):
-        rows = values.reshape(-1, tensor.shape[-1])
-        first = rows[:1] if first is None else first
-        if not bool((rows == first).all()):
-            return False
-    return True
+    return _repeats(tensor, tensor.shape[-1])
 
 
 def is_plain(tensor: LazyTensor) -> bool:
     """Whether a tensor has nothing that tells it from another: its values are all the same."""
-    return all(_is_constant(values) for values in runs(tensor))
+    return _repeats(tensor, 1)
+
+
+def _repeats(tensor: LazyTensor, width: int) -> bool:
+    """Whether a tensor is made of the same `width` values again and again."""
+    first: Tensor | None = None
+    for values in runs(tensor):
+        rows = values.reshape(-1, width)
+        first = rows[:1] if first is None else first
+        if not bool((rows == first).all()):
+            return False
+    return True
 
 
 def _row(tensor: LazyTensor) -> Tensor:

@@ -12,6 +12,9 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.options import DATA, TASK, again, option, option_name
 from mlm_eval.training.settings import check_options
 
+LANGUAGE = ("lm", "mlm")
+"""The tasks that train on text: a causal and a masked language model."""
+
 UNTRAINED = ("Mamba layers", "layers of different kinds")
 """What is evaluated and written only, of `ModelConfig.parts_beyond_dense`."""
 

@@ -289,6 +289,13 @@ def test_rows_that_padding_explains_pass(entries, rows):
     assert check_fits(sized(entries), rows) is None
 
 
+@pytest.mark.parametrize("content", ["5", "null", "[1]", '"model"', "true"])
+def test_a_vocabulary_that_is_no_object_is_refused(content, tmp_path):
+    (tmp_path / "vocab.json").write_text(content)
+    with pytest.raises(InputError, match="vocab.json holds a .*, expected a JSON object"):
+        load_tokenizer(vocab_file=tmp_path / "vocab.json")
+
+
 def test_a_vocabulary_larger_than_the_model_is_refused():
     with pytest.raises(InputError, match="my-vocab.json has 50257 entries but the model has 50256"):
         check_fits(sized(50257), 50256)

@@ -145,3 +145,11 @@ def test_a_zero_shot_task_takes_the_options_of_its_command(engine: Engine) -> No
         mlm_eval.InputError, match="lambada has no option stride; it has bos, limit"
     ):
         mlm_eval.evaluate("lambada", engine, data=data, stride=3)
+
+
+def test_an_unknown_task_is_refused_with_a_tokenizer_too(engine: Engine, tmp_path: Path) -> None:
+    given = {"data": "x", "output_dir": tmp_path / "o", "tokenizer": engine.tokenizer}
+    for more in ({}, given):
+        with pytest.raises(mlm_eval.InputError, match="no task 'squadd'; evaluate knows wikitext"):
+            mlm_eval.evaluate("squadd", engine, **more)
+    assert not (tmp_path / "o").exists()

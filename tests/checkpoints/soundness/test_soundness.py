@@ -25,7 +25,7 @@ from mlm_eval.checkpoints.lazy import Checksum, InMemory, MappedFile, StoredTens
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import parameters
 from mlm_eval.checkpoints.soundness.check import check_everything
-from mlm_eval.checkpoints.soundness.copies import copied_experts
+from mlm_eval.checkpoints.soundness.copies import copied_experts, is_plain
 from mlm_eval.checkpoints.soundness.odd_values import OddValues
 
 pytest_plugins = ["support.command_line_fixtures"]
@@ -224,6 +224,12 @@ def test_ranks_that_hold_padding_alone_are_no_copies(tmp_path):
             tensor[10:] = tensor[9]
     root = write(tmp_path, model, GPT, tp=4, args=args_of(GPT))
     assert open_checkpoint(root).num_parameters
+
+
+def test_a_tensor_is_plain_where_all_of_its_values_are_the_same():
+    half = torch.zeros(5 << 20)  # read in two runs
+    assert is_plain(InMemory(half)) and is_plain(InMemory(torch.tensor(3.0)))
+    assert not is_plain(InMemory(torch.cat([half[: 4 << 20], half[4 << 20 :] + 1])))
 
 
 def test_experts_that_begin_as_copies_are_no_copied_files(tmp_path):
