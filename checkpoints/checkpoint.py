@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,16 @@ class Checkpoint:
                 f"{extra[0]}; correct the settings with --set"
             )
         return self
+
+
+def with_each(
+    checkpoint: Checkpoint, change: Callable[[str, LazyTensor], LazyTensor], **settings: Any
+) -> Checkpoint:
+    """Return the checkpoint with tensors and settings changed, those of heads of prediction too."""
+    parts = (checkpoint.tensors, checkpoint.prediction_heads)
+    tensors, heads = ({name: change(name, part[name]) for name in part} for part in parts)
+    config = replace(checkpoint.config, **settings)
+    return replace(checkpoint, config=config, tensors=tensors, prediction_heads=heads)
 
 
 def with_warnings(checkpoint: Checkpoint, warnings: Iterable[str]) -> Checkpoint:

@@ -345,11 +345,6 @@ class ModelConfig:
                 raise InputError(f"{name} is {getattr(self, name)}, more than any model has")
         if self.rope_scaling is not None:
             self._check_rope_scaling(self.rope_scaling)
-        if self.rope_scaling is not None and not 1e-3 <= self.rope_scaling.factor <= 1e6:
-            raise InputError(
-                f"rope_scaling_factor is {self.rope_scaling.factor}, but must lie between 0.001 "
-                "and 1e+06; correct it with --set rope_scaling_factor=X"
-            )
         if self.yarn is not None:
             self._check_yarn(self.yarn)
         latent = self.multi_latent_attention  # which has a check of its own
@@ -396,6 +391,11 @@ class ModelConfig:
             raise InputError(
                 "the rotary settings have original_max_position_embeddings "
                 f"{scaling.original_max_position}, which must be at least 1; correct the file"
+            )
+        if not 1e-3 <= scaling.factor <= 1e6:
+            raise InputError(
+                f"rope_scaling_factor is {scaling.factor}, but must lie between 0.001 and 1e+06; "
+                "correct it with --set rope_scaling_factor=X"
             )
 
     def _check_yarn(self, yarn: YarnScaling) -> None:

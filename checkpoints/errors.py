@@ -89,7 +89,7 @@ _SHORT = _Short()
 def shown(value: Any) -> str:
     """Return a value from a file as a short text for a message, whatever it is.
 
-    Lists that hold one another take for ever to print whole; these are cut at each level.
+    Lists that hold one another take forever to print whole; they are cut at each level.
     """
     return _SHORT.repr(value)[:200]
 

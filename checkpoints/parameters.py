@@ -403,10 +403,11 @@ def prediction_parameters(c: ModelConfig, heads: int) -> dict[str, Parameter]:
 
 def num_prediction_heads(names: Iterable[str]) -> int:
     """Return the number of heads of multi-token prediction, given their parameters' names."""
-    return len({found[1] for name in names if (found := _PREDICTION.match(name))})
+    return len({found["head"] for name in names if (found := PREDICTION_NAME.match(name))})
 
 
-_PREDICTION = re.compile(r"mtp\.layers\.(\d+)\.")
+PREDICTION_NAME = re.compile(r"mtp\.layers\.(?P<head>\d+)\.(?P<rest>.+)")
+"""A parameter of a head of multi-token prediction: which head's, and what of it."""
 
 
 def _norm(c: ModelConfig, name: str, width: int | None = None) -> Iterator[Parameter]:

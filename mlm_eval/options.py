@@ -132,6 +132,11 @@ def option_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def flag_of(name: str, entry: Option | None) -> str:
+    """Return the same, where the option may have a spelling of its own."""
+    return (entry.flag if entry else None) or option_name(name)
+
+
 def parallel_size(text: str) -> int | None:
     """Return a `--tp` or `--dp` value; None for auto.
 
@@ -237,6 +242,18 @@ class BosOption:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenizersBosOption(BosOption):
+    """The same, where auto is what the tokenizer does itself."""
+
+    bos: str = again(
+        BosOption,
+        "bos",
+        help="yes: the begin-of-text token stands before each text; no: it does not; auto: where "
+        "the tokenizer's files say so.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationOptions(TokenizerOptions, EngineOptions):
     """What every command that evaluates a model takes, but for the checkpoint.
 
@@ -296,7 +313,7 @@ class SeriesOptions(EvaluationOptions, CheckpointsOption):
     @property
     def is_series(self) -> bool:
         """Whether they ask for a series."""
-        return asks_for_series(dataclasses.asdict(self))
+        return asks_for_series(vars(self))
 
     def one(self, ckpt: str, output: Path | None) -> RunOptions:
         """Return the options of one of the checkpoints."""

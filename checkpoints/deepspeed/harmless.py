@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from mlm_eval.checkpoints.megatron.fields import ARG_FIELDS
+from mlm_eval.checkpoints.projects.settings import not_heeded
 
 _OF_THE_MODEL = re.compile(
     r"(?:^|_)(?:act|activation|attention|attn|alibi|bias|cap|channel|embed|embedding|expert"
@@ -96,24 +97,17 @@ NEOX_HARMLESS = frozenset(
 
 _FORK_HARMLESS = frozenset(
     """num_key_value_heads apply_wd_to_qk_layernorm checkpoint_activations checkpoint_num_layers
-    checkpoint_in_cpu
-    contiguous_checkpointing deepspeed_activation_checkpointing distribute_checkpointed_activations
-    partition_activations synchronize_each_layer profile_backward dynamic_loss_scale loss_scale
-    initial_loss_scale min_loss_scale min_scale loss_scale_window scaled_masked_softmax_fusion
-    scaled_upper_triang_masked_softmax_fusion log_params_norm
-    log_loss_scale_to_tensorboard log_path embedding_path ict_head_size biencoder_projection_dim
-    head_lr_mult dino_head_hidden_size dino_freeze_last_layer dino_norm_last_layer
-    output_bert_embeddings bert_embedder_type
-    layernorm_tp_auto_sync sync_tp_duplicated_parameters create_moe_param_group moe_loss_coeff
-    moe_train_capacity_factor moe_eval_capacity_factor moe_min_capacity
+    deepspeed_activation_checkpointing distribute_checkpointed_activations partition_activations
+    synchronize_each_layer dynamic_loss_scale loss_scale initial_loss_scale min_loss_scale
+    min_scale loss_scale_window scaled_masked_softmax_fusion
+    scaled_upper_triang_masked_softmax_fusion log_params_norm log_loss_scale_to_tensorboard
+    embedding_path ict_head_size head_lr_mult dino_head_hidden_size dino_freeze_last_layer
+    dino_norm_last_layer output_bert_embeddings layernorm_tp_auto_sync create_moe_param_group
+    moe_loss_coeff moe_train_capacity_factor moe_eval_capacity_factor moe_min_capacity
     moe_expert_parallel_size enable_expert_tensor_parallelism expert_interval
-    disable_moe_token_dropping disable_moe_top2_2nd_expert_sampling use_tutel no_pipeline_parallel
-    split_transformers
-    abort_on_unmet_fused_kernel_constraints activation_checkpoint_func universal_checkpoint
-    num_layers_teacher hidden_size_teacher num_attention_heads_teacher num_experts_teacher kd_temp
-    kd_alpha_ce reweight_loss_based_on_position_frequency noise_density mean_noise_span_length
-    force_ds_sequence_parallel attention_mask_in_length batch_size_multiplier
-    multiprocessing_context use_pin_memory multiple_validation_sets
+    disable_moe_token_dropping disable_moe_top2_2nd_expert_sampling activation_checkpoint_func
+    num_layers_teacher hidden_size_teacher num_attention_heads_teacher num_experts_teacher
+    reweight_loss_based_on_position_frequency attention_mask_in_length batch_size_multiplier
     create_attention_mask_in_dataloader decoder_first_pipeline_num_layers
     decoder_last_pipeline_num_layers""".split()
 )
@@ -138,12 +132,3 @@ def unknown_args(args: Mapping[str, Any]) -> list[str]:
     """Return a warning that lists args of Megatron-DeepSpeed about the model that nobody knows."""
     about, _ = unknown_names(args, {*ARG_FIELDS, *_FORK_HARMLESS})
     return [not_heeded("the run's args have", about)] if about else []
-
-
-def not_heeded(whose: str, names: list[str], most: int = 8) -> str:
-    """Return the sentence that lists unknown settings."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (
-        f"{whose} settings that mlm-eval does not know, which are not heeded: "
-        f"{', '.join(names[:most])}{more}"
-    )

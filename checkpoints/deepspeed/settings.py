@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.config import ConfigBuilder, is_of_kind
-from mlm_eval.checkpoints.deepspeed.harmless import NEOX_HARMLESS, not_heeded, unknown_names
+from mlm_eval.checkpoints.deepspeed.harmless import NEOX_HARMLESS, unknown_names
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safe_pickle import is_scalar, printable
 from mlm_eval.checkpoints.megatron.family_args import Shapes
 from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS
-from mlm_eval.checkpoints.projects.settings import neox_files, read_yaml
+from mlm_eval.checkpoints.projects.settings import neox_files, not_heeded, read_yaml
 
 NEOX_READ = frozenset(
     """num_layers hidden_size num_attention_heads num_kv_heads seq_length max_position_embeddings

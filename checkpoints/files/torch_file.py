@@ -359,7 +359,8 @@ def _refuse_odd_record(path: Path, record: zipfile.ZipInfo) -> None:
         raise InputError(f"{path} holds {name} encrypted; use the file that torch.save wrote")
     if record.compress_size != record.file_size:
         raise InputError(
-            f"{path} is damaged: {name} has {record.compress_size} bytes and {record.file_size}; "
+            f"{path} is damaged: {name} has two sizes, "
+            f"{record.compress_size} and {record.file_size} bytes; "
             "copy the file again"
         )
 

@@ -6,14 +6,10 @@ comparison does so where two checkpoints differ in nothing but the form.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from mlm_eval.checkpoints.checkpoint import Checkpoint
+from mlm_eval.checkpoints.checkpoint import Checkpoint, with_each
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.lazy import LazyTensor, Mapped, Selected
 
@@ -23,16 +19,6 @@ def is_gain(name: str) -> bool:
     return name.endswith(
         ("layernorm.weight", "layer_norm.weight", ".enorm.weight", ".hnorm.weight")
     )
-
-
-def with_each(
-    checkpoint: Checkpoint, change: Callable[[str, LazyTensor], LazyTensor], **settings: Any
-) -> Checkpoint:
-    """Return the checkpoint with tensors and settings changed, those of heads of prediction too."""
-    parts = (checkpoint.tensors, checkpoint.prediction_heads)
-    tensors, heads = ({name: change(name, part[name]) for name in part} for part in parts)
-    config = dataclasses.replace(checkpoint.config, **settings)
-    return dataclasses.replace(checkpoint, config=config, tensors=tensors, prediction_heads=heads)
 
 
 def with_plain_gains(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Checkpoint:

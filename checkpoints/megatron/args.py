@@ -46,6 +46,7 @@ from mlm_eval.checkpoints.projects.settings import (
     PASSED_ON,
     RAN,
     SideSettings,
+    not_heeded,
 )
 
 # Setting -> Megatron's default.
@@ -364,11 +365,7 @@ def unknown_settings(beside: SideSettings | None) -> list[str]:
     unknown = sorted(name for name, value in beside.args.items() if value and name not in known)
     if not unknown:
         return []
-    more = f" and {len(unknown) - 6} more" if len(unknown) > 6 else ""
-    return [
-        f"{beside.path.name} has settings that mlm-eval does not know, which are not heeded: "
-        f"{', '.join(unknown[:6])}{more}"
-    ]
+    return [not_heeded(f"{beside.path.name} has", unknown, most=6)]
 
 
 def sources_beside(sources: Mapping[str, str], beside: SideSettings | None) -> Mapping[str, str]:

@@ -29,7 +29,7 @@ def iteration_folder(iteration: int | None) -> str:
 
 
 def write_tracker(root: Path, iteration: int | None) -> None:
-    """Write the file that names the iteration to load: the old one or the new one is there."""
+    """Write the file that names the iteration to load; a reader finds the old or the new one."""
     write_text(root / TRACKER, RELEASE if iteration is None else str(iteration), option=None)
 
 

@@ -16,6 +16,7 @@ from mlm_eval.checkpoints.files.state_dict import unwrapped
 from mlm_eval.checkpoints.megatron.fields import RunCode
 from mlm_eval.checkpoints.parameters import (
     MAMBA_VECTORS,
+    PREDICTION_NAME,
     RELATIVE_BIASES,
     TASK_HEADS,
     WORD_EMBEDDINGS,
@@ -215,7 +216,6 @@ def is_left_out(key: str) -> bool:
     return strip_prefixes(key).startswith("mtp.")
 
 
-_PREDICTION = re.compile(r"mtp\.layers\.(?P<head>\d+)\.(?P<rest>.+)")
 _PREDICTION_LAYER = ("transformer_layer.", "mtp_model_layer.")
 """How a head of multi-token prediction names its layer: up to core 0.16, and later."""
 
@@ -227,7 +227,7 @@ def prediction_name(key: str, where: str) -> str:
         InputError: No GPT model has such a key.
     """
     name = strip_prefixes(key)
-    match = _PREDICTION.fullmatch(name)
+    match = PREDICTION_NAME.fullmatch(name)
     if match:
         for prefix in _PREDICTION_LAYER:
             rest = match["rest"].removeprefix(prefix)

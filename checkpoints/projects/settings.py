@@ -239,7 +239,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(text)
         check_written_out(values)
     except _YAML_ERRORS as error:
-        raise InputError(f"{path} is no plain YAML ({shown(str(error))}); copy it again") from None
+        raise InputError(f"{path} is not plain YAML ({shown(str(error))}); copy it again") from None
     except yaml.YAMLError as error:
         raise InputError(
             f"{path} is not plain YAML ({first_line(error)}); nothing in it was run, give the file "
@@ -319,3 +319,12 @@ def _activation(values: Mapping[str, Any]) -> dict[str, Any]:
     if text in _GELU and not gated and not tanh:
         return {"swiglu": False, "gated_linear_unit": False}
     return {"activation_func": text}  # refused by that name, with its way out
+
+
+def not_heeded(whose: str, names: list[str], most: int = 8) -> str:
+    """Return the sentence that lists unknown settings."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (
+        f"{whose} settings that mlm-eval does not know, which are not heeded: "
+        f"{', '.join(names[:most])}{more}"
+    )

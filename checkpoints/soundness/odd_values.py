@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from mlm_eval.checkpoints.checkpoint import Checkpoint
+from mlm_eval.checkpoints.checkpoint import Checkpoint, with_each
 from mlm_eval.checkpoints.lazy import Index, LazyTensor, Stacked
 
 ABSURD = 1e10
@@ -97,6 +97,4 @@ def watched(checkpoint: Checkpoint) -> tuple[Checkpoint, OddValues]:
             return Stacked([_Watched(part, name, odd) for part in tensor.parts])
         return _Watched(tensor, name, odd)
 
-    tensors = {name: watch(name, tensor) for name, tensor in checkpoint.tensors.items()}
-    heads = {name: watch(name, tensor) for name, tensor in checkpoint.prediction_heads.items()}
-    return replace(checkpoint, tensors=tensors, prediction_heads=heads), odd
+    return with_each(checkpoint, watch), odd

@@ -18,7 +18,7 @@ DRIFT = 0.1
 """Largest difference between copies on different ranks, relative to their largest value."""
 
 OPENING_BYTES = 64 << 20
-"""RankCopies of so many bytes are compared when a checkpoint is opened, the smallest first; what is
+"""Replicas of so many bytes are compared when a checkpoint is opened, the smallest first; what is
 left over only where everything is read."""
 
 RankCopies = Mapping[str, Mapping[str, LazyTensor]]

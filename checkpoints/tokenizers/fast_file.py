@@ -57,7 +57,7 @@ def check_tokenizer_json(path: Path) -> None:
         if growth > _MOST_GROWTH:
             raise InputError(
                 f"{path} has a normalizer that makes a text more than {_MOST_GROWTH} times longer, "
-                "which none of a model does; get the file again"
+                "which no model's normalizer does; get the file again"
             )
 
 
@@ -70,7 +70,8 @@ def check_ids(ids: Any, path: Path) -> None:
     for index in ids:
         if type(index) is not int or not 0 <= index < LARGEST_ID:
             raise InputError(
-                f"{path} gives an entry the id {shown(index)}, which leaves ids out; is it damaged?"
+                f"{path} gives an entry the id {shown(index)}, expected a whole number below "
+                f"{LARGEST_ID:,}; is it damaged?"
             )
 
 

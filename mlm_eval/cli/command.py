@@ -18,7 +18,7 @@ from mlm_eval.cli.app import HELP_NAMES, MAKERS, commands, load_config
 from mlm_eval.cli.lists.names import names_of
 from mlm_eval.cli.outputs import check_outputs
 from mlm_eval.cli.screen import Screen, choose_verbosity, detail
-from mlm_eval.options import DATA, KEY, OPTIMIZER, RUN, TASK, Nested, Option, option_name
+from mlm_eval.options import DATA, KEY, OPTIMIZER, RUN, TASK, Nested, Option, flag_of, option_name
 from mlm_eval.ranks.world import LAUNCHED
 
 T = TypeVar("T")
@@ -123,7 +123,7 @@ def command(
 
 def _parsing(command: str, options: Mapping[str, Option]) -> type[TyperCommand]:
     """Return what parses the command line of a command, as its options want it."""
-    flags = {option.flag or option_name(name): option for name, option in options.items()}
+    flags = {flag_of(name, option): option for name, option in options.items()}
 
     class Parsing(TyperCommand):
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -239,7 +239,7 @@ def _choice(command: str, name: str, option: Option, value: str) -> str:
     chosen = dict(option.aliases).get(value.lower(), value.lower())
     if chosen in option.choices:
         return chosen
-    what = command if option.positional else option.flag or option_name(name)
+    what = command if option.positional else flag_of(name, option)
     *others, last = option.choices
     raise InputError(f"{what} {value!r} is unknown; use {', '.join(others)} or {last}")
 
@@ -270,19 +270,17 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
             names = [inner.name for inner in dataclasses.fields(entry.kind) if inner.metadata]
             made[field.name] = {n: v for n in names if (v := values.get(n)) is not None}
         elif entry is not None:
-            value = values.get(field.name)
+            value, flag = values.get(field.name), flag_of(field.name, entry)
             if value is None:
                 value = field.default
             elif entry.parse is not None:
                 try:
                     value = entry.parse(value)
                 except ValueError as error:
-                    flag = entry.flag or option_name(field.name)
                     raise InputError(f"{flag} {value!r} {error}") from None
             for number in value if isinstance(value, list) else [value]:
                 endless = isinstance(number, int) and abs(number) >= 1 << 62
                 if endless or number != number:  # the second: NaN
-                    flag = entry.flag or option_name(field.name)
                     raise InputError(f"{flag} {shown(number)} is no number that can be meant")
             made[field.name] = tuple(value) if isinstance(value, list) else value
     return kind(**made)

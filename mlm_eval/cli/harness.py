@@ -17,7 +17,7 @@ from mlm_eval.cli.run import ModelRun
 from mlm_eval.cli.screen import progress
 from mlm_eval.cli.series.evaluation import Evaluation, Outcome
 from mlm_eval.cli.series.loop import run_series
-from mlm_eval.options import BosOption, SeriesOptions, again, option
+from mlm_eval.options import SeriesOptions, TokenizersBosOption, again, option
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HarnessOptions(BosOption, SeriesOptions):
+class HarnessOptions(TokenizersBosOption, SeriesOptions):
     """The options of `harness`; the harness has its own for what a field without one says."""
 
     arguments: tuple[str, ...] = option(
@@ -37,12 +37,6 @@ class HarnessOptions(BosOption, SeriesOptions):
         metavar="-- LM_EVAL_ARGUMENTS",
     )
 
-    bos: str = again(
-        BosOption,
-        "bos",
-        help="yes: the begin-of-text token stands before each text; no: it does not; auto: where "
-        "the tokenizer's files say so.",
-    )
     output: Path | None = again(
         SeriesOptions, "output", help="Write the harness' figures as a result record (JSON) here."
     )
@@ -58,10 +52,11 @@ class HarnessEvaluation(Evaluation["Tokenizer"]):
 
     def __init__(self, options: HarnessOptions) -> None:
         from mlm_eval.checkpoints.files.output import is_stream
-        from mlm_eval.harness.command import asked_limit, read_arguments
+        from mlm_eval.harness.command import read_arguments
 
         self.options, self.arguments = options, list(options.arguments)
-        self.given = given = read_arguments(self.arguments)
+        given, self.limit = read_arguments(self.arguments)
+        self.given = given
         if options.bos != "auto":
             asked = options.bos == "yes"
             if given.setdefault("add_bos_token", asked) != asked:
@@ -73,7 +68,6 @@ class HarnessEvaluation(Evaluation["Tokenizer"]):
             raise InputError(
                 f"--output {options.output} is a stream, where the harness prints; name a file"
             )
-        self.limit = asked_limit(self.arguments)
         self.asked = {
             "arguments": self.arguments,
             "bos": options.bos,
@@ -105,16 +99,10 @@ class HarnessEvaluation(Evaluation["Tokenizer"]):
 
     def parts(self, model: Identified, text: Tokenizer) -> dict[str, Any]:
         """See `Evaluation`."""
-        return {
-            "task": self.task,
-            "digest": model.checkpoint.provenance.digest,
-            "config": model.config.to_dict(),
-            "data": None,
-            "tokenizer": text.sha256,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "vocab": model.vocab,
-            "settings": {"arguments": self.arguments, "bos": self.options.bos},
-        }
+        from mlm_eval.engine.resume import deciding_parts
+
+        settings = {"arguments": self.arguments, "bos": self.options.bos}
+        return deciding_parts(model, self.task, data=None, tokenizer=text, settings=settings)
 
     def evaluate(self, run: ModelRun, engine: Engine, text: Tokenizer) -> Outcome:
         """See `Evaluation`; the harness prints its table."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import check_writable, is_stream
-from mlm_eval.options import FOLDER, PAGE, Option, asks_for_series, option_name
+from mlm_eval.options import FOLDER, PAGE, Option, asks_for_series, flag_of
 from mlm_eval.reporting.existing import LIMITS, holds_more, is_page, is_result
 from mlm_eval.reporting.series_list import read_series
 
@@ -29,7 +29,7 @@ def check_outputs(options: Mapping[str, Option], values: Mapping[str, Any]) -> N
         InputError: An output is refused.
     """
     outputs = [
-        (option.flag or option_name(name), Path(values[name]), option.writes)
+        (flag_of(name, option), Path(values[name]), option.writes)
         for name, option in options.items()
         if option.writes and values.get(name) is not None
     ]
@@ -68,7 +68,7 @@ def _inputs(options: Mapping[str, Option], values: Mapping[str, Any]) -> Iterato
         option = options.get(name)
         if option is not None and option.writes:
             continue
-        flag = (option.flag if option else None) or option_name(name)
+        flag = flag_of(name, option)
         for entry in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(entry, Path) or (option and option.reads and isinstance(entry, str)):
                 with suppress(OSError, ValueError, RuntimeError):  # a name that is no path

@@ -85,9 +85,8 @@ def report(options: ReportOptions) -> None:
         told = [f"curve of {curve.title}" for curve in curves]
     else:
         known = tables_of_benchmarks()
-        apart = [options.table is None and r.benchmark not in known for r in records]
-        inside = [record for record, other in zip(records, apart, strict=True) if not other]
-        others = [record for record, other in zip(records, apart, strict=True) if other]
+        inside = [r for r in records if options.table is not None or r.benchmark in known]
+        others = [r for r in records if options.table is None and r.benchmark not in known]
         tables = []
         if inside or not others:
             tables = build_tables(inside, number=options.table, include_limited=limited)

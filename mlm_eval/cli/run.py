@@ -159,7 +159,7 @@ class ModelRun:
     def meet(self, device: str) -> None:
         """Join the other ranks, once."""
         if self.world is not None and self.world.size > 1 and not self.met:
-            self.gpus = init_process_group(self.world, device=device, tell=_tell)
+            self.gpus = init_process_group(self.world, device=device, tell=complain)
             self.met = True
 
     def _free(self) -> list[int]:
@@ -255,11 +255,6 @@ def print_beside(text: str, output: Path | None) -> None:
     from mlm_eval.checkpoints.files.output import STDOUT
 
     (remark if output == STDOUT else show_text)(text)
-
-
-def _tell(sentence: str) -> None:
-    """Print a sentence of any rank."""
-    complain(sentence)
 
 
 def chosen_checkpoint(

@@ -16,9 +16,9 @@ from mlm_eval.cli.run import ModelRun
 from mlm_eval.cli.screen import Screen, phase, progress
 from mlm_eval.cli.series.evaluation import Evaluation, Outcome, kept_beside
 from mlm_eval.cli.series.loop import run_series
-from mlm_eval.options import FILE, SeriesOptions, nested, option
+from mlm_eval.options import FILE, SeriesOptions, again, nested, option
 from mlm_eval.tasks.zero_shot import benchmarks
-from mlm_eval.training.settings import LOG_HELP
+from mlm_eval.training.settings import RunSettings
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.tokenizer import Tokenizer
@@ -58,7 +58,7 @@ class ExamplesOption:
 class TrackingOptions:
     """Where the figures of an evaluation go besides."""
 
-    log: tuple[str, ...] = option(LOG_HELP, (), metavar="TRACKER:PLACE")
+    log: tuple[str, ...] = again(RunSettings, "log", group=None)
 
 
 def register(benchmark: ZeroShot[Any]) -> None:
@@ -250,6 +250,7 @@ class BenchmarkEvaluation(Evaluation[BenchmarkText]):
         """Send the figures of a model to the trackers, one run for each training run."""
         if not self.destinations:
             return
+        from mlm_eval.training.log import is_number
         from mlm_eval.training.trackers import Trackers
 
         path, iteration = run.checkpoint.provenance.path, run.checkpoint.provenance.iteration
@@ -262,11 +263,7 @@ class BenchmarkEvaluation(Evaluation[BenchmarkText]):
                 folder=(self.options.output or Path("output")).absolute().parent,
                 warn=lambda text: run.warn([text]),
             )
-        figures = {
-            f"{self.task}/{key}": float(value)
-            for key, value in result.metrics.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
+        figures = {f"{self.task}/{k}": float(v) for k, v in result.metrics.items() if is_number(v)}
         self._trackers[name].log(figures, iteration if isinstance(iteration, int) else 0)
 
     def close(self) -> None:

@@ -27,11 +27,17 @@ def float32_products() -> Iterator[None]:
 
     The setting is of the whole process, and put back at the end.
     """
-    settings = _MKLDNN.matmul
-    before = settings.fp32_precision
-    if before != "none" or not _onednn_is_exact():
+    if _MKLDNN.matmul.fp32_precision != "none" or not _onednn_is_exact():
         yield
         return
+    with _allowed_to_round():
+        yield
+
+
+@contextlib.contextmanager
+def _allowed_to_round() -> Iterator[None]:
+    settings = _MKLDNN.matmul
+    before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:
         yield
@@ -44,13 +50,8 @@ def _onednn_is_exact() -> bool:
     """Return whether oneDNN keeps float32 although it may round; measured once on some shapes."""
     if torch.cpu._is_amx_tile_supported():
         return False
-    settings = _MKLDNN.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
+    with _allowed_to_round():
         return all(product_error(*shape) < MOST_ERROR for shape in ((1, 512, 512), (4, 64, 128)))
-    finally:
-        settings.fp32_precision = before
 
 
 def product_error(batch: int, rows: int, inner: int) -> float:

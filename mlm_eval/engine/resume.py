@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import atomic_file
 from mlm_eval.checkpoints.folders.locks import Lock, lock_folder, unlock_folder
@@ -29,6 +30,7 @@ from mlm_eval.ranks.mesh import this_rank
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.checkpoint import Checkpoint
     from mlm_eval.checkpoints.config import ModelConfig
+    from mlm_eval.checkpoints.tokenizer import Tokenizer
 
 FLUSH_SECONDS = 20.0
 
@@ -94,6 +96,40 @@ class Identified(Protocol):
         """`padded` or `true`."""
 
 
+def deciding_parts(
+    model: Identified,
+    task: str,
+    *,
+    data: str | None,
+    tokenizer: Tokenizer | None,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return all that decides a task's scores, beside the layout and how many there are.
+
+    Args:
+        model: Whose scores they are.
+        task: Name of the command.
+        data: A digest of what is scored; None: the task names it itself.
+        tokenizer: None: nothing was tokenized.
+        settings: The task's own.
+    """
+    return {
+        "task": task,
+        "digest": model.checkpoint.provenance.digest,
+        "config": model.config.to_dict(),
+        "data": data,
+        "tokenizer": None if tokenizer is None else tokenizer.sha256,
+        "dtype": dtype_name(model.dtype),
+        "vocab": model.vocab,
+        "settings": dict(settings),
+    }
+
+
+def as_json(value: Any) -> Any:
+    """Return what is left of a value after a round through JSON; what has no form there as text."""
+    return json.loads(json.dumps(value, default=str))
+
+
 def resume_key(parts: Mapping[str, Any]) -> str:
     """Return a digest of what decides the scores."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
@@ -136,7 +172,7 @@ class PartialScores:
                 cannot be removed; or another run writes them now.
         """
         self.folder = folder
-        self.parts = json.loads(json.dumps(parts, default=str))
+        self.parts = as_json(parts)
         self.key = resume_key(self.parts)
         self._lock: Lock | None = None
         self._buffer: list[ScoreChunk] = []
@@ -157,7 +193,7 @@ class PartialScores:
         with suppress(OSError):  # a place that cannot be written is named when it is needed
             self._lock = lock_folder(self.folder, what=str(self.folder))
         if restart:
-            self._discard()
+            discard_scores(self.folder)
         chunks = []
         for path in sorted(self._chunks()):
             chunk, key, parts = _read_chunk(path)
@@ -165,7 +201,7 @@ class PartialScores:
                 chunks.append(chunk)
                 continue
             if replace:
-                self._discard()
+                discard_scores(self.folder)
                 return []
             what = run_difference(parts, self.parts) if parts else "of an older mlm-eval"
             raise InputError(
@@ -180,9 +216,6 @@ class PartialScores:
             return []
         names = [(path, _CHUNK.fullmatch(path.name)) for path in self.folder.iterdir()]
         return [path for path, match in names if match is not None and match[1]]
-
-    def _discard(self) -> None:
-        discard_scores(self.folder)
 
     def finished(self) -> Finished:
         """Return the scores of earlier runs."""
@@ -265,7 +298,7 @@ class PartialScores:
         Scores of further requests, of an interrupted run without that run's --limit, stay.
         """
         if all(index < count for index in self._finished):
-            self._discard()
+            discard_scores(self.folder)
 
     def close(self) -> None:
         """Let other runs write here."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlm_eval.checkpoints.checkpoint import Checkpoint
+from mlm_eval.checkpoints.checkpoint import Checkpoint, with_each
 from mlm_eval.checkpoints.comparison import (
     ElementDifference,
     PaddingComparison,
@@ -26,7 +26,6 @@ from mlm_eval.checkpoints.config import ModelConfig, YarnScaling
 from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.huggingface.folds import (
     is_gain,
-    with_each,
     with_halved_rotary,
     with_plain_gains,
 )

@@ -58,7 +58,8 @@ def run_command_line(lm: MegatronLM, arguments: Sequence[str]) -> dict[str, Any]
     from lm_eval.__main__ import cli_evaluate
 
     # The harness names the folder of its results after the model's path.
-    about = {**read_arguments(arguments), "path": str(lm.engine.checkpoint.provenance.path)}
+    given, _ = read_arguments(arguments)
+    about = {**given, "path": str(lm.engine.checkpoint.provenance.path)}
     more = ["--model", MODEL_NAME, "--model_args", json.dumps(about)]
     CommandLineLM.loaded = lm
     try:
@@ -104,23 +105,10 @@ def _overheard() -> Iterator[dict[str, Any]]:
         lm_eval.simple_evaluate = evaluate
 
 
-def asked_limit(arguments: Sequence[str]) -> float | None:
-    """Return how many examples of each task the arguments ask for; None: all.
+def read_arguments(arguments: Sequence[str]) -> tuple[dict[str, Any], float | None]:
+    """Return what `--model_args` says and how many examples of each task are asked for.
 
-    Args:
-        arguments: Those that `read_arguments` has accepted.
-    """
-    from lm_eval._cli import HarnessCLI
-    from lm_eval.config.evaluate_config import EvaluatorConfig
-
-    with _command_line(arguments), redirect_stdout(io.StringIO()):
-        settings = EvaluatorConfig.from_cli(HarnessCLI().parse_args())
-    limit = settings.limit
-    return int(limit) if limit is not None and limit == int(limit) else limit
-
-
-def read_arguments(arguments: Sequence[str]) -> dict[str, Any]:
-    """Return what `--model_args` says, after a look at all arguments of the harness.
+    All arguments of the harness are looked at; None: all examples.
 
     Raises:
         InputError: The harness does not know an argument, or it is for the options before the `--`.
@@ -160,7 +148,8 @@ def read_arguments(arguments: Sequence[str]) -> dict[str, Any]:
         raise InputError(
             f"--model_args {unknown[0]} is unknown here; known are {', '.join(MODEL_ARGUMENTS)}"
         )
-    return given
+    limit = settings.limit
+    return given, int(limit) if limit is not None and limit == int(limit) else limit
 
 
 def _passed_through_us(error: BaseException) -> bool:

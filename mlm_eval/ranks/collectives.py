@@ -166,11 +166,7 @@ def on_every(function: Callable[[], T]) -> T:
         fault = named_fault(error)
         if fault is None:
             raise
-    faults = [fault]
-    if num_ranks() > 1:
-        faults *= num_ranks()
-        dist.all_gather_object(faults, fault, group=object_group())
-    first = next((found for found in faults if found is not None), None)
+    first = next((found for found in gather_over_ranks(fault) if found is not None), None)
     if first is not None:
         raise first
     return results[0]

@@ -63,6 +63,15 @@ def holds_more(path: Path, limits: Mapping[str, int]) -> str | None:
     return None
 
 
+def json_record(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file; None where there is none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def _head(path: Path) -> bytes:
     with path.open("rb") as stream:
         return stream.read(1 << 16)
@@ -72,12 +81,9 @@ def _record(path: Path) -> dict[str, Any] | None:
     """Return a record of an evaluation, a training, a measurement or a comparison."""
     if not _head(path).lstrip().startswith(b"{") or path.stat().st_size > _MOST:
         return None
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        return None
+    found = json_record(path)
     kinds = ({"task", "settings", "versions"}, {"ckpt", "against", "same"})
-    return found if isinstance(found, dict) and any(kind <= set(found) for kind in kinds) else None
+    return found if found is not None and any(kind <= set(found) for kind in kinds) else None
 
 
 def _is_lines(head: bytes) -> bool:

@@ -131,11 +131,21 @@ _TEMPLATES: dict[str, tuple[str, dict[str, Any]]] = {
 """Template of a format, and how its values are escaped."""
 
 
+def _headings(columns: Sequence[Column]) -> list[str]:
+    """Return the columns' titles, each with which way is better."""
+    return [f"{c.title} {MORE if c.higher_is_better else LESS}" for c in columns]
+
+
+def _lettered(notes: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the notes with their letters."""
+    return [(_letters(number), note) for number, note in enumerate(notes)]
+
+
 def _view(table: Table, *, plot: bool) -> dict[str, Any]:
     """Return what a template needs of a table."""
     notes: list[str] = []
     lines = list(_lines(table, notes))
-    better = [f"{c.title} {MORE if c.higher_is_better else LESS}" for c in table.columns]
+    better = _headings(table.columns)
     view = {
         "caption": table.caption,
         "label": f"megatron-{table.number}",
@@ -143,7 +153,7 @@ def _view(table: Table, *, plot: bool) -> dict[str, Any]:
         "source": table.source,
         "titles": ["model", "figures", "parameters", *better, "as in the paper"],
         "lines": lines,
-        "notes": [(_letters(number), note) for number, note in enumerate(notes)],
+        "notes": _lettered(notes),
         "plot": "",
     }
     if plot:
@@ -173,7 +183,7 @@ def _comparison_view(table: TaskTable, *, plot: bool) -> dict[str, Any]:
         lines.append((PUBLISHED, cells(row)))
         if level.note:
             lines[-1][1][0] = _marked(level.model, [level.note], notes)
-    better = [f"{c.title} {MORE if c.higher_is_better else LESS}" for c in table.columns]
+    better = _headings(table.columns)
     titles = ["model", "run", "iteration", "samples", "tokens", "parameters", *better, "record"]
     known = [i for i in range(len(titles)) if any(line[i][0] for _, line in lines)]
     view = {
@@ -183,7 +193,7 @@ def _comparison_view(table: TaskTable, *, plot: bool) -> dict[str, Any]:
         "source": table.source,
         "titles": [titles[i] for i in known],
         "lines": [(kind, [line[i] for i in known]) for kind, line in lines],
-        "notes": [(_letters(number), note) for number, note in enumerate(notes)],
+        "notes": _lettered(notes),
         "plot": "",
     }
     if plot:

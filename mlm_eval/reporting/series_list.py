@@ -12,10 +12,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from mlm_eval.reporting.existing import json_record
 
 ENTRIES = "series"
 """The key of the entries, in the order of the iterations."""
@@ -39,11 +40,8 @@ def series_records(path: Path, record: Mapping[str, Any]) -> list[Path]:
 
 def read_series(path: Path) -> dict[str, Any] | None:
     """Return the list of a series that a file holds; None: it holds something else, or nothing."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) and is_series(found) else None
+    found = json_record(path)
+    return found if found is not None and is_series(found) else None
 
 
 def _is_entry(entry: object) -> bool:

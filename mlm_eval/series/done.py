@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from mlm_eval.engine.resume import run_difference
-
-
-def json_record(path: Path) -> dict[str, Any] | None:
-    """Return the record in a file; None where there is none."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
+from mlm_eval.engine.resume import as_json, run_difference
 
 
 def record_difference(record: Mapping[str, Any], parts: Mapping[str, Any]) -> str | None:
@@ -29,7 +18,7 @@ def record_difference(record: Mapping[str, Any], parts: Mapping[str, Any]) -> st
         parts: All that decides the other: `task`, `digest`, `config`, `data`, `tokenizer`, `dtype`,
             `vocab`, `limit` and `settings`, as `resume_parts` returns them.
     """
-    now = json.loads(json.dumps(parts, default=str))
+    now = as_json(parts)
     try:
         settings, checkpoint = record["settings"], record["checkpoint"]
         data, tokenizer = settings.get("data"), settings.get("tokenizer")

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import write_text
-from mlm_eval.engine.resume import run_difference
+from mlm_eval.engine.resume import as_json, run_difference
 from mlm_eval.reporting.environment import run_record
 from mlm_eval.reporting.results import versions, write_json
 from mlm_eval.reporting.series_list import ENTRIES, read_series
@@ -34,7 +34,7 @@ class SeriesList:
             InputError: There is an earlier list, of other settings.
         """
         self.path, self.task = path, task
-        self.settings = json.loads(json.dumps(settings, default=str))
+        self.settings = as_json(settings)
         self.entries: list[dict[str, Any]] = []
         self.failed: list[dict[str, Any]] = []
         earlier = read_series(path)

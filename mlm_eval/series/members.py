@@ -112,10 +112,12 @@ class Members:
 
     def unfinished(self) -> list[str]:
         """Return, a phrase each, what is left out because no tracker says that it is whole."""
+        if self.choice is None:
+            return []
         phrases = []
-        for ckpt in self.ckpts if self.choice is not None else ():
+        for ckpt in self.ckpts:
             found = find_iterations(root_folder(ckpt))
-            for iteration in unfinished_iterations(found, self.choice or Choice("all")):
+            for iteration in unfinished_iterations(found, self.choice):
                 phrases.append(
                     f"{found.folders[iteration]} is left out: the tracker file names "
                     f"{found.tracked}, so that it is not finished"

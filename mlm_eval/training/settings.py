@@ -17,10 +17,6 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.options import KEY, OPTIMIZER, RUN, Option, option, option_name
 
 DP_MODES = ("ddp", "fsdp2")
-LOG_HELP = (
-    "Follow the run in wandb:PROJECT, trackio:PROJECT, mlflow:EXPERIMENT or tensorboard:FOLDER too "
-    "(repeatable)."
-)
 LR_DECAYS = ("linear", "cosine", "linear-v1")
 
 
@@ -151,7 +147,13 @@ class RunSettings:
         needs="save_every",
         group=RUN,
     )
-    log: tuple[str, ...] = option(LOG_HELP, (), group=RUN, metavar="TRACKER:PLACE")
+    log: tuple[str, ...] = option(
+        "Follow the run in wandb:PROJECT, trackio:PROJECT, mlflow:EXPERIMENT or tensorboard:FOLDER "
+        "too (repeatable).",
+        (),
+        group=RUN,
+        metavar="TRACKER:PLACE",
+    )
     """TensorBoard's files are in OUTPUT_DIR/tensorboard with and without it."""
     micro_batch: int = option(
         "Samples of a forward pass on one rank; changes no result.", 8, least=1, group=RUN

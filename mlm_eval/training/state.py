@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from mlm_eval.checkpoints.config import ModelConfig
-from mlm_eval.checkpoints.errors import InputError, shown
+from mlm_eval.checkpoints.errors import InputError, first_line, shown
 from mlm_eval.checkpoints.files.distcp import check_coverage, open_folder
 from mlm_eval.checkpoints.files.output import write_text
 from mlm_eval.checkpoints.files.text_file import misfit, read_json
@@ -180,7 +180,7 @@ class StateFolder:
             _raise_interrupt(failure)
             raise InputError(
                 f"the training state could not be written to {self.folder} "
-                f"({_first_line(failure)}); make room, and repeat the command to resume"
+                f"({first_line(_cause(failure))}); make room, and repeat the command to resume"
             ) from failure
 
     def _prepare(self, partial: Path, needs: int) -> None:
@@ -425,6 +425,7 @@ def _raise_interrupt(failure: Any) -> None:
             raise cause from None
 
 
-def _first_line(failure: Any) -> str:
-    causes = [str(wrapped[0]) or type(wrapped[0]).__name__ for wrapped in failure.failures.values()]
-    return ((causes or [str(failure)])[0].splitlines() or [type(failure).__name__])[0]
+def _cause(failure: Any) -> BaseException:
+    """Return what the first rank that failed has met."""
+    causes: list[BaseException] = [cause for cause, _ in failure.failures.values()]
+    return next(iter(causes), failure)

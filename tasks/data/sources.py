@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlm_eval.checkpoints.errors import InputError, require
+from mlm_eval.checkpoints.errors import InputError, first_line, require
 from mlm_eval.checkpoints.files.text_file import decode, read_bytes
 from mlm_eval.tasks.data.known import local_hint
 from mlm_eval.tasks.data.tables import is_table, read_table, read_tables, table_files
@@ -192,7 +192,7 @@ def _unreachable(path: str) -> str | None:
     except (errors.HfHubHTTPError, errors.HFValidationError):
         return None  # an answer, which `datasets` gets too
     except Exception as error:  # of the network, or of the library that speaks to it
-        return str(error).strip().split("\n", 1)[0][:120] or type(error).__name__
+        return first_line(error)[:120]
     return None
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, first_line
 from mlm_eval.checkpoints.files.stand_in import HEAD_BYTES, refuse_stand_in
 from mlm_eval.checkpoints.files.text_file import parse_json, read_text
 
@@ -97,7 +97,7 @@ def parquet_table(source: Path | BinaryIO, name: str) -> DataTable:
         table = pyarrow.parquet.ParquetFile(source).read()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise InputError(
-            f"{name} is cut off or damaged ({str(error).splitlines()[0][:120]}); get it again"
+            f"{name} is cut off or damaged ({first_line(error)[:120]}); get it again"
         ) from None
     return DataTable(list(table.column_names), table.to_pylist())
 

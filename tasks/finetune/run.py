@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import os
 import shutil
 import time
@@ -33,7 +32,7 @@ from mlm_eval.checkpoints.folders.checkpoint_files import remove_checkpoint
 from mlm_eval.checkpoints.parameters import num_parameters
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits
 from mlm_eval.checkpoints.tokenizers.copying import copy_tokenizer
-from mlm_eval.engine.resume import run_difference
+from mlm_eval.engine.resume import as_json, run_difference
 from mlm_eval.model.initial import with_head
 from mlm_eval.ranks.collectives import on_main
 from mlm_eval.ranks.mesh import is_main
@@ -337,7 +336,7 @@ class _Finetuning:
             "tokenizer": self.tokenizer.sha256,
             "digest": self.checkpoint.provenance.digest,
         }
-        return json.loads(json.dumps(parts, default=str))  # type: ignore[no-any-return]
+        return as_json(parts)  # type: ignore[no-any-return]
 
     def _with_head(self, seed: int) -> Checkpoint:
         task = self.task

@@ -256,17 +256,16 @@ class ZeroShot(ABC, Generic[Own]):
 
     def resume_parts(self, model: Identified, work: Work, tokenizer: Tokenizer) -> dict[str, Any]:
         """Return all that decides the scores; `limit` and the layout do not."""
+        from mlm_eval.engine.resume import deciding_parts
+
         beside = ("warnings", "limit", "data")
-        return {
-            "task": self.name,
-            "digest": model.checkpoint.provenance.digest,
-            "config": model.config.to_dict(),
-            "data": work.settings["data"]["sha256"],
-            "tokenizer": tokenizer.sha256,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "vocab": model.vocab,
-            "settings": {k: v for k, v in work.settings.items() if k not in beside},
-        }
+        return deciding_parts(
+            model,
+            self.name,
+            data=work.settings["data"]["sha256"],
+            tokenizer=tokenizer,
+            settings={k: v for k, v in work.settings.items() if k not in beside},
+        )
 
     def figure(self, metrics: Mapping[str, Any]) -> tuple[str, str]:
         """Return the name and the text of a record's main figure, for a table of many."""

@@ -18,7 +18,7 @@ from mlm_eval.checkpoints.files.output import write_text
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.engine.encode import BertInput, find_fault
 from mlm_eval.engine.engine import Engine
-from mlm_eval.engine.resume import Identified, PartialScores
+from mlm_eval.engine.resume import Identified, PartialScores, deciding_parts
 from mlm_eval.engine.score import PairRequest, Request, find_encoder_fault
 from mlm_eval.model.costs.flops import forward_flops
 from mlm_eval.tasks.zero_shot.sequences import PAIR_FORM, GivenSequences, InputLine
@@ -104,16 +104,8 @@ def resume_parts(
     begin: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Return all that decides the scores of what was read."""
-    return {
-        "task": "score",
-        "digest": model.checkpoint.provenance.digest,
-        "config": model.config.to_dict(),
-        "data": given.digest,
-        "tokenizer": None if tokenizer is None else tokenizer.sha256,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "vocab": model.vocab,
-        "settings": {"stride": stride, "begin": list(begin)},
-    }
+    settings = {"stride": stride, "begin": list(begin)}
+    return deciding_parts(model, "score", data=given.digest, tokenizer=tokenizer, settings=settings)
 
 
 def mean_logprob(records: Iterable[Mapping[str, Any]]) -> float | None:

@@ -24,9 +24,6 @@ FORM = '{"tokens": [...]} or {"text": "..."}, one JSON object a line'
 PAIR_FORM = '{"encoder_tokens": [...], "encoder_mask": [...] (1: keep; optional), "tokens": [...]}'
 """A line for a T5."""
 
-INPUT_FORMATS = ("auto", "jsonl", "text", "parquet")
-"""auto: parquet by its first bytes, text by the name's `.txt`, else JSON lines."""
-
 
 @dataclass(frozen=True)
 class GivenSequences:
@@ -40,7 +37,10 @@ class GivenSequences:
 
     @classmethod
     def of(cls, name: str, content: bytes, form: str = "auto") -> GivenSequences:
-        """Return the content in its format; see `INPUT_FORMATS`."""
+        """Return the content in its format.
+
+        `auto`: parquet by its first bytes, text by the name's `.txt`, else JSON lines.
+        """
         if form == "auto":
             text = "text" if name.endswith(".txt") else "jsonl"
             form = "parquet" if is_parquet(content) else text

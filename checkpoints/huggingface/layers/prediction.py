@@ -8,7 +8,6 @@ modeling_layers.py of transformers 5.23, which reads them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -18,6 +17,7 @@ from mlm_eval.checkpoints.huggingface.families.family import Entry, Family, entr
 from mlm_eval.checkpoints.huggingface.layout import SAME, zeros
 from mlm_eval.checkpoints.lazy import LazyTensor, cast_to
 from mlm_eval.checkpoints.parameters import (
+    PREDICTION_NAME,
     Parameter,
     num_prediction_heads,
     prediction_parameters,
@@ -105,7 +105,7 @@ def _entries(
     known = entries(family, config.num_layers + count, switches, experts=config.num_experts)
     by_name = {entry.canonical: entry for entry in known}
     for name, parameter in prediction_parameters(config, count).items():
-        head, part = re.fullmatch(r"mtp\.layers\.(\d+)\.(.+)", name).groups()  # type: ignore[union-attr]
+        head, part = PREDICTION_NAME.fullmatch(name).groups()  # type: ignore[union-attr]
         layer = config.num_layers + int(head)
         entry = by_name.get(f"decoder.layers.{layer}.{part.removeprefix('transformer_layer.')}")
         if entry is None:

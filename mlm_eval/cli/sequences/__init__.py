@@ -4,6 +4,5 @@
     generate.py         generate
     standard_input.py   `--input -`: what rank 0 reads there, for all ranks
 
-Rooms of the command line import from this one's files as from any other: not at all, but `app.py`
-names them.
+No other room imports these files; `app.py` names them.
 """

@@ -15,7 +15,7 @@ from mlm_eval.cli.printing import show_text
 from mlm_eval.cli.run import ModelRun, chosen_tokenizer
 from mlm_eval.cli.screen import progress
 from mlm_eval.cli.sequences.standard_input import STDIN, STDIN_NAME, standard_input
-from mlm_eval.options import FILE, BosOption, RunOptions, again, option
+from mlm_eval.options import FILE, RunOptions, TokenizersBosOption, again, option
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(BosOption, RunOptions):
+class GenerateOptions(TokenizersBosOption, RunOptions):
     """The options of `generate`."""
 
     prompt: tuple[str, ...] = option("Text to continue (repeatable).", ())
@@ -54,12 +54,6 @@ class GenerateOptions(BosOption, RunOptions):
     stop: tuple[str, ...] = option("A string that ends the text (repeatable).", ())
     seed: int = again(
         RunOptions, "seed", help="Of random draws; prompt n, from 0, draws from this plus n."
-    )
-    bos: str = again(
-        BosOption,
-        "bos",
-        help="yes: the begin-of-text token stands before each text; no: it does not; auto: where "
-        "the tokenizer's files say so.",
     )
     output: Path | None = option(
         'JSON lines: {"prompt", "text", "tokens", "logprobs", "finish"}; - is stdout.',

@@ -117,8 +117,8 @@ class Evaluation(ABC, Generic[Text]):
         Raises:
             InputError: The file is another one, which may not be replaced.
         """
-        from mlm_eval.reporting.existing import is_result
-        from mlm_eval.series.done import json_record, record_difference
+        from mlm_eval.reporting.existing import is_result, json_record
+        from mlm_eval.series.done import record_difference
 
         if path.is_file() and path.stat().st_size and not overwrite and is_result(path):
             record = json_record(path) or {}

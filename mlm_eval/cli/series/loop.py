@@ -91,6 +91,8 @@ class _Series:
         self.is_main = world is None or world.is_main
         self.is_first_here = world is None or world.local_rank == 0
         self.seen: set[str] = set()
+        self.opened: dict[str, Checkpoint] = {}
+        """Those that chose the layout, until their turn comes."""
         self.records: dict[Path, str] = {}
         self.list: SeriesList | None = None
         self.engine: Engine | None = None
@@ -138,7 +140,8 @@ class _Series:
             for member in members:
                 if member.root == root:
                     try:
-                        opened.append((member.opened(self.overrides), member))
+                        self.opened[member.path] = member.opened(self.overrides)
+                        opened.append((self.opened[member.path], member))
                         break
                     except (InputError, OSError) as error:
                         faults.append(error)
@@ -220,9 +223,10 @@ class _Series:
 
     def _opened(self, member: Member) -> Checkpoint:
         pending, self.pending = self.pending, None
+        known = self.opened.pop(member.path, None)
         if pending is not None and pending[0] == member.path:
             return pending[1].result()
-        return member.opened(self.overrides)
+        return known if known is not None else member.opened(self.overrides)
 
     def _prepare_next(self, member: Member | None) -> None:
         """Open the next checkpoint in the background, and have its bytes read meanwhile."""
