@@ -178,8 +178,8 @@ class CheckpointOption:
     ckpt: str = option(
         "Checkpoint: root folder with its tracker file, iter_* or release folder (torch, "
         "torch_dist, torch_dcp, fsdp_dtensor, zarr), .pt file, published zip archive, folder of "
-        "Megatron-Bridge, NeMo, verl or DeepSpeed, .nemo file, Hugging Face folder, or "
-        "hf://org/name[@revision] on the hub, or sample:gpt, which ships.",
+        "Megatron-Bridge, NeMo, verl or DeepSpeed, .nemo file, Hugging Face folder, "
+        "hf://org/name@revision on the hub, or sample:gpt, which ships.",
         reads=True,
         once=True,
     )

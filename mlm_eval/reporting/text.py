@@ -109,7 +109,7 @@ def inspect_text(record: Mapping[str, Any]) -> str:
     ]
     if "check" in record:
         checked = record["check"]
-        read = f"{checked['tensors']} tensors, {checked['bytes'] / 1e9:.2f} GB read"
+        read = f"{checked['tensors']} tensors, {checked['bytes'] / 1e6:,.1f} MB read"
         found = [f"  {text}" for text in checked["findings"]] or ["  nothing is wrong with them"]
         parts.append("\n".join([f"check: {read}", *found]))
     return "\n\n".join(parts)
