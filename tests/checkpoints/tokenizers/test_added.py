@@ -276,11 +276,11 @@ def test_a_tokenizer_json_reads_its_added_tokens_too(tmp_path):
 
 
 def test_a_vocabulary_of_far_ids_is_refused(tmp_path):
-    """Not filled up: four thousand million ids would be made."""
+    """Not filled up: sixteen million ids would be made."""
     folder = write_vocabulary("gpt2", tmp_path)
     vocab = json.loads((folder / "vocab.json").read_text())
-    write_json(folder / "vocab.json", {**vocab, "far": 2**32 - 2})
-    write_json(folder / "added_tokens.json", {"<a>": 2**32 - 1})
+    write_json(folder / "vocab.json", {**vocab, "far": 2**24 - 2})
+    write_json(folder / "added_tokens.json", {"<a>": 2**24 - 1})
     with pytest.raises(InputError, match="ids out; is it damaged"):
         load_tokenizer(directory=folder)
 
