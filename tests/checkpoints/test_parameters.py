@@ -230,6 +230,7 @@ def shards(parameter: Parameter, tp_size: int) -> list[Tensor]:
     ]
 
 
+@pytest.mark.long
 @of_any_model
 def test_shards_are_the_papers(model: tuple[ModelConfig, int]):
     """Every rule against torch's own chunk, for all parameters of a model."""

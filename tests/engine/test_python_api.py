@@ -90,6 +90,7 @@ def test_a_gpu_is_the_default_where_there_is_one(monkeypatch: pytest.MonkeyPatch
 SHORT = {"max_steps": 1, "seq_length": 32, "global_batch": 2}
 
 
+@pytest.mark.long
 def test_a_task_is_trained_and_evaluated_by_one_call(tmp_path: Path) -> None:
     """Options of the recipe and of the run go by one set of names, as on the command line."""
     bert = mlm_eval.Engine.load(mlm_eval.open_checkpoint("sample:bert"), device="cpu")

@@ -51,6 +51,7 @@ def is_found(found: Comparison, name: str, index: tuple[int, ...]) -> None:
         assert phrase.startswith(f"layer {name.split('.')[2]}: ")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_element_of_any_tensor_is_named(kind: str, monkeypatch: pytest.MonkeyPatch):
     """The first, the last and one in between, of every parameter of every kind of model."""

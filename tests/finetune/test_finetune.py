@@ -315,6 +315,7 @@ def test_the_record_of_a_run(race_run):
     assert sum(line.startswith("warning: ") for line in lines) == len(result.warnings)
 
 
+@pytest.mark.long
 def test_what_a_run_tells_on_the_way(race_run):
     _, result, lines, _, rows = race_run
     plan = "(race-megatron-336m, 2 epochs, batch 8, learning rate 0.001, rows of 128 tokens)"
@@ -423,6 +424,7 @@ def test_a_folder_with_a_run_is_refused(race_run, bert, words):
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.long
 def test_a_fine_tuning_keeps_checkpoints_on_its_way(bert, words, tmp_path):
     """In a root with its tokenizer, from which each can be evaluated."""
     small = {"dev_limit": 2, "test_limit": 2, "seq_length": 64}
@@ -481,6 +483,7 @@ def test_seeds_are_reported_one_by_one_with_their_median(unbroken):
     assert len({tuple(head.read().flatten().tolist()) for head in heads}) == 3
 
 
+@pytest.mark.long
 def test_the_ensemble_of_the_seeds(unbroken):
     output, _ = unbroken
     result = ensemble_result([output / f"seed-{seed}" / "predictions" for seed in SEEDS])

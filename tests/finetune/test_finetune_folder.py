@@ -83,6 +83,7 @@ def runs(bert, words, tmp_path) -> Runs:
     return Runs(bert, words, tmp_path / "out")
 
 
+@pytest.mark.long
 def test_an_interrupted_run_is_resumed_and_another_one_named(runs):
     expected = Runs(runs.bert, runs.words, runs.output.with_name("whole"))()
     runs.stopped(1)
@@ -95,6 +96,7 @@ def test_an_interrupted_run_is_resumed_and_another_one_named(runs):
     assert runs().metrics == expected.metrics
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["restart", "overwrite"])
 def test_an_interrupted_run_is_discarded_when_that_is_said(runs, how):
     runs.stopped(3, seeds=(1, 2))
@@ -110,6 +112,7 @@ def test_an_interrupted_run_is_discarded_when_that_is_said(runs, how):
     assert (runs.output / "seed-1" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.long
 def test_a_finished_run_gives_way_only_to_overwrite(runs):
     runs()
     before = contents(runs.output)
@@ -132,6 +135,7 @@ def test_a_finished_run_gives_way_only_to_overwrite(runs):
 OTHERS = ("predictions/dev-middle.jsonl", "run.json", "checkpoint/thesis.txt", "metrics.jsonl")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("how", [{}, {"restart": True}])
 def test_files_of_others_are_not_replaced(runs, name, how):

@@ -210,6 +210,7 @@ def test_perplexity_is_far_below_a_unigram_models(wikitext: Result, tokenizer: T
     assert wikitext.metrics["adjusted_ppl"] < unigram / 5
 
 
+@pytest.mark.long
 def test_the_held_out_text_is_not_known_by_heart(wikitext: Result) -> None:
     assert wikitext.metrics["adjusted_ppl"] > 30
 

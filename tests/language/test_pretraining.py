@@ -233,6 +233,7 @@ def run_lengths(hidden: set[int], count: int) -> list[int]:
     return [len(run) for run in flags.split()]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pieces", [(1,), (1, 1, 1, 2, 4)])
 def test_runs_of_words_are_hidden_as_megatron_hides_them(words, pieces):
     """Lengths of runs and shares, against the rule step by step, over 400 rows of 512 tokens."""

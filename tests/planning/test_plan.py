@@ -154,6 +154,7 @@ RELATIVE = random_models.config(
 )  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "config",

@@ -130,6 +130,7 @@ def test_what_is_done_is_skipped_and_one_more_is_run(run: Run, line, root, tmp_p
     assert loads == [*ITERATIONS, 40]
 
 
+@pytest.mark.long
 def test_records_of_another_run_are_not_taken(run: Run, line, root, tmp_path, loads):
     assert run(*line).code == 0
     ended = run(*line, "--stride", 8)
@@ -151,6 +152,7 @@ def test_records_of_another_run_are_not_taken(run: Run, line, root, tmp_path, lo
     assert loads[3:] == list(ITERATIONS)
 
 
+@pytest.mark.long
 def test_a_limited_series_says_so_everywhere(run: Run, line, tmp_path):
     ended = run(*line, "--limit", 2)
     assert ended.code == 0
@@ -161,6 +163,7 @@ def test_a_limited_series_says_so_everywhere(run: Run, line, tmp_path):
     assert read(tmp_path / "F.json")["settings"]["limit"] is None
 
 
+@pytest.mark.long
 def test_the_text_is_read_once_and_anew_for_another_length(
     run: Run, line, root, tmp_path, monkeypatch
 ):
@@ -219,6 +222,7 @@ def damage(root: Path, how: str) -> None:
         file.write_text("no checkpoint")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["cut", "gone", "text"])
 def test_one_that_cannot_be_read_is_named_and_the_others_go_on(run: Run, line, root, tmp_path, how):
     damage(root, how)
@@ -242,6 +246,7 @@ def test_none_that_can_be_read(run: Run, line, root):
     assert_one_sentence(run(*line), "none of the 3 checkpoints can be opened; the first: ")
 
 
+@pytest.mark.long
 def test_a_file_in_the_way_stays(run: Run, line, tmp_path):
     (tmp_path / NAMES[1]).write_text("years of work")
     for more in ([], ["--overwrite"]):
@@ -382,6 +387,7 @@ def test_watching_alone_ends_with_ctrl_c(run: Run, line, root, clock, loads):
 # --- score and harness --------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stop_at", ["listed", "written"])
 def test_score_writes_lines_for_each(run: Run, root, folder, tmp_path, monkeypatch, loads, stop_at):
     output = tmp_path / "F.jsonl"

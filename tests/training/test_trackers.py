@@ -180,6 +180,7 @@ def test_a_missing_package_is_named_before_any_work(
         check_trackers([f"{name}:p"])
 
 
+@pytest.mark.long
 def test_a_series_is_one_run_for_each_training_run(
     packages: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
