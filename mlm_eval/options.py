@@ -194,12 +194,14 @@ class EngineOptions:
         None,
         parse=parallel_size,
         written="auto",
+        metavar="N",
     )
     dp: int | None = option(
         "Data-parallel size: copies of the model, or auto.",
         None,
         parse=parallel_size,
         written="auto",
+        metavar="N",
     )
     device: str = option("auto, cpu or cuda.", "auto", choices=("auto", "cpu", "cuda"))
     dtype: str = option(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from copy import copy
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,7 +92,45 @@ def full_command(name: str) -> Any:
     return MAKERS[name]()
 
 
-class _Commands(TyperGroup):
+LONGEST_VALUE = 15
+"""Characters that a help has for the values of an option, beside the names and the text."""
+
+
+class Compact:
+    """A command whose help shows every name whole on 80 columns: what its columns need is short."""
+
+    params: list[Any]
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters; a switch has no value to be shown."""
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in params:
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+        return params
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help."""
+        compact = copy(self)
+        compact.params = [_compact(parameter) for parameter in self.params]
+        super(Compact, compact).format_help(ctx, formatter)  # type: ignore[misc]
+
+
+def _compact(parameter: Any) -> Any:
+    """Return a parameter as the help shows it: long lists and second names are in its text."""
+    shown = copy(parameter)
+    choices = "|" in (shown.metavar or "")
+    if choices and shown.param_type_name == "argument":
+        shown.metavar = shown.name.upper()
+    elif choices and len(shown.metavar) > LONGEST_VALUE:
+        shown.metavar = "CHOICE"
+    if shown.secondary_opts:
+        shown.help = f"{shown.help} {', '.join(shown.secondary_opts)}: not so."
+        shown.secondary_opts = []
+    return shown
+
+
+class _Commands(Compact, TyperGroup):
     """The commands; one gets its options when it is chosen, so that `--help` makes none of them."""
 
     def list_commands(self, ctx: Any) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import GenericAlias
@@ -14,7 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from mlm_eval.checkpoints.errors import InputError, shown
-from mlm_eval.cli.app import HELP_NAMES, MAKERS, commands, load_config
+from mlm_eval.cli.app import HELP_NAMES, MAKERS, Compact, commands, load_config
 from mlm_eval.cli.lists.names import names_of
 from mlm_eval.cli.outputs import check_outputs
 from mlm_eval.cli.screen import Screen, choose_verbosity, detail
@@ -52,7 +53,10 @@ CONFIG_OPTION = inspect.Parameter(
     annotation=Annotated[
         Path | None,
         typer.Option(
-            help="TOML file with any of these options.", callback=load_config, is_eager=True
+            help="TOML file with any of these options.",
+            callback=load_config,
+            is_eager=True,
+            metavar="PATH",
         ),
     ],
 )
@@ -104,7 +108,7 @@ def command(
             run.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
             alone = typer.Typer(add_completion=False)
             entry = commands()[name]
-            text = f"{entry.summary}\n\n{help or inspect.getdoc(body)}"
+            text = f"{entry.summary}\n\n{_unwrapped(help or inspect.getdoc(body) or '')}"
             panel = entry.panel
             alone.command(
                 name,
@@ -121,11 +125,16 @@ def command(
     return register
 
 
+def _unwrapped(text: str) -> str:
+    """Return a text whose paragraphs are a line each, for a help of any width."""
+    return re.sub(r"(?<!\n)\n(?!\n)", " ", text)
+
+
 def _parsing(command: str, options: Mapping[str, Option]) -> type[TyperCommand]:
     """Return what parses the command line of a command, as its options want it."""
     flags = {flag_of(name, option): option for name, option in options.items()}
 
-    class Parsing(TyperCommand):
+    class Parsing(Compact, TyperCommand):
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
             args = with_bare_values(args, flags)
             _, _, order = self.make_parser(ctx).parse_args(args=list(args))
@@ -184,7 +193,7 @@ def option_parameters(
         if isinstance(entry, Nested):
             yield from option_parameters(entry.kind, name, shown=shown, given=entry.shown)
         elif entry is not None and (not entry.only or name in entry.only):
-            said = given or shown.get(field.name, entry.shown)
+            said = shown.get(field.name, given or entry.shown)
             names = names_of(entry.names, name) if entry.names else []
             yield (
                 entry.group,
@@ -219,7 +228,7 @@ def _parameter(
         rich_help_panel=entry.group,
         show_default=shown or True,
         hidden=entry.hidden,
-        metavar=entry.metavar or (f"[{'|'.join(entry.choices)}]" if entry.choices else None),
+        metavar=_value_shown(field.name, entry, hint),
         autocompletion=(lambda: [*entry.choices, *names]) if entry.choices or names else None,
     )
     return inspect.Parameter(
@@ -228,6 +237,18 @@ def _parameter(
         default=default,
         annotation=Annotated[hint | None if default is None else hint, info],
     )
+
+
+def _value_shown(name: str, entry: Option, hint: Any) -> str | None:
+    """Return what stands for an option's value in the help."""
+    if entry.choices:
+        return f"[{'|'.join(entry.choices)}]"
+    if entry.metavar or entry.positional:
+        return entry.metavar or name.upper()
+    text = "NAME" if entry.names else "PATH" if entry.reads else "TEXT"
+    kinds = {hint, *get_args(hint)}
+    known = {int: "N", float: "X", Path: "PATH", str: text}
+    return next((name for kind, name in known.items() if kind in kinds), None)
 
 
 def _choice(command: str, name: str, option: Option, value: str) -> str:

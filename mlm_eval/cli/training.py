@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import sys
 from contextlib import closing
@@ -16,7 +17,7 @@ from mlm_eval.cli.run import ModelRun, chosen_tokenizer, print_beside
 from mlm_eval.cli.screen import Screen
 from mlm_eval.options import FOLDER, RUN, RunOptions, again, nested, option
 from mlm_eval.ranks.launch import shutdown
-from mlm_eval.tasks.finetune.settings import FinetuneOptions
+from mlm_eval.tasks.finetune.settings import FinetuneOptions, Recipe, load_recipe
 from mlm_eval.tasks.language.settings import MaskedTextSettings, TextSettings
 from mlm_eval.training.settings import Listener, RunSettings, TrainSettings
 
@@ -215,17 +216,27 @@ def _new_model(given: PretrainCommand) -> Checkpoint:
     )
 
 
+def _defaults(task: str) -> dict[str, str]:
+    """Return what the help of a task says for the defaults that its recipe has."""
+    versions = ("squad-v1", "squad-v2") if task == "squad" else (task,)
+    names = [f"{version}-megatron-336m" for version in versions]
+    recipes = [load_recipe(name, task=task) for name in names]
+    said = {"recipe": ", or ".join(names) + " for SQuAD 2.0" * (task == "squad")}
+    for field in dataclasses.fields(Recipe):
+        values = dict.fromkeys(getattr(recipe, field.name) for recipe in recipes)
+        if None not in values:
+            said[field.name] = f"{' or '.join(map(str, values))}, the recipe's"
+    return said
+
+
 for _task in ("race", "mnli", "qqp", "squad"):
     _example = f"mlm-eval {_task} --ckpt bert_345m --data {_task.upper()} --output-dir out --tp 2"
-    _recipe = f"{_task}-megatron-336m"
-    if _task == "squad":
-        _recipe = "squad-v1-megatron-336m, or squad-v2-megatron-336m for SQuAD 2.0"
     command(
         _task,
         FinetuneCommand,
         help=f"Example: {_example}",
         order=ORDER,
-        shown={"recipe": _recipe},
+        shown=_defaults(_task),
     )(partial(_finetune, _task))
 for _kind, _options in (("mlm", MaskedCommand), ("lm", PretrainCommand)):
     command(_kind, _options, help=f"Example: {EXAMPLES[_kind]}", order=ORDER)(_pretrain)

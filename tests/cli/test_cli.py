@@ -352,7 +352,8 @@ def test_the_help_of_a_training_tells_the_defaults(run):
     for group in ("Options", "Optimizer", "Data", "Task", "Run"):
         assert f"─ {group} ─" in fine and f"─ {group} ─" in text
     assert fine.index("--lr ") < fine.index("─ Optimizer ─") < fine.index("--adam-beta1")
-    assert "Highest learning rate. [default: (the recipe's)]" in fine
+    assert "Highest learning rate. [default: (3e-05, the recipe's)]" in fine
+    assert "over all ranks. [default: (64 or 48, the recipe's)]" in fine  # SQuAD 1.1, 2.0
     assert "Highest learning rate. [default: 0.0001]" in text
     assert "─ Task ─" not in shown("qqp")
 

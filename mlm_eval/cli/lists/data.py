@@ -21,7 +21,7 @@ class DataOptions:
     """The options of `data`."""
 
     task: str | None = option(
-        "Only the files of this task, or of tokenizers; default: all.",
+        "Only those of wikitext103, lambada, race, mnli, qqp, squad or tokenizer; default: all.",
         None,
         positional=True,
         choices=("wikitext103", "lambada", "race", "mnli", "qqp", "squad", "tokenizer"),

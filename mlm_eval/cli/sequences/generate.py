@@ -62,7 +62,11 @@ class GenerateOptions(TokenizersBosOption, RunOptions):
     )
 
 
-@command("generate", GenerateOptions, order=("ckpt", "prompt", "input", "interactive", "output"))
+OWN = ("prompt", "input", "interactive", "output")
+DRAWS = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop", "bos")
+
+
+@command("generate", GenerateOptions, order=("ckpt", *OWN, *DRAWS))
 def generate_command(options: GenerateOptions) -> None:
     """Greedy, unless a temperature is given.
 
