@@ -6,17 +6,26 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 import socket
 from pathlib import Path
 
 import pytest
-from support.command_line import Run, assert_one_sentence
+from support.command_line import Ended, Run, assert_one_sentence
+from support.paths import SAMPLES
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.tasks.data import known
-from mlm_eval.tasks.data.known import KnownFile, check_file, known_files, known_tasks, local_hint
+from mlm_eval.tasks.data.known import (
+    KnownFile,
+    KnownSet,
+    known_files,
+    known_sets,
+    known_tasks,
+    local_hint,
+)
 from mlm_eval.tasks.data.sources import DatasetName, load_dataset
-from mlm_eval.tasks.finetune.task import TASKS, make_task
+from mlm_eval.tasks.finetune.task import ROLES, TASKS, make_task
 from mlm_eval.tasks.zero_shot import BENCHMARKS, lambada, wikitext103
 
 pytest_plugins = ["support.command_line_fixtures"]
@@ -28,6 +37,7 @@ def test_every_task_on_published_data_has_its_files():
         assert (file.bytes is None) == (file.sha256 is None)
         assert file.sha256 is None or re.fullmatch("[0-9a-f]{64}", file.sha256)
         assert file.other or (file.urls and file.source), file.name
+        assert file.sha256 is not None or file.published is None
     digests = {f.name: f.sha256 for f in known_files() if not f.other}
     assert digests["wiki.test.tokens"] == wikitext103.PAPER_TEXT_DIGEST
     assert digests["lambada_test.jsonl"] == lambada.PAPER_DIGEST
@@ -42,7 +52,7 @@ def test_the_files_that_were_read_are_those_of_the_table(shared_data: Path):
     found = 0
     for path in (
         p
-        for f in ("wikitext-103", "wikitext-2", "lambada", "gpt2")
+        for f in ("wikitext-103", "wikitext-2", "lambada", "gpt2", "bert", "squad")
         for p in (shared_data / f).iterdir()
     ):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -50,7 +60,14 @@ def test_the_files_that_were_read_are_those_of_the_table(shared_data: Path):
             if file.sha256 == digest:
                 assert (file.name, file.bytes) == (path.name, path.stat().st_size)
                 found += 1
-    assert found == sum(file.sha256 is not None for file in known_files())
+    read = [f for f in known_files() if f.sha256 is not None and f.published is None]
+    assert found == len(read)
+
+
+@pytest.mark.realdata
+def test_the_sets_that_were_read_are_those_of_the_table(shared_data: Path, run: Run):
+    ended = run("data", "race", "--data", shared_data / "race" / "RACE_dev_test.tar.gz")
+    assert ended.code == 0 and ended.out.count("those of RACE") == 4
 
 
 @pytest.fixture
@@ -81,7 +98,9 @@ def test_a_file_is_told_from_others(table, tmp_path, run: Run):
     ended = run(*line)
     assert ended.code == 0 and "with other line ends or a byte order mark" in ended.out
     place.write_bytes(table["other.txt"])
-    assert_one_sentence(run(*line), "is other.txt, the other set, not the file that lambada wants")
+    assert_one_sentence(
+        run(*line), "is other.txt, the other set, not what lambada wants (right.txt)"
+    )
     place.write_bytes(b"neither")
     said = (
         "is no file that is known here (7 bytes, sha256 ",
@@ -99,11 +118,76 @@ def test_folders_and_what_was_never_read(table, tmp_path, run: Run):
     assert ended.code == 0 and "is right.txt, the right set" in ended.out
     (tmp_path / "right.txt").unlink()
     assert_one_sentence(run("data", "lambada", "--data", tmp_path), "holds none of right.txt")
-    (tmp_path / "R.tar.gz").write_bytes(b"x")
-    ended = run("data", "race", "--data", tmp_path / "R.tar.gz")
-    assert ended.code == 0 and "no file of race was read here" in ended.out
-    assert check_file(tmp_path / "R.tar.gz", "race") is None
+    (tmp_path / "R.zip").write_bytes(b"x")
+    ended = run("data", "race", "--data", tmp_path / "R.zip")
+    assert ended.code == 0 and "cannot be told: no file of race is known (1 bytes" in ended.out
+    [told] = json.loads(run("data", "race", "--json", "--data", tmp_path / "R.zip").out)
+    assert told["wanted"] is None and told["path"] == str(tmp_path / "R.zip")
     assert_one_sentence(run("data", "--data", tmp_path), "--data needs the task")
+
+
+def silent(ended: Ended) -> Ended:
+    """Return the end of a command without what it printed before."""
+    return dataclasses.replace(ended, out="")
+
+
+def test_a_record_says_what_files_are(table, tmp_path, run: Run):
+    places = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
+    for place, content in zip(places, (*table.values(), b"none"), strict=True):
+        place.write_bytes(content)
+    given = [word for place in places for word in ("--data", place)]
+    ended = run("data", "lambada", "--json", *given)
+    assert_one_sentence(silent(ended), f"{places[1]} is other.txt", f"{places[2]} is no file")
+    told = json.loads(ended.out)
+    assert [entry["path"] for entry in told] == [str(place) for place in places]
+    assert [entry["name"] for entry in told] == ["right.txt", "other.txt", None]
+    assert [entry["wanted"] for entry in told] == [True, False, False]
+    ended = run("data", "lambada", "--json", "--data", places[0])
+    assert ended.code == 0 and json.loads(ended.out) == told[:1]
+
+
+def test_sets_are_told_whatever_they_come_in(monkeypatch, tmp_path, run: Run):
+    read = {s.name: s for s in make_task("race").read_folder(SAMPLES / "race", ("dev", "test"))}
+    sets = {n: KnownSet("race", n, len(s.examples), s.sha256) for n, s in read.items()}
+    sets["dev-high"] = dataclasses.replace(sets["dev-high"], sha256=None, published="X")
+    del sets["test-middle"]
+    monkeypatch.setattr(known, "known_sets", lambda task: sets if task == "race" else {})
+    for split in ("dev", "test"):
+        shutil.copytree(SAMPLES / "race" / split, tmp_path / "RACE" / split)
+    archive = shutil.make_archive(str(tmp_path / "mine"), "gztar", tmp_path, "RACE")
+    for place in (tmp_path / "RACE", archive):
+        ended = run("data", "race", "--data", place)
+        assert ended.code == 0
+        assert ended.out.splitlines() == [
+            f"{place} holds dev-middle: 12 examples, those of RACE",
+            f"{place} holds dev-high: 12 examples, as many as X gives; their text was not read "
+            "here",
+            f"{place} holds test-middle: 12 examples, with nothing to compare them with (sets of "
+            "race: dev-middle, dev-high, test-high)",
+            f"{place} holds test-high: 12 examples, those of RACE",
+        ]
+    sets["dev-middle"] = dataclasses.replace(sets["dev-middle"], sha256="0" * 64)
+    sets["test-high"] = dataclasses.replace(sets["test-high"], examples=13)
+    ended = run("data", "race", "--data", archive)
+    assert_one_sentence(
+        silent(ended),
+        "12 examples, as many as RACE has, but another text",
+        "12 examples, where RACE has 13",
+    )
+    assert_one_sentence(run("data", "qqp", "--data", tmp_path), "holds none of QQP-clean.zip")
+
+
+def test_sets_of_the_table_are_those_that_tasks_make():
+    names = {task: set(known_sets(task)) for task in TASKS}
+    levels = {f"{split}-{level}" for split in ROLES for level in ("middle", "high")}
+    assert names == {
+        "race": levels, "mnli": {"train", "dev-matched", "dev-mismatched"}, "qqp": set(),
+        "squad": set(),
+    }  # fmt: skip
+    for task in TASKS:
+        assert all(
+            (s.sha256 is None) == (s.published is not None) for s in known_sets(task).values()
+        )
 
 
 def test_the_list_says_what_is_known(run: Run):
@@ -111,7 +195,8 @@ def test_the_list_says_what_is_known(run: Run):
     for file in known_files():
         assert file.other or (file.name in text and all(url in text for url in file.urls))
         assert file.other or file.sha256 is None or file.sha256 in text
-    assert "bytes and sha256 are not known here" in run("data", "race").out
+        assert file.published is None or f"as {file.published} gives them; the file was not" in text
+    assert "bytes and sha256 are not known here" in run("data", "tokenizer").out
     assert "wiki" not in run("data", "squad").out
     listed = json.loads(run("data", "lambada", "--json").out)
     [wanted] = [f for f in known_files() if f.task == "lambada"]

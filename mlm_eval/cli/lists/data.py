@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.cli.command import command
 from mlm_eval.cli.printing import show_text
+from mlm_eval.cli.screen import phase
 from mlm_eval.options import option
 
 if TYPE_CHECKING:
-    from mlm_eval.tasks.data.known import KnownFile
+    from mlm_eval.tasks.data.known import Checked, KnownFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,9 @@ class DataOptions:
 
 @command("data", DataOptions, config=False)
 def data_command(options: DataOptions) -> None:
-    """Bytes and sha256 are those of files that were read; where none was, that is said.
+    """Bytes and sha256 are those of files that were read, or published by others, who are named.
+
+    --data compares yours with them, and the sets of RACE and MNLI inside any archive or folder.
 
     Example: mlm-eval data wikitext103 --data wiki.test.tokens
     """
@@ -47,13 +51,11 @@ def data_command(options: DataOptions) -> None:
             raise InputError(
                 "--data needs the task that the file is for: mlm-eval data TASK --data F"
             )
-        _check(options.task, options.data)
+        _check(options.task, options.data, as_json=options.as_json)
         return
     tasks = [options.task] if options.task else known_tasks()
     files = [file for task in tasks for file in files_of(task)]
     if options.as_json:
-        import json
-
         show_text(json.dumps([dataclasses.asdict(file) for file in files], indent=2))
         return
     for number, task in enumerate(tasks):
@@ -66,6 +68,8 @@ def _described(file: KnownFile) -> str:
         lines.append("    bytes and sha256 are not known here: the file was not read")
     else:
         lines.append(f"    {file.bytes:,} bytes, sha256 {file.sha256}")
+    if file.published is not None:
+        lines.append(f"    (as {file.published} gives them; the file was not read here)")
     lines += [f"    {url}" for url in file.urls]
     if file.source is not None:
         lines.append(f"    (address: {file.source})")
@@ -74,25 +78,50 @@ def _described(file: KnownFile) -> str:
     return "\n".join(lines)
 
 
-def _check(task: str, paths: tuple[Path, ...]) -> None:
-    """Print what the files are.
+def _check(task: str, paths: tuple[Path, ...], *, as_json: bool) -> None:
+    """Print what files and folders are.
 
     Raises:
         InputError: One is not what the task wants.
     """
-    from mlm_eval.tasks.data.known import check_file, check_folder_of
-
-    wrong = []
-    for path in paths:
-        found = check_folder_of(path, task) if path.is_dir() else [check_file(path, task)]
+    found = [checked for path in paths for checked in _checked(path, task)]
+    if as_json:
+        show_text(json.dumps([vars(c) | {"path": str(c.path)} for c in found], indent=2))
+    else:
         for checked in found:
-            if checked is None:
-                show_text(
-                    f"{path}: no file of {task} was read here, so there is nothing to compare with"
-                )
-            elif checked.differs:
-                wrong.append(f"{checked.path} {checked.verdict}")
-            else:
+            if checked.wanted is not False:
                 show_text(f"{checked.path} {checked.verdict}")
+    wrong = [f"{checked.path} {checked.verdict}" for checked in found if checked.wanted is False]
     if wrong:
         raise InputError("; ".join(wrong))
+
+
+def _checked(path: Path, task: str) -> list[Checked]:
+    """Return the verdicts about a file, or about what a folder holds.
+
+    Raises:
+        InputError: Nothing can be read there.
+    """
+    from mlm_eval.tasks.data.known import (
+        check_file,
+        check_folder_of,
+        check_set,
+        files_of,
+        known_sets,
+    )
+    from mlm_eval.tasks.finetune.task import ROLES, make_task
+
+    found = check_folder_of(path, task) if path.is_dir() else [check_file(path, task)]
+    single = path.name.endswith((".tsv", ".txt"))
+    packed = path.is_dir() or path.name.endswith((".tar.gz", ".tgz", ".tar"))
+    if not known_sets(task) or not (single or packed) or any(checked.wanted for checked in found):
+        if not found:
+            names = ", ".join(file.name for file in files_of(task))
+            raise InputError(
+                f"{path} holds none of {names}, the known files of {task}; name a file"
+            )
+        return found
+    reader = make_task(task)
+    with phase(f"reading {path}"):
+        sets = reader.read_folder(path, ROLES) if packed else reader.read_path(path, "dev")
+    return [check_set(path, task, s.name, len(s.examples), s.sha256) for s in sets]
