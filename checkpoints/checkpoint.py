@@ -81,6 +81,22 @@ class Checkpoint:
         """Weights in the model, padded vocabulary rows included, tied embeddings once."""
         return num_parameters(self.config)
 
+    def length_warnings(self, longest: int) -> list[str]:
+        """Return what to say of rows longer than those that the model was trained on.
+
+        Saved args tell the length of the run's rows; positions may go further.
+
+        Args:
+            longest: Tokens of the longest row that the model is to read.
+        """
+        trained = self.provenance.args.get("seq_length")
+        if type(trained) is not int or not 0 < trained < longest:
+            return []
+        return [
+            f"rows of up to {longest:,} tokens are read, and the model was trained on rows of "
+            f"{trained:,} (seq_length of its args); expect worse scores at the positions beyond"
+        ]
+
     def check(self) -> Checkpoint:
         """Return itself after comparing the tensors with the table.
 

@@ -912,7 +912,12 @@ class ConfigBuilder:
     def set(self, name: str, value: Any, source: str) -> Any:
         """Set `name`, and return its value: that of `--set` where there is one."""
         if name in self.overrides:
-            value, source = self.overrides[name], "--set"
+            told, value, source = value, self.overrides[name], "--set"
+            if name == "max_position_embeddings" and type(told) is int and value > told:
+                self.warnings.append(
+                    f"--set {name}={value} goes beyond the {told} positions that the checkpoint "
+                    "tells; nothing says that the model was trained on later ones"
+                )
         self.values[name], self.sources[name] = value, source
         return value
 

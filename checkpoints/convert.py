@@ -113,7 +113,8 @@ def convert(
         InputError: The target is unknown, exists, or cannot express the model; a size does not
             divide it; the tokenizer does not fit; or the result differs from its source.
     """
-    assert compare is not None or not verify, "verify needs a function that compares"
+    if verify and compare is None:
+        raise InputError("verify=True needs compare=verify_conversion, from mlm_eval.engine.verify")
     if to not in TARGET_FORMATS:
         raise InputError(f"--to {to!r} is unknown; use {', '.join(TARGET_FORMATS)}")
     _check_names(names, to)

@@ -56,7 +56,7 @@ class ModelRun:
         self.is_main = self.world is None or self.world.is_main
         self.met = False
         self.said: set[str] = set()
-        """Warnings that were printed."""
+        """Warnings that were printed, and lines that stand once for all of a series."""
         self.gpus: list[RankDevice] = []
         """Of all ranks, once they have met; empty on the CPU."""
 
@@ -82,6 +82,12 @@ class ModelRun:
         """Print for people who watch: on stderr, from rank 0, unless `-q` is given."""
         if self.is_main:
             say(text)
+
+    def log_once(self, text: str) -> None:
+        """Print the same, unless this run has printed it of another checkpoint."""
+        if text not in self.said:
+            self.said.add(text)
+            self.log(text)
 
     def print_result(self, text: str) -> None:
         """Print a result: on stdout, where no record is written there, from rank 0."""

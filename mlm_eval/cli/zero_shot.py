@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ class ExamplesOption:
 
     save_examples: Path | None = option(
         "Write each passage or window with its log-probability, of LAMBADA also the answer, here "
-        "(JSON lines).",
+        "(JSON lines). A series with --output writes a file for each checkpoint, "
+        "E.iter_0001000.jsonl of E.jsonl.",
         None,
         writes=FILE,
     )
@@ -77,6 +79,8 @@ def register(benchmark: ZeroShot[Any]) -> None:
 
     @command(benchmark.name, kind, help=inspect.getdoc(benchmark), order=("ckpt",))
     def run(options: Any) -> None:
+        from mlm_eval.checkpoints.files.output import is_stream
+
         examples = options.saving.save_examples
         evaluation = BenchmarkEvaluation(
             benchmark,
@@ -87,10 +91,11 @@ def register(benchmark: ZeroShot[Any]) -> None:
             destinations=options.tracking.log,
         )
         if options.run.is_series and examples is not None:
-            raise InputError(
-                "--save-examples is of one checkpoint, and a series is asked for; give one "
-                "--ckpt, such as an iter_* folder, without --iterations"
-            )
+            if options.run.output is None or is_stream(examples):
+                raise InputError(
+                    "--save-examples writes a file for each checkpoint of a series, named as the "
+                    "records are; give --output F.json, and a file for the examples"
+                )
         with closing(evaluation):
             if options.run.is_series:
                 run_series(options.run, evaluation)
@@ -122,16 +127,18 @@ class BenchmarkEvaluation(Evaluation[BenchmarkText]):
             own: The benchmark's own options.
             options: Those of the run.
             restart: Discard the scores that an interrupted run has kept beside its output.
-            save_examples: Where single examples are written.
+            save_examples: Where single examples are written; of a series beside this.
             destinations: Trackers of the figures, as `--log` names them.
 
         Raises:
             InputError: A tracker is unknown, or its package is missing.
         """
         if destinations:
+            from mlm_eval.checkpoints.files.output import is_stream
             from mlm_eval.training.trackers import check_trackers
 
-            check_trackers(destinations)
+            has_file = options.output is not None and not is_stream(options.output)
+            check_trackers(destinations, has_folder=has_file)
         self.destinations = destinations
         self._trackers: dict[str, Trackers] = {}
         self.save_examples = save_examples
@@ -198,12 +205,39 @@ class BenchmarkEvaluation(Evaluation[BenchmarkText]):
 
     def figure(self, record: Mapping[str, Any]) -> tuple[str, str]:
         """See `Evaluation`."""
-        return self.benchmark.figure(record["metrics"])
+        return self.benchmark.figure(record["metrics"], record["counts"])
+
+    def known(
+        self,
+        path: Path,
+        parts: Mapping[str, Any],
+        entry: Mapping[str, Any] | None,
+        *,
+        overwrite: bool,
+    ) -> Outcome | None:
+        """See `Evaluation`: a record without its examples, where they are wanted, is made again."""
+        found = super().known(path, parts, entry, overwrite=overwrite)
+        examples = self._examples_of(path)
+        if examples is None or (found is not None and examples.is_file()):
+            return found
+        if not kept_beside(path).is_dir():  # else an interrupted run has written them
+            self.check_place(examples, overwrite=overwrite, flag="--save-examples")
+        return None
+
+    def _examples_of(self, record: Path | None) -> Path | None:
+        """Return where the examples of a checkpoint go: in a series, named as its record is."""
+        if self.save_examples is None or not self.options.is_series:
+            return self.save_examples
+        assert record is not None and self.options.output is not None
+        listed, place = (
+            Path(os.path.realpath(p)) for p in (self.options.output, self.save_examples)
+        )
+        return place.with_stem(place.stem + record.stem.removeprefix(listed.stem))
 
     def evaluate(self, run: ModelRun, engine: Engine, text: BenchmarkText) -> Outcome:
         """See `Evaluation`."""
         result = self._score(run, engine, text)
-        return Outcome(*self.benchmark.figure(result.metrics))
+        return Outcome(*self.benchmark.figure(result.metrics, result.counts))
 
     def _score(self, run: ModelRun, engine: Engine, text: BenchmarkText) -> Result:
         """Return the result of a model; its record is written."""
@@ -214,13 +248,15 @@ class BenchmarkEvaluation(Evaluation[BenchmarkText]):
         benchmark, options = self.benchmark, run.options
         tokenizer, work = text
         tokens = sum(request.length for request in work.requests)
-        run.log(work_text(benchmark.unit, len(work.requests), tokens, engine.flops(work.requests)))
+        flops = engine.flops(work.requests)
+        run.log_once(work_text(benchmark.unit, len(work.requests), tokens, flops))
         parts = benchmark.resume_parts(engine, work, tokenizer)
         with kept_scores(run, len(work.requests), parts, restart=self.restart) as partial:
             examples: list[dict[str, Any]] = []
+            place = self._examples_of(options.output)
 
             def on_scores(scores: Scores) -> None:
-                if self.save_examples is not None:
+                if place is not None:
                     examples.extend(benchmark.examples(engine, work, scores, tokenizer))
 
             with progress(run.is_main) as on_progress:
@@ -237,8 +273,8 @@ class BenchmarkEvaluation(Evaluation[BenchmarkText]):
                 result.checkpoint["full_digest"] = full_digest(engine.checkpoint)
             run.warn(result.warnings)
             if run.is_main:
-                if self.save_examples is not None:
-                    write_lines(self.save_examples, examples)
+                if place is not None:
+                    write_lines(place, examples)
                 if options.output is not None:
                     result.write(options.output)
                 self._track(run, result)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from mlm_eval.checkpoints.checkpoint import Checkpoint, with_warnings
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.dtypes import dtype_name, evaluation_dtype
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import MAMBA_VECTORS, check_tp, parameters
 from mlm_eval.checkpoints.soundness.odd_values import OddValues
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_entries, find_tokenizer
@@ -68,7 +70,7 @@ class Engine:
     @classmethod
     def load(
         cls,
-        checkpoint: Checkpoint,
+        checkpoint: Checkpoint | str | Path,
         *,
         tp: int | None = None,
         dp: int | None = None,
@@ -83,7 +85,7 @@ class Engine:
         """Return an engine that holds this rank's shard of a checkpoint.
 
         Args:
-            checkpoint: What `open_checkpoint` returned.
+            checkpoint: What `open_checkpoint` returned, or what it takes.
             tp: Tensor-parallel size; tp x dp must be the number of running ranks (1 without a
                 process group).
             dp: Data-parallel size.
@@ -99,9 +101,12 @@ class Engine:
             tokenizer: The model's, for texts; None: the one stored with the checkpoint.
 
         Raises:
-            InputError: The sizes do not divide, or the vocabulary size is unknown or too large.
+            InputError: The sizes do not divide, the vocabulary size is unknown or too large, or the
+                checkpoint cannot be opened.
         """
         started = time.perf_counter()
+        if isinstance(checkpoint, str | Path):
+            checkpoint = open_checkpoint(checkpoint)
         mesh = make_mesh(tp, dp)
         device = torch.device(default_device() if device == "auto" else device)
         if device.type == "cuda" and device.index is not None:

@@ -149,7 +149,7 @@ class RunSettings:
     )
     log: tuple[str, ...] = option(
         "Follow the run in wandb:PROJECT, trackio:PROJECT, mlflow:EXPERIMENT or tensorboard:FOLDER "
-        "too (repeatable).",
+        "too; tensorboard alone: beside the output (repeatable).",
         (),
         group=RUN,
         metavar="TRACKER:PLACE",

@@ -109,8 +109,12 @@ class _MlflowRun:
         self.client.set_terminated(self.id)
 
 
-def check_trackers(destinations: Sequence[str]) -> None:
+def check_trackers(destinations: Sequence[str], *, has_folder: bool = True) -> None:
     """Refuse trackers that are unknown, or whose package is missing, before any work.
+
+    Args:
+        destinations: As `--log` names them.
+        has_folder: Whether the run has a folder of its own, for TensorBoard without one.
 
     Raises:
         InputError: One of them is.
@@ -120,6 +124,11 @@ def check_trackers(destinations: Sequence[str]) -> None:
         require(kind, f"--log {text}")
         if kind != "tensorboard" and not where:
             raise InputError(f"--log {text} names no project; write --log {kind}:NAME")
+        if not where and not has_folder:
+            raise InputError(
+                f"--log {text} names no folder; write --log {kind}:FOLDER, or give --output FILE, "
+                f"beside which the folder {kind} will stand"
+            )
 
 
 def _parts(text: str) -> tuple[str, str]:

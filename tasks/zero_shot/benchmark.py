@@ -219,6 +219,8 @@ class ZeroShot(ABC, Generic[Own]):
         if on_scores is not None:
             on_scores(scores)
         nll_sum = math.fsum(scores.nll_sums().tolist())
+        longest = max((request.length for request in work.requests), default=0)
+        too_long = engine.checkpoint.length_warnings(longest)
         return Result(
             task=self.name,
             protocol=self.protocol(work.settings),
@@ -227,7 +229,7 @@ class ZeroShot(ABC, Generic[Own]):
             settings={
                 **engine_settings(engine, tokenizer),
                 **work.settings,
-                "warnings": [*work.settings["warnings"], *loss_warnings(nll_sum)],
+                "warnings": [*work.settings["warnings"], *too_long, *loss_warnings(nll_sum)],
             },
             checkpoint=checkpoint_record(engine.checkpoint),
             timing=timing_record(engine, work.requests, scores.seconds, partial),
@@ -267,8 +269,13 @@ class ZeroShot(ABC, Generic[Own]):
             settings={k: v for k, v in work.settings.items() if k not in beside},
         )
 
-    def figure(self, metrics: Mapping[str, Any]) -> tuple[str, str]:
-        """Return the name and the text of a record's main figure, for a table of many."""
+    def figure(self, metrics: Mapping[str, Any], counts: Mapping[str, Any]) -> tuple[str, str]:
+        """Return the name and the text of a record's main figure, for a table of many.
+
+        Args:
+            metrics: The record's.
+            counts: The record's.
+        """
         if self.paper is None:
             name, value = next(iter(metrics.items()))
             return name, f"{value:.6g}" if isinstance(value, float) else str(value)

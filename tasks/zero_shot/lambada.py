@@ -189,6 +189,10 @@ class Lambada(ZeroShot[ClozeOptions]):
             ("protocol", f"greedy match of {target}"),
         ]
 
+    def figure(self, metrics: Mapping[str, Any], counts: Mapping[str, Any]) -> tuple[str, str]:
+        """Return the accuracy with its error, as `rows` does."""
+        return super().figure(metrics, counts)[0], accuracy_text(metrics, counts["examples"])
+
     def megatron_line(self, result: Result) -> str:
         """Return the line that Megatron printed for these figures."""
         return (

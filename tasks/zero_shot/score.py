@@ -96,6 +96,16 @@ def score_work(
     return len(sizes), sum(length for length, _ in sizes), flops
 
 
+def longest_row(config: ModelConfig, lines: Sequence[InputLine]) -> int:
+    """Return the most tokens that the model reads at once; of a T5 those of the encoder."""
+    if config.family == "t5":
+        return max((len(line.encoder_tokens or []) for line in lines), default=0)
+    longest = max((len(row) for line in lines for row in line.rows), default=0)
+    if config.family == "gpt":  # reads all but the last, by windows where they are too many
+        return min(longest - 1, config.max_position_embeddings)
+    return longest
+
+
 def resume_parts(
     model: Identified,
     given: GivenSequences,

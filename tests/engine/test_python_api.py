@@ -54,6 +54,14 @@ def test_texts_ids_and_prompts_are_continued_alike(engine: Engine) -> None:
             engine.generate([wrong])  # type: ignore[list-item]
 
 
+def test_a_name_or_a_path_is_opened(tmp_path: Path) -> None:
+    named = mlm_eval.Engine.load("sample:gpt", device="cpu").checkpoint
+    folder = mlm_eval.Engine.load(SAMPLES / "gpt", device="cpu").checkpoint
+    assert named.provenance.digest == folder.provenance.digest
+    with pytest.raises(mlm_eval.InputError, match="compare=verify_conversion"):
+        mlm_eval.convert(named, "hf", tmp_path / "hf", verify=True)
+
+
 def test_what_is_loaded_says_what_it_is(engine: Engine) -> None:
     assert repr(engine).startswith("Engine(gpt, 1,088,256 parameters, float32 on cpu, tp 1 x dp 1,")
     assert repr(engine.checkpoint).startswith(

@@ -187,6 +187,56 @@ def test_the_text_is_read_once_and_anew_for_another_length(
     assert records(tmp_path, "G*") == ["G.json", "G.run.iter_0000030.json", "G.short.release.json"]
 
 
+# --- Examples, and what stands once -------------------------------------------------------------
+
+
+def test_each_checkpoint_has_its_examples(run: Run, line, tmp_path, loads):
+    line = [*line, "--save-examples", tmp_path / "E.jsonl"]
+    assert_one_sentence(run(*line[:-4], *line[-2:]), "--save-examples", "give --output F.json")
+    assert_one_sentence(run(*line[:-1], "-"), "a file for the examples")
+    ended = run(*line)
+    assert ended.code == 0, ended.err
+    names = [f"E.iter_{n:07d}.jsonl" for n in ITERATIONS]
+    assert records(tmp_path, "E*") == names
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    for name, record in zip(names, map(read, map(tmp_path.joinpath, NAMES)), strict=True):
+        found = [json.loads(text) for text in (tmp_path / name).read_text().splitlines()]
+        assert len(found) == record["counts"]["windows"]
+        total = -sum(example["logprob"] for example in found)
+        assert total == pytest.approx(record["metrics"]["nll_sum"], rel=1e-9)
+    assert len({*before.values()}) == 3
+    alone = ["wikitext103", "--ckpt", line[2] / "iter_0000020", *line[5:7], "--save-examples"]
+    assert run(*alone, tmp_path / "alone.jsonl").code == 0
+    assert (tmp_path / "alone.jsonl").read_bytes() == before[names[1]]
+    # What is done is skipped, but for a record whose examples are not there.
+    assert run(*line).out.count("done before") == 3 and len(loads) == 4
+    (tmp_path / names[2]).unlink()
+    ended = run(*line)
+    assert ended.code == 0 and ended.out.count("done before") == 2 and loads[-1] == 30
+    assert {name: (tmp_path / name).read_bytes() for name in names} == before
+    (tmp_path / NAMES[0]).unlink()  # examples of another run, or of a list that was lost
+    ended = run(*line)
+    assert ended.code == 2 and f"{names[0]} exists already; replace it with --ov" in ended.err
+    (tmp_path / f"{NAMES[0]}.partial").mkdir()  # of this one, which was killed after them
+    assert run(*line).code == 0 and records(tmp_path, "E*") == names
+
+
+def test_what_is_ahead_of_all_is_said_once(run: Run, line):
+    assert run(*line).err.count("work ahead: ") == 1
+
+
+def test_no_hit_at_all_has_its_bound(run: Run, line, folder, tmp_path):
+    line = ["lambada", *line[1:5], "--data", folder / "passages.jsonl", "--output", tmp_path / "F"]
+    ended = run(*line)
+    bound = "0.00 % (0 of 4; at most 49.0 % with 95 % confidence)"
+    assert ended.code == 0 and ended.out.count(bound) == 6  # as it is found, and in the table
+    assert run(*line).out.count(bound) == 6  # of records that are there
+    record = tmp_path / "F.iter_0000010"
+    record.write_text(json.dumps(read(record) | {"metrics": {}}))
+    ended = run(*line)
+    assert ended.code == 2 and f"{record} holds a result; replace it" in ended.err
+
+
 # --- Interrupted --------------------------------------------------------------------------------
 
 

@@ -9,10 +9,14 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from support.command_line import Run, assert_one_sentence
+from support.paths import SAMPLES
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.training.log import TrainingLog
 from mlm_eval.training.trackers import RUNS_FILE, Trackers, check_trackers
+
+pytest_plugins = ["support.command_line_fixtures"]
 
 STEP = {"step": 1, "epoch": 1, "loss": 2.5, "lr": 0.1}
 EVALUATION = {"step": 1, "epoch": 1, "evaluation": {"loss": 2.0, "set": "dev", "best": True}}
@@ -184,8 +188,6 @@ def test_a_missing_package_is_named_before_any_work(
 def test_a_series_is_one_run_for_each_training_run(
     packages: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from support.paths import SAMPLES
-
     from mlm_eval.cli import main
 
     text = SAMPLES / "text" / "lambada.sample.jsonl"
@@ -212,3 +214,23 @@ def test_a_series_is_one_run_for_each_training_run(
     assert set(logged) == {3000, 1200}
     assert all("lambada/accuracy" in figures for figures in logged.values())
     assert calls.count("finish") == 2
+
+
+def test_tensorboard_without_a_folder_stands_beside_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    """Nothing is written where the command was typed."""
+    here, results = tmp_path / "here", tmp_path / "results"
+    here.mkdir()
+    results.mkdir()
+    monkeypatch.chdir(here)
+    text = SAMPLES / "text" / "lambada.sample.jsonl"
+    line = ["lambada", "--ckpt", SAMPLES / "gpt", "--data", text, "--limit", 2]
+    line += ["--log", "tensorboard", "--device", "cpu"]
+    for more in ([], ["--output", "-"], ["--log", f"tensorboard:{tmp_path / 'board'}"]):
+        assert_one_sentence(run(*line, *more), "write --log tensorboard:FOLDER, or give --output")
+    assert run(*line, "--output", results / "l.json").code == 0
+    assert list((results / "tensorboard" / "gpt lambada").glob("events.*"))
+    line[line.index("tensorboard")] = f"tensorboard:{tmp_path / 'board'}"
+    assert run(*line).code == 0 and list((tmp_path / "board" / "gpt lambada").glob("events.*"))
+    assert not list(here.iterdir())

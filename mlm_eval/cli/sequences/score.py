@@ -142,6 +142,7 @@ class ScoreEvaluation(Evaluation[ScoreText]):
         from mlm_eval.reporting.text import work_text
         from mlm_eval.tasks.data.text import sha256
         from mlm_eval.tasks.zero_shot.score import (
+            longest_row,
             mean_logprob,
             score_lines,
             score_work,
@@ -153,8 +154,9 @@ class ScoreEvaluation(Evaluation[ScoreText]):
             run.warn([text.begin.warning])
         if empty := [line.where for line in lines if line.is_empty]:
             run.warn([f"{len(empty):,} line(s) hold no token, the first is {empty[0]}"])
+        run.warn(run.checkpoint.length_warnings(longest_row(engine.config, lines)))
         count, tokens, flops = score_work(engine, lines, options.stride)
-        run.log(work_text("sequence(s)", count, tokens, flops))
+        run.log_once(work_text("sequence(s)", count, tokens, flops))
         parts = self.parts(engine, text)
         with kept_scores(run, count, parts, restart=options.restart) as partial:
             unit = "rows" if engine.config.family == "bert" else "tok"

@@ -124,7 +124,10 @@ class Evaluation(ABC, Generic[Text]):
             record = json_record(path) or {}
             difference = record_difference(record, parts)
             if difference == "":
-                return Outcome(*self.figure(record))
+                try:
+                    return Outcome(*self.figure(record))
+                except (KeyError, TypeError, ValueError, AttributeError):
+                    difference = None  # its figures are damaged
             self.refuse_other(path, difference)
         self.check_place(path, overwrite=overwrite)
         return None
@@ -140,11 +143,16 @@ class Evaluation(ABC, Generic[Text]):
             f"{path} holds a result{what}; replace it with --overwrite, or name another --output"
         )
 
-    def check_place(self, path: Path, *, overwrite: bool) -> None:
+    def check_place(self, path: Path, *, overwrite: bool, flag: str = "--output") -> None:
         """Refuse a record's place where a file stands that may not be replaced.
+
+        Args:
+            path: The place.
+            overwrite: Whether results may be replaced.
+            flag: The option that names it.
 
         Raises:
             InputError: One does.
         """
         limits = {} if self.limit is None else {"limit": math.ceil(self.limit)}
-        check_existing("--output", path, FILE, limits, overwrite=overwrite)
+        check_existing(flag, path, FILE, limits, overwrite=overwrite)
