@@ -5,6 +5,7 @@ A command's module is imported when the command is chosen: `mlm-eval --help` sho
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 from collections.abc import Callable
@@ -143,6 +144,10 @@ class _Commands(Compact, TyperGroup):
         return TyperCommand(cmd_name, help=listed.summary, rich_help_panel=listed.panel)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        if args[0] not in commands() and not ctx.resilient_parsing:  # as completion parses
+            near = difflib.get_close_matches(args[0], commands(), n=1)
+            hint = f"did you mean {near[0]}?" if near else "`mlm-eval --help` lists them"
+            raise InputError(f"there is no command {shown(args[0])}; {hint}")
         name, listed, rest = super().resolve_command(ctx, args)
         return name, listed if name is None else full_command(name), rest
 

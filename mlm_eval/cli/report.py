@@ -131,8 +131,8 @@ class PlanOptions:
         choices=DTYPES,
     )
     device: str = option("What to plan for: cuda or cpu.", "cuda", choices=("cuda", "cpu"))
-    batch_tokens: int | None = option(
-        "Tokens of an evaluation's forward pass on a rank; default: the engine's.", None, least=1
+    batch_tokens: int | None = again(
+        RunOptions, "batch_tokens", help="Tokens of an evaluation's forward pass on a rank."
     )
     micro_batch: int = option("Samples of a training step's forward pass on a rank.", 8, least=1)
     hidden_dropout: float = option(

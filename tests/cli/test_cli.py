@@ -59,6 +59,11 @@ def test_no_command_at_all_shows_the_help(run):
     assert ended.code == 2 and "wikitext103" in ended.out and ended.err == ""
 
 
+def test_a_command_that_is_not_there_is_guessed(run):
+    assert_one_sentence(run("wikitxt103"), "no command 'wikitxt103'; did you mean wikitext103?")
+    assert_one_sentence(run("xyz", "--ckpt", "c"), "no command 'xyz'; `mlm-eval --help` lists them")
+
+
 def test_the_version(run):
     assert re.fullmatch(r"mlm-eval \d+\.\d+\.\d+\n", run("--version").out)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mlm_eval.cli.app import commands, full_command
+from mlm_eval.engine.batching import DEFAULT_BATCH_TOKENS
 
 pytest_plugins = ["support.command_line_fixtures"]
 
@@ -57,6 +58,14 @@ def with_long_choices() -> list[Any]:
 def test_choices_stand_in_the_text_where_they_do_not_beside_it(parameter):
     said = set(re.split(r"[^\w-]+", parameter.help))
     assert set(parameter.metavar.strip("[]").split("|")) <= said
+
+
+def test_the_default_of_batch_tokens_is_the_engines():
+    for name in commands():
+        for parameter in full_command(name).params:
+            if parameter.name == "batch_tokens":
+                sizes = [f"{DEFAULT_BATCH_TOKENS[kind]:,}" for kind in ("cpu", "cuda")]
+                assert parameter.show_default == "{} on the CPU, {} on CUDA".format(*sizes)
 
 
 WITHOUT_RICH = """
