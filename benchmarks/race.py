@@ -132,8 +132,20 @@ def published_model() -> Path:
 class Run:
     """The work folder and what lies in it."""
 
-    def __init__(self, data: Path, work: Path, settings: Mapping[str, Any], device: str) -> None:
+    def __init__(
+        self, data: Path, work: Path, settings: Mapping[str, Any], device: str, published: Path
+    ) -> None:
+        """Unpack the data where they are archives.
+
+        Args:
+            data: RACE, or its archives' folder.
+            work: Where everything goes.
+            settings: As `SETTINGS`.
+            device: `cpu` or `cuda`.
+            published: The BERT to start from, a Hugging Face folder with its vocabulary.
+        """
         self.work, self.settings, self.device = work, settings, device
+        self.published = published
         work.mkdir(parents=True, exist_ok=True)
         self.data = self._unpacked(data)
         self.model, self.ours, self.theirs = work / "model", work / "ours", work / "trainer"
@@ -189,7 +201,7 @@ class Run:
         from mlm_eval.model.initial import with_head
 
         if not self.model.is_dir():
-            convert(open_checkpoint(published_model()), "megatron", self.model, tp=2)
+            convert(open_checkpoint(self.published), "megatron", self.model, tp=2)
         start = self.work / "start"
         if not start.is_dir():
             # The same new head as `mlm-eval race` draws from this seed.
@@ -198,7 +210,7 @@ class Run:
             )
             convert(headed, "hf", start)
 
-    def train_ours(self) -> dict[str, Any]:
+    def train_ours(self, listener: Listener | None = None) -> dict[str, Any]:
         """Run `mlm-eval race`'s function; return its record of the run."""
         from mlm_eval.checkpoints.open import open_checkpoint
         from mlm_eval.checkpoints.tokenizer import load_tokenizer
@@ -210,21 +222,21 @@ class Run:
                 "race",
                 open_checkpoint(self.model),
                 self.options(),
-                tokenizer=load_tokenizer(directory=published_model()),
+                tokenizer=load_tokenizer(directory=self.published),
                 load=lambda checkpoint, dtype: Engine.load(
                     checkpoint, tp=1, dp=1, dtype=dtype, device=self.device
                 ),
-                listener=Printer(),
+                listener=listener or Printer(),
             )
         record: dict[str, Any] = json.loads((self.ours / RUN).read_text())
         return record
 
-    def train_theirs(self) -> dict[str, Any]:
+    def train_theirs(self, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         """Run transformers' Trainer on the same rows; return its figures and its choices."""
         path = self.theirs / "figures.json"
         if not path.is_file():
             self.theirs.mkdir(exist_ok=True)
-            figures = trainer(self)
+            figures = trainer(self, callbacks)
             path.write_text(json.dumps(figures))
         record: dict[str, Any] = json.loads(path.read_text())
         return record
@@ -251,7 +263,7 @@ class Printer(Listener):
             )
 
 
-def trainer(run: Run) -> dict[str, Any]:
+def trainer(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Train and evaluate with transformers alone but for the rows, which are ours."""
     import torch
     from torch.utils.data import Dataset
@@ -267,9 +279,9 @@ def trainer(run: Run) -> dict[str, Any]:
     prepared, _ = prepare_sets(
         make_task("race"),
         run.options(),
-        tokenizer=load_tokenizer(directory=published_model()),
+        tokenizer=load_tokenizer(directory=run.published),
         positions=512,
-        say=print,
+        log=print,
     )
 
     class Rows(Dataset):  # type: ignore[type-arg]
@@ -354,7 +366,7 @@ def trainer(run: Run) -> dict[str, Any]:
         args=arguments,
         train_dataset=Rows(prepared.train, order),
         data_collator=collate,
-        callbacks=[clock],
+        callbacks=[clock, *callbacks],
     )
     saved = sorted(run.theirs.glob("checkpoint-*"))
     loop.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
@@ -397,7 +409,7 @@ def main() -> int:
         for name in ("questions", "dev_questions")
         if (value := getattr(given, name)) is not None
     }
-    run = Run(given.data, given.work, settings, given.device)
+    run = Run(given.data, given.work, settings, given.device, published_model())
     if given.step:
         run.train_ours() if given.step == "ours" else run.train_theirs()
         return 0

@@ -1,7 +1,8 @@
 """Measurements side by side: in turns, with medians and spreads, kept with their date.
 
 A script measures pairs (`alternate`), makes a `Row` of each comparison and hands its rows to
-`publish`. All scripts of a day write into one file of `benchmarks/results/`, and its table.
+`publish`. All scripts of a day, and all parts of a script, write into one file of
+`benchmarks/results/`, and its table; this file, run as a script, prints that table.
 """
 
 from __future__ import annotations
@@ -58,8 +59,11 @@ class Row:
         ratios = self.ratios
         middle = [f"{statistics.median(values):.4g}" for values in (self.ours, self.theirs)]
         spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        target = "" if self.target is None else f"{self.target:.2f}"
-        return [self.work, self.against, self.unit, *middle, spread, target, "yes" * self.met]
+        if self.target is None:
+            return [self.work, self.against, self.unit, *middle, spread, "", ""]
+        target = f"{self.target:.2f}"
+        met = "yes" if self.met else "no"
+        return [self.work, self.against, self.unit, *middle, spread, target, met]
 
 
 def processor_seconds() -> float:
@@ -89,30 +93,60 @@ def alternate(ours: Work, theirs: Work, *, pairs: int, processor: bool) -> tuple
     return tuple(list(times) for times in zip(*measured, strict=True))
 
 
-def publish(script: str, rows: Sequence[Row], settings: dict[str, Any]) -> bool:
+def publish(
+    part: str, rows: Sequence[Row], settings: dict[str, Any], *, said: str = "", more: bool = False
+) -> bool:
     """Print a table, add it to the day's file, and return whether all targets are met.
 
     Args:
-        script: Its name; what it has written on the same day is replaced.
-        rows: What it measured.
+        part: Name of the script, or of a part of it; what stands under it that day is replaced.
+        rows: What was measured.
         settings: How.
+        said: What the figures show, in sentences.
+        more: The pairs are added to those of the same rows that stand there.
     """
-    print(_table(rows), flush=True)
     today = datetime.date.today().isoformat()
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{today}.json"
     day = json.loads(path.read_text()) if path.exists() else {}
-    day[script] = {
+    if more and part in day:
+        before = {row["work"]: row for row in day[part]["rows"]}
+        rows = [_longer(row, before[row.work]) if row.work in before else row for row in rows]
+    print(_table(rows), *([said] if said else []), sep="\n\n", flush=True)
+    day[part] = {
         "settings": settings | _machine(),
         "rows": [dataclasses.asdict(row) for row in rows],
+        "said": said,
     }
-    path.write_text(json.dumps(day, indent=1) + "\n")
-    parts = [f"# Measured on {today}\n"]
-    for name, kept in day.items():
-        told = ", ".join(f"{key} {value}" for key, value in kept["settings"].items())
-        parts.append(f"## {name}\n\n{told}\n\n{_table([Row(**row) for row in kept['rows']])}\n")
-    path.with_suffix(".md").write_text("\n".join(parts))
+    path.write_text(json.dumps(dict(sorted(day.items())), indent=1) + "\n")
+    path.with_suffix(".md").write_text(_page(today, day))
     return all(row.met for row in rows)
+
+
+def _longer(row: Row, before: dict[str, Any]) -> Row:
+    """Return a row with the pairs of an earlier one in front."""
+    ours, theirs = before["ours"] + row.ours, before["theirs"] + row.theirs
+    return dataclasses.replace(row, ours=ours, theirs=theirs)
+
+
+def _page(date: str, day: dict[str, Any]) -> str:
+    """Return the page of a day: all targets in one table, then how each part was measured."""
+    found = {part: [Row(**row) for row in kept["rows"]] for part, kept in sorted(day.items())}
+    targets = [row for rows in found.values() for row in rows if row.target is not None]
+    missed = sum(not row.met for row in targets)
+    text = [
+        f"# Measured on {date}",
+        "The ratio says how many times better we are than what stands beside it: the median of the "
+        f"pairs, and from the worst to the best. {len(targets)} targets, {missed} missed.",
+        _table(targets),
+        "## How, and what was measured without a target",
+    ]
+    for part, rows in found.items():
+        told = ", ".join(f"{key} {value}" for key, value in day[part]["settings"].items())
+        text.append(f"**{part}**: {told}.")
+        others = [row for row in rows if row.target is None]
+        text += ([_table(others)] if others else []) + [day[part].get("said", "")]
+    return "\n\n".join(filter(None, text)) + "\n"
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -128,6 +162,7 @@ def _machine() -> dict[str, Any]:
         "processor": names[0].partition(": ")[2] if names else platform.machine(),
         "cores": os.cpu_count(),
         "AMX": torch.cpu._is_amx_tile_supported(),
+        "AVX-512 bfloat16": torch.cpu._is_avx512_bf16_supported(),
         "torch": torch.__version__,
         "load": round(os.getloadavg()[0], 1),
     }
@@ -138,3 +173,8 @@ def _lines(path: str) -> list[str]:
         return Path(path).read_text().splitlines()
     except OSError:
         return []
+
+
+if __name__ == "__main__":
+    days = sorted(RESULTS.glob("*.md"))
+    print(days[-1].read_text() if days else f"{RESULTS} holds no results yet")

@@ -15,7 +15,7 @@ from mlm_eval.checkpoints.parameters import Parameter, parameters
 _NOISE = 99_991
 """Numbers that are drawn for a tensor."""
 
-SIZES = {"345m": (24, 1024, 16), "1.3b": (24, 2048, 16)}
+SIZES = {"124m": (12, 768, 12), "345m": (24, 1024, 16), "1.3b": (24, 2048, 16)}
 """Layers, hidden size, attention heads."""
 
 
