@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-_MKLDNN: Any = torch.backends.mkldnn
+_ONEDNN: Any = torch.backends.mkldnn.matmul
+_CUDA: Any = torch.backends.cuda.matmul
 
 MOST_ERROR = 2.0**-18
 """Of a float32 product, relative to the product of absolute values; bfloat16's is 2^-9."""
@@ -25,9 +26,15 @@ MOST_ERROR = 2.0**-18
 def float32_products() -> Iterator[None]:
     """Take the faster library for products in float32, where it is as exact; also as a decorator.
 
-    The setting is of the whole process, and put back at the end.
+    The setting is of the whole process, and put back at the end. It is torch's own, which holds for
+    GPUs too: where torch sees one, nothing is set. What a caller has set stays.
     """
-    if _MKLDNN.matmul.fp32_precision != "none" or not _onednn_is_exact():
+    if (
+        torch.cuda.is_available()
+        or _ONEDNN.fp32_precision != "none"
+        or _CUDA.fp32_precision != "none"
+        or not _onednn_is_exact()
+    ):
         yield
         return
     with _allowed_to_round():
@@ -36,13 +43,17 @@ def float32_products() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _allowed_to_round() -> Iterator[None]:
-    settings = _MKLDNN.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
+    """Set `medium` for the process, as `torch.get_float32_matmul_precision` then says.
+
+    With oneDNN's own setting alone that function raises an error, and with it what asks it.
+    """
+    torch.set_float32_matmul_precision("medium")
     try:
         yield
     finally:
-        settings.fp32_precision = before
+        torch.set_float32_matmul_precision("highest")
+        # Which has set both; "none" is what they were, and what another default may reach.
+        _ONEDNN.fp32_precision = _CUDA.fp32_precision = "none"
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -51,10 +52,57 @@ def test_a_processor_that_rounds_is_left_alone(monkeypatch: pytest.MonkeyPatch) 
         assert SETTINGS.fp32_precision == "none"
 
 
-def test_what_a_caller_has_set_stays() -> None:
-    SETTINGS.fp32_precision = "ieee"
+def test_torch_can_still_be_asked_for_its_precision() -> None:
+    """A callback, a compiler or another thread may ask while products are computed."""
+    before = asked()
+    assert before[0] == "highest"
+    with float32_products():
+        assert asked()[0] in ("medium", "highest")
+    assert asked() == before
+
+
+def asked() -> tuple[str, bool, bool, str, str]:
+    """Return what torch says of its precision, by all of its ways."""
+    gpus = torch.backends.cuda.matmul
+    return (
+        torch.get_float32_matmul_precision(),
+        gpus.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        gpus.fp32_precision,
+        SETTINGS.fp32_precision,
+    )
+
+
+def test_where_torch_sees_a_gpu_nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = asked()
+    with float32_products():
+        assert asked() == before
+
+
+@pytest.mark.parametrize("precision", ["high", "medium", "highest"])
+def test_what_a_caller_has_set_stays(precision: str) -> None:
+    torch.set_float32_matmul_precision(precision)
+    try:
+        before = asked()
+        with float32_products():
+            assert asked() == before
+        assert asked() == before
+    finally:
+        put_back()
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, torch.backends.cuda.matmul])
+def test_what_a_caller_has_set_for_one_library_stays(settings: Any) -> None:
+    settings.fp32_precision = "ieee"
     try:
         with float32_products():
-            assert SETTINGS.fp32_precision == "ieee"
+            assert settings.fp32_precision == "ieee"
     finally:
-        SETTINGS.fp32_precision = "none"
+        put_back()
+
+
+def put_back() -> None:
+    """Give torch the settings that it begins with."""
+    torch.set_float32_matmul_precision("highest")
+    SETTINGS.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
