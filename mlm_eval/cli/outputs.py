@@ -10,6 +10,7 @@ from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import check_writable, is_stream
+from mlm_eval.checkpoints.folders.kept_scores import forget_finished
 from mlm_eval.options import FOLDER, PAGE, Option, asks_for_series, flag_of
 from mlm_eval.reporting.existing import LIMITS, holds_more, is_page, is_result
 from mlm_eval.reporting.series_list import read_series
@@ -120,6 +121,7 @@ def check_existing(
     """
     if not path.exists() or path.stat().st_size == 0 or (writes == PAGE and is_page(path)):
         return
+    forget_finished(path)
     ours = is_result(path)
     if limits and ours and (more := holds_more(path, limits)):
         raise InputError(

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import logging
 import shlex
+import stat
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_eval.checkpoints.errors import InputError, one_line
+from mlm_eval.checkpoints.folders.kept_scores import forget_finished, kept_beside
 from mlm_eval.cli.printing import remark
 from mlm_eval.ranks.world import detect_world
 
@@ -38,8 +40,17 @@ class Screen:
     verbose = False
     keeps: Path | None = None
     """Folder that keeps what an interrupted run has done, where the command has one."""
+    output: Path | None = None
+    """File that ends the run, where that is a file."""
+    before: tuple[int, int] | None = None
+    """Which file stood there, where one did."""
     lists: Path | None = None
     """File that lists what a series has done."""
+
+    @classmethod
+    def expect(cls, output: Path) -> None:
+        """Note what the command is going to write, for `how_to_continue`."""
+        cls.keeps, cls.output, cls.before = kept_beside(output), output, _which(output)
 
 
 def choose_verbosity(*, quiet: bool, verbose: bool) -> None:
@@ -55,8 +66,8 @@ def choose_verbosity(*, quiet: bool, verbose: bool) -> None:
     """
     if quiet and verbose:
         raise InputError("-q and -v contradict each other; give one of them")
-    Screen.quiet, Screen.verbose, Screen.keeps = quiet, verbose, None
-    Screen.lists = None
+    Screen.quiet, Screen.verbose = quiet, verbose
+    Screen.keeps = Screen.output = Screen.before = Screen.lists = None
     logging.disable(logging.WARNING if quiet else logging.NOTSET)
     if quiet:
         warnings.simplefilter("ignore")
@@ -83,13 +94,26 @@ def detail(text: str) -> None:
 
 def how_to_continue() -> str:
     """Return what an interrupted command says of what it has done."""
-    kept = Screen.keeps
     command = shlex.join(["mlm-eval", *sys.argv[1:]])
     if Screen.lists is not None and Screen.lists.is_file():
         return f"{Screen.lists} lists what is done; to continue, type: {command}"
+    if Screen.output is not None and _which(Screen.output) not in (None, Screen.before):
+        with suppress(InputError):
+            forget_finished(Screen.output)
+        return f"the result was written: {Screen.output}"
+    kept = Screen.keeps
     if kept is None or not kept.is_dir() or not any(kept.iterdir()):
         return "no result was written, and nothing was kept"
     return f"no result was written; to continue from what {kept} keeps, type: {command}"
+
+
+def _which(path: Path) -> tuple[int, int] | None:
+    """Return what tells one file from another that replaces it; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return (found.st_ino, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
 
 
 def _is_main() -> bool:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.folders.kept_scores import kept_beside
 from mlm_eval.cli.command import command
 from mlm_eval.cli.run import ModelRun
 from mlm_eval.cli.screen import Screen, phase, progress
-from mlm_eval.cli.series.evaluation import Evaluation, Outcome, kept_beside
+from mlm_eval.cli.series.evaluation import Evaluation, Outcome
 from mlm_eval.cli.series.loop import run_series
 from mlm_eval.options import FILE, SeriesOptions, again, nested, option
 from mlm_eval.tasks.zero_shot import benchmarks
@@ -160,7 +161,7 @@ class BenchmarkEvaluation(Evaluation[BenchmarkText]):
         run = ModelRun(self.options.one(self.options.ckpt[0], self.options.output))
         self._refuse_others(run)
         if self.options.output is not None:
-            Screen.keeps = kept_beside(self.options.output)
+            Screen.expect(self.options.output)
         place = run.start()
         text = self.prepare(run)
 
@@ -242,6 +243,7 @@ class BenchmarkEvaluation(Evaluation[BenchmarkText]):
     def _score(self, run: ModelRun, engine: Engine, text: BenchmarkText) -> Result:
         """Return the result of a model; its record is written."""
         from mlm_eval.checkpoints.checkpoint import full_digest
+        from mlm_eval.checkpoints.files.output import write_text
         from mlm_eval.reporting.text import work_text
         from mlm_eval.tasks.zero_shot.score import write_lines
 
@@ -276,7 +278,10 @@ class BenchmarkEvaluation(Evaluation[BenchmarkText]):
                 if place is not None:
                     write_lines(place, examples)
                 if options.output is not None:
-                    result.write(options.output)
+                    content = result.to_json()
+                    if partial is not None:
+                        partial.expect(content, len(work.requests))
+                    write_text(options.output, content)
                 self._track(run, result)
             if partial is not None and run.is_main:
                 partial.remove(len(work.requests))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +22,12 @@ from torch import Tensor
 from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import atomic_file
+from mlm_eval.checkpoints.folders.kept_scores import (
+    EXPECTED,
+    discard_scores,
+    expect_output,
+    kept_chunks,
+)
 from mlm_eval.checkpoints.folders.locks import Lock, lock_folder, unlock_folder
 from mlm_eval.ranks.collectives import on_main
 from mlm_eval.ranks.mesh import this_rank
@@ -52,9 +57,6 @@ Finished = dict[int, KeptScores]
 ScoreChunk = dict[str, Tensor]
 """`indices` and `counts` `[requests]`, `logprobs` and `greedy` `[sum of counts]`; of a BERT also
 `head.NAME` `[requests, outputs]`."""
-
-_CHUNK = re.compile(r"(\d+-\d+\.safetensors)|\.\d+-\d+\.safetensors\.partial-[0-9a-f]{12}")
-"""Names of chunks, and of those that a killed process was writing."""
 
 _DTYPES = {
     "indices": (torch.int64,),
@@ -195,7 +197,7 @@ class PartialScores:
         if restart:
             discard_scores(self.folder)
         chunks = []
-        for path in sorted(self._chunks()):
+        for path in kept_chunks(self.folder):
             chunk, key, parts = _read_chunk(path)
             if key == self.key:
                 chunks.append(chunk)
@@ -204,18 +206,16 @@ class PartialScores:
                 discard_scores(self.folder)
                 return []
             what = run_difference(parts, self.parts) if parts else "of an older mlm-eval"
+            ended = (self.folder / EXPECTED).exists()
+            run = "a run that was ended as it wrote its output" if ended else "an interrupted run"
             raise InputError(
-                f"{self.folder} holds scores of an interrupted run that was another one: {what}; "
+                f"{self.folder} holds scores of {run}, which was another one: {what}; "
                 "repeat its command to resume it, discard it with --restart, or give another "
                 "--output"
             )
+        with suppress(OSError):  # its output is not there any more: the run goes on
+            (self.folder / EXPECTED).unlink()
         return chunks
-
-    def _chunks(self) -> list[Path]:
-        if not self.folder.is_dir():
-            return []
-        names = [(path, _CHUNK.fullmatch(path.name)) for path in self.folder.iterdir()]
-        return [path for path, match in names if match is not None and match[1]]
 
     def finished(self) -> Finished:
         """Return the scores of earlier runs."""
@@ -292,36 +292,27 @@ class PartialScores:
                     f"has {counts[index]}; it is damaged, discard it with --restart"
                 )
 
+    def expect(self, content: str, count: int) -> None:
+        """Note the output of `count` requests, which is written next. Rank 0."""
+        if self._is_all(count):
+            expect_output(self.folder, content)
+
     def remove(self, count: int) -> None:
         """Delete the chunks: a run of `count` requests is complete. Rank 0.
 
         Scores of further requests, of an interrupted run without that run's --limit, stay.
         """
-        if all(index < count for index in self._finished):
+        if self._is_all(count):
             discard_scores(self.folder)
+
+    def _is_all(self, count: int) -> bool:
+        return all(index < count for index in self._finished)
 
     def close(self) -> None:
         """Let other runs write here."""
         if self._lock is not None:
             unlock_folder(self._lock)
             self._lock = None
-
-
-def discard_scores(folder: Path) -> None:
-    """Remove the chunks in a folder, and nothing else that may be there.
-
-    Raises:
-        InputError: They cannot be removed.
-    """
-    try:
-        for path in folder.iterdir() if folder.is_dir() else ():
-            if _CHUNK.fullmatch(path.name):
-                path.unlink()
-    except OSError as error:
-        raise InputError(
-            f"{folder}, left by an interrupted run, cannot be removed ({error.strerror}); "
-            "remove it, or give another --output"
-        ) from None
 
 
 def _read_chunk(path: Path) -> tuple[ScoreChunk, str | None, dict[str, Any]]:

@@ -337,4 +337,9 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     Raises:
         InputError: The file cannot be written.
     """
-    write_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+    write_text(path, lines_of(records))
+
+
+def lines_of(records: Iterable[dict[str, Any]]) -> str:
+    """Return JSON lines."""
+    return "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)

@@ -16,7 +16,6 @@ from support.paths import SAMPLES
 from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
 from mlm_eval.cli.app import commands, full_command
 from mlm_eval.cli.series import loop
-from mlm_eval.engine import resume
 from mlm_eval.engine.engine import Engine
 from mlm_eval.engine.resume import PartialScores
 from mlm_eval.series.listing import SeriesList
@@ -450,7 +449,7 @@ def test_score_writes_lines_for_each(run: Run, root, folder, tmp_path, monkeypat
 
     with monkeypatch.context() as patched:  # after a record, before or after it is listed
         if stop_at == "listed":
-            patched.setattr(resume, "discard_scores", stop)
+            patched.setattr(loop, "discard_scores", stop)
         else:
             patched.setattr(SeriesList, "add", stop)
         assert run(*line).code == 130

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.folders.kept_scores import kept_beside
 from mlm_eval.cli.command import command
 from mlm_eval.cli.run import ModelRun, chosen_tokenizer
 from mlm_eval.cli.screen import Screen, phase, progress
 from mlm_eval.cli.sequences.standard_input import STDIN, STDIN_NAME, standard_input
-from mlm_eval.cli.series.evaluation import Evaluation, Outcome, kept_beside
+from mlm_eval.cli.series.evaluation import Evaluation, Outcome
 from mlm_eval.cli.series.loop import run_series
 from mlm_eval.cli.zero_shot import ResumeOptions, kept_scores
 from mlm_eval.options import FILE, BosOption, SeriesOptions, option
@@ -82,7 +83,7 @@ class ScoreEvaluation(Evaluation[ScoreText]):
     def run_alone(self) -> None:
         """Score with the one model."""
         options = self.options
-        Screen.keeps = kept_beside(options.output)
+        Screen.expect(options.output)
         run = ModelRun(options.one(options.ckpt[0], options.output))
         # Faults of a file are found before ranks are started; standard input is read once, by one
         # rank.
@@ -138,15 +139,16 @@ class ScoreEvaluation(Evaluation[ScoreText]):
 
     def evaluate(self, run: ModelRun, engine: Engine, text: ScoreText) -> Outcome:
         """See `Evaluation`; the lines are written to the run's output."""
+        from mlm_eval.checkpoints.files.output import write_text
         from mlm_eval.engine.resume import resume_key
         from mlm_eval.reporting.text import work_text
         from mlm_eval.tasks.data.text import sha256
         from mlm_eval.tasks.zero_shot.score import (
+            lines_of,
             longest_row,
             mean_logprob,
             score_lines,
             score_work,
-            write_lines,
         )
 
         options, lines = self.options, text.lines
@@ -174,9 +176,12 @@ class ScoreEvaluation(Evaluation[ScoreText]):
             entry: dict[str, Any] = {"lines": len(records), "mean_logprob": mean}
             output = run.options.output
             if output is not None and run.is_main:
-                if options.is_series and partial is not None and not self.limit:
+                content = lines_of(records)
+                if partial is not None and (self.limit or not options.is_series):
+                    partial.expect(content, count)
+                elif partial is not None:
                     partial.flush()  # what is kept says whose the lines are, until they are listed
-                write_lines(output, records)
+                write_text(output, content)
                 if options.is_series:
                     entry["key"] = resume_key({**parts, "limit": self.limit})
                     entry["sha256"] = sha256([output.read_bytes()])

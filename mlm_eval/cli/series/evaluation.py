@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -50,12 +49,6 @@ class Outcome:
     figure: str
     entry: dict[str, Any] = field(default_factory=dict)
     """What else the list says about the record."""
-
-
-def kept_beside(output: Path) -> Path:
-    """Return the folder that keeps the scores of an interrupted run of this output."""
-    output = Path(os.path.realpath(output))
-    return output.with_name(output.name + ".partial")
 
 
 class Evaluation(ABC, Generic[Text]):

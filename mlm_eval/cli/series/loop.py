@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.folders.kept_scores import discard_scores, kept_beside
 from mlm_eval.cli.printing import complain
 from mlm_eval.cli.run import ModelRun, Placement
 from mlm_eval.cli.screen import Screen, say
-from mlm_eval.cli.series.evaluation import Evaluation, Outcome, UnloadedModel, kept_beside
+from mlm_eval.cli.series.evaluation import Evaluation, Outcome, UnloadedModel
 from mlm_eval.ranks.launch import shutdown
 from mlm_eval.ranks.world import detect_world
 
@@ -208,7 +209,7 @@ class _Series:
                 return
             run.warn(checkpoint.provenance.warnings)
             if record is not None:
-                Screen.keeps = kept_beside(record)
+                Screen.expect(record)
             self.engine = self._engine(run, model)
         except InputError as fault:
             self.engine = None
@@ -341,8 +342,6 @@ class _Series:
 
     def _forget_scores(self, record: Path) -> None:
         """Remove what a run has kept of a record that is whole, and that was not removed yet."""
-        from mlm_eval.engine.resume import discard_scores
-
         folder = kept_beside(record)
         if self.evaluation.limit is None and folder.is_dir():
             discard_scores(folder)
