@@ -42,6 +42,8 @@ class Provenance:
     warnings: list[str] = field(default_factory=list)
     odd_copies: list[str] = field(default_factory=list)
     """Copies of one table within the checkpoint that differ, a phrase each; the first is used."""
+    same_parts: list[str] = field(default_factory=list)
+    """Stages, layers or experts that are the same, in words: copied files, or meant so."""
     odd_replicas: list[str] = field(default_factory=list)
     """What several ranks should hold alike and do not, in words; the first rank's is used."""
     training_state: list[str] = field(default_factory=list)

@@ -38,7 +38,11 @@ from mlm_eval.checkpoints.megatron.files import Rank, RankFile, flat_tensors
 from mlm_eval.checkpoints.megatron.layout import ExpertLayout
 from mlm_eval.checkpoints.megatron.read_torch import merge_ranks
 from mlm_eval.checkpoints.projects.settings import PASSED_ON
-from mlm_eval.checkpoints.soundness.copies import copied_layers, refuse_copied
+from mlm_eval.checkpoints.soundness.copies import (
+    copied_layers,
+    copied_on_purpose,
+    deeper_or_copied,
+)
 
 _NORMS = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}
 
@@ -383,9 +387,14 @@ def _merged(
             label=f"the files of rank {number}",
         )
     tp = len(ranks)
+    same = []
     if ranks[0].layers:  # a file each
-        refuse_copied(copied_layers(chunks[0]), step.path)
-    return merge_ranks(step.path, files, ExpertLayout(tp, 1, tp), 1, overrides, build=build)
+        same = copied_on_purpose([copied_layers(chunk) for chunk in chunks], step.path)
+    layout = ExpertLayout(tp, 1, tp)
+    checkpoint = merge_ranks(step.path, files, layout, 1, overrides, build=build)
+    checkpoint.provenance.same_parts.extend(same)
+    checkpoint.provenance.warnings.extend(deeper_or_copied(same))
+    return checkpoint
 
 
 def _with_provenance(checkpoint: Checkpoint, step: Step, ranks: Sequence[_Rank]) -> Checkpoint:

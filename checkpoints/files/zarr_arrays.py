@@ -21,7 +21,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.distcp import Tiled
 from mlm_eval.checkpoints.files.text_file import read_json_object
 from mlm_eval.checkpoints.lazy import LazyTensor, MappedFile, StoredTensor, Unstacked
-from mlm_eval.checkpoints.soundness.copies import copied_parts, refuse_copied
+from mlm_eval.checkpoints.soundness.copies import copied_on_purpose, copied_parts, refuse_copied
 
 ARRAY = ".zarray"
 """The file in each array's folder that describes it."""
@@ -63,9 +63,14 @@ class ZarrFolder:
     tensors: dict[str, ZarrArray]
     objects: dict[str, Any] = field(default_factory=dict)
     """Always empty: what is no array lies in files of its own."""
+    _same: list[str] = field(default_factory=list)
 
-    def tensor(self, key: str) -> LazyTensor:
+    def tensor(self, key: str, *, stacked: bool = False) -> LazyTensor:
         """Return an array, merged from its chunks.
+
+        Args:
+            key: Its name.
+            stacked: Whether its first dim is that of layers, which may be meant to be the same.
 
         Raises:
             InputError: A chunk is missing, or has another length, or the array holds no value.
@@ -92,13 +97,38 @@ class ZarrFolder:
             tiles.append((offsets, StoredTensor(MappedFile(path), 0, array.dtype, shape, strides)))
         if len(tiles) == 1:
             return tiles[0][1]
-        if len(array.shape) > 1 and copied_parts(dict(enumerate(tile for _, tile in tiles))):
-            refuse_copied(f"two chunks of {key} are the same", self.path)
+        if len(array.shape) > 1:
+            self._compare(key, tiles, stacked=stacked)
         return Tiled(tiles, array.shape)
+
+    def _compare(
+        self, key: str, tiles: list[tuple[tuple[int, ...], StoredTensor]], *, stacked: bool
+    ) -> None:
+        """Note layers that are the same; refuse slices that are.
+
+        Raises:
+            InputError: A chunk is a copy of another slice, or of one slice of a layer alone.
+        """
+        said = f"two chunks of {key} are the same"
+        by_slice: dict[tuple[int, ...], dict[int, StoredTensor]] = {}
+        by_layer: dict[int, dict[int, StoredTensor]] = {}
+        for number, (offsets, tile) in enumerate(tiles):
+            layer, rest = (offsets[0], offsets[1:]) if stacked else (0, offsets)
+            by_slice.setdefault(rest, {})[layer] = tile
+            by_layer.setdefault(layer, {})[number] = tile
+        if any(map(copied_parts, by_layer.values())):
+            refuse_copied(said, self.path)
+        found = [said if copied_parts(layers) else None for layers in by_slice.values()]
+        self._same.extend(copied_on_purpose(found, self.path))
+
+    def same_layers(self) -> list[str]:
+        """Return which of the tensors that were asked for have layers that are the same."""
+        more = f", and so for {len(self._same) - 1} more" if len(self._same) > 1 else ""
+        return [self._same[0] + more] if self._same else []
 
     def layers(self, key: str) -> Iterator[LazyTensor]:
         """Yield the entries of an array along its first dim, in order."""
-        whole = self.tensor(key)
+        whole = self.tensor(key, stacked=True)
         for number in range(whole.shape[0]):
             yield Unstacked(whole, number)
 

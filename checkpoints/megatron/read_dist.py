@@ -52,7 +52,7 @@ from mlm_eval.checkpoints.megatron.layers.branches import MAMBA_PARTS
 from mlm_eval.checkpoints.megatron.read_torch import prediction_heads
 from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS
 from mlm_eval.checkpoints.projects.settings import SideSettings, find_settings
-from mlm_eval.checkpoints.soundness.copies import is_plain, refuse_copied
+from mlm_eval.checkpoints.soundness.copies import deeper_or_copied, is_plain, refuse_copied
 
 COMMON = "common.pt"
 SAVE_FINISHED = "metadata.json"
@@ -101,7 +101,7 @@ def read_distributed(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     common.pickles.insert(0, files.metadata)
     records = [*files.records(keys), *common.records]
     tails = files.tails(records)
-    _refuse_copied_files(files, keys, tails)
+    same_parts = _same_files(files, keys, tails)
     used = [files.path / name for name in sorted({record.file for record in records})]
     common_file = [path] if (path := files.path / COMMON).is_file() else []
     return _checkpoint(
@@ -113,6 +113,7 @@ def read_distributed(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
         digest=lambda: _digest(files, tails, common),
         files_used=[files.path / METADATA, *common_file, *used],
         warnings=warnings,
+        same_parts=same_parts,
         notes=_notes(files, keys, nested=nested),
     )
 
@@ -167,12 +168,15 @@ def _checkpoint(
     digest: Callable[[], str],
     files_used: list[Path],
     warnings: Sequence[str] = (),
+    same_parts: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> Checkpoint:
     """Return the checkpoint of a folder's tensors and of what it records besides them."""
     folder = files.path
     args, beside = _settings(common, folder)
     flat = _flat(files, keys)
+    if isinstance(files, ZarrFolder):
+        same_parts = files.same_layers()
     tensors, family = _canonical(
         {name: tensor for name, tensor in flat.items() if not names.is_left_out(name)}, folder
     )
@@ -204,7 +208,13 @@ def _checkpoint(
         config_sources=sources_beside(build.sources, beside),
         pickle_classes=sorted({name for pickle in common.pickles for name in pickle.classes}),
         hostile=sorted({name for pickle in common.pickles for name in pickle.hostile}),
-        warnings=[*warnings, *build.warnings, *unknown_settings(beside)],
+        warnings=[
+            *warnings,
+            *build.warnings,
+            *deeper_or_copied(same_parts),
+            *unknown_settings(beside),
+        ],
+        same_parts=[*same_parts],
         training_state=training_state([*files.tensors, *files.objects, *common.values]),
         notes=[*notes, *of_heads],
         files=files_used,
@@ -258,24 +268,54 @@ def _check_finished(files: DistributedFolder, keys: list[str], *, nested: bool) 
     return []
 
 
-def _refuse_copied_files(
-    files: DistributedFolder, keys: list[str], tails: Mapping[str, bytes]
-) -> None:
-    """Refuse a folder with a rank's file in the place of another's: the same checksums throughout.
+def _same_files(files: DistributedFolder, keys: list[str], tails: Mapping[str, bytes]) -> list[str]:
+    """Return which files hold the same values for other layers: by their checksums.
 
     Raises:
-        InputError: There is such a file.
+        InputError: A rank's file is in the place of another's: of other slices, or for one rank of
+            a stage alone.
     """
     alike: dict[bytes, list[str]] = {}
     for name, tail in tails.items():
         alike.setdefault(tail[:256], []).append(name)
+    boxes = _boxes(files, keys)
+    same: dict[tuple[frozenset[str], frozenset[str]], list[str]] = {}
     for group in alike.values():
         for one, other in itertools.combinations(sorted(group, key=lambda n: len(tails[n])), 2):
             if not tails[other].startswith(tails[one]):  # fewer entries may be in its place
                 continue
             parts = list(files.parts(keys, one))  # one alone may be a table that stands twice
-            if len(parts) > 1 and not all(map(is_plain, parts)):
-                refuse_copied(f"{one} and {other} hold the same values", files.path)
+            if len(parts) < 2 or all(map(is_plain, parts)):
+                continue
+            said = f"{one} and {other} hold the same values"
+            (slices, layers), (other_slices, other_layers) = boxes[one], boxes[other]
+            if slices != other_slices or layers == other_layers:
+                refuse_copied(said, files.path)
+            same.setdefault((layers, other_layers), []).append(said)
+    for (layers, _), found in same.items():
+        if len(found) < sum(layers == others for _, others in boxes.values()):
+            refuse_copied(found[0], files.path)
+    return [found[0] for found in same.values()]
+
+
+_LAYER_NUMBER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
+
+
+def _boxes(
+    files: DistributedFolder, keys: list[str]
+) -> dict[str, tuple[frozenset[tuple[str, tuple[int, ...]]], frozenset[str]]]:
+    """Return which slices of a layer's tensors each file holds, and of which layers."""
+    found: dict[str, tuple[set[tuple[str, tuple[int, ...]]], set[str]]] = {}
+    for key in keys:
+        for chunk in files.tensors[key].chunks:
+            slices, layers = found.setdefault(chunk.record.file, (set(), set()))
+            if _STACKED.fullmatch(names.strip_prefixes(key)) and len(chunk.offsets) > 1:
+                slices.add((key, chunk.offsets[1:]))
+                layers.add(str(chunk.offsets[0]))
+            else:
+                slices.add((_LAYER_NUMBER.sub("", key), chunk.offsets))
+                layers.update(_LAYER_NUMBER.findall(key))
+    return {file: (frozenset(a), frozenset(b)) for file, (a, b) in found.items()}
 
 
 def _read_common(files: DistributedFolder | ZarrFolder) -> Common:

@@ -67,8 +67,11 @@ from mlm_eval.checkpoints.projects.nemo_1 import NEMO_FILE, nemo_ranks
 from mlm_eval.checkpoints.projects.settings import SideSettings, nemo_settings
 from mlm_eval.checkpoints.soundness.copies import (
     copied_experts,
+    copied_on_purpose,
     copied_ranks,
     copied_stages,
+    deeper_or_copied,
+    has_one_expert,
     refuse_copied,
 )
 from mlm_eval.checkpoints.soundness.replicas import (
@@ -236,10 +239,13 @@ def merge_ranks(
             "Megatron's pretrain_t5 of core 0.13 and later); write it with Megatron as torch_dist, "
             "or without pipeline stages"
         )
+    copied: list[str] = []
     if pp > 1:
-        for t, e in sorted({(t, e) for t, _, e in files}):
-            stages = {p: _all_chunks(files[t, p, e]) for p in range(pp)}
-            refuse_copied(copied_stages(stages), where)
+        by_rank = [
+            copied_stages({p: _all_chunks(files[t, p, e]) for p in range(pp)})
+            for t, e in sorted({(t, e) for t, _, e in files})
+        ]
+        copied += copied_on_purpose(by_rank, where)
     version = _version(first, code, overrides)
     warnings: list[str] = []
     if version == 0.0 and beside is None and "checkpoint_version" not in overrides:
@@ -250,13 +256,17 @@ def merge_ranks(
         for t, p, e in files
         if p == 0
     }
+    same_experts = []
     for t in range(tp):
         of_experts = {
             e: {name: tensor for name, tensor in column.items() if NUMBERED.fullmatch(name)}
             for (u, e), column in columns.items()
             if u == t
         }
-        refuse_copied(copied_experts(of_experts), where)
+        same_experts.append(copied_experts(of_experts))
+        if not has_one_expert(of_experts[0]):
+            refuse_copied(same_experts[-1], where)
+    copied += copied_on_purpose(same_experts, where)
     experts = _expert_parts(columns, layout, where)
     for column in columns.values():
         for name in [name for name in column if NUMBERED.fullmatch(name)]:
@@ -299,7 +309,7 @@ def merge_ranks(
     heads, notes = prediction_heads(found_heads, config, str(where))
     small, large = split_by_size({**_replicas(columns, table), **of_heads})
     odd_replicas = compare_replicas(small, where)
-    warnings += built.warnings + odd_replicas
+    warnings += built.warnings + odd_replicas + deeper_or_copied(copied)
     tp_ranks = dict(enumerate(shards))
     refuse_copied(
         copied_ranks(tp_ranks, lambda name: name in table and table[name].rule.dim is not None),
@@ -320,6 +330,7 @@ def merge_ranks(
         hostile=sorted({c for file in files.values() for c in file.torch_file.hostile}),
         warnings=warnings,
         odd_copies=odd_copies,
+        same_parts=copied,
         odd_replicas=odd_replicas,
         training_state=training_state(_everything_else(files, where)),
         notes=notes,

@@ -39,7 +39,8 @@ def check_everything(
     """
     odd = OddValues()
     everything = {**checkpoint.tensors, **checkpoint.prediction_heads}
-    findings = [*checkpoint.provenance.odd_copies, *checkpoint.provenance.odd_replicas]
+    known = checkpoint.provenance
+    findings = [*known.odd_copies, *known.same_parts, *known.odd_replicas]
     nbytes, done = sum(tensor.nbytes for tensor in everything.values()), 0
     for name, tensor in everything.items():
         if damage := _read(name, tensor, odd):

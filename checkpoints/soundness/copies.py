@@ -1,13 +1,15 @@
 """One rank's file copied over another's: a slip that leaves shapes and settings as they should be.
 
-Ranks of one run differ in what is cut, and so do the layers of two stages. One row out of the
-middle of a matrix tells two ranks apart; only where those are equal is more compared.
+Ranks of one run differ in what is cut: equal ones are refused. So do the layers of two stages, but
+for a model that was made deeper with copies of its layers: where all ranks have the same, that is a
+warning. One row out of the middle of a matrix tells two ranks apart; only where those are equal is
+more compared.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import combinations
 
 import torch
@@ -63,7 +65,7 @@ def copied_experts(ranks: Mapping[int, Unit]) -> str | None:
     """Return which expert-parallel ranks hold the same experts, in words.
 
     Not where experts of one rank are the same too: a model that is made of a dense one ("upcycled")
-    begins with copies of its MLP.
+    begins with copies of its MLP. With one expert a rank nothing tells; see `has_one_expert`.
     """
     experts: dict[int, dict[str, LazyTensor]] = {}
     for name, tensor in next(iter(ranks.values()), {}).items():
@@ -73,6 +75,11 @@ def copied_experts(ranks: Mapping[int, Unit]) -> str | None:
         return None
     pair = _equal_pair(ranks)
     return f"expert-parallel ranks {pair[0]} and {pair[1]} hold the same experts" if pair else None
+
+
+def has_one_expert(tensors: Iterable[str]) -> bool:
+    """Return whether a rank holds one expert of each layer."""
+    return len({match[2] for name in tensors if (match := _EXPERT.match(name))}) == 1
 
 
 def copied_layers(tensors: Unit) -> str | None:
@@ -88,6 +95,33 @@ def copied_layers(tensors: Unit) -> str | None:
 def copied_parts(parts: Mapping[int, LazyTensor]) -> bool:
     """Return whether two parts of one tensor are the same; parts of several shapes are not."""
     return _equal_pair({number: {"part": part} for number, part in parts.items()}) is not None
+
+
+def copied_on_purpose(by_rank: Sequence[str | None], where: object) -> list[str]:
+    """Return what is the same on all ranks, for `deeper_or_copied`; refuse what is so on some.
+
+    Args:
+        by_rank: What was found among the stages, layers or experts of each tensor-parallel rank.
+        where: The checkpoint, for messages.
+
+    Raises:
+        InputError: A file of one rank is a copy.
+    """
+    found = sorted({what for what in by_rank if what is not None})
+    if not found or (len(found) == 1 and None not in by_rank):
+        return found
+    refuse_copied(found[0], where)
+    raise AssertionError("refused")
+
+
+def deeper_or_copied(found: Iterable[str]) -> list[str]:
+    """Return the warnings of stages, layers or experts that are the same."""
+    return [
+        f"{what}, bit by bit: a file was copied over another one, or the model was made larger by "
+        "copies of its parts and has not been trained since; if that is not meant, copy each file "
+        "again from its own source"
+        for what in found
+    ]
 
 
 def refuse_copied(found: str | None, where: object) -> None:

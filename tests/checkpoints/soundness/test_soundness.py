@@ -14,7 +14,6 @@ import pytest
 import torch
 from support import random_models
 from support.command_line import assert_one_sentence
-from support.folders import dcp_folders, layouts
 from support.folders.synthetic import GPT, args_of, change, random_model, rank_file, write
 from support.ranks import run_ranks
 
@@ -25,7 +24,6 @@ from mlm_eval.checkpoints.lazy import Checksum, InMemory, MappedFile, StoredTens
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import parameters
 from mlm_eval.checkpoints.soundness.check import check_everything
-from mlm_eval.checkpoints.soundness.copies import copied_experts, is_plain
 from mlm_eval.checkpoints.soundness.odd_values import OddValues
 
 pytest_plugins = ["support.command_line_fixtures"]
@@ -184,70 +182,6 @@ def test_values_that_a_narrower_dtype_does_not_hold_are_named():
     assert "and 6 more tensors" in text
 
 
-# ---- copies --------------------------------------------------------------------------------------
-
-
-def four_stages(root: Path, tp: int = 2, **how: Any) -> Path:
-    """Write a checkpoint of four stages."""
-    stages = [[[n]] for n in range(4)]
-    return write(root, random_model(GPT), GPT, tp=tp, args=args_of(GPT), stages=stages, **how)
-
-
-@pytest.mark.parametrize("era", ["core", "v2.5"])
-def test_a_rank_s_file_in_the_place_of_another_s_is_refused(tmp_path, era):
-    root = write(tmp_path, random_model(GPT), GPT, tp=4, era=era, args=args_of(GPT))
-    shutil.copyfile(rank_file(root, 1), rank_file(root, 3))
-    with pytest.raises(InputError, match="ranks 1 and 3 hold the same slices.*bit by bit"):
-        open_checkpoint(root)
-
-
-def test_a_stage_s_file_in_the_place_of_another_s_is_refused(tmp_path):
-    root = four_stages(tmp_path)
-    for rank in range(2):
-        theirs = torch.load(rank_file(root, rank, 2), weights_only=False)["model"]
-        change(rank_file(root, rank, 1), lambda contents, to=theirs: contents.update(model=to))
-    with pytest.raises(InputError, match="stages 1 and 2 hold the same layers"):
-        open_checkpoint(root)
-
-
-def test_what_is_drawn_as_a_constant_is_equal_everywhere(tmp_path):
-    model = {name: torch.ones_like(tensor) for name, tensor in random_model(GPT).items()}
-    root = write(tmp_path, model, GPT, tp=2, args=args_of(GPT))
-    assert open_checkpoint(root).num_parameters
-
-
-def test_ranks_that_hold_padding_alone_are_no_copies(tmp_path):
-    """Megatron's converter pads a vocabulary with copies of its last row."""
-    model = random_model(GPT)
-    for name, tensor in model.items():
-        if name.endswith("word_embeddings.weight"):
-            tensor[10:] = tensor[9]
-    root = write(tmp_path, model, GPT, tp=4, args=args_of(GPT))
-    assert open_checkpoint(root).num_parameters
-
-
-def test_a_tensor_is_plain_where_all_of_its_values_are_the_same():
-    half = torch.zeros(5 << 20)  # read in two runs
-    assert is_plain(InMemory(half)) and is_plain(InMemory(torch.tensor(3.0)))
-    assert not is_plain(InMemory(torch.cat([half[: 4 << 20], half[4 << 20 :] + 1])))
-
-
-def test_experts_that_begin_as_copies_are_no_copied_files(tmp_path):
-    """A mixture made of a dense model ("upcycled") has its MLP as each expert."""
-    parts = {
-        f"decoder.layers.0.mlp.experts.local_experts.{n}.linear_fc1.weight": InMemory(
-            torch.arange(12.0).reshape(4, 3)
-        )
-        for n in range(2)
-    }
-    assert copied_experts({0: parts, 1: dict(parts)}) is None
-    own = {
-        name: InMemory(torch.randn(4, 3, generator=torch.Generator().manual_seed(n)))
-        for n, name in enumerate(parts)
-    }
-    assert "ranks 0 and 1 hold the same" in (copied_experts({0: own, 1: dict(own)}) or "")
-
-
 def test_a_record_without_a_checksum_beside_others_is_read(tmp_path):
     """As `torch.serialization.skip_data` leaves them, whose data is filled in later."""
     file = tmp_path / "s.pt"
@@ -263,44 +197,6 @@ def test_a_record_without_a_checksum_beside_others_is_read(tmp_path):
     raw[at : at + 256] = values.numpy().tobytes()
     file.write_bytes(raw)
     assert torch.equal(read_torch_file(file).value["model"]["w"].read(), values)
-
-
-def test_a_layer_s_file_in_the_place_of_another_s_is_refused(tmp_path):
-    from support.folders.deepspeed_folders import write_neox
-
-    root = write_neox(tmp_path / "neox", random_model(GPT), GPT, tp=2)
-    step = root / "global_step7"
-    saved = {path: path.read_bytes() for path in step.glob("layer_*.pt")}
-    for rank in range(2):
-        name = "layer_{:02d}-model_{:02d}-model_states.pt"
-        shutil.copyfile(step / name.format(3, rank), step / name.format(4, rank))
-    with pytest.raises(InputError, match="layers 1 and 2 are the same"):
-        open_checkpoint(root)
-    for path, data in saved.items():
-        path.write_bytes(data)
-    shutil.copyfile(step / name.format(3, 0), step / name.format(3, 1))
-    with pytest.raises(InputError, match="0 and 1 hold the same slices in decoder.layers.1"):
-        open_checkpoint(root)
-
-
-def test_a_distcp_file_in_the_place_of_another_is_refused(tmp_path):
-    tensors = random_model(GPT)
-    cuts = {name: (2,) for name, tensor in tensors.items() if tensor.ndim > 1}
-    common = {"args": args_of(GPT), "checkpoint_version": 3.0}
-    step = dcp_folders.save(tmp_path / "iter_0000005", tensors, cuts=cuts, common=common)
-    assert open_checkpoint(step)
-    one, other = sorted(step.glob("*.distcp"))
-    shutil.copyfile(one, other)
-    with pytest.raises(InputError):
-        open_checkpoint(step).tensors[WEIGHT].read()
-
-
-def test_a_chunk_of_zarr_in_the_place_of_another_is_refused(tmp_path):
-    layouts.zarr(tmp_path)
-    array = tmp_path / "iter_0000007" / WEIGHT
-    shutil.copyfile(array / "0.0", array / "1.0")
-    with pytest.raises(InputError, match=f"two chunks of {WEIGHT} are the same"):
-        open_checkpoint(tmp_path)
 
 
 # ---- replicas ------------------------------------------------------------------------------------
