@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-_ONEDNN: Any = torch.backends.mkldnn.matmul
+_ONEDNN: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 _CUDA: Any = torch.backends.cuda.matmul
 
 MOST_ERROR = 2.0**-18
