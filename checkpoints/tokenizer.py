@@ -82,7 +82,7 @@ ACCEPTED = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Tokenizer:
     """A vocabulary with its rules."""
 
@@ -97,10 +97,10 @@ class Tokenizer:
     """Digest of the files' bytes one after the other, vocabulary first."""
     eot_id: int | None
     """The end-of-text id, None where there is none."""
-    backend: Any = field(repr=False, compare=False)
+    backend: Any = field(compare=False)
     files: tuple[Path, ...] = ()
     """What it was read from, to be copied with a converted checkpoint."""
-    settings: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """What tokenizer_config.json says, where it is one of the files, with what
     special_tokens_map.json adds."""
     added: tuple[AddedEntry, ...] = ()
@@ -109,11 +109,14 @@ class Tokenizer:
     """How many of the last entries are special tokens that the files name without an id."""
     lower_case: bool | None = None
     """Whether text is lower-cased; None where the file itself decides."""
-    without_never_split: Any = field(default=None, repr=False, compare=False)
+    without_never_split: Any = field(default=None, compare=False)
     """The backend without the words of `never_split`, where there are such words: no tokenizer.json
     can say them, and transformers' fast tokenizers do not heed them."""
-    missing_bytes: frozenset[int] = field(default=frozenset(), repr=False)
+    missing_bytes: frozenset[int] = frozenset()
     """Bytes that a byte-level vocabulary has no symbol for; `tokenizers` would drop them."""
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.kind}, {self.vocab_size:,} entries, {self.source!r})"
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, nothing added before or after it.

@@ -188,6 +188,10 @@ def _of_lines(path: str | Path, lines: list[Any]) -> ResultRecord:
     for number, line in enumerate(lines, start=1):
         if not isinstance(line, dict) or not isinstance(line.get("logprobs"), list):
             raise InputError(f"{path}, line {number}, is no line that `mlm-eval score` wrote")
+        if "finish" in line and "greedy" not in line:
+            raise InputError(
+                f"{path} holds texts that `mlm-eval generate` wrote, of which there is no figure"
+            )
         rows = line["logprobs"] if "choices" in line else [line["logprobs"]]
         for value in (value for row in rows if isinstance(row, list) for value in row):
             if type(value) in (int, float):

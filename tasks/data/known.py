@@ -106,8 +106,8 @@ def check_file(path: Path, task: str) -> Checked:
         return Checked(path, None, None, f"cannot be told: no file of {task} is known ({found})")
     for file in seen:
         if file.sha256 == digest:
-            names = ", ".join(f.name for f in files_of(task))
-            end = f", not what {task} wants ({names})" if file.other else ""
+            wants = "; ".join(f.what for f in files_of(task))
+            end = f", not what {task} wants ({wants})" if file.other else ""
             return Checked(path, file.name, not file.other, f"is {file.name}, {file.what}{end}")
     plain = sha256([content.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n")])
     for file in seen:

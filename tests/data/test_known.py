@@ -99,7 +99,7 @@ def test_a_file_is_told_from_others(table, tmp_path, run: Run):
     assert ended.code == 0 and "with other line ends or a byte order mark" in ended.out
     place.write_bytes(table["other.txt"])
     assert_one_sentence(
-        run(*line), "is other.txt, the other set, not what lambada wants (right.txt)"
+        run(*line), "is other.txt, the other set, not what lambada wants (the right set)"
     )
     place.write_bytes(b"neither")
     said = (

@@ -64,6 +64,7 @@ def test_a_name_or_a_path_is_opened(tmp_path: Path) -> None:
 
 def test_what_is_loaded_says_what_it_is(engine: Engine) -> None:
     assert repr(engine).startswith("Engine(gpt, 1,088,256 parameters, float32 on cpu, tp 1 x dp 1,")
+    assert repr(engine.tokenizer).startswith("Tokenizer(gpt2-bpe, 2,000 entries, '")
     assert repr(engine.checkpoint).startswith(
         "Checkpoint(gpt, 1,088,256 parameters, megatron-torch"
     )

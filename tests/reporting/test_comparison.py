@@ -159,6 +159,10 @@ def test_the_papers_tables_come_first_and_name_iterations(tmp_path, run: Run):
             "line 2, is no line that `mlm-eval score` wrote",
         ),
         ('{"logprobs": [null]}\n', "holds no log-probability"),
+        (
+            '{"prompt": "x", "logprobs": [-1.0], "finish": "stop"}\n',
+            "texts that `mlm-eval generate`",
+        ),
         ({"task": "lambada", "series": []}, "lists no record yet"),
         ({"task": "lambada", "series": [{"iteration": 1}]}, "an entry names no record"),
         (
