@@ -132,7 +132,7 @@ def convert(
     tokenizer = _load(tokenizer)
     misfit = None
     if tokenizer is not None:
-        misfit = check_fits(tokenizer, checkpoint.config.vocab_size)
+        misfit = check_fits(tokenizer, checkpoint.config.vocab_size, checkpoint.config.family)
         entries = entries_within(tokenizer, checkpoint.config.vocab_size)
         true_vocab_size = true_vocab_size or entries
     if vocab not in (None, "true", "padded"):

@@ -76,6 +76,8 @@ EOT_PIECES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 LARGEST_PADDING = 128 * 64
 SMALL_PADDING = 128 * 2
 """As much of a small vocabulary may be padding; of a large one, more."""
+MOST_PADDED = 8
+"""So many times its size a small vocabulary may be padded to, for many ranks."""
 ACCEPTED = (
     "tokenizer.json, vocab.json with merges.txt, encoder.json with vocab.bpe, vocab.txt or "
     "tokenizer.model"
@@ -438,8 +440,13 @@ def entries_within(tokenizer: Tokenizer, rows: int) -> int:
     return max(min(tokenizer.vocab_size, rows), tokenizer.vocab_size - tokenizer.unnumbered)
 
 
-def check_fits(tokenizer: Tokenizer, vocab_rows: int) -> str | None:
+def check_fits(tokenizer: Tokenizer, vocab_rows: int, family: str = "") -> str | None:
     """Return a warning if the vocabulary hardly belongs to a model of `vocab_rows`, else None.
+
+    Args:
+        tokenizer: The model's, as somebody says.
+        vocab_rows: Of the model.
+        family: The model's, where its texts are looked at too.
 
     Raises:
         InputError: The model has fewer rows than the vocabulary has entries.
@@ -451,8 +458,14 @@ def check_fits(tokenizer: Tokenizer, vocab_rows: int) -> str | None:
             f"{tokenizer.source} names {tokenizer.vocab_size - size} special token(s) for which "
             f"the model, with {vocab_rows} rows, has none"
         )
+    if family == "gpt" and tokenizer.kind == "bert-wordpiece":
+        return (
+            f"{tokenizer.source} is a vocabulary of BERT's word pieces and the model a GPT, which "
+            "writes text of every form: it may not be the tokenizer of this model"
+        )
     unused = vocab_rows - size
-    few = unused >= SMALL_PADDING and unused > size and not _is_padded(size, vocab_rows)
+    padded = _is_padded(size, vocab_rows) and size * MOST_PADDED >= vocab_rows
+    few = unused >= SMALL_PADDING and unused > size and not padded
     if unused >= LARGEST_PADDING or few:
         return (
             f"{tokenizer.source} has {size} entries and the model {vocab_rows} rows, more than any "

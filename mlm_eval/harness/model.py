@@ -116,7 +116,7 @@ class MegatronLM(TemplateLM):
             )
         if max_gen_toks < 1:
             raise InputError(f"max_gen_toks {max_gen_toks} must be 1 or more")
-        misfit = check_fits(tokenizer, engine.vocab_size)
+        misfit = check_fits(tokenizer, engine.vocab_size, engine.config.family)
         if misfit is not None:
             log.warning("%s", misfit)
         self.engine = engine

@@ -86,7 +86,7 @@ def check_start(text: TextSettings, checkpoint: Checkpoint, tokenizer: Tokenizer
         raise InputError(f"{where} is a {config.family.upper()} model; {way_out}")
     if why := why_untrained(config):
         raise InputError(f"{where} has {why}")
-    misfit = check_fits(tokenizer, config.vocab_size)
+    misfit = check_fits(tokenizer, config.vocab_size, config.family)
     return [*([] if misfit is None else [misfit]), *_check_experts(checkpoint)]
 
 

@@ -150,7 +150,7 @@ class ZeroShot(ABC, Generic[Own]):
 
         if limit is not None and limit < 1:
             raise InputError(f"--limit {limit}: choose 1 or more {self.unit}")
-        misfit = check_fits(tokenizer, config.vocab_size)
+        misfit = check_fits(tokenizer, config.vocab_size, config.family)
         positions = config.max_position_embeddings
         work = self.prepare(options, tokenizer=tokenizer, positions=positions, limit=limit)
         work.settings["warnings"] += [misfit] if misfit is not None else []

@@ -283,7 +283,8 @@ def sized(vocab_size: int) -> Tokenizer:
 
 
 @pytest.mark.parametrize(
-    ("entries", "rows"), [(50257, 50257), (50257, 50304), (50257, 51200), (30522, 30720), (1, 8192)]
+    ("entries", "rows"),
+    [(50257, 50257), (50257, 50304), (50257, 51200), (30522, 30720), (1024, 8192)],
 )
 def test_rows_that_padding_explains_pass(entries, rows):
     assert check_fits(sized(entries), rows) is None
@@ -307,6 +308,7 @@ def test_rows_beyond_any_padding_are_doubted():
     assert warning is not None and "10000 entries and the model 18192 rows" in warning
     assert check_fits(sized(256), 1024) is None  # tp 8
     assert check_fits(sized(256), 1000) is not None  # most rows uncovered, and no padded size
+    assert check_fits(sized(4), 1024) is not None  # nobody pads so much
 
 
 def write_bad(folder: Path, files: dict[str, bytes]) -> None:

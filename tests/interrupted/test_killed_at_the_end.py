@@ -84,11 +84,9 @@ def test_what_a_killed_run_kept_of_a_whole_result_goes_with_the_next_one(command
     kill()
     ended = forked(tmp_path / "log", *line(command, out), "--overwrite")
     assert ended.code == 0 and "resumes" not in ended.err and not kept.exists()
-    kill()
-    ended = forked(tmp_path / "log", *line(command, out), "--overwrite", "--dtype", "bfloat16")
-    assert ended.code == 0 and not kept.exists()
 
 
+@pytest.mark.reliability
 def test_a_result_that_was_moved_away_does_not_finish_the_run(line, tmp_path):
     """Its scores are still good for the same command, and another one is told the truth."""
     out, kept = tmp_path / "out.json", tmp_path / "out.json.partial"
