@@ -30,7 +30,7 @@ from mlm_eval.tasks.zero_shot import benchmarks
 FINE_TUNED = ("mnli", "qqp", "squad1", "squad2", "race")
 """The benchmarks of Table 5; SQuAD's two versions are benchmarks of their own."""
 
-_ITERATION = re.compile(r"iter_0*(\d+)")
+_ITERATION = re.compile(r"iter_0*(\d{1,15})(?!\d)")
 
 # Figure of a table -> name of the set in a record's metrics.
 SETS = {
@@ -127,7 +127,7 @@ def read_results(path: str | Path) -> list[ResultRecord]:
 def _listed(path: Path, values: Mapping[str, Any]) -> list[Path]:
     """Return the records that a series lists."""
     if not is_series(values):
-        raise InputError(f"{path} is not the list of a series: an entry names no record")
+        raise InputError(f"{path} is not the list of a series: an entry names no record beside it")
     found = series_records(path, values)
     if not found:
         raise InputError(f"{path} lists no record yet; give it again when the series has some")

@@ -4,6 +4,6 @@
     tar_archive.py   tar archives (NeMo's .nemo): files are read where they stand in the archive
     unpacking.py     where archives are unpacked that cannot be read where they are
 
-`open.py` and `tokenizers` import from here. This room imports `errors`, `files` and
-`folders` of `checkpoints`.
+`open.py` and `tokenizers` import from here; so does RACE, whose passages come in tar archives.
+This room imports `errors`, `files` and `folders` of `checkpoints`.
 """

@@ -18,13 +18,14 @@ import posixpath
 import shutil
 import stat
 import tarfile
-import zlib
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PosixPath, PurePosixPath
 from typing import Any
 
 from mlm_eval.checkpoints.archives.unpacking import (
+    TAR_DAMAGE,
+    TAR_FAULTS,
     UNPACK_IT,
     check_member_name,
     most_unpacked,
@@ -39,7 +40,6 @@ from mlm_eval.checkpoints.files.window import FileWindow
 _LARGEST_FILE = 1 << 28
 _MOST_MEMBERS = 1 << 20
 _GZIP = b"\x1f\x8b"
-_DAMAGE = (tarfile.TarError, zlib.error, EOFError, ValueError, OverflowError, gzip.BadGzipFile)
 
 
 def is_tar(path: Path) -> bool:
@@ -50,7 +50,7 @@ def is_tar(path: Path) -> bool:
         if head.startswith(_GZIP):
             with gzip.open(path) as inner:
                 head = inner.read(512)
-    except (OSError, EOFError, zlib.error):
+    except TAR_FAULTS:
         return False
     return head[257:262] == b"ustar"
 
@@ -188,7 +188,7 @@ def _read_contents(name: str, size: int, _changed: int) -> _Contents:
                 found.add(path, member)
     except InputError:
         raise
-    except _DAMAGE as error:
+    except TAR_DAMAGE as error:
         raise InputError(f"{path} is damaged ({error}); download it again") from None
     return found
 
@@ -230,7 +230,7 @@ def _unpack_gzip(path: Path) -> Path:
                         _write(archive, member, folder / member.name)
         except InputError:
             raise
-        except _DAMAGE as error:
+        except TAR_DAMAGE as error:
             raise InputError(f"{path} is damaged ({error}); download it again") from None
 
     return unpacked(path, name, size, extract)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import lzma
 import os
 import shutil
+import tarfile
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
@@ -12,6 +16,16 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import cache_root
 from mlm_eval.checkpoints.files.safe_pickle import printable
 from mlm_eval.checkpoints.folders.unfinished import unfinished
+
+TAR_DAMAGE: tuple[type[Exception], ...] = (
+    *(tarfile.TarError, zlib.error, lzma.LZMAError, gzip.BadGzipFile),
+    *(EOFError, ValueError, OverflowError),
+    RecursionError,  # headers of long names before one another
+)
+"""What reading a damaged tar archive raises, compressed in any way."""
+
+TAR_FAULTS: tuple[type[Exception], ...] = (OSError, *TAR_DAMAGE)
+"""The same, and what a file that cannot be read raises."""
 
 UNPACK_IT = "unpack it yourself and give --ckpt the folder"
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from mlm_eval.checkpoints.config import ConfigBuilder, is_of_kind
 from mlm_eval.checkpoints.deepspeed.harmless import NEOX_HARMLESS, unknown_names
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, shown
 from mlm_eval.checkpoints.files.safe_pickle import is_scalar, printable
 from mlm_eval.checkpoints.megatron.family_args import Shapes
 from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS
@@ -143,7 +143,7 @@ class NeoxSettings:
             value = int(value)
         if not is_of_kind(value, kind):
             raise InputError(
-                f"{self.where}: {name} is {printable(str(value))!r} in {self.source}, expected a "
+                f"{self.where}: {name} is {shown(value)} in {self.source}, expected a "
                 f"value of type {kind}; correct the file"
             )
         return (float(value) if kind == "float" else value), f"{self.source} {name}"
@@ -202,7 +202,7 @@ class NeoxSettings:
             )
         about, _ = unknown_names(self.values, NEOX_KNOWN)
         if about:
-            value = printable(str(self.values[about[0]]))[:40]
+            value = shown(self.values[about[0]])[:40]
             raise InputError(
                 f"{where}: {self.source} says {about[0]}: {value}, a setting that mlm-eval does "
                 "not know and that may change what the model computes; take it out of the file if "
@@ -335,7 +335,7 @@ def _word(settings: NeoxSettings, name: str, known: Mapping[str, str]) -> tuple[
     value, source = settings.get(name)
     if value not in known:
         raise InputError(
-            f"{settings.where}: {name} {printable(str(value))!r} ({settings.source}) is not "
+            f"{settings.where}: {name} {shown(value)} ({settings.source}) is not "
             f"supported; known are {', '.join(known)}"
         )
     return known[value], source

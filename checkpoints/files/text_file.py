@@ -33,6 +33,9 @@ _OTHER_MARKS = (
 LARGEST_SETTINGS = 1 << 25
 """Bytes of a file of settings, an index or a vocabulary; the largest known have half of that."""
 
+_MOST_LEVELS = 100
+"""Lists and objects within one another; files of ours and of other projects have a dozen."""
+
 _MOST_BRACKETS = 1 << 21
 """Lists and objects of a JSON text; an empty one takes 64 bytes of memory and 3 of the text."""
 
@@ -109,7 +112,7 @@ def parse_json(text: str, where: str) -> Any:
     if text.count("[") + text.count("{") > _MOST_BRACKETS:
         raise InputError(f"{where} holds more lists and objects than any such file; get it again")
     try:
-        return json.loads(text)
+        return json_value(text)
     except json.JSONDecodeError as error:
         line = f", line {error.lineno}" if "\n" in text else ""
         raise InputError(
@@ -118,6 +121,41 @@ def parse_json(text: str, where: str) -> Any:
         ) from None
     except (ValueError, RecursionError) as error:  # numbers of endless digits, endless nesting
         raise InputError(f"{where} is not JSON ({str(error)[:80]}); get the file again") from None
+
+
+def json_value(text: str | bytes) -> Any:
+    """Return the value of a JSON text, in which no name has two values.
+
+    Raises:
+        ValueError: It is not JSON, or nested deeper than what walks it later can follow, or an
+            object gives a name twice, with different values: which one counts would depend on the
+            reader.
+        RecursionError: It is nested without end.
+    """
+    value = json.loads(text, object_pairs_hook=_once)
+    lists, objects = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
+    if text.count(lists) + text.count(objects) > _MOST_LEVELS:  # type: ignore[arg-type]
+        _check_depth(value)
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_MOST_LEVELS):
+        inside = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [part for parts in inside for part in parts if isinstance(part, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"nested more than {_MOST_LEVELS} deep")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next((name for name, value in pairs if found[name] != value), None)
+        if twice is not None:
+            raise ValueError(f"{shown(twice)} stands in one object twice, with different values")
+    return found
 
 
 def read_json(path: Path, *, most: int = LARGEST_SETTINGS) -> Any:

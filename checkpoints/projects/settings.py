@@ -9,6 +9,7 @@ Source: docs/megatron.md, "Layouts without args".
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pickle
 import re
 from collections.abc import Mapping
@@ -22,14 +23,23 @@ from mlm_eval.checkpoints.files.text_file import read_json_object, read_text
 from mlm_eval.checkpoints.projects.gemma import gemma_settings
 from mlm_eval.checkpoints.projects.nemo_1 import NEMO_CONFIG, has_oldest_order, nemo_fields
 
-_LARGEST = 1 << 20
+_LARGEST = 1 << 19
 """Bytes of a settings file."""
 
 _LONG_NUMBER = re.compile(r"\d{13,}")
 _MOST_LONG_NUMBERS = 1000
 """Numbers of one hash, as keys, take minutes to tell apart."""
 
-_YAML_ERRORS = (RecursionError, ValueError, TypeError, AttributeError, pickle.UnpicklingError)
+_OF_BASE_60 = re.compile(r"(?::[0-5]?\d){100}")
+"""YAML's numbers of hours, minutes and seconds, which may go on for ever."""
+
+_MOST_ENTRIES = 1 << 20
+"""Of all mappings, those that merges bring in among them."""
+
+_YAML_ERRORS = (
+    *(RecursionError, ValueError, TypeError, AttributeError, LookupError, OverflowError),
+    pickle.UnpicklingError,
+)
 """What the library raises beside its own errors, and `check_written_out`."""
 
 _LONGEST = 1 << 14
@@ -233,10 +243,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     text = read_text(path, most=_LARGEST)
-    if len(_LONG_NUMBER.findall(text)) > _MOST_LONG_NUMBERS:
+    if len(_LONG_NUMBER.findall(text)) > _MOST_LONG_NUMBERS or _OF_BASE_60.search(text):
         raise InputError(f"{path} holds numbers that no settings have; copy the file again")
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader=_plain_loader())  # a SafeLoader
         check_written_out(values)
     except _YAML_ERRORS as error:
         raise InputError(f"{path} is not plain YAML ({shown(str(error))}); copy it again") from None
@@ -248,6 +258,38 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no settings; copy the file again")
     return values
+
+
+@functools.cache
+def _plain_loader() -> Any:
+    """Return the library's loader of plain data, which counts merges and refuses doubled keys.
+
+    A mapping that merges another one twice has twice its entries, and so on without end.
+    """
+    import yaml
+
+    class PlainLoader(yaml.SafeLoader):
+        def __init__(self, stream: str) -> None:
+            super().__init__(stream)
+            self.entries, self.looked_at = 0, set[int]()
+
+        def flatten_mapping(self, node: Any) -> None:
+            if id(node) not in self.looked_at:  # later it holds what it has merged, too
+                self.looked_at.add(id(node))
+                self._check_keys(node)
+            super().flatten_mapping(node)
+            self.entries += len(node.value)
+            if self.entries > _MOST_ENTRIES:
+                raise ValueError("its merges make more entries than any settings have")
+
+        def _check_keys(self, node: Any) -> None:
+            seen: dict[str, Any] = {}
+            for key, value in node.value:
+                known = seen.setdefault(key.value, value) if isinstance(key.value, str) else value
+                if known.value != value.value and key.tag != "tag:yaml.org,2002:merge":
+                    raise ValueError(f"{shown(key.value)} stands in one mapping with two values")
+
+    return PlainLoader
 
 
 def args_of_config(values: Mapping[str, Any]) -> dict[str, Any]:

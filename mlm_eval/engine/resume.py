@@ -22,6 +22,7 @@ from torch import Tensor
 from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.output import atomic_file
+from mlm_eval.checkpoints.files.text_file import json_value
 from mlm_eval.checkpoints.folders.kept_scores import (
     EXPECTED,
     discard_scores,
@@ -327,7 +328,7 @@ def _read_chunk(path: Path) -> tuple[ScoreChunk, str | None, dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             said = file.metadata() or {}
             chunk = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        parts = json.loads(said.get("parts", "{}"))
+        parts = json_value(said.get("parts", "{}"))
         if not isinstance(parts, dict):
             raise ValueError("it does not say of what")
         _check_chunk(chunk)

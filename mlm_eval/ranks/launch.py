@@ -31,7 +31,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, shown
 from mlm_eval.ranks.causes import CauseWatch
 from mlm_eval.ranks.faults import lost_peers, named_fault, speaks_of_lost_peers
 from mlm_eval.ranks.signals import (
@@ -41,7 +41,7 @@ from mlm_eval.ranks.signals import (
     end_by_signals,
     stopped_by,
 )
-from mlm_eval.ranks.world import LAUNCHED, RANKS, SOURCE, World
+from mlm_eval.ranks.world import LAUNCHED, RANKS, SOURCE, World, small_number
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing import SubprocessContext
@@ -87,8 +87,8 @@ def prepare_worker() -> None:
 
 def _threads_per_rank(local_size: int) -> int:
     per_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    if os.environ.get(SOURCE) == "slurm" and per_task.isdecimal():
-        return int(per_task)
+    if os.environ.get(SOURCE) == "slurm" and (threads := small_number(per_task)):
+        return threads
     return max(1, len(os.sched_getaffinity(0)) // local_size)  # honours taskset and cpusets
 
 
@@ -214,9 +214,12 @@ def _rendezvous_timeout() -> timedelta:
     text = os.environ.get(RENDEZVOUS_SECONDS, "")
     if not text:
         return RENDEZVOUS_TIMEOUT
-    if not text.isdecimal() or int(text) == 0:
-        raise InputError(f"the environment has {RENDEZVOUS_SECONDS}={text!r}, expected seconds")
-    return timedelta(seconds=int(text))
+    seconds = small_number(text) or 0
+    if not 0 < seconds < 1 << 31:
+        raise InputError(
+            f"the environment has {RENDEZVOUS_SECONDS}={shown(text)}, expected seconds"
+        )
+    return timedelta(seconds=seconds)
 
 
 def shutdown() -> None:

@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, shown
 
 LAUNCHED = "MLM_EVAL_LAUNCHED"  # "1" in a rank that `launch` started
 SOURCE = "MLM_EVAL_WORLD_SOURCE"  # set beside the variables that `detect_world` takes from Slurm
@@ -79,10 +79,10 @@ def detect_world() -> World | None:
             "start the ranks with torchrun or srun, or unset these variables"
         )
     port = os.environ["MASTER_PORT"]
-    if not port.isdecimal() or not 1 <= int(port[:6]) <= 65535:
+    if not 1 <= (small_number(port) or 0) <= 65535:
         raise InputError(
-            f"the environment has MASTER_PORT={port!r}, expected a number from 1 to 65535; start "
-            "the ranks with torchrun or srun, or set another port"
+            f"the environment has MASTER_PORT={shown(port)}, expected a number from 1 to 65535; "
+            "start the ranks with torchrun or srun, or set another port"
         )
     source = "self" if launched else os.environ.get(SOURCE, "torchrun")
     return World(rank, size, local_rank, local_size, source)
@@ -93,8 +93,8 @@ def _own_ranks() -> bool:
     asked = os.environ.get(RANKS, "")
     if asked not in ("", "auto", "self"):
         raise InputError(
-            f"the environment has {RANKS}={asked!r}; use self (start ranks of our own, whoever "
-            "started this command) or auto"
+            f"the environment has {RANKS}={shown(asked)}; use self (start ranks of our own, "
+            "whoever started this command) or auto"
         )
     if asked != "self":
         return False
@@ -107,7 +107,7 @@ def _refuse_other_launchers() -> None:
     """Refuse to run the whole job in each of many processes that know nothing of each other."""
     for name, launcher in OTHER_LAUNCHERS.items():
         size = os.environ.get(name, "")
-        if size.isdecimal() and int(size) > 1:
+        if (small_number(size) or 0) > 1:
             raise InputError(
                 f"{launcher} has started {size} processes ({name}={size}), each of which would run "
                 "the whole job and write the same files; set RANK, WORLD_SIZE, LOCAL_RANK, "
@@ -115,7 +115,7 @@ def _refuse_other_launchers() -> None:
                 f"with {RANKS}=self"
             )
     size = os.environ.get("WORLD_SIZE", "")
-    if size.isdecimal() and int(size) > 1 and os.environ.get("RANK"):
+    if (small_number(size) or 0) > 1 and os.environ.get("RANK"):
         missing = [n for n in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(n)]
         raise InputError(
             f"the environment has WORLD_SIZE={size} and RANK, but no {' and no '.join(missing)}; "
@@ -160,26 +160,32 @@ def _adopt_slurm() -> bool:
 def expand_nodelist(nodelist: str) -> list[str]:
     """Return the hosts of a Slurm node list, in order: `n[08-10,2],m` gives n08 n09 n10 n2 m."""
     items = re.findall(r"(?:[^,\[\]\s]|\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\])+", nodelist)
-    hosts = []
+    hosts: list[str] = []
     for item in items:
         # "rack[1-2]n[1,3]" splits to "rack", "1-2", "n", "1,3", "": odd places are number lists.
         pieces = re.split(r"\[(.*?)\]", item)
         choices = [_numbers(p) if i % 2 else [p] for i, p in enumerate(pieces)]
-        hosts += ["".join(parts) for parts in itertools.product(*choices)]
-    if not hosts or ",".join(items) != nodelist:
+        hosts += map("".join, itertools.islice(itertools.product(*choices), _MOST_NODES))
+        if len(hosts) >= _MOST_NODES:
+            break
+    if not hosts or ",".join(items) != nodelist or len(hosts) >= _MOST_NODES:
         raise InputError(
-            f"Slurm's node list is {nodelist!r}, expected hosts such as 'node[01-04,07],login1'; "
-            "set MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE and LOCAL_RANK for each process instead"
+            f"Slurm's node list is {shown(nodelist)}, expected hosts such as "
+            "'node[01-04,07],login1'; set MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE and "
+            "LOCAL_RANK for each process instead"
         )
     return hosts
 
 
 def _numbers(ranges: str) -> list[str]:
     """Return the numbers of `08-10,2` as strings, keeping leading zeros."""
-    numbers = []
+    numbers: list[str] = []
     for piece in ranges.split(","):
         first, _, last = piece.partition("-")
-        numbers += [f"{n:0{len(first)}d}" for n in range(int(first), int(last or first) + 1)]
+        begin, end = small_number(first), small_number(last or first)
+        if begin is None or end is None or len(numbers) + end - begin >= _MOST_NODES:
+            return []  # no list of hosts
+        numbers += [f"{n:0{len(first)}d}" for n in range(begin, end + 1)]
     return numbers
 
 
@@ -187,7 +193,8 @@ def _tasks_per_node(counts: str) -> list[int]:
     """Return the task count of each node from Slurm's `2(x3),1`."""
     tasks: list[int] = []
     for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
-        tasks += [int(count)] * int(repeat or 1)
+        times = min(small_number(repeat or "1") or 0, _MOST_NODES - len(tasks))
+        tasks += [small_number(count) or 0] * times
     return tasks
 
 
@@ -196,9 +203,19 @@ def _integer(name: str, default: int | None = None) -> int:
     value = os.environ.get(name, "")
     if not value and default is not None:
         return default
-    if not value.isdecimal():
+    number = small_number(value)
+    if number is None:
         raise InputError(
-            f"the environment has {name}={value!r}, expected a number; "
+            f"the environment has {name}={shown(value)}, expected a number; "
             "start the ranks with torchrun or srun, or unset the variables of that launcher"
         )
-    return int(value)
+    return number
+
+
+def small_number(value: str) -> int | None:
+    """Return the number that a variable holds, of at most 18 digits; None: it holds no such."""
+    return int(value) if value.isdecimal() and len(value) < 19 else None
+
+
+_MOST_NODES = 1 << 17
+"""Of a job; the largest machines have a tenth of that."""

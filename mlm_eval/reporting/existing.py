@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlm_eval.checkpoints.files.stand_in import refuse_special
+from mlm_eval.checkpoints.files.text_file import json_value
+
 LIMITS = ("limit", "train_limit", "dev_limit", "test_limit")
 """The options, and settings in a record, that leave out some of the data."""
 
@@ -66,7 +69,8 @@ def holds_more(path: Path, limits: Mapping[str, int]) -> str | None:
 def json_record(path: Path) -> dict[str, Any] | None:
     """Return the JSON object in a file; None where there is none."""
     try:
-        found = json.loads(path.read_bytes())
+        refuse_special(path)
+        found = json_value(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

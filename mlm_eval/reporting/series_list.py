@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlm_eval.checkpoints.files.text_file import misfit
+from mlm_eval.checkpoints.folders.file_names import is_file_name
 from mlm_eval.reporting.existing import json_record
 
 ENTRIES = "series"
@@ -47,7 +49,8 @@ def read_series(path: Path) -> dict[str, Any] | None:
 def _is_entry(entry: object) -> bool:
     return (
         isinstance(entry, dict)
-        and isinstance(entry.get("checkpoint"), str)
-        and isinstance(entry.get("record"), str)
+        and misfit(entry, {"checkpoint": "text", "record": "text", "name": "text?"}) is None
+        and is_file_name(entry["record"].lstrip("."))  # beside the list, wherever that is
         and "iteration" in entry
+        and isinstance(entry["iteration"], int | str | None)
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError, not_installed
 from mlm_eval.checkpoints.files.output import atomic_file, write_text
+from mlm_eval.checkpoints.files.text_file import json_value
 from mlm_eval.training.trackers import TensorBoard, Trackers
 
 METRICS_FILE = "metrics.jsonl"
@@ -119,7 +120,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     texts = path.read_bytes().splitlines()
     for number, text in enumerate(texts, start=1):
         try:
-            line = json.loads(text)
+            line = json_value(text)
             if not isinstance(line, dict) or not isinstance(line["step"], int):
                 raise ValueError("no step")
         except (ValueError, KeyError, RecursionError):

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mlm_eval.checkpoints.files.output import clear_leftovers, write_text
+from mlm_eval.checkpoints.files.text_file import read_json_object
 from mlm_eval.checkpoints.folders.checkpoint_files import foreign_files, remove_checkpoint
 from mlm_eval.checkpoints.megatron.iteration import TRACKER, iteration_folder, write_tracker
 
@@ -40,9 +41,9 @@ class CheckpointSeries:
     def own(self) -> list[int]:
         """Return the iterations that this run has written, or has begun to, in their order."""
         try:
-            found = json.loads(self.notes.read_text(encoding="utf-8"))["iterations"]
+            found = read_json_object(self.notes)["iterations"]
             return sorted(int(iteration) for iteration in found)
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, ArithmeticError):
             return []  # none, or damaged: then they are nobody's, and stay
 
     def held(self) -> list[int]:

@@ -19,6 +19,7 @@ from uuid import uuid4
 
 from mlm_eval.checkpoints.errors import InputError, first_line, require
 from mlm_eval.checkpoints.files.output import write_text
+from mlm_eval.checkpoints.files.text_file import read_json_object
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 RUNS_FILE = "trackers.json"
@@ -241,9 +242,7 @@ def _started(
 def _known_runs(file: Path) -> dict[str, str]:
     """Return the runs that an earlier part was in; a damaged file knows none."""
     try:
-        runs = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(runs, dict):
+        runs = read_json_object(file)
+    except InputError:
         return {}
     return {text: run for text, run in runs.items() if isinstance(run, str)}

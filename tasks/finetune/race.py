@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import re
 import tarfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mlm_eval.checkpoints.archives.unpacking import TAR_FAULTS, most_unpacked
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safe_pickle import printable
 from mlm_eval.checkpoints.files.text_file import decode, parse_json, read_text
@@ -269,6 +269,11 @@ def _in_archive(archive: Path) -> Iterator[PassageFile]:
                 parts = PurePosixPath(member.name).parts
                 split, level = _place(parts[:-1])
                 hidden = any(part.startswith(".") and part != "." for part in parts)
+                if member.offset + member.size > most_unpacked(archive):
+                    raise InputError(
+                        f"{archive} unpacks to far more than its size, which passages do not; get "
+                        "it again"
+                    )
                 if hidden or not (member.isfile() and split and parts[-1].endswith(".txt")):
                     continue
                 if member.size > LARGEST_PASSAGES:
@@ -280,7 +285,9 @@ def _in_archive(archive: Path) -> Iterator[PassageFile]:
                 assert content is not None
                 where = f"{archive}, member {printable(member.name)}"
                 yield PassageFile(split, level, parts[-1], where, decode(content.read(), where))
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    except InputError:
+        raise
+    except TAR_FAULTS as error:
         raise InputError(
             f"{archive} is not an archive that can be read to its end ({error}); get it again"
         ) from error
@@ -305,5 +312,10 @@ def _level_order(level: str) -> tuple[int, str]:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Return a key that sorts 9.txt before 10.txt."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    """Return a key that sorts 9.txt before 10.txt, however many digits a name has."""
+    parts = re.split(r"([0-9]+)", name)
+    numbers = (part.lstrip("0") if at % 2 else None for at, part in enumerate(parts))
+    return [
+        (-1, part) if number is None else (len(number), number)
+        for part, number in zip(parts, numbers, strict=True)
+    ]

@@ -10,7 +10,6 @@ token's place. Causal LM: the documents in a row, cut into windows.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from array import array
 from bisect import bisect_left, bisect_right
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.files.text_file import read_text
+from mlm_eval.checkpoints.files.text_file import json_value, read_text
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.training.data import NO_LABEL, Sample
 
@@ -64,8 +63,8 @@ def _documents(path: Path, text: str, whole_files: bool) -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                document = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
+                document = json_value(line)["text"]
+            except (ValueError, KeyError, TypeError, RecursionError):
                 document = None
             if not isinstance(document, str):
                 raise InputError(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.files.text_file import read_text
+from mlm_eval.checkpoints.files.text_file import json_value, read_text
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.engine.generate import Continuation, Prompt, Sampling, text_after
 from mlm_eval.tasks.data.text import check_text
@@ -92,7 +91,7 @@ def _parse(
     content: str, where: str, tokenizer: Tokenizer | None, begin: Sequence[int]
 ) -> PromptLine:
     try:
-        record = json.loads(content)
+        record = json_value(content)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON ({error}); expected {PROMPT_FORM}") from None
     if not isinstance(record, dict):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.files.text_file import decode, read_bytes
+from mlm_eval.checkpoints.files.text_file import decode, json_value, read_bytes
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.tasks.data.tables import is_parquet, parquet_table
 from mlm_eval.tasks.data.text import check_text, sha256
@@ -79,7 +78,7 @@ class GivenSequences:
 
 def _json_object(line: str, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = json_value(line)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON ({error}); expected {FORM}") from None
     if not isinstance(record, dict):

@@ -550,11 +550,33 @@ def test_node_lists_expand(nodelist: str, hosts: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "nodelist", ["", "n[1-", "n[a-b]", "n1,,n2", "n1 n2", "n[1-2-3]", "n[2-1]"]
+    "nodelist",
+    [
+        *("", "n[1-", "n[a-b]", "n1,,n2", "n1 n2", "n[1-2-3]", "n[2-1]"),
+        *("n[1-999999999999]", f"n[1-{'9' * 5000}]", "n" + "[1-9]" * 30, "n[1-99999]," * 3 + "m"),
+    ],
 )
 def test_a_broken_node_list_is_refused(nodelist: str) -> None:
     with pytest.raises(InputError, match="node list is"):
         expand_nodelist(nodelist)
+
+
+@pytest.mark.parametrize(
+    "value", ["9" * 5000, "x" * 100_000, "-1", "\x1b[2J"], ids=["digits", "long", "-1", "escapes"]
+)
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
+def test_a_variable_that_is_no_number_is_shown_cut(name, value, monkeypatch):
+    set_all(monkeypatch, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "n"})
+    set_all(monkeypatch, {"MASTER_PORT": "29500", name: value})
+    with pytest.raises(InputError, match=f"{name}=.*expected a number") as caught:
+        detect_world()
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("name", [*OTHER_LAUNCHERS, "SLURM_CPUS_PER_TASK", "WORLD_SIZE"])
+def test_a_number_of_endless_digits_is_none(name, monkeypatch):
+    set_all(monkeypatch, {name: "9" * 5000})
+    assert detect_world() is None
 
 
 @pytest.mark.parametrize(

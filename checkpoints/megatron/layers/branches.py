@@ -17,6 +17,7 @@ from typing import Any
 
 from mlm_eval.checkpoints.config import ConfigBuilder, ModelConfig
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.files.text_file import json_value
 
 _Shapes = Mapping[str, tuple[int, ...]]
 _Args = Mapping[str, Any]
@@ -97,7 +98,7 @@ def described_layers(args: _Args, where: str) -> list[Branches] | None:
 
 def _described_by_json(args: _Args, where: str) -> list[Branches]:
     try:
-        blocks = json.loads(args[JSON_CONTENT])["block_configs"]
+        blocks = json_value(args[JSON_CONTENT])["block_configs"]
         return [_of_block(block, args) for block in blocks]
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
         raise InputError(

@@ -14,7 +14,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.distcp import open_folder
 from mlm_eval.checkpoints.files.safetensors_file import read_safetensors
 from mlm_eval.checkpoints.files.stand_in import HEAD_BYTES, describe_stand_in, refuse_stand_in
-from mlm_eval.checkpoints.files.text_file import read_json_object, read_text
+from mlm_eval.checkpoints.files.text_file import parse_json, read_json_object, read_text
 from mlm_eval.checkpoints.files.torch_file import read_pickle, read_torch_file
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import load_tokenizer
@@ -206,3 +206,27 @@ def test_marks_and_line_ends_make_no_difference(tmp_path: Path):
         texts.add(read_text(path))
         assert read_json_object(path) == {"a": 1, "b": 2}
     assert len(texts) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ('{"a": 1, "a": 2}', "'a' stands in one object twice, with different values"),
+        ('[{"b": {"a": [1], "a": [2]}}]', "'a' stands in one object twice"),
+        ("[" * 101 + "]" * 101, "nested more than 100 deep"),
+        ('{"a":' * 150 + "1" + "}" * 150, "nested more than 100 deep"),
+        ("[" * 100_000, "is not JSON"),
+    ],
+    ids=["twice", "twice within", "deep lists", "deep objects", "endless"],
+)
+def test_json_that_readers_take_differently_is_refused(text: str, what: str):
+    with pytest.raises(InputError, match=what):
+        parse_json(text, "x.json")
+
+
+def test_json_that_says_one_thing_is_read():
+    assert parse_json('{"a": 1, "a": 1, "b": "[[[["}', "x.json") == {"a": 1, "b": "[[[["}
+    deep = "[" * 100 + "]" * 100
+    assert parse_json(deep, "x.json") == json.loads(deep)
+    text = json.dumps("[" * 500)
+    assert parse_json(text, "x.json") == "[" * 500
