@@ -18,6 +18,7 @@ from mlm_eval.training import loop
 from mlm_eval.training.loop import train
 from mlm_eval.training.objectives import Classification
 from mlm_eval.training.settings import Listener, TrainingProgress
+from mlm_eval.training.state import WEIGHTS, read_state
 
 CHANGES = {"max_steps": None, "epochs": 3, "global_batch": 8}
 
@@ -191,3 +192,30 @@ def test_a_damaged_state_is_named_and_discarded(tmp_path, name, content):
     with pytest.raises(InputError, match=f"{path.name} cannot be read .* with --restart"):
         training_runs.run(1, 1, "classification_head", tmp_path, changes)
     training_runs.run(1, 1, "classification_head", tmp_path, changes, restart=True)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe\n\n", b"[1]\n2\n", b'{"loss": 1}\n{}\n', b"[" * 99_999 + b"\n\n"],
+    ids=["no text", "lists", "no step", "deep"],
+)  # fmt: skip
+def test_metrics_of_no_run_are_named(tmp_path, content):
+    broken(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match=r"metrics.jsonl, line 1, is not of a training run; dis"):
+        training_runs.run(1, 1, "classification_head", tmp_path, CHANGES)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": 3}, "lacks encoder.layers.2.*; it is the state of another model"),
+        ({"vocab_size": 58}, "has shape .*, expected .*; it is the state of another model"),
+    ],
+)
+def test_a_state_of_another_model_is_refused(tmp_path, change, message):
+    broken(tmp_path)
+    config = dataclasses.replace(training_runs.model_for("classification_head").config, **change)
+    (step,) = (tmp_path / "state").glob("step-*")
+    with pytest.raises(InputError, match=message):
+        read_state(step, config, WEIGHTS)
