@@ -82,9 +82,9 @@ from mlm_eval.checkpoints.parameters import (
     stays_float32,
 )
 from mlm_eval.checkpoints.tokenizer import (
-    LARGEST_PADDING,
     Tokenizer,
     check_entries,
+    check_fits,
     entries_within,
 )
 from mlm_eval.checkpoints.vocabulary import with_rows
@@ -275,11 +275,11 @@ def _cut_padding(
         )
     if true_size == stored:
         return checkpoint
-    if vocab is None and stored - true_size >= LARGEST_PADDING:
+    doubts = tokenizer is not None and check_fits(tokenizer, stored, checkpoint.config.family)
+    if vocab is None and doubts:
         warnings.append(
-            f"all {stored} stored rows of the vocabulary are kept: the tokenizer has {true_size} "
-            "entries, fewer than any padding of Megatron explains; --vocab true leaves the others "
-            "out"
+            f"all {stored} stored rows of the vocabulary are kept: the {true_size} entries of the "
+            "tokenizer may not be this model's; --vocab true leaves the others out"
         )
         return checkpoint
     notes.append(
