@@ -38,8 +38,11 @@ SCAN_CHUNK = 64
 SCAN_ELEMENTS = 1 << 24
 """Decays of the chunks that are computed together (64 MB in float32), however long the texts."""
 
-CACHED_ELEMENTS = 1 << 17
-"""On the CPU without gradients: decays of the texts that are computed together (half a MB)."""
+CACHED_ELEMENTS = 1 << 18
+"""On the CPU without gradients: decays of the chunks that are computed together (1 MB)."""
+
+LEAST_EXPONENT = -1024
+"""Of one position's decay: a smaller one leaves nothing either, and would cost sums digits."""
 
 
 def scan(
@@ -87,9 +90,10 @@ def takes_turns(*parts: Tensor) -> bool:
 def _scan_in_turn(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Return `scan` of some texts, one chunk after the other.
+    """Return `scan` of some texts, a few chunks after the others.
 
-    What a chunk needs stays in the processor's cache, and most is written in place. Decays are
+    What is computed at a time stays in the processor's cache, in memory that is used again and
+    again. Positions stand before texts there, so that one text's channels lie as in `x`. Decays are
     powers of 2, which take a quarter of the time of exponentials, of numbers that are no smaller
     than 2^-126: those below take many times as long.
     """
@@ -99,47 +103,63 @@ def _scan_in_turn(
         dt = F.pad(dt, (0, 0, 0, missing))
     y = x.new_empty(x.shape)
     state = state.flatten(0, 1).flatten(2).clone()  # [b g, n, r p]
-    per_head = state.view(batch, groups, states, -1, channels)
 
-    times = dt.double().unflatten(1, (-1, size))  # [b, c, q, h]
-    exponents = (times * A * (1 / math.log(2))).cumsum(dim=2)
-    to_end = (exponents[:, :, -1:] - exponents).clamp_(min=-126).exp2_()
-    since = exponents.clamp(min=-126).exp2().to(x.dtype)  # decay from a chunk's start
-    ends = _two_parts(exponents, x.dtype)
-    # The time step of what comes in is a factor of its decay.
-    starts = _two_parts(exponents - times.log2().clamp_(min=-2048), x.dtype)
+    times = dt.unflatten(1, (-1, size)).permute(1, 0, 3, 2).contiguous()  # [c, b, h, q]
+    steps = times.double() * (A.double() / math.log(2))[:, None]
+    exponents = steps.clamp_(min=LEAST_EXPONENT).cumsum(dim=3)
+    rounded = exponents.to(x.dtype)
+    rest = (exponents - rounded).to(x.dtype)
+    to_end = (exponents[..., -1:] - exponents).to(x.dtype).clamp_(min=-126).exp2_()
+    since = rounded.clamp(min=-126).exp2_()  # decay from a chunk's start
+    through = since[..., -1:].expand(-1, -1, -1, channels).reshape(len(times), len(state), 1, -1)
+    together = min(len(times), max(1, CACHED_ELEMENTS // (batch * heads * size * size)))
     chunks = zip(
-        *(part.transpose(0, 1) for part in (*ends, *starts)),
-        (to_end * times).to(x.dtype)[..., None].transpose(0, 1),
-        since[..., None].transpose(0, 1),
-        *(part.unflatten(1, (-1, size)).transpose(0, 1) for part in (x, y)),
-        *(part.unflatten(1, (-1, size)).permute(1, 0, 3, 2, 4).flatten(1, 2) for part in (B, C)),
+        *(part.split(together) for part in (rounded, rest, through)),
+        # What rounding has left of where a decay starts goes with the time step.
+        (rest.neg().exp2_() * times)[..., None].split(together),
+        *(
+            part.permute(0, 3, 1, 2)[..., None].split(together)  # [c, q, b, h, 1]
+            for part in (to_end.mul_(times), since)
+        ),
+        *(
+            part.unflatten(1, (-1, size)).permute(1, 2, 0, 3, 4).split(together)
+            for part in (x, y, B, C)  # [c, q, b, h, p], and of the groups [c, q, b, g, n]
+        ),
         strict=True,
     )
-    for end, end_rest, start, start_rest, kept, since, x, out, b, c in chunks:
-        b, c = b.contiguous(), c.contiguous()  # those with strides would be copied more than once
-        overlaps = torch.bmm(c, b.transpose(1, 2)).tril_()  # [b g, q, q]
-        decays = end[..., None] - start[..., None, :]  # [b, h, q, q]
-        decays.add_(end_rest[..., None]).sub_(start_rest[..., None, :])
-        decays.clamp_(-126, 126).exp2_()  # those of later positions are multiplied by 0
-        decays.view(batch * groups, -1, size, size).mul_(overlaps[:, None])
-        inputs = x.transpose(1, 2).reshape(-1, size, channels)
-        within = torch.bmm(decays.view(-1, size, size), inputs)
-        past = torch.bmm(c, state).view(batch, groups, size, -1, channels).transpose(1, 2)
-        within = within.view(batch, heads, size, channels).transpose(1, 2)
-        torch.addcmul(within, past.reshape(x.shape), since, out=out)
-        added = (x * kept).view(batch, size, groups, -1).transpose(1, 2)
-        per_head.mul_(since[:, -1].view(batch, groups, 1, -1, 1))
-        inputs = added.reshape(batch * groups, size, -1)
-        torch.baddbmm(state, b.transpose(1, 2), inputs, out=state)
-    return y[:, :length], per_head
-
-
-def _two_parts(exponents: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return `[b, c, q, h]` as `[b, c, h, q]` in a dtype, and what rounding has left."""
-    exponents = exponents.transpose(2, 3).contiguous()
-    rounded = exponents.to(dtype)
-    return rounded, (exponents - rounded).to(dtype)
+    buffers = [
+        x.new_empty(together, *shape)
+        for shape in (
+            (batch * groups, size, size),
+            (batch, heads, size, size),
+            (batch, heads, size, channels),
+            (batch, heads, size, channels),
+            (size, batch, heads, channels),
+            (size, batch, heads, channels),
+        )
+    ]
+    for ends, rest, through, dt, kept, since, x, out, b, c in chunks:
+        overlaps, weights, inputs, within, added, past = (part[: len(x)] for part in buffers)
+        b, c = (part.permute(0, 2, 3, 1, 4).contiguous().flatten(1, 2) for part in (b, c))
+        torch.bmm(c.flatten(0, 1), b.flatten(0, 1).transpose(1, 2), out=overlaps.flatten(0, 1))
+        torch.sub(ends[..., None], ends[..., None, :], out=weights)  # [c, b, h, q, q]
+        weights.add_(rest[..., None]).clamp_(-126, 126).exp2_()  # later positions: times 0
+        weights.view(*overlaps.shape[:2], -1, size, size).mul_(overlaps.tril_()[:, :, None])
+        torch.mul(x.permute(0, 2, 3, 1, 4), dt, out=inputs)
+        torch.bmm(*(part.flatten(0, 2) for part in (weights, inputs)), out=within.flatten(0, 2))
+        torch.mul(x, kept, out=added)
+        by_group = (
+            part.view(len(x), size, len(state), -1).transpose(1, 2).unbind()  # [b g, q, r p]
+            for part in (added, past)
+        )
+        turns = zip(
+            b.transpose(2, 3).unbind(), c.unbind(), through.unbind(), *by_group, strict=True
+        )
+        for b, c, through, new, old in turns:
+            torch.bmm(c, state, out=old)
+            torch.baddbmm(state.mul_(through), b, new, out=state)
+        torch.addcmul(within.permute(0, 3, 1, 2, 4), past, since, out=out)
+    return y[:, :length], state.view(batch, groups, states, -1, channels)
 
 
 def _scan_span(
@@ -155,7 +175,8 @@ def _scan_span(
     B = B.unflatten(1, (-1, size)).transpose(2, 3)  # [b, c, g, q, n]
     C = C.unflatten(1, (-1, size)).transpose(2, 3)
 
-    exponents = (dt * A.unflatten(0, (groups, -1))).double().cumsum(dim=2)  # [b, c, q, g, r]
+    steps = (dt * A.unflatten(0, (groups, -1))).double().clamp(min=LEAST_EXPONENT)
+    exponents = steps.cumsum(dim=2)  # [b, c, q, g, r]
     rounded = exponents.to(x.dtype)
     inputs = x * dt[..., None]
     within = _within(rounded, (exponents - rounded).to(x.dtype), B, C, inputs)

@@ -65,7 +65,7 @@ def draw(batch: int, length: int, heads: int, channels: int, groups: int, states
 
 @pytest.mark.parametrize("length", [1, 5, 64, 200])
 @pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("span", [1 << 24, 1 << 13])
+@pytest.mark.parametrize("span", [1 << 24, 1 << 18, 1 << 13])  # 1 << 18: three chunks, then one
 @pytest.mark.parametrize("way", ["in turn", "on a GPU", "learned"])
 def test_the_scan_is_its_recurrence(
     length: int, groups: int, span: int, way: str, monkeypatch: pytest.MonkeyPatch
@@ -78,6 +78,23 @@ def test_the_scan_is_its_recurrence(
     inputs = draw(3, length, 6, 4, groups, 5)
     y, state = mamba.scan(inputs[0].requires_grad_(way == "learned"), *inputs[1:])
     expected, left = by_positions(*inputs)
+    assert (y - expected).abs().max() <= 2e-6 * expected.abs().max()
+    assert (state - left).abs().max() <= 2e-6 * left.abs().max()
+
+
+@pytest.mark.parametrize("way", ["in turn", "on a GPU"])
+@pytest.mark.parametrize("step", [1e3, 1e6, 1e30])
+def test_what_follows_a_step_that_forgets_all_is_as_exact(
+    step: float, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of exponents that grow without end must not cost the short decays behind them digits."""
+    if way == "on a GPU":
+        monkeypatch.setattr(mamba, "takes_turns", lambda *_: False)
+    x, dt, *rest = draw(2, 130, 6, 4, 3, 5)
+    dt[:, 3::5] = step
+    x[:, 3::5] /= step
+    y, state = mamba.scan(x, dt, *rest)
+    expected, left = by_positions(x, dt, *rest)
     assert (y - expected).abs().max() <= 2e-6 * expected.abs().max()
     assert (state - left).abs().max() <= 2e-6 * left.abs().max()
 
