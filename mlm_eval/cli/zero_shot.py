@@ -252,6 +252,8 @@ class BenchmarkEvaluation(Evaluation[BenchmarkText]):
         tokens = sum(request.length for request in work.requests)
         flops = engine.flops(work.requests)
         run.log_once(work_text(benchmark.unit, len(work.requests), tokens, flops))
+        data = work.settings.get("data") or {}  # what is odd is said before hours of work
+        run.warn([*data.get("warnings", ()), *benchmark.warnings(engine.checkpoint, work)])
         parts = benchmark.resume_parts(engine, work, tokenizer)
         with kept_scores(run, len(work.requests), parts, restart=self.restart) as partial:
             examples: list[dict[str, Any]] = []

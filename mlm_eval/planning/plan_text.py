@@ -47,10 +47,10 @@ def _memory_text(plan: Mapping[str, Any]) -> str:
         row = [
             str(layout["tp"]),
             f"{layout['parameters_per_rank']:,}",
-            _gigabytes(layout["evaluation"]["weights"]),
+            _bytes_text(layout["evaluation"]["weights"]),
         ]
         needs = layout_needs(layout).values()
-        rows.append(row + [_gigabytes(need["total"]) + marks[need["fits"]] for need in needs])
+        rows.append(row + [_bytes_text(need["total"]) + marks[need["fits"]] for need in needs])
     s = plan["settings"]
     lines = [
         f"memory of each rank on {s['device']}, on top of the bare process ({s.get('dtype')}, "
@@ -59,7 +59,7 @@ def _memory_text(plan: Mapping[str, Any]) -> str:
         *aligned(rows),
     ]
     if plan["device_memory"] is not None:
-        memory, free = _gigabytes(plan["device_memory"]), _gigabytes(plan["left_free"])
+        memory, free = _bytes_text(plan["device_memory"]), _bytes_text(plan["left_free"])
         found = ", ".join(f"{need}: {tp or 'none'}" for need, tp in plan["smallest_tp"].items())
         lines.append(f"  * does not fit {memory}, {free} left free")
         lines.append(f"  smallest tp that fits: {found}")
@@ -90,7 +90,9 @@ def _work_text(plan: Mapping[str, Any]) -> str:
     return "\n".join([title, *aligned(rows, left=1)])
 
 
-def _gigabytes(count: float) -> str:
+def _bytes_text(count: float) -> str:
+    if count < 1e9:
+        return f"{count / 1e6:.3g} MB"
     return f"{count / 1e9:.2f} GB" if count < 1e10 else f"{count / 1e9:.1f} GB"
 
 

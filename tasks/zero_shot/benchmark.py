@@ -26,6 +26,7 @@ from mlm_eval.reporting.results import (
 )
 
 if TYPE_CHECKING:
+    from mlm_eval.checkpoints.checkpoint import Checkpoint
     from mlm_eval.checkpoints.config import ModelConfig
     from mlm_eval.checkpoints.tokenizer import Tokenizer
     from mlm_eval.engine.batching import OnProgress
@@ -219,8 +220,6 @@ class ZeroShot(ABC, Generic[Own]):
         if on_scores is not None:
             on_scores(scores)
         nll_sum = math.fsum(scores.nll_sums().tolist())
-        longest = max((request.length for request in work.requests), default=0)
-        too_long = engine.checkpoint.length_warnings(longest)
         return Result(
             task=self.name,
             protocol=self.protocol(work.settings),
@@ -229,12 +228,17 @@ class ZeroShot(ABC, Generic[Own]):
             settings={
                 **engine_settings(engine, tokenizer),
                 **work.settings,
-                "warnings": [*work.settings["warnings"], *too_long, *loss_warnings(nll_sum)],
+                "warnings": [*self.warnings(engine.checkpoint, work), *loss_warnings(nll_sum)],
             },
             checkpoint=checkpoint_record(engine.checkpoint),
             timing=timing_record(engine, work.requests, scores.seconds, partial),
             versions=versions(),
         )
+
+    def warnings(self, checkpoint: Checkpoint, work: Work) -> list[str]:
+        """Return what is known to be odd before anything is scored."""
+        longest = max((request.length for request in work.requests), default=0)
+        return [*work.settings["warnings"], *checkpoint.length_warnings(longest)]
 
     def examples(
         self, engine: Engine, work: Work, scores: Scores, tokenizer: Tokenizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -494,6 +495,15 @@ def test_the_command_plans_a_named_size(
     need = layout["evaluation"]
     assert need["total"] == need["weights"] + need["activations"] and need["fits"]
     assert need["weights"] == 2 * layout["parameters_per_rank"]
+
+
+def test_small_models_are_planned_in_megabytes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    options = ("--ckpt", "sample:gpt", "--task", "wikitext103", "--tp", "1")
+    code, out, _ = run_cli(monkeypatch, capsys, *options)
+    assert code == 0 and "0.00 GB" not in out
+    assert re.search(r"1 +1,088,256 +2\.18 MB +\d+ MB", out)  # float16
 
 
 def test_the_command_plans_sharded_training(

@@ -51,7 +51,9 @@ def prepare(
     **options: Any,
 ) -> Work:
     """Return the requests for a model with this tokenizer's vocabulary."""
-    sizes: Any = SimpleNamespace(vocab_size=tokenizer.vocab_size, max_position_embeddings=positions)
+    sizes: Any = SimpleNamespace(
+        family="gpt", vocab_size=tokenizer.vocab_size, max_position_embeddings=positions
+    )
     own = ClozeOptions(data=None if data is None else str(data), **options)
     return LAMBADA.work_for(sizes, own, tokenizer=tokenizer, limit=limit)
 

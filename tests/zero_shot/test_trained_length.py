@@ -14,6 +14,7 @@ from support.folders import synthetic
 from support.paths import SAMPLES
 
 import mlm_eval
+from mlm_eval.engine.engine import Engine
 
 pytest_plugins = ["support.command_line_fixtures"]
 
@@ -48,8 +49,14 @@ def data(tmp_path: Path) -> dict[str, Path]:
     return {name: (tmp_path / name).with_suffix(".jsonl") for name in files}
 
 
+def interrupted(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("kind", MODELS)
-def test_rows_beyond_the_trained_ones_are_computed_with_a_warning(run: Run, tmp_path, data, kind):
+def test_rows_beyond_the_trained_ones_are_computed_with_a_warning(
+    run: Run, tmp_path, data, kind, monkeypatch
+):
     ckpt = saved(tmp_path / "model", kind, seq_length=TRAINED)
     for task in ("wikitext103", "lambada"):
         record = tmp_path / f"{task}.json"
@@ -59,6 +66,10 @@ def test_rows_beyond_the_trained_ones_are_computed_with_a_warning(run: Run, tmp_
             ended.code == 0 and f"rows of up to {longest} tokens are read, and {SAID}" in ended.err
         )
         assert any(SAID in warning for warning in read(record)["settings"]["warnings"])
+    with monkeypatch.context() as stopped:  # what is odd is said before anything is scored
+        stopped.setattr(Engine, "score", interrupted)
+        ended = run("lambada", "--ckpt", ckpt, "--data", data["lambada"])
+        assert ended.code == 130 and SAID in ended.err and "is not the paper's file" in ended.err
     lines = ("--output", tmp_path / "out.jsonl", "--overwrite")
     ended = run("score", "--ckpt", ckpt, "--input", data["score"], *lines)
     assert ended.code == 0 and f"up to {POSITIONS} tokens are read, and {SAID}" in ended.err
