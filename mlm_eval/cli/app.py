@@ -6,14 +6,15 @@ A command's module is imported when the command is chosen: `mlm-eval --help` sho
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import copy
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
 if find_spec("rich") is None:
     os.environ["TYPER_USE_RICH"] = "0"  # typer's own switch: its help in plain text
@@ -186,6 +187,32 @@ def _is_option_value(value: Any) -> bool:
     return isinstance(value, str | bool) or (type(value) is int and abs(value) < 1 << 63)
 
 
+def _misfit(value: Any, hint: Any) -> str | None:
+    """Return what an option expects in the place of a value of TOML; None: it is one of those.
+
+    click takes true for 1, 1.7 for 1, and 3 for true.
+    """
+    kinds = set(_plain_types(hint))
+    if isinstance(value, bool):
+        return None if bool in kinds else "a number or a text"
+    if kinds <= {bool, type(None)}:
+        return "true or false"
+    if isinstance(value, float) and int in kinds and float not in kinds:
+        return "a whole number"
+    return None
+
+
+def _plain_types(hint: Any) -> Iterator[Any]:
+    """Yield the types in an annotation: int and NoneType of `Annotated[int | None, ...]`."""
+    inner = get_args(hint)
+    if get_origin(hint) is Annotated:
+        inner = inner[:1]
+    for part in inner:
+        yield from _plain_types(part)
+    if not inner:
+        yield hint
+
+
 def load_config(context: typer.Context, path: Path | None) -> Path | None:
     """Take defaults of this command's options from a TOML file; options on the line win."""
     if path is None:
@@ -205,6 +232,13 @@ def load_config(context: typer.Context, path: Path | None) -> Path | None:
         raise InputError(
             f"{path} sets {shown(unknown[0])}, which is not an option of this command (see --help)"
         )
+    assert context.command.callback is not None
+    hints = inspect.signature(context.command.callback).parameters
+    for key, value in values.items():
+        hint = hints[known[key.replace("_", "-")]].annotation
+        for item in value if isinstance(value, list) else [value]:
+            if expected := _misfit(item, hint):
+                raise InputError(f"{path} sets {key} to {shown(item)}; expected {expected}")
     listed = {p.name for p in context.command.params if getattr(p, "multiple", False)}
     named = {known[key.replace("_", "-")]: value for key, value in values.items()}
     context.default_map = {

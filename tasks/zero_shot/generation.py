@@ -98,7 +98,8 @@ def _parse(
         raise InputError(f"{where} holds {content!r:.80}; expected {PROMPT_FORM}")
     tokens = record.get("tokens")
     if isinstance(tokens, list) and tokens and all(type(token) is int for token in tokens):
-        text = None if tokenizer is None else tokenizer.decode(tokens)
+        known = (t for t in tokens if tokenizer is not None and 0 <= t < tokenizer.vocab_size)
+        text = None if tokenizer is None else tokenizer.decode(known)  # others are refused later
         return PromptLine(where, text, tokens, record)
     if tokens is not None:
         raise InputError(f"{where}: tokens must be a list of at least one integer")

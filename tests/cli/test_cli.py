@@ -114,6 +114,9 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "config is not TOML": (["--config", "{folder}/wiki.tokens"], ["wiki.tokens is not a TOML"]),
     "unknown key in config": (["--config", "{folder}/key.toml"], ["key.toml", "'strid'"]),
     "wrong value in config": (["--config", "{folder}/value.toml"], ["--stride", "integer"]),
+    "half in config": (["--config", "{folder}/half.toml"], ["stride to 1.7", "whole number"]),
+    "truth in config": (["--config", "{folder}/truth.toml"], ["stride to True", "a number or"]),
+    "number for a flag in config": (["--config", "{folder}/flag.toml"], ["true or false"]),
     "table in config": (["--config", "{folder}/table.toml"], ["table.toml", "model"]),
 }
 
@@ -126,6 +129,9 @@ def wrong_files(folder: Path) -> Path:
     (folder / "empty.txt").write_text("")
     (folder / "key.toml").write_text("strid = 8\n")
     (folder / "value.toml").write_text('stride = "many"\n')
+    (folder / "half.toml").write_text("stride = 1.7\n")
+    (folder / "truth.toml").write_text("stride = true\n")
+    (folder / "flag.toml").write_text("overwrite = 1\n")
     (folder / "table.toml").write_text("[model]\nstride = 8\n")
     return folder
 

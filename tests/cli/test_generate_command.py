@@ -95,6 +95,7 @@ def test_what_cannot_be_continued_is_said(run, arguments, parts):
         ('{"tokens": [true]}', "at least one integer"),
         ('{"text": "a"}', 'neither "prompt" nor "tokens"'),
         ('{"tokens": [99999999]}', "outside the model's vocabulary"),
+        ('{"tokens": [9223372036854775808]}', "outside the model's vocabulary"),
         ("\n", "holds no lines"),
     ],
 )
