@@ -20,6 +20,7 @@ from mlm_eval.model.tensor_parallel import (
     TensorParallel,
     copy_to_region,
     linear,
+    onednn_takes,
     reduce_from_region,
     without_autocast,
 )
@@ -90,20 +91,11 @@ class ExpertLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(experts, outputs)) if bias else None
 
     def forward(
-        self,
-        x: Tensor,
-        counts: list[int],
-        *,
-        bias: bool = True,
-        activation: Activation | None = None,
+        self, x: Tensor, expert: int, *, bias: bool = True, activation: Activation | None = None
     ) -> Tensor:
-        """Return `[rows, out]` for rows in the order of the experts, `counts` of them for each."""
-        rows = []
-        for expert, part in enumerate(x.split(counts)):
-            if part.shape[0]:
-                own = self.bias[expert] if bias and self.bias is not None else None
-                rows.append(linear(part, self.weight[expert], own, activation))
-        return torch.cat(rows)
+        """Return one expert's outputs `[rows, out]`."""
+        own = self.bias[expert] if bias and self.bias is not None else None
+        return linear(x, self.weight[expert], own, activation)
 
 
 class Experts(nn.Module):
@@ -118,9 +110,26 @@ class Experts(nn.Module):
         self.linear_fc2 = ExpertLinear(config.num_experts, local, h, bias=bias)
 
     def forward(self, x: Tensor, counts: list[int]) -> Tensor:
-        """Return this rank's share of the outputs `[rows, hidden]`, without the second biases."""
-        wide = self.linear_fc1(x, counts, activation=self.activation)
-        return self.linear_fc2(wide, counts, bias=False)  # type: ignore[no-any-return]
+        """Return this rank's share of the outputs `[rows, hidden]`, without the second biases.
+
+        Args:
+            x: Rows in the order of the experts, `[rows, hidden]`.
+            counts: How many of them each expert has.
+        """
+        second = self.linear_fc2.weight
+        out = x.new_empty(len(x), second.shape[1]) if onednn_takes(x, second) else None
+        rows, rooms = x.split(counts), (x if out is None else out).split(counts)
+        parts = []
+        for expert, (part, room) in enumerate(zip(rows, rooms, strict=True)):
+            if not len(part):
+                continue
+            # What goes through one expert goes through both of its matrices while it is cached.
+            wide = self.linear_fc1(part, expert, activation=self.activation)
+            if out is None:
+                parts.append(self.linear_fc2(wide, expert, bias=False))
+            else:
+                torch.mm(wide, second[expert].t(), out=room)
+        return torch.cat(parts) if out is None else out
 
 
 class SharedExpert(nn.Module):

@@ -253,6 +253,19 @@ def test_experts_are_their_formula(name: str) -> None:
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6 * expected.abs().max())
 
 
+@pytest.mark.parametrize("name", [name for name, s in FAMILIES.items() if "num_experts" in s])
+@pytest.mark.parametrize("tokens", [1, 9])  # one token leaves most experts without any
+def test_experts_are_the_same_without_gradients(name: str, tokens: int) -> None:
+    """In inference mode they write their outputs where they are to stand."""
+    config = model_config(name)
+    layer = random_models.on_one_rank(config).decoder.layers[config.moe_layers[0]].mlp
+    x = torch.randn(tokens, config.hidden_size, generator=torch.Generator().manual_seed(1))
+    expected = layer(x)
+    with torch.inference_mode():
+        found = layer(x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
+
+
 def test_a_token_does_not_depend_on_those_beside_it() -> None:
     model = random_models.on_one_rank(model_config("groups and sigmoid"))
     layer = model.decoder.layers[1].mlp
