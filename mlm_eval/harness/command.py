@@ -125,7 +125,8 @@ def read_arguments(arguments: Sequence[str]) -> tuple[dict[str, Any], float | No
         if not leaving.code:
             raise
         sentence = complaint.getvalue().strip().rpartition("error: ")[2]
-        raise InputError(f"lm-evaluation-harness: {sentence} (see `lm-eval run --help`)") from None
+        hint = "`lm-eval ls tasks` lists them" if "ls" in arguments else "see `lm-eval run --help`"
+        raise InputError(f"lm-evaluation-harness: {sentence} ({hint})") from None
     for name in ("model", "device", "batch_size", "max_batch_size"):
         value = getattr(asked, name, None)
         if value is not None:

@@ -584,6 +584,7 @@ def run(
 
 WRONG: dict[str, tuple[list[str], str]] = {
     "unknown argument": (["--task", "x", "--fewshots", "3"], "unrecognized arguments: --fewshots"),
+    "names of tasks": (["ls", "tasks"], "ls tasks (`lm-eval ls tasks` lists them)"),
     "no tasks": (["--num_fewshot", "3"], "no task is named; give --tasks"),
     "model": (["--tasks", "x", "--model=hf"], "--model hf is not for the harness here"),
     "device": (["--tasks", "x", "--device", "cpu"], "--device cpu is not for the harness"),
