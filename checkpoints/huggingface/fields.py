@@ -268,6 +268,7 @@ CAUSAL_FIELDS = (
     refused_field("is_causal", "attention to later positions", True, default=True),
     refused_field("attention_chunk_size", "attention within chunks", None),
     refused_field("kv_sharing_modes", "keys and values that layers share", None),
+    refused_field("num_kv_shared_layers", "keys and values that layers share", None, 0),  # to 5.22
     refused_field("number_of_conv_states", "convolutions", None),
     refused_field("add_cross_attention", "cross-attention", False, default=False),
     *other_fields(Use.METADATA, "causal either way", "is_decoder"),
