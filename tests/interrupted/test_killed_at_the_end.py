@@ -50,7 +50,7 @@ def killed_where_scores_are_removed(number: signal.Signals) -> Callable[[], None
     ("command", "number"),
     [
         ("score", signal.SIGTERM),
-        ("wikitext103", signal.SIGINT),
+        pytest.param("wikitext103", signal.SIGINT, marks=pytest.mark.reliability),
         pytest.param("score", signal.SIGINT, marks=pytest.mark.reliability),
         pytest.param("wikitext103", signal.SIGTERM, marks=pytest.mark.reliability),
     ],

@@ -123,8 +123,10 @@ def test_a_place_that_is_not_written_any_more_is_said(case, line, tmp_path):
         assert not list(place.rglob("*")), ended
 
 
+@pytest.mark.process
+@pytest.mark.reliability
 @pytest.mark.skipif(not may_mount(as_user=False), reason="needs a root that may mount")
-@pytest.mark.parametrize("command", thinned(["score", "wikitext103", "lm"], every=4))
+@pytest.mark.parametrize("command", ["score", "wikitext103", "lm"])
 def test_a_small_shared_memory_is_enough(command, line, tmp_path):
     ranks = ["--tp", "2"]
     around = small(Path("/dev/shm"), 64)
@@ -132,7 +134,7 @@ def test_a_small_shared_memory_is_enough(command, line, tmp_path):
     assert ended.code == 0, ended
 
 
-@pytest.mark.parametrize("command", thinned(["hf", "score", "wikitext103", "megatron"], every=2))
+@pytest.mark.parametrize("command", thinned(["hf", "score", "wikitext103", "megatron"], every=4))
 def test_a_target_that_another_run_writes_is_left_to_it(command, line, tmp_path):
     out = tmp_path / "out"
     kept = tmp_path / "out.partial"
