@@ -256,16 +256,18 @@ def merge_ranks(
         for t, p, e in files
         if p == 0
     }
-    same_experts = []
+    same_experts: list[str | None] = []
     for t in range(tp):
         of_experts = {
             e: {name: tensor for name, tensor in column.items() if NUMBERED.fullmatch(name)}
             for (u, e), column in columns.items()
             if u == t
         }
-        same_experts.append(copied_experts(of_experts))
-        if not has_one_expert(of_experts[0]):
-            refuse_copied(same_experts[-1], where)
+        found = copied_experts(of_experts)
+        if not all(map(has_one_expert, of_experts.values())):
+            refuse_copied(found, where)
+        if len(of_experts) > 1:
+            same_experts.append(found and "expert-parallel ranks hold the same experts")
     copied += copied_on_purpose(same_experts, where)
     experts = _expert_parts(columns, layout, where)
     for column in columns.values():

@@ -9,15 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from support import random_models
 from support.folders import dcp_folders, layouts
 from support.folders.synthetic import GPT, args_of, change, random_model, rank_file, write
 from support.folders.zarr_folders import write_array
 
+from mlm_eval.checkpoints.checkpoint import Checkpoint, with_each
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.distcp import DistributedFolder, open_folder
 from mlm_eval.checkpoints.files.zarr_arrays import open_arrays
-from mlm_eval.checkpoints.lazy import InMemory
+from mlm_eval.checkpoints.lazy import InMemory, LazyTensor
 from mlm_eval.checkpoints.megatron import read_dist
+from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.soundness.check import check_everything
 from mlm_eval.checkpoints.soundness.copies import copied_experts, copied_on_purpose, is_plain
@@ -231,3 +234,39 @@ def test_layers_of_one_array_may_be_the_same_and_slices_may_not(tmp_path):
     }.items():
         with pytest.raises(InputError, match="two chunks of w are the same, bit by bit: one file"):
             same(name, *layers)
+
+
+MOE = dataclasses.replace(
+    random_models.LLAMA,
+    num_experts=4,
+    moe_layers=(0, 1),
+    moe_router_topk=2,
+    moe_ffn_hidden_size=32,
+)
+
+
+def upcycled(model: Checkpoint) -> Checkpoint:
+    """Return a model whose experts are all the first one."""
+
+    def first(name: str, tensor: LazyTensor) -> LazyTensor:
+        if ".experts." not in name:
+            return tensor
+        return InMemory(tensor.read()[:1].expand(tensor.shape).contiguous())
+
+    return with_each(model, first)
+
+
+LAYOUTS = [(1, 4, 1), (2, 4, 1), (2, 4, 2), (2, 2, 1), (2, 2, 2), (4, 4, 1)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_experts_of_a_fresh_mixture_may_be_the_same_however_they_lie(tmp_path, layout):
+    tp, ep, etp = layout
+    model = random_models.checkpoint(MOE)
+    write_megatron_torch(model, tmp_path / "trained", tp=tp, ep=ep, etp=etp)
+    assert open_checkpoint(tmp_path / "trained").provenance.same_parts == []
+    write_megatron_torch(upcycled(model), tmp_path / "fresh", tp=tp, ep=ep, etp=etp)
+    found = open_checkpoint(tmp_path / "fresh").provenance
+    compared = ep == 4 and (etp == 2 or tp < ep)
+    assert found.same_parts == ["expert-parallel ranks hold the same experts"] * compared
+    assert any("was copied over another one" in text for text in found.warnings) is compared
