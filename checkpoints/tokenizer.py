@@ -329,7 +329,8 @@ def load_tokenizer(
     """Return the tokenizer of a folder (`--tokenizer`) or of its files (`--vocab-file`).
 
     Args:
-        directory: Folder with one of the accepted forms, or the one file of such a form.
+        directory: Folder with one of the accepted forms, the one file of such a form, or
+            `sample:NAME` for that of a sample.
         vocab_file: vocab.json (with `merge_file`), a BERT vocabulary in text form, a
             tokenizer.json or a sentencepiece model.
         merge_file: The merges of a byte-level BPE.
@@ -347,7 +348,8 @@ def load_tokenizer(
         return _load_file(Path(vocab_file), None if merge_file is None else Path(merge_file))
     if merge_file is not None:
         raise InputError("--merge-file goes with --vocab-file, not with --tokenizer")
-    folder = Path(directory)
+    sample = sample_folder(directory)
+    folder = Path(directory) if sample is None else sample / "tokenizer"
     if not folder.is_dir():
         return _load_file(folder, None)
     tokenizer = _load_folder(folder)

@@ -228,7 +228,7 @@ class TokenizerOptions:
     """The tokenizer that belongs to a checkpoint."""
 
     tokenizer: Path | None = option(
-        "Folder with the tokenizer; default: beside the checkpoint.", None
+        "Folder with the tokenizer, or sample:gpt; default: beside the checkpoint.", None
     )
     vocab_file: Path | None = option("vocab.json or vocab.txt, instead of --tokenizer.", None)
     merge_file: Path | None = option("merges.txt that goes with --vocab-file.", None)

@@ -41,6 +41,11 @@ def test_samples_are_opened_by_name(run):
     data = SAMPLES / "text" / "lambada.sample.jsonl"
     arguments = ("--data", data, "--limit", 1, "--device", "cpu", "--tp", 1)
     assert run("lambada", "--ckpt", "sample:gpt", *arguments).code == 0
+    line = ("generate", "--ckpt", SAMPLES / "moe", "--tokenizer", "sample:moe", "--device", "cpu")
+    ended = run(*line, "--prompt", "An", "--max-new-tokens", 2)
+    assert ended.code == 0 and ended.out.startswith("An")
+    wrong = run(*line[:4], "sample:none", "--prompt", "An")
+    assert_one_sentence(wrong, "no sample 'none'; the package holds sample:bert, sample:gpt")
     assert_one_sentence(
         run("inspect", "--ckpt", "sample:none"), "no sample 'none'", "sample:bert, sample:gpt"
     )
