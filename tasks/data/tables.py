@@ -11,9 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from mlm_eval.checkpoints.archives.unpacking import LARGEST_RATIO
 from mlm_eval.checkpoints.errors import InputError, first_line
 from mlm_eval.checkpoints.files.stand_in import HEAD_BYTES, refuse_stand_in
 from mlm_eval.checkpoints.files.text_file import parse_json, read_text
@@ -81,7 +83,7 @@ def is_parquet(content: bytes) -> bool:
     return content.startswith(_PARQUET)
 
 
-def parquet_table(source: Path | BinaryIO, name: str) -> DataTable:
+def parquet_table(source: Path | BytesIO, name: str) -> DataTable:
     """Return the rows of a parquet file.
 
     Args:
@@ -89,17 +91,49 @@ def parquet_table(source: Path | BinaryIO, name: str) -> DataTable:
         name: For messages.
 
     Raises:
-        InputError: It is cut off or damaged.
+        InputError: It is cut off or damaged, or its texts are far more than its bytes.
     """
     import pyarrow.parquet
 
+    size = source.stat().st_size if isinstance(source, Path) else len(source.getbuffer())
     try:
-        table = pyarrow.parquet.ParquetFile(source).read()
+        file = pyarrow.parquet.ParquetFile(source)
+        groups = (file.metadata.row_group(at) for at in range(file.num_row_groups))
+        _check_unpacked(name, size, sum(group.total_byte_size for group in groups))
+        cells = file.metadata.num_rows * file.metadata.num_columns
+        if cells > 4 * size + (1 << 18):
+            raise InputError(f"{name} holds {cells:,} cells in {size:,} bytes; get it again")
+        kinds = (pyarrow.string(), pyarrow.large_string())
+        texts = [field.name for field in file.schema_arrow if field.type in kinds]
+        # Of texts that are repeated, one of each, until it is known what all of them take.
+        table = pyarrow.parquet.ParquetFile(source, read_dictionary=texts).read()
+        _check_unpacked(name, size, sum(map(_text_bytes, map(table.column, texts))))
+    except InputError:
+        raise
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise InputError(
             f"{name} is cut off or damaged ({first_line(error)[:120]}); get it again"
         ) from None
     return DataTable(list(table.column_names), table.to_pylist())
+
+
+def _check_unpacked(name: str, size: int, need: int) -> None:
+    if need > LARGEST_RATIO * size + (1 << 22):
+        raise InputError(
+            f"{name} unpacks to {need:,} bytes, more than {LARGEST_RATIO} times its size; get it "
+            "again"
+        )
+
+
+def _text_bytes(column: Any) -> int:
+    """Return the bytes of the texts in a column of a dictionary and of places in it."""
+    import pyarrow.compute
+
+    total = 0
+    for chunk in column.chunks:
+        lengths = pyarrow.compute.binary_length(chunk.dictionary).cast("int64")
+        total += pyarrow.compute.sum(lengths.take(chunk.indices)).as_py() or 0
+    return total
 
 
 def split_of(path: Path) -> str:

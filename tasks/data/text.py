@@ -26,12 +26,22 @@ def json_field(entry: Any, name: str, kind: type, where: str) -> Any:
     return check_text(value, where) if isinstance(value, str) else value
 
 
+LONGEST_INPUT = 1 << 21
+"""Characters of one text that is scored or continued: half a million tokens of most languages."""
+
+
 def check_text(text: str, where: str) -> str:
     """Return a text that can be encoded.
 
     Raises:
-        InputError: It holds half of a surrogate pair, as broken JSON escapes make.
+        InputError: It is longer than any model reads, or holds half of a surrogate pair, as broken
+            JSON escapes make.
     """
+    if len(text) > LONGEST_INPUT:
+        raise InputError(
+            f"{where} holds a text of {len(text):,} characters, more than {LONGEST_INPUT:,}; is it "
+            "cut at the right places? Leave it out, or cut it"
+        )
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise InputError(f"{where} holds half of a surrogate pair, which is no text; get it again")
     return text

@@ -22,7 +22,7 @@ from mlm_eval.options import BosOption, option
 from mlm_eval.reporting.results import Result, exponential
 from mlm_eval.reporting.tables import Column
 from mlm_eval.tasks.data.sources import DatasetName, read_data
-from mlm_eval.tasks.data.text import json_field, sha256
+from mlm_eval.tasks.data.text import check_text, json_field, sha256
 from mlm_eval.tasks.zero_shot.benchmark import DataOption, PaperFigure, Work, ZeroShot
 
 if TYPE_CHECKING:
@@ -294,7 +294,10 @@ def read_passages(data: str | None) -> tuple[str, list[tuple[int, str]], str]:
     raw = read_data(data, column="text", default=DatasetName("EleutherAI/lambada_openai", None))
     if raw.rows is not None:
         lines = (json.dumps({"text": row}) + "\n" for row in raw.rows)
-        return raw.path, list(enumerate(raw.rows, start=1)), sha256(lines)
+        rows = list(enumerate(raw.rows, start=1))
+        for number, row in rows:
+            check_text(row, f"{raw.path}, row {number}")
+        return raw.path, rows, sha256(lines)
     assert raw.content is not None
     passages = []
     for number, line in enumerate(raw.text().split("\n"), start=1):

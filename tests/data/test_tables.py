@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.tasks.data.sources import DatasetName, load_dataset, read_data
 from mlm_eval.tasks.data.tables import is_table, read_table, read_tables, split_of
+from mlm_eval.tasks.data.text import LONGEST_INPUT, check_text
 from mlm_eval.tasks.finetune.task import make_task
 
 GLUE = [{"premise": "a", "hypothesis": "b", "label": i, "idx": i} for i in range(3)]
@@ -34,9 +36,6 @@ FORMS = ("parquet", "jsonl")
 def save(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -129,3 +128,41 @@ def test_all_that_the_library_says_is_shown(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(InputError, match="missing. Please pick one of: .'all', 'high'."):
         load_dataset(DatasetName("x/y", None))
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (lambda: ["x" * 1_000_000] * 100, "unpacks to"),
+        (lambda: ["x" * 30_000_000], "unpacks to"),
+        (lambda: [0] * 1_000_000, "cells"),
+    ],
+    ids=["a text many times", "a long text", "numbers"],
+)
+def test_a_small_file_of_many_bytes_is_refused(column, message, tmp_path):
+    path = tmp_path / "x.parquet"
+    table = pyarrow.table({"text": column()})
+    pyarrow.parquet.write_table(table, path, compression="zstd")
+    with pytest.raises(InputError, match=f"x.parquet .*{message}"):
+        read_table(path)
+
+
+def test_texts_of_any_kind_are_read(tmp_path):
+    texts = ["a", None, "b" * 500, "a"]
+    path = tmp_path / "x.parquet"
+    columns = {
+        "plain": texts,
+        "large": pyarrow.array(texts, pyarrow.large_string()),
+        "coded": pyarrow.array(texts).dictionary_encode(),
+        "lists": [["a"], [], None, ["b", "a"]],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    table = read_table(path)
+    assert [table[name] for name in ("plain", "large", "coded")] == [texts] * 3
+    assert table["lists"] == [["a"], [], None, ["b", "a"]]
+
+
+def test_a_text_longer_than_any_model_reads_is_refused():
+    assert check_text("x" * LONGEST_INPUT, "here")
+    with pytest.raises(InputError, match="here holds a text of 2,097,153 characters"):
+        check_text("x" * (LONGEST_INPUT + 1), "here")
