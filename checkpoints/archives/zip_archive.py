@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import struct
 import zipfile
 import zlib
 from pathlib import Path
 
 from mlm_eval.checkpoints.archives.unpacking import (
+    UNPACK_IT,
     check_member_name,
     only_folder,
     refuse_bomb,
@@ -16,6 +18,9 @@ from mlm_eval.checkpoints.archives.unpacking import (
 )
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safe_pickle import printable
+
+_DAMAGE = (zipfile.BadZipFile, struct.error, ValueError, RuntimeError)
+"""What zipfile raises of damage: RuntimeError of an encrypted entry and of unknown versions."""
 
 
 def is_archive(path: Path) -> bool:
@@ -25,7 +30,7 @@ def is_archive(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+    except _DAMAGE:
         return False  # what reads a torch.save archive says what is wrong with it
     return not any(f"/{name}".endswith("/data.pkl") for name in names)
 
@@ -50,6 +55,11 @@ def unpack(path: Path) -> Path:
             )
         for member in members:
             check_member_name(path, member.filename)
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise InputError(
+                    f"{path} holds {printable(member.filename)} in a compression that no archive "
+                    f"of a checkpoint has; {UNPACK_IT}"
+                )
         key = repr([(m.filename, m.file_size, m.CRC) for m in members]).encode()
         need = sum(member.file_size for member in members)
         refuse_bomb(path, need)
@@ -71,5 +81,5 @@ def _extract(
             target.parent.mkdir(parents=True, exist_ok=True)
             with archive.open(member) as source, target.open("wb") as sink:
                 shutil.copyfileobj(source, sink, 1 << 22)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (*_DAMAGE, zlib.error, EOFError) as error:
         raise InputError(f"{path} is damaged ({error}); download it again") from None

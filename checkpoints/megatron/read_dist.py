@@ -25,6 +25,7 @@ from mlm_eval.checkpoints.checkpoint import (
     ends_of,
     training_state,
 )
+from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.distcp import (
     METADATA,
@@ -188,7 +189,7 @@ def _checkpoint(
         code="core",
         overrides=overrides,
         where=str(folder),
-        params_dtype=tensors[WORD_EMBEDDINGS].kind.name,
+        params_dtype=dtype_name(tensors[WORD_EMBEDDINGS].dtype),
     )
     found = {
         names.prediction_name(key, str(folder)): tensor
