@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from support.command_line import as_user
 from support.reliability import damage
 from support.reliability.forked import forked
 from support.reliability.short_form import thinned
@@ -84,28 +85,37 @@ def test_damage_is_said_or_does_none(first, sounds, tmp_path_factory, monkeypatc
     assert count["sentence"] > last - first >> 2 and count["right"], count
 
 
-def scores(sound: damage.Sound, root: Path, folder: Path) -> tuple[int, str, list[object]]:
+def scores(
+    sound: damage.Sound, root: Path, folder: Path, *, process: bool
+) -> tuple[int, str, list[object]]:
     """Score a line by the command; return its exit code, what it said, and the scores."""
     lines, output = folder / "in.jsonl", folder / "out.jsonl"
     lines.write_text('{"tokens": [1, 5, 3, 9, 2, 30]}\n')
     output.unlink(missing_ok=True)
     line = ["score", "--ckpt", root / sound.door, "--input", lines, "--output", output]
-    ended = forked(folder / "log", *line)
+    line += ["--device", "cpu"]
+    ended = as_user(*line) if process else forked(folder / "log", *line)
     found = json.loads(output.read_text())["logprobs"] if ended.code == 0 else []
     return ended.code, ended.err, found
 
 
-@pytest.mark.parametrize("case", thinned(range(1000, 1000 + 17 * 64, 17), every=32))
-def test_commands_say_it_too(case, sounds, tmp_path_factory, monkeypatch):
+COMMANDS = range(1000, 1000 + 17 * 56, 17)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("case", thinned(COMMANDS, every=28))
+def test_commands_say_it_too(case, sounds, tmp_path_factory, monkeypatch, request):
+    """As processes that a shell starts; of the short form, as forks."""
     folder = tmp_path_factory.mktemp("commands")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     ((format, number),) = damage.cases(case, case + 1)
     if format not in sounds:
         sounds[format] = damage.sound(format, folder / format)
     sound, root = sounds[format], folder / "case"
-    _, before, expected = scores(sound, sound.root, folder)
+    process = request.node.get_closest_marker("reliability") is not None
+    _, before, expected = scores(sound, sound.root, folder, process=False)
     kind, did = damage.damaged(sound, number, root)
-    code, said, found = scores(sound, root, folder)
+    code, said, found = scores(sound, root, folder, process=process)
     assert code in (0, 2) and "Traceback" not in said, (format, kind, did, said)
     if code == 0 and said.count("warning: ") == before.count("warning: "):
         assert found == expected or may_be_silent(format, kind), (format, kind, did)

@@ -38,8 +38,16 @@ def started(
     *arguments: object,
     command: tuple[str, ...] = ("-P", "-m", "mlm_eval"),
     cwd: Path | None = None,
+    alone: bool = False,
 ) -> Any:
-    """Start a command line as a user does, in an environment without a launcher."""
+    """Start a command line as a user does, in an environment without a launcher.
+
+    Args:
+        arguments: Of the command line.
+        command: What Python runs.
+        cwd: Where; None: here.
+        alone: In a process group of its own, as a shell starts it: Ctrl-C reaches all of it.
+    """
     environment = {k: v for k, v in os.environ.items() if not k.startswith(OF_A_LAUNCHER)}
     return subprocess.Popen(
         [sys.executable, *command, *map(str, arguments)],
@@ -48,6 +56,7 @@ def started(
         text=True,
         cwd=cwd,
         env=environment | {"OMP_NUM_THREADS": "1"},
+        start_new_session=alone,
     )
 
 
