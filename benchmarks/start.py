@@ -51,22 +51,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         megatron = write_gpt2(options.size, scratch / "megatron", tp=2, vocab_size=VOCAB)
-        folder = scratch / "hf"
-        command(
-            "-m",
-            "mlm_eval",
-            "convert",
-            "--ckpt",
-            str(megatron),
-            "--to",
-            "hf",
-            "--output",
-            str(folder),
-        )()
+        places = {"torch": megatron, "hf": scratch / "hf", "torch_dist": scratch / "torch_dist"}
+        for kind in ("hf", "torch_dist"):
+            convert = ["-m", "mlm_eval", "convert", "--ckpt", str(megatron), "--to", kind]
+            command(*convert, "--output", str(places[kind]))()
         lines = scratch / "lines.jsonl"
         lines.write_text('{"tokens": [1, 2, 3, 4]}\n')
         extra("mlm-eval --help", "--help", 0.2)
-        for kind, path in (("Megatron", megatron), ("Hugging Face", folder)):
+        for kind, path in places.items():
             extra(f"inspect, {options.size}, {kind}", f"inspect --ckpt {path}", 0.4)
         score = ["-m", "mlm_eval", "score", "--ckpt", str(megatron), "--input", str(lines)]
         score += ["--output", str(scratch / "scores.jsonl"), "--overwrite"]

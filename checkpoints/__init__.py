@@ -12,7 +12,7 @@ laptop: no model, no process group.
     lazy.py         tensors that know their shape and read a slice when asked
     vocabulary.py   a checkpoint with more or fewer rows of vocabulary
     tokenizer.py    text to ids, by the rules of a tokenizer folder
-    dtypes.py       names of dtypes, what `auto` means, a cast that refuses to overflow
+    dtypes.py       dtypes without torch, what `auto` means, a cast that refuses to overflow
     catalog.py      public checkpoints, one TOML file each in catalog/
     errors.py       `InputError`: what is wrong with the user's input
     files/          kinds of files, whatever they hold: pickles, safetensors, .distcp, zarr

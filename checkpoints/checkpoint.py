@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.config import ModelConfig
-from mlm_eval.checkpoints.dtypes import WEIGHT_DTYPES, dtype_name
+from mlm_eval.checkpoints.dtypes import WEIGHT_DTYPES
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import LazyTensor
 from mlm_eval.checkpoints.parameters import num_parameters, parameters
@@ -176,9 +176,9 @@ def check_weight_dtype(tensor: LazyTensor, name: str, where: str) -> None:
     Raises:
         InputError: It is of another dtype than those of weights.
     """
-    if dtype_name(tensor.dtype) not in WEIGHT_DTYPES:
+    if tensor.kind.name not in WEIGHT_DTYPES:
         raise InputError(
-            f"{where}: {name} is stored as {tensor.dtype}, which mlm-eval does not read; use a "
+            f"{where}: {name} is stored as {tensor.kind}, which mlm-eval does not read; use a "
             "checkpoint in float32, bfloat16 or float16, not one of quantized weights"
         )
 

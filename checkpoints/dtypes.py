@@ -1,10 +1,14 @@
 """The dtypes of weights and of arithmetic: their names, what `auto` means, and a cast that is safe.
 
-torch is imported when it is first needed, because `--help` reads the names.
+What a file says of a dtype is a `Dtype`: its name and its size. torch is imported when values are
+first needed, so that `--help` and `inspect` need none.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mlm_eval.checkpoints.errors import InputError
@@ -23,7 +27,64 @@ WEIGHT_DTYPES = (*DTYPE_NAMES, "float64")
 """Dtypes of stored weights that we read."""
 
 
-def dtype_name(dtype: torch.dtype | str) -> str:
+@dataclass(frozen=True)
+class Dtype:
+    """One of torch's dtypes, known without torch."""
+
+    name: str
+    itemsize: int
+
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether it is one of floats, those of 8 bits and fewer included."""
+        return self.name.startswith(("float", "bfloat"))
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype itself; torch is imported for it."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.name)
+        return dtype
+
+    def __repr__(self) -> str:
+        return f"torch.{self.name}"
+
+
+_SIZES = {
+    1: """bool uint8 int8 qint8 quint8 quint4x2 quint2x4 bits8 bits1x8 bits2x4 bits4x2
+    float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2""",
+    2: "float16 bfloat16 int16 uint16 bits16",
+    4: "float32 int32 uint32 qint32 complex32",
+    8: "float64 int64 uint64 complex64",
+    16: "complex128",
+}
+
+STORED_DTYPES = {
+    name: Dtype(name, size) for size, names in _SIZES.items() for name in names.split()
+}
+"""The dtypes that files may name, but for integers of less than 8 bits."""
+
+
+def described(dtype: torch.dtype | Dtype) -> Dtype:
+    """Return what is known of a dtype without torch."""
+    return dtype if isinstance(dtype, Dtype) else STORED_DTYPES[dtype_name(dtype)]
+
+
+def widest(dtypes: Iterable[Dtype]) -> Dtype:
+    """Return the dtype that holds the values of all, as torch promotes them."""
+    return functools.reduce(_wider, dtypes)
+
+
+def _wider(one: Dtype, other: Dtype) -> Dtype:
+    if one == other:
+        return one
+    import torch
+
+    return described(torch.promote_types(one.torch_dtype, other.torch_dtype))
+
+
+def dtype_name(dtype: torch.dtype | Dtype | str) -> str:
     """Return the name without `torch.` before it."""
     return str(dtype).removeprefix("torch.")
 

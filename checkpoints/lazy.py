@@ -3,6 +3,9 @@
 A reader of a format returns `LazyTensor`s; merging ranks, reordering rows and transposing are views
 over them. Reading a slice touches only the pages of that slice, so that one rank of eight reads an
 eighth of a checkpoint, and a conversion holds a few tensors at a time.
+
+What describes a tensor needs no torch, which takes a second to import: it is imported by what reads
+values.
 """
 
 from __future__ import annotations
@@ -16,24 +19,27 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
-import torch
-from torch import Tensor
-
+from mlm_eval.checkpoints.dtypes import Dtype, described, widest
 from mlm_eval.checkpoints.errors import InputError
 
-Index = slice | Tensor | None
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Index: TypeAlias = "slice | Tensor | None"
 """Which entries along one dim: a slice with step 1, a 1-D int64 tensor, or None for all."""
 
-_CRC_BLOCK = 1 << 24
+_BLOCK = 1 << 20
 
 
 class LazyTensor(ABC):
     """A tensor of known `shape` and `dtype` whose values are read on demand."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    kind: Dtype
+    """Its dtype, described without torch."""
 
     @abstractmethod
     def read(self, dim: int = 0, index: Index = None) -> Tensor:
@@ -43,6 +49,11 @@ class LazyTensor(ABC):
         """
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the values, as torch has it: unlike `kind` it imports torch."""
+        return self.kind.torch_dtype
+
+    @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
@@ -50,10 +61,10 @@ class LazyTensor(ABC):
     @property
     def nbytes(self) -> int:
         """Size of the values in bytes, in the stored dtype."""
-        return self.numel * self.dtype.itemsize
+        return self.numel * self.kind.itemsize
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype})"
+        return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.kind})"
 
 
 class MappedFile:
@@ -73,6 +84,8 @@ class MappedFile:
         The mapping is private and never written to, so its pages are clean: the kernel may drop
         them.
         """
+        import torch
+
         if self._storage is None:
             if self.path.stat().st_size != self.size:
                 raise InputError(f"{self.path} changed its size while being read; copy it again")
@@ -89,15 +102,30 @@ class MappedFile:
         raw = torch.empty(0, dtype=torch.uint8).set_(self._storage, offset, (extent,), (1,))
         return raw.clone().view(dtype).as_strided(tuple(shape), tuple(stride))
 
+    def blocks(self, offset: int, length: int) -> Iterator[bytes]:
+        """Yield bytes of the file in blocks; they are read, and not mapped, without torch.
+
+        Raises:
+            InputError: The file has become shorter.
+        """
+        with self.path.open("rb") as stream:
+            stream.seek(offset)
+            while length > 0:
+                block = stream.read(min(length, _BLOCK))
+                if not block:
+                    raise InputError(
+                        f"{self.path} changed its size while being read; copy it again"
+                    )
+                yield block
+                length -= len(block)
+
     def crc(self, offset: int, length: int) -> int:
         """Return the CRC-32 of some of the file's bytes."""
         if offset < 0 or offset + length > self.size:
             return -1
-        raw = self.tensor(offset, torch.uint8, (length,), (1,)).numpy().data
-        value = 0
-        for at in range(0, length, _CRC_BLOCK):
-            value = zlib.crc32(raw[at : at + _CRC_BLOCK], value)
-        return value
+        return functools.reduce(
+            lambda crc, block: zlib.crc32(block, crc), self.blocks(offset, length), 0
+        )
 
 
 @dataclass(eq=False)
@@ -150,6 +178,8 @@ def _map(path: Path, size: int) -> torch.UntypedStorage:
     torch maps the file copy-on-write, for which the kernel may demand as much memory as the file is
     long. A larger file is mapped read-only.
     """
+    import torch
+
     try:
         mapped = torch.UntypedStorage.from_file(str(path), False, size)
         assert isinstance(mapped, torch.UntypedStorage)
@@ -164,6 +194,8 @@ def _map_read_only(path: Path, size: int, offset: int) -> torch.UntypedStorage:
     Raises:
         InputError: The file's system cannot map it.
     """
+    import torch
+
     try:
         with path.open("rb") as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "must not be written to": nothing does
@@ -173,6 +205,11 @@ def _map_read_only(path: Path, size: int, offset: int) -> torch.UntypedStorage:
         raise InputError(
             f"{path} cannot be mapped into memory ({error.strerror}); copy it to a local disk"
         ) from None
+
+
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides, in elements, of a tensor whose values stand without gaps, rows first."""
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
 def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:
@@ -193,7 +230,7 @@ class StoredTensor(LazyTensor):
         self,
         file: MappedFile,
         offset: int,
-        dtype: torch.dtype,
+        dtype: torch.dtype | Dtype,
         shape: Sequence[int],
         stride: Sequence[int],
         checksum: Checksum | None = None,
@@ -201,10 +238,10 @@ class StoredTensor(LazyTensor):
         self.file = file
         self.offset = offset
         self.checksum = checksum
-        self.dtype = dtype
+        self.kind = described(dtype)
         self.shape = tuple(shape)
         self.stride = tuple(stride)
-        end = offset + _extent(shape, stride) * dtype.itemsize
+        end = offset + _extent(shape, stride) * self.kind.itemsize
         if end > file.size or offset < 0 or any(step < 0 for step in stride):
             raise InputError(
                 f"{file.path} is cut off or damaged: a tensor of shape {list(shape)} would end at "
@@ -219,10 +256,10 @@ class StoredTensor(LazyTensor):
             if self.checksum is not None and start == 0 < stop:
                 self.checksum.compare()
             shape[dim] = stop - start
-            offset = self.offset + start * self.stride[dim] * self.dtype.itemsize
+            offset = self.offset + start * self.stride[dim] * self.kind.itemsize
             return self.file.tensor(offset, self.dtype, shape, self.stride)
         if self.checksum is not None and (
-            not isinstance(index, Tensor) or bool((index == 0).any())
+            index is None or isinstance(index, slice) or bool((index == 0).any())
         ):
             self.checksum.compare()
         whole = self.file.tensor(self.offset, self.dtype, self.shape, self.stride)
@@ -235,7 +272,7 @@ class InMemory(LazyTensor):
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         self.shape = tuple(tensor.shape)
-        self.dtype = tensor.dtype
+        self.kind = described(tensor.dtype)
 
     def read(self, dim: int = 0, index: Index = None) -> Tensor:
         """See `LazyTensor.read`."""
@@ -251,9 +288,9 @@ class Concat(LazyTensor):
     def __init__(self, parts: Sequence[LazyTensor], dim: int) -> None:
         assert parts, "nothing to concatenate"
         self.dim = dim
-        self.dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+        self.kind = widest(part.kind for part in parts)
         self.parts = [
-            part if part.dtype == self.dtype else Mapped(part, self._promoted, self.dtype)
+            part if part.kind == self.kind else Mapped(part, self._promoted, self.kind)
             for part in parts
         ]
         shape = list(parts[0].shape)
@@ -268,6 +305,8 @@ class Concat(LazyTensor):
 
     def read(self, dim: int = 0, index: Index = None) -> Tensor:
         """See `LazyTensor.read`."""
+        import torch
+
         if dim != self.dim or index is None:
             return torch.cat([part.read(dim, index) for part in self.parts], dim=self.dim)
         if isinstance(index, slice):
@@ -303,12 +342,14 @@ class Summed(LazyTensor):
     """The sum of tensors of one shape, made in float32 and rounded to their dtype."""
 
     def __init__(self, parts: Sequence[LazyTensor]) -> None:
-        assert len({(part.shape, part.dtype) for part in parts}) == 1, "unequal parts"
+        assert len({(part.shape, part.kind) for part in parts}) == 1, "unequal parts"
         self.parts = list(parts)
-        self.shape, self.dtype = parts[0].shape, parts[0].dtype
+        self.shape, self.kind = parts[0].shape, parts[0].kind
 
     def read(self, dim: int = 0, index: Index = None) -> Tensor:
         """See `LazyTensor.read`."""
+        import torch
+
         wide = torch.promote_types(self.dtype, torch.float32)
         parts = [part.read(dim, index).to(wide) for part in self.parts]
         return torch.stack(parts).sum(dim=0).to(self.dtype)
@@ -319,13 +360,15 @@ class Stacked(LazyTensor):
 
     def __init__(self, parts: Sequence[LazyTensor]) -> None:
         assert parts, "nothing to stack"
-        assert len({(part.shape, part.dtype) for part in parts}) == 1, "unequal parts"
+        assert len({(part.shape, part.kind) for part in parts}) == 1, "unequal parts"
         self.parts = list(parts)
-        self.dtype = parts[0].dtype
+        self.kind = parts[0].kind
         self.shape = (len(parts), *parts[0].shape)
 
     def read(self, dim: int = 0, index: Index = None) -> Tensor:
         """See `LazyTensor.read`."""
+        import torch
+
         if dim:
             return torch.stack([part.read(dim - 1, index) for part in self.parts])
         chosen = take(torch.arange(len(self.parts)), 0, index).tolist()
@@ -340,7 +383,7 @@ class Unstacked(LazyTensor):
     def __init__(self, source: LazyTensor, number: int) -> None:
         self.source = source
         self.number = number
-        self.dtype = source.dtype
+        self.kind = source.kind
         self.shape = source.shape[1:]
 
     def read(self, dim: int = 0, index: Index = None) -> Tensor:
@@ -348,14 +391,44 @@ class Unstacked(LazyTensor):
         return take(self.source.read(0, slice(self.number, self.number + 1))[0], dim, index)
 
 
+class RowOrder:
+    """Numbers of `count` rows, made when a value is first read: what `make` returns for `args`."""
+
+    def __init__(self, count: int, make: Callable[..., Tensor], *args: Any) -> None:
+        self.count = count
+        self._make = functools.partial(make, *args)
+
+    @functools.cached_property
+    def rows(self) -> Tensor:
+        """The numbers, a 1-D int64 tensor."""
+        return self._make()
+
+
+def rows_between(start: int, stop: int) -> RowOrder:
+    """Return the rows from `start` to before `stop`."""
+    return RowOrder(stop - start, _arange, start, stop)
+
+
+def _arange(start: int, stop: int) -> Tensor:
+    import torch
+
+    return torch.arange(start, stop)
+
+
 class Selected(LazyTensor):
     """The entries `order` of a tensor along dim 0, in that order: permuted or fewer rows."""
 
-    def __init__(self, source: LazyTensor, order: Tensor) -> None:
+    def __init__(self, source: LazyTensor, order: RowOrder | Tensor) -> None:
         self.source = source
-        self.order = order
-        self.dtype = source.dtype
-        self.shape = (order.numel(), *source.shape[1:])
+        self._order = order
+        self.kind = source.kind
+        count = order.count if isinstance(order, RowOrder) else order.numel()
+        self.shape = (count, *source.shape[1:])
+
+    @property
+    def order(self) -> Tensor:
+        """The number in the source of each entry."""
+        return self._order.rows if isinstance(self._order, RowOrder) else self._order
 
     def read(self, dim: int = 0, index: Index = None) -> Tensor:
         """See `LazyTensor.read`."""
@@ -371,7 +444,7 @@ class Transposed(LazyTensor):
     def __init__(self, source: LazyTensor) -> None:
         assert len(source.shape) == 2, source.shape
         self.source = source
-        self.dtype = source.dtype
+        self.kind = source.kind
         self.shape = (source.shape[1], source.shape[0])
 
     def read(self, dim: int = 0, index: Index = None) -> Tensor:
@@ -389,11 +462,11 @@ class Mapped(LazyTensor):
         self,
         source: LazyTensor,
         function: Callable[[Tensor], Tensor],
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | Dtype | None = None,
     ) -> None:
         self.source = source
         self.function = function
-        self.dtype = dtype or source.dtype
+        self.kind = source.kind if dtype is None else described(dtype)
         self.shape = source.shape
 
     def read(self, dim: int = 0, index: Index = None) -> Tensor:
@@ -401,42 +474,58 @@ class Mapped(LazyTensor):
         return self.function(self.source.read(dim, index))
 
 
-def cast_to(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+def cast_to(tensor: LazyTensor, dtype: torch.dtype | Dtype) -> LazyTensor:
     """Return a tensor that is rounded to a dtype as it is read."""
-    if tensor.dtype == dtype:
+    kind = described(dtype)
+    if tensor.kind == kind:
         return tensor
-    return Mapped(tensor, lambda values: values.to(dtype), dtype)
+    return Mapped(tensor, lambda values: values.to(kind.torch_dtype), kind)
 
 
 class ScaledRows(LazyTensor):
-    """A tensor whose entries along dim 0 are each multiplied by a factor, in float32."""
+    """A tensor whose entries along dim 0 are each multiplied by a factor, in float32.
 
-    def __init__(self, source: LazyTensor, factors: Tensor) -> None:
-        assert factors.shape == source.shape[:1], (factors.shape, source.shape)
+    `factors` makes the factors, a 1-D tensor, when a value is read.
+    """
+
+    def __init__(self, source: LazyTensor, factors: Callable[[], Tensor]) -> None:
         self.source = source
         self.factors = factors
-        self.dtype = source.dtype
+        self.kind = source.kind
         self.shape = source.shape
 
     def read(self, dim: int = 0, index: Index = None) -> Tensor:
         """See `LazyTensor.read`."""
-        factors = take(self.factors, 0, index) if dim == 0 else self.factors
+        factors = self.factors()
+        assert factors.shape == self.shape[:1], (factors.shape, self.shape)
+        factors = take(factors, 0, index) if dim == 0 else factors
         values = self.source.read(dim, index)
         factors = factors.view(-1, *(1 for _ in self.shape[1:]))
         return (values.float() * factors).to(self.dtype)
 
 
-@dataclass(eq=False, repr=False)
 class Computed(LazyTensor):
     """A tensor that a function makes when it is read."""
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    function: Callable[[], Tensor]
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype | Dtype, function: Callable[[], Tensor]
+    ) -> None:
+        self.shape, self.kind, self.function = shape, described(dtype), function
 
     def read(self, dim: int = 0, index: Index = None) -> Tensor:
         """See `LazyTensor.read`."""
         return take(self.function(), dim, index)
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype | Dtype) -> LazyTensor:
+    """Return a tensor of zeros: a bias that one side of a conversion has and the other lacks."""
+    return Computed(shape, dtype, functools.partial(_zeros, shape, described(dtype)))
+
+
+def _zeros(shape: tuple[int, ...], kind: Dtype) -> Tensor:
+    import torch
+
+    return torch.zeros(shape, dtype=kind.torch_dtype)
 
 
 def take(tensor: Tensor, dim: int, index: Index) -> Tensor:

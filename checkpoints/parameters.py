@@ -13,13 +13,14 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.lazy import Concat, Index, LazyTensor, Selected
+from mlm_eval.checkpoints.lazy import Concat, Index, LazyTensor, RowOrder, Selected, rows_between
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 """The table that every model has; its rows are the vocabulary, its dtype the model's."""
@@ -57,7 +58,8 @@ class ShardRule:
         sizes = sizes or [parts[0].shape[0] // self.blocks] * self.blocks
         if any(part.shape[0] != sum(sizes) for part in parts):
             return Concat(parts, 0)  # of another shape than the table's, which refuses it by name
-        rows = torch.arange(sum(sizes)).split(sizes)
+        ends = itertools.accumulate(sizes)
+        rows = [rows_between(end - size, end) for end, size in zip(ends, sizes, strict=True)]
         return Concat([Selected(part, block) for block in rows for part in parts], 0)
 
 
@@ -186,6 +188,8 @@ def _as_index(runs: list[range]) -> Index:
     """Return runs of entries as a slice where they follow on one another, else as numbers."""
     if all(left.stop == right.start for left, right in itertools.pairwise(runs)):
         return slice(runs[0].start, runs[-1].stop)
+    import torch
+
     return torch.cat([torch.arange(run.start, run.stop) for run in runs])
 
 
@@ -505,6 +509,16 @@ def num_parameters(config: ModelConfig) -> int:
     return sum(parameter.numel() for parameter in parameters(config).values())
 
 
+def active_parameters(config: ModelConfig) -> int:
+    """Return the weights that a token meets: all but those of experts that it is not sent to."""
+    left_out = (config.num_experts - config.moe_router_topk) * len(config.moe_layers)
+    matrices = 3 if config.gated else 2
+    biases = config.moe_ffn_hidden_size * (matrices - 1) + config.hidden_size
+    width = config.moe_ffn_hidden_size * config.hidden_size
+    each = matrices * width + (biases if config.add_bias_linear else 0)
+    return num_parameters(config) - left_out * each
+
+
 def allowed_tp(config: ModelConfig, limit: int = 1024) -> list[int]:
     """Return the tensor-parallel sizes that a model can be cut into."""
     cut = _cut_widths(config).values()
@@ -563,6 +577,20 @@ def local_units(units: int, tp_rank: int, tp_size: int) -> range:
     assert tp_size % units == 0, (units, tp_size)
     own = tp_rank * units // tp_size
     return range(own, own + 1)
+
+
+@functools.lru_cache(maxsize=8)
+def group_order(heads: int, groups: int, channels: int) -> RowOrder:
+    """Return where each QKV row in group order stands in `[all queries; all keys; all values]`."""
+    return RowOrder((heads + 2 * groups) * channels, _group_order, heads, groups, channels)
+
+
+def _group_order(heads: int, groups: int, channels: int) -> Tensor:
+    import torch
+
+    query = torch.arange(heads * channels).view(groups, heads // groups, channels)
+    key = torch.arange(groups * channels).view(groups, 1, channels) + heads * channels
+    return torch.cat([query, key, key + groups * channels], dim=1).reshape(-1)
 
 
 def local_groups(

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from mlm_eval.checkpoints.deepspeed.settings import NeoxSettings
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.lazy import Computed, Concat, LazyTensor, Selected, Summed
+from mlm_eval.checkpoints.lazy import Concat, LazyTensor, RowOrder, Selected, Summed, zeros
+from mlm_eval.checkpoints.parameters import group_order
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Tensors = dict[str, LazyTensor]
 
@@ -87,7 +90,7 @@ def megatron_norm(tensors: Mapping[str, LazyTensor], *, zero_bias: bool) -> Tens
     """Return a norm's parameters by Megatron's names: gpt-neox's RMSNorm has a `scale`."""
     norm = {("weight" if leaf == "scale" else leaf): tensor for leaf, tensor in tensors.items()}
     if zero_bias and "weight" in norm and "bias" not in norm:
-        norm["bias"] = _zeros(norm["weight"].shape[:1], norm["weight"].dtype)
+        norm["bias"] = zeros(norm["weight"].shape[:1], norm["weight"].kind)
     return norm
 
 
@@ -161,10 +164,16 @@ def _order_gate(block: Tensors) -> None:
     fc1, width = block[f"{_FC1}weight"], block["mlp.linear_fc2.weight"].shape[1]
     if fc1.shape[0] != 2 * width:
         return
-    order = torch.cat([torch.arange(width, 2 * width), torch.arange(width)])
+    order = RowOrder(2 * width, _halves_exchanged, width)
     for leaf in ("weight", "bias"):
         if f"{_FC1}{leaf}" in block:
             block[f"{_FC1}{leaf}"] = Selected(block[f"{_FC1}{leaf}"], order)
+
+
+def _halves_exchanged(width: int) -> Tensor:
+    import torch
+
+    return torch.arange(2 * width).roll(width)
 
 
 def _order_groups(block: Tensors, settings: NeoxSettings, ranks: int, where: str) -> None:
@@ -184,9 +193,7 @@ def _order_groups(block: Tensors, settings: NeoxSettings, ranks: int, where: str
             f"{where}: {qkv.shape[0]} QKV rows of a rank do not fit {heads} query heads and "
             f"{groups} key and value heads; correct it with --set num_query_groups=N"
         )
-    query = torch.arange(heads * channels).view(groups, heads // groups, channels)
-    key = torch.arange(groups * channels).view(groups, 1, channels) + heads * channels
-    order = torch.cat([query, key, key + groups * channels], dim=1).reshape(-1)
+    order = group_order(heads, groups, channels)
     for leaf in ("weight", "bias"):
         if f"{_QKV}{leaf}" in block:
             block[f"{_QKV}{leaf}"] = Selected(block[f"{_QKV}{leaf}"], order)
@@ -202,8 +209,4 @@ def _fill_biases(block: Tensors, settings: NeoxSettings) -> None:
     for name in absent:
         weight = block.get(f"{name}.weight")
         if weight is not None and f"{name}.bias" not in block:
-            block[f"{name}.bias"] = _zeros(weight.shape[:1], weight.dtype)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
-    return Computed(shape, dtype, lambda: torch.zeros(shape, dtype=dtype))
+            block[f"{name}.bias"] = zeros(weight.shape[:1], weight.kind)

@@ -15,8 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mlm_eval.checkpoints.checkpoint import (
     Checkpoint,
     cheap_digest,
@@ -32,7 +30,7 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safe_pickle import printable
 from mlm_eval.checkpoints.files.state_dict import unwrapped
 from mlm_eval.checkpoints.files.torch_file import TorchFile, read_torch_file
-from mlm_eval.checkpoints.lazy import Concat, LazyTensor, Selected
+from mlm_eval.checkpoints.lazy import Concat, LazyTensor, Selected, rows_between
 from mlm_eval.checkpoints.megatron.args import saved_args
 from mlm_eval.checkpoints.megatron.files import Rank, RankFile, flat_tensors
 from mlm_eval.checkpoints.megatron.layout import ExpertLayout
@@ -216,12 +214,12 @@ def _check_same_layers(ranks: Sequence[_Rank], where: str) -> None:
                 "the tensor-parallel ranks only; copy all files of one save"
             )
         for name, tensor in theirs.items():
-            alike = (tensor.shape, tensor.dtype) == (ours[name].shape, ours[name].dtype)
+            alike = (tensor.shape, tensor.kind) == (ours[name].shape, ours[name].kind)
             if not alike or len(tensor.shape) not in (1, 2):
                 raise InputError(
                     f"{where}: {printable(name)} (place {place}) is {list(tensor.shape)} "
-                    f"{tensor.dtype} on a tensor-parallel rank and {list(ours[name].shape)} "
-                    f"{ours[name].dtype} on the first, where vectors and matrices alike are "
+                    f"{tensor.kind} on a tensor-parallel rank and {list(ours[name].shape)} "
+                    f"{ours[name].kind} on the first, where vectors and matrices alike are "
                     "expected; copy all files of one save"
                 )
 
@@ -336,7 +334,8 @@ def _cut_by_rows(
     if len(parts) < 2 or parts[0].shape != by_columns:
         return parts
     whole = Concat(parts, 1)
-    return [Selected(whole, rows) for rows in torch.arange(whole.shape[0]).chunk(len(parts))]
+    starts = [number * words[0] for number in range(len(parts))]
+    return [Selected(whole, rows_between(start, start + words[0])) for start in starts]
 
 
 # ---- args --------------------------------------------------------------------------------------

@@ -17,17 +17,18 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from mlm_eval.checkpoints.dtypes import Dtype
 from mlm_eval.checkpoints.errors import InputError, shown
 from mlm_eval.checkpoints.files.safe_pickle import state_of
 from mlm_eval.checkpoints.files.stand_in import describe_missing, refuse_stand_in
 from mlm_eval.checkpoints.files.torch_file import TorchFile, read_pickle, read_torch_file
 from mlm_eval.checkpoints.folders.file_names import is_file_name
 from mlm_eval.checkpoints.lazy import Index, LazyTensor, MappedFile, StoredTensor, as_index
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 METADATA = ".metadata"
 
@@ -64,7 +65,7 @@ class TensorEntry:
 
     key: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    kind: Dtype
     chunks: tuple[Chunk, ...]
 
 
@@ -224,11 +225,11 @@ def _entries(
     return tensors, objects
 
 
-def _dtype(properties: Any) -> torch.dtype:
+def _dtype(properties: Any) -> Dtype:
     """Return the dtype of pickled TensorProperties: a tuple that it begins, or attributes."""
     state = properties.__dict__.get("stub_state")
     dtype = state[0] if isinstance(state, tuple) else state_of(properties)["dtype"]
-    if not isinstance(dtype, torch.dtype):
+    if not isinstance(dtype, Dtype):
         raise ValueError(f"{shown(dtype)} is not a dtype")
     return dtype
 
@@ -315,7 +316,7 @@ class Archived(LazyTensor):
         self, folder: DistributedFolder, entry: TensorEntry, chunk: Chunk, layer: int | None = None
     ) -> None:
         self.folder, self.key, self.chunk, self.layer = folder, entry.key, chunk, layer
-        self.dtype = entry.dtype
+        self.kind = entry.kind
         self.shape = chunk.sizes if layer is None else chunk.sizes[1:]
         self._stored: StoredTensor | None = None
 
@@ -342,18 +343,18 @@ class Archived(LazyTensor):
         if (
             not isinstance(stored, StoredTensor)
             or stored.shape != self.chunk.sizes
-            or stored.dtype != self.dtype
+            or stored.kind != self.kind
         ):
             raise InputError(
                 f"{path} holds {stored!r} at byte {record.offset}, where {METADATA} announces "
-                f"{self.key} as {list(self.chunk.sizes)} {self.dtype}; files of two checkpoints "
+                f"{self.key} as {list(self.chunk.sizes)} {self.kind}; files of two checkpoints "
                 "may be mixed, copy the folder again"
             )
         if self.layer is None:
             return stored
-        start = stored.offset + self.layer * stored.stride[0] * stored.dtype.itemsize
+        start = stored.offset + self.layer * stored.stride[0] * stored.kind.itemsize
         shape, stride = stored.shape[1:], stored.stride[1:]
-        return StoredTensor(stored.file, start, stored.dtype, shape, stride, stored.checksum)
+        return StoredTensor(stored.file, start, stored.kind, shape, stride, stored.checksum)
 
 
 def _assemble(tiles: Sequence[Tile], shape: tuple[int, ...]) -> LazyTensor:
@@ -369,11 +370,13 @@ class Tiled(LazyTensor):
     def __init__(self, tiles: Sequence[Tile], shape: Sequence[int]) -> None:
         self.tiles = list(tiles)
         self.shape = tuple(shape)
-        self.dtype = self.tiles[0][1].dtype
+        self.kind = self.tiles[0][1].kind
 
     def read(self, dim: int = 0, index: Index = None) -> Tensor:
         """See `LazyTensor.read`. Tiles outside of what is asked for are not opened."""
-        if isinstance(index, Tensor):
+        import torch
+
+        if isinstance(index, torch.Tensor):
             return self._gather(dim, index)
         start = 0 if index is None else index.start or 0
         stop = self.shape[dim] if index is None or index.stop is None else index.stop
@@ -395,6 +398,8 @@ class Tiled(LazyTensor):
         return torch.empty(size, dtype=self.dtype) if result is None else result
 
     def _gather(self, dim: int, index: Tensor) -> Tensor:
+        import torch
+
         size = list(self.shape)
         size[dim] = index.numel()
         result = torch.empty(size, dtype=self.dtype)

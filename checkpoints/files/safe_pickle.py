@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePath, PurePosixPath, PureWindowsPath
 from typing import IO, Any, ClassVar
 
-import torch
+from mlm_eval.checkpoints.dtypes import STORED_DTYPES, Dtype
 
 HOSTILE_MODULES = frozenset(
     """os posix nt subprocess sys shutil socket importlib imp runpy code codeop pty ctypes _ctypes
@@ -168,7 +168,7 @@ def is_scalar(value: Any) -> bool:
         return -(2**63) <= value < 2**64
     if isinstance(value, str):
         return len(value) <= 10_000
-    return value is None or isinstance(value, float | torch.dtype)
+    return value is None or isinstance(value, float | Dtype)
 
 
 def printable(text: str) -> str:
@@ -357,9 +357,8 @@ class SafeUnpickler(pickle._Unpickler):
             return _ALLOWED[module, name]
         if (module, name) in self._containers:
             return self._containers[module, name]
-        # Not getattr: torch imports some of its parts when they are asked for.
-        if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
-            return dtype
+        if module == "torch" and name in STORED_DTYPES:
+            return STORED_DTYPES[name]
         if (module, name) not in self._stubs:
             if len(self.globals_met) >= MAX_GLOBALS:
                 raise pickle.UnpicklingError(f"it names more than {MAX_GLOBALS} classes")

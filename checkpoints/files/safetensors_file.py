@@ -1,28 +1,28 @@
 """The safetensors file format, read late and written piece by piece.
 
 A file is: the header's length (8 bytes, little-endian), a JSON header (name -> dtype, shape, byte
-range), the tensors' bytes back to back. The safetensors library checks the header and reads slices
-of the mapped file. It writes whole state dicts only: here shapes and dtypes make the header, and
-then a few threads write tensors, and runs of rows of large ones, where they belong.
+range), the tensors' bytes back to back. The safetensors library imports torch to open one, so that
+the header is read here; of a file that is damaged the library says what is wrong. It writes whole
+state dicts only: here shapes and dtypes make the header, and then a few threads write tensors, and
+runs of rows of large ones, where they belong.
 Source: https://github.com/huggingface/safetensors, "Format".
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from mlm_eval.checkpoints.dtypes import cast
+from mlm_eval.checkpoints.dtypes import STORED_DTYPES, Dtype, cast, described
 from mlm_eval.checkpoints.errors import InputError, shown
 from mlm_eval.checkpoints.files.stand_in import (
     describe_missing,
@@ -30,25 +30,28 @@ from mlm_eval.checkpoints.files.stand_in import (
     refuse_stand_in,
 )
 from mlm_eval.checkpoints.files.text_file import LARGEST_SETTINGS
-from mlm_eval.checkpoints.lazy import Index, LazyTensor, span, take
+from mlm_eval.checkpoints.lazy import LazyTensor, MappedFile, StoredTensor, row_major
 
-SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+if TYPE_CHECKING:
+    import torch
+
+SAFETENSORS_DTYPES: dict[str, Dtype] = {
+    "F64": STORED_DTYPES["float64"],
+    "F32": STORED_DTYPES["float32"],
+    "F16": STORED_DTYPES["float16"],
+    "BF16": STORED_DTYPES["bfloat16"],
+    "F8_E4M3": STORED_DTYPES["float8_e4m3fn"],
+    "F8_E5M2": STORED_DTYPES["float8_e5m2"],
+    "U64": STORED_DTYPES["uint64"],
+    "U32": STORED_DTYPES["uint32"],
+    "U16": STORED_DTYPES["uint16"],
+    "C64": STORED_DTYPES["complex64"],
+    "I64": STORED_DTYPES["int64"],
+    "I32": STORED_DTYPES["int32"],
+    "I16": STORED_DTYPES["int16"],
+    "I8": STORED_DTYPES["int8"],
+    "U8": STORED_DTYPES["uint8"],
+    "BOOL": STORED_DTYPES["bool"],
 }
 _MOST_BRACKETS = 1 << 20
 
@@ -59,28 +62,12 @@ MOST_WRITERS = 4
 """Threads that read, convert and write; each holds a piece as stored and as written."""
 
 
-class SafetensorsTensor(LazyTensor):
-    """A tensor of a safetensors file, which the library maps; a slice touches its pages only."""
-
-    def __init__(self, file: Any, name: str, dtype: torch.dtype) -> None:
-        self.file, self.name, self.dtype = file, name, dtype
-        self.shape = tuple(file.get_slice(name).get_shape())
-
-    def read(self, dim: int = 0, index: Index = None) -> Tensor:
-        """See `LazyTensor.read`."""
-        if isinstance(index, slice) and self.shape:
-            cut = slice(*span(index, self.shape[dim]))
-            values: Tensor = self.file.get_slice(self.name)[(slice(None),) * dim + (cut,)]
-            return values
-        return take(self.file.get_tensor(self.name), dim, index)
-
-
 @dataclass(frozen=True)
 class SafetensorsFile:
     """One file: its tensors, unread, and the bytes of its header."""
 
     path: Path
-    tensors: dict[str, SafetensorsTensor]
+    tensors: dict[str, StoredTensor]
     header: bytes
 
 
@@ -94,36 +81,93 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     refuse_special(path)
     try:
         header = _read_header(path)
-        file = safe_open(path, framework="pt")
+        return SafetensorsFile(path, _stored_tensors(path, header), header)
     except FileNotFoundError:
         raise InputError(f"{describe_missing(path)}; copy all files of the model") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error}") from None
+    except InputError:
+        raise
+    except _NOT_OF_THIS_FILE:
+        _refuse(path)
+
+
+_NOT_OF_THIS_FILE = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
+"""What reading a header raises that does not describe its file."""
+
+
+def _stored_tensors(path: Path, header: bytes) -> dict[str, StoredTensor]:
+    """Return the tensors that a header describes, by name.
+
+    They stand back to back from the header's end to the end of the file.
+
+    Raises:
+        InputError: The header names a tensor twice, of which the library takes one.
+        _NOT_OF_THIS_FILE: It does not describe this file.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError(f"{path} names {shown(twice)} twice in its header; get it again")
+        return found
+
+    about = json.loads(header.decode(), object_pairs_hook=once)
+    metadata = about.pop("__metadata__", None)
+    if metadata is not None and not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("no metadata")
+    file, at = MappedFile(path), 8 + len(header)
+    found: dict[str, StoredTensor] = {}
+    for name, entry in sorted(about.items(), key=lambda item: item[1]["data_offsets"]):
+        kind, shape = SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"]
+        start, end = (8 + len(header) + offset for offset in entry["data_offsets"])
+        sizes = (start, end, *shape) if isinstance(shape, list) else (None,)
+        if not all(type(size) is int and 0 <= size < 1 << 62 for size in sizes):
+            raise ValueError("no sizes")
+        if not start == at <= end <= file.size or end - at != math.prod(shape) * kind.itemsize:
+            raise ValueError("another place than that of the tensor")
+        found[name] = StoredTensor(file, at, kind, shape, row_major(shape))
+        at = end
+    if at != file.size:
+        raise ValueError("bytes of no tensor")
+    return dict(sorted(found.items()))
+
+
+def _refuse(path: Path) -> NoReturn:
+    """Say what is wrong with a file, as far as it is damaged in the library's words.
+
+    Raises:
+        InputError: In any case.
+    """
+    try:
+        file = safe_open(path, framework="pt")
     except SafetensorError as error:
         refuse_stand_in(path)
         what = str(error).removeprefix("Error while deserializing header: ")
-        raise InputError(
-            f"{path} is cut off, damaged or no safetensors file ({what:.200}); download or copy "
-            "the file again"
-        ) from None
-    tensors = {}
-    for name in file.keys():
-        code = file.get_slice(name).get_dtype()
-        if code not in SAFETENSORS_DTYPES:
-            raise InputError(
-                f"{path} holds {name} as {code}, a form of quantized weights that mlm-eval does "
-                "not read; use the model in float32, bfloat16 or float16"
-            )
-        tensors[name] = SafetensorsTensor(file, name, SAFETENSORS_DTYPES[code])
-    return SafetensorsFile(path, tensors, header)
+    else:
+        what = "its header does not describe it"
+        for name in file.keys():
+            code = file.get_slice(name).get_dtype()
+            if code not in SAFETENSORS_DTYPES:
+                raise InputError(
+                    f"{path} holds {name} as {code}, a form of quantized weights that mlm-eval "
+                    "does not read; use the model in float32, bfloat16 or float16"
+                )
+    raise InputError(
+        f"{path} is cut off, damaged or no safetensors file ({what:.200}); download or copy "
+        "the file again"
+    )
 
 
 def _read_header(path: Path) -> bytes:
     """Return the bytes of a file's header.
 
     Raises:
-        InputError: It is larger than any, or names a tensor twice, of which the library takes one.
+        InputError: It is larger than any.
         OSError: The file cannot be read.
+        ValueError: The file ends before it does.
     """
     with path.open("rb") as stream:
         start = stream.read(8)
@@ -135,23 +179,10 @@ def _read_header(path: Path) -> bytes:
                 "download or copy the file again"
             )
         header = stream.read(length)
+    if len(start) < 8 or len(header) < length:
+        raise ValueError("cut off")
     if header.count(b"[") + header.count(b"{") > _MOST_BRACKETS:
         raise InputError(f"{path} has more lists in its header than any file; get it again")
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise InputError(f"{path} names {shown(twice)} twice in its header; get it again")
-        return found
-
-    try:
-        json.loads(header, object_pairs_hook=once)
-    except InputError:
-        raise
-    except (ValueError, RecursionError):
-        pass  # the library says what is wrong
     return header
 
 
@@ -186,12 +217,12 @@ def write_safetensors(
     Raises:
         InputError: A finite value becomes infinite in `dtype`.
     """
-    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    names = {kind: name for name, kind in SAFETENSORS_DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
     targets = {name: None if name in kept else dtype for name in tensors}
     at = 0
     for name, tensor in tensors.items():
-        target = targets[name] or tensor.dtype
+        target = described(targets[name] or tensor.kind)
         size = tensor.numel * target.itemsize
         header[name] = {
             "dtype": names[target],
@@ -219,6 +250,7 @@ def _write_pieces(
     on_bytes: Callable[[int], None] | None,
 ) -> None:
     """Read, convert and write pieces, each by one of a few threads."""
+    import torch
 
     def write(piece: _Piece) -> int:
         torch.set_num_threads(1)  # one intra-op thread per writer; the pool uses the other cores
@@ -254,7 +286,7 @@ def _pieces(
         yield _Piece(name, tensor, None, offset, dtype)
         return
     rows = max(1, PIECE_BYTES * tensor.shape[0] // tensor.nbytes)
-    row_bytes = tensor.numel // tensor.shape[0] * (dtype or tensor.dtype).itemsize
+    row_bytes = tensor.numel // tensor.shape[0] * described(dtype or tensor.kind).itemsize
     for start in range(0, tensor.shape[0], rows):
         run = slice(start, min(start + rows, tensor.shape[0]))
         yield _Piece(name, tensor, run, offset + start * row_bytes, dtype)

@@ -22,8 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
+from mlm_eval.checkpoints.dtypes import STORED_DTYPES, Dtype
 from mlm_eval.checkpoints.errors import InputError, first_line, shown
 from mlm_eval.checkpoints.files.safe_pickle import (
     SafeUnpickler,
@@ -49,14 +48,14 @@ _MAX_DIMS = 64  # torch's own limit
 
 @dataclass(frozen=True, eq=False)
 class _StorageType:
-    dtype: torch.dtype
+    dtype: Dtype
 
 
 @dataclass(frozen=True, eq=False)
 class _Storage:
     """A run of elements in the file, from byte `offset`."""
 
-    dtype: torch.dtype
+    dtype: Dtype
     numel: int
     file: MappedFile
     offset: int
@@ -81,14 +80,12 @@ def _rebuild_tensor_v3(
     dtype = rest[2] if len(rest) > 2 else None
     if isinstance(dtype, type) and issubclass(dtype, Stub):  # of a newer torch
         return dtype()
-    if not isinstance(storage, _Storage) or not isinstance(dtype, torch.dtype):
+    if not isinstance(storage, _Storage) or not isinstance(dtype, Dtype):
         raise pickle.UnpicklingError("a tensor without a storage or a dtype")
     return _tensor(storage, offset, size, stride, dtype)
 
 
-def _tensor(
-    storage: _Storage, offset: Any, size: Any, stride: Any, dtype: torch.dtype
-) -> StoredTensor:
+def _tensor(storage: _Storage, offset: Any, size: Any, stride: Any, dtype: Dtype) -> StoredTensor:
     if not isinstance(size, tuple) or not isinstance(stride, tuple) or len(size) != len(stride):
         raise pickle.UnpicklingError("a tensor without a shape")
     numbers = (offset, *size[: _MAX_DIMS + 1], *stride[: _MAX_DIMS + 1])
@@ -135,19 +132,19 @@ _REBUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
 
 UNTYPED = "UntypedStorage"
 STORAGE_DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexFloatStorage": torch.complex64,
-    "ComplexDoubleStorage": torch.complex128,
-    UNTYPED: torch.uint8,
+    "DoubleStorage": STORED_DTYPES["float64"],
+    "FloatStorage": STORED_DTYPES["float32"],
+    "HalfStorage": STORED_DTYPES["float16"],
+    "BFloat16Storage": STORED_DTYPES["bfloat16"],
+    "LongStorage": STORED_DTYPES["int64"],
+    "IntStorage": STORED_DTYPES["int32"],
+    "ShortStorage": STORED_DTYPES["int16"],
+    "CharStorage": STORED_DTYPES["int8"],
+    "ByteStorage": STORED_DTYPES["uint8"],
+    "BoolStorage": STORED_DTYPES["bool"],
+    "ComplexFloatStorage": STORED_DTYPES["complex64"],
+    "ComplexDoubleStorage": STORED_DTYPES["complex128"],
+    UNTYPED: STORED_DTYPES["uint8"],
 }
 """torch's storage classes in pickles -> the dtype of their elements."""
 
@@ -159,7 +156,7 @@ class _TorchUnpickler(SafeUnpickler):
         self,
         stream: IO[bytes],
         met: set[tuple[str, str]],
-        storage: Callable[[str, torch.dtype, int], _Storage],
+        storage: Callable[[str, Dtype, int], _Storage],
     ) -> None:
         super().__init__(stream, met)
         self.storage = storage
@@ -318,7 +315,7 @@ class _ZipStorages:
         self.starts: dict[str, int] = {}
         self.checksums: dict[str, Checksum] = {}
 
-    def __call__(self, key: str, dtype: torch.dtype, numel: int) -> _Storage:
+    def __call__(self, key: str, dtype: Dtype, numel: int) -> _Storage:
         record = self.archive.getinfo(f"{self.prefix}data/{key}")
         _refuse_odd_record(self.file.path, record)
         if record.file_size < numel * dtype.itemsize:
@@ -410,10 +407,10 @@ class _StreamStorages:
 
     def __init__(self, file: MappedFile) -> None:
         self.file = file
-        self.sizes: dict[str, tuple[torch.dtype, int]] = {}
+        self.sizes: dict[str, tuple[Dtype, int]] = {}
         self.starts: dict[str, int] | None = None
 
-    def __call__(self, key: str, dtype: torch.dtype, numel: int) -> _Storage:
+    def __call__(self, key: str, dtype: Dtype, numel: int) -> _Storage:
         if self.sizes.setdefault(key, (dtype, numel)) != (dtype, numel):
             raise pickle.UnpicklingError(f"storage {key} is described in two ways")
         if self.starts is not None and key not in self.starts:

@@ -38,7 +38,9 @@ _BLOCK = 1 << 24
 _ZIP64_FROM = 1 << 30  # zipfile itself decides near 2 GiB; deciding earlier keeps the padding right
 
 _STORAGE_TYPES: dict[torch.dtype, type] = {
-    dtype: getattr(torch, name) for name, dtype in STORAGE_DTYPES.items() if name != UNTYPED
+    dtype.torch_dtype: getattr(torch, name)
+    for name, dtype in STORAGE_DTYPES.items()
+    if name != UNTYPED
 }
 
 

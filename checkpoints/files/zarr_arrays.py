@@ -15,24 +15,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from mlm_eval.checkpoints.dtypes import STORED_DTYPES, Dtype
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.distcp import Tiled
 from mlm_eval.checkpoints.files.text_file import read_json_object
-from mlm_eval.checkpoints.lazy import LazyTensor, MappedFile, StoredTensor, Unstacked
+from mlm_eval.checkpoints.lazy import LazyTensor, MappedFile, StoredTensor, Unstacked, row_major
 from mlm_eval.checkpoints.soundness.copies import copied_on_purpose, copied_parts, refuse_copied
 
 ARRAY = ".zarray"
 """The file in each array's folder that describes it."""
 
 _DTYPES = {
-    "<f4": torch.float32,
-    "<f2": torch.float16,
-    "<f8": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "|u1": torch.uint8,
-    "<i8": torch.int64,
+    "<f4": STORED_DTYPES["float32"],
+    "<f2": STORED_DTYPES["float16"],
+    "<f8": STORED_DTYPES["float64"],
+    "bfloat16": STORED_DTYPES["bfloat16"],
+    "|u1": STORED_DTYPES["uint8"],
+    "<i8": STORED_DTYPES["int64"],
 }
 _MOST_CHUNKS = 1 << 20
 
@@ -45,7 +44,7 @@ class ZarrArray:
     shape: tuple[int, ...]
     chunk: tuple[int, ...]
     """Shape of a whole chunk."""
-    dtype: torch.dtype
+    kind: Dtype
 
     def files(self) -> Iterator[tuple[tuple[int, ...], Path]]:
         """Yield the offsets of each chunk in the array, and its file."""
@@ -82,9 +81,9 @@ class ZarrFolder:
                 "value; copy the checkpoint again"
             )
         tiles = []
-        strides = [math.prod(array.chunk[dim + 1 :]) for dim in range(len(array.chunk))]
+        strides = row_major(array.chunk)
         for offsets, path in array.files():
-            expected = math.prod(array.chunk) * array.dtype.itemsize
+            expected = math.prod(array.chunk) * array.kind.itemsize
             found = path.stat().st_size if path.is_file() else None
             if found != expected:
                 what = "is missing" if found is None else f"has {found:,} of {expected:,} bytes"
@@ -94,7 +93,7 @@ class ZarrFolder:
                 )
             inside = zip(array.shape, offsets, array.chunk, strict=True)
             shape = [min(size - offset, part) for size, offset, part in inside]
-            tiles.append((offsets, StoredTensor(MappedFile(path), 0, array.dtype, shape, strides)))
+            tiles.append((offsets, StoredTensor(MappedFile(path), 0, array.kind, shape, strides)))
         if len(tiles) == 1:
             return tiles[0][1]
         if len(array.shape) > 1:
@@ -166,8 +165,8 @@ def _read_array(folder: Path) -> ZarrArray:
     if about.get("dimension_separator", ".") != ".":
         raise InputError(f"{path}: its chunks are not named 0.0; use the one that Megatron wrote")
     shape, chunk = (_sizes(about.get(name), path) for name in ("shape", "chunks"))
-    dtype = _DTYPES.get(str(about.get("dtype")))
-    if dtype is None:
+    kind = _DTYPES.get(str(about.get("dtype")))
+    if kind is None:
         raise InputError(f"{path}: dtype {about.get('dtype')!r} is not one that Megatron writes")
     fits = len(shape) == len(chunk) and all(part > 0 for part in chunk)
     if not fits or math.prod(-(-s // c) for s, c in zip(shape, chunk, strict=True)) > _MOST_CHUNKS:
@@ -175,7 +174,7 @@ def _read_array(folder: Path) -> ZarrArray:
             f"{path}: chunks {list(chunk)} do not fit the shape {list(shape)}; copy the checkpoint "
             "again"
         )
-    return ZarrArray(folder, shape, chunk, dtype)
+    return ZarrArray(folder, shape, chunk, kind)
 
 
 def _sizes(value: Any, path: Path) -> tuple[int, ...]:

@@ -6,12 +6,15 @@ comparison does so where two checkpoints differ in nothing but the form.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint, with_each
 from mlm_eval.checkpoints.config import ModelConfig
-from mlm_eval.checkpoints.lazy import LazyTensor, Mapped, Selected
+from mlm_eval.checkpoints.lazy import LazyTensor, Mapped, RowOrder, Selected
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def is_gain(name: str) -> bool:
@@ -71,11 +74,13 @@ def with_paired_rotary(checkpoint: Checkpoint) -> Checkpoint:
     c = checkpoint.config
     if not c.rotary or c.rotary_interleaved:
         return checkpoint
-    return _with_channels(checkpoint, torch.argsort(_halves(c)))
+    return _with_channels(checkpoint, _halves(c).argsort())
 
 
 def _halves(c: ModelConfig) -> Tensor:
     """Return the channels of a head: first ones of all pairs, second ones, those not rotated."""
+    import torch
+
     rotated = int(c.kv_channels * c.rotary_percent)
     return torch.cat(
         [
@@ -88,6 +93,8 @@ def _halves(c: ModelConfig) -> Tensor:
 
 def _with_channels(checkpoint: Checkpoint, channels: Tensor) -> Checkpoint:
     """Return the checkpoint with the channels of queries and keys in another order."""
+    import torch
+
     c = checkpoint.config
     rows = torch.arange(c.qkv_size).view(c.num_query_groups, -1, c.kv_channels)  # [G, q|k|v, hn]
     rows = torch.cat([rows[:, :-1, channels], rows[:, -1:]], dim=1).reshape(-1)
@@ -107,12 +114,9 @@ def with_paired_latents(checkpoint: Checkpoint) -> Checkpoint:
     Only those of DeepSeek V3 with `rope_interleave` off have the latter.
     """
     c = checkpoint.config
-    turned = c.qk_pos_emb_head_dim
-    pairs = torch.arange(turned).view(2, -1).t().reshape(-1)  # 0, d/2, 1, d/2 + 1, ...
-    width = c.qk_head_dim + turned
-    head = torch.cat([torch.arange(c.qk_head_dim), c.qk_head_dim + pairs])
-    queries = (torch.arange(c.num_attention_heads)[:, None] * width + head).reshape(-1)
-    keys = torch.cat([torch.arange(c.kv_lora_rank), c.kv_lora_rank + pairs])
+    heads, turned, latent = c.num_attention_heads, c.qk_pos_emb_head_dim, c.kv_lora_rank
+    queries = RowOrder(heads * (c.qk_head_dim + turned), _paired, heads, c.qk_head_dim, turned)
+    keys = RowOrder(latent + turned, _paired, 1, latent, turned)
     orders = {"linear_q_proj": queries, "linear_q_up_proj": queries, "linear_kv_down_proj": keys}
 
     def paired(name: str, tensor: LazyTensor) -> LazyTensor:
@@ -120,3 +124,12 @@ def with_paired_latents(checkpoint: Checkpoint) -> Checkpoint:
         return Selected(tensor, orders[module]) if module in orders else tensor
 
     return with_each(checkpoint, paired)
+
+
+def _paired(heads: int, plain: int, turned: int) -> Tensor:
+    """Return the channels of heads: the `plain` ones of each, and its `turned` ones in pairs."""
+    import torch
+
+    pairs = torch.arange(turned).view(2, -1).t().reshape(-1)  # 0, d/2, 1, d/2 + 1, ...
+    head = torch.cat([torch.arange(plain), plain + pairs])
+    return (torch.arange(heads)[:, None] * (plain + turned) + head).reshape(-1)

@@ -7,28 +7,25 @@ undoes the other exactly.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.lazy import (
-    Computed,
     Concat,
     LazyTensor,
+    RowOrder,
     Selected,
     Stacked,
     Transposed,
     Unstacked,
+    rows_between,
 )
+from mlm_eval.checkpoints.parameters import group_order
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shape = tuple[int, ...]
-
-
-def zeros(shape: Shape, dtype: torch.dtype) -> LazyTensor:
-    """Return a tensor of zeros: a bias that one side of a conversion has and the other lacks."""
-    return Computed(shape, dtype, lambda: torch.zeros(shape, dtype=dtype))
 
 
 class Layout:
@@ -72,7 +69,7 @@ class Conv1DQKV(Conv1D):
 
     def unpack(self, tensor: LazyTensor, config: ModelConfig) -> list[LazyTensor]:
         """See `Layout`."""
-        return [_transpose(Selected(tensor, torch.argsort(_group_order(config))))]
+        return [_transpose(Selected(tensor, _group_order(config).rows.argsort()))]
 
 
 class SplitQKV(Layout):
@@ -88,7 +85,7 @@ class SplitQKV(Layout):
 
     def unpack(self, tensor: LazyTensor, config: ModelConfig) -> list[LazyTensor]:
         """See `Layout`."""
-        places = torch.argsort(_group_order(config)).split(_qkv_rows(config))
+        places = _group_order(config).rows.argsort().split(_qkv_rows(config))
         return [Selected(tensor, rows) for rows in places]
 
 
@@ -101,13 +98,14 @@ class SplitKV(Layout):
 
     def pack(self, parts: list[LazyTensor], config: ModelConfig) -> LazyTensor:
         """See `Layout`."""
-        rows = torch.arange(2 * parts[0].shape[0]).view(2, -1, config.kv_channels)  # [k|v, H, d]
-        return Selected(Concat(parts, 0), rows.transpose(0, 1).reshape(-1))
+        count, channels = 2 * parts[0].shape[0], config.kv_channels
+        order = RowOrder(count, _exchanged, count, (2, -1, channels))  # [k|v, H, d]
+        return Selected(Concat(parts, 0), order)
 
     def unpack(self, tensor: LazyTensor, config: ModelConfig) -> list[LazyTensor]:
         """See `Layout`."""
-        rows = torch.arange(tensor.shape[0]).view(-1, 2, config.kv_channels)  # [H, k|v, d]
-        return [Selected(tensor, rows[:, part].reshape(-1)) for part in (0, 1)]
+        order = _exchanged(tensor.shape[0], (-1, 2, config.kv_channels))  # [H, k|v, d]
+        return [Selected(tensor, rows) for rows in order.chunk(2)]
 
 
 class GateUp(Layout):
@@ -123,7 +121,9 @@ class GateUp(Layout):
 
     def unpack(self, tensor: LazyTensor, config: ModelConfig) -> list[LazyTensor]:
         """See `Layout`."""
-        return [Selected(tensor, rows) for rows in torch.arange(tensor.shape[0]).chunk(2)]
+        rows = tensor.shape[0]
+        halves = (rows_between(0, rows // 2), rows_between(rows // 2, rows))
+        return [Selected(tensor, half) for half in halves]
 
 
 class ExpertsTransposed(Layout):
@@ -156,12 +156,13 @@ class ExpertsAlternating(ExpertsTransposed):
 
     def pack(self, parts: list[LazyTensor], config: ModelConfig) -> LazyTensor:
         """See `Layout`."""
-        order = torch.arange(2 * config.moe_ffn_hidden_size).view(-1, 2).t().reshape(-1)
+        count = 2 * config.moe_ffn_hidden_size
+        order = RowOrder(count, _exchanged, count, (-1, 2))
         return self._each(parts[0], lambda part: Selected(part, order))
 
     def unpack(self, tensor: LazyTensor, config: ModelConfig) -> list[LazyTensor]:
         """See `Layout`."""
-        order = torch.arange(2 * config.moe_ffn_hidden_size).view(2, -1).t().reshape(-1)
+        order = _exchanged(2 * config.moe_ffn_hidden_size, (2, -1))
         return [self._each(tensor, lambda part: Selected(part, order), before=True)]
 
 
@@ -211,14 +212,12 @@ def _qkv_rows(config: ModelConfig) -> list[int]:
     return [config.num_attention_heads * config.kv_channels, groups, groups]
 
 
-@lru_cache(maxsize=8)
-def _group_order(config: ModelConfig) -> Tensor:
-    """Return where each canonical QKV row stands in `[all queries; all keys; all values]`."""
-    heads, groups, channels = (
-        config.num_attention_heads,
-        config.num_query_groups,
-        config.kv_channels,
-    )
-    query = torch.arange(heads * channels).view(groups, heads // groups, channels)
-    key = torch.arange(groups * channels).view(groups, 1, channels) + heads * channels
-    return torch.cat([query, key, key + groups * channels], dim=1).reshape(-1)
+def _group_order(config: ModelConfig) -> RowOrder:
+    return group_order(config.num_attention_heads, config.num_query_groups, config.kv_channels)
+
+
+def _exchanged(count: int, shape: tuple[int, ...]) -> Tensor:
+    """Return the numbers of `count` rows that stand as `shape`, its first two dims exchanged."""
+    import torch
+
+    return torch.arange(count).view(shape).transpose(0, 1).reshape(-1)

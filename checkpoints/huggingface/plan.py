@@ -59,7 +59,6 @@ from mlm_eval.checkpoints.huggingface.layers.prediction import (
     has_place_for_heads,
     unpack_heads,
 )
-from mlm_eval.checkpoints.huggingface.layout import zeros
 from mlm_eval.checkpoints.huggingface.reader import Found
 from mlm_eval.checkpoints.huggingface.t5 import (
     OUTPUT_BIAS,
@@ -74,7 +73,7 @@ from mlm_eval.checkpoints.huggingface.tokenizer import (
     no_tokenizer_files,
     tokenizer_files,
 )
-from mlm_eval.checkpoints.lazy import LazyTensor, cast_to
+from mlm_eval.checkpoints.lazy import LazyTensor, cast_to, zeros
 from mlm_eval.checkpoints.parameters import (
     WORD_EMBEDDINGS,
     num_prediction_heads,

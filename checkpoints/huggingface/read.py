@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mlm_eval.checkpoints.checkpoint import (
     Checkpoint,
     Provenance,
@@ -22,7 +20,7 @@ from mlm_eval.checkpoints.checkpoint import (
     training_state,
 )
 from mlm_eval.checkpoints.config import ModelConfig
-from mlm_eval.checkpoints.dtypes import dtype_name
+from mlm_eval.checkpoints.dtypes import STORED_DTYPES
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safetensors_file import read_safetensors
 from mlm_eval.checkpoints.files.state_dict import common_prefix, plain_tensor, unwrapped
@@ -40,13 +38,13 @@ from mlm_eval.checkpoints.huggingface.layers.prediction import (
     has_place_for_heads,
     pack_heads,
 )
-from mlm_eval.checkpoints.huggingface.layout import zeros
 from mlm_eval.checkpoints.huggingface.quantized.fp8 import is_fp8, with_fp8_unpacked
 from mlm_eval.checkpoints.huggingface.quantized.mxfp4 import with_mxfp4_unpacked
 from mlm_eval.checkpoints.huggingface.reader import Found, HubConfigReader
 from mlm_eval.checkpoints.huggingface.t5 import OUTPUT_BIAS, queries_factor, with_scaled_queries
-from mlm_eval.checkpoints.lazy import LazyTensor, runs
+from mlm_eval.checkpoints.lazy import LazyTensor, runs, zeros
 from mlm_eval.checkpoints.parameters import parameters
+from mlm_eval.checkpoints.soundness.stored_bits import same_values
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """In transformers' order of preference; each may also be split, with an index beside it."""
@@ -372,7 +370,7 @@ def _inspect(weights: Weights, family: Family, hf: Mapping[str, Any]) -> Found:
     copy = weights.find(f"{names['output_layer']}.weight") if tied else None
     return Found(
         vocab_size=table.shape[0],
-        params_dtype=dtype_name(table.dtype),
+        params_dtype=table.kind.name,
         untied=copy is not None and not _equal(copy, table),
         heads=_bert_heads(weights, hf) if family.kind == "bert" else {},
         tensors=len(weights.tensors),
@@ -396,6 +394,11 @@ def _drop_copies(weights: Weights, table: LazyTensor) -> None:
 
 def _equal(one: LazyTensor, other: LazyTensor) -> bool:
     """Compare all rows of two tables: new or retrained special tokens may be all that differs."""
+    same = same_values(one, other)
+    if same is not None:
+        return same
+    import torch
+
     return one.shape == other.shape and all(
         torch.equal(a.double(), b.double()) for a, b in zip(runs(one), runs(other), strict=True)
     )
@@ -451,7 +454,7 @@ def _pack(
                     f"{weights.folder / 'config.json'}: the settings call for {name}, which no "
                     f"{family.model_type} model has; a --set value is wrong"
                 )
-            tensors[name] = zeros(parameter.shape, getattr(torch, config.params_dtype))
+            tensors[name] = zeros(parameter.shape, STORED_DTYPES[config.params_dtype])
             filled.append(name)
             continue
         if entry.whole and weights.find(entry.whole) is not None:

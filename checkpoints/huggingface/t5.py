@@ -10,11 +10,10 @@ table without it, as Megatron's, is written a second time, as a table of its own
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
@@ -23,6 +22,9 @@ from mlm_eval.checkpoints.huggingface.families.family import Family
 from mlm_eval.checkpoints.huggingface.families.t5 import ACTIVATIONS_OF_T5, GATED_T5, PLAIN_T5
 from mlm_eval.checkpoints.huggingface.reader import DEFAULT, Found, HubConfigReader
 from mlm_eval.checkpoints.lazy import LazyTensor, Mapped, ScaledRows, runs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OUTPUT_BIAS = "output_layer.bias"
 
@@ -81,10 +83,17 @@ def with_scaled_queries(
     for name, tensor in tensors.items():
         if ".linear_qkv." in name or ".linear_q." in name:
             kinds = 3 if ".linear_qkv." in name else 1  # q, k, v of each head, or q alone
-            factors = torch.ones(config.num_attention_heads, kinds, config.kv_channels)
-            factors[:, 0] = factor
-            found[name] = ScaledRows(tensor, factors.flatten())
+            found[name] = ScaledRows(tensor, functools.partial(_factors, config, kinds, factor))
     return found
+
+
+def _factors(config: ModelConfig, kinds: int, factor: float) -> Tensor:
+    """Return a factor for each row of heads of so many kinds: 1 but for the queries, the first."""
+    import torch
+
+    factors = torch.ones(config.num_attention_heads, kinds, config.kv_channels)
+    factors[:, 0] = factor
+    return factors.flatten()
 
 
 def with_unscaled_scores(checkpoint: Checkpoint, notes: list[str] | None = None) -> Checkpoint:
@@ -119,7 +128,7 @@ def with_plain_logits(checkpoint: Checkpoint) -> Checkpoint:
     if c.logit_multiplier == 1.0:
         return checkpoint
     gain, factor = checkpoint.tensors[name], c.logit_multiplier
-    scaled = Mapped(gain, lambda values: (values.float() * factor).to(gain.dtype), gain.dtype)
+    scaled = Mapped(gain, lambda values: (values.float() * factor).to(gain.dtype), gain.kind)
     tensors = {**checkpoint.tensors, name: scaled}
     config = dataclasses.replace(c, logit_multiplier=1.0)
     return dataclasses.replace(checkpoint, config=config, tensors=tensors)

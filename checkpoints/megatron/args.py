@@ -15,8 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import (
     GATED_ACTIVATIONS,
@@ -25,6 +23,7 @@ from mlm_eval.checkpoints.config import (
     ModelConfig,
     RopeScaling,
 )
+from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safe_pickle import Stub, attributes_of, printable
 from mlm_eval.checkpoints.megatron import family_args
@@ -1050,8 +1049,8 @@ def _args_of_layout(
         "padded_vocab_size": layout.vocab_size,
         "make_vocab_size_divisible_by": layout.divisible_by,
         "params_dtype": layout.params_dtype,
-        "fp16": layout.params_dtype == torch.float16,
-        "bf16": layout.params_dtype == torch.bfloat16,
+        "fp16": dtype_name(layout.params_dtype) == "float16",
+        "bf16": dtype_name(layout.params_dtype) == "bfloat16",
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "transformer_pipeline_model_parallel_size": layout.pp,

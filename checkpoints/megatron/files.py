@@ -303,8 +303,8 @@ def split_slabs(tensors: Mapping[str, LazyTensor], ep: int) -> dict[str, LazyTen
         for expert in range(experts):
             slab = StoredTensor(
                 tensor.file,
-                tensor.offset + expert * size * tensor.dtype.itemsize,
-                tensor.dtype,
+                tensor.offset + expert * size * tensor.kind.itemsize,
+                tensor.kind,
                 shape,
                 (shape[1], 1),
                 tensor.checksum,
@@ -338,7 +338,7 @@ def stack_experts(tensors: Mapping[str, LazyTensor], where: str) -> dict[str, La
                 "save"
             )
         ordered = [parts[number] for number in sorted(parts)]
-        if len({(part.shape, part.dtype) for part in ordered}) > 1:
+        if len({(part.shape, part.kind) for part in ordered}) > 1:
             raise InputError(
                 f"{where}: the experts of {name} differ in shape or dtype; two checkpoints may be "
                 "mixed, copy all files of one save"

@@ -66,9 +66,12 @@ def _train_state(root: Path) -> str:
         return ""
     value = read_torch_file(root / TRAIN_STATE).value
     step = value.get("step") if isinstance(value, dict) else None
-    if not isinstance(step, StoredTensor) or step.numel != 1 or step.dtype.is_floating_point:
+    if not isinstance(step, StoredTensor) or step.numel != 1 or step.kind.is_floating_point:
         return ""
-    return iteration_folder(int(step.read().item()))
+    if step.checksum is not None:
+        step.checksum.compare()
+    number = b"".join(step.file.blocks(step.offset, step.nbytes))
+    return iteration_folder(int.from_bytes(number, "little", signed=True))
 
 
 def find_iteration(root: Path) -> Path:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, TypedDict, Unpack
-
-import torch
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig, RopeScaling, yarn_mscale
@@ -19,6 +17,9 @@ from mlm_eval.checkpoints.megatron.layers.branches import lacking_branches
 from mlm_eval.checkpoints.parameters import WORD_EMBEDDINGS, allowed_tp, check_tp
 from mlm_eval.checkpoints.tokenizer import check_entries
 from mlm_eval.checkpoints.tokenizers.tokenizer_type import LEGACY_TYPES
+
+if TYPE_CHECKING:
+    import torch
 
 NAMES = ("core", "legacy")
 

@@ -25,7 +25,6 @@ from mlm_eval.checkpoints.checkpoint import (
     ends_of,
     training_state,
 )
-from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.distcp import (
     METADATA,
@@ -189,7 +188,7 @@ def _checkpoint(
         code="core",
         overrides=overrides,
         where=str(folder),
-        params_dtype=dtype_name(tensors[WORD_EMBEDDINGS].dtype),
+        params_dtype=tensors[WORD_EMBEDDINGS].kind.name,
     )
     found = {
         names.prediction_name(key, str(folder)): tensor

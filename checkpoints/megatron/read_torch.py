@@ -12,9 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.checkpoint import (
     Checkpoint,
@@ -25,9 +23,8 @@ from mlm_eval.checkpoints.checkpoint import (
     training_state,
 )
 from mlm_eval.checkpoints.config import ConfigBuilder, ModelConfig
-from mlm_eval.checkpoints.dtypes import dtype_name
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.lazy import Concat, LazyTensor, Selected, StoredTensor
+from mlm_eval.checkpoints.lazy import Concat, LazyTensor, RowOrder, Selected, StoredTensor
 from mlm_eval.checkpoints.megatron import names
 from mlm_eval.checkpoints.megatron.args import (
     build_config,
@@ -81,6 +78,9 @@ from mlm_eval.checkpoints.soundness.replicas import (
     gap_of,
     split_by_size,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 PREDICTION_HEADS = (
     "heads of multi-token prediction, which the main head never sees: kept by conversions to "
@@ -280,7 +280,7 @@ def merge_ranks(
     _check_same_keys(columns, files, where)
     shapes = {name: _full_shape(name, [shard[name] for shard in shards]) for name in shards[0]}
     shapes |= stacked_shapes(experts)
-    params_dtype = dtype_name(shards[0][WORD_EMBEDDINGS].dtype)
+    params_dtype = shards[0][WORD_EMBEDDINGS].kind.name
     built = (
         build(shapes, params_dtype)
         if build
@@ -580,12 +580,12 @@ def _check_same_keys(
                 "copy all ranks of one save"
             )
         for name, tensor in column.items():
-            if tensor.dtype != ours[name].dtype or (
+            if tensor.kind != ours[name].kind or (
                 tensor.shape != ours[name].shape and not name.endswith("_down_proj.weight")
             ):
                 raise InputError(
                     f"{where} mixes two checkpoints: {name} is {list(ours[name].shape)} "
-                    f"{ours[name].dtype} in {first} and {list(tensor.shape)} {tensor.dtype} in "
+                    f"{ours[name].kind} in {first} and {list(tensor.shape)} {tensor.kind} in "
                     f"{theirs}; copy all ranks of one save"
                 )
 
@@ -609,7 +609,8 @@ def _in_group_order(
             f"{where}: checkpoint_version {version} is older than grouped-query attention, "
             "which its weights have; correct it with --set checkpoint_version=3.0"
         )
-    order = qkv_order(version, config.num_attention_heads // len(parts), config.kv_channels)
+    heads, channels = config.num_attention_heads // len(parts), config.kv_channels
+    order = RowOrder(heads * 3 * channels, qkv_order, version, heads, channels)
     return [Selected(part, order) for part in parts]
 
 
@@ -619,6 +620,8 @@ def qkv_order(version: float, heads: int, channels: int) -> torch.Tensor:
     Version 0 keeps `[3, heads, channels]`, version 1.0 `[heads, channels, 3]`.
     Source: docs/megatron.md, "QKV row order".
     """
+    import torch
+
     rows = torch.arange(heads * 3 * channels)
     if version == 0.0:
         return rows.view(3, heads, channels).permute(1, 0, 2).reshape(-1)

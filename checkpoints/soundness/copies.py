@@ -11,12 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import combinations
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import LazyTensor, runs
+from mlm_eval.checkpoints.soundness.stored_bits import bits, sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _EXPERT = re.compile(r"(.+\.experts\.(?:.+\.)?)(\d+)\.")
 _LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.")
@@ -142,7 +144,7 @@ def _equal_pair(units: Mapping[int, Unit]) -> tuple[int, int] | None:
     alike: dict[Hashable, list[int]] = {}
     for number, unit in units.items():
         if name := next(iter(sorted(unit)), None):
-            alike.setdefault((unit[name].shape, _bytes(_row(unit[name]))), []).append(number)
+            alike.setdefault((unit[name].shape, sample(unit[name])), []).append(number)
     pairs = (pair for numbers in alike.values() for pair in combinations(numbers, 2))
     return next((pair for pair in pairs if _same(*(units[number] for number in pair))), None)
 
@@ -151,14 +153,14 @@ def _same(one: Unit, other: Unit) -> bool:
     """Whether two units are bit-equal and have values that differ among themselves."""
     if one.keys() != other.keys() or any(one[k].shape != other[k].shape for k in one):
         return False
-    if any(_bytes(_row(one[name])) != _bytes(_row(other[name])) for name in one):
+    if any(sample(one[name]) != sample(other[name]) for name in one):
         return False
     if all(_is_constant(_row(tensor)) for tensor in one.values()):
         return False  # drawn as constants: equal everywhere
     pieces: Iterable[tuple[Tensor, Tensor]] = (
         pair for name in one for pair in zip(runs(one[name]), runs(other[name]), strict=True)
     )
-    if not all(_bytes(a) == _bytes(b) for a, b in pieces):
+    if not all(bits(a) == bits(b) for a, b in pieces):
         return False
     # Vectors are alike by chance, and padding of a vocabulary may repeat the last row of it.
     return not all(_repeats_one_row(tensor) for tensor in one.values())
@@ -193,8 +195,3 @@ def _row(tensor: LazyTensor) -> Tensor:
 
 def _is_constant(values: Tensor) -> bool:
     return values.numel() < 2 or bool((values == values.flatten()[0]).all())
-
-
-def _bytes(values: Tensor) -> bytes:
-    """Return the bits, by which NaN equals itself."""
-    return values.contiguous().view(-1).view(torch.uint8).numpy().tobytes()

@@ -79,7 +79,7 @@ class _Watched(LazyTensor):
 
     def __init__(self, source: LazyTensor, name: str, odd: OddValues) -> None:
         self.source, self.name, self.odd = source, name, odd
-        self.shape, self.dtype = source.shape, source.dtype
+        self.shape, self.kind = source.shape, source.kind
 
     def read(self, dim: int = 0, index: Index = None) -> Tensor:
         """See `LazyTensor.read`."""

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-
-from torch import Tensor, equal
+from typing import TYPE_CHECKING
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import LazyTensor, runs
+from mlm_eval.checkpoints.soundness.stored_bits import same_values
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DRIFT = 0.1
 """Largest difference between copies on different ranks, relative to their largest value."""
@@ -68,9 +71,14 @@ def _gaps(replicas: RankCopies) -> Iterator[tuple[str, str, float, float]]:
 
 
 def gap_of(tensor: LazyTensor, reference: LazyTensor) -> tuple[float, float]:
-    """Return the largest difference (infinite for other shapes), and the largest value."""
-    if tensor.shape != reference.shape or tensor.dtype != reference.dtype:
+    """Return the largest difference (infinite for other shapes), and the largest value.
+
+    Where they are the same no value is looked at, and the second is 1.
+    """
+    if tensor.shape != reference.shape or tensor.kind != reference.kind:
         return math.inf, 1.0
+    if same_values(tensor, reference):
+        return 0.0, 1.0
     gaps = [_gap(a, b) for a, b in zip(runs(tensor), runs(reference), strict=True)]
     worst = [gap for gap, _ in gaps]
     gap = next((g for g in worst if math.isnan(g)), max(worst, default=0.0))
@@ -78,8 +86,10 @@ def gap_of(tensor: LazyTensor, reference: LazyTensor) -> tuple[float, float]:
 
 
 def _gap(values: Tensor, reference: Tensor) -> tuple[float, float]:
+    import torch
+
     gap = 0.0
-    if not equal(values, reference):
+    if not torch.equal(values, reference):
         same = (values == reference) | (values.isnan() & reference.isnan())
         gap = (values.float() - reference.float()).masked_fill(same, 0).abs().max().item()
     return gap, reference.float().nan_to_num(0.0, 0.0, 0.0).abs().max().item()

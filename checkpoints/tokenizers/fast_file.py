@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mlm_eval.checkpoints.errors import InputError, shown
 from mlm_eval.checkpoints.files.text_file import parse_json, read_text
 
@@ -96,6 +94,8 @@ def _check_map(encoded: Any, path: Path) -> None:
 
     Every unit that a text can lead to is visited: the library looks them up without a check.
     """
+    import numpy as np
+
     fault = InputError(f"{path} has a damaged map of characters in its normalizer; get it again")
     if not isinstance(encoded, str):
         raise fault

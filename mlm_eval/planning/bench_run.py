@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint, Provenance
 from mlm_eval.checkpoints.config import ModelConfig, parse_overrides
-from mlm_eval.checkpoints.dtypes import resolve_dtype
+from mlm_eval.checkpoints.dtypes import STORED_DTYPES, resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import Index, LazyTensor
 from mlm_eval.checkpoints.open import open_checkpoint
@@ -127,7 +127,7 @@ class Drawn(LazyTensor):
     """
 
     def __init__(self, config: ModelConfig, parameter: Parameter, seed: int) -> None:
-        self.shape, self.dtype = parameter.shape, torch.float32
+        self.shape, self.kind = parameter.shape, STORED_DTYPES["float32"]
         self.config, self.parameter, self.seed = config, parameter, seed
 
     def read(self, dim: int = 0, index: Index = None) -> Tensor:

@@ -15,8 +15,13 @@ from typing import Any
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.parameters import allowed_tp, check_tp, num_parameters
-from mlm_eval.model.costs.flops import active_parameters, forward_flops
+from mlm_eval.checkpoints.parameters import (
+    active_parameters,
+    allowed_tp,
+    check_tp,
+    num_parameters,
+)
+from mlm_eval.model.costs.flops import forward_flops
 from mlm_eval.model.costs.memory import (
     OUTSIDE,
     Memory,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import NEWER_SETTINGS, ModelConfig
+from mlm_eval.checkpoints.parameters import active_parameters
 from mlm_eval.reporting.results import Result, checkpoint_record
 
 if TYPE_CHECKING:
@@ -39,8 +40,6 @@ def rows_as_text(title: str, rows: Sequence[tuple[str, str]]) -> str:
 
 def inspect_record(checkpoint: Checkpoint, digest: str) -> dict[str, Any]:
     """Return the JSON record of `mlm-eval inspect`."""
-    from mlm_eval.model.costs.flops import active_parameters
-
     provenance = checkpoint.provenance
     return {
         **checkpoint_record(checkpoint),

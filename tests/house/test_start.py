@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.paths import SAMPLES
+from support import configs, random_models
+from support.folders.family_models import FAMILY_MODELS
+from support.paths import ORACLES, SAMPLES
+from support.reliability import damage
 
 import mlm_eval
 
@@ -61,11 +67,38 @@ def test_help_is_quick_and_names_the_commands():
         assert name in output
 
 
-def test_inspect_reads_the_sample_without_heavy_imports():
-    sample = SAMPLES / "gpt"
-    output, loaded = modules_after(command("inspect", "--ckpt", str(sample), "--json"))
-    assert json.loads(output)["format"] == "megatron-torch"
-    assert not loaded & HEAVY
+def checkpoints_of_every_kind(folder: Path) -> Iterator[Path]:
+    """Yield one of each format, and models of each family in the formats that are written."""
+    yield from (SAMPLES / name for name in ("gpt", "bert", "moe"))
+    yield from sorted(path for path in ORACLES.iterdir() if path.is_dir())
+    for name, make in damage.FORMATS.items():
+        (folder / name).mkdir()
+        (folder / name).rmdir()
+        yield make(folder / name, 3)
+    models = {"gpt": configs.GPT, "bert": configs.BERT, "t5": configs.T5, **FAMILY_MODELS}
+    sizes: dict[str, dict[str, int]] = {"hf": {}, "torch_dist": {}, "megatron": {"tp": 2, "pp": 2}}
+    for (name, model), (to, layout) in itertools.product(models.items(), sizes.items()):
+        with contextlib.suppress(mlm_eval.InputError):  # not every model has each form
+            place = folder / f"{name} as {to}"
+            mlm_eval.convert(random_models.checkpoint(model), to, place, **layout)
+            yield place
+
+
+def test_inspect_of_any_checkpoint_imports_no_torch(tmp_path: Path):
+    """Each is described from headers, pickles and settings, and from bytes of files."""
+    places = [str(path) for path in checkpoints_of_every_kind(tmp_path)]
+    assert len(places) > 60
+    output, _ = modules_after(
+        "import sys\n"
+        "from mlm_eval.cli import main\n"
+        f"for place in {places!r}:\n"
+        "    sys.argv = ['mlm-eval', 'inspect', '--ckpt', place, '--json']\n"
+        "    try:\n        main()\n"
+        "    except SystemExit as end:\n        assert not end.code, place\n"
+        f"    found = {HEAVY | {'torch', 'numpy', 'pandas', 'tokenizers'}!r} & set(sys.modules)\n"
+        "    assert not found, f'{place} is inspected with {found}'\n"
+    )
+    assert output.count('"format"') == len(places)
 
 
 @pytest.mark.parametrize("name", mlm_eval.__all__)

@@ -24,11 +24,16 @@ from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.parameters import allowed_tp, num_parameters, parameters
+from mlm_eval.checkpoints.parameters import (
+    active_parameters,
+    allowed_tp,
+    num_parameters,
+    parameters,
+)
 from mlm_eval.engine.engine import Engine
 from mlm_eval.engine.score import PairRequest, Request
 from mlm_eval.model import attention
-from mlm_eval.model.costs.flops import active_parameters, forward_flops
+from mlm_eval.model.costs.flops import forward_flops
 from mlm_eval.model.costs.memory import (
     OUTSIDE,
     EvaluationNeed,

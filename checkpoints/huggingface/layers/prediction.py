@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-import torch
-
 from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.dtypes import STORED_DTYPES
 from mlm_eval.checkpoints.huggingface.families.family import Entry, Family, entries
-from mlm_eval.checkpoints.huggingface.layout import SAME, zeros
-from mlm_eval.checkpoints.lazy import LazyTensor, cast_to
+from mlm_eval.checkpoints.huggingface.layout import SAME
+from mlm_eval.checkpoints.lazy import LazyTensor, cast_to, zeros
 from mlm_eval.checkpoints.parameters import (
     PREDICTION_NAME,
     Parameter,
@@ -82,13 +81,13 @@ def unpack_heads(
         tensors: What is written of the model itself; its tables are copied to each head.
     """
     count = num_prediction_heads(heads)
-    kept = next(iter(heads.values())).dtype
+    kept = next(iter(heads.values())).kind
     found: dict[str, LazyTensor] = {}
     wide: set[str] = set()
     for parameter, entry in _entries(family, config, switches, count):
         tensor = heads.get(parameter.name) or zeros(parameter.shape, kept)
         if stays_float32(parameter.name):
-            tensor = cast_to(tensor, torch.float32)
+            tensor = cast_to(tensor, STORED_DTYPES["float32"])
             wide.update(entry.names)
         found.update(zip(entry.names, entry.layout.unpack(tensor, config), strict=True))
     for layer in range(config.num_layers, config.num_layers + count):

@@ -8,14 +8,15 @@ integrations/finegrained_fp8.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeGuard
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from mlm_eval.checkpoints.config import is_of_kind
+from mlm_eval.checkpoints.dtypes import STORED_DTYPES
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import Index, LazyTensor, take
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SCALES = "_scale_inv"
 _KINDS = {
@@ -34,7 +35,7 @@ class BlockScaledTensor(LazyTensor):
     their blocks, of which the last ones may be partial.
     """
 
-    dtype = torch.float32
+    kind = STORED_DTYPES["float32"]
 
     def __init__(self, values: LazyTensor, scales: LazyTensor, block: tuple[int, int]) -> None:
         self.values, self.scales, self.block = values, scales, block
@@ -42,6 +43,8 @@ class BlockScaledTensor(LazyTensor):
 
     def read(self, dim: int = 0, index: Index = None) -> Tensor:
         """See `LazyTensor.read`."""
+        import torch
+
         leading = len(self.shape) - 2
         scales = self.scales.read(dim, index) if dim < leading else self.scales.read()
         scales = scales.float()
@@ -104,9 +107,9 @@ def with_fp8_unpacked(
                 f"{where}: {name} has shape {list(scales.shape)} for {stem} of "
                 f"{list(values.shape)} in blocks of {list(block)}; files of two models may be mixed"
             )
-        if values.dtype != torch.float8_e4m3fn or not scales.dtype.is_floating_point:
+        if values.kind.name != "float8_e4m3fn" or not scales.kind.is_floating_point:
             raise InputError(
-                f"{where}: {stem} is stored as {values.dtype} with scales as {scales.dtype}; "
+                f"{where}: {stem} is stored as {values.kind} with scales as {scales.kind}; "
                 "mlm-eval dequantises float8_e4m3fn with scales of float32"
             )
         del found[name]

@@ -7,17 +7,18 @@ transformers' integrations/mxfp4.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from mlm_eval.checkpoints.dtypes import STORED_DTYPES
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import Index, LazyTensor, take
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_VALUES = torch.tensor([*_POSITIVE, *(-value for value in _POSITIVE)])
+_VALUES = (*_POSITIVE, *(-value for value in _POSITIVE))
 """What the 16 codes stand for: a sign, two bits of exponent and one of mantissa."""
 _BIAS = 127
 """Of a scale's exponent."""
@@ -34,7 +35,7 @@ class Mxfp4Tensor(LazyTensor):
         self.blocks, self.scales = blocks, scales
         experts, rows, groups, width = blocks.shape
         self.shape = (experts, groups * width * 2, rows)
-        self.dtype = torch.bfloat16
+        self.kind = STORED_DTYPES["bfloat16"]
 
     def read(self, dim: int = 0, index: Index = None) -> Tensor:
         """See `LazyTensor.read`."""
@@ -44,10 +45,12 @@ class Mxfp4Tensor(LazyTensor):
 
     def _unpacked(self, dim: int, index: Index) -> Tensor:
         """Return some experts, or some outputs of all."""
+        import torch
+
         blocks = self.blocks.read(dim, index)
         exponents = self.scales.read(dim, index).to(torch.int32) - _BIAS
         codes = torch.stack([blocks & 0x0F, blocks >> 4], dim=-1).flatten(3)  # [E, out, groups, 32]
-        values = torch.ldexp(_VALUES[codes.int()], exponents[..., None])
+        values = torch.ldexp(torch.tensor(_VALUES)[codes.int()], exponents[..., None])
         return values.flatten(2).transpose(1, 2).to(self.dtype)
 
 
@@ -83,7 +86,7 @@ def with_mxfp4_unpacked(
                 f"({stem}{_SCALES} {'missing' if scales is None else list(scales.shape)}); copy "
                 "all files of the model"
             )
-        if {blocks.dtype, scales.dtype} != {torch.uint8}:
+        if {blocks.kind.name, scales.kind.name} != {"uint8"}:
             raise InputError(f"{where}: {name} and its scales are not uint8; copy the files again")
         if stem in found:
             raise InputError(

@@ -7,7 +7,6 @@ section 5.1 and in common practice. Only the rows that are computed count.
 from __future__ import annotations
 
 from mlm_eval.checkpoints.config import ModelConfig
-from mlm_eval.checkpoints.parameters import num_parameters
 from mlm_eval.model.mamba import SCAN_CHUNK
 
 
@@ -66,16 +65,6 @@ def _mamba_flops(c: ModelConfig, length: int, rows: int) -> int:
     scanned = chunk * (c.mamba_num_groups * c.mamba_state_dim + d) + 2 * d * c.mamba_state_dim
     per_position = sum(packed) * c.hidden_size + convolved + scanned
     return 2 * (length * per_position + rows * d * c.hidden_size)
-
-
-def active_parameters(config: ModelConfig) -> int:
-    """Return the weights that a token meets: all but those of experts that it is not sent to."""
-    left_out = (config.num_experts - config.moe_router_topk) * len(config.moe_layers)
-    matrices = 3 if config.gated else 2
-    biases = config.moe_ffn_hidden_size * (matrices - 1) + config.hidden_size
-    width = config.moe_ffn_hidden_size * config.hidden_size
-    each = matrices * width + (biases if config.add_bias_linear else 0)
-    return num_parameters(config) - left_out * each
 
 
 def mlp_weights(c: ModelConfig, layer: int) -> int:

@@ -7,7 +7,6 @@ from argparse import Namespace
 from typing import Any
 
 import pytest
-import torch
 from support.folders.synthetic import BERT, GPT, LLAMA, args_of
 
 from mlm_eval.checkpoints.config import (
@@ -17,6 +16,7 @@ from mlm_eval.checkpoints.config import (
     check_overrides,
     parse_overrides,
 )
+from mlm_eval.checkpoints.dtypes import STORED_DTYPES
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.safe_pickle import Namespace as PickledNamespace
 from mlm_eval.checkpoints.files.safe_pickle import Stub
@@ -535,7 +535,7 @@ def test_args_become_plain_values():
         pickled(
             hidden_size=16,
             lr=1e-4,
-            dtype=torch.half,
+            dtype=STORED_DTYPES["float16"],
             names=["a", "b"],
             pair=(1, 2),
             enum=stub,
@@ -549,7 +549,7 @@ def test_args_become_plain_values():
     )
     assert found["hidden_size"] == 16
     assert found["lr"] == 1e-4
-    assert found["dtype"] is torch.half
+    assert found["dtype"] is STORED_DTYPES["float16"]
     assert found["names"] == ["a", "b"]
     assert found["pair"] == [1, 2]
     assert found["enum"] is stub

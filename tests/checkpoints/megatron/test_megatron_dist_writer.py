@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import ModelConfig
+from mlm_eval.checkpoints.dtypes import STORED_DTYPES
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.lazy import Index, LazyTensor, MappedFile, StoredTensor
 from mlm_eval.checkpoints.megatron import write_dist as megatron_dist_writer
@@ -201,7 +202,7 @@ class Watched(LazyTensor):
     alive: list[weakref.ref[Tensor]] = []
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        self.shape, self.dtype = shape, torch.float32
+        self.shape, self.kind = shape, STORED_DTYPES["float32"]
 
     def read(self, dim: int = 0, index: Index = None) -> Tensor:
         assert index is None or index == slice(0, self.shape[0])
