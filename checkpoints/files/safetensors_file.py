@@ -55,7 +55,7 @@ SAFETENSORS_DTYPES: dict[str, Dtype] = {
 }
 _MOST_BRACKETS = 1 << 20
 
-PIECE_BYTES = 32 << 20
+PIECE_BYTES = 4 << 20
 """Larger tensors are converted and written in runs of rows of about this size."""
 
 MOST_WRITERS = 4

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,15 @@ from mlm_eval.model.tensor_parallel import (
     TensorParallel,
     copy_to_region,
     onednn_takes,
+    without_autocast,
 )
 
 SCORE_CHUNK_ELEMENTS = 1 << 24
 """Scores computed at a time where they are capped (64 MB in float32)."""
+
+
+TEXT_SCORE_ELEMENTS = 1 << 20
+"""Scores computed at a time in training on the CPU (4 MB in float32, which stay in its cache)."""
 
 
 class KeyValueCache:
@@ -359,7 +364,7 @@ class _Attention(nn.Module):
             mask = _with_sinks(mask, causal, sinks, query, key)
             causal = False
         plain = mask is None or mask.dtype == torch.bool  # none that gets a gradient
-        if plain and query.requires_grad and _in_float32_on_the_cpu(query):
+        if plain and query.requires_grad and _plain_on_the_cpu(query):
             return _PlainAttention.apply(query, key, value, mask, causal, self.softmax_scale)  # type: ignore[no-any-return]
         dtype = query.dtype
         if _faster_in_float32(query):
@@ -422,9 +427,10 @@ class _Attention(nn.Module):
 class _PlainAttention(torch.autograd.Function):
     """Attention whose softmax is torch's, forward and backward, as in Megatron's training.
 
-    It keeps no scores, as SDPA keeps none. SDPA takes a softmax's gradient by other sums; keys have
-    a bias whose gradient is 0 but for rounding, of which Adam makes steps of the full size: after
-    thirty of them its losses on a CPU are twice as far from Megatron's.
+    It keeps no scores, as SDPA keeps none, and computes in float32, some texts at a time. SDPA
+    takes a softmax's gradient by other sums; keys have a bias whose gradient is 0 but for rounding,
+    of which Adam makes steps of the full size: after thirty of them its losses on a CPU are twice
+    as far from Megatron's.
     """
 
     @staticmethod
@@ -439,22 +445,54 @@ class _PlainAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(query, key, value, mask)
         ctx.causal, ctx.scale = causal, scale
-        return _masked_scores(query, key, mask, causal, scale).softmax(dim=-1) @ value
+        batch, heads, queries, _ = query.shape
+        # Laid out as the projection takes it.
+        out = value.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
+        with without_autocast(query):
+            for part in _some_texts(query, key):
+                q, k, v = (x[part].float() for x in (query, key, value))
+                scores = _masked_scores(q, k, _of_texts(mask, part), causal, scale)
+                out[part] = scores.softmax(dim=-1) @ v
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask = ctx.saved_tensors
-        weights = _masked_scores(query, key, mask, ctx.causal, ctx.scale).softmax(dim=-1)
-        to_value = weights.transpose(-1, -2) @ grads[0]
-        to_weights = grads[0] @ value.transpose(-1, -2)
-        to_scores = torch._softmax_backward_data(to_weights, weights, -1, weights.dtype)
-        to_scores *= ctx.scale
-        to_key = to_scores.transpose(-1, -2) @ query
-        return to_scores @ key, to_key, to_value, None, None, None
+        to_query, to_key, to_value = (torch.empty_like(x) for x in (query, key, value))
+        with without_autocast(query):
+            for part in _some_texts(query, key):
+                q, k, v, grad = (x[part].float() for x in (query, key, value, grads[0]))
+                scores = _masked_scores(q, k, _of_texts(mask, part), ctx.causal, ctx.scale)
+                weights = scores.softmax(dim=-1)
+                to_value[part] = weights.transpose(-1, -2) @ grad
+                to_weights = grad @ v.transpose(-1, -2)
+                to_scores = torch._softmax_backward_data(to_weights, weights, -1, weights.dtype)
+                to_scores *= ctx.scale
+                to_key[part] = to_scores.transpose(-1, -2) @ q
+                to_query[part] = to_scores @ k
+        return to_query, to_key, to_value, None, None, None
 
 
-def _in_float32_on_the_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float32
+def _some_texts(query: Tensor, key: Tensor) -> Iterator[slice]:
+    """Yield the texts of a batch, as many at a time as have `TEXT_SCORE_ELEMENTS` scores."""
+    batch, heads, queries, _ = query.shape
+    step = max(1, TEXT_SCORE_ELEMENTS // (heads * queries * key.shape[2]))
+    for start in range(0, batch, step):
+        yield slice(start, start + step)
+
+
+def _of_texts(mask: Tensor | None, texts: slice) -> Tensor | None:
+    """Return some texts' part of a mask, which may be the same for all."""
+    return mask if mask is None or mask.dim() < 4 or len(mask) == 1 else mask[texts]
+
+
+def _plain_on_the_cpu(x: Tensor) -> bool:
+    """Return whether a CPU trains by `_PlainAttention`: in half precision where it has no AMX.
+
+    There SDPA's backward pass multiplies bfloat16 at a fiftieth of the rate of float32.
+    """
+    halved = x.dtype in (torch.bfloat16, torch.float16) and not torch.cpu._is_amx_tile_supported()
+    return x.device.type == "cpu" and (x.dtype == torch.float32 or halved)
 
 
 def _faster_in_float32(x: Tensor) -> bool:
@@ -473,10 +511,10 @@ def _masked_scores(
     """Return `[batch, heads, queries, keys]`, minus infinity where a key may not be seen."""
     scores = (query @ key.transpose(-1, -2)).mul_(scale)
     if mask is not None:
-        scores.masked_fill_(~mask, -torch.inf)
+        # Added, which is faster than to fill them in.
+        scores += torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
     if causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores.masked_fill_(future, -torch.inf)
+        scores += torch.full_like(scores[0, 0], -torch.inf).triu_(1)
     return scores
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.engine.engine import Engine
+from mlm_eval.engine.products import float32_products
 from mlm_eval.model.dropout import Dropout, sample_keys
 from mlm_eval.model.t5 import T5
 from mlm_eval.ranks.collectives import sum_over_dp, sum_over_ranks
@@ -185,10 +187,11 @@ class Stepper:
         if settings.hidden_dropout > 0 or settings.attention_dropout > 0:
             keys = sample_keys(settings.seed, step, batch.row_numbers)
             dropout = Dropout(keys, settings.hidden_dropout, settings.attention_dropout)
-        autocast = torch.autocast(
-            device.type, resolve_dtype(settings.dtype), enabled=settings.dtype != "float32"
-        )
-        with self.replicas.accumulating(last=last):
+        halved = settings.dtype != "float32"
+        autocast = torch.autocast(device.type, resolve_dtype(settings.dtype), enabled=halved)
+        # What autocast leaves in float32; the sums of float32 itself stay Megatron's.
+        products = float32_products() if halved else contextlib.nullcontext()
+        with self.replicas.accumulating(last=last), products:
             with autocast:
                 loss, sums = self.replicas.module(batch, dropout, factor)
             loss.backward()

@@ -278,35 +278,79 @@ def test_heads_of_fine_tuned_models_read_the_pooled_state():
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["whole", "causal", "padded", "causal and padded"])
-def test_attention_of_training_is_sdpa_and_what_cancels_is_small(kind):
-    """All queries' shares of a key's bias cancel: what is left of its gradient is rounding."""
-    torch.manual_seed(0)
-    shape = (3, 2, 60, 12)
-    query, key, value, grad = (torch.randn(shape) for _ in range(4))
-    mask = None
-    if "padded" in kind:
-        mask = torch.arange(60) < torch.tensor([60, 41, 7])[:, None, None, None]
-    causal, scale = kind == "causal", 0.3
-    if kind == "causal and padded":
-        mask = mask & torch.ones(60, 60, dtype=torch.bool).tril()
+KINDS_OF_MASKS = ["whole", "causal", "padded", "causal and padded"]
 
-    def gradients(attend: Any, dtype: torch.dtype) -> list[torch.Tensor]:
-        inputs = [x.to(dtype).requires_grad_() for x in (query, key, value)]
+
+class Attending:
+    """Inputs of an attention of three texts, and what it gives with its gradients."""
+
+    def __init__(self, kind: str) -> None:
+        torch.manual_seed(0)
+        *self.inputs, self.grad = (torch.randn(3, 2, 60, 12) for _ in range(4))
+        self.mask = None
+        if "padded" in kind:
+            self.mask = torch.arange(60) < torch.tensor([60, 41, 7])[:, None, None, None]
+        self.causal, self.scale = kind == "causal", 0.3
+        if kind == "causal and padded":
+            self.mask = self.mask & torch.ones(60, 60, dtype=torch.bool).tril()
+
+    def gradients(self, attend: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+        inputs = [x.to(dtype).requires_grad_() for x in self.inputs]
         out = attend(*inputs)
-        return [out, *torch.autograd.grad(out, inputs, grad.to(dtype))]
+        return [out, *torch.autograd.grad(out, inputs, self.grad.to(dtype))]
 
-    def sdpa(*inputs: torch.Tensor) -> torch.Tensor:
+    def plain(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return attention._PlainAttention.apply(*inputs, self.mask, self.causal, self.scale)
+
+    def sdpa(self, *inputs: torch.Tensor) -> torch.Tensor:
         return F.scaled_dot_product_attention(
-            *inputs, attn_mask=mask, is_causal=causal, scale=scale
+            *inputs, attn_mask=self.mask, is_causal=self.causal, scale=self.scale
         )
 
-    exact = gradients(sdpa, torch.float64)
-    ours = gradients(
-        lambda *x: attention._PlainAttention.apply(*x, mask, causal, scale), torch.float32
-    )
+
+@pytest.mark.parametrize("kind", KINDS_OF_MASKS)
+def test_attention_of_training_is_sdpa_and_what_cancels_is_small(kind):
+    """All queries' shares of a key's bias cancel: what is left of its gradient is rounding."""
+    attending = Attending(kind)
+    exact = attending.gradients(attending.sdpa, torch.float64)
+    ours = attending.gradients(attending.plain, torch.float32)
     for mine, wanted in zip(ours, exact, strict=True):
         assert_same_but_for_rounding(mine, wanted.float())
     # A key's bias adds one vector to all keys: by each query, the softmax's gradient sums to 0.
     bias = ours[2].sum(dim=2)
     assert bias.abs().max() < 1e-5 * ours[2].abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS_OF_MASKS)
+def test_attention_of_half_precision_trains_in_float32_and_is_rounded_once(
+    kind, dtype, monkeypatch
+):
+    attending = Attending(kind)
+    attending.inputs = [x.to(dtype) for x in attending.inputs]
+    attending.grad = attending.grad.to(dtype)
+    wanted = [x.to(dtype) for x in attending.gradients(attending.plain, torch.float32)]
+    for texts in (1, 2, 3):  # at a time
+        monkeypatch.setattr(attention, "TEXT_SCORE_ELEMENTS", texts * 2 * 60 * 60)
+        with torch.autocast("cpu", dtype):
+            ours = attending.gradients(attending.plain, dtype)
+        for mine, expected in zip(ours, wanted, strict=True):
+            # Products of other numbers of texts may add in another order.
+            torch.testing.assert_close(mine, expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("amx", [False, True], ids=["no AMX", "AMX"])
+def test_half_precision_trains_by_plain_attention_where_sdpa_multiplies_it_slowly(amx, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    sdpa = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *x, **y: calls.append(1) or sdpa(*x, **y)
+    )
+    config = random_models.config(random_models.BERT)
+    model = on_one_rank(config, random_models.state_dict(config)).requires_grad_()
+    for dtype, steps in ((torch.float32, 0), (torch.bfloat16, config.num_layers if amx else 0)):
+        calls.clear()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            model(*bert_inputs())
+        assert len(calls) == steps, dtype

@@ -202,7 +202,7 @@ def training_peak(
         known = [*engine.model.parameters()]
         known += [p.grad for p in known if p.grad is not None]
         # The attention of a GPU: the CPU's own keeps a little less.
-        as_on_a_gpu = mock.patch.object(attention, "_in_float32_on_the_cpu", lambda x: False)
+        as_on_a_gpu = mock.patch.object(attention, "_plain_on_the_cpu", lambda x: False)
         with LiveTensors(known) as live, as_on_a_gpu:
             with torch.autocast("cpu", torch.bfloat16, enabled=batch.half):
                 loss, _ = replicas.module(data, dropout, 1.0)
