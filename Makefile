@@ -135,6 +135,7 @@ lint: $(DEV_STAMP) ## check style, formatting and spelling
 
 typecheck: $(DEV_STAMP) ## check the types
 	$(BIN)/mypy -p mlm_eval
+	MYPYPATH=benchmarks $(BIN)/mypy --explicit-package-bases benchmarks
 
 wheel: $(DEV_STAMP) ## build the wheel in dist/ and check what is in it
 	rm -rf build/lib build/bdist.* dist

@@ -2,9 +2,9 @@
 
 A synthetic 345M fp16 checkpoint, tensor-parallel 2, is converted by `mlm-eval convert` and by the
 usual script (torch.load of all ranks, build GPT2LMHeadModel, save_pretrained), in turns. Then the
-conversion itself, without the start of Python and the imports, is compared with `cp` of the same
-files on a warm cache. Then a 1.3B checkpoint is converted, for the memory. Exits with 1 where a
-target is missed.
+rate at which values are copied, without all that comes before, is compared with that of `cp` of the
+same files on a warm cache. Then a 1.3B checkpoint is converted, for the memory. Exits with 1 where
+a target is missed.
 """
 
 from __future__ import annotations
@@ -103,49 +103,66 @@ def compare(source: Path, target: Path, pairs: int) -> list[Row]:
     script = [sys.executable, __file__, "--load-everything", str(source), str(target)]
     commands = (convert_command(source, target), script)
     runs = [[run(command, target) for command in commands] for _ in range(pairs)]
-    ours, theirs = zip(*runs, strict=True)
-    seconds = ([usage.seconds for usage in usages] for usages in (ours, theirs))
-    megabytes = ([usage.peak_bytes / 1e6 for usage in usages] for usages in (ours, theirs))
+    ours, theirs = ([pair[side] for pair in runs] for side in (0, 1))
     return [
-        Row(f"convert {WHAT}", "load everything", "s", *seconds, FASTER),
-        Row(f"convert {WHAT}, memory", "load everything", "MB", *megabytes, LEANER),
+        Row(
+            f"convert {WHAT}",
+            "load everything",
+            "s",
+            [usage.seconds for usage in ours],
+            [usage.seconds for usage in theirs],
+            FASTER,
+        ),
+        Row(
+            f"convert {WHAT}, memory",
+            "load everything",
+            "MB",
+            [usage.peak_bytes / 1e6 for usage in ours],
+            [usage.peak_bytes / 1e6 for usage in theirs],
+            LEANER,
+        ),
     ]
 
 
 def copying(source: Path, target: Path, pairs: int) -> list[Row]:
-    """Measure the conversion itself against `cp`, and what comes before it."""
-    rates: tuple[list[float], list[float]] = [], []
-    before: tuple[list[float], list[float]] = [], []
+    """Measure the rate at which values are copied against `cp`, and the time of all the rest."""
+    copied: tuple[list[float], list[float]] = [], []
+    rest: tuple[list[float], list[float]] = [], []
     for _ in range(pairs):
         shutil.rmtree(target, ignore_errors=True)
         command = [sys.executable, __file__, "--only-copy", str(source), str(target)]
         started = time.perf_counter()
         told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         whole = time.perf_counter() - started
-        inside = float(told.split()[-1])
-        rates[0].append(inside / size(target))
-        before[0].append(whole - inside)
+        seconds, gigabytes = map(float, told.split()[-2:])
+        copied[0].append(seconds / gigabytes)
+        rest[0].append(whole - seconds)
         shutil.rmtree(target)
-        rates[1].append(seconds_of("cp", "-r", str(source), str(target)) / size(target))
-        before[1].append(seconds_of(sys.executable, "-c", "import torch"))
+        copied[1].append(seconds_of("cp", "-r", str(source), str(target)) / size(target))
+        rest[1].append(seconds_of(sys.executable, "-c", "import torch"))
     return [
-        Row(f"convert {WHAT}, without start-up", "cp, warm cache", "s for a GB", *rates, OF_CP),
-        Row(f"convert {WHAT}, start-up", "import torch", "s", *before),
+        Row(f"convert {WHAT}, copying", "cp, warm cache", "s for a GB", *copied, target=OF_CP),
+        Row(f"convert {WHAT}, all but copying", "import torch", "s", *rest),
     ]
 
 
 def only_copy(source: Path, target: Path) -> None:
-    """Convert as the command does, and print the seconds from the opening to the end."""
-    import mlm_eval
+    """Convert as the command does; print the seconds from the first piece to the last, and the GB.
 
-    # Imports are start-up, also those that stand inside functions.
-    import mlm_eval.checkpoints.huggingface.write  # noqa: F401
-    import mlm_eval.checkpoints.megatron.read_torch  # noqa: F401
+    What comes before is start-up: imports, opening, planning.
+    """
+    import mlm_eval
     from mlm_eval.checkpoints.convert import convert
 
-    started = time.perf_counter()
-    convert(mlm_eval.open_checkpoint(source), "hf", target)
-    print(time.perf_counter() - started)
+    written: list[tuple[float, int]] = []
+    convert(
+        mlm_eval.open_checkpoint(source),
+        "hf",
+        target,
+        on_progress=lambda done, _: written.append((time.perf_counter(), done)),
+    )
+    (first, before), (last, done) = written[0], written[-1]
+    print(last - first, (done - before) / 1e9)
 
 
 def size(folder: Path) -> float:
@@ -166,8 +183,14 @@ def large(scratch: Path) -> Row:
     write_gpt2("1.3b", source, tp=2, vocab_size=VOCAB)
     usage = run(convert_command(source, target), target)
     shutil.rmtree(source)
-    memory = [usage.peak_bytes / 1e6], [LARGE_BYTES / 1e6]
-    return Row("convert 1.3B, fp16, tp 2, memory", "its limit", "MB", *memory, 1.0)
+    return Row(
+        "convert 1.3B, fp16, tp 2, memory",
+        "its limit",
+        "MB",
+        [usage.peak_bytes / 1e6],
+        [LARGE_BYTES / 1e6],
+        1.0,
+    )
 
 
 def main() -> int:
@@ -177,16 +200,15 @@ def main() -> int:
         "--dir", help="where to put the checkpoints (6 GB); default: a temporary folder"
     )
     parser.add_argument("--pairs", type=int, default=5)
-    hidden = {"nargs": 2, "metavar": ("SOURCE", "TARGET"), "help": argparse.SUPPRESS}
-    parser.add_argument("--load-everything", **hidden)
-    parser.add_argument("--only-copy", **hidden)
+    parser.add_argument("--load-everything", nargs=2, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--only-copy", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     for work, paths in (
         (load_everything, options.load_everything),
         (only_copy, options.only_copy),
     ):
         if paths:
-            work(*map(Path, paths))
+            work(*paths)
             return 0
     with tempfile.TemporaryDirectory(dir=options.dir) as name:
         scratch = Path(name)

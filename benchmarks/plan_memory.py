@@ -87,8 +87,8 @@ def planned(case: Case) -> int:
         half=case.dtype != "float32",
         recompute=case.recompute,
     )
-    heads = {"lm_head": False, "binary_head": False, "multichoice_head": True}
-    return training_memory(dataclasses.replace(config, **heads), batch, tp=1).on_cpu().total
+    config = dataclasses.replace(config, lm_head=False, binary_head=False, multichoice_head=True)
+    return training_memory(config, batch, tp=1).on_cpu().total
 
 
 def measured(name: str, folder: Path) -> int:
@@ -158,6 +158,7 @@ def train(engine: object, case: Case) -> None:
 
     from mlm_eval.checkpoints.dtypes import resolve_dtype
     from mlm_eval.engine.engine import Engine
+    from mlm_eval.model.bert import BERT
     from mlm_eval.model.dropout import Dropout, sample_keys
     from mlm_eval.training.data import Sample, collate
     from mlm_eval.training.objectives import MultipleChoice
@@ -165,7 +166,7 @@ def train(engine: object, case: Case) -> None:
     from mlm_eval.training.replicas import Replicas
     from mlm_eval.training.settings import Hyperparameters
 
-    assert isinstance(engine, Engine)
+    assert isinstance(engine, Engine) and isinstance(engine.model, BERT)
     replicas = Replicas(
         engine.model, MultipleChoice(), engine.mesh, mode="ddp", recompute=case.recompute
     )

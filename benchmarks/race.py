@@ -284,7 +284,7 @@ def trainer(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         log=print,
     )
 
-    class Rows(Dataset):  # type: ignore[type-arg]
+    class Rows(Dataset):
         def __init__(self, features: Any, order: Sequence[int]) -> None:
             self.features, self.order = features, order
 
@@ -338,6 +338,7 @@ def trainer(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         attention_probs_dropout_prob=s["attention_dropout"],
         dtype=torch.float32,
     )
+    assert prepared.train is not None
     order = epoch_order(len(prepared.train), seed=s["seed"], epoch=0)
     steps = len(order) // s["global_batch"]
     arguments = TrainingArguments(
