@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from support import random_models
+from support.fuzz.core_process import PLAIN
 from support.paths import ORACLES, SUPPORT
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
@@ -313,7 +314,6 @@ needs_megatron_core = pytest.mark.skipif(
 
 def run_megatron_core(scratch: Path, triples: list[Path]) -> subprocess.CompletedProcess[str]:
     """Run megatron-core on (folder, inputs, output) triples in a process of its own."""
-    quick = {"TORCHDYNAMO_DISABLE": "1", "PYTORCH_JIT": "0", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [
             sys.executable,
@@ -325,7 +325,7 @@ def run_megatron_core(scratch: Path, triples: list[Path]) -> subprocess.Complete
         ],
         capture_output=True,
         text=True,
-        env=os.environ | quick,
+        env=os.environ | PLAIN,
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.fuzz.core_process import PLAIN
 from support.paths import ORACLES, PROJECT, SUPPORT
 from support.random_models import all_log_probs
 from torch import Tensor
@@ -58,7 +59,7 @@ def make(folder: Path, first: int, last: int) -> list[Case]:
     args = next(iter(sorted((ORACLES / "mcore016_gpt2_tp2_pp2").rglob("*.pt"))[1:]))
     script = SUPPORT / "fuzz" / "megatron_core_fuzz.py"
     command = [sys.executable, "-W", "ignore", script, folder, args]
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **PLAIN, "PYTHONPATH": str(PROJECT)}
     done = subprocess.run(
         [*map(str, command), str(first), str(last)],
         env=environment,
