@@ -22,7 +22,7 @@ DISK_FAULTS = {
 
 _PATH_FAULTS = (
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE),
-    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EINVAL),
+    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EEXIST),
 )
 """What a path may lead to that no reader foresees: it is the path's fault, and has its name."""
 

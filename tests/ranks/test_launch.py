@@ -586,6 +586,7 @@ def test_a_number_of_endless_digits_is_none(name, monkeypatch):
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), "raise --tp"),
         (MemoryError(), "--micro-batch"),
         *((OSError(n, os.strerror(n), "/a/b"), f"/a/b.*{text}") for n, text in DISK_FAULTS.items()),
+        (FileExistsError(17, "File exists", "/a/b"), "/a/b cannot be used"),
         (OSError(2, "No such file", "/a/b"), None),
         (ValueError("shapes"), None),
     ],
