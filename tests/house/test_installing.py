@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 from support.command_line import Run, as_user, assert_one_sentence
 from support.house import house_rules
 from support.paths import PROJECT, SAMPLES
@@ -29,6 +30,7 @@ TEXT = SAMPLES / "text" / "wiki.sample.tokens"
 CLOZE = SAMPLES / "text" / "lambada.sample.jsonl"
 SHORT = {"typer", "annotated-doc", "shellingham", "safetensors", "tokenizers", "numpy"}
 """What the page on installing lists for a container that has torch."""
+PAGE = PROJECT / "docs" / "installing.md"
 
 # --- what is declared -----------------------------------------------------------------------------
 
@@ -68,6 +70,39 @@ def test_everything_but_the_tests_own_is_in_all():
     trackers = {"wandb", "trackio", "mlflow"}  # large, and one is enough
     others = {"", "all", "dev", "docs", "notebooks"}
     assert everything.extras == set(project()) - others - trackers
+
+
+def floors() -> dict[str, str]:
+    """Return the lowest release that is declared of each package that every installation brings."""
+    return {
+        requirement.name: bound.version
+        for requirement in project()[""]
+        for bound in requirement.specifier
+        if bound.operator == ">="
+    }
+
+
+def test_the_page_on_installing_lists_every_floor():
+    """The releases that the tests were run with, all at once, are those that are declared."""
+    page = PAGE.read_text(encoding="utf-8")
+    (line,) = re.findall(r"^The floors, .*?: (.*?)\.$", page, re.MULTILINE | re.DOTALL)
+    listed = dict(item.split() for item in line.split(","))
+    assert {name: Version(release) for name, release in listed.items()} == {
+        name: Version(release) for name, release in floors().items()
+    }
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_what_is_said_to_fail_is_below_the_floor(package: str):
+    """The page's table of releases: none that is admitted fails, and one that fails is named."""
+    rows = re.findall(rf"^\| {package} ([^|]*)\|(.*)\|$", PAGE.read_text("utf-8"), re.MULTILINE)
+    failing = [
+        Version(release)
+        for releases, result in rows
+        if re.search(r"\bfail|cannot", result)
+        for release in releases.strip().split(", ")
+    ]
+    assert failing and max(failing) < Version(floors()[package])
 
 
 def test_no_text_names_an_index_that_does_not_have_the_package():
