@@ -120,7 +120,8 @@ def logprobs(model: Any, tokens: Tensor) -> Tensor:
     """Return the log-probabilities of all tokens but the first of each row, flat, float32."""
     with torch.inference_mode():
         logits = model(tokens[:, :-1]).logits.float()
-    return logits.log_softmax(dim=-1).gather(2, tokens[:, 1:, None]).flatten()
+    found: Tensor = logits.log_softmax(dim=-1).gather(2, tokens[:, 1:, None]).flatten()
+    return found
 
 
 def random_weights(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:

@@ -18,6 +18,8 @@ import os
 import statistics
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +96,7 @@ REFERENCE = {"sequence": 512, "layers": 12, "tp": 1, "experts": 4}
 """The point of each axis whose rate the predicted times have."""
 
 
-def measure_here(point: Point, report: Path, repeats: int) -> None:
+def measure_here(point: Point, report: Path, repeats: int, clock: Callable[[], float]) -> None:
     """Leave the seconds, the memory and the bytes sent of this rank in `report`."""
     world = detect_world()
     if world is not None:
@@ -106,8 +108,8 @@ def measure_here(point: Point, report: Path, repeats: int) -> None:
 
         from mlm_eval.engine.engine import Engine
         from mlm_eval.engine.score import Request
-        from mlm_eval.planning.bench_run import drawn_checkpoint, time_all_reduces, time_steps
-        from mlm_eval.ranks.collectives import AllReduceCounter
+        from mlm_eval.planning.bench_run import drawn_checkpoint, time_all_reduces
+        from mlm_eval.ranks.collectives import AllReduceCounter, barrier
 
         torch.set_num_threads(1)
 
@@ -126,7 +128,12 @@ def measure_here(point: Point, report: Path, repeats: int) -> None:
             engine, requests = start(point, TOKENS // point.length)
             with AllReduceCounter() as counter:
                 engine.score(requests)
-            seconds = time_steps(lambda: engine.score(requests), repeats, engine.device)
+            seconds = []
+            for _ in range(repeats):
+                barrier()
+                started = clock()
+                engine.score(requests)
+                seconds.append(clock() - started)
         sending = time_all_reduces(counter.counts, engine.device) if point.tp > 1 else 0.0
         found = {
             "seconds": seconds,
@@ -139,9 +146,10 @@ def measure_here(point: Point, report: Path, repeats: int) -> None:
         launch.shutdown()
 
 
-def measured(axis: str, point: Point, folder: Path, repeats: int) -> dict[str, Any]:
+def measured(axis: str, point: Point, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of a point: of the slowest and of the fullest rank."""
-    words = ["--measure", axis, str(point.value), str(folder), "--repeats", str(repeats)]
+    words = ["--measure", axis, str(point.value), str(folder)]
+    words += ["--repeats", str(options.repeats), *["--processor-time"] * options.processor_time]
     command = [sys.executable, __file__, *words]
     result = launch.launch([], ranks=point.tp, device="cpu", command=command)
     if result.exit_code:
@@ -255,24 +263,32 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=list(AXES))
+    parser.add_argument(
+        "--processor-time", action="store_true", help="where other work runs beside"
+    )
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         axis, value, folder = options.measure
         (point,) = (point for point in AXES[axis] if point.value == int(value))
-        measure_here(point, Path(folder), options.repeats)
+        clock = time.process_time if options.processor_time else time.perf_counter
+        measure_here(point, Path(folder), options.repeats, clock)
         return 0
     os.environ["OMP_NUM_THREADS"] = "1"
     found: dict[str, list[Row]] = {}
     with tempfile.TemporaryDirectory() as name:
         for axis in options.axes:
-            figures = [measured(axis, p, Path(name), options.repeats) for p in AXES[axis]]
+            figures = [measured(axis, p, Path(name), options) for p in AXES[axis]]
             found[axis] = rows_of(axis, AXES[axis], figures)
     said = "\n".join(f"- {sentence(axis, rows)}" for axis, rows in found.items())
     path = RESULTS / f"{datetime.date.today().isoformat()}-growth.png"
     plot(found, path)
     rows = [row for rows in found.values() for row in rows]
-    settings = {"threads": "1 a rank", "tokens a batch": TOKENS, "time": "wall"}
+    settings = {
+        "threads": "1 a rank",
+        "tokens a batch": TOKENS,
+        "time": "processor, best of" if options.processor_time else "wall, best of",
+    }
     publish("growth", rows, settings, said=f"{said}\n\n![measured and planned]({path.name})")
     return 0
 

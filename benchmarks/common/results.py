@@ -72,7 +72,9 @@ def processor_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def alternate(ours: Work, theirs: Work, *, pairs: int, processor: bool) -> tuple[list[float], ...]:
+def alternate(
+    ours: Work, theirs: Work, *, pairs: int, processor: bool
+) -> tuple[list[float], list[float]]:
     """Return the seconds of two works, in turns, after one of each that does not count.
 
     Args:
@@ -90,7 +92,7 @@ def alternate(ours: Work, theirs: Work, *, pairs: int, processor: bool) -> tuple
 
     ours(), theirs()
     measured = [(seconds(ours), seconds(theirs)) for _ in range(pairs)]
-    return tuple(list(times) for times in zip(*measured, strict=True))
+    return [pair[0] for pair in measured], [pair[1] for pair in measured]
 
 
 def publish(
