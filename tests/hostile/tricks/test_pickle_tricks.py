@@ -18,7 +18,6 @@ from support.reliability.attacks import (
 )
 from support.reliability.pickle_bytes import (
     BUILD,
-    MARK,
     NONE,
     REDUCE,
     called,
@@ -259,6 +258,3 @@ ATTACKS += [
 @attacks(ATTACKS, every=60)
 def test_no_trick_of_the_machine_is_played(attack: Attack, warm: WarmCommands, bases: Bases):
     check(attack, warm, bases)
-
-
-__all__ = ["MARK"]

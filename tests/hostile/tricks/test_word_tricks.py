@@ -11,10 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 from support.folders import result_records
 from support.reliability.attacks import Attack, Bases, Words, attacks, check, copied
-from support.reliability.short_form import thinned
 from support.reliability.warm_commands import Sandbox, WarmCommands, told
 
 pytest_plugins = ["support.reliability.warm_fixtures"]
@@ -602,6 +600,3 @@ ATTACKS += [
 @attacks(ATTACKS, every=150)
 def test_no_word_is_believed(attack: Attack, warm: WarmCommands, bases: Bases):
     check(attack, warm, bases)
-
-
-__all__ = ["pytest", "thinned"]
