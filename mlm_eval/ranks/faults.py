@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 
 from mlm_eval.checkpoints.errors import PACKAGES, InputError, first_line, not_installed
+from mlm_eval.ranks.world import small_number
 
 DISK_FAULTS = {
     errno.ENOSPC: "the disk is full",
@@ -92,12 +93,21 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             left += [c[0] for c in failures.values() if isinstance(c, tuple) and c]
 
 
+_LARGEST_TERMINAL = 10_000
+"""Columns or lines."""
+
+
 def check_surroundings() -> None:
     """Refuse to start where libraries would die without a word.
+
+    A size of the terminal that no terminal has is forgotten: help is laid out for it.
 
     Raises:
         InputError: The working folder is gone.
     """
+    for name in ("COLUMNS", "LINES"):
+        if not 0 < (small_number(os.environ.get(name, "")) or 0) <= _LARGEST_TERMINAL:
+            os.environ.pop(name, None)
     try:
         os.getcwd()
     except OSError:

@@ -22,7 +22,7 @@ from mlm_eval import cli
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.ranks import launch
 from mlm_eval.ranks.causes import CauseWatch
-from mlm_eval.ranks.faults import DISK_FAULTS, lost_peers, named_fault
+from mlm_eval.ranks.faults import DISK_FAULTS, check_surroundings, lost_peers, named_fault
 from mlm_eval.ranks.mesh import Mesh, fill_ranks, make_mesh
 from mlm_eval.ranks.world import OTHER_LAUNCHERS, SOURCE, World, detect_world, expand_nodelist
 
@@ -571,6 +571,17 @@ def test_a_variable_that_is_no_number_is_shown_cut(name, value, monkeypatch):
     with pytest.raises(InputError, match=f"{name}=.*expected a number") as caught:
         detect_world()
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["9" * 5000, "9" * 11, "0", "-1", "x", "80"],
+    ids=["digits", "wide", "0", "-1", "x", "80"],
+)
+def test_a_size_that_no_terminal_has_is_forgotten(value, monkeypatch):
+    set_all(monkeypatch, {"COLUMNS": value, "LINES": value})
+    check_surroundings()
+    assert os.environ.get("COLUMNS") == os.environ.get("LINES") == ("80" if value == "80" else None)
 
 
 @pytest.mark.parametrize("name", [*OTHER_LAUNCHERS, "SLURM_CPUS_PER_TASK", "WORLD_SIZE"])
