@@ -231,6 +231,7 @@ def test_layers_of_multi_token_prediction_take_no_part(tmp_path: Path) -> None:
     file = tmp_path / "in" / "model.safetensors"
     plain = open_checkpoint(tmp_path / "in")
     assert not plain.provenance.warnings and not plain.prediction_heads
+    expected = {name: tensor.read() for name, tensor in plain.tensors.items()}
     state = load_file(file)
     longer = with_prediction_head(state)
     save_file(longer, file)
@@ -238,8 +239,8 @@ def test_layers_of_multi_token_prediction_take_no_part(tmp_path: Path) -> None:
     [warning] = found.provenance.warnings
     assert "behind layer 2, heads of multi-token prediction" in warning
     assert "conversions keep them" in warning
-    for name, tensor in plain.tensors.items():
-        assert torch.equal(found.tensors[name].read(), tensor.read()), name
+    for name, values in expected.items():
+        assert torch.equal(found.tensors[name].read(), values), name
     convert(found, "megatron", tmp_path / "megatron")
     kept = open_checkpoint(tmp_path / "megatron").prediction_heads
     assert set(kept) == set(prediction_parameters(found.config, 1))
@@ -249,8 +250,8 @@ def test_layers_of_multi_token_prediction_take_no_part(tmp_path: Path) -> None:
         ("transformer_layer.self_attention.linear_kv_up_proj.weight", "self_attn.kv_b_proj.weight"),
         ("transformer_layer.mlp.router.weight", "mlp.gate.weight"),
     ):
-        expected = longer[f"model.layers.3.{key}"]
-        assert torch.equal(kept[f"mtp.layers.0.{name}"].read(), expected), name
+        stored = longer[f"model.layers.3.{key}"]
+        assert torch.equal(kept[f"mtp.layers.0.{name}"].read(), stored), name
     first = kept["mtp.layers.0.transformer_layer.mlp.experts.linear_fc1.weight"].read()
     gate = longer["model.layers.3.mlp.experts.5.gate_proj.weight"]
     assert torch.equal(first[5].chunk(2)[0], gate)
