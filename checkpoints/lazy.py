@@ -87,8 +87,7 @@ class MappedFile:
         import torch
 
         if self._storage is None:
-            if self.path.stat().st_size != self.size:
-                raise InputError(f"{self.path} changed its size while being read; copy it again")
+            self._check_size()
             if isinstance(self.path, Embedded):
                 self._storage, self._shift = _map_part(*self.path.place(), self.size)
             else:
@@ -102,12 +101,29 @@ class MappedFile:
         raw = torch.empty(0, dtype=torch.uint8).set_(self._storage, offset, (extent,), (1,))
         return raw.clone().view(dtype).as_strided(tuple(shape), tuple(stride))
 
+    def _check_size(self) -> None:
+        """Refuse a file that is no longer the one that was opened.
+
+        Raises:
+            InputError: It is gone, or has another size.
+        """
+        try:
+            size = self.path.stat().st_size
+        except OSError as error:
+            raise InputError(
+                f"{self.path} is gone since it was opened ({error.strerror}); put it back, and let "
+                "nothing move or delete files of a checkpoint while it is read"
+            ) from None
+        if size != self.size:
+            raise InputError(f"{self.path} changed its size while being read; copy it again")
+
     def blocks(self, offset: int, length: int) -> Iterator[bytes]:
         """Yield bytes of the file in blocks; they are read, and not mapped, without torch.
 
         Raises:
-            InputError: The file has become shorter.
+            InputError: The file is gone, or has become shorter.
         """
+        self._check_size()
         with self.path.open("rb") as stream:
             stream.seek(offset)
             while length > 0:

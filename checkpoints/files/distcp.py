@@ -81,9 +81,19 @@ class DistributedFolder:
     _mapped: dict[str, MappedFile] = field(default_factory=dict)
 
     def mapped(self, name: str) -> MappedFile:
-        """Return the mapping of a `.distcp` file, one for all entries in it."""
+        """Return the mapping of a `.distcp` file, one for all entries in it.
+
+        Raises:
+            InputError: The file is not there.
+        """
         if name not in self._mapped:
-            self._mapped[name] = MappedFile(self.path / name)
+            path = self.path / name
+            try:
+                self._mapped[name] = MappedFile(path)
+            except FileNotFoundError:
+                raise InputError(
+                    f"{describe_missing(path)}; copy all files of the checkpoint"
+                ) from None
         return self._mapped[name]
 
     def read_object(self, key: str) -> TorchFile:
