@@ -161,14 +161,16 @@ def expand_nodelist(nodelist: str) -> list[str]:
     """Return the hosts of a Slurm node list, in order: `n[08-10,2],m` gives n08 n09 n10 n2 m."""
     items = re.findall(r"(?:[^,\[\]\s]|\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\])+", nodelist)
     hosts: list[str] = []
+    whole = ",".join(items) == nodelist
     for item in items:
         # "rack[1-2]n[1,3]" splits to "rack", "1-2", "n", "1,3", "": odd places are number lists.
         pieces = re.split(r"\[(.*?)\]", item)
         choices = [_numbers(p) if i % 2 else [p] for i, p in enumerate(pieces)]
         hosts += map("".join, itertools.islice(itertools.product(*choices), _MOST_NODES))
-        if len(hosts) >= _MOST_NODES:
+        whole = whole and all(choices)
+        if not whole or len(hosts) >= _MOST_NODES:
             break
-    if not hosts or ",".join(items) != nodelist or len(hosts) >= _MOST_NODES:
+    if not hosts or not whole or len(hosts) >= _MOST_NODES:
         raise InputError(
             f"Slurm's node list is {shown(nodelist)}, expected hosts such as "
             "'node[01-04,07],login1'; set MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE and "
@@ -183,7 +185,7 @@ def _numbers(ranges: str) -> list[str]:
     for piece in ranges.split(","):
         first, _, last = piece.partition("-")
         begin, end = small_number(first), small_number(last or first)
-        if begin is None or end is None or len(numbers) + end - begin >= _MOST_NODES:
+        if begin is None or end is None or not 0 <= end - begin < _MOST_NODES - len(numbers):
             return []  # no list of hosts
         numbers += [f"{n:0{len(first)}d}" for n in range(begin, end + 1)]
     return numbers

@@ -12,12 +12,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.files.text_file import misfit
-from mlm_eval.checkpoints.folders.file_names import is_file_name
 from mlm_eval.reporting.existing import json_record
 
 ENTRIES = "series"
@@ -50,7 +50,16 @@ def _is_entry(entry: object) -> bool:
     return (
         isinstance(entry, dict)
         and misfit(entry, {"checkpoint": "text", "record": "text", "name": "text?"}) is None
-        and is_file_name(entry["record"].lstrip("."))  # beside the list, wherever that is
+        and _is_beside(entry["record"])
         and "iteration" in entry
         and isinstance(entry["iteration"], int | str | None)
     )
+
+
+def _is_beside(name: str) -> bool:
+    """Return whether a name is that of a file in the list's folder, as long as any can be."""
+    try:
+        size = len(os.fsencode(name))
+    except UnicodeEncodeError:
+        return False
+    return Path(name).name == name and name not in ("", "..") and "\0" not in name and size <= 255

@@ -30,8 +30,13 @@ LONGEST_INPUT = 1 << 21
 """Characters of one text that is scored or continued: half a million tokens of most languages."""
 
 
-def check_text(text: str, where: str) -> str:
+def check_text(text: str, where: str, *, instead: str = "leave it out, or cut it") -> str:
     """Return a text that can be encoded.
+
+    Args:
+        text: The text.
+        where: File and line, for messages.
+        instead: What to do with one that is too long.
 
     Raises:
         InputError: It is longer than any model reads, or holds half of a surrogate pair, as broken
@@ -39,8 +44,8 @@ def check_text(text: str, where: str) -> str:
     """
     if len(text) > LONGEST_INPUT:
         raise InputError(
-            f"{where} holds a text of {len(text):,} characters, more than {LONGEST_INPUT:,}; is it "
-            "cut at the right places? Leave it out, or cut it"
+            f"{where} holds a text of {len(text):,} characters, more than the {LONGEST_INPUT:,} "
+            f"that are cut into tokens at once; {instead}"
         )
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise InputError(f"{where} holds half of a surrogate pair, which is no text; get it again")

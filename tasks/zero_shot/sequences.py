@@ -20,6 +20,9 @@ from mlm_eval.tasks.data.text import check_text, sha256
 
 FORM = '{"tokens": [...]} or {"text": "..."}, one JSON object a line'
 
+LONG_FORM = 'give it as {"tokens": [...]}, or as several lines'
+"""What to do with a text that is too long to be cut into tokens."""
+
 PAIR_FORM = '{"encoder_tokens": [...], "encoder_mask": [...] (1: keep; optional), "tokens": [...]}'
 """A line for a T5."""
 
@@ -169,7 +172,8 @@ def _parse(
             raise InputError(f"{where} holds text, but a T5 takes ids; expected {PAIR_FORM}")
         if tokenizer is None:
             raise InputError(f"{where} holds text, which needs --tokenizer DIR or --vocab-file F")
-        rows = [[*begin, *tokenizer.encode(check_text(record["text"], where))]]
+        text = check_text(record["text"], where, instead=LONG_FORM)
+        rows = [[*begin, *tokenizer.encode(text)]]
         is_text = True
     else:
         raise InputError(f'{where} has neither "tokens", "text" nor "choices"; expected {FORM}')

@@ -554,6 +554,7 @@ def test_node_lists_expand(nodelist: str, hosts: list[str]) -> None:
     [
         *("", "n[1-", "n[a-b]", "n1,,n2", "n1 n2", "n[1-2-3]", "n[2-1]"),
         *("n[1-999999999999]", f"n[1-{'9' * 5000}]", "n" + "[1-9]" * 30, "n[1-99999]," * 3 + "m"),
+        *("n[1-999999],m", "m,n[1-999999]", "m,n[2-1,3],k", "m,r[1-2]n[3-999999]"),
     ],
 )
 def test_a_broken_node_list_is_refused(nodelist: str) -> None:

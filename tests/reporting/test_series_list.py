@@ -24,6 +24,23 @@ def test_a_list_is_known_by_its_entries(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("name", "is_one"),
+    [
+        *((name, True) for name in ("x" * 255, ".F.json", "..F.json", "a\\b", "é" * 127, "\udcff")),
+        *(
+            (name, False)
+            for name in ("x" * 256, "é" * 128, "", ".", "..", "a/b", "/a", "a/", "a\0")
+        ),
+        ("\ud800", False),
+    ],
+)
+def test_a_record_has_any_name_that_a_file_beside_the_list_can_have(tmp_path, name, is_one):
+    path = tmp_path / "F.json"
+    path.write_text(json.dumps({"task": "lambada", "series": [{**ENTRY, "record": name}]}))
+    assert (read_series(path) is not None) == is_one
+
+
+@pytest.mark.parametrize(
     "content",
     [
         "",

@@ -18,6 +18,7 @@ from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from mlm_eval.engine.engine import Engine
+from mlm_eval.tasks.data.text import LONGEST_INPUT
 from mlm_eval.tasks.zero_shot.score import score_lines, write_lines
 from mlm_eval.tasks.zero_shot.sequences import GivenSequences, read_lines
 
@@ -340,6 +341,10 @@ def test_choices_of_a_pretrained_bert_have_a_row_each(tmp_path):
         ({"choices": [[1], [2]], "tokentypes": [[0]]}, "tokentypes and tokens differ in length"),
         ({"tokens": [1], "tokentypes": 0}, "tokentypes must be a list"),
         ({"text": "a \ud800 b"}, "half of a surrogate pair"),
+        (
+            {"text": "x" * (LONGEST_INPUT + 1)},
+            r'2,097,153 characters, .*; give it as \{"tokens": \[...\]\}, or as several lines',
+        ),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path, words, line, message):
