@@ -11,8 +11,10 @@ values.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import mmap
+import operator
 import warnings
 import zlib
 from abc import ABC, abstractmethod
@@ -32,6 +34,9 @@ Index: TypeAlias = "slice | Tensor | None"
 """Which entries along one dim: a slice with step 1, a 1-D int64 tensor, or None for all."""
 
 _BLOCK = 1 << 20
+
+MOST_DIMS = 64
+"""Of a tensor: torch's own limit."""
 
 
 class LazyTensor(ABC):
@@ -73,6 +78,7 @@ class MappedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.size = path.stat().st_size
+        self._seen = self._identity()
         self._storage: torch.UntypedStorage | None = None
         self._shift = 0
 
@@ -87,7 +93,7 @@ class MappedFile:
         import torch
 
         if self._storage is None:
-            self._check_size()
+            self._check_same()
             if isinstance(self.path, Embedded):
                 self._storage, self._shift = _map_part(*self.path.place(), self.size)
             else:
@@ -101,21 +107,32 @@ class MappedFile:
         raw = torch.empty(0, dtype=torch.uint8).set_(self._storage, offset, (extent,), (1,))
         return raw.clone().view(dtype).as_strided(tuple(shape), tuple(stride))
 
-    def _check_size(self) -> None:
+    def _identity(self) -> tuple[int, int]:
+        """Return what tells the file, or the one that it stands in, from another of its name.
+
+        Without its number: mounts of object stores give a file another one from time to time.
+        """
+        about = (self.path.place()[0] if isinstance(self.path, Embedded) else self.path).stat()
+        return about.st_mtime_ns, about.st_size
+
+    def _check_same(self) -> None:
         """Refuse a file that is no longer the one that was opened.
 
         Raises:
-            InputError: It is gone, or has another size.
+            InputError: It is gone, or was replaced or changed.
         """
         try:
-            size = self.path.stat().st_size
+            same = self._identity() == self._seen
         except OSError as error:
             raise InputError(
                 f"{self.path} is gone since it was opened ({error.strerror}); put it back, and let "
                 "nothing move or delete files of a checkpoint while it is read"
             ) from None
-        if size != self.size:
-            raise InputError(f"{self.path} changed its size while being read; copy it again")
+        if not same:
+            raise InputError(
+                f"{self.path} was replaced or changed since it was opened; let nothing write files "
+                "of a checkpoint while it is read, and start again"
+            )
 
     def blocks(self, offset: int, length: int) -> Iterator[bytes]:
         """Yield bytes of the file in blocks; they are read, and not mapped, without torch.
@@ -123,7 +140,7 @@ class MappedFile:
         Raises:
             InputError: The file is gone, or has become shorter.
         """
-        self._check_size()
+        self._check_same()
         with self.path.open("rb") as stream:
             stream.seek(offset)
             while length > 0:
@@ -139,9 +156,18 @@ class MappedFile:
         """Return the CRC-32 of some of the file's bytes."""
         if offset < 0 or offset + length > self.size:
             return -1
-        return functools.reduce(
-            lambda crc, block: zlib.crc32(block, crc), self.blocks(offset, length), 0
-        )
+        if self._storage is None:
+            blocks: Iterator[Any] = self.blocks(offset, length)
+        else:  # the bytes that are used, whatever has become of the path
+            blocks = self._mapped_blocks(offset, length)
+        return functools.reduce(lambda crc, block: zlib.crc32(block, crc), blocks, 0)
+
+    def _mapped_blocks(self, offset: int, length: int) -> Iterator[Any]:
+        import torch
+
+        for start in range(0, length, _BLOCK):
+            size = min(length - start, _BLOCK)
+            yield self.tensor(offset + start, torch.uint8, (size,), (1,)).numpy().data
 
 
 @dataclass(eq=False)
@@ -225,7 +251,8 @@ def _map_read_only(path: Path, size: int, offset: int) -> torch.UntypedStorage:
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
     """Return the strides, in elements, of a tensor whose values stand without gaps, rows first."""
-    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    sizes = itertools.accumulate(reversed(shape[1:]), operator.mul, initial=1)
+    return tuple(sizes)[::-1] if shape else ()
 
 
 def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:

@@ -460,13 +460,14 @@ def check_fits(tokenizer: Tokenizer, vocab_rows: int, family: str = "") -> str |
             f"{tokenizer.source} names {tokenizer.vocab_size - size} special token(s) for which "
             f"the model, with {vocab_rows} rows, has none"
         )
-    if family == "gpt" and tokenizer.kind == "bert-wordpiece":
-        return (
-            f"{tokenizer.source} is a vocabulary of BERT's word pieces and the model a GPT, which "
-            "writes text of every form: it may not be the tokenizer of this model"
-        )
     unused = vocab_rows - size
     padded = _is_padded(size, vocab_rows) and size * MOST_PADDED >= vocab_rows
+    if family == "gpt" and tokenizer.kind == "bert-wordpiece" and unused and not padded:
+        return (
+            f"{tokenizer.source} is a vocabulary of BERT's word pieces and the model a GPT of "
+            f"{vocab_rows} rows, which are not those of its {size} entries: it may not be the "
+            "tokenizer of this model"
+        )
     few = unused >= SMALL_PADDING and unused > size and not padded
     if unused >= LARGEST_PADDING or few:
         return (

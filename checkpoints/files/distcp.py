@@ -25,14 +25,20 @@ from mlm_eval.checkpoints.files.safe_pickle import state_of
 from mlm_eval.checkpoints.files.stand_in import describe_missing, refuse_stand_in
 from mlm_eval.checkpoints.files.torch_file import TorchFile, read_pickle, read_torch_file
 from mlm_eval.checkpoints.folders.file_names import is_file_name
-from mlm_eval.checkpoints.lazy import Index, LazyTensor, MappedFile, StoredTensor, as_index
+from mlm_eval.checkpoints.lazy import (
+    MOST_DIMS,
+    Index,
+    LazyTensor,
+    MappedFile,
+    StoredTensor,
+    as_index,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 METADATA = ".metadata"
 
-_MOST_DIMS = 64
 
 _TAIL = 1024
 """Bytes at the end of an archive that hold its table of contents, with the CRC of every record."""
@@ -142,7 +148,7 @@ class DistributedFolder:
             file = self.path / name
             if not file.is_file():
                 return describe_missing(file, "is missing")
-            found = file.stat().st_size
+            found = self.mapped(name).size  # what is read later must be this file
             if found < size:
                 refuse_stand_in(file)
                 return f"{file} is cut off: it has {found} of at least {size} bytes"
@@ -251,7 +257,7 @@ def _size(value: Any) -> int:
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, list | tuple) or len(values) > _MOST_DIMS:
+    if not isinstance(values, list | tuple) or len(values) > MOST_DIMS:
         raise ValueError(f"{shown(values)} are no sizes")
     return tuple(_size(value) for value in values)
 

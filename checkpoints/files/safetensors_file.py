@@ -14,6 +14,7 @@ import json
 import math
 import os
 import struct
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from mlm_eval.checkpoints.files.stand_in import (
     refuse_stand_in,
 )
 from mlm_eval.checkpoints.files.text_file import LARGEST_SETTINGS
-from mlm_eval.checkpoints.lazy import LazyTensor, MappedFile, StoredTensor, row_major
+from mlm_eval.checkpoints.lazy import MOST_DIMS, LazyTensor, MappedFile, StoredTensor, row_major
 
 if TYPE_CHECKING:
     import torch
@@ -109,8 +110,8 @@ def _stored_tensors(path: Path, header: bytes) -> dict[str, StoredTensor]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            counts = Counter(name for name, _ in pairs)
+            twice = next(name for name, count in counts.items() if count > 1)
             raise InputError(f"{path} names {shown(twice)} twice in its header; get it again")
         return found
 
@@ -122,6 +123,11 @@ def _stored_tensors(path: Path, header: bytes) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     for name, entry in sorted(about.items(), key=lambda item: item[1]["data_offsets"]):
         kind, shape = SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"]
+        if isinstance(shape, list) and len(shape) > MOST_DIMS:
+            raise InputError(
+                f"{path} gives {shown(name)} {len(shape)} dims, more than torch's {MOST_DIMS}; get "
+                "it again"
+            )
         start, end = (8 + len(header) + offset for offset in entry["data_offsets"])
         sizes = (start, end, *shape) if isinstance(shape, list) else (None,)
         if not all(type(size) is int and 0 <= size < 1 << 62 for size in sizes):

@@ -38,12 +38,10 @@ from mlm_eval.checkpoints.files.stand_in import (
     refuse_stand_in,
 )
 from mlm_eval.checkpoints.files.window import FileWindow
-from mlm_eval.checkpoints.lazy import Checksum, MappedFile, StoredTensor
+from mlm_eval.checkpoints.lazy import MOST_DIMS, Checksum, MappedFile, StoredTensor
 
 STREAM_MAGIC = 0x1950A86A20F9469CFC6C
 """First object in the stream form of torch.save (torch/serialization.py, MAGIC_NUMBER)."""
-
-_MAX_DIMS = 64  # torch's own limit
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +86,8 @@ def _rebuild_tensor_v3(
 def _tensor(storage: _Storage, offset: Any, size: Any, stride: Any, dtype: Dtype) -> StoredTensor:
     if not isinstance(size, tuple) or not isinstance(stride, tuple) or len(size) != len(stride):
         raise pickle.UnpicklingError("a tensor without a shape")
-    numbers = (offset, *size[: _MAX_DIMS + 1], *stride[: _MAX_DIMS + 1])
-    if len(size) > _MAX_DIMS or not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
+    numbers = (offset, *size[: MOST_DIMS + 1], *stride[: MOST_DIMS + 1])
+    if len(size) > MOST_DIMS or not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
         raise pickle.UnpicklingError("a tensor of an impossible shape")
     available = storage.numel * storage.dtype.itemsize
     last = offset + sum((entries - 1) * step for entries, step in zip(size, stride, strict=True))

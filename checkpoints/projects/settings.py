@@ -23,10 +23,10 @@ from mlm_eval.checkpoints.files.text_file import read_json_object, read_text
 from mlm_eval.checkpoints.projects.gemma import gemma_settings
 from mlm_eval.checkpoints.projects.nemo_1 import NEMO_CONFIG, has_oldest_order, nemo_fields
 
-_LARGEST = 1 << 19
+_LARGEST = 1 << 20
 """Bytes of a settings file."""
 
-_LONG_NUMBER = re.compile(r"\d{13,}")
+_LONG_NUMBER = 13  # digits
 _MOST_LONG_NUMBERS = 1000
 """Numbers of one hash, as keys, take minutes to tell apart."""
 
@@ -243,7 +243,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     text = read_text(path, most=_LARGEST)
-    if len(_LONG_NUMBER.findall(text)) > _MOST_LONG_NUMBERS or _OF_BASE_60.search(text):
+    if _OF_BASE_60.search(text):
         raise InputError(f"{path} holds numbers that no settings have; copy the file again")
     try:
         values = yaml.load(text, Loader=_plain_loader())  # a SafeLoader
@@ -271,7 +271,8 @@ def _plain_loader() -> Any:
     class PlainLoader(yaml.SafeLoader):
         def __init__(self, stream: str) -> None:
             super().__init__(stream)
-            self.entries, self.looked_at = 0, set[int]()
+            self.text = stream
+            self.entries, self.long_numbers, self.looked_at = 0, 0, set[int]()
 
         def flatten_mapping(self, node: Any) -> None:
             if id(node) not in self.looked_at:  # later it holds what it has merged, too
@@ -283,11 +284,29 @@ def _plain_loader() -> Any:
                 raise ValueError("its merges make more entries than any settings have")
 
         def _check_keys(self, node: Any) -> None:
-            seen: dict[str, Any] = {}
+            seen: dict[tuple[str, str], Any] = {}
             for key, value in node.value:
-                known = seen.setdefault(key.value, value) if isinstance(key.value, str) else value
-                if known.value != value.value and key.tag != "tag:yaml.org,2002:merge":
+                if not isinstance(key.value, str):
+                    continue
+                if key.tag.endswith((":int", ":float")) and len(key.value) >= _LONG_NUMBER:
+                    self.long_numbers += 1
+                known = seen.setdefault((key.tag, key.value), value)
+                if not key.tag.endswith(":merge") and not self._same(known, value):
                     raise ValueError(f"{shown(key.value)} stands in one mapping with two values")
+            if self.long_numbers > _MOST_LONG_NUMBERS:
+                raise ValueError("it has more long numbers as keys than any settings")
+
+        def _same(self, one: Any, other: Any) -> bool:
+            """Whether two values are one, or written alike."""
+            if one is other:
+                return True
+            starts, ends = zip(
+                *((node.start_mark.index, node.end_mark.index) for node in (one, other)),
+                strict=True,
+            )
+            if ends[0] - starts[0] != ends[1] - starts[1]:
+                return False
+            return self.text[starts[0] : ends[0]] == self.text[starts[1] : ends[1]]
 
     return PlainLoader
 

@@ -31,13 +31,13 @@ def is_series(record: Mapping[str, Any]) -> bool:
 
 
 def series_records(path: Path, record: Mapping[str, Any]) -> list[Path]:
-    """Return where the records of a list are.
+    """Return where the records of a list are: beside it, also where it is reached by a link.
 
     Args:
         path: The list's file.
         record: What it holds.
     """
-    return [path.parent / entry["record"] for entry in record[ENTRIES]]
+    return [path.resolve().parent / entry["record"] for entry in record[ENTRIES]]
 
 
 def read_series(path: Path) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from support import random_models
 from support.command_line import CONFIG, Run, assert_one_sentence
 
 from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
+from mlm_eval.checkpoints.tokenizer import check_fits, load_tokenizer
 
 pytest_plugins = ["support.command_line_fixtures"]
 
@@ -62,6 +63,17 @@ def test_word_pieces_for_a_gpt_are_warned_of(command, commands, run: Run, tmp_pa
     ended = run(*commands(word_pieces(tmp_path / "other"))[command])
     assert ended.code == 0, ended
     assert "other/vocab.txt is a vocabulary of BERT's word pieces and the model a GPT" in ended.err
+
+
+@pytest.mark.parametrize("rows", ["its own", "padded"])
+def test_word_pieces_of_the_models_size_are_its_tokenizer(rows, tmp_path):
+    """GPTs are trained on word pieces too: their rows are the vocabulary's, or its padded ones."""
+    tokenizer = load_tokenizer(directory=word_pieces(tmp_path / "own"))
+    size = tokenizer.vocab_size
+    assert (
+        check_fits(tokenizer, size if rows == "its own" else -(-size // 128) * 128, "gpt") is None
+    )
+    assert check_fits(tokenizer, 50_304, "gpt") is not None
 
 
 @pytest.mark.parametrize("command", COMMANDS)

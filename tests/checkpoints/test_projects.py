@@ -18,6 +18,7 @@ from support.folders.layouts import LAYOUTS, MODEL, bridge, fields, nemo_2, weig
 from mlm_eval.checkpoints.config import ModelConfig, RopeScaling
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.open import open_checkpoint
+from mlm_eval.checkpoints.projects.settings import read_yaml
 
 GEMMA3 = "megatron.bridge.models.gemma.gemma3_provider.Gemma3ModelProvider1B"
 
@@ -203,3 +204,32 @@ def test_a_file_of_references_ends(tmp_path: Path):
     with pytest.raises(InputError, match="hold one another so often that they never end"):
         open_checkpoint(tmp_path / "run")
     assert time.process_time() - started < 20
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: {x: 1}\na: {x: 1}\n",
+        "a: [1, 2]\na: [1, 2]\n",
+        "1: a\n'1': b\n",
+        "weights: [" + ", ".join(f"0.{n:016d}" for n in range(1100)) + "]\n",
+        "paths:\n"
+        + "".join(
+            f"- /data/some/long/path/to/a/shard/of/a/corpus_{n:06d}\n" for n in range(14_000)
+        ),
+    ],
+    ids=["mappings", "lists", "a number and its text", "long fractions", "700 KB"],
+)
+def test_honest_yaml_is_read(text: str, tmp_path: Path):
+    """What is written twice alike is one; long numbers are values; lists of shards are long."""
+    path = tmp_path / "run_config.yaml"
+    path.write_text(text)
+    assert read_yaml(path)
+
+
+@pytest.mark.parametrize("other", ["{x: 2}", "[1]", "1"])
+def test_two_values_of_one_name_are_refused(other: str, tmp_path: Path):
+    path = tmp_path / "run_config.yaml"
+    path.write_text(f"a: {{x: 1}}\na: {other}\n")
+    with pytest.raises(InputError, match="'a' stands in one mapping with two values"):
+        read_yaml(path)

@@ -57,6 +57,7 @@ WORDS = {
     "gpt2-tiny", "wikitext103", "megatron-gpt2-345m", "megatron-bert-345m-uncased",
     "race-megatron-336m", "checkpoint_version=2.0", "wikitext", "lambada_openai", "wiki_sample",
     "weak", "train", "core", "legacy", "Once upon a time", "all", "latest",
+    "sample:gpt",
 }  # fmt: skip
 """Names of formats, sizes, recipes, settings and tasks, and texts: no files."""
 SMALL = {
@@ -164,7 +165,7 @@ def _series(place: Path) -> None:
     record["checkpoint"]["iteration"] = 1000
     path = place.with_name("series.iter_0001000.json")
     _written(path, json.dumps(record))
-    entry = {"checkpoint": "run1", "iteration": 1000, "record": str(path)}
+    entry = {"checkpoint": "run1", "iteration": 1000, "record": path.name}
     _written(place, json.dumps({"task": "lambada", "series": [entry]}))
 
 

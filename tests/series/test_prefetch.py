@@ -30,11 +30,14 @@ def test_the_bytes_of_the_weights_are_asked_for(path: Path):
         assert all(first + length <= file.stat().st_size for first, length in parts)
 
 
-def test_of_a_hugging_face_folder_whole_files(tmp_path: Path):
+def test_of_a_hugging_face_folder_all_weights(tmp_path: Path):
     source = random_models.checkpoint(random_models.config(vocab_size=256))
     mlm_eval.convert(source, "hf", tmp_path / "hf")
-    found = ahead.byte_ranges(mlm_eval.open_checkpoint(tmp_path / "hf"))
-    assert found[tmp_path / "hf" / "model.safetensors"] == [(0, 0)]
+    checkpoint = mlm_eval.open_checkpoint(tmp_path / "hf")
+    [(file, parts)] = ahead.byte_ranges(checkpoint).items()
+    assert file == tmp_path / "hf" / "model.safetensors"
+    weights = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    assert weights <= sum(length for _, length in parts) <= file.stat().st_size
 
 
 def test_what_fails_is_passed_over(monkeypatch, tmp_path: Path):

@@ -96,3 +96,22 @@ def test_places_and_lengths(start: int, end: int, tmp_path: Path):
     assert check(path) is (end == 0)
     path.write_bytes(struct.pack("<Q", len(header) + 1 + end % 2 * 10**6) + header + VALUES)
     assert not check(path)
+
+
+@pytest.mark.parametrize("shape", [[1] * 300_000, [2**61] * 40_000])
+def test_a_tensor_of_more_dims_than_torch_has_is_refused_at_once(shape: list[int], tmp_path: Path):
+    """The library takes it; strides and sizes of so many dims would be computed for hours."""
+    header = {"a": {"dtype": "U8", "shape": shape, "data_offsets": [0, 1]}}
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text(header))) + text(header) + b"\0")
+    with pytest.raises(InputError, match=f"gives 'a' {len(shape)} dims"):
+        read_safetensors(path)
+
+
+def test_a_doubled_name_is_found_at_once(tmp_path: Path):
+    names = [*(f"t{number}" for number in range(100_000)), "t99999"]
+    header = ",".join(f'"{name}":{{}}' for name in names).join("{}").encode()
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(InputError, match="names 't99999' twice in its header"):
+        read_safetensors(path)

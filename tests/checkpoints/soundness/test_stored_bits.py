@@ -97,5 +97,5 @@ def test_views_of_other_values_have_other_samples(tmp_path: Path):
 def test_a_file_that_became_shorter(tmp_path: Path):
     lazy = stored(tmp_path / "a", torch.arange(8.0))
     (tmp_path / "a").write_bytes(b"abc")
-    with pytest.raises(InputError, match="changed its size while being read"):
+    with pytest.raises(InputError, match="was replaced or changed since it was opened"):
         sample(lazy)

@@ -7,6 +7,7 @@ printed, the files around, the processor time and the memory of the whole proces
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -51,7 +52,7 @@ def run_command(sandbox: Sandbox, words: Sequence[object], **variables: str) -> 
             start_new_session=True,
             preexec_fn=_bounded,
         )
-        status, usage, blocked = _waited(process.pid)
+        status, usage, most, blocked = _waited(process.pid)
     process.returncode = os.waitstatus_to_exitcode(status)
     after = sandbox.snapshot()
     texts = [path.read_bytes().decode("utf-8", "surrogateescape") for path in files]
@@ -59,7 +60,7 @@ def run_command(sandbox: Sandbox, words: Sequence[object], **variables: str) -> 
         code=process.returncode,
         blocked=blocked,
         seconds=max(0.0, usage.ru_utime + usage.ru_stime - IMPORTS_SECONDS),
-        grown=max(0, (usage.ru_maxrss << 10) - IMPORTS_MEMORY),
+        grown=max(0, most - IMPORTS_MEMORY),
         out=texts[0],
         err=texts[1],
         events=(),
@@ -76,19 +77,31 @@ def _bounded() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (room, room))
 
 
-def _waited(pid: int) -> tuple[int, resource.struct_rusage, bool]:
-    """Wait for a process and end what it left; return its status, its usage and whether it hung."""
-    end, blocked = time.monotonic() + WALL, False
+def _waited(pid: int) -> tuple[int, resource.struct_rusage, int, bool]:
+    """Wait for a process and end what it left.
+
+    Returns:
+        Its status, its usage, the most bytes it held (the usage counts the process that started
+        it, too), and whether it hung.
+    """
+    end, most, blocked = time.monotonic() + WALL, 0, False
     while not (ended := os.wait4(pid, os.WNOHANG))[0]:
         if time.monotonic() > end:
             blocked = True
             os.kill(pid, signal.SIGKILL)
+        most = max(most, _most_memory(pid))
         time.sleep(0.02)
     left = [p for p in Path("/proc").iterdir() if p.name.isdigit() and _session(p) == pid]
     for path in left:
         os.kill(int(path.name), signal.SIGKILL)
     assert not left, f"processes were left behind: {[path.name for path in left]}"
-    return ended[1], ended[2], blocked
+    return ended[1], ended[2], most, blocked
+
+
+def _most_memory(pid: int) -> int:
+    """Return the most bytes that a process has held since it began its command; 0: it has ended."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1]) << 10 if found else 0
 
 
 def _session(path: Path) -> int:
