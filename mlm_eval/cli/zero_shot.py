@@ -217,11 +217,15 @@ class BenchmarkEvaluation(Evaluation[BenchmarkText]):
         overwrite: bool,
     ) -> Outcome | None:
         """See `Evaluation`: a record without its examples, where they are wanted, is made again."""
+        from mlm_eval.reporting.existing import is_result
+
         found = super().known(path, parts, entry, overwrite=overwrite)
         examples = self._examples_of(path)
         if examples is None or (found is not None and examples.is_file()):
             return found
-        if not kept_beside(path).is_dir():  # else an interrupted run has written them
+        # Those of an interrupted run stand before its record does.
+        interrupted = kept_beside(path).is_dir() and examples.is_file() and is_result(examples)
+        if not interrupted:
             self.check_place(examples, overwrite=overwrite, flag="--save-examples")
         return None
 
@@ -233,7 +237,8 @@ class BenchmarkEvaluation(Evaluation[BenchmarkText]):
         listed, place = (
             Path(os.path.realpath(p)) for p in (self.options.output, self.save_examples)
         )
-        return place.with_stem(place.stem + record.stem.removeprefix(listed.stem))
+        middle = record.name.removeprefix(listed.stem).removesuffix(listed.suffix)
+        return place.with_name(place.stem + middle + place.suffix)
 
     def evaluate(self, run: ModelRun, engine: Engine, text: BenchmarkText) -> Outcome:
         """See `Evaluation`."""

@@ -218,7 +218,24 @@ def test_each_checkpoint_has_its_examples(run: Run, line, tmp_path, loads):
     ended = run(*line)
     assert ended.code == 2 and f"{names[0]} exists already; replace it with --ov" in ended.err
     (tmp_path / f"{NAMES[0]}.partial").mkdir()  # of this one, which was killed after them
+    (tmp_path / names[0]).write_text("years of work")
+    for more in ([], ["--overwrite"]):
+        ended = run(*line, *more)
+        assert ended.code == 2 and f"{names[0]} " in ended.err
+        assert (tmp_path / names[0]).read_text() == "years of work"
+    (tmp_path / names[0]).write_bytes(before[names[0]])
     assert run(*line).code == 0 and records(tmp_path, "E*") == names
+
+
+def test_examples_have_names_of_their_own_whatever_the_record_is_called(run: Run, line, tmp_path):
+    for output, saved in (("F", "E"), ("F.1", "E.jsonl"), ("F.json", "E")):
+        place = tmp_path / output.replace(".", "-")
+        place.mkdir()
+        ended = run(*line[:-1], place / output, "--save-examples", place / saved)
+        assert ended.code == 0, ended.err
+        found = [place / f"E.iter_{n:07d}{Path(saved).suffix}" for n in ITERATIONS]
+        assert sorted(place.glob("E*")) == found
+        assert len({path.read_bytes() for path in found}) == 3
 
 
 def test_no_hit_at_all_has_its_bound(run: Run, line, folder, tmp_path):
