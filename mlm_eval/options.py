@@ -156,7 +156,7 @@ def minutes(text: str) -> float:
     Raises:
         ValueError: It is no number of minutes.
     """
-    if text.lower() in (WITHOUT_END, "true"):  # `watch = true` in a file of options
+    if text.lower() == WITHOUT_END:
         return math.inf
     try:
         found = float(text)

@@ -9,7 +9,7 @@ import difflib
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from importlib import import_module
 from importlib.util import find_spec
@@ -25,6 +25,7 @@ from typer.core import TyperCommand, TyperGroup
 from mlm_eval import __version__
 from mlm_eval.checkpoints.errors import InputError, shown
 from mlm_eval.cli.printing import show_text
+from mlm_eval.options import Option
 from mlm_eval.tasks.zero_shot import BENCHMARKS
 
 CHECKPOINTS, ZERO_SHOT = "Checkpoints", "Zero-shot evaluation"
@@ -187,19 +188,33 @@ def _is_option_value(value: Any) -> bool:
     return isinstance(value, str | bool) or (type(value) is int and abs(value) < 1 << 63)
 
 
-def _misfit(value: Any, hint: Any) -> str | None:
-    """Return what an option expects in the place of a value of TOML; None: it is one of those.
+def _fitted(value: Any, hint: Any, entry: Option | None) -> Any:
+    """Return a value of TOML as an option takes it; None: as if it were not given.
 
     click takes true for 1, 1.7 for 1, and 3 for true.
+
+    Args:
+        value: The value, one of a list's.
+        hint: The parameter's annotation.
+        entry: The option, where it is one of the command's own.
+
+    Raises:
+        ValueError: It is none of the option's; the message says what is.
     """
     kinds = set(_plain_types(hint))
-    if isinstance(value, bool):
-        return None if bool in kinds else "a number or a text"
-    if kinds <= {bool, type(None)}:
-        return "true or false"
+    if isinstance(value, bool) and bool not in kinds:
+        if entry is not None and entry.bare is not None:  # the flag alone, or no flag
+            return entry.bare if value else None
+        if entry is not None and str(value).lower() in entry.choices:
+            return str(value).lower()
+        raise ValueError("a number or a text")
+    if kinds <= {bool, type(None)} and not isinstance(value, bool):
+        raise ValueError("true or false")
     if isinstance(value, float) and int in kinds and float not in kinds:
-        return "a whole number"
-    return None
+        if not value.is_integer():
+            raise ValueError("a whole number")
+        return int(value)
+    return value
 
 
 def _plain_types(hint: Any) -> Iterator[Any]:
@@ -234,15 +249,17 @@ def load_config(context: typer.Context, path: Path | None) -> Path | None:
         )
     assert context.command.callback is not None
     hints = inspect.signature(context.command.callback).parameters
-    for key, value in values.items():
-        hint = hints[known[key.replace("_", "-")]].annotation
-        for item in value if isinstance(value, list) else [value]:
-            if expected := _misfit(item, hint):
-                raise InputError(f"{path} sets {key} to {shown(item)}; expected {expected}")
     listed = {p.name for p in context.command.params if getattr(p, "multiple", False)}
-    named = {known[key.replace("_", "-")]: value for key, value in values.items()}
-    context.default_map = {
-        name: [value] if name in listed and not isinstance(value, list) else value
-        for name, value in named.items()
-    }
+    entries: Mapping[str, Option] = getattr(context.command, "entries", {})
+    named: dict[str, Any] = {}
+    for key, value in values.items():
+        name = known[key.replace("_", "-")]
+        items = value if isinstance(value, list) else [value]
+        for number, item in enumerate(items):
+            try:
+                items[number] = _fitted(item, hints[name].annotation, entries.get(name))
+            except ValueError as error:
+                raise InputError(f"{path} sets {key} to {shown(item)}; expected {error}") from None
+        named[name] = items if name in listed or isinstance(value, list) else items[0]
+    context.default_map = {name: value for name, value in named.items() if value is not None}
     return path

@@ -135,6 +135,8 @@ def _parsing(command: str, options: Mapping[str, Option]) -> type[TyperCommand]:
     flags = {flag_of(name, option): option for name, option in options.items()}
 
     class Parsing(Compact, TyperCommand):
+        entries = options
+
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
             args = with_bare_values(args, flags)
             _, _, order = self.make_parser(ctx).parse_args(args=list(args))

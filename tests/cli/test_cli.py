@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
+import typer
 from support.command_line import TEXT, Run, assert_one_sentence, on, read
 from support.paths import ORACLES
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import load_tokenizer
-from mlm_eval.cli.app import commands, full_command
+from mlm_eval.cli.app import commands, full_command, load_config
 from mlm_eval.cli.training import TrainingBars
 from mlm_eval.tasks.finetune.settings import FinetuneOptions, Recipe
 from mlm_eval.tasks.language.settings import MaskedTextSettings, TextSettings
@@ -550,6 +551,41 @@ def test_options_from_a_file(run, wiki, tmp_path):
     assert (settings["stride"], settings["seq_length"], settings["batch_tokens"]) == (8, 16, 64)
     assert settings["limit"] == 2  # the line wins
     assert read(tmp_path / "out.json")["checkpoint"]["config"]["hidden_dropout"] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("text", "taken"),
+    [
+        ("watch = true", {"watch": "forever"}),
+        ("watch = false", {}),
+        ("watch = 3", {"watch": 3}),
+        ("vocab = true", {"vocab": "true"}),
+        ('vocab = "true"', {"vocab": "true"}),
+        ("batch-tokens = 1e3\nlimit = 2.0", {"batch_tokens": 1000, "limit": 2}),
+        ("log = 3", {"log": [3]}),
+        ("overwrite = false", {"overwrite": False}),
+    ],
+)
+def test_a_file_takes_what_the_line_takes(text, taken, tmp_path):
+    (tmp_path / "run.toml").write_text(text)
+    context = typer.Context(full_command("lambada"))
+    load_config(context, tmp_path / "run.toml")
+    assert context.default_map == taken
+    assert all(type(context.default_map[name]) is type(taken[name]) for name in taken)
+
+
+@pytest.mark.parametrize("text", ["vocab = false", "tp = true", "output = true", "stride = 1.5"])
+def test_a_file_takes_no_other_truth(text, tmp_path):
+    (tmp_path / "run.toml").write_text(text)
+    command = "score" if text.startswith("stride") else "lambada"
+    with pytest.raises(InputError, match=r"run\.toml sets \w+ to .*; expected a "):
+        load_config(typer.Context(full_command(command)), tmp_path / "run.toml")
+
+
+def test_a_file_may_say_that_a_series_is_watched(run, wiki, tmp_path):
+    (tmp_path / "run.toml").write_text("watch = true\n")
+    ended = run(*wiki, "--config", tmp_path / "run.toml", "--output", "-")
+    assert_one_sentence(ended, "--output - is one stream, and a series")
 
 
 def test_inspect_shows_the_contracts_fields(run, folder):
