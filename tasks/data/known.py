@@ -93,7 +93,7 @@ class Checked:
 
 
 def check_file(path: Path, task: str) -> Checked:
-    """Return whether a file is one that a task wants.
+    """Return whether a file is one that a task wants; only one of its kind can be the wrong one.
 
     Raises:
         InputError: It cannot be read, or is not the file but a pointer or page in its place.
@@ -117,7 +117,12 @@ def check_file(path: Path, task: str) -> Checked:
                 f"which are taken off where it is read ({found})"
             )
             return Checked(path, file.name, not file.other, verdict)
-    wanted = _nearest(path, seen)
+    kind = path.suffix.lower()
+    alike = [file for file in seen if not file.other and kind in ("", Path(file.name).suffix)]
+    if not alike:
+        verdict = f"cannot be told: no {kind} file of {task} is known ({found})"
+        return Checked(path, None, None, verdict)
+    wanted = _nearest(path, alike)
     assert wanted.bytes is not None and wanted.sha256 is not None
     verdict = (
         f"is no file that is known here ({found}); {wanted.name}, {wanted.what}, has "
@@ -157,11 +162,11 @@ def check_set(path: Path, task: str, name: str, examples: int, digest: str) -> C
     return Checked(path, name, True, f"holds {found}, those of {task.upper()}")
 
 
-def _nearest(path: Path, seen: Iterable[KnownFile]) -> KnownFile:
+def _nearest(path: Path, alike: Iterable[KnownFile]) -> KnownFile:
     """Return the file that a name or a size is meant to be."""
     size = path.stat().st_size
     return min(
-        (file for file in seen if not file.other),
+        alike,
         key=lambda file: (file.name != path.name, abs((file.bytes or 0) - size)),
     )
 

@@ -174,7 +174,54 @@ def test_sets_are_told_whatever_they_come_in(monkeypatch, tmp_path, run: Run):
         "12 examples, as many as RACE has, but another text",
         "12 examples, where RACE has 13",
     )
-    assert_one_sentence(run("data", "qqp", "--data", tmp_path), "holds none of QQP-clean.zip")
+    assert_one_sentence(run("data", "qqp", "--data", tmp_path), "holds none of train.tsv, dev.tsv")
+
+
+QQP = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n0\t1\t2\ta b\ta c\t1\n"
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("qqp", "dev.tsv"),
+        ("qqp", "dev.parquet"),
+        ("mnli", "dev.parquet"),
+        ("mnli", "dev.jsonl"),
+        ("mnli", "MNLI.tar"),
+        ("mnli", "MNLI.tar.gz"),
+        ("squad", "dev.parquet"),
+        ("squad", "dev.JSONL"),
+        ("race", "dev.parquet"),
+        ("wikitext103", "test.parquet"),
+        ("wikitext103", "wiki.raw"),
+        ("lambada", "test.txt"),
+        ("tokenizer", "tokenizer.model"),
+    ],
+)
+def test_a_form_that_is_not_known_cannot_be_told(run: Run, tmp_path: Path, task: str, name: str):
+    (tmp_path / name).write_text(QQP)
+    ended = run("data", task, "--data", tmp_path / name)
+    assert ended.code == 0, ended.err
+    suffix = Path(name).suffix.lower()
+    assert f"{name} cannot be told: no {suffix} file of {task} is known (62 bytes, " in ended.out
+
+
+def test_a_folder_of_a_task_without_known_sets_cannot_be_told(run: Run, tmp_path: Path):
+    (tmp_path / "QQP").mkdir()
+    (tmp_path / "QQP" / "dev.tsv").write_text(QQP)
+    for folder in (tmp_path, tmp_path / "QQP"):
+        ended = run("data", "qqp", "--data", folder)
+        assert ended.code == 0, ended.err
+        assert "holds dev: 1 examples, with nothing to compare them with" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [("qqp", "mine.zip"), ("mnli", "MNLI.ZIP"), ("squad", "dev.json"), ("lambada", "test.jsonl")],
+)
+def test_a_file_of_a_known_kind_can_be_wrong(run: Run, tmp_path: Path, task: str, name: str):
+    (tmp_path / name).write_text(QQP)
+    assert_one_sentence(run("data", task, "--data", tmp_path / name), "is no file that is known")
 
 
 def test_sets_of_the_table_are_those_that_tasks_make():

@@ -40,7 +40,8 @@ class DataOptions:
 def data_command(options: DataOptions) -> None:
     """Bytes and sha256 are those of files that were read, or published by others, who are named.
 
-    --data compares yours with them, and the sets of RACE and MNLI inside any archive or folder.
+    --data compares yours with those of its kind, and the sets in a folder of RACE or MNLI, or in a
+    tar archive of RACE, with theirs. A form of the data that is not known cannot be told.
 
     Example: mlm-eval data wikitext103 --data wiki.test.tokens
     """
@@ -109,17 +110,17 @@ def _checked(path: Path, task: str) -> list[Checked]:
         files_of,
         known_sets,
     )
-    from mlm_eval.tasks.finetune.task import ROLES, make_task
+    from mlm_eval.tasks.finetune.race import ARCHIVES
+    from mlm_eval.tasks.finetune.task import ROLES, TASKS, make_task
 
     found = check_folder_of(path, task) if path.is_dir() else [check_file(path, task)]
+    packed = path.is_dir() or (task == "race" and path.name.endswith(ARCHIVES))
     single = path.name.endswith((".tsv", ".txt"))
-    packed = path.is_dir() or path.name.endswith((".tar.gz", ".tgz", ".tar"))
-    if not known_sets(task) or not (single or packed) or any(checked.wanted for checked in found):
-        if not found:
-            names = ", ".join(file.name for file in files_of(task))
-            raise InputError(
-                f"{path} holds none of {names}, the known files of {task}; name a file"
-            )
+    if not found and task not in TASKS:
+        names = ", ".join(file.name for file in files_of(task))
+        raise InputError(f"{path} holds none of {names}, the known files of {task}; name a file")
+    with_sets = known_sets(task) and (packed or single) and not any(c.wanted for c in found)
+    if found and not with_sets:
         return found
     reader = make_task(task)
     with phase(f"reading {path}"):
