@@ -127,6 +127,10 @@ def _compact(parameter: Any) -> Any:
         shown.metavar = shown.name.upper()
     elif choices and len(shown.metavar) > LONGEST_VALUE:
         shown.metavar = "CHOICE"
+    if shown.param_type_name == "argument":  # its name says what its value is
+        usage = shown.metavar if shown.required else f"[{shown.metavar}]"
+        shown.get_usage_pieces = lambda _: [usage + "..." * (shown.nargs != 1)]
+        shown.display_type_rich = lambda **_: ""
     if shown.secondary_opts:
         shown.help = f"{shown.help} {', '.join(shown.secondary_opts)}: not so."
         shown.secondary_opts = []

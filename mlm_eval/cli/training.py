@@ -225,7 +225,9 @@ def _defaults(task: str) -> dict[str, str]:
     for field in dataclasses.fields(Recipe):
         values = dict.fromkeys(getattr(recipe, field.name) for recipe in recipes)
         if None not in values:
-            said[field.name] = f"{' or '.join(map(str, values))}, the recipe's"
+            words = ("no", "yes")
+            texts = [words[v] if isinstance(v, bool) else str(v) for v in values]
+            said[field.name] = f"{' or '.join(texts)}, the recipe's"
     return said
 
 

@@ -36,11 +36,26 @@ def test_every_name_is_whole_and_every_line_filled(run, monkeypatch, command):
         assert flags <= words
         assert flags or (parameter.metavar if "|" not in parameter.metavar else "") in text
     assert not re.search("<bool>|BOOLEAN", text)  # a switch has no value
+    assert not re.search(r"<\w+[\[>]|\{[A-Z-]|\((True|False)", text)  # no types of Python
     intro = text.partition("\N{BOX DRAWINGS LIGHT ARC DOWN AND RIGHT}")[0].strip()
     for paragraph in re.split(r"\n\s*\n", intro):
         lines = [line.strip() for line in paragraph.splitlines()]
         for line, following in zip(lines, lines[1:], strict=False):
             assert len(line) + 1 + len(following.split()[0]) > COLUMNS - 2, line
+
+
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("data", "[OPTIONS] [TASK]"),
+        ("report", "[OPTIONS] RESULTS..."),
+        ("ensemble", "[OPTIONS] [MORE]..."),
+        ("harness", "[OPTIONS] -- LM_EVAL_ARGUMENTS..."),
+    ],
+)
+def test_the_usage_names_arguments_as_people_do(run, command, usage):
+    first = run(command, "--help").out.strip().splitlines()[0]
+    assert first.strip().endswith(f" {command} {usage}")
 
 
 def with_long_choices() -> list[Any]:
