@@ -631,8 +631,9 @@ def test_metadata_of_megatron_classes_needs_no_megatron(
 ):
     folder, weights = save_stacked(tmp_path / "c")
     plain = pickle.loads((folder / ".metadata").read_bytes())
-    local = getattr(plain, "all_local_plans", [])  # torch 2.11 keeps none
-    plans = [megatron_classes.MCoreSavePlan(plan.items) for plan in local]
+    kept = getattr(plain, "all_local_plans", [])  # torch 2.11 keeps none
+    items = [plan.items for plan in kept] or [[]]
+    plans = [megatron_classes.MCoreSavePlan(of_a_rank) for of_a_rank in items]
     metadata = megatron_classes.MCoreMetadata(
         plain.state_dict_metadata, storage_data=plain.storage_data
     )
