@@ -25,7 +25,7 @@ from support.command_line import (
     started,
 )
 from support.paths import PROJECT
-from support.ranks import run_ranks
+from support.ranks import TORCHRUN, run_ranks
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
@@ -185,7 +185,7 @@ def test_wrong_input_found_on_the_ranks_is_one_sentence(wiki, folder, tmp_path):
 
 
 def test_under_torchrun_the_running_ranks_are_used(wiki, tmp_path):
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mlm_eval")
+    torchrun = ("-m", "torch.distributed.run", *TORCHRUN, "-m", "mlm_eval")
     options = ["--tp", "2", "--limit", "3", "--output", tmp_path / "out.json"]
     ended = as_user(*wiki, *options, command=torchrun)
     assert ended.code == 0, ended.err

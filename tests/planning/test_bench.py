@@ -16,7 +16,7 @@ import torch
 from matplotlib.image import imread
 from support import random_models
 from support.command_line import CONFIG, as_user, assert_one_sentence, read
-from support.ranks import run_ranks
+from support.ranks import TORCHRUN, run_ranks
 
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
@@ -640,7 +640,7 @@ def test_the_scaled_study_in_training_on_two_ranks(tmp_path: Path):
 
 def test_under_a_launcher_its_ranks_are_measured(folder: Path, tmp_path: Path):
     output = tmp_path / "bench.json"
-    torchrun = ("-P", "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mlm_eval")
+    torchrun = ("-P", "-m", "torch.distributed.run", *TORCHRUN, "-m", "mlm_eval")
     ended = as_user("bench", "--ckpt", folder / "gpt", *QUICK, "--output", output, command=torchrun)
     assert ended.code == 0, ended.err
     assert ended.out.count("throughput of gpt") == 1  # rank 0 alone prints

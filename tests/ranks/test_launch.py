@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.paths import TESTS
+from support.ranks import TORCHRUN
 
 from mlm_eval import cli
 from mlm_eval.checkpoints.errors import InputError
@@ -348,7 +349,7 @@ def test_the_module_needs_no_torch_until_ranks_start() -> None:
 
 
 def test_torchrun(start: Start, tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *TORCHRUN]
     subprocess.run([*torchrun, str(TARGETS), "all_reduce", str(tmp_path), "2", "1"], check=True)
     ranks = facts(tmp_path, 2)
     assert [r["sums"]["tp"] for r in ranks] == [11, 11]

@@ -26,6 +26,9 @@ from typing import Any
 COLLECTIVE_SECONDS = 240  # a busy machine may need a minute to import what one rank needs
 GRACE_SECONDS = 5  # for the other ranks to answer too, once one of them has failed
 
+TORCHRUN = ("--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
+"""Arguments of torchrun: two ranks, and a port that no other torchrun of these tests has."""
+
 
 def run_ranks(
     size: int, function: Callable[..., Any], *args: object, seconds: float = 480
