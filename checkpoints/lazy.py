@@ -129,16 +129,19 @@ class MappedFile:
                 "nothing move or delete files of a checkpoint while it is read"
             ) from None
         if not same:
-            raise InputError(
-                f"{self.path} was replaced or changed since it was opened; let nothing write files "
-                "of a checkpoint while it is read, and start again"
-            )
+            raise self._changed()
+
+    def _changed(self) -> InputError:
+        return InputError(
+            f"{self.path} was replaced or changed since it was opened; let nothing write files of "
+            "a checkpoint while it is read, and start again"
+        )
 
     def blocks(self, offset: int, length: int) -> Iterator[bytes]:
         """Yield bytes of the file in blocks; they are read, and not mapped, without torch.
 
         Raises:
-            InputError: The file is gone, or has become shorter.
+            InputError: The file is gone, or was replaced or changed.
         """
         self._check_same()
         with self.path.open("rb") as stream:
@@ -146,9 +149,7 @@ class MappedFile:
             while length > 0:
                 block = stream.read(min(length, _BLOCK))
                 if not block:
-                    raise InputError(
-                        f"{self.path} changed its size while being read; copy it again"
-                    )
+                    raise self._changed()
                 yield block
                 length -= len(block)
 

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 METADATA = ".metadata"
 
-
 _TAIL = 1024
 """Bytes at the end of an archive that hold its table of contents, with the CRC of every record."""
 
@@ -87,19 +86,9 @@ class DistributedFolder:
     _mapped: dict[str, MappedFile] = field(default_factory=dict)
 
     def mapped(self, name: str) -> MappedFile:
-        """Return the mapping of a `.distcp` file, one for all entries in it.
-
-        Raises:
-            InputError: The file is not there.
-        """
+        """Return the mapping of a `.distcp` file, one for all entries in it."""
         if name not in self._mapped:
-            path = self.path / name
-            try:
-                self._mapped[name] = MappedFile(path)
-            except FileNotFoundError:
-                raise InputError(
-                    f"{describe_missing(path)}; copy all files of the checkpoint"
-                ) from None
+            self._mapped[name] = MappedFile(self.path / name)
         return self._mapped[name]
 
     def read_object(self, key: str) -> TorchFile:

@@ -132,9 +132,10 @@ def json_value(text: str | bytes) -> Any:
             reader.
         RecursionError: It is nested without end.
     """
+    if isinstance(text, bytes):  # as json.loads does itself
+        text = text.decode(json.detect_encoding(text), "surrogatepass")
     value = json.loads(text, object_pairs_hook=_once)
-    lists, objects = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
-    if text.count(lists) + text.count(objects) > _MOST_LEVELS:  # type: ignore[arg-type]
+    if text.count("[") + text.count("{") > _MOST_LEVELS:
         _check_depth(value)
     return value
 

@@ -81,6 +81,6 @@ def forget_finished(output: Path) -> None:
     folder = kept_beside(output)
     if not folder.is_symlink() and is_written(output):
         discard_scores(folder)
-        for name in ("lock", ""):
-            with suppress(OSError):
-                (folder / name).unlink() if name else folder.rmdir()
+        with suppress(OSError):
+            (folder / "lock").unlink(missing_ok=True)
+            folder.rmdir()

@@ -101,6 +101,18 @@ class ModelRun:
                 self.said.add(warning)
                 say_warning(warning)
 
+    def warn_of_misfit(self, tokenizer: Tokenizer) -> None:
+        """Print a warning where a tokenizer may not be the model's.
+
+        Raises:
+            InputError: It cannot be.
+        """
+        from mlm_eval.checkpoints.tokenizer import check_fits
+
+        config = self.checkpoint.config
+        misfit = check_fits(tokenizer, config.vocab_size, config.family)
+        self.warn([] if misfit is None else [misfit])
+
     def start(self, need: Callable[[], Need] | None = None, *, trains: bool = False) -> Placement:
         """Return where this rank computes; without ranks start them, and leave with their end.
 

@@ -76,7 +76,6 @@ def generate_command(options: GenerateOptions) -> None:
 
     Example: mlm-eval generate --ckpt gpt2_345m --tokenizer gpt2 --prompt "Once upon a time"
     """
-    from mlm_eval.checkpoints.tokenizer import check_fits
     from mlm_eval.checkpoints.tokenizers.begin_of_text import choose_begin
     from mlm_eval.engine.generate import CACHE_BYTES
 
@@ -95,9 +94,7 @@ def generate_command(options: GenerateOptions) -> None:
     given = _given(options, tokenizer, begin) if options.input != STDIN else []
     place = run.start(lambda: run.scoring_need(cache=CACHE_BYTES))
     if tokenizer is not None:
-        config = run.checkpoint.config
-        misfit = check_fits(tokenizer, config.vocab_size, config.family)
-        run.warn([misfit] if misfit is not None else [])
+        run.warn_of_misfit(tokenizer)
 
     def body(engine: Engine) -> None:
         if options.interactive:

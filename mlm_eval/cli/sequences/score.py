@@ -140,7 +140,6 @@ class ScoreEvaluation(Evaluation[ScoreText]):
     def evaluate(self, run: ModelRun, engine: Engine, text: ScoreText) -> Outcome:
         """See `Evaluation`; the lines are written to the run's output."""
         from mlm_eval.checkpoints.files.output import write_text
-        from mlm_eval.checkpoints.tokenizer import check_fits
         from mlm_eval.engine.resume import resume_key
         from mlm_eval.reporting.text import work_text
         from mlm_eval.tasks.data.text import sha256
@@ -156,9 +155,7 @@ class ScoreEvaluation(Evaluation[ScoreText]):
         if text.begin.warning is not None and any(line.is_text for line in lines):
             run.warn([text.begin.warning])
         if text.tokenizer is not None and any(line.is_text for line in lines):
-            config = run.checkpoint.config
-            misfit = check_fits(text.tokenizer, config.vocab_size, config.family)
-            run.warn([misfit] if misfit is not None else [])
+            run.warn_of_misfit(text.tokenizer)
         if empty := [line.where for line in lines if line.is_empty]:
             run.warn([f"{len(empty):,} line(s) hold no token, the first is {empty[0]}"])
         run.warn(run.checkpoint.length_warnings(longest_row(engine.config, lines)))
