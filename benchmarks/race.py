@@ -43,6 +43,7 @@ from mlm_eval.training.settings import Listener, TrainingProgress
 
 SETTINGS: Mapping[str, Any] = {
     "questions": 4000,
+    "dtype": "bfloat16",
     "seq_length": 160,
     "max_qa_length": 128,
     "epochs": 1,
@@ -186,7 +187,7 @@ class Run:
             train_limit=s["questions"],
             dev_limit=s.get("dev_questions"),
             seeds=(s["seed"],),
-            dtype="bfloat16",
+            dtype=s["dtype"],
             eval_dtype="float32",
             save_minutes=2.0,
             resume=True,
@@ -350,7 +351,7 @@ def trainer(run: Run, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         warmup_steps=round(s["warmup"] * steps),
         weight_decay=s["weight_decay"],
         max_grad_norm=s["clip_grad"],
-        bf16=True,
+        bf16=s["dtype"] == "bfloat16",
         use_cpu=run.device == "cpu",
         dataloader_drop_last=True,
         seed=s["seed"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -189,9 +188,7 @@ class Stepper:
             dropout = Dropout(keys, settings.hidden_dropout, settings.attention_dropout)
         halved = settings.dtype != "float32"
         autocast = torch.autocast(device.type, resolve_dtype(settings.dtype), enabled=halved)
-        # What autocast leaves in float32; the sums of float32 itself stay Megatron's.
-        products = float32_products() if halved else contextlib.nullcontext()
-        with self.replicas.accumulating(last=last), products:
+        with self.replicas.accumulating(last=last), float32_products():
             with autocast:
                 loss, sums = self.replicas.module(batch, dropout, factor)
             loss.backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -19,6 +20,7 @@ from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.engine.engine import Engine
 from mlm_eval.model.bert import BERT
 from mlm_eval.model.dropout import Dropout
+from mlm_eval.training import step as steps
 from mlm_eval.training.data import Batch
 from mlm_eval.training.log import smoothed
 from mlm_eval.training.loop import train
@@ -79,6 +81,26 @@ def test_narrow_matrix_products_train_float32_weights(dtype, one_process, tmp_pa
     assert report.losses == pytest.approx(expected, rel=0.15)
     assert report.losses != pytest.approx(expected, rel=1e-6)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_passes_of_a_step_take_the_faster_products(dtype, tmp_path, monkeypatch):
+    asked: list[str] = []
+
+    @contextlib.contextmanager
+    def products():
+        asked.append("in")
+        yield
+        asked.append("out")
+
+    def backward(loss, *_, plain=torch.Tensor.backward):
+        asked.append("backward")
+        plain(loss)
+
+    monkeypatch.setattr(steps, "float32_products", products)
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    training_runs.run(1, 1, "classification_head", tmp_path, {"max_steps": 1, "dtype": dtype})
+    assert asked and asked == ["in", "backward", "out"] * (len(asked) // 3)
 
 
 # --- What a run leaves ---------------------------------------------------------------------------
