@@ -19,6 +19,7 @@ laptop: no model, no process group.
     archives/       checkpoints that come as one file: zip, tar
     hub/            hf:// addresses: repositories of the Hugging Face hub, fetched and pushed to
     folders/        folders that are written to: whose they are, and what may be removed
+    memory/         bytes: sizes as people write them, the memory of this machine
     soundness/      whether weights are what was saved
     tokenizers/     added tokens, BERT's word pieces, what stands beside a vocabulary
     projects/       settings that other projects write beside Megatron's weights

@@ -11,7 +11,6 @@
     text_file.py          text and JSON: byte order marks, line ends, encodings
     stand_in.py           names what lies in the place of a file: Git LFS pointers, pages
     output.py             files and folders that appear whole; the cache folder
-    byte_size.py          sizes such as 5GB
 
 `megatron/` and `huggingface/` import from here. This room imports `errors`, `lazy` and `dtypes` of
 `checkpoints`, and `folders/`.

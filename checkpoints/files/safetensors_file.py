@@ -59,6 +59,9 @@ _MOST_BRACKETS = 1 << 20
 PIECE_BYTES = 4 << 20
 """Larger tensors are converted and written in runs of rows of about this size."""
 
+WRITTEN_BYTES = 1 << 20
+"""Of a piece, at a time: for more Linux looks for pages that lie together, which takes longer."""
+
 MOST_WRITERS = 4
 """Threads that read, convert and write; each holds a piece as stored and as written."""
 
@@ -280,7 +283,7 @@ def _write_pieces(
 def _write_at(file: int, values: memoryview, offset: int) -> None:
     """Write all bytes at a place of a file."""
     while values.nbytes:
-        written = os.pwrite(file, values, offset)
+        written = os.pwrite(file, values[:WRITTEN_BYTES], offset)
         values, offset = values[written:], offset + written
 
 

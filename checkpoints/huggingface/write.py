@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from mlm_eval import __version__
-from mlm_eval.checkpoints.files.byte_size import parse_bytes
 from mlm_eval.checkpoints.files.output import ByteMeter, output_folder
 from mlm_eval.checkpoints.files.safetensors_file import write_safetensors
 from mlm_eval.checkpoints.huggingface.plan import HuggingFacePlan
 from mlm_eval.checkpoints.lazy import LazyTensor
+from mlm_eval.checkpoints.memory.byte_size import parse_bytes
 
 
 def write_huggingface(

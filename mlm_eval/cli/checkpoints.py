@@ -175,7 +175,7 @@ def convert_checkpoint(options: ConvertOptions) -> None:
         from mlm_eval.checkpoints.hub.upload import check_target
 
         target = check_target(options.push_to, overwrite=options.overwrite)
-    from mlm_eval.checkpoints.files.byte_size import parse_bytes
+    from mlm_eval.checkpoints.memory.byte_size import parse_bytes
 
     parse_bytes(options.max_shard_size, "--max-shard-size")
     checkpoint = chosen_checkpoint(options.ckpt, options.overrides)

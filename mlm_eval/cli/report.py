@@ -161,7 +161,7 @@ def plan(options: PlanOptions) -> None:
     import json
 
     from mlm_eval.checkpoints.dtypes import dtype_name, evaluation_dtype
-    from mlm_eval.checkpoints.files.byte_size import parse_bytes
+    from mlm_eval.checkpoints.memory.byte_size import parse_bytes
     from mlm_eval.engine.batching import DEFAULT_BATCH_TOKENS
     from mlm_eval.model.costs.memory import TrainingBatch
     from mlm_eval.planning.plan import parse_throughput, plan_record

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ import torch
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.dtypes import resolve_dtype
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.memory.host import free_memory
 from mlm_eval.checkpoints.parameters import allowed_tp, check_tp
 from mlm_eval.model.costs.flops import forward_flops
 from mlm_eval.model.costs.memory import OUTSIDE, TrainingBatch, evaluation_memory, training_memory
@@ -264,9 +264,7 @@ def free_bytes(device: str, ranks: int) -> int:
         InputError: There are fewer GPUs than ranks.
     """
     if device == "cpu":
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        (available,) = (int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-        return available * 1024 // ranks
+        return (free_memory() or 1 << 62) // ranks  # where it is not told, all is tried
     count = torch.cuda.device_count()
     if ranks > count:
         raise InputError(

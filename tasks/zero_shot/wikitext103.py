@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.memory.host import free_memory
 from mlm_eval.options import BosOption, option
 from mlm_eval.reporting.results import Result, exponential
 from mlm_eval.reporting.tables import Column
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 HUB_TEST_SET = DatasetName("Salesforce/wikitext", "wikitext-103-v1")
 MAX_SEQ_LENGTH = 1024
+CHARACTER_BYTES = 175  # of memory for each character of a text that becomes one text of tokens
 MEGATRON_CLAMP = 20.0  # Megatron prints exp(min(20, x)); we never clamp, but say where it would
 
 # The paper's file: wiki.test.tokens of WikiText-103, word level.
@@ -120,6 +122,7 @@ class WikiText103(ZeroShot[WikiTextOptions]):
         raw = read_data(options.data, column="text", default=HUB_TEST_SET, tables=True)
         path = raw.path
         text = raw.text() if raw.rows is None else restore_text(raw.rows, path)
+        _check_length(path, text)
         original_tokens = count_original_tokens(text)
         tokens = torch.tensor(tokenizer.encode(detokenize(text)), dtype=torch.int64)
         if original_tokens < 2 or tokens.numel() < 2:
@@ -260,6 +263,20 @@ def _strip_inside(text: str, opening: str, closing: str) -> str:
 def count_original_tokens(text: str) -> int:
     """Return T_o: pieces between single spaces, so that a newline between two spaces is a word."""
     return len(text.strip().split(" "))
+
+
+def _check_length(path: str, text: str) -> None:
+    """Refuse a text that the machine has no memory to make tokens of.
+
+    Raises:
+        InputError: It is that long.
+    """
+    need, free = len(text) * CHARACTER_BYTES, free_memory()
+    if free is not None and need > free:
+        raise InputError(
+            f"{path} has {len(text):,} characters: to make one text of tokens of them takes about "
+            f"{need / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are free; give a part of it"
+        )
 
 
 def strided_windows(num_tokens: int, seq_length: int, stride: int) -> list[tuple[int, int, int]]:

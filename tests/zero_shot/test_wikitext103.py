@@ -396,6 +396,16 @@ def test_default_stride_needs_a_window_of_its_size(small_file, tokenizer):
         prepare(small_file, tokenizer=tokenizer, positions=16)
 
 
+def test_a_text_that_memory_has_no_room_for_is_refused(small_file, tokenizer, monkeypatch):
+    need = wikitext103.CHARACTER_BYTES * len(small_file.read_text())
+    monkeypatch.setattr(wikitext103, "free_memory", lambda: need - 1)
+    with pytest.raises(InputError, match=r"characters: .* takes about .* are free; give a part of"):
+        prepare(small_file, tokenizer=tokenizer, positions=16, stride=4)
+    for free in (need, None):
+        monkeypatch.setattr(wikitext103, "free_memory", lambda free=free: free)
+        assert prepare(small_file, tokenizer=tokenizer, positions=16, stride=4).requests
+
+
 # --- Data ---------------------------------------------------------------------------------------
 
 

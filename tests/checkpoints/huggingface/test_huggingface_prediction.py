@@ -84,6 +84,7 @@ def test_heads_go_to_hugging_face_and_back_bit_by_bit(to: str, tmp_path: Path) -
     assert_same(open_checkpoint(tmp_path / "back"), source)
 
 
+@pytest.mark.long
 def test_transformers_computes_the_same_without_the_heads(tmp_path: Path) -> None:
     source = deepseek()
     convert(source, "hf", tmp_path, vocab="padded")

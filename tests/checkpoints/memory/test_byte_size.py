@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mlm_eval.checkpoints.errors import InputError
-from mlm_eval.checkpoints.files.byte_size import parse_bytes
+from mlm_eval.checkpoints.memory.byte_size import parse_bytes
 
 
 @pytest.mark.parametrize(
