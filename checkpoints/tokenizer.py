@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mlm_eval.checkpoints.catalog import is_catalog_name, resolve, sample_folder
-from mlm_eval.checkpoints.errors import InputError, require
+from mlm_eval.checkpoints.errors import InputError, require, shown
 from mlm_eval.checkpoints.files.stand_in import refuse_stand_in
 from mlm_eval.checkpoints.files.text_file import read_json_object, read_text
 from mlm_eval.checkpoints.hub.download import hub_folder
@@ -722,7 +722,7 @@ def _load_sentencepiece(path: Path) -> Tokenizer:
     if side.settings.get("sp_model_kwargs"):
         raise InputError(
             f"tokenizer_config.json beside {path} sets sp_model_kwargs to "
-            f"{side.settings['sp_model_kwargs']!r:.80}, which would change its ids and is not "
+            f"{shown(side.settings['sp_model_kwargs'])}, which would change its ids and is not "
             "supported; give the tokenizer.json of the model"
         )
     rows = int(backend.get_piece_size())

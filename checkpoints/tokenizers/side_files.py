@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, shown
 from mlm_eval.checkpoints.files.text_file import misfit, read_json_object
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -160,7 +160,7 @@ def _specials(settings: Mapping[str, Any], where: Path) -> list[AddedEntry]:
 def _entry(token: Any, index: Any, where: Path) -> AddedEntry:
     """Return one token of a file, with transformers' defaults for what it does not say."""
     if not isinstance(token, dict) or not isinstance(token.get("content"), str):
-        raise InputError(f"{where} adds {token!r:.80} as a token; expected an object with content")
+        raise InputError(f"{where} adds {shown(token)} as a token; expected an object with content")
     content = token["content"]
     if index is not None:
         try:
@@ -169,7 +169,7 @@ def _entry(token: Any, index: Any, where: Path) -> AddedEntry:
             number = -1
         if number < 0 or isinstance(index, bool | float) or not content:
             raise InputError(
-                f"{where} adds the token {content!r} with the id {index!r:.80}; expected a text "
+                f"{where} adds the token {content!r} with the id {shown(index)}; expected a text "
                 "and an id of 0 or more"
             )
         index = number
@@ -177,7 +177,7 @@ def _entry(token: Any, index: Any, where: Path) -> AddedEntry:
     for key, value in given.items():
         if key not in TOKEN_FLAGS or not isinstance(value, bool):
             raise InputError(
-                f"{where} gives the token {content!r} the setting {key} = {value!r:.80}, which is "
+                f"{where} gives the token {content!r} the setting {key} = {shown(value)}, which is "
                 f"not known; use {', '.join(TOKEN_FLAGS)}, true or false each"
             )
     given.setdefault("normalized", not given.get("special", False))

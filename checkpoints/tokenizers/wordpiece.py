@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, shown
 from mlm_eval.checkpoints.tokenizers.side_files import special_piece
 
 UNKNOWN_PIECE, PIECE_PREFIX = "[UNK]", "##"
@@ -141,7 +141,7 @@ def wordpiece_rules(
         raise InputError(f"{where}: max_input_chars_per_word is {longest!r}; expected a number")
     never = settings.get("never_split") or ()
     if not isinstance(never, list | tuple) or not all(isinstance(word, str) for word in never):
-        raise InputError(f"{where}: never_split is {never!r:.80}; expected a list of words")
+        raise InputError(f"{where}: never_split is {shown(never)}; expected a list of words")
     rules = WordPieceRules(
         lower_case=lower_case and basic,
         strip_accents=basic and (lower_case if accents is None else accents),
@@ -167,7 +167,7 @@ def wordpiece_rules(
     if unknown:
         raise InputError(
             f"{where}: tokenizer_config.json beside it sets {unknown[0]} to "
-            f"{settings[unknown[0]]!r:.80}, which is no setting of BERT's tokenizer that is known "
+            f"{shown(settings[unknown[0]])}, which is no setting of BERT's tokenizer that is known "
             "here; take it out if it changes nothing, or give the tokenizer.json of the model"
         )
     return rules
@@ -254,5 +254,5 @@ def _value(settings: Mapping[str, Any], key: str, kind: type, default: Any, wher
         return default
     if not isinstance(value, kind):
         wanted = "true or false" if kind is bool else "a text"
-        raise InputError(f"{where}: {key} is {value!r:.80}; expected {wanted}")
+        raise InputError(f"{where}: {key} is {shown(value)}; expected {wanted}")
     return value

@@ -19,7 +19,7 @@ import torch
 from mlm_eval.checkpoints.checkpoint import Checkpoint, with_warnings
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.dtypes import dtype_name, evaluation_dtype
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, shown
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import MAMBA_VECTORS, check_tp, parameters
 from mlm_eval.checkpoints.soundness.odd_values import OddValues
@@ -275,7 +275,7 @@ class Engine:
             or not all(type(token) is int for token in ids)
         ):
             raise InputError(
-                f"sequence {number} is {given!r:.60}; score takes texts, lists of at least two "
+                f"sequence {number} is {shown(given)}; score takes texts, lists of at least two "
                 "token ids, or Requests"
             )
         return Request(torch.tensor(list(ids)), len(ids) - 1)
@@ -316,7 +316,7 @@ class Engine:
             ids = self.tokenizer.encode(given) if isinstance(given, str) else given
             if not isinstance(ids, Sequence) or any(type(token) is not int for token in ids):
                 raise InputError(
-                    f"prompt {number} is {given!r:.60}; generate takes texts, lists of token ids, "
+                    f"prompt {number} is {shown(given)}; generate takes texts, lists of token ids, "
                     "or Prompts"
                 )
             return Prompt(

@@ -125,7 +125,7 @@ def check_file(path: Path, task: str) -> Checked:
     wanted = _nearest(path, alike)
     assert wanted.bytes is not None and wanted.sha256 is not None
     verdict = (
-        f"is no file that is known here ({found}); {wanted.name}, {wanted.what}, has "
+        f"is no file that is known here ({found}); {wanted.name} ({wanted.what}) has "
         f"{wanted.bytes:,} bytes and sha256 {wanted.sha256[:12]}..."
     )
     return Checked(path, None, False, verdict)

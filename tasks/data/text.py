@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, shown
 
 
 def json_field(entry: Any, name: str, kind: type, where: str) -> Any:
@@ -17,11 +17,11 @@ def json_field(entry: Any, name: str, kind: type, where: str) -> Any:
         InputError: `entry` is not an object, has no such field, or its value is of another kind.
     """
     if not isinstance(entry, Mapping):
-        raise InputError(f"{where} holds {entry!r:.60}; expected a JSON object")
+        raise InputError(f"{where} holds {shown(entry)}; expected a JSON object")
     value = entry.get(name)
     if type(value) is not kind:
         what = {str: "a string", list: "a list", int: "a number"}[kind]
-        found = "missing" if name not in entry else f"{value!r:.60}"
+        found = "missing" if name not in entry else f"{shown(value)}"
         raise InputError(f"{where}: {name!r} is {found}; expected {what}")
     return check_text(value, where) if isinstance(value, str) else value
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, shown
 from mlm_eval.checkpoints.files.text_file import read_text
 from mlm_eval.tasks.data.sources import DatasetName
 from mlm_eval.tasks.data.tables import DataTable
@@ -306,7 +306,7 @@ def _cells(row: Mapping[str, Any], columns: Sequence[str], where: str) -> list[s
     """
     for name in columns:
         if type(row[name]) not in (str, int):
-            raise InputError(f"{where}: {name} is {row[name]!r:.60}; expected a text or a number")
+            raise InputError(f"{where}: {name} is {shown(row[name])}; expected a text or a number")
     return [str(row[name]) for name in columns]
 
 

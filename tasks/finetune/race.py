@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlm_eval.checkpoints.archives.unpacking import TAR_FAULTS, most_unpacked
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, shown
 from mlm_eval.checkpoints.files.safe_pickle import printable
 from mlm_eval.checkpoints.files.text_file import decode, parse_json, read_text
 from mlm_eval.tasks.data.sources import DatasetName
@@ -160,13 +160,13 @@ def check_question(question: Any, options: Any, answer: Any, where: str) -> None
         InputError: It has not.
     """
     if not isinstance(options, list) or len(options) != NUM_CHOICES:
-        raise InputError(f"{where}: the options {options!r:.60} are not {NUM_CHOICES} strings")
+        raise InputError(f"{where}: the options {shown(options)} are not {NUM_CHOICES} strings")
     for what, text in [("question", question), *(("option", option) for option in options)]:
         if not isinstance(text, str):
-            raise InputError(f"{where}: the {what} {text!r:.60} is not a string")
+            raise InputError(f"{where}: the {what} {shown(text)} is not a string")
         check_text(text, where)
     if not isinstance(answer, str) or len(answer) != 1 or answer not in LETTERS:
-        raise InputError(f"{where}: the answer {answer!r:.60} is not one of {', '.join(LETTERS)}")
+        raise InputError(f"{where}: the answer {shown(answer)} is not one of {', '.join(LETTERS)}")
 
 
 def make_sets(files: Iterable[tuple[str, PassageFile]], path: str) -> list[ExampleSet]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from mlm_eval.checkpoints.errors import InputError, visible_json
+from mlm_eval.checkpoints.errors import InputError, shown, visible_json
 from mlm_eval.checkpoints.files.text_file import misfit, parse_json, read_text
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.tasks.data.sources import DatasetName
@@ -92,6 +93,7 @@ class Squad(Task):
                     examples.append(_question(entry, context, len(texts), where))
                     is_2 = is_2 or "is_impossible" in entry
                 texts.append(context)
+        _check_names(examples, role, str(path))
         is_2 = is_2 or str(content.get("version")).startswith("v2")
         # The published names say nothing beyond the role.
         name = "" if re.fullmatch(r"(train|dev|test)-v[12]\.[01]", path.stem) else path.stem
@@ -127,6 +129,7 @@ class Squad(Task):
             second = places.setdefault(context, len(places))
             examples.append(_question(entry, context, second, place))
             records.append((row["id"], row["question"], context, answers))
+        _check_names(examples, role, where)
         answered = {bool(example.answers) for example in examples}
         yield ExampleSet(
             name=name,
@@ -283,11 +286,25 @@ def _question(entry: Any, context: str, second: int, where: str) -> SpanExample:
         start = json_field(answer, "answer_start", int, where)
         if not text.strip() or context[max(start, 0) : start + len(text)] != text:
             raise InputError(
-                f"{where}: the answer {text!r:.60} does not stand in the passage at character "
+                f"{where}: the answer {shown(text)} does not stand in the passage at character "
                 f"{start}; expected answers as they are written there"
             )
         answers.append((text, start))
     return SpanExample(id=identity, firsts=(question,), second=second, answers=tuple(answers))
+
+
+def _check_names(examples: Sequence[SpanExample], role: str, where: str) -> None:
+    """Refuse questions of one name, but for those that train: answers are told apart by it.
+
+    Raises:
+        InputError: Two have the same name.
+    """
+    names = Counter(example.id for example in examples)
+    if role != "train" and (twice := next((name for name in names if names[name] > 1), None)):
+        raise InputError(
+            f"{where} holds {names[twice]} questions with the id {shown(twice)}; give each an id "
+            "of its own, as answers are told apart by it"
+        )
 
 
 # ---- answers and figures -----------------------------------------------------------------------

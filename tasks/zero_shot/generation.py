@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, shown
 from mlm_eval.checkpoints.files.text_file import json_value, read_text
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.engine.generate import Continuation, Prompt, Sampling, text_after
@@ -95,7 +95,7 @@ def _parse(
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON ({error}); expected {PROMPT_FORM}") from None
     if not isinstance(record, dict):
-        raise InputError(f"{where} holds {content!r:.80}; expected {PROMPT_FORM}")
+        raise InputError(f"{where} holds {shown(content)}; expected {PROMPT_FORM}")
     tokens = record.get("tokens")
     if isinstance(tokens, list) and tokens and all(type(token) is int for token in tokens):
         known = (t for t in tokens if tokenizer is not None and 0 <= t < tokenizer.vocab_size)

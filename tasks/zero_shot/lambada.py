@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, shown
 from mlm_eval.checkpoints.files.text_file import parse_json
 from mlm_eval.options import BosOption, option
 from mlm_eval.reporting.results import Result, exponential
@@ -97,7 +97,7 @@ class Lambada(ZeroShot[ClozeOptions]):
             context, label = split_target(text, tokenizer, target=target)
             if not context or not label:
                 raise InputError(
-                    f"{path}, line {line}: {text!r:.80} has no context before its last "
+                    f"{path}, line {line}: {shown(text)} has no context before its last "
                     f"{'word' if target == 'word' else 'token'}; expected a passage of several "
                     "words"
                 )

@@ -12,7 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, shown
 from mlm_eval.checkpoints.files.text_file import decode, json_value, read_bytes
 from mlm_eval.checkpoints.tokenizer import Tokenizer
 from mlm_eval.tasks.data.tables import is_parquet, parquet_table
@@ -85,7 +85,7 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON ({error}); expected {FORM}") from None
     if not isinstance(record, dict):
-        raise InputError(f"{where} holds {line!r:.80}; expected {FORM}")
+        raise InputError(f"{where} holds {shown(line)}; expected {FORM}")
     return record
 
 

@@ -104,7 +104,7 @@ def test_a_file_is_told_from_others(table, tmp_path, run: Run):
     place.write_bytes(b"neither")
     said = (
         "is no file that is known here (7 bytes, sha256 ",
-        "right.txt, the right set, has 8 bytes",
+        "right.txt (the right set) has 8 bytes",
     )
     assert_one_sentence(run(*line), *said)
     place.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 8\n")

@@ -222,6 +222,15 @@ def test_rows_without_room_for_a_passage_are_refused(dev, words, tmp_path):
     assert len(prepare(dev, words, tmp_path, seq_length=68)) == 3
 
 
+def test_questions_of_one_id_are_refused_where_their_answers_are_judged(tmp_path):
+    twice = [question("q1", "who sat", "Red"), question("q1", "what sat", "Red")]
+    path = write(tmp_path / "twice.json", twice)
+    for role in ("dev", "test"):
+        with pytest.raises(InputError, match="holds 2 questions with the id 'q1'; give each an id"):
+            Squad().read_file(path, role)
+    assert len(Squad().read_file(path, "train").examples) == 2
+
+
 # --- spans ---
 
 

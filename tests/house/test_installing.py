@@ -42,6 +42,7 @@ def project() -> dict[str, list[Requirement]]:
     return {name: [Requirement(text) for text in texts] for name, texts in lists.items()}
 
 
+@pytest.mark.long
 def test_every_package_that_may_be_missing_has_its_sentence():
     """All that the code imports: always there, or with a sentence that names the right command."""
     imported = {

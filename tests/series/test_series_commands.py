@@ -109,6 +109,7 @@ def test_each_checkpoint_has_the_record_that_it_has_alone(run: Run, line, root, 
     assert lines[4].startswith("wikitext103, a series of 3") and len(lines) == 9
 
 
+@pytest.mark.long
 def test_what_is_done_is_skipped_and_one_more_is_run(run: Run, line, root, tmp_path, loads):
     assert run(*line).code == 0
     assert loads == list(ITERATIONS)
@@ -189,6 +190,7 @@ def test_the_text_is_read_once_and_anew_for_another_length(
 # --- Examples, and what stands once -------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_each_checkpoint_has_its_examples(run: Run, line, tmp_path, loads):
     line = [*line, "--save-examples", tmp_path / "E.jsonl"]
     assert_one_sentence(run(*line[:-4], *line[-2:]), "--save-examples", "give --output F.json")
@@ -227,6 +229,7 @@ def test_each_checkpoint_has_its_examples(run: Run, line, tmp_path, loads):
     assert run(*line).code == 0 and records(tmp_path, "E*") == names
 
 
+@pytest.mark.long
 def test_examples_have_names_of_their_own_whatever_the_record_is_called(run: Run, line, tmp_path):
     for output, saved in (("F", "E"), ("F.1", "E.jsonl"), ("F.json", "E")):
         place = tmp_path / output.replace(".", "-")
@@ -254,6 +257,7 @@ def test_no_hit_at_all_has_its_bound(run: Run, line, folder, tmp_path):
 # --- Interrupted --------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_an_interrupted_one_is_resumed(run: Run, line, tmp_path, monkeypatch, loads):
     add_scores, calls = PartialScores.add, []
 
@@ -326,6 +330,7 @@ def test_a_stream_is_no_place_for_records(run: Run, line):
 # --- Several roots, and where there is no series ------------------------------------------------
 
 
+@pytest.mark.long
 def test_several_roots_have_names(run: Run, line, root, tmp_path):
     other = Path(shutil.copytree(root, tmp_path / "b" / "run"))
     ended = run(*line[:3], "--ckpt", other, *line[3:])
@@ -355,6 +360,7 @@ def test_a_repeated_ckpt_is_refused_where_it_makes_no_series(run: Run):
     assert_one_sentence(ended, "--against is given 2 times")
 
 
+@pytest.mark.long
 def test_a_file_of_options_may_name_one_or_several(run: Run, line, root, tmp_path):
     config = tmp_path / "options.toml"
     rest = [*line[5:], "--config", config]

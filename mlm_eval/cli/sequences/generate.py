@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlm_eval.checkpoints.errors import InputError
+from mlm_eval.checkpoints.errors import InputError, shown
 from mlm_eval.checkpoints.files.text_file import decode
 from mlm_eval.cli.command import command
 from mlm_eval.cli.printing import show_text
@@ -132,7 +132,7 @@ def _given(
     if options.input is not None:
         return read_prompts(options.input, tokenizer, limit=options.limit, begin=begin)
     return [
-        prompt_line(text, tokenizer, f"--prompt {text!r:.40}", begin)
+        prompt_line(text, tokenizer, f"--prompt {shown(text)}", begin)
         for text in options.prompt[: options.limit]
     ]
 
