@@ -23,6 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 from common.results import Row, publish
 
+from mlm_eval.checkpoints.memory.host import keep_freed_memory
 from mlm_eval.engine.products import float32_products
 from mlm_eval.model.mamba import scan
 
@@ -90,6 +91,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as an engine does when it has loaded a model
     rows, far = [], False
     for groups in options.groups:
         inputs = draw(options.length, 16, 64, groups, 128)

@@ -20,6 +20,7 @@ from mlm_eval.checkpoints.checkpoint import Checkpoint, with_warnings
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.dtypes import dtype_name, evaluation_dtype
 from mlm_eval.checkpoints.errors import InputError, shown
+from mlm_eval.checkpoints.memory.host import keep_freed_memory
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import MAMBA_VECTORS, check_tp, parameters
 from mlm_eval.checkpoints.soundness.odd_values import OddValues
@@ -130,6 +131,8 @@ class Engine:
         )
         odd.merge(gather_over_ranks(odd.found))
         model.eval().requires_grad_(False)
+        if device.type == "cpu":
+            keep_freed_memory()  # each batch takes the memory of the one before
         if compile_model:
             model.compile(dynamic=True)
         return cls(

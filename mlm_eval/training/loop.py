@@ -34,7 +34,6 @@ from mlm_eval.checkpoints.megatron.layout import (
     layout_with_same_rows,
 )
 from mlm_eval.checkpoints.megatron.write_torch import write_megatron_torch
-from mlm_eval.checkpoints.memory.host import keep_freed_memory
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.parameters import num_parameters
 from mlm_eval.checkpoints.tokenizer import Tokenizer, entries_within
@@ -297,7 +296,6 @@ class _Run:
     def run(self) -> TrainReport:
         """Train to the end, write the checkpoint, and return the report."""
         counters, epoch_known = self.counters, -1
-        keep_freed_memory()  # each step takes the memory of the one before
         if self.engine.is_main and 0 < counters.step < self.plan.total_steps:
             prefix = f"{self.title}: " if self.title else ""
             self.listener.log(f"{prefix}resumed after step {counters.step:,}")
