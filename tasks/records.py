@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,8 @@ def _listed(path: Path, values: Mapping[str, Any]) -> list[Path]:
     if not is_series(values):
         raise InputError(f"{path} is not the list of a series: an entry names no record beside it")
     found = series_records(path, values)
+    if twice := next((record for record, count in Counter(found).items() if count > 1), None):
+        raise InputError(f"{path} lists {twice.name} twice; take all of its entries but one out")
     if not found:
         raise InputError(f"{path} lists no record yet; give it again when the series has some")
     return found
@@ -258,6 +261,10 @@ def _read_json(path: str | Path) -> Any:
         raise InputError(f"{path} is not a result record: {error}") from None
 
 
+_NAME = re.compile(r"[a-z0-9][\w.-]{0,63}", re.IGNORECASE | re.ASCII)
+"""Of a task, which stands in titles and names of files."""
+
+
 def read_record(path: str | Path) -> ResultRecord:
     """Return the result record that `--output` wrote, or a fine-tuning's `result.json`.
 
@@ -272,6 +279,11 @@ def read_record(path: str | Path) -> ResultRecord:
             "--output, a result.json of a training, or results of lm-evaluation-harness"
         )
     benchmark = values["task"]
+    if _NAME.fullmatch(benchmark) is None:
+        raise InputError(
+            f"{path} is not a result record: its task is {shown(benchmark)}; give what a command "
+            "of mlm-eval wrote"
+        )
     if benchmark == "squad":
         benchmark = f"squad{_squad_version(values, path)}"
     record = ResultRecord(str(path), benchmark, values)

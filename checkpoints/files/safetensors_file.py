@@ -131,10 +131,11 @@ def _stored_tensors(path: Path, header: bytes) -> dict[str, StoredTensor]:
                 f"{path} gives {shown(name)} {len(shape)} dims, more than torch's {MOST_DIMS}; get "
                 "it again"
             )
-        start, end = (8 + len(header) + offset for offset in entry["data_offsets"])
-        sizes = (start, end, *shape) if isinstance(shape, list) else (None,)
+        begin, stop = entry["data_offsets"]
+        sizes = (begin, stop, *shape) if isinstance(shape, list) else (None,)
         if not all(type(size) is int and 0 <= size < 1 << 62 for size in sizes):
             raise ValueError("no sizes")
+        start, end = 8 + len(header) + begin, 8 + len(header) + stop
         if not start == at <= end <= file.size or end - at != math.prod(shape) * kind.itemsize:
             raise ValueError("another place than that of the tensor")
         found[name] = StoredTensor(file, at, kind, shape, row_major(shape))

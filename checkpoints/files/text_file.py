@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,12 @@ LARGEST_SETTINGS = 1 << 25
 
 _MOST_LEVELS = 100
 """Lists and objects within one another; files of ours and of other projects have a dozen."""
+
+_MOST_BITS = 1000
+"""Of a whole number: there is no float above 2^1024."""
+
+_ENDLESS = re.compile("[0-9]{300}")
+"""Digits that may be those of such a number."""
 
 _MOST_BRACKETS = 1 << 21
 """Lists and objects of a JSON text; an empty one takes 64 bytes of memory and 3 of the text."""
@@ -129,15 +136,27 @@ def json_value(text: str | bytes) -> Any:
     Raises:
         ValueError: It is not JSON, or nested deeper than what walks it later can follow, or an
             object gives a name twice, with different values: which one counts would depend on the
-            reader.
+            reader; or a whole number is larger than any float.
         RecursionError: It is nested without end.
     """
     if isinstance(text, bytes):  # as json.loads does itself
         text = text.decode(json.detect_encoding(text), "surrogatepass")
-    value = json.loads(text, object_pairs_hook=_once)
+    value = json.loads(
+        text,
+        object_pairs_hook=_once,
+        # Asked for only where it may be needed: it takes longer than all the rest.
+        parse_int=_whole_number if _ENDLESS.search(text) else None,
+    )
     if text.count("[") + text.count("{") > _MOST_LEVELS:
         _check_depth(value)
     return value
+
+
+def _whole_number(digits: str) -> int:
+    number = int(digits)
+    if number.bit_length() > _MOST_BITS:
+        raise ValueError(f"a whole number of {len(digits)} digits")
+    return number
 
 
 def _check_depth(value: Any) -> None:

@@ -193,12 +193,15 @@ def refuse_tiktoken(file: Path) -> None:
     Llama 3's own release calls such a file tokenizer.model, Mistral's is tekken.json.
 
     Raises:
-        InputError: It is one.
+        InputError: It is one, or cannot be read.
     """
     if not file.is_file():
         return
-    with file.open("rb") as stream:
-        head = stream.read(256)
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(256)
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from None
     listed = file.suffix == ".json" and (
         file.name == "tekken.json" or b'"token_bytes"' in head and head.lstrip()[:1] == b"["
     )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.reporting.plots import svg_element
 from mlm_eval.reporting.tables import Column, TaskRow, TaskTable
 
@@ -47,7 +48,11 @@ def curve_plot(comparison: TaskTable) -> str:
 
 
 def draw_curves(comparisons: Sequence[TaskTable]) -> Any:
-    """Return a figure with a line of panels for each column that is drawn."""
+    """Return a figure with a line of panels for each column that is drawn.
+
+    Raises:
+        InputError: There is none.
+    """
     from matplotlib.figure import Figure
 
     shown = [
@@ -56,6 +61,8 @@ def draw_curves(comparisons: Sequence[TaskTable]) -> Any:
         for column in comparison.columns
         if column.key in comparison.drawn
     ]
+    if not shown:
+        raise InputError("no record has a figure for a curve; leave --curve out, or give others")
     grids = [_panels(comparison.rows) for comparison, _ in shown]
     widest = max(len(panels) for panels in grids)
     deepest = max(len(panel) for panels in grids for panel in panels)

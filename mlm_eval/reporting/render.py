@@ -196,7 +196,7 @@ def _comparison_view(table: TaskTable, *, plot: bool) -> dict[str, Any]:
         "notes": _lettered(notes),
         "plot": "",
     }
-    if plot:
+    if plot and table.drawn:
         from mlm_eval.reporting.curves import curve_plot
 
         view["plot"] = curve_plot(table)

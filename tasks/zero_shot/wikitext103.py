@@ -122,14 +122,17 @@ class WikiText103(ZeroShot[WikiTextOptions]):
         raw = read_data(options.data, column="text", default=HUB_TEST_SET, tables=True)
         path = raw.path
         text = raw.text() if raw.rows is None else restore_text(raw.rows, path)
-        _check_length(path, text)
         original_tokens = count_original_tokens(text)
+        _check_length(path, text)
+        few = (
+            f"{path} holds {original_tokens} word(s); expected a text of two or more, of which all "
+            "but the first are predicted"
+        )
+        if original_tokens < 2:  # before a word of any length is taken to pieces
+            raise InputError(few)
         tokens = torch.tensor(tokenizer.encode(detokenize(text)), dtype=torch.int64)
-        if original_tokens < 2 or tokens.numel() < 2:
-            raise InputError(
-                f"{path} holds {original_tokens} word(s); expected a text of two or more, of which "
-                f"all but the first are predicted"
-            )
+        if tokens.numel() < 2:
+            raise InputError(few)
         found = strided_windows(tokens.numel(), room, stride)
         requests = [
             Request(_window(begin, tokens[start:stop]), scored)

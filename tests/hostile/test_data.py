@@ -322,7 +322,10 @@ GLUE: dict[str, Content] = {
     "zeros": b"\0" * 1000,
     "a million columns": "a\t" * 1_000_000 + "\n" + ROW,
 }
-ATTACKS += [Attack(f"qqp: {what}", partial(_qqp, it)) for what, it in GLUE.items()]
+ATTACKS += [  # rows without a header are read by position, and that is said
+    Attack(f"qqp: {what}", partial(_qqp, it), refused=None if what == "no header" else True)
+    for what, it in GLUE.items()
+]
 ATTACKS += [
     Attack(f"qqp: {what}", partial(_qqp, it), refused=None)
     for what, it in {

@@ -30,7 +30,7 @@ class Ended:
 
 Run = Callable[..., Ended]
 
-MEANWHILE = re.compile(r"^work ahead: | \.\.\.$|: [\d:]+ so far$")
+MEANWHILE = re.compile(r"^work ahead: |^warning: .* is another text| \.\.\.$|: [\d:]+ so far$")
 """Lines of a command at work; phases are named where they take long."""
 
 

@@ -230,3 +230,13 @@ def test_json_that_says_one_thing_is_read():
     assert parse_json(deep, "x.json") == json.loads(deep)
     text = json.dumps("[" * 500)
     assert parse_json(text, "x.json") == "[" * 500
+
+
+def test_whole_numbers_are_no_larger_than_floats():
+    """What reads them divides by them and formats them."""
+    digits = "1" + "0" * 400
+    for text in (f'{{"a": {digits}}}', f"[1, -{digits}]"):
+        with pytest.raises(InputError, match="is not JSON .a whole number of 40[12] digits"):
+            parse_json(text, "F.json")
+    for text in (f'{{"a": "{digits}"}}', digits[:300], f"0.{digits}"):
+        assert parse_json(text, "F.json") == json.loads(text)

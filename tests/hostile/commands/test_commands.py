@@ -52,7 +52,8 @@ def test_a_command_holds_the_whole_contract(case: str, warm: WarmCommands, bases
     sandbox = warm.sandbox()
     words = attack.prepare(sandbox, bases)
     done = run_command(sandbox, words)
-    assert attack.faults(done) == [], (attack.name, told(done))
+    faults = attack.faults(done)
+    assert not faults, f"{attack.name}: {faults}\n{told(done)}"
 
 
 # ---- variables of the environment ----------------------------------------------------------------

@@ -372,7 +372,7 @@ TOMLS: dict[str, bytes] = {
     "hexadecimal of 800,000 digits": b"tp = 0x" + b"f" * 800_000 + b"\n",
     "octal": b"tp = 0o1\n",
     "a number before 0": b"tp = 007\n",
-    "a float for a number": b'to = "hf"\ntp = 1.0\n',
+    "a float for a number": b'to = "hf"\ntp = 1.5\n',
     "true for a number": b'to = "hf"\ntp = true\n',
     "a text for a number": b'to = "hf"\ntp = "1; touch canary"\n',
     "a time for a number": b'to = "hf"\ntp = 07:32:00\n',

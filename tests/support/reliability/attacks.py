@@ -114,7 +114,8 @@ class Attack:
 def check(attack: Attack, warm: WarmCommands, bases: Bases) -> None:
     """Run an attack and fail on what is wrong."""
     done = attack.run(warm, bases)
-    assert attack.faults(done) == [], told(done)
+    faults = attack.faults(done)
+    assert not faults, f"{faults}\n{told(done)}"
 
 
 def each(

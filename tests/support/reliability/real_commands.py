@@ -39,6 +39,7 @@ def run_command(sandbox: Sandbox, words: Sequence[object], **variables: str) -> 
     environment |= {"HOME": str(sandbox.root / "home"), "TMPDIR": str(sandbox.root / "tmp")}
     environment |= {"XDG_CACHE_HOME": str(sandbox.root / "cache"), "MPLBACKEND": "agg"}
     environment |= {"HF_HOME": str(sandbox.root / "cache" / "huggingface")}
+    environment |= {"MPLCONFIGDIR": str(sandbox.root / "cache" / "matplotlib")}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
     files = [sandbox.root / "log" / name for name in ("out", "err")]
     with files[0].open("wb") as out, files[1].open("wb") as err:

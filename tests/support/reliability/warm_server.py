@@ -71,7 +71,7 @@ def _run(job: dict[str, Any]) -> None:
     os.environ.update(job["environment"])
     tempfile.tempdir = None  # found before
     for number, name in ((0, "/dev/null"), (1, job["out"]), (2, job["err"])):
-        file = os.open(name, os.O_RDWR | os.O_CREAT, 0o600)
+        file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC * (number > 0), 0o600)
         os.dup2(file, number)
         os.close(file)
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
