@@ -119,7 +119,7 @@ SURROUNDINGS: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "head": (left_by_its_reader, (0,)),
     "no folder": (in_a_folder_that_is_gone, (2,)),
     "no home": (with_environment(HOME=None), (0,)),
-    "home nowhere": (with_environment(HOME="/nowhere", XDG_CACHE_HOME=None), (0,)),
+    "home nowhere": (with_environment(HOME="/proc/nowhere", XDG_CACHE_HOME=None), (0,)),
     "cache read-only": (with_environment(XDG_CACHE_HOME="/proc"), (0,)),
     "no threads": (with_environment(OMP_NUM_THREADS="0", MKL_NUM_THREADS="x"), (0,)),
     "C locale": (with_environment(LC_ALL="C", LANG=None, PYTHONUTF8="0"), (0,)),
