@@ -1,8 +1,9 @@
 """Fine-tuning against transformers' Trainer: the seconds of a step, on the same rows of RACE.
 
 The short form of race.py: a BERT of MiniLM's size with random weights, rows of at most 160 tokens,
-batches of 8 questions of four rows, no dropout. Each run is a process of its own, in turns; from
-the end of its first step to the end of its last one counts. Both must have the same losses.
+batches of 8 questions of four rows, no dropout, in float32 and in bfloat16. Each run is a process
+of its own, in turns; from the end of its first step to the end of its last one counts. Both must
+have the same losses.
 
     python benchmarks/finetune.py --data DIR     # with race/ and bert/ in it
 

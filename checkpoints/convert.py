@@ -114,7 +114,7 @@ def convert(
         InputError: The target is unknown, exists, or cannot express the model; a size does not
             divide it; the tokenizer does not fit; or the result differs from its source.
     """
-    keep_freed_memory()  # each piece that is written takes the memory of the one before
+    keep_freed_memory()  # each piece that is written reuses the memory of the one before
     if verify and compare is None:
         raise InputError("verify=True needs compare=verify_conversion, from mlm_eval.engine.verify")
     if to not in TARGET_FORMATS:

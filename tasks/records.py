@@ -130,10 +130,11 @@ def _listed(path: Path, values: Mapping[str, Any]) -> list[Path]:
     if not is_series(values):
         raise InputError(f"{path} is not the list of a series: an entry names no record beside it")
     found = series_records(path, values)
-    if twice := next((record for record, count in Counter(found).items() if count > 1), None):
-        raise InputError(f"{path} lists {twice.name} twice; take all of its entries but one out")
     if not found:
         raise InputError(f"{path} lists no record yet; give it again when the series has some")
+    ((record, count),) = Counter(found).most_common(1)
+    if count > 1:
+        raise InputError(f"{path} lists {record.name} {count} times; remove all entries but one")
     return found
 
 

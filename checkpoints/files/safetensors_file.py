@@ -60,7 +60,7 @@ PIECE_BYTES = 4 << 20
 """Larger tensors are converted and written in runs of rows of about this size."""
 
 WRITTEN_BYTES = 1 << 20
-"""Of a piece, at a time: for more Linux looks for pages that lie together, which takes longer."""
+"""Written at a time: for more, Linux looks for contiguous pages, which takes it longer."""
 
 MOST_WRITERS = 4
 """Threads that read, convert and write; each holds a piece as stored and as written."""

@@ -9,6 +9,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Of mallopt(3): bytes that may be free at a heap's end; of a block that is mapped by itself."""
 
 _LARGEST_BLOCK, _MOST_FREE = 32 << 20, 1 << 30
+"""Bytes; the first is the most that every glibc takes."""
 
 
 def free_memory() -> int | None:
@@ -23,11 +24,11 @@ def free_memory() -> int | None:
 
 
 def keep_freed_memory() -> bool:
-    """Let this process use freed blocks of up to 32 MB again; return whether it does.
+    """Let this process reuse freed blocks of up to 32 MB; return whether it does.
 
     glibc gives them back to the kernel, which clears them for the next tensor of that size: a third
-    of the time in which a conversion copies, an eighth of that of a training step. Elsewhere
-    nothing is set.
+    of the time that a conversion spends copying, an eighth of a training step. Where the C library
+    has no mallopt nothing is set.
     Source: https://man7.org/linux/man-pages/man3/mallopt.3.html
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -132,7 +132,7 @@ class Engine:
         odd.merge(gather_over_ranks(odd.found))
         model.eval().requires_grad_(False)
         if device.type == "cpu":
-            keep_freed_memory()  # each batch takes the memory of the one before
+            keep_freed_memory()  # each batch reuses the memory of the one before
         if compile_model:
             model.compile(dynamic=True)
         return cls(

@@ -62,7 +62,9 @@ def draw_curves(comparisons: Sequence[TaskTable]) -> Any:
         if column.key in comparison.drawn
     ]
     if not shown:
-        raise InputError("no record has a figure for a curve; leave --curve out, or give others")
+        raise InputError(
+            "no record has a figure for a curve; leave --curve out, or give other records"
+        )
     grids = [_panels(comparison.rows) for comparison, _ in shown]
     widest = max(len(panels) for panels in grids)
     deepest = max(len(panel) for panels in grids for panel in panels)

@@ -21,7 +21,7 @@ def json_field(entry: Any, name: str, kind: type, where: str) -> Any:
     value = entry.get(name)
     if type(value) is not kind:
         what = {str: "a string", list: "a list", int: "a number"}[kind]
-        found = "missing" if name not in entry else f"{shown(value)}"
+        found = "missing" if name not in entry else shown(value)
         raise InputError(f"{where}: {name!r} is {found}; expected {what}")
     return check_text(value, where) if isinstance(value, str) else value
 

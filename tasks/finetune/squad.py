@@ -93,7 +93,7 @@ class Squad(Task):
                     examples.append(_question(entry, context, len(texts), where))
                     is_2 = is_2 or "is_impossible" in entry
                 texts.append(context)
-        _check_names(examples, role, str(path))
+        _check_ids(examples, role, str(path))
         is_2 = is_2 or str(content.get("version")).startswith("v2")
         # The published names say nothing beyond the role.
         name = "" if re.fullmatch(r"(train|dev|test)-v[12]\.[01]", path.stem) else path.stem
@@ -129,7 +129,7 @@ class Squad(Task):
             second = places.setdefault(context, len(places))
             examples.append(_question(entry, context, second, place))
             records.append((row["id"], row["question"], context, answers))
-        _check_names(examples, role, where)
+        _check_ids(examples, role, where)
         answered = {bool(example.answers) for example in examples}
         yield ExampleSet(
             name=name,
@@ -293,17 +293,19 @@ def _question(entry: Any, context: str, second: int, where: str) -> SpanExample:
     return SpanExample(id=identity, firsts=(question,), second=second, answers=tuple(answers))
 
 
-def _check_names(examples: Sequence[SpanExample], role: str, where: str) -> None:
-    """Refuse questions of one name, but for those that train: answers are told apart by it.
+def _check_ids(examples: Sequence[SpanExample], role: str, where: str) -> None:
+    """Refuse questions that share an id, except in training: predictions are kept by it.
 
     Raises:
-        InputError: Two have the same name.
+        InputError: Two have the same id.
     """
-    names = Counter(example.id for example in examples)
-    if role != "train" and (twice := next((name for name in names if names[name] > 1), None)):
+    if role == "train" or not examples:
+        return
+    ((identity, count),) = Counter(example.id for example in examples).most_common(1)
+    if count > 1:
         raise InputError(
-            f"{where} holds {names[twice]} questions with the id {shown(twice)}; give each an id "
-            "of its own, as answers are told apart by it"
+            f"{where} holds {count} questions with the id {shown(identity)}; give each an id of "
+            "its own, as answers are told apart by it"
         )
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 HUB_TEST_SET = DatasetName("Salesforce/wikitext", "wikitext-103-v1")
 MAX_SEQ_LENGTH = 1024
-CHARACTER_BYTES = 175  # of memory for each character of a text that becomes one text of tokens
+CHARACTER_BYTES = 175  # of memory, for each character of a text that is tokenized whole
 MEGATRON_CLAMP = 20.0  # Megatron prints exp(min(20, x)); we never clamp, but say where it would
 
 # The paper's file: wiki.test.tokens of WikiText-103, word level.
@@ -122,8 +122,8 @@ class WikiText103(ZeroShot[WikiTextOptions]):
         raw = read_data(options.data, column="text", default=HUB_TEST_SET, tables=True)
         path = raw.path
         text = raw.text() if raw.rows is None else restore_text(raw.rows, path)
-        original_tokens = count_original_tokens(text)
         _check_length(path, text)
+        original_tokens = count_original_tokens(text)
         few = (
             f"{path} holds {original_tokens} word(s); expected a text of two or more, of which all "
             "but the first are predicted"
@@ -269,7 +269,7 @@ def count_original_tokens(text: str) -> int:
 
 
 def _check_length(path: str, text: str) -> None:
-    """Refuse a text that the machine has no memory to make tokens of.
+    """Refuse a text that this machine has no memory to tokenize.
 
     Raises:
         InputError: It is that long.
@@ -277,7 +277,7 @@ def _check_length(path: str, text: str) -> None:
     need, free = len(text) * CHARACTER_BYTES, free_memory()
     if free is not None and need > free:
         raise InputError(
-            f"{path} has {len(text):,} characters: to make one text of tokens of them takes about "
+            f"{path} has {len(text):,} characters: to tokenize them as one text takes about "
             f"{need / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are free; give a part of it"
         )
 

@@ -20,7 +20,6 @@ from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.engine.engine import Engine
 from mlm_eval.model.bert import BERT
 from mlm_eval.model.dropout import Dropout
-from mlm_eval.training import step as steps
 from mlm_eval.training.data import Batch
 from mlm_eval.training.log import smoothed
 from mlm_eval.training.loop import train
@@ -97,7 +96,7 @@ def test_both_passes_of_a_step_take_the_faster_products(dtype, tmp_path, monkeyp
         asked.append("backward")
         plain(loss)
 
-    monkeypatch.setattr(steps, "float32_products", products)
+    monkeypatch.setattr("mlm_eval.training.step.float32_products", products)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     training_runs.run(1, 1, "classification_head", tmp_path, {"max_steps": 1, "dtype": dtype})
     assert asked and asked == ["in", "backward", "out"] * (len(asked) // 3)
