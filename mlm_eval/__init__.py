@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from mlm_eval.checkpoints.open import open_checkpoint
     from mlm_eval.checkpoints.tokenizer import load_tokenizer
     from mlm_eval.engine.engine import Engine
-    from mlm_eval.engine.generate import Sampling
+    from mlm_eval.engine.prompts import Sampling
     from mlm_eval.tasks.evaluation import evaluate
 
 __version__ = "0.1.0"
@@ -56,7 +56,7 @@ __all__ = [
 _HOME = {
     "Engine": "mlm_eval.engine.engine",
     "InputError": "mlm_eval.checkpoints.errors",
-    "Sampling": "mlm_eval.engine.generate",
+    "Sampling": "mlm_eval.engine.prompts",
     "convert": "mlm_eval.checkpoints.convert",
     "evaluate": "mlm_eval.tasks.evaluation",
     "load_tokenizer": "mlm_eval.checkpoints.tokenizer",

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlm_eval.checkpoints.errors import InputError, require
 from mlm_eval.cli.command import command
-from mlm_eval.cli.printing import complain
-from mlm_eval.cli.run import print_beside
+from mlm_eval.cli.run import complain_of_ranks, print_beside
 from mlm_eval.cli.screen import say
 from mlm_eval.planning.bench_options import BenchOptions, cores
 from mlm_eval.ranks.launch import (
@@ -47,7 +46,7 @@ def bench(options: BenchOptions) -> None:
     from mlm_eval.planning.bench_plot import plot_bench
     from mlm_eval.planning.bench_report import bench_record, bench_text
     from mlm_eval.planning.bench_study import fit
-    from mlm_eval.ranks.mesh import pick_device
+    from mlm_eval.ranks.layout import pick_device
     from mlm_eval.reporting.results import write_json
 
     if options.ckpt is not None and options.scale != 1.0:
@@ -79,8 +78,7 @@ def bench(options: BenchOptions) -> None:
         if options.plot is not None:
             plot_bench(record, options.plot)
     if failure is not None:
-        if failure.message is not None:
-            complain(failure.message)
+        complain_of_ranks(failure)
         raise SystemExit(failure.exit_code)
 
 

@@ -16,7 +16,13 @@ from mlm_eval.cli.printing import complain, remark, show_text
 from mlm_eval.cli.screen import detail, phase, say, say_warning
 from mlm_eval.options import RunOptions, TokenizerOptions
 from mlm_eval.ranks.faults import advising_on_memory
-from mlm_eval.ranks.launch import STOP_CODES, init_process_group, launch, shutdown
+from mlm_eval.ranks.launch import (
+    STOP_CODES,
+    LaunchResult,
+    init_process_group,
+    launch,
+    shutdown,
+)
 from mlm_eval.ranks.signals import STOPPED, raise_stopped
 from mlm_eval.ranks.world import LAUNCHED, detect_world
 
@@ -123,12 +129,16 @@ class ModelRun:
             trains: Whether the model is trained.
         """
         from mlm_eval.checkpoints.dtypes import evaluation_dtype
-        from mlm_eval.ranks.layout import choose_layout, crosses_machines, free_on_gpus, fullest
-        from mlm_eval.ranks.mesh import pick_device
+        from mlm_eval.ranks.layout import (
+            choose_layout,
+            crosses_machines,
+            free_on_gpus,
+            fullest,
+            pick_device,
+        )
 
         options, world = self.options, self.world
         device = pick_device(options.device)
-        dtype = evaluation_dtype(options.dtype, self.checkpoint.config.params_dtype, device)
         if world is not None and device == "cuda":
             self.meet(device)
         free = self._free if world is not None else free_on_gpus
@@ -156,6 +166,8 @@ class ModelRun:
             )
         if world is None and tp * dp > 1:
             start_ranks(tp, dp, device)
+        # The parent of ranks has not come so far, and has not imported torch for its dtypes.
+        dtype = evaluation_dtype(options.dtype, self.checkpoint.config.params_dtype, device)
         return Placement(tp, dp, device, dtype)
 
     def scoring_need(self, *, cache: int = 0) -> Need:
@@ -313,6 +325,15 @@ def start_ranks(tp: int, dp: int, device: str) -> None:
     result = launch(argv, ranks=tp * dp, device=device)
     if result.exit_code in STOP_CODES:
         raise_stopped(result.exit_code - STOPPED)
-    if result.message is not None:
-        complain(result.message)
+    complain_of_ranks(result)
     raise SystemExit(result.exit_code)
+
+
+def complain_of_ranks(result: LaunchResult) -> None:
+    """Print why ranks have failed: wrong input in one line, a fault after its traceback."""
+    told, *lines = (result.message or "").split("\n")
+    if result.message is not None and (result.exit_code == 2 or not lines):
+        complain(result.message)
+    elif result.message is not None:
+        remark("\n".join(lines).rstrip())
+        complain(f"{told.removesuffix(':')}; please report it with the lines above")

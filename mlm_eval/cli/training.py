@@ -78,11 +78,11 @@ class FinetuneCommand:
 
 
 def _finetune(task: str, given: FinetuneCommand) -> None:
-    from mlm_eval.tasks.finetune.run import finetune
-
     run = ModelRun(given.run)
 
     def train(tokenizer: Tokenizer, load: Load, bars: TrainingBars) -> Result:
+        from mlm_eval.tasks.finetune.run import finetune
+
         return finetune(
             task, run.checkpoint, given.options, tokenizer=tokenizer, load=load, listener=bars
         )
@@ -170,13 +170,13 @@ class MaskedCommand(PretrainCommand):
 
 
 def _pretrain(given: PretrainCommand) -> None:
-    from mlm_eval.tasks.language.pretraining import pretrain
-
     if (given.run.ckpt is None) == (given.init is None):
         raise InputError("give either --ckpt, to start from a checkpoint, or --init, for a new one")
     run = ModelRun(given.run, checkpoint=None if given.init is None else _new_model(given))
 
     def train(tokenizer: Tokenizer, load: Load, bars: TrainingBars) -> Result:
+        from mlm_eval.tasks.language.pretraining import pretrain
+
         return pretrain(
             load(run.checkpoint, "float32"),
             tokenizer,

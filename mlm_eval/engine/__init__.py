@@ -5,6 +5,7 @@
     score.py                GPT's and T5's log-probabilities of requests
     encode.py               BERT's states, masked-LM scores and head outputs of whole inputs
     generate.py             text, token by token
+    prompts.py              what is continued, how tokens are chosen, what became of it
     products.py             float32 on the CPU by the faster library, where it is as exact
     resume.py               scores of an interrupted run
     verify.py               two checkpoints compared: settings, weights and outputs

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mlm_eval.checkpoints.checkpoint import Checkpoint, with_warnings
 from mlm_eval.checkpoints.config import ModelConfig
@@ -28,7 +29,8 @@ from mlm_eval.checkpoints.tokenizer import Tokenizer, check_entries, find_tokeni
 from mlm_eval.checkpoints.vocabulary import with_rows
 from mlm_eval.engine.batching import DEFAULT_BATCH_TOKENS, OnProgress
 from mlm_eval.engine.encode import BertInput, BertOutput, encode
-from mlm_eval.engine.generate import GREEDY, Continuation, Prompt, Sampling, generate
+from mlm_eval.engine.generate import generate
+from mlm_eval.engine.prompts import GREEDY, Continuation, Prompt, Sampling
 from mlm_eval.engine.resume import PartialScores
 from mlm_eval.engine.score import Request, Scores, score
 from mlm_eval.model.bert import BERT
@@ -411,9 +413,20 @@ def load_model(
                     module.get_parameter(name).data = module.get_parameter(name).data.float()
     # All memory is taken before anything is read: what is read for a moment, put between weights
     # that stay, would leave holes that malloc cannot give back (a quarter of the shard).
-    model.to_empty(device=device)
+    _take_memory(model, device)
     _fill(model, checkpoint, tp, odd)
     return model
+
+
+def _take_memory(model: nn.Module, device: str | torch.device) -> None:
+    """Give the parameters of a model on the meta device memory of `device`, whatever is in it.
+
+    As `to_empty` does, by way of a function in Python that imports sympy: a quarter of a second.
+    """
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            setattr(module, name, nn.Parameter(values, requires_grad=parameter.requires_grad))
 
 
 def _fill(

@@ -29,7 +29,8 @@ from mlm_eval.checkpoints.errors import InputError, not_installed
 from mlm_eval.checkpoints.tokenizer import Tokenizer, check_fits
 from mlm_eval.engine.batching import OnProgress
 from mlm_eval.engine.engine import Engine
-from mlm_eval.engine.generate import GREEDY, Prompt, Sampling, generate
+from mlm_eval.engine.generate import generate
+from mlm_eval.engine.prompts import GREEDY, Prompt, Sampling
 from mlm_eval.engine.score import Request
 from mlm_eval.harness.hub_encoding import HubEncoding
 from mlm_eval.model.gpt import GPT

@@ -17,10 +17,10 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
-import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -44,10 +44,11 @@ from mlm_eval.ranks.signals import (
 from mlm_eval.ranks.world import LAUNCHED, RANKS, SOURCE, World, small_number
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing import SubprocessContext
+    from torch.distributed import Store
 
     from mlm_eval.ranks.layout import RankDevice
 
+LISTENER = "MLM_EVAL_LISTENER"  # of rank 0: the socket on which the others will call
 ERROR_DIR = "MLM_EVAL_ERROR_DIR"  # where such a rank leaves the reason of its failure
 
 POLL_SECONDS = 0.05
@@ -169,27 +170,13 @@ def init_process_group(
     global _watch
     import torch
     import torch.distributed as dist
-    from torch.distributed.rendezvous import rendezvous
 
     from mlm_eval.ranks.mesh import COLLECTIVE_TIMEOUT
 
     if world.on_one_machine and "lo" in (name for _, name in socket.if_nameindex()):
         # By default gloo binds to what the host's name resolves to: in containers often nothing.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    patience = _rendezvous_timeout()
-    # init_process_group would take its one timeout for both waits.
-    meeting = rendezvous("env://", world.rank, world.size, timeout=patience)
-    try:
-        store, _, _ = next(meeting)
-    except (dist.DistStoreError, dist.DistNetworkError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        seconds = patience.total_seconds()
-        raise InputError(
-            f"rank {world.rank} of {world.size} did not meet the others at {where} within "
-            f"{seconds:.0f} s; start all {world.size} ranks, with a MASTER_ADDR and MASTER_PORT "
-            f"that each of them can reach; if a rank of another job started this command, set "
-            f"{RANKS}=self"
-        ) from error
+    store = _meet_launched(world) if os.environ.get(LAUNCHED) == "1" else _meet(world)
     if tell is not None and world.source != "self":
         _watch = CauseWatch(store, world, tell)
     devices: list[RankDevice] = []
@@ -208,6 +195,47 @@ def init_process_group(
         device_id=device_id,
     )
     return devices
+
+
+def _meet_launched(world: World) -> Store:
+    """Return the store of ranks that `launch` has started; a fault here is another rank's end."""
+    from torch.distributed import TCPStore
+
+    listener = os.environ.pop(LISTENER, None)
+    return TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world.size,
+        is_master=listener is not None,
+        timeout=_rendezvous_timeout(),
+        master_listen_fd=None if listener is None else int(listener),
+    )
+
+
+def _meet(world: World) -> Store:
+    """Return the store that torchrun's agent or rank 0 serves.
+
+    Raises:
+        InputError: The others did not come.
+    """
+    from torch.distributed import DistNetworkError, DistStoreError
+    from torch.distributed.rendezvous import rendezvous
+
+    patience = _rendezvous_timeout()
+    try:
+        # init_process_group would take its one timeout for this wait and for collectives.
+        meeting = rendezvous("env://", world.rank, world.size, timeout=patience)
+        store: Store = next(meeting)[0]
+    except (DistStoreError, DistNetworkError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        seconds = patience.total_seconds()
+        raise InputError(
+            f"rank {world.rank} of {world.size} did not meet the others at {where} within "
+            f"{seconds:.0f} s; start all {world.size} ranks, with a MASTER_ADDR and MASTER_PORT "
+            f"that each of them can reach; if a rank of another job started this command, set "
+            f"{RANKS}=self"
+        ) from error
+    return store
 
 
 def _rendezvous_timeout() -> timedelta:
@@ -270,20 +298,16 @@ def launch(
     # -P: a stray module in the current folder must not shadow one of ours or of the libraries.
     command = [*(command or (sys.executable, "-P", "-m", "mlm_eval")), *argv]
     try:
-        from torch.distributed import TCPStore
-
         if device == "cuda":
             _check_gpus(ranks)
         else:
             _check_cores(ranks)
-        # Port 0: the system picks a free one, and it is taken from that moment on.
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         with (
             tempfile.TemporaryDirectory(prefix="mlm-eval-") as error_dir,
             _noting_signals() as noted,
         ):
-            context = _start(command, ranks, threads, port=store.port, error_dir=error_dir)
-            codes, stopped = _wait(context, until=noted)
+            workers = _start(command, ranks, threads, error_dir=error_dir)
+            codes, stopped = _wait(workers, until=noted)
             if noted and any(code < 0 for code in codes.values()):
                 message = None if noted[0] == signal.SIGINT else f"stopped by {noted[0].name}"
                 return LaunchResult(STOPPED + noted[0], message)
@@ -313,55 +337,55 @@ def _check_cores(ranks: int) -> None:
         )
 
 
-def _start(
-    command: Sequence[str], ranks: int, threads: int | None, *, port: int, error_dir: str
-) -> SubprocessContext:
-    """Start the ranks through torch elastic, each in its own session and process group."""
-    from torch.distributed.elastic.multiprocessing import (
-        DefaultLogsSpecs,
-        SubprocessContext,
-        start_processes,
-    )
-
-    # elastic's agent (torchrun's middle layer) would add to this: a rendezvous between nodes,
-    # look-ups of this host's name, and half a minute's patience with ranks that do not stop.
-    shared = {
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the parent serves the store, rank 0 does not
-        LAUNCHED: "1",
-        PARENT: str(os.getpid()),
-        ERROR_DIR: error_dir,
-        "OMP_NUM_THREADS": os.environ.get(
-            "OMP_NUM_THREADS", str(threads or _threads_per_rank(ranks))
-        ),
-        # C++ warnings about a lost connection come from every rank but the one that is the cause.
-        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
-    }
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    context = start_processes(
-        name="rank",
-        entrypoint=command[0],
-        args={rank: tuple(command[1:]) for rank in range(ranks)},
-        envs={
-            rank: {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)
-        },
-        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # no files: the terminal is inherited
-    )
-    assert isinstance(context, SubprocessContext)
-    return context
+Workers = dict[int, "subprocess.Popen[bytes]"]
+"""The processes, by rank."""
 
 
-def _wait(
-    context: SubprocessContext, *, until: Sequence[signal.Signals]
-) -> tuple[dict[int, int], set[int]]:
+def _start(command: Sequence[str], ranks: int, threads: int | None, *, error_dir: str) -> Workers:
+    """Start the ranks, each in its own session and process group.
+
+    torch's launchers would do this too, and import torch first, for as long as a rank does; rank 0
+    serves the store of the ranks for the same reason.
+    """
+    # Port 0: the system picks a free one, and it is taken from that moment on. Who calls before
+    # rank 0 serves is kept waiting.
+    with socket.create_server(("127.0.0.1", 0), backlog=ranks) as listener:
+        shared = {
+            **os.environ,
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(listener.getsockname()[1]),
+            LAUNCHED: "1",
+            PARENT: str(os.getpid()),
+            ERROR_DIR: error_dir,
+            "OMP_NUM_THREADS": os.environ.get(
+                "OMP_NUM_THREADS", str(threads or _threads_per_rank(ranks))
+            ),
+            # C++ warnings about a lost connection come from every rank but the cause.
+            "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
+        }
+        workers: Workers = {}
+        try:
+            for rank in range(ranks):
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                served = (listener.fileno(),) if rank == 0 else ()
+                if served:
+                    own[LISTENER] = str(served[0])
+                workers[rank] = subprocess.Popen(
+                    command, env=shared | own, pass_fds=served, start_new_session=True
+                )
+        except OSError:  # no more processes or memory
+            _stop(workers, seconds=0)
+            raise
+    return workers
+
+
+def _wait(workers: Workers, *, until: Sequence[signal.Signals]) -> tuple[dict[int, int], set[int]]:
     """Return the exit code of each rank, and the ranks that had to be stopped.
 
     Ranks are stopped when one fails, and when a signal turns up in `until`.
     """
-    workers = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
     while True:
         codes = {rank: worker.poll() for rank, worker in workers.items()}
         running = {rank for rank, code in codes.items() if code is None}
@@ -369,11 +393,25 @@ def _wait(
             break
         time.sleep(POLL_SECONDS)
     begin = time.monotonic()
-    context.close(signal.SIGTERM, timeout=STOP_SECONDS)
-    ends = {rank: worker.returncode for rank, worker in workers.items()}
+    ends = _stop(workers, seconds=STOP_SECONDS)
     if time.monotonic() - begin < STOP_SECONDS:  # too early for SIGKILL: who died of it was dying
         running = {rank for rank in running if ends[rank] == -signal.SIGTERM}
     return ends, running
+
+
+def _stop(workers: Workers, *, seconds: float) -> dict[int, int]:
+    """End the ranks that are running, with what they have started; return all exit codes."""
+    for number, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, STOP_SECONDS)):
+        deadline = time.monotonic() + patience
+        running = [worker for worker in workers.values() if worker.poll() is None]
+        for worker in running:
+            os.killpg(worker.pid, number)
+        for worker in running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.wait(max(0.0, deadline - time.monotonic()))
+    # One that even SIGKILL does not end at once hangs in the kernel, and ends when that lets go.
+    codes = {rank: worker.poll() for rank, worker in workers.items()}
+    return {rank: -signal.SIGKILL if code is None else code for rank, code in codes.items()}
 
 
 def _outcome(error_dir: Path, codes: dict[int, int], *, stopped: set[int]) -> LaunchResult:
@@ -418,10 +456,8 @@ def _noting_signals() -> Iterator[list[signal.Signals]]:
     before = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
     for number in before:
         signal.signal(number, lambda number, _: noted.append(signal.Signals(number)))
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""  # or it would install handlers that raise
     try:
         yield noted
     finally:
-        del os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"]
         for number, old in before.items():
             signal.signal(number, old)

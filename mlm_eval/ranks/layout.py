@@ -8,6 +8,7 @@ process looks and ends.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import json
 import socket
 import subprocess
@@ -17,20 +18,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.parameters import allowed_tp, check_tp
-from mlm_eval.model.costs.memory import OUTSIDE, Memory
-from mlm_eval.ranks.mesh import fill_ranks
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
+    from mlm_eval.model.costs.memory import Memory
     from mlm_eval.ranks.world import World
 
-Need = Callable[[int, int], Memory]
+Need = Callable[[int, int], "Memory"]
 """Returns what the fullest rank needs, given the sizes tp and dp."""
 
 LOOK = (
@@ -42,6 +40,50 @@ LOOK = (
 
 
 # ---- the layout ------------------------------------------------------------------------------
+
+
+def pick_device(device: str) -> str:
+    """Return `cpu` or `cuda` for `--device`; torch is imported only if it could see a GPU.
+
+    Raises:
+        InputError: CUDA is asked for and not there, or the name is unknown.
+    """
+    if device == "cpu":
+        return "cpu"
+    if device not in ("auto", "cuda"):
+        raise InputError(f"--device {device!r} is unknown; use auto, cpu or cuda")
+    no_gpu = importlib.metadata.version("torch").endswith("+cpu")  # a build that sees none
+    if "torch" in sys.modules or not no_gpu:
+        import torch
+
+        if torch.cuda.is_available():
+            return "cuda"
+    if device == "cuda":
+        raise InputError("--device cuda: torch sees no CUDA device; use --device cpu")
+    return "cpu"
+
+
+def fill_ranks(running: int, *, tp: int | None, dp: int | None) -> tuple[int, int]:
+    """Return (tp, dp) whose product is the number of running ranks.
+
+    Args:
+        running: Ranks.
+        tp: Tensor-parallel size; None: what `dp` leaves, or 1.
+        dp: Data-parallel size; None: what `tp` leaves.
+
+    Raises:
+        InputError: The product is another.
+    """
+    if tp is None:
+        tp = max(running // dp, 1) if dp else 1
+    if dp is None:
+        dp = max(running // max(tp, 1), 1)
+    if tp < 1 or tp * dp != running:
+        raise InputError(
+            f"tp {tp} x dp {dp} needs {tp * dp} ranks, {running} are running; give sizes whose "
+            f"product is {running}, or start that many processes with mlm-eval, torchrun or srun"
+        )
+    return tp, dp
 
 
 def choose_layout(
@@ -83,6 +125,8 @@ def choose_layout(
     if device == "cpu":
         return tp or 1, dp or 1
     if tp is not None:
+        import torch
+
         return tp, dp or max(torch.cuda.device_count() // tp, 1)
     free_bytes = (free or free_on_gpus)()
     count = running or len(free_bytes)
@@ -98,6 +142,8 @@ def choose_layout(
 def _smallest_fitting(
     layouts: Sequence[tuple[int, int]], need: Need, free: Sequence[int], *, trains: bool
 ) -> tuple[int, int]:
+    from mlm_eval.model.costs.memory import OUTSIDE
+
     needs = [need(*layout) for layout in layouts]
     for (tp, dp), memory in zip(layouts, needs, strict=True):
         if tp * dp <= len(free) and memory.total + OUTSIDE <= min(free[: tp * dp]):
@@ -177,6 +223,8 @@ def agree_on_gpus(store: Store, world: World) -> list[RankDevice]:
     Raises:
         InputError: A machine has more ranks than GPUs, or two ranks would share one.
     """
+    import torch
+
     visible = [gpu_uuid(index) for index in range(torch.cuda.device_count())]
     views = share(store, world, "visible", {"machine": machine_name(), "gpus": visible})
     index = gpu_index(views, world.rank)
@@ -230,6 +278,8 @@ def check_distinct(devices: Sequence[RankDevice]) -> None:
 
 def gpu_uuid(index: int) -> str:
     """Return the UUID of a visible GPU."""
+    import torch
+
     return str(torch.cuda.get_device_properties(index).uuid)
 
 

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.model.tensor_parallel import TensorParallel
+from mlm_eval.ranks.layout import fill_ranks
 
 try:
     from torch.distributed import set_timeout  # type: ignore[attr-defined]  # since torch 2.14
@@ -166,29 +166,6 @@ def object_group() -> dist.ProcessGroup:
     return made.objects
 
 
-def fill_ranks(running: int, *, tp: int | None, dp: int | None) -> tuple[int, int]:
-    """Return (tp, dp) whose product is the number of running ranks.
-
-    Args:
-        running: Ranks.
-        tp: Tensor-parallel size; None: what `dp` leaves, or 1.
-        dp: Data-parallel size; None: what `tp` leaves.
-
-    Raises:
-        InputError: The product is another.
-    """
-    if tp is None:
-        tp = max(running // dp, 1) if dp else 1
-    if dp is None:
-        dp = max(running // max(tp, 1), 1)
-    if tp < 1 or tp * dp != running:
-        raise InputError(
-            f"tp {tp} x dp {dp} needs {tp * dp} ranks, {running} are running; give sizes whose "
-            f"product is {running}, or start that many processes with mlm-eval, torchrun or srun"
-        )
-    return tp, dp
-
-
 def default_device() -> str:
     """Return where a model runs for whom no device is named: a GPU, unless the ranks use gloo."""
     if not torch.cuda.is_available():
@@ -196,20 +173,3 @@ def default_device() -> str:
     if dist.is_available() and dist.is_initialized() and "nccl" not in dist.get_backend():
         return "cpu"
     return f"cuda:{torch.cuda.current_device()}"
-
-
-def pick_device(device: str) -> str:
-    """Return `cpu` or `cuda` for `--device`.
-
-    Raises:
-        InputError: CUDA is asked for and not there, or the name is unknown.
-    """
-    if device == "cpu":
-        return "cpu"
-    if device not in ("auto", "cuda"):
-        raise InputError(f"--device {device!r} is unknown; use auto, cpu or cuda")
-    if torch.cuda.is_available():
-        return "cuda"
-    if device == "cuda":
-        raise InputError("--device cuda: torch sees no CUDA device; use --device cpu")
-    return "cpu"

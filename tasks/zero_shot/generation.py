@@ -11,7 +11,7 @@ from typing import Any
 from mlm_eval.checkpoints.errors import InputError, shown
 from mlm_eval.checkpoints.files.text_file import json_value, read_text
 from mlm_eval.checkpoints.tokenizer import Tokenizer
-from mlm_eval.engine.generate import Continuation, Prompt, Sampling, text_after
+from mlm_eval.engine.prompts import Continuation, Prompt, Sampling, text_after
 from mlm_eval.tasks.data.text import check_text
 
 PROMPT_FORM = '{"prompt": "..."} or {"tokens": [...]}, one JSON object a line'

@@ -140,7 +140,8 @@ class Lambada(ZeroShot[ClozeOptions]):
         The answer is what the model writes greedily, as many tokens as the target has; only those
         of passages that it got wrong have to be computed. Of a model that gives NaN it is None.
         """
-        from mlm_eval.engine.generate import Prompt, generate
+        from mlm_eval.engine.generate import generate
+        from mlm_eval.engine.prompts import Prompt
 
         right = scores.all_greedy().tolist()
         told = super().examples(engine, work, scores, tokenizer)

@@ -206,6 +206,18 @@ def test_the_parent_hands_on_the_exit_code_of_the_ranks(run, wiki, monkeypatch):
     assert seen[0][-8:] == ["--tp", "2", "--dp", "3", "--device", "cpu", "6", "cpu"]
 
 
+def test_a_fault_of_a_rank_is_told_below_its_traceback(run, wiki, monkeypatch):
+    message = "rank 1 failed:\nTraceback (most recent call last):\n  ...\nKeyError: 'layers.0'\n"
+    result = launch.LaunchResult(1, message)
+    monkeypatch.setattr("mlm_eval.cli.run.launch", lambda *_, **__: result)
+    ended = run(*wiki, "--tp", 2)
+    assert ended.code == 1
+    assert ended.err.splitlines() == [
+        *message.splitlines()[1:],
+        "mlm-eval: rank 1 failed; please report it with the lines above",
+    ]
+
+
 # --- Training -----------------------------------------------------------------------------------
 
 SAMPLES = PROJECT / "checkpoints" / "samples" / "race"

@@ -14,7 +14,7 @@ from support.command_line import assert_one_sentence
 from support.paths import SAMPLES
 
 from mlm_eval.checkpoints.tokenizer import find_tokenizer
-from mlm_eval.engine.generate import text_after
+from mlm_eval.engine.prompts import text_after
 from mlm_eval.tasks.zero_shot.generation import TextStream
 
 pytest_plugins = ["support.command_line_fixtures"]

@@ -20,14 +20,8 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.open import open_checkpoint
 from mlm_eval.checkpoints.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from mlm_eval.engine.engine import Engine
-from mlm_eval.engine.generate import (
-    Continuation,
-    Prompt,
-    Sampling,
-    draw,
-    generate,
-    text_after,
-)
+from mlm_eval.engine.generate import draw, generate
+from mlm_eval.engine.prompts import Continuation, Prompt, Sampling, text_after
 from mlm_eval.engine.score import Request
 from mlm_eval.model.gpt import GPT
 

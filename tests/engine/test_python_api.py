@@ -10,7 +10,7 @@ from support.paths import SAMPLES
 
 import mlm_eval
 from mlm_eval.engine.engine import Engine
-from mlm_eval.engine.generate import Prompt
+from mlm_eval.engine.prompts import Prompt
 from mlm_eval.engine.score import Request
 from mlm_eval.ranks import mesh
 

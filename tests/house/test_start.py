@@ -101,6 +101,31 @@ def test_inspect_of_any_checkpoint_imports_no_torch(tmp_path: Path):
     assert output.count('"format"') == len(places)
 
 
+LINES = str(SAMPLES / "text" / "lambada.sample.jsonl")
+GPT, BERT = (("--ckpt", str(SAMPLES / name)) for name in ("gpt", "bert"))
+STARTS_RANKS = [
+    ("score", *GPT, "--input", LINES, "--output", "scores.jsonl"),
+    ("generate", *GPT, "--prompt", "The", "--max-new-tokens", "3"),
+    ("lambada", *GPT, "--data", LINES),
+    ("wikitext103", *GPT, "--data", str(SAMPLES / "text" / "wiki.sample.tokens")),
+    ("race", *BERT, "--data", str(SAMPLES / "race"), "--output-dir", "out"),
+]
+
+
+@pytest.mark.parametrize("words", STARTS_RANKS, ids=lambda words: words[0])
+def test_ranks_are_started_before_torch_is_imported(words: tuple[str, ...], tmp_path: Path):
+    """The parent would need as long for it as a rank, and works no more."""
+    here = str(tmp_path)
+    line = command(*words, "--tp", "2", "--device", "cpu")
+    _, loaded = modules_after(
+        f"import os; os.chdir({here!r})\n"
+        "import mlm_eval.cli.run as run\n"
+        "run.launch = lambda argv, **sizes: print(sizes) or run.LaunchResult(0)\n" + line
+    )
+    assert "typer" in loaded
+    assert "torch" not in loaded
+
+
 @pytest.mark.parametrize("name", mlm_eval.__all__)
 def test_every_public_name_is_found(name: str):
     assert getattr(mlm_eval, name)

@@ -24,7 +24,8 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.ranks import launch
 from mlm_eval.ranks.causes import CauseWatch
 from mlm_eval.ranks.faults import DISK_FAULTS, check_surroundings, lost_peers, named_fault
-from mlm_eval.ranks.mesh import Mesh, fill_ranks, make_mesh
+from mlm_eval.ranks.layout import fill_ranks
+from mlm_eval.ranks.mesh import Mesh, make_mesh
 from mlm_eval.ranks.world import OTHER_LAUNCHERS, SOURCE, World, detect_world, expand_nodelist
 
 TARGETS = TESTS / "support" / "runs" / "launch_targets.py"
@@ -204,6 +205,17 @@ def test_a_killed_rank_takes_the_others_down(victim: int, start: Start, tmp_path
         "the other ranks were stopped\n"
     )
     assert survivors(pids) == []
+
+
+@pytest.mark.parametrize("when", ["at once", "called"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_before_the_ranks_meet_is_the_cause(
+    victim: int, when: str, start: Start, tmp_path: Path
+) -> None:
+    """Rank 0 serves the others: without it they cannot meet, which is a consequence."""
+    code, printed = ended(start("--ranks", 2, "gone_before_the_meeting", tmp_path, victim, when))
+    told = f"rank {victim} was killed by SIGKILL (often: out of memory); the other ranks were"
+    assert (code, printed) == (1, f"{told} stopped\n")
 
 
 def test_ranks_do_not_outlive_a_killed_parent(start: Start, tmp_path: Path) -> None:

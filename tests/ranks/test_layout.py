@@ -34,8 +34,8 @@ from mlm_eval.ranks.layout import (
     choose_layout,
     crosses_machines,
     gpu_index,
+    pick_device,
 )
-from mlm_eval.ranks.mesh import pick_device
 from mlm_eval.ranks.world import World
 from mlm_eval.tasks.finetune.settings import FinetuneOptions
 from mlm_eval.tasks.language.settings import TextSettings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,14 @@ from mlm_eval.cli.printing import show_text
 from mlm_eval.cli.run import ModelRun, chosen_tokenizer
 from mlm_eval.cli.screen import progress
 from mlm_eval.cli.sequences.standard_input import STDIN, STDIN_NAME, standard_input
+from mlm_eval.engine.prompts import Sampling
 from mlm_eval.options import FILE, RunOptions, TokenizersBosOption, again, option
 
 if TYPE_CHECKING:
     from mlm_eval.checkpoints.tokenizer import Tokenizer
     from mlm_eval.engine.engine import Engine
-    from mlm_eval.engine.generate import Continuation, Sampling
+    from mlm_eval.engine.prompts import Continuation
+    from mlm_eval.ranks.layout import Need
     from mlm_eval.tasks.zero_shot.generation import PromptLine
 
 
@@ -77,7 +80,6 @@ def generate_command(options: GenerateOptions) -> None:
     Example: mlm-eval generate --ckpt gpt2_345m --tokenizer gpt2 --prompt "Once upon a time"
     """
     from mlm_eval.checkpoints.tokenizers.begin_of_text import choose_begin
-    from mlm_eval.engine.generate import CACHE_BYTES
 
     sources = (bool(options.prompt), options.input is not None, options.interactive)
     if sum(sources) != 1:
@@ -92,7 +94,7 @@ def generate_command(options: GenerateOptions) -> None:
         raise InputError("--stop needs the tokenizer; give --tokenizer DIR or --vocab-file F")
     begin = choose_begin(options.bos, tokenizer, as_tokenizer=True).ids
     given = _given(options, tokenizer, begin) if options.input != STDIN else []
-    place = run.start(lambda: run.scoring_need(cache=CACHE_BYTES))
+    place = run.start(partial(_need, run))
     if tokenizer is not None:
         run.warn_of_misfit(tokenizer)
 
@@ -110,14 +112,18 @@ def generate_command(options: GenerateOptions) -> None:
 
 
 def _sampling(options: GenerateOptions) -> Sampling:
-    from mlm_eval.engine.generate import Sampling
-
     for flag, value in (("--top-k", options.top_k), ("--top-p", options.top_p)):
         if value is not None and options.temperature == 0.0:
             raise InputError(
                 f"{flag} chooses among random tokens; add --temperature 1, or leave it out"
             )
     return Sampling(options.temperature, options.top_k, options.top_p)
+
+
+def _need(run: ModelRun) -> Need:
+    from mlm_eval.engine.generate import CACHE_BYTES
+
+    return run.scoring_need(cache=CACHE_BYTES)
 
 
 def _given(

@@ -102,7 +102,6 @@ class ScoreEvaluation(Evaluation[ScoreText]):
         """See `Evaluation`: models of one tokenizer and family share the lines."""
         from mlm_eval.checkpoints.files.text_file import read_bytes
         from mlm_eval.checkpoints.tokenizers.begin_of_text import choose_begin
-        from mlm_eval.tasks.zero_shot.score import check_lines
         from mlm_eval.tasks.zero_shot.sequences import GivenSequences, parse_lines
 
         options, config = self.options, run.checkpoint.config
@@ -124,6 +123,8 @@ class ScoreEvaluation(Evaluation[ScoreText]):
                 )
             self._texts[key] = ScoreText(given, lines, tokenizer, begin)
         if options.is_series:  # else the first look is the engine's own, at the model as it is cut
+            from mlm_eval.tasks.zero_shot.score import check_lines
+
             check_lines(self._texts[key].lines, config)
         return self._texts[key]
 

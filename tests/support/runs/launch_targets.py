@@ -56,6 +56,17 @@ def wrong_input(folder: Path, world: World, where: str) -> None:
     raise InputError("rank 1 found wrong.pt")
 
 
+def gone_before_the_meeting(folder: Path, world: World, victim: str, when: str) -> None:
+    """Be killed in one rank before the others have met it, or as soon as the other calls it."""
+    if world.rank == int(victim):
+        while when == "called" and not (folder / f"rank{1 - world.rank}.json").exists():
+            time.sleep(0.01)
+        time.sleep(2 if when == "called" else 0)  # the other imports torch first
+        os.kill(os.getpid(), signal.SIGKILL)
+    leave(folder, world)
+    launch.init_process_group(world, device="cpu")
+
+
 def fault(folder: Path, world: World) -> None:
     """Fail with an exception that is not the user's in rank 1."""
     join_and_wait(folder, world, absent=1)
