@@ -4,8 +4,9 @@ Both take the same inputs (2,048 positions, 1,024 channels in 16 heads, states o
 are timed alternately in one run, one call of the loop and ten of the scan, which take about as
 long. (A scan alone after the loop finds the caches full of the loop's states: --scans 1 measures
 that.) The loop computes all heads at once. Distances are the largest difference from the loop in
-float64, relative to the largest value. Exits with 1 when the scan is not 20 times faster, or
-further away than 1e-5.
+float64, relative to the largest value. Exits with 1 when the scan of one group is not 20 times
+faster, or one is further away than 1e-5. (Of eight groups the scan has a fifth more products, and
+reads four times as much; the loop takes no longer.)
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ def main() -> None:
             ]
         scans, loops = (list(times) for times in zip(*pairs, strict=True))
         work = f"Mamba-2 scan, {groups} group(s)"
-        rows.append(Row(work, "float32 loop over positions", "s", scans, loops, LEAST_SPEEDUP))
+        target = LEAST_SPEEDUP if groups == 1 else None
+        rows.append(Row(work, "float32 loop over positions", "s", scans, loops, target))
         print(f"{groups} group(s): the loop is off by {gaps[0]:.1e}, the scan by {gaps[1]:.1e}")
         far |= gaps[1] > MOST_DISTANCE
     settings = {

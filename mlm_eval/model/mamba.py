@@ -93,16 +93,15 @@ def _scan_in_turn(
     """Return `scan` of some texts, a few chunks after the others.
 
     What is computed at a time stays in the processor's cache, in memory that is used again and
-    again. Positions stand before texts there, so that one text's channels lie as in `x`. Decays are
-    powers of 2, which take a quarter of the time of exponentials, of numbers that are no smaller
-    than 2^-126: those below take many times as long.
+    again, and the products of some chunks are one call. Decays are powers of 2, which take a
+    quarter of the time of exponentials, of numbers that are no smaller than 2^-126: those below
+    take many times as long.
     """
     (batch, length, heads, channels), (groups, states) = x.shape, B.shape[2:]
     if missing := -length % size:  # positions with dt = 0
         x, B, C = (F.pad(part, (0, 0, 0, 0, 0, missing)) for part in (x, B, C))
         dt = F.pad(dt, (0, 0, 0, missing))
     y = x.new_empty(x.shape)
-    state = state.flatten(0, 1).flatten(2).clone()  # [b g, n, r p]
 
     times = dt.unflatten(1, (-1, size)).permute(1, 0, 3, 2).contiguous()  # [c, b, h, q]
     steps = times.double() * (A.double() / math.log(2))[:, None]
@@ -111,55 +110,57 @@ def _scan_in_turn(
     rest = (exponents - rounded).to(x.dtype)
     to_end = (exponents[..., -1:] - exponents).to(x.dtype).clamp_(min=-126).exp2_()
     since = rounded.clamp(min=-126).exp2_()  # decay from a chunk's start
-    through = since[..., -1:].expand(-1, -1, -1, channels).reshape(len(times), len(state), 1, -1)
+    by_group = (-1, batch * groups, 1, heads // groups, 1)
+    through = since[..., -1].reshape(by_group).expand(-1, -1, -1, -1, channels).flatten(3)
     together = min(len(times), max(1, CACHED_ELEMENTS // (batch * heads * size * size)))
     chunks = zip(
-        *(part.split(together) for part in (rounded, rest, through)),
+        *(part.split(together) for part in (rounded, rest, through.contiguous())),
         # What rounding has left of where a decay starts goes with the time step.
         (rest.neg().exp2_() * times)[..., None].split(together),
         *(
-            part.permute(0, 3, 1, 2)[..., None].split(together)  # [c, q, b, h, 1]
+            part.transpose(2, 3)[..., None].split(together)  # [c, b, q, h, 1]
             for part in (to_end.mul_(times), since)
         ),
         *(
-            part.unflatten(1, (-1, size)).permute(1, 2, 0, 3, 4).split(together)
-            for part in (x, y, B, C)  # [c, q, b, h, p], and of the groups [c, q, b, g, n]
+            part.unflatten(1, (-1, size)).transpose(0, 1).split(together)
+            for part in (x, y, B, C)  # [c, b, q, h, p], and of the groups [c, b, q, g, n]
         ),
         strict=True,
     )
+    width = heads // groups * channels
+    before = x.new_empty(together + 1, batch * groups, states, width)
+    before[0] = state.flatten(0, 1).flatten(2)
     buffers = [
-        x.new_empty(together, *shape)
+        x.new_empty(together, batch, *shape)
         for shape in (
-            (batch * groups, size, size),
-            (batch, heads, size, size),
-            (batch, heads, size, channels),
-            (batch, heads, size, channels),
-            (size, batch, heads, channels),
-            (size, batch, heads, channels),
+            (groups, size, size),
+            (heads, size, size),
+            (heads, size, channels),
+            (heads, size, channels),
+            (size, heads, channels),
+            (groups, size, width),
         )
     ]
     for ends, rest, through, dt, kept, since, x, out, b, c in chunks:
         overlaps, weights, inputs, within, added, past = (part[: len(x)] for part in buffers)
-        b, c = (part.permute(0, 2, 3, 1, 4).contiguous().flatten(1, 2) for part in (b, c))
-        torch.bmm(c.flatten(0, 1), b.flatten(0, 1).transpose(1, 2), out=overlaps.flatten(0, 1))
+        b, c = (part.transpose(2, 3).reshape(-1, size, states) for part in (b, c))
+        torch.bmm(c, b.transpose(1, 2), out=overlaps.flatten(0, 2))
         torch.sub(ends[..., None], ends[..., None, :], out=weights)  # [c, b, h, q, q]
         weights.add_(rest[..., None]).clamp_(-126, 126).exp2_()  # later positions: times 0
-        weights.view(*overlaps.shape[:2], -1, size, size).mul_(overlaps.tril_()[:, :, None])
-        torch.mul(x.permute(0, 2, 3, 1, 4), dt, out=inputs)
-        torch.bmm(*(part.flatten(0, 2) for part in (weights, inputs)), out=within.flatten(0, 2))
+        weights.unflatten(2, (groups, -1)).mul_(overlaps.tril_()[:, :, :, None])
         torch.mul(x, kept, out=added)
-        by_group = (
-            part.view(len(x), size, len(state), -1).transpose(1, 2).unbind()  # [b g, q, r p]
-            for part in (added, past)
-        )
-        turns = zip(
-            b.transpose(2, 3).unbind(), c.unbind(), through.unbind(), *by_group, strict=True
-        )
-        for b, c, through, new, old in turns:
-            torch.bmm(c, state, out=old)
-            torch.baddbmm(state.mul_(through), b, new, out=state)
-        torch.addcmul(within.permute(0, 3, 1, 2, 4), past, since, out=out)
-    return y[:, :length], state.view(batch, groups, states, -1, channels)
+        torch.mul(x.transpose(2, 3), dt, out=inputs)
+        torch.bmm(*(part.flatten(0, 2) for part in (weights, inputs)), out=within.flatten(0, 2))
+        # To the states of a group the channels of its heads are one row; of one group they are.
+        added = added.unflatten(3, (groups, -1)).transpose(2, 3).reshape(-1, size, width)
+        torch.bmm(b.transpose(1, 2), added, out=before[1 : len(x) + 1].flatten(0, 1))
+        for chunk in range(len(x)):
+            before[chunk + 1].addcmul_(before[chunk], through[chunk])
+        torch.bmm(c, before[: len(x)].flatten(0, 1), out=past.flatten(0, 2))
+        before[0] = before[len(x)]
+        past = past.transpose(2, 3).reshape(x.shape)
+        torch.addcmul(within.transpose(2, 3), past, since, out=out)
+    return y[:, :length], before[0].view(batch, groups, states, -1, channels).clone()
 
 
 def _scan_span(
