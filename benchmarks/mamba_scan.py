@@ -6,7 +6,7 @@ long. (A scan alone after the loop finds the caches full of the loop's states: -
 that.) The loop computes all heads at once. Distances are the largest difference from the loop in
 float64, relative to the largest value. Exits with 1 when the scan of one group is not 20 times
 faster, or one is further away than 1e-5. (Of eight groups the scan has a fifth more products, and
-reads four times as much; the loop takes no longer.)
+moves almost twice as much; the loop takes no longer.)
 """
 
 from __future__ import annotations
