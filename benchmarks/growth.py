@@ -134,7 +134,7 @@ def measure_here(point: Point, report: Path, repeats: int, clock: Callable[[], f
                 started = clock()
                 engine.score(requests)
                 seconds.append(clock() - started)
-        sending = time_all_reduces(counter.counts, engine.device) if point.tp > 1 else 0.0
+        sending = time_all_reduces(counter.counts, engine) if point.tp > 1 else 0.0
         found = {
             "seconds": seconds,
             "memory": peak.bytes - before,

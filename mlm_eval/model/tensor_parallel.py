@@ -29,6 +29,25 @@ NO_TOKEN = torch.iinfo(torch.int64).max
 """Above every token id."""
 
 
+class Blocks(Protocol):
+    """Memory of the ranks of a group that each of them can read."""
+
+    message: Tensor
+    """What ranks send each other when they have filled a block."""
+
+    def takes(self, values: Tensor) -> bool:
+        """Return whether a tensor is summed by way of it, the same on all ranks."""
+
+    def pieces(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Return a tensor in pieces, each of which fits a block."""
+
+    def fill(self, piece: Tensor) -> None:
+        """Copy this rank's values into its block."""
+
+    def add_up(self, piece: Tensor) -> None:
+        """Replace a piece by the sum of all blocks."""
+
+
 @dataclass(frozen=True)
 class TensorParallel:
     """This process's place in its tensor-parallel group; size 1 needs no group."""
@@ -36,10 +55,24 @@ class TensorParallel:
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
+    shared: Blocks | None = None
+    """On one machine's CPU: memory for sums."""
 
 
 SINGLE = TensorParallel()
 """One process holds the whole model."""
+
+
+def add_over_ranks(values: Tensor, tp: TensorParallel) -> Tensor:
+    """Sum a tensor over the tensor-parallel ranks, in place; return it. One all-reduce."""
+    if tp.shared is None or not tp.shared.takes(values):
+        dist.all_reduce(values, group=tp.group)
+        return values
+    for piece in tp.shared.pieces(values):
+        tp.shared.fill(piece)
+        dist.all_reduce(tp.shared.message, group=tp.group)  # all have
+        tp.shared.add_up(piece)
+    return values
 
 
 class _CopyToRegion(torch.autograd.Function):
@@ -52,9 +85,7 @@ class _CopyToRegion(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].contiguous()
-        dist.all_reduce(grad, group=ctx.tp.group)
-        return grad, None
+        return add_over_ranks(grads[0].contiguous(), ctx.tp), None
 
 
 class _ReduceFromRegion(torch.autograd.Function):
@@ -62,9 +93,7 @@ class _ReduceFromRegion(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
-        total = x.clone() if x.requires_grad else x
-        dist.all_reduce(total, group=tp.group)
-        return total
+        return add_over_ranks(x.clone() if x.requires_grad else x, tp)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

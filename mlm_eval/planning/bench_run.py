@@ -33,6 +33,7 @@ from mlm_eval.engine.encode import BertInput
 from mlm_eval.engine.engine import Engine
 from mlm_eval.engine.score import Request
 from mlm_eval.model.initial import initial_tensor
+from mlm_eval.model.tensor_parallel import add_over_ranks
 from mlm_eval.planning.bench_options import BenchOptions
 from mlm_eval.planning.bench_study import MASKED_EVERY, BenchPoint
 from mlm_eval.ranks.collectives import (
@@ -109,7 +110,7 @@ def measure_point(point: BenchPoint, options: BenchOptions) -> Measured:
         busy_over_alone=busy_over_alone,
         all_reduces=calls.total(),
         all_reduce_bytes=sum(n * size * dtype.itemsize for (size, dtype), n in calls.items()),
-        all_reduce_seconds=time_all_reduces(calls, engine.device),
+        all_reduce_seconds=time_all_reduces(calls, engine),
         threads=torch.get_num_threads(),
         device_name=device_name(engine.device),
         load_seconds=engine.load_seconds,
@@ -306,12 +307,12 @@ def product_seconds(device: torch.device, dtype: torch.dtype, side: int) -> list
     return seconds
 
 
-def time_all_reduces(calls: AllReduceCounts, device: torch.device, repeats: int = 5) -> float:
-    """Return the seconds of all-reduces of these sizes, one after the other; all ranks call it."""
-    total = 0.0
+def time_all_reduces(calls: AllReduceCounts, engine: Engine, repeats: int = 5) -> float:
+    """Return the seconds of a model's sums of these sizes, one after the other, on all ranks."""
+    total, device, tp = 0.0, engine.device, engine.mesh.tensor_parallel
     for (size, dtype), count in calls.items():
         tensor = torch.zeros(size, dtype=dtype, device=device)
-        add = functools.partial(sum_over_ranks, tensor)
+        add = functools.partial(add_over_ranks, tensor, tp)
         add()  # the first one of a size may set up buffers
         _wait(device)
         barrier()

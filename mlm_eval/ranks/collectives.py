@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -175,12 +175,23 @@ def on_every(function: Callable[[], T]) -> T:
 class AllReduceCounter(TorchDispatchMode):
     """Counts the all-reduces of its `with` block, whoever calls them.
 
-    `counts` tells how many there were of each (number of values, dtype).
+    `counts` tells how many there were of each (number of values, dtype). Sums that would go through
+    shared memory are all-reduces here.
     """
+
+    is_counting: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: AllReduceCounts = Counter()
+
+    def __enter__(self) -> Self:
+        AllReduceCounter.is_counting = True
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *error: Any) -> None:
+        AllReduceCounter.is_counting = False
+        super().__exit__(*error)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mlm_eval.model.tensor_parallel import TensorParallel
 from mlm_eval.ranks.layout import fill_ranks
+
+if TYPE_CHECKING:
+    from mlm_eval.ranks.shared_memory import SharedMemory
 
 try:
     from torch.distributed import set_timeout  # type: ignore[attr-defined]  # since torch 2.14
@@ -55,6 +59,8 @@ class Mesh:
     """torch's view of it, with the dims ("dp", "tp"); None for one process."""
     dp_objects: dist.ProcessGroup | None = None
     """The ranks of `dp_group`, for what is no tensor on the device; None for one process."""
+    shared: SharedMemory | None = None
+    """Of the ranks of `tp_group`, on the CPU of one machine."""
 
     @property
     def tp_rank(self) -> int:
@@ -99,7 +105,7 @@ class Mesh:
     @property
     def tensor_parallel(self) -> TensorParallel:
         """What the parallel layers need to know."""
-        return TensorParallel(self.tp_rank, self.tp, self.tp_group)
+        return TensorParallel(self.tp_rank, self.tp, self.tp_group, self.shared)
 
 
 def make_mesh(tp: int | None, dp: int | None) -> Mesh:
@@ -123,6 +129,8 @@ def make_mesh(tp: int | None, dp: int | None) -> Mesh:
 
 
 def _new_mesh(tp: int, dp: int) -> Mesh:
+    from mlm_eval.ranks.shared_memory import share_memory  # which needs the groups that are here
+
     kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
     device_mesh = init_device_mesh(kind, (dp, tp), mesh_dim_names=("dp", "tp"))
     for group in device_mesh.get_all_groups():  # they come with their backend's own: NCCL's 10 min
@@ -131,7 +139,8 @@ def _new_mesh(tp: int, dp: int) -> Mesh:
     for first in range(tp):  # every rank makes all groups
         group = dist.new_group(range(first, tp * dp, tp), backend="gloo", timeout=PATIENCE)
         mine = group if first == this_rank() % tp else mine
-    return Mesh(tp, dp, this_rank(), device_mesh, mine)
+    shared = share_memory(tp) if kind == "cpu" and tp > 1 else None
+    return Mesh(tp, dp, this_rank(), device_mesh, mine, shared)
 
 
 @dataclass

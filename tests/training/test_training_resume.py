@@ -236,6 +236,18 @@ def test_a_killed_run_goes_on_from_every_single_change(snapshots, tmp_path):
         shutil.rmtree(tmp_path / str(number))
 
 
+def test_what_a_run_killed_at_its_end_has_left_goes(tmp_path):
+    """It is over as soon as that is noted, with how it began and its last state still there."""
+    folder = tmp_path / "out"
+    training_runs.run(1, 1, "mlm", folder, KILLED, scores=list(SCORES.values()))
+    state = training_state.StateFolder(folder / "state")
+    left = {path.name for path in state.folder.iterdir()}
+    shutil.copy(state.folder / training_state.FINISHED, state.folder / training_state.STARTED)
+    (state.folder / "step-00000003").mkdir()
+    state.tidy()
+    assert {path.name for path in state.folder.iterdir()} == left
+
+
 def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path):
     """SIGKILL of one of two ranks; the end is that of a run that nobody touched."""
     whole = run_ranks(2, training_target.whole, tmp_path / "whole", 2, 1)[0]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.paths import PROJECT
 
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.distcp import open_folder
@@ -22,7 +23,6 @@ from mlm_eval.tasks.data.sources import DatasetName, read_data
 from mlm_eval.tasks.finetune.task import make_task
 from mlm_eval.tasks.language.data import read_documents
 from mlm_eval.tasks.zero_shot.sequences import read_lines
-from tests.support.paths import PROJECT
 
 POINTER = (
     b"version https://git-lfs.github.com/spec/v1\n"
