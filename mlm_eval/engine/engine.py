@@ -41,7 +41,8 @@ from mlm_eval.model.mamba import MambaMixer
 from mlm_eval.model.t5 import T5
 from mlm_eval.model.tensor_parallel import TensorParallel
 from mlm_eval.ranks.collectives import gather_over_ranks, on_every
-from mlm_eval.ranks.mesh import Mesh, default_device, make_mesh
+from mlm_eval.ranks.groups import make_mesh
+from mlm_eval.ranks.mesh import Mesh, default_device
 
 
 @dataclass(eq=False, repr=False)

@@ -7,6 +7,7 @@
     streams.py       stdout and stderr that every text can be written to
     faults.py        lack of memory, full disks, lost ranks, named as such
     mesh.py          the layout dp x tp of the running ranks, kept as a DeviceMesh
+    groups.py        makes that mesh: process groups, memory
     layout.py        which layout fits the free memory, and which GPU each rank gets
     shared_memory.py sums through memory that the ranks of a machine share
     collectives.py   gather, broadcast, sum, barrier: every collective that is not the model's

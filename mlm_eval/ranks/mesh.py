@@ -1,30 +1,24 @@
 """How many ranks there are and who they are.
 
 The tensor- and data-parallel sizes are chosen first (`layout.choose_layout`); the ranks that run
-then make a `Mesh` of them. rank = dp_rank * tp + tp_rank: the ranks that share one copy of
-the model are neighbours, hence on one machine where tp divides its ranks.
+then make a `Mesh` of them (`groups.make_mesh`). rank = dp_rank * tp + tp_rank: the ranks that share
+one copy of the model are neighbours, hence on one machine where tp divides its ranks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
-from mlm_eval.model.tensor_parallel import TensorParallel
-from mlm_eval.ranks.layout import fill_ranks
+from mlm_eval.model.tensor_parallel import Blocks, TensorParallel
 
-if TYPE_CHECKING:
-    from mlm_eval.ranks.shared_memory import SharedMemory
-
-try:
-    from torch.distributed import set_timeout  # type: ignore[attr-defined]  # since torch 2.14
-except ImportError:
-    from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
+T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others in a collective: the slowest may still read its shard."""
@@ -59,7 +53,7 @@ class Mesh:
     """torch's view of it, with the dims ("dp", "tp"); None for one process."""
     dp_objects: dist.ProcessGroup | None = None
     """The ranks of `dp_group`, for what is no tensor on the device; None for one process."""
-    shared: SharedMemory | None = None
+    shared: Blocks | None = None
     """Of the ranks of `tp_group`, on the CPU of one machine."""
 
     @property
@@ -108,59 +102,32 @@ class Mesh:
         return TensorParallel(self.tp_rank, self.tp, self.tp_group, self.shared)
 
 
-def make_mesh(tp: int | None, dp: int | None) -> Mesh:
-    """Return the mesh of the running ranks; every rank must call it, for groups are made once.
+class PerGroup(Generic[T]):
+    """What the running ranks have made once, for groups take memory on the devices.
 
-    Args:
-        tp: Tensor-parallel size; None: all ranks that `dp` leaves.
-        dp: Data-parallel size; None: all ranks that `tp` leaves.
-
-    Raises:
-        InputError: tp x dp is not the number of running ranks.
+    Nothing is left of an earlier process group.
     """
-    running = num_ranks()
-    tp, dp = fill_ranks(running, tp=running if tp is None and dp is None else tp, dp=dp)
-    if running == 1:
-        return Mesh()
-    made = _Made.for_these_ranks()
-    if (tp, dp) not in made.meshes:
-        made.meshes[tp, dp] = _new_mesh(tp, dp)
-    return made.meshes[tp, dp]
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        """Make it with this function, where it is first asked for; by all ranks, if so it must."""
+        self.make = make
+        self.world: dist.ProcessGroup | None = None
+        self.made: T | None = None
+
+    def get(self) -> T:
+        """Return what was made for the process group that there is."""
+        if self.made is None or self.world is not dist.group.WORLD:
+            self.made, self.world = None, dist.group.WORLD
+            self.made = self.make()
+        return self.made
 
 
-def _new_mesh(tp: int, dp: int) -> Mesh:
-    from mlm_eval.ranks.shared_memory import share_memory  # which needs the groups that are here
-
-    kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    device_mesh = init_device_mesh(kind, (dp, tp), mesh_dim_names=("dp", "tp"))
-    for group in device_mesh.get_all_groups():  # they come with their backend's own: NCCL's 10 min
-        set_timeout(COLLECTIVE_TIMEOUT, group)
-    mine = None
-    for first in range(tp):  # every rank makes all groups
-        group = dist.new_group(range(first, tp * dp, tp), backend="gloo", timeout=PATIENCE)
-        mine = group if first == this_rank() % tp else mine
-    shared = share_memory(tp) if kind == "cpu" and tp > 1 else None
-    return Mesh(tp, dp, this_rank(), device_mesh, mine, shared)
+def _new_object_group() -> dist.ProcessGroup:
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return group
 
 
-@dataclass
-class _Made:
-    """The groups that the running ranks have made; each would take memory on the devices again."""
-
-    world: dist.ProcessGroup | None = None
-    meshes: dict[tuple[int, int], Mesh] = field(default_factory=dict)
-    objects: dist.ProcessGroup | None = None
-
-    @staticmethod
-    def for_these_ranks() -> _Made:
-        """Return those of the process group that there is; none are left of an earlier one."""
-        global _made
-        if _made.world is not dist.group.WORLD:
-            _made = _Made(dist.group.WORLD)
-        return _made
-
-
-_made = _Made()
+_objects = PerGroup(_new_object_group)
 
 
 def object_group() -> dist.ProcessGroup:
@@ -169,10 +136,7 @@ def object_group() -> dist.ProcessGroup:
     It is gloo's, whatever the devices are: NCCL would copy pickles to the GPUs. Its ranks wait for
     `PATIENCE`, so one of them may do long work; one that ends is noticed at once.
     """
-    made = _Made.for_these_ranks()
-    if made.objects is None:
-        made.objects = dist.new_group(backend="gloo", timeout=PATIENCE)
-    return made.objects
+    return _objects.get()
 
 
 def default_device() -> str:

@@ -23,7 +23,7 @@ from mlm_eval.ranks.collectives import AllReduceCounter, gather_over_ranks
 from mlm_eval.ranks.layout import machine_name
 from mlm_eval.ranks.mesh import this_rank
 
-BLOCK = 8 << 20
+BLOCK_BYTES = 8 << 20
 """Bytes that are summed at a time. A rank has two such blocks: it fills one while another rank may
 still read what it has put into the other."""
 
@@ -44,10 +44,10 @@ class SharedMemory:
 
         Args:
             rank: This one's place among the ranks.
-            memories: Of each rank, `[2 * BLOCK]` bytes.
+            memories: Of each rank, `[2 * BLOCK_BYTES]` bytes.
         """
         self.rank = rank
-        self.blocks = [memory.view(2, BLOCK) for memory in memories]
+        self.blocks = [memory.view(2, BLOCK_BYTES) for memory in memories]
         self.turn = 0
         self.message = torch.zeros(1, device="cpu")
         """What ranks send when they have filled a block."""
@@ -64,7 +64,7 @@ class SharedMemory:
 
     def pieces(self, values: Tensor) -> tuple[Tensor, ...]:
         """Return a tensor in pieces, each of which fits a block."""
-        pieces: tuple[Tensor, ...] = values.view(-1).split(BLOCK // values.itemsize)
+        pieces: tuple[Tensor, ...] = values.view(-1).split(BLOCK_BYTES // values.itemsize)
         return pieces
 
     def fill(self, piece: Tensor) -> None:
@@ -115,7 +115,7 @@ def _offer(files: contextlib.ExitStack) -> _Offer | None:
     try:
         number = os.memfd_create("mlm-eval")
         files.callback(os.close, number)
-        os.truncate(number, 2 * BLOCK)
+        os.truncate(number, 2 * BLOCK_BYTES)
         proof = secrets.token_bytes(_PROOF_BYTES)
         os.pwrite(number, proof, 0)
     except (AttributeError, OSError):
@@ -124,14 +124,14 @@ def _offer(files: contextlib.ExitStack) -> _Offer | None:
 
 
 def _open(offers: Sequence[_Offer | None]) -> list[Tensor] | None:
-    """Return the memories, `[2 * BLOCK]` bytes each; None: one cannot be had."""
+    """Return the memories, `[2 * BLOCK_BYTES]` bytes each; None: one cannot be had."""
     memories = []
     for offer in offers:
         if offer is None or offer.machine != machine_name():
             return None
         try:
             with open(f"/proc/{offer.process}/fd/{offer.number}", "r+b", buffering=0) as file:
-                memory = mmap.mmap(file.fileno(), 2 * BLOCK)
+                memory = mmap.mmap(file.fileno(), 2 * BLOCK_BYTES)
         except (OSError, ValueError):  # no such process here, or something else
             return None
         if memory[:_PROOF_BYTES] != offer.proof:

@@ -11,7 +11,7 @@ from support.ranks import run_ranks
 
 from mlm_eval.engine.batching import in_order, map_batches, pack, pad_rows
 from mlm_eval.engine.score import Request, Scores, ScoringBatch, riders
-from mlm_eval.ranks.mesh import make_mesh
+from mlm_eval.ranks.groups import make_mesh
 
 
 def request(*tokens: int, scored: int) -> Request:

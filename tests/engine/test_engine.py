@@ -23,7 +23,7 @@ from mlm_eval.checkpoints.vocabulary import with_rows
 from mlm_eval.engine.engine import Engine, load_model
 from mlm_eval.engine.score import Request, Scores
 from mlm_eval.model.tensor_parallel import TensorParallel
-from mlm_eval.ranks.mesh import make_mesh
+from mlm_eval.ranks.groups import make_mesh
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]
 MODELS = {

@@ -21,7 +21,7 @@ from mlm_eval.checkpoints.parameters import parameters
 from mlm_eval.engine.engine import load_model
 from mlm_eval.model.experts import MixtureOfExperts
 from mlm_eval.model.tensor_parallel import SINGLE
-from mlm_eval.ranks.mesh import make_mesh
+from mlm_eval.ranks.groups import make_mesh
 
 LLAMA = random_models.LLAMA
 EXPERTS = {

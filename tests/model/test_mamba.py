@@ -16,7 +16,7 @@ from mlm_eval.engine.engine import load_model
 from mlm_eval.model import mamba
 from mlm_eval.model.attention import Context
 from mlm_eval.model.tensor_parallel import SINGLE
-from mlm_eval.ranks.mesh import make_mesh
+from mlm_eval.ranks.groups import make_mesh
 
 PURE = dataclasses.replace(
     random_models.LLAMA,

@@ -17,7 +17,7 @@ from torch import Tensor
 from mlm_eval.checkpoints.config import ModelConfig
 from mlm_eval.engine.engine import load_model
 from mlm_eval.model.t5 import relative_buckets
-from mlm_eval.ranks.mesh import make_mesh
+from mlm_eval.ranks.groups import make_mesh
 
 LEARNED = dataclasses.replace(
     configs.T5,

@@ -15,7 +15,8 @@ from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 from torch.distributed.fsdp import fully_shard
 
 from mlm_eval.ranks.collectives import from_main, gather_over_dp, on_main
-from mlm_eval.ranks.mesh import COLLECTIVE_TIMEOUT, PATIENCE, Mesh, make_mesh, object_group
+from mlm_eval.ranks.groups import make_mesh
+from mlm_eval.ranks.mesh import COLLECTIVE_TIMEOUT, PATIENCE, Mesh, object_group
 
 
 def timeout_of(group: dist.ProcessGroup | None) -> timedelta:

@@ -24,8 +24,9 @@ from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.ranks import launch
 from mlm_eval.ranks.causes import CauseWatch
 from mlm_eval.ranks.faults import DISK_FAULTS, check_surroundings, lost_peers, named_fault
+from mlm_eval.ranks.groups import make_mesh
 from mlm_eval.ranks.layout import fill_ranks
-from mlm_eval.ranks.mesh import Mesh, make_mesh
+from mlm_eval.ranks.mesh import Mesh
 from mlm_eval.ranks.world import OTHER_LAUNCHERS, SOURCE, World, detect_world, expand_nodelist
 
 TARGETS = TESTS / "support" / "runs" / "launch_targets.py"

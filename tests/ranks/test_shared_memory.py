@@ -17,8 +17,9 @@ from torch import Tensor
 from mlm_eval.model.tensor_parallel import TensorParallel, add_over_ranks
 from mlm_eval.ranks import shared_memory
 from mlm_eval.ranks.collectives import AllReduceCounter
-from mlm_eval.ranks.mesh import make_mesh, this_rank
-from mlm_eval.ranks.shared_memory import BLOCK, LEAST, share_memory
+from mlm_eval.ranks.groups import make_mesh
+from mlm_eval.ranks.mesh import this_rank
+from mlm_eval.ranks.shared_memory import BLOCK_BYTES, LEAST, share_memory
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64]
 
@@ -34,7 +35,7 @@ def drawn(size: int, dtype: torch.dtype, seed: int) -> Tensor:
 
 def sums_of_many_sizes(ranks: int, block: int, seed: int) -> list[str]:
     """Sum tensors of many sizes and dtypes, each rank in its own time; return what was wrong."""
-    before, shared_memory.BLOCK = shared_memory.BLOCK, block
+    before, shared_memory.BLOCK_BYTES = shared_memory.BLOCK_BYTES, block
     try:
         shared = share_memory(ranks)
         assert shared is not None
@@ -56,7 +57,7 @@ def sums_of_many_sizes(ranks: int, block: int, seed: int) -> list[str]:
                 wrong.append(f"{number}: {size} of {dtype}")
         return wrong
     finally:
-        shared_memory.BLOCK = before
+        shared_memory.BLOCK_BYTES = before
 
 
 @pytest.mark.parametrize("block", [16, 1 << 10])
@@ -159,4 +160,4 @@ def test_a_rank_that_ends_is_noticed():
 
 def test_the_constants_of_a_run():
     """A block holds whole values of every dtype; what is summed so is worth the wait."""
-    assert BLOCK % 8 == 0 and LEAST < BLOCK
+    assert BLOCK_BYTES % 8 == 0 and LEAST < BLOCK_BYTES

@@ -136,7 +136,7 @@ def _serve(rank: int, connection: Connection) -> None:
     # What tests sum is small: it goes through the memory that ranks share all the same, in pieces.
     from mlm_eval.ranks import shared_memory
 
-    shared_memory.LEAST, shared_memory.BLOCK = 1, 1 << 12
+    shared_memory.LEAST, shared_memory.BLOCK_BYTES = 1, 1 << 12
     group = None
     while True:
         try:

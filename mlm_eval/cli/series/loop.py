@@ -105,7 +105,7 @@ class _Series:
 
     def run(self) -> None:
         from mlm_eval.ranks.collectives import barrier, on_main
-        from mlm_eval.ranks.mesh import make_mesh
+        from mlm_eval.ranks.groups import make_mesh
 
         members = self._wait() if self.members.watched else self.members.now()
         if not members:

@@ -31,7 +31,7 @@ def all_reduce(folder: Path, world: World, *sizes: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from mlm_eval.ranks.mesh import make_mesh
+    from mlm_eval.ranks.groups import make_mesh
 
     mesh = make_mesh(tp, dp)
     sums = {}
