@@ -52,7 +52,7 @@ BASE = ModelConfig(
 WHY = {
     "sequence": "The operations count the whole square of attention, of which the causal kernel "
     "skips a half: long rows take less than planned.",
-    "tp": "The plan counts operations alone: all-reduces over gloo come on top.",
+    "tp": "The plan counts operations alone: the ranks' sums come on top.",
 }
 """What the models of `mlm-eval plan` leave out."""
 CLOSE = 0.15

@@ -49,8 +49,8 @@ dataset_kwargs:
   cache_dir: {cache}
 test_split: test
 output_type: loglikelihood
-doc_to_text: "{{{{text.split(' ')[:-1]|join(' ')}}}}"
-doc_to_target: "{{{{' '+text.split(' ')[-1]}}}}"
+doc_to_text: "{{{{text.rsplit(none, 1)[0]}}}}"
+doc_to_target: "{{{{' ' + text.rsplit(none, 1)[1]}}}}"
 metric_list:
   - metric: perplexity
     aggregation: perplexity
