@@ -14,7 +14,7 @@ from typing import Any
 from mlm_eval.checkpoints.catalog import is_catalog_name, resolve, sample_folder
 from mlm_eval.checkpoints.checkpoint import Checkpoint
 from mlm_eval.checkpoints.config import check_overrides
-from mlm_eval.checkpoints.deepspeed.folder import find_step
+from mlm_eval.checkpoints.deepspeed.folder import Step, find_step
 from mlm_eval.checkpoints.errors import InputError
 from mlm_eval.checkpoints.files.stand_in import describe_missing, refuse_stand_in
 from mlm_eval.checkpoints.files.text_file import read_json_object, read_text
@@ -194,32 +194,30 @@ def _snapshot(folder: Path) -> Path:
 
 def _open_folder(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
     """Return the checkpoint of a folder: its weights decide which format it is."""
-    from mlm_eval.checkpoints.deepspeed.read import read_step
     from mlm_eval.checkpoints.files.zarr_arrays import is_array
-    from mlm_eval.checkpoints.huggingface.read import holds_weights, read_folder
 
     folder = _snapshot(folder)
     inner = folder.parent if is_array(folder) else weights_folder(folder)
     if inner is not None:
         return _open_iteration(inner, overrides)
     hub = (folder / _HUB_CONFIG).is_file()
-    weights = hub and holds_weights(folder)
+    weights = hub and _holds_hub_weights(folder)
     try:
         step = find_iteration(folder)
     except InputError:
         if weights:
-            return read_folder(folder, overrides)
+            return _open_hub_folder(folder, overrides)
         if (found := find_step(folder)) is not None:
-            return read_step(found, overrides)
+            return _open_step(found, overrides)
         refuse_relative(folder)
         raise
     if not holds_ranks(step) and not is_distributed(step):
         if not weights and (found := find_step(folder)) is not None:
-            return read_step(found, overrides)
+            return _open_step(found, overrides)
         if not weights:
             refuse_relative(folder)
         if hub:  # without weights too: its reader says what is missing
-            return read_folder(folder, overrides)
+            return _open_hub_folder(folder, overrides)
         return _open_iteration(step, overrides)
     if weights:
         raise InputError(
@@ -228,6 +226,25 @@ def _open_folder(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
             f"{_door_of(step)} for the second"
         )
     return _open_iteration(step, overrides)
+
+
+def _holds_hub_weights(folder: Path) -> bool:
+    from mlm_eval.checkpoints.huggingface.read import holds_weights
+
+    return holds_weights(folder)
+
+
+def _open_hub_folder(folder: Path, overrides: dict[str, Any]) -> Checkpoint:
+    from mlm_eval.checkpoints.huggingface.read import read_folder
+
+    return read_folder(folder, overrides)
+
+
+def _open_step(step: Step, overrides: dict[str, Any]) -> Checkpoint:
+    """Return the checkpoint of a step of DeepSpeed."""
+    from mlm_eval.checkpoints.deepspeed.read import read_step
+
+    return read_step(step, overrides)
 
 
 def _door_of(step: Path) -> Path:

@@ -175,7 +175,8 @@ class ColumnParallelLinear(nn.Module):
 class RowParallelLinear(nn.Module):
     """A linear layer of which this rank holds some inputs: `[..., in / tp]` -> `[..., out]`.
 
-    One all-reduce forward. The bias is replicated and added once, after the sum.
+    One all-reduce forward. The bias is replicated and added once: after the sum, but in inference
+    without a norm of the sum, to the first rank's part.
     """
 
     post_layernorm: nn.Module | None
@@ -192,10 +193,13 @@ class RowParallelLinear(nn.Module):
         """Return the whole output, the same on every rank."""
         if self.tp.size == 1 and self.post_layernorm is None:
             return linear(x, self.weight, self.bias)
-        total = reduce_from_region(linear(x, self.weight, None), self.tp)
+        # As a part of one rank's product the bias costs nothing; its gradient is on every rank.
+        in_product = torch.is_inference_mode_enabled() and self.post_layernorm is None
+        bias = self.bias if in_product and self.tp.rank == 0 else None
+        total = reduce_from_region(linear(x, self.weight, bias), self.tp)
         if self.post_layernorm is not None:
             total = self.post_layernorm(total)
-        return total if self.bias is None else total + self.bias
+        return total if in_product or self.bias is None else total + self.bias
 
 
 class VocabParallelEmbedding(nn.Module):
