@@ -142,15 +142,14 @@ def _unpacked(target: Path) -> Path:
 
 def _open_file(file: Path, overrides: dict[str, Any]) -> Checkpoint:
     """Return the checkpoint that a file is, or that it is a part of."""
-    from mlm_eval.checkpoints.deepspeed.read import read_step
     from mlm_eval.checkpoints.files.zarr_arrays import holds_arrays, is_array
-    from mlm_eval.checkpoints.huggingface.read import WEIGHT_FILE, holds_weights, read_folder
+    from mlm_eval.checkpoints.huggingface.read import WEIGHT_FILE
     from mlm_eval.checkpoints.megatron.read_torch import read_model_file
 
     folder = file.parent
     hub_file = file.name == _HUB_CONFIG or WEIGHT_FILE.fullmatch(file.name)
-    if hub_file and (folder / _HUB_CONFIG).is_file() and holds_weights(folder):
-        return read_folder(folder, overrides)
+    if hub_file and (folder / _HUB_CONFIG).is_file() and _holds_hub_weights(folder):
+        return _open_hub_folder(folder, overrides)
     part = file.suffix == ".distcp" or file.name in WEIGHT_PARTS
     if part and (is_distributed(folder) or holds_arrays(folder)):
         return _open_iteration(folder, overrides)
@@ -163,7 +162,7 @@ def _open_file(file: Path, overrides: dict[str, Any]) -> Checkpoint:
     if file.name in ("distrib_optim.pt", "optim.pt") and (ranks := folder_of_ranks(folder)):
         return _open_iteration(ranks, overrides)
     if (found := find_step(file)) is not None:
-        return read_step(found, overrides)
+        return _open_step(found, overrides)
     refuse_relative(file)
     if file.suffix == ".safetensors":
         refuse_stand_in(file)

@@ -57,9 +57,9 @@ SAFETENSORS_DTYPES: dict[str, Dtype] = {
 _MOST_BRACKETS = 1 << 20
 
 PIECE_BYTES = 4 << 20
-"""Larger tensors are converted and written in runs of rows of about this size. Smaller ones take
-longer; but glibc before 2.38 finds no use for some freed blocks, which with mixtures of experts
-add up to a gigabyte now and then (benchmarks/experts_memory.py), with 2.5 MB to a third of it."""
+"""Larger tensors are converted and written in runs of rows of about this size. Smaller pieces take
+longer. With glibc 2.36 some freed blocks are never reused, so that the conversion of a mixture of
+experts may take a gigabyte (benchmarks/experts_memory.py); pieces of 2.5 MB took a third of it."""
 
 WRITTEN_BYTES = 1 << 20
 """Written at a time: for more, Linux looks for contiguous pages, which takes it longer."""

@@ -331,9 +331,11 @@ def start_ranks(tp: int, dp: int, device: str) -> None:
 
 def complain_of_ranks(result: LaunchResult) -> None:
     """Print why ranks have failed: wrong input in one line, a fault after its traceback."""
-    told, *lines = (result.message or "").split("\n")
-    if result.message is not None and (result.exit_code == 2 or not lines):
+    if result.message is None:
+        return
+    told, *lines = result.message.split("\n")
+    if result.exit_code == 2 or not lines:
         complain(result.message)
-    elif result.message is not None:
+    else:
         remark("\n".join(lines).rstrip())
         complain(f"{told.removesuffix(':')}; please report it with the lines above")

@@ -93,7 +93,7 @@ def _scan_in_turn(
     """Return `scan` of some texts, a few chunks after the others.
 
     What is computed at a time stays in the processor's cache, in memory that is used again and
-    again, and the products of some chunks are one call. Decays are powers of 2, which take a
+    again; the products of some chunks are one call. Decays are powers of 2, which take a
     quarter of the time of exponentials, of numbers that are no smaller than 2^-126: those below
     take many times as long.
     """
@@ -110,11 +110,11 @@ def _scan_in_turn(
     rest = (exponents - rounded).to(x.dtype)
     to_end = (exponents[..., -1:] - exponents).to(x.dtype).clamp_(min=-126).exp2_()
     since = rounded.clamp(min=-126).exp2_()  # decay from a chunk's start
-    by_group = (-1, batch * groups, 1, heads // groups, 1)
-    through = since[..., -1].reshape(by_group).expand(-1, -1, -1, -1, channels).flatten(3)
+    through = since[..., -1:].expand(-1, -1, -1, channels)  # [c, b, h, p]
+    through = through.reshape(len(times), batch * groups, 1, -1)
     together = min(len(times), max(1, CACHED_ELEMENTS // (batch * heads * size * size)))
     chunks = zip(
-        *(part.split(together) for part in (rounded, rest, through.contiguous())),
+        *(part.split(together) for part in (rounded, rest, through)),
         # What rounding has left of where a decay starts goes with the time step.
         (rest.neg().exp2_() * times)[..., None].split(together),
         *(

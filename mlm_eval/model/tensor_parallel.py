@@ -63,10 +63,12 @@ SINGLE = TensorParallel()
 """One process holds the whole model."""
 
 
-def add_over_ranks(values: Tensor, tp: TensorParallel) -> Tensor:
-    """Sum a tensor over the tensor-parallel ranks, in place; return it. One all-reduce."""
-    if tp.shared is None or not tp.shared.takes(values):
-        dist.all_reduce(values, group=tp.group)
+def reduce_over_ranks(values: Tensor, tp: TensorParallel, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """Reduce a tensor over the tensor-parallel ranks, in place; return it. One all-reduce."""
+    if tp.size == 1:
+        return values
+    if tp.shared is None or op != dist.ReduceOp.SUM or not tp.shared.takes(values):
+        dist.all_reduce(values, op=op, group=tp.group)
         return values
     for piece in tp.shared.pieces(values):
         tp.shared.fill(piece)
@@ -85,7 +87,7 @@ class _CopyToRegion(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return add_over_ranks(grads[0].contiguous(), ctx.tp), None
+        return reduce_over_ranks(grads[0].contiguous(), ctx.tp), None
 
 
 class _ReduceFromRegion(torch.autograd.Function):
@@ -93,7 +95,7 @@ class _ReduceFromRegion(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
-        return add_over_ranks(x.clone() if x.requires_grad else x, tp)
+        return reduce_over_ranks(x.clone() if x.requires_grad else x, tp)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -368,7 +370,7 @@ class VocabHead(nn.Module):
             peaks[0] = logits.amax(dim=-1)
             peaks[1] = logits.gather(1, local.unsqueeze(1)).squeeze(1).where(mine, -torch.inf)
         own_best = peaks[0].clone()
-        best, target = _all_reduce(peaks, self.tp, dist.ReduceOp.MAX)
+        best, target = reduce_over_ranks(peaks, self.tp, dist.ReduceOp.MAX)
         # Where the target's logit is not the largest nothing more is asked. On a GPU all rows are
         # looked at: choosing some would make the host wait for the device.
         is_best = target == best
@@ -379,7 +381,7 @@ class VocabHead(nn.Module):
         greedy = is_best.clone()
         greedy[asked] &= lowest == targets[asked]
         sums = logits.sub_(best.unsqueeze(1)).exp_().sum(dim=-1)
-        return target - best - _all_reduce(sums, self.tp).log(), greedy
+        return target - best - reduce_over_ranks(sums, self.tp).log(), greedy
 
     @torch.no_grad()
     def argmax(self, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -390,10 +392,10 @@ class VocabHead(nn.Module):
         """
         logits = self._own_logits(*self._operands(states))
         own_best, index = _own_argmax(logits, self.first_row)
-        best = _all_reduce(own_best.clone(), self.tp, dist.ReduceOp.MAX)
+        best = reduce_over_ranks(own_best.clone(), self.tp, dist.ReduceOp.MAX)
         ids = _lowest_argmax(index, own_best, best, self.tp)
         sums = logits.sub_(best.unsqueeze(1)).exp_().sum(dim=-1)
-        return ids, -_all_reduce(sums, self.tp).log()
+        return ids, -reduce_over_ranks(sums, self.tp).log()
 
     @torch.no_grad()
     def logits(self, states: Tensor) -> Tensor:
@@ -437,13 +439,6 @@ class VocabHead(nn.Module):
         return _CrossEntropy.apply(logits, targets, self.first_row, self.tp)  # type: ignore[no-any-return]
 
 
-def _all_reduce(values: Tensor, tp: TensorParallel, op: Any = dist.ReduceOp.SUM) -> Tensor:
-    """Reduce a tensor over the tensor-parallel ranks, in place; return it."""
-    if tp.size > 1:
-        dist.all_reduce(values, op=op, group=tp.group)
-    return values
-
-
 def _local_ids(targets: Tensor, first_row: int, rows: int) -> tuple[Tensor, Tensor]:
     """Return each target's row on this rank (0 where it has none), and whether it has one."""
     local = targets - first_row
@@ -468,7 +463,7 @@ def _lowest_argmax(index: Tensor, own_best: Tensor, best: Tensor, tp: TensorPara
     """Return the lowest id with the largest logit of all ranks, given each rank's own."""
     if tp.size == 1:
         return index
-    return _all_reduce(index.where(own_best == best, NO_TOKEN), tp, dist.ReduceOp.MIN)
+    return reduce_over_ranks(index.where(own_best == best, NO_TOKEN), tp, dist.ReduceOp.MIN)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -483,13 +478,13 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         local, mine = _local_ids(targets, first_row, logits.shape[1])
         own_best, index = _own_argmax(logits, first_row)
-        best = _all_reduce(own_best.clone(), tp, dist.ReduceOp.MAX)
+        best = reduce_over_ranks(own_best.clone(), tp, dist.ReduceOp.MAX)
         shifted = logits - best.unsqueeze(1)
         target = shifted.new_zeros(targets.shape)
         if logits.shape[1]:
             target = shifted.gather(1, local.unsqueeze(1)).squeeze(1).where(mine, 0.0)
         exponentials = shifted.exp_()
-        totals = _all_reduce(torch.stack([exponentials.sum(dim=-1), target]), tp)
+        totals = reduce_over_ranks(torch.stack([exponentials.sum(dim=-1), target]), tp)
         greedy = _lowest_argmax(index, own_best, best, tp) == targets
         ctx.save_for_backward(exponentials.div_(totals[0].unsqueeze(1)), local, mine)
         ctx.mark_non_differentiable(greedy)

@@ -33,7 +33,7 @@ from mlm_eval.engine.encode import BertInput
 from mlm_eval.engine.engine import Engine
 from mlm_eval.engine.score import Request
 from mlm_eval.model.initial import initial_tensor
-from mlm_eval.model.tensor_parallel import add_over_ranks
+from mlm_eval.model.tensor_parallel import reduce_over_ranks
 from mlm_eval.planning.bench_options import BenchOptions
 from mlm_eval.planning.bench_study import MASKED_EVERY, BenchPoint
 from mlm_eval.ranks.collectives import (
@@ -312,7 +312,7 @@ def time_all_reduces(calls: AllReduceCounts, engine: Engine, repeats: int = 5) -
     total, device, tp = 0.0, engine.device, engine.mesh.tensor_parallel
     for (size, dtype), count in calls.items():
         tensor = torch.zeros(size, dtype=dtype, device=device)
-        add = functools.partial(add_over_ranks, tensor, tp)
+        add = functools.partial(reduce_over_ranks, tensor, tp)
         add()  # the first one of a size may set up buffers
         _wait(device)
         barrier()

@@ -187,7 +187,8 @@ class AllReduceCounter(TorchDispatchMode):
 
     def __enter__(self) -> Self:
         AllReduceCounter.is_counting = True
-        return super().__enter__()  # type: ignore[no-any-return]
+        super().__enter__()
+        return self
 
     def __exit__(self, *error: Any) -> None:
         AllReduceCounter.is_counting = False

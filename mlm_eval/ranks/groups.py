@@ -1,4 +1,4 @@
-"""The mesh of the running ranks is made: its process groups, and the memory that ranks share."""
+"""Makes the mesh of the running ranks: its process groups, and the memory that they share."""
 
 from __future__ import annotations
 

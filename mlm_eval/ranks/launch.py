@@ -369,11 +369,12 @@ def _start(command: Sequence[str], ranks: int, threads: int | None, *, error_dir
         try:
             for rank in range(ranks):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                served = (listener.fileno(),) if rank == 0 else ()
-                if served:
-                    own[LISTENER] = str(served[0])
+                files = []
+                if rank == 0:
+                    files = [listener.fileno()]
+                    own[LISTENER] = str(listener.fileno())
                 workers[rank] = subprocess.Popen(
-                    command, env=shared | own, pass_fds=served, start_new_session=True
+                    command, env=shared | own, pass_fds=files, start_new_session=True
                 )
         except OSError:  # no more processes or memory
             _stop(workers, seconds=0)

@@ -52,8 +52,8 @@ def pick_device(device: str) -> str:
         return "cpu"
     if device not in ("auto", "cuda"):
         raise InputError(f"--device {device!r} is unknown; use auto, cpu or cuda")
-    no_gpu = importlib.metadata.version("torch").endswith("+cpu")  # a build that sees none
-    if "torch" in sys.modules or not no_gpu:
+    only_cpu = importlib.metadata.version("torch").endswith("+cpu")
+    if "torch" in sys.modules or not only_cpu:
         import torch
 
         if torch.cuda.is_available():

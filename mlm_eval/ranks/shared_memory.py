@@ -28,7 +28,7 @@ BLOCK_BYTES = 8 << 20
 still read what it has put into the other."""
 
 LEAST = 1 << 18
-"""Bytes: a message of gloo with fewer takes no longer than the wait for each other."""
+"""Bytes. Smaller tensors go by gloo: sending them takes no longer than the message does."""
 
 _PROOF_BYTES = 16
 
@@ -40,7 +40,7 @@ class SharedMemory:
     """
 
     def __init__(self, rank: int, memories: Sequence[Tensor]) -> None:
-        """Use blocks.
+        """Take the memory that the ranks have opened.
 
         Args:
             rank: This one's place among the ranks.

@@ -203,8 +203,9 @@ class StateFolder:
         """Remove what a killed run has left beside its last state. Rank 0."""
         if not self.folder.is_dir():
             return
-        latest, finished = self.latest(), self.finished() is not None
-        self._remove(but=None if latest is None or finished else latest.name)
+        finished = self.finished() is not None
+        latest = None if finished else self.latest()
+        self._remove(but=None if latest is None else latest.name)
         if finished:
             (self.folder / STARTED).unlink(missing_ok=True)
         for leftover in self.folder.glob(".*.partial-*"):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from support.ranks import run_ranks
 from torch import Tensor
 
-from mlm_eval.model.tensor_parallel import TensorParallel, add_over_ranks
+from mlm_eval.model.tensor_parallel import TensorParallel, reduce_over_ranks
 from mlm_eval.ranks import shared_memory
 from mlm_eval.ranks.collectives import AllReduceCounter
 from mlm_eval.ranks.groups import make_mesh
@@ -52,7 +52,7 @@ def sums_of_many_sizes(ranks: int, block: int, seed: int) -> list[str]:
             for part in parts[1:]:
                 expected += part
             time.sleep(pause.choice([0, 0, 0.002]))
-            total = add_over_ranks(parts[this_rank()].view(1, size), tp)
+            total = reduce_over_ranks(parts[this_rank()].view(1, size), tp)
             if not torch.equal(total.view(-1), expected):
                 wrong.append(f"{number}: {size} of {dtype}")
         return wrong
@@ -91,7 +91,7 @@ def groups_of_two() -> list[float]:
     mesh = make_mesh(2, 2)
     assert mesh.shared is not None and len(mesh.shared.blocks) == 2
     values = torch.full((3000,), 10.0**mesh.rank)
-    return add_over_ranks(values, mesh.tensor_parallel).unique().tolist()
+    return reduce_over_ranks(values, mesh.tensor_parallel).unique().tolist()
 
 
 def test_each_copy_of_the_model_has_memory_of_its_own():
@@ -147,10 +147,10 @@ def test_the_memory_lives_as_long_as_it_is_used():
 def lost_in_a_sum() -> None:
     mesh = make_mesh(2, 1)
     values = torch.ones(5000)
-    add_over_ranks(values, mesh.tensor_parallel)
+    reduce_over_ranks(values, mesh.tensor_parallel)
     if mesh.rank == 1:
         os._exit(3)
-    add_over_ranks(values, mesh.tensor_parallel)
+    reduce_over_ranks(values, mesh.tensor_parallel)
 
 
 def test_a_rank_that_ends_is_noticed():
